@@ -1,0 +1,1 @@
+"""Reference networks, their data and their training loop."""

@@ -1,0 +1,43 @@
+"""A model registry and checkpoint toolkit for PyTorch.
+
+    >>> from registry import Registry
+
+Names are loaded on first use, so that importing this package costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from registry.checkpoint import Checkpoint as Checkpoint
+    from registry.config import Config as Config
+    from registry.config import ModelConfig as ModelConfig
+    from registry.logs import setup_logging as setup_logging
+    from registry.registry import Registry as Registry
+    from registry.store.errors import RegistryError as RegistryError
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Checkpoint": "registry.checkpoint",
+    "Config": "registry.config",
+    "ModelConfig": "registry.config",
+    "Registry": "registry.registry",
+    "RegistryError": "registry.store.errors",
+    "setup_logging": "registry.logs",
+}
+
+__all__ = ["Checkpoint", "Config", "ModelConfig", "Registry", "RegistryError", "setup_logging"]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,380 @@
+"""The catalog: which checkpoints exist, what they are called, and where their tensors lie. Plain SQL.
+
+A change is a short exclusive transaction that writes one journal line for each thing it does (see
+`registry.journal`) and applies the same lines to the tables, so the tables never hold what the journal could not
+bring back. Rollback journal with full sync: write-ahead logging is unsafe on network file systems.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+import threading
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from registry import schema
+from registry.change import Change, locate
+from registry.journal import Journal
+from registry.store.durable import storage_errors
+from registry.store.errors import Conflict, Corrupt, NotFound, StorageError, Unsupported
+from registry.store.location import Location
+from registry.store.pack import PackInfo
+from registry.store.store import Store
+
+NAME = "catalog.sqlite"
+BUSY_SECONDS = 60
+_BATCH = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """A row of the catalog: one checkpoint, with what `list` and `show` need."""
+
+    id: str
+    model: str
+    version: int
+    created: str
+    epoch: int | None
+    step: int | None
+    loss: float | None
+    size: int
+    tensors: int
+    record: Mapping[str, Any]
+    aliases: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    notes: tuple[tuple[str, str], ...] = ()
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}:v{self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model family and its latest version."""
+
+    name: str
+    versions: int
+    latest: Version
+    size: int
+
+
+class Catalog:
+    """The catalog of one registry; safe to use from several threads and after a fork.
+
+    Args:
+        root: the registry's folder.
+        store: where manifests and packs lie, for catching up with the journal.
+    """
+
+    def __init__(self, root: Path, store: Store) -> None:
+        self.path = root / NAME
+        self.journal = Journal(store.manifests)
+        self._store = store
+        self._local = threading.local()
+
+    # -- connections -------------------------------------------------------------------------------------
+
+    def create(self) -> None:
+        """Create an empty catalog.
+
+        Raises:
+            Conflict: if there is one.
+        """
+        if self.path.exists():
+            raise Conflict(f"{self.path} exists already")
+        connection = self._connect(create=True)
+        with contextlib.closing(connection), self._errors():
+            connection.execute("BEGIN IMMEDIATE")
+            for statement in schema.TABLES.split(";"):
+                connection.execute(statement)
+            connection.execute("INSERT INTO state (key, value) VALUES ('schema', ?)", (schema.VERSION,))
+            connection.execute("INSERT INTO state (key, value) VALUES ('journal', 0)")
+            connection.execute("COMMIT")
+
+    def connection(self) -> sqlite3.Connection:
+        """This thread's connection in this process."""
+        local = self._local
+        if getattr(local, "pid", None) != os.getpid():
+            local.connection = self._opened()
+            local.pid = os.getpid()
+        return local.connection  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """Close this thread's connection."""
+        if getattr(self._local, "pid", None) == os.getpid():
+            self._local.connection.close()
+            del self._local.pid
+
+    def _opened(self) -> sqlite3.Connection:
+        if not self.path.exists():
+            raise Corrupt(f"{self.path}: the catalog is missing; recreate it with: registry rebuild")
+        connection = self._connect()
+        try:
+            with self._errors():
+                version = connection.execute("SELECT value FROM state WHERE key = 'schema'").fetchone()[0]
+                if version > schema.VERSION:
+                    raise Unsupported(
+                        f"{self.path} has schema {version}, this version knows up to {schema.VERSION}; upgrade "
+                        "with: pip install -U torch-registry"
+                    )
+                self._migrate(connection, version)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _connect(self, *, create: bool = False) -> sqlite3.Connection:
+        writable = os.access(self.path.parent, os.W_OK) and (create or os.access(self.path, os.W_OK))
+        mode = "rwc" if create else "rw" if writable else "ro"
+        with self._errors():
+            connection = sqlite3.connect(
+                f"{self.path.absolute().as_uri()}?mode={mode}",
+                uri=True,
+                timeout=BUSY_SECONDS,
+                isolation_level=None,
+                check_same_thread=False,
+            )
+            connection.execute("PRAGMA foreign_keys = ON")
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA trusted_schema = OFF")
+        return connection
+
+    def _migrate(self, connection: sqlite3.Connection, version: int) -> None:
+        for target in range(version + 1, schema.VERSION + 1):
+            connection.execute("BEGIN IMMEDIATE")
+            for statement in schema.MIGRATIONS[target].split(";"):
+                connection.execute(statement)
+            connection.execute("UPDATE state SET value = ? WHERE key = 'schema'", (target,))
+            connection.execute("COMMIT")
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Say what a failing database means and what to do."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            text = str(error)
+            if "full" in text:
+                raise StorageError(f"{self.path}: no space left on the device; free some and repeat") from error
+            if "readonly" in text or "unable to open" in text:
+                raise StorageError(f"{self.path}: cannot be written ({text}); ask its owner for access") from error
+            if "locked" in text:
+                raise StorageError(
+                    f"{self.path}: another process has kept the catalog locked for {BUSY_SECONDS} s; repeat"
+                ) from error
+            if "no such" in text:
+                raise Corrupt(f"{self.path}: {text}; recreate it with: registry rebuild") from error
+            raise StorageError(f"{self.path}: {text}; check the disk") from error
+        except sqlite3.DatabaseError as error:
+            raise Corrupt(f"{self.path}: {error}; recreate it with: registry rebuild") from error
+
+    def _rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        with self._errors():
+            return self.connection().execute(sql, parameters).fetchall()
+
+    # -- changing ----------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def change(self) -> Iterator[Change]:
+        """An exclusive transaction; what was done in it happens wholly or not at all."""
+        connection = self.connection()
+        with self._errors(), storage_errors(self.path):
+            connection.execute("BEGIN IMMEDIATE")
+            appended: tuple[int, int] | None = None
+            try:
+                change = Change(connection, self._store)
+                self._catch_up(change)
+                change.records.clear()
+                yield change
+                if change.records:
+                    before = self.journal.size()
+                    self.journal.append(change.records)
+                    appended = before, self.journal.size()
+                    self._set_applied(connection, appended[1])
+                connection.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    connection.execute("ROLLBACK")
+                if appended:
+                    self._withdraw(*appended)
+                raise
+
+    def behind(self) -> bool:
+        """Whether the journal holds changes that the catalog has not applied."""
+        return self._applied(self.connection()) < self.journal.size()
+
+    def catch_up(self) -> None:
+        """Apply what the journal holds and the catalog does not: a change that a crash interrupted."""
+        with self.change():
+            pass
+
+    def rebuild(self, packs: Iterable[PackInfo], adopted: Sequence[Mapping[str, Any]]) -> None:
+        """Empty the tables and fill them again from packs, journal and manifests, in one transaction.
+
+        Args:
+            packs: every pack in the store.
+            adopted: records for manifests that the journal does not know, to be journalled now.
+        """
+        connection = self.connection()
+        with self._errors(), storage_errors(self.path):
+            connection.execute("BEGIN EXCLUSIVE")
+            try:
+                for table in schema.CONTENT:
+                    connection.execute(f"DELETE FROM {table}")  # noqa: S608 - the names are ours
+                connection.execute("INSERT INTO state (key, value) VALUES ('schema', ?)", (schema.VERSION,))
+                connection.execute("INSERT INTO state (key, value) VALUES ('journal', 0)")
+                change = Change(connection, self._store)
+                for pack in packs:
+                    change.add_pack(pack, replace=())
+                self._catch_up(change)
+                if adopted:
+                    for record in adopted:
+                        change.apply(record)
+                    self.journal.append(adopted)
+                    self._set_applied(connection, self.journal.size())
+                connection.execute("COMMIT")
+            except BaseException:
+                connection.execute("ROLLBACK")
+                raise
+
+    def _catch_up(self, change: Change) -> None:
+        applied = self._applied(change.connection)
+        size = self.journal.size()
+        if size == applied:
+            return
+        if size < applied:  # the journal was lost or restored from a backup: write down what the catalog knows
+            self.journal.append(list(self.dump(change.connection)))
+        else:
+            for line in self.journal.read(applied):
+                if line.record is not None:
+                    with contextlib.suppress(NotFound):  # its manifest is gone: rolled back, or removed later
+                        change.apply(line.record)
+        self._set_applied(change.connection, self.journal.size())
+
+    def _withdraw(self, before: int, after: int) -> None:
+        """Take a journal line back whose transaction failed, unless another process has applied it since."""
+        connection = self.connection()
+        with contextlib.suppress(sqlite3.Error, OSError):
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                if self.journal.size() == after and self._applied(connection) <= before:
+                    self.journal.truncate(before)
+            finally:
+                connection.execute("ROLLBACK")
+
+    @staticmethod
+    def _applied(connection: sqlite3.Connection) -> int:
+        row = connection.execute("SELECT value FROM state WHERE key = 'journal'").fetchone()
+        return int(row[0])
+
+    @staticmethod
+    def _set_applied(connection: sqlite3.Connection, size: int) -> None:
+        connection.execute("UPDATE state SET value = ? WHERE key = 'journal'", (size,))
+
+    @staticmethod
+    def dump(connection: sqlite3.Connection) -> Iterator[dict[str, Any]]:
+        """Journal records that would bring back what the catalog holds."""
+        rows = connection.execute
+        for name, model, started, record in rows("SELECT name, model, started, record FROM runs"):
+            yield {"op": "run", "name": name, "model": model, "at": started, "record": json.loads(record)}
+        for id, model, version in rows("SELECT id, model, version FROM versions ORDER BY model, version"):
+            yield {"op": "publish", "id": id, "model": model, "version": version}
+        for name, version in rows("SELECT name, next_version FROM models"):
+            yield {"op": "next", "model": name, "version": version}
+        for model, name, id in rows("SELECT model, name, id FROM aliases"):
+            yield {"op": "alias", "model": model, "alias": name, "id": id}
+        for id, name in rows("SELECT id, name FROM tags"):
+            yield {"op": "tag", "id": id, "tag": name}
+        for id, written, text in rows("SELECT id, written, text FROM notes"):
+            yield {"op": "note", "id": id, "at": written, "text": text}
+        for key, id, created in rows("SELECT key, id, created FROM artifacts"):
+            yield {"op": "artifact", "key": key, "id": id, "at": created}
+
+    # -- reading -----------------------------------------------------------------------------------------
+
+    def locate(self, digests: Collection[str]) -> dict[str, Location]:
+        """Where stored tensors lie (the store's index)."""
+        with self._errors():
+            return locate(self.connection(), digests)
+
+    def models(self) -> list[Model]:
+        """Every model that has a version, by name."""
+        rows = self._rows(
+            "SELECT v.model, COUNT(*), MAX(v.version), SUM(m.size) FROM versions v "
+            "JOIN manifests m ON m.id = v.id GROUP BY v.model ORDER BY v.model"
+        )
+        latest = self.versions(
+            "EXISTS (SELECT 1 FROM versions w WHERE w.model = v.model GROUP BY w.model "
+            "HAVING MAX(w.version) = v.version)"
+            if len(rows) > _BATCH
+            else " OR ".join("(v.model = ? AND v.version = ?)" for _ in rows) or "1 = 0",
+            [] if len(rows) > _BATCH else [value for row in rows for value in (row[0], row[2])],
+        )
+        by_model = {version.model: version for version in latest}
+        return [Model(name, count, by_model[name], size) for name, count, _, size in rows]
+
+    def versions(self, where: str, parameters: Sequence[Any] = (), *, limit: int = -1) -> list[Version]:
+        """Versions that fulfil a condition over the table `v`, by model, the newest first."""
+        rows = self._rows(
+            "SELECT v.id, v.model, v.version, v.created, v.epoch, v.step, v.loss, m.size, m.tensors, v.record "
+            f"FROM versions v JOIN manifests m ON m.id = v.id WHERE {where} "  # noqa: S608
+            "ORDER BY v.model, v.version DESC LIMIT ?",
+            [*parameters, limit if limit >= 0 else 1 << 40],
+        )
+        ids = [row[0] for row in rows]
+        aliases = self._attached("SELECT id, name FROM aliases WHERE id IN ({}) ORDER BY name", ids)
+        tags = self._attached("SELECT id, name FROM tags WHERE id IN ({}) ORDER BY name", ids)
+        notes = self._attached("SELECT id, written, text FROM notes WHERE id IN ({}) ORDER BY written", ids)
+        metrics = self._attached("SELECT id, name, value FROM metrics WHERE id IN ({}) ORDER BY name", ids)
+        return [
+            Version(
+                *row[:9],
+                json.loads(row[9]),
+                tuple(name for (name,) in aliases.get(row[0], ())),
+                tuple(name for (name,) in tags.get(row[0], ())),
+                tuple((written, text) for written, text in notes.get(row[0], ())),
+                {name: value for name, value in metrics.get(row[0], ())},
+            )
+            for row in rows
+        ]
+
+    def version_by_id(self, id: str) -> Version | None:
+        found = self.versions("v.id = ?", [id])
+        return found[0] if found else None
+
+    def best(self, model: str, metric: str, *, largest: bool = True) -> Version | None:
+        """The version with the best value of a metric; NaN never wins, the earlier wins a tie."""
+        direction = "DESC" if largest else "ASC"
+        rows = self._rows(
+            "SELECT t.id FROM metrics t JOIN versions v ON v.id = t.id "
+            "WHERE t.model = ? AND t.name = ? AND t.value IS NOT NULL "
+            f"ORDER BY t.value {direction}, v.version LIMIT 1",  # noqa: S608
+            [model, metric],
+        )
+        return self.version_by_id(rows[0][0]) if rows else None
+
+    def lineage(self, id: str) -> list[tuple[str, str]]:
+        """Kind and parent of a checkpoint's edges."""
+        return [
+            (kind, parent)
+            for kind, parent in self._rows("SELECT kind, parent FROM lineage WHERE child = ? ORDER BY kind", [id])
+        ]
+
+    def _attached(self, sql: str, ids: Sequence[str]) -> dict[str, list[tuple[Any, ...]]]:
+        found: dict[str, list[tuple[Any, ...]]] = {}
+        for start in range(0, len(ids), _BATCH):
+            part = ids[start : start + _BATCH]
+            for id, *rest in self._rows(sql.format(",".join("?" * len(part))), part):
+                found.setdefault(id, []).append(tuple(rest))
+        return found
+
+    def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """Rows of a read-only query, for the modules that keep house (gc, verify, status)."""
+        return self._rows(sql, parameters)

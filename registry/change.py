@@ -1,0 +1,317 @@
+"""One transaction of the catalog: how each journal record changes the tables.
+
+The same code applies a record when it is made, when a catalog catches up after a crash, and when it is rebuilt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from registry.store.errors import Corrupt, NotFound, RegistryError, Unsupported
+from registry.store.location import Location
+from registry.store.manifest import Manifest
+from registry.store.pack import PackInfo, read_pack_info
+from registry.store.store import Store
+from registry.store.text import quoted
+
+_BATCH = 500
+
+
+class Stale(RegistryError):
+    """Something that a save relied on has changed meanwhile; the save looks again. Never reaches users."""
+
+
+def locate(connection: sqlite3.Connection, digests: Collection[str]) -> dict[str, Location]:
+    found = {}
+    wanted = list(digests)
+    for start in range(0, len(wanted), _BATCH):
+        part = wanted[start : start + _BATCH]
+        rows = connection.execute(
+            "SELECT t.digest, p.digest, t.start, p.size FROM tensors t JOIN packs p ON p.number = t.pack "
+            f"WHERE t.digest IN ({','.join('?' * len(part))})",  # noqa: S608
+            part,
+        )
+        found.update({digest: Location(pack, offset, size) for digest, pack, offset, size in rows})
+    return found
+
+
+class Change:
+    """One transaction: applies records to the tables and remembers them for the journal."""
+
+    def __init__(self, connection: sqlite3.Connection, store: Store) -> None:
+        self.connection = connection
+        self.records: list[Mapping[str, Any]] = []
+        self._store = store
+
+    def apply(self, record: Mapping[str, Any]) -> None:
+        """Apply a record and keep it for the journal.
+
+        Raises:
+            Unsupported: if a newer version wrote it.
+        """
+        method = _OPERATIONS.get(record.get("op", ""))
+        if method is None:
+            raise Unsupported(
+                f"the journal holds the operation {quoted(str(record.get('op')))}, which a newer version wrote; upgrade "
+                "with: pip install -U torch-registry"
+            )
+        method(self, record)
+        self.records.append(record)
+
+    def next_version(self, model: str) -> int:
+        row = self.connection.execute("SELECT next_version FROM models WHERE name = ?", (model,)).fetchone()
+        return int(row[0]) if row else 1
+
+    def use(self, id: str, manifest: Manifest, pack: PackInfo | None, *, strict: bool) -> None:
+        """Register a manifest and the new pack that came with it.
+
+        Args:
+            strict: also ask that no tensor of the new pack was stored by somebody else meanwhile.
+
+        Raises:
+            Stale: if a pack that the manifest relies on is not there any more.
+        """
+        digests = {tensor.digest for tensor in manifest.tensors}
+        if pack is not None:
+            elsewhere = [
+                location
+                for location in locate(self.connection, {tensor.digest for tensor in pack.tensors}).values()
+                if location.pack != pack.digest
+            ]
+            broken = {
+                location.pack
+                for location in elsewhere
+                if not self._store.pack_is_whole(location.pack, location.pack_size)
+            }
+            if strict and any(location.pack not in broken for location in elsewhere):
+                raise Stale("tensors of this save were stored meanwhile")
+            self.add_pack(pack, replace=broken)
+        located = locate(self.connection, digests)
+        packs = {location.pack: location.pack_size for location in located.values()}
+        if len(located) < len(digests):
+            raise Stale("tensors that this save relied on were removed meanwhile")
+        for name, size in packs.items():
+            if not self._store.pack_is_whole(name, size):
+                raise Stale("a pack that this save relied on was removed meanwhile")
+        total = sum(tensor.size for tensor in {tensor.digest: tensor for tensor in manifest.tensors}.values())
+        self.connection.execute(
+            "INSERT INTO manifests (id, size, tensors) VALUES (?, ?, ?) ON CONFLICT (id) DO NOTHING",
+            (id, total, len(manifest.tensors)),
+        )
+        for name in packs:
+            self.connection.execute(
+                "INSERT INTO uses (id, pack) SELECT ?, number FROM packs WHERE digest = ? "
+                "ON CONFLICT (id, pack) DO NOTHING",
+                (id, name),
+            )
+            self.connection.execute("UPDATE packs SET condemned = NULL WHERE digest = ?", (name,))
+
+    def add_pack(self, pack: PackInfo, *, replace: Collection[str]) -> None:
+        """Register a pack; its tensors keep an earlier location unless that is in a pack to `replace`."""
+        execute = self.connection.execute
+        execute(
+            "INSERT INTO packs (number, digest, size) SELECT COALESCE(MAX(number), 0) + 1, ?, ? FROM packs "
+            "WHERE 1 = 1 ON CONFLICT (digest) DO NOTHING",
+            (pack.digest, pack.size),
+        )
+        execute("DELETE FROM doomed WHERE digest = ?", (pack.digest,))
+        (number,) = execute("SELECT number FROM packs WHERE digest = ?", (pack.digest,)).fetchone()
+        rows = [(tensor.digest, number, tensor.start) for tensor in pack.tensors]
+        insert = "INSERT INTO tensors (digest, pack, start) VALUES (?, ?, ?) ON CONFLICT (digest) DO NOTHING"
+        if replace:
+            for broken in replace:
+                execute(
+                    "INSERT INTO uses (id, pack) SELECT u.id, ? FROM uses u JOIN packs p ON p.number = u.pack "
+                    "WHERE p.digest = ? ON CONFLICT (id, pack) DO NOTHING",
+                    (number, broken),
+                )
+            marks = ",".join("?" * len(replace))
+            old = [row[0] for row in execute(f"SELECT number FROM packs WHERE digest IN ({marks})", [*replace])]  # noqa: S608
+            insert = (
+                "INSERT INTO tensors (digest, pack, start) VALUES (?, ?, ?) ON CONFLICT (digest) DO UPDATE "
+                "SET pack = excluded.pack, start = excluded.start "
+                f"WHERE tensors.pack IN ({','.join(map(str, old))})"
+            )
+        self.connection.executemany(insert, rows)
+        for broken in replace:
+            self._drop_if_empty(broken)
+
+    def _drop_if_empty(self, pack: str) -> None:
+        """Forget a damaged pack once all of its tensors are stored elsewhere."""
+        execute = self.connection.execute
+        (number,) = execute("SELECT number FROM packs WHERE digest = ?", (pack,)).fetchone()
+        if not execute("SELECT 1 FROM tensors WHERE pack = ? LIMIT 1", (number,)).fetchone():
+            execute("DELETE FROM uses WHERE pack = ?", (number,))
+            execute("DELETE FROM packs WHERE number = ?", (number,))
+            execute("INSERT INTO doomed (digest) VALUES (?) ON CONFLICT (digest) DO NOTHING", (pack,))
+
+    # -- records -----------------------------------------------------------------------------------------
+
+    def _publish(self, record: Mapping[str, Any]) -> None:
+        id, model, version = record["id"], record["model"], record["version"]
+        execute = self.connection.execute
+        if execute("SELECT 1 FROM versions WHERE id = ?", (id,)).fetchone():
+            return
+        manifest = self._store.manifest(id)
+        self._use_unless_used(id, manifest)
+        about = manifest.record
+        execute(
+            "INSERT INTO models (name, next_version) VALUES (?, ?) ON CONFLICT (name) DO UPDATE "
+            "SET next_version = CASE WHEN excluded.next_version > models.next_version "
+            "THEN excluded.next_version ELSE models.next_version END",
+            (model, version + 1),
+        )
+        execute("DELETE FROM versions WHERE model = ? AND version = ?", (model, version))
+        shown = {key: about[key] for key in about if key not in ("epoch", "step", "loss", "metrics")}
+        shown["components"] = summary(manifest)
+        execute(
+            "INSERT INTO versions (id, model, version, created, epoch, step, loss, run, record) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (id, model, version, about["created"], about.get("epoch"), about.get("step"))
+            + (_number(about.get("loss")), about.get("run"), json.dumps(shown, separators=(",", ":"))),
+        )
+        for name, value in about.get("metrics", {}).items():
+            execute(
+                "INSERT INTO metrics (id, model, name, value) VALUES (?, ?, ?, ?)",
+                (id, model, name, _number(value)),
+            )
+        for edge in about.get("lineage", []):
+            execute(
+                "INSERT INTO lineage (child, kind, parent) VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
+                (id, edge["kind"], edge["parent"]),
+            )
+
+    def _use_unless_used(self, id: str, manifest: Manifest) -> None:
+        if not self.connection.execute("SELECT 1 FROM manifests WHERE id = ?", (id,)).fetchone():
+            self._read_unknown_packs(manifest)
+            try:
+                self.use(id, manifest, None, strict=False)
+            except Stale:
+                raise NotFound(f"checkpoint {id[:12]} lacks tensors") from None
+
+    def _read_unknown_packs(self, manifest: Manifest) -> None:
+        """When catching up: register the packs that a crash kept out of the catalog."""
+        digests = {tensor.digest for tensor in manifest.tensors}
+        if len(locate(self.connection, digests)) == len(digests):
+            return
+        known = {row[0] for row in self.connection.execute("SELECT digest FROM packs")}
+        for name in self._store.pack_digests():
+            if name not in known:
+                with contextlib.suppress(Corrupt):
+                    self.add_pack(read_pack_info(self._store.pack_path(name)), replace=())
+
+    def _remove(self, record: Mapping[str, Any]) -> None:
+        self.connection.execute("DELETE FROM versions WHERE id = ?", (record["id"],))
+        self._release(record["id"])
+
+    def _release(self, id: str) -> None:
+        """Forget a manifest that neither a version nor an artifact names."""
+        execute = self.connection.execute
+        for table in ("versions", "artifacts"):
+            if execute(f"SELECT 1 FROM {table} WHERE id = ? LIMIT 1", (id,)).fetchone():  # noqa: S608
+                return
+        execute("DELETE FROM manifests WHERE id = ?", (id,))
+
+    def _next(self, record: Mapping[str, Any]) -> None:
+        self.connection.execute(
+            "INSERT INTO models (name, next_version) VALUES (?, ?) "
+            "ON CONFLICT (name) DO UPDATE SET next_version = excluded.next_version",
+            (record["model"], record["version"]),
+        )
+
+    def _alias(self, record: Mapping[str, Any]) -> None:
+        self._require(record["id"])
+        self.connection.execute(
+            "INSERT INTO aliases (model, name, id) VALUES (?, ?, ?) "
+            "ON CONFLICT (model, name) DO UPDATE SET id = excluded.id",
+            (record["model"], record["alias"], record["id"]),
+        )
+
+    def _unalias(self, record: Mapping[str, Any]) -> None:
+        self.connection.execute(
+            "DELETE FROM aliases WHERE model = ? AND name = ?", (record["model"], record["alias"])
+        )
+
+    def _tag(self, record: Mapping[str, Any]) -> None:
+        self._require(record["id"])
+        self.connection.execute(
+            "INSERT INTO tags (id, name) VALUES (?, ?) ON CONFLICT DO NOTHING", (record["id"], record["tag"])
+        )
+
+    def _untag(self, record: Mapping[str, Any]) -> None:
+        self.connection.execute("DELETE FROM tags WHERE id = ? AND name = ?", (record["id"], record["tag"]))
+
+    def _note(self, record: Mapping[str, Any]) -> None:
+        self._require(record["id"])
+        values = (record["id"], record["at"], record["text"])
+        if not self.connection.execute(
+            "SELECT 1 FROM notes WHERE id = ? AND written = ? AND text = ?", values
+        ).fetchone():
+            self.connection.execute("INSERT INTO notes (id, written, text) VALUES (?, ?, ?)", values)
+
+    def _run(self, record: Mapping[str, Any]) -> None:
+        self.connection.execute(
+            "INSERT INTO runs (name, model, started, record) VALUES (?, ?, ?, ?) "
+            "ON CONFLICT (name) DO UPDATE SET record = excluded.record",
+            (record["name"], record["model"], record["at"], json.dumps(record["record"], separators=(",", ":"))),
+        )
+
+    def _artifact(self, record: Mapping[str, Any]) -> None:
+        self._use_unless_used(record["id"], self._store.manifest(record["id"]))
+        self.connection.execute(
+            "INSERT INTO artifacts (key, id, created) VALUES (?, ?, ?) "
+            "ON CONFLICT (key) DO UPDATE SET id = excluded.id, created = excluded.created",
+            (record["key"], record["id"], record["at"]),
+        )
+
+    def _drop_artifact(self, record: Mapping[str, Any]) -> None:
+        row = self.connection.execute("SELECT id FROM artifacts WHERE key = ?", (record["key"],)).fetchone()
+        self.connection.execute("DELETE FROM artifacts WHERE key = ?", (record["key"],))
+        if row:
+            self._release(row[0])
+
+    def _require(self, id: str) -> None:
+        if not self.connection.execute("SELECT 1 FROM versions WHERE id = ?", (id,)).fetchone():
+            raise NotFound(f"there is no checkpoint {id[:12]} any more")
+
+
+_OPERATIONS: dict[str, Callable[[Change, Mapping[str, Any]], None]] = {
+    "publish": Change._publish,
+    "remove": Change._remove,
+    "next": Change._next,
+    "alias": Change._alias,
+    "unalias": Change._unalias,
+    "tag": Change._tag,
+    "untag": Change._untag,
+    "note": Change._note,
+    "run": Change._run,
+    "artifact": Change._artifact,
+    "drop-artifact": Change._drop_artifact,
+}
+
+
+def summary(manifest: Manifest) -> dict[str, dict[str, int]]:
+    """Names, elements and bytes of tensors in each component; a tied tensor counts once."""
+    found: dict[str, dict[str, int]] = {
+        name: {"tensors": 0, "elements": 0, "bytes": 0} for name in manifest.components
+    }
+    seen: dict[str, set[int]] = {name: set() for name in manifest.components}
+    for path, slot in manifest.slots():
+        component = path.split("/", 1)[0] if path.split("/", 1)[0] in found else path
+        entry = found[component]
+        entry["tensors"] += 1
+        if slot not in seen[component]:
+            seen[component].add(slot)
+            tensor = manifest.tensors[slot]
+            entry["elements"] += tensor.elements
+            entry["bytes"] += tensor.size
+    return found
+
+
+def _number(value: Any) -> float | None:
+    """A number for the catalog; NaN is kept out so that it never sorts as best (the manifest has it exactly)."""
+    return float(value) if isinstance(value, int | float) and value == value else None

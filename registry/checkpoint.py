@@ -1,0 +1,155 @@
+"""A checkpoint: what the registry knows of one version, and the way to its tensors."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from registry.catalog import Version
+from registry.store.errors import NotFound
+from registry.store.text import printable, quoted
+
+if TYPE_CHECKING:
+    from registry.store.store import Store
+
+
+class Checkpoint:
+    """An immutable version of a model.
+
+    Get one from a registry: `Registry()["lenet5:v3"]`.
+    """
+
+    def __init__(self, store: Store, version: Version) -> None:
+        self._store = store
+        self._version = version
+
+    @property
+    def id(self) -> str:
+        """The digest of the manifest."""
+        return self._version.id
+
+    @property
+    def model(self) -> str:
+        return self._version.model
+
+    @property
+    def version(self) -> int:
+        return self._version.version
+
+    @property
+    def name(self) -> str:
+        """The reference with the version, such as `lenet5:v3`."""
+        return self._version.name
+
+    @property
+    def created(self) -> str:
+        """Time of the save, in UTC, ISO 8601."""
+        return self._version.created
+
+    @property
+    def epoch(self) -> int | None:
+        return self._version.epoch
+
+    @property
+    def step(self) -> int | None:
+        return self._version.step
+
+    @property
+    def loss(self) -> float | None:
+        return self._version.loss
+
+    @property
+    def metrics(self) -> Mapping[str, float | None]:
+        """Metric values by name; None stands for NaN."""
+        return self._version.metrics
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        return self._version.aliases
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        return self._version.tags
+
+    @property
+    def notes(self) -> tuple[tuple[str, str], ...]:
+        """Time and text of each note."""
+        return self._version.notes
+
+    @property
+    def config(self) -> Mapping[str, Any] | None:
+        """The hyperparameters that were saved with it."""
+        return self._version.record.get("config")
+
+    @property
+    def meta(self) -> Mapping[str, Any]:
+        """What the user recorded beside the fields that have names."""
+        return self._version.record.get("meta", {})  # type: ignore[no-any-return]
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """Everything the catalog has of it: source, lineage, versions of the software, component summaries."""
+        return self._version.record
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        return tuple(self._version.record["components"])
+
+    @property
+    def size(self) -> int:
+        """Bytes of its distinct tensors, shared ones included."""
+        return self._version.size
+
+    def load(
+        self, only: str | Sequence[str] | None = None, *, copy: bool = False, verify: bool = True
+    ) -> dict[str, Any]:
+        """Its components by name; see `registry.store.store.Store.get`."""
+        return self._store.get(self.id, only=only, copy=copy, verify=verify, label=self.name)
+
+    def state_dict(self, component: str = "model", *, copy: bool = False, verify: bool = True) -> Any:
+        """One component, its tensors mapped copy-on-write from the store.
+
+        Raises:
+            NotFound: if the checkpoint has no such component.
+            Corrupt: if a byte is not what was saved.
+        """
+        if component not in self.components:
+            raise NotFound(
+                f"{self.name} has no component {quoted(component)}; it has {', '.join(self.components)}"
+            )
+        return self.load(component, copy=copy, verify=verify)[component]
+
+    def load_into(self, *, verify: bool = True, **components: Any) -> None:
+        """Copy stored values into live trees of tensors, all or nothing: `load_into(model=net.state_dict())`.
+
+        Raises:
+            Incompatible: listing the names, shapes or dtypes that differ; nothing was changed.
+        """
+        self._store.load_into(self.id, components, verify=verify, label=self.name)
+
+    def parameters(self) -> Iterator[tuple[str, str, tuple[int, ...], str]]:
+        """Path, dtype, shape and digest of every tensor, without reading one."""
+        manifest = self._store.manifest(self.id)
+        for path, slot in manifest.slots():
+            tensor = manifest.tensors[slot]
+            yield path, tensor.dtype, tensor.shape, tensor.digest
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({', '.join(f'{key}={value}' for key, value in self._facts())})"
+
+    def __rich_repr__(self) -> Iterator[tuple[str, Any]]:
+        yield from self._facts()
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th>{html.escape(key)}</th><td>{html.escape(printable(str(value)))}</td></tr>"
+            for key, value in self._facts()
+        )
+        return f"<table>{rows}</table>"
+
+    def _facts(self) -> list[tuple[str, Any]]:
+        facts: list[tuple[str, Any]] = [("name", self.name), ("id", self.id[:12])]
+        named = {"epoch": self.epoch, "step": self.step, "loss": self.loss, **self.metrics}
+        facts += [(key, value) for key, value in named.items() if value is not None]
+        return facts

@@ -1,0 +1,86 @@
+"""The journal: one line for each change to the catalog, beside the manifests.
+
+A change is written here, durably, in the same exclusive transaction that applies it to the catalog. So the
+journal is a redo log: a catalog that is behind it (a crash between the two, a restored backup) catches up, and a
+lost one is rebuilt from it and the manifests. A line is JSON, a tab, and 16 hex digits of the JSON's digest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from registry.store import durable
+from registry.store.digest import digest
+
+NAME = "journal.jsonl"
+_CHECK = 16
+
+
+class Line(NamedTuple):
+    """One line of the journal; `record` is None where the line is damaged, `end` is the offset behind it."""
+
+    record: dict[str, Any] | None
+    end: int
+
+
+class Journal:
+    """An append-only file of checked lines."""
+
+    def __init__(self, manifests: Path) -> None:
+        self.path = manifests / NAME
+
+    def size(self) -> int:
+        try:
+            return self.path.stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def append(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Add lines, durably; on an error the journal is as before."""
+        data = b"".join(map(_line, records))
+        if not self._ends_in_newline():
+            data = b"\n" + data
+        durable.append(self.path, data)
+
+    def truncate(self, size: int) -> None:
+        durable.truncate(self.path, size)
+
+    def read(self, start: int = 0) -> Iterator[Line]:
+        """The lines from an offset on; damaged ones are marked, not raised."""
+        try:
+            file = self.path.open("rb")
+        except FileNotFoundError:
+            return
+        with file:
+            file.seek(start)
+            for raw in file:
+                start += len(raw)
+                if raw.strip():
+                    yield Line(_parsed(raw), start)
+
+    def _ends_in_newline(self) -> bool:
+        size = self.size()
+        if not size:
+            return True
+        with self.path.open("rb") as file:
+            file.seek(size - 1)
+            return file.read(1) == b"\n"
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    text = json.dumps(record, separators=(",", ":")).encode()
+    return text + b"\t" + digest(text)[:_CHECK].encode() + b"\n"
+
+
+def _parsed(raw: bytes) -> dict[str, Any] | None:
+    text, tab, check = raw.rstrip(b"\n").rpartition(b"\t")
+    if not tab or digest(text)[:_CHECK].encode() != check:
+        return None
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None

@@ -1,0 +1,71 @@
+"""References: how people name a checkpoint."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from registry.store.errors import Invalid
+from registry.store.text import quoted
+
+MAX_NAME = 128
+RESERVED_ALIASES = ("latest", "best")
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
+_VERSION = re.compile(r"v([1-9][0-9]{0,8})\Z")
+_PREFIX = re.compile(r"[0-9a-f]{6,64}\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A parsed reference: a model with a version, with an alias, or alone (its latest); or maybe an id prefix."""
+
+    model: str
+    version: int | None = None
+    alias: str | None = None
+
+    @property
+    def id_prefix(self) -> str | None:
+        """The reference as an id prefix, if it can be read as one."""
+        bare = self.version is None and self.alias is None
+        return self.model if bare and _PREFIX.match(self.model) else None
+
+    def __str__(self) -> str:
+        if self.version is not None:
+            return f"{self.model}:v{self.version}"
+        return f"{self.model}@{self.alias}" if self.alias else self.model
+
+
+def parse_reference(text: str) -> Reference:
+    """Read `lenet5`, `lenet5:v3`, `lenet5@best` or an id prefix.
+
+    >>> parse_reference("lenet5:v3")
+    Reference(model='lenet5', version=3, alias=None)
+
+    Raises:
+        Invalid: if the text has none of these forms.
+    """
+    model, colon, version = text.partition(":")
+    if colon:
+        match = _VERSION.match(version)
+        if not match:
+            raise Invalid(f"{quoted(text)}: a version is written as v and its number, such as lenet5:v3")
+        return Reference(check_name(model, "model"), version=int(match[1]))
+    model, at, alias = text.partition("@")
+    if at:
+        return Reference(check_name(model, "model"), alias=check_name(alias, "alias"))
+    return Reference(check_name(model, "model"))
+
+
+def check_name(name: str, kind: str) -> str:
+    """Check the name of a model, an alias, a tag or a run.
+
+    Raises:
+        Invalid: if it has other characters than letters, digits, dot, hyphen and underscore, or is too long.
+    """
+    if not _NAME.match(name) or len(name) > MAX_NAME:
+        raise Invalid(
+            f"{quoted(name)} cannot be the name of {'an' if kind == 'alias' else 'a'} {kind}: use up to {MAX_NAME} "
+            "letters, digits, '.', '_' and '-', starting with a letter or digit"
+        )
+    return name

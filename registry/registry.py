@@ -1,0 +1,317 @@
+"""The registry: saves, finds and keeps checkpoints in a folder."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import registry
+from registry.catalog import Catalog, Version
+from registry.change import Stale
+from registry.checkpoint import Checkpoint
+from registry.reference import RESERVED_ALIASES, Reference, check_name, parse_reference
+from registry.store import durable
+from registry.store.durable import storage_errors
+from registry.store.errors import Conflict, Invalid, NotFound, RegistryError, Unsupported
+from registry.store.store import FOLDERS, Store
+from registry.store.text import quoted
+
+FORMAT = 1
+SETTINGS = "registry.toml"
+_ATTEMPTS = 8
+
+
+def default_root() -> Path:
+    """`REGISTRY_ROOT`, or `.registry` in the working directory."""
+    return Path(os.environ.get("REGISTRY_ROOT") or ".registry")
+
+
+class Registry:
+    """A registry in a folder.
+
+    Args:
+        root: the folder; `REGISTRY_ROOT` or `./.registry` unless given.
+        create: make a new registry if the folder does not hold one.
+
+    Raises:
+        NotFound: if there is none and `create` is false.
+        Unsupported: if a newer version of this package made it.
+    """
+
+    def __init__(self, root: Path | str | None = None, *, create: bool = True) -> None:
+        self.root = Path(root) if root is not None else default_root()
+        self.store = Store(self.root)
+        self.catalog = Catalog(self.root, self.store)
+        self.store.index = self.catalog
+        if not (self.root / SETTINGS).is_file():
+            if not create:
+                raise NotFound(f"there is no registry at {self.root}; make one with: registry init")
+            self._create()
+        self._check_format()
+
+    def __repr__(self) -> str:
+        return f"Registry({str(self.root)!r})"
+
+    def __reduce__(self) -> tuple[type[Registry], tuple[str]]:
+        return Registry, (str(self.root.absolute()),)
+
+    def _create(self) -> None:
+        if self.root.is_dir() and any((self.root / name).exists() for name in ("packs", "manifests")):
+            raise Conflict(
+                f"{self.root} holds a registry without {SETTINGS}; if the file was lost, recreate it with one line: "
+                f"format = {FORMAT}"
+            )
+        with storage_errors(self.root):
+            for folder in FOLDERS:
+                durable.make_folder(self.root / folder)
+            if not self.catalog.path.exists():
+                self.catalog.create()
+            text = f'format = {FORMAT}\ncreated_by = "torch-registry {registry.__version__}"\n'
+            durable.write_file(self.root / SETTINGS, text.encode())
+
+    def _check_format(self) -> None:
+        path = self.root / SETTINGS
+        with storage_errors(path):
+            text = path.read_text("utf-8", errors="replace")
+        try:
+            found = tomllib.loads(text).get("format")
+        except tomllib.TOMLDecodeError as error:
+            raise Invalid(f"{path}: {error}") from None
+        if not isinstance(found, int) or found < 1:
+            raise Invalid(f"{path}: format is {quoted(str(found))}, expected the number {FORMAT}")
+        if found > FORMAT:
+            raise Unsupported(
+                f"{self.root} has format {found}, torch-registry {registry.__version__} reads format {FORMAT}; "
+                "upgrade with: pip install -U torch-registry"
+            )
+
+    # -- saving ------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        model: str,
+        components: Mapping[str, Any],
+        *,
+        epoch: int | None = None,
+        step: int | None = None,
+        loss: float | None = None,
+        metrics: Mapping[str, float] | None = None,
+        config: Mapping[str, Any] | None = None,
+        meta: Mapping[str, Any] | None = None,
+        lineage: Sequence[Mapping[str, str]] = (),
+        source: Mapping[str, Any] | None = None,
+    ) -> Checkpoint:
+        """Save named state trees as the next version of a model.
+
+        When this returns, the version survives a crash or a power cut. Equal tensors that the registry holds
+        already are not written again.
+
+        Args:
+            model: name of the model family.
+            components: state trees by component name, such as `{"model": net.state_dict()}`.
+            loss, metrics: plain numbers; NaN is recorded and never counts as best.
+            config: the hyperparameters, as plain values.
+            meta: anything else, as plain values.
+            lineage: edges to other checkpoints or files, each with `kind` and `parent`.
+            source: where an imported checkpoint came from.
+
+        Raises:
+            Invalid: if a name or a number has the wrong form.
+            Unsupported: if a value cannot be stored, naming its path and type; nothing is written.
+            StorageError: if the disk is full or refuses; no version is made.
+        """
+        check_name(model, "model")
+        for component in components:
+            check_name(component, "component")
+        record: dict[str, Any] = {
+            "kind": "checkpoint",
+            "model": model,
+            "created": _now(),
+            "epoch": _whole(epoch, "epoch"),
+            "step": _whole(step, "step"),
+            "loss": _real(loss, "loss"),
+            "metrics": {check_name(k, "metric"): _real(v, f"metric {k}") for k, v in (metrics or {}).items()},
+            "config": config,
+            "meta": dict(meta or {}),
+            "lineage": [dict(edge) for edge in lineage],
+            "source": source,
+        }
+        record = {key: value for key, value in record.items() if value not in (None, {}, [])}
+        record["torch-registry"] = registry.__version__
+        state = self.store.encode(components)
+        for attempt in range(_ATTEMPTS):
+            stored = self.store.put(state, record)
+            try:
+                with self.catalog.change() as change:
+                    change.use(stored.digest, stored.manifest, stored.pack, strict=attempt < _ATTEMPTS // 2)
+                    version = change.next_version(model)
+                    change.apply({"op": "publish", "id": stored.digest, "model": model, "version": version})
+                break
+            except Stale:
+                if stored.pack:
+                    self.discard_pack(stored.pack.digest)
+                record["created"] = _now()
+        else:
+            raise Conflict(f"{model}: other processes kept changing the registry during the save; repeat it")
+        return self[f"{model}:v{version}"]
+
+    def discard_pack(self, digest: str) -> None:
+        """Remove a pack file that no catalog row names."""
+        with self.catalog.change() as change:
+            if not change.connection.execute("SELECT 1 FROM packs WHERE digest = ?", (digest,)).fetchone():
+                durable.unlink(self.store.pack_path(digest))
+
+    # -- finding -----------------------------------------------------------------------------------------
+
+    def __getitem__(self, reference: str) -> Checkpoint:
+        """The checkpoint that a reference names: `lenet5`, `lenet5:v3`, `lenet5@best`, or an id prefix.
+
+        Raises:
+            Invalid: if the text is no reference.
+            NotFound: if nothing has that name; suggests the nearest.
+            Conflict: if an id prefix is ambiguous.
+        """
+        return Checkpoint(self.store, self.resolve(reference))
+
+    def resolve(self, text: str) -> Version:
+        """The catalog's row for a reference; raises as `__getitem__`."""
+        reference = parse_reference(text)
+        found = self._find(reference)
+        if found:
+            return found[0]
+        if reference.id_prefix:
+            # a range, not LIKE, so that the index serves
+            prefix = reference.id_prefix
+            matches = self.catalog.versions("v.id >= ? AND v.id < ?", [prefix, prefix + "g"], limit=4)
+            if len(matches) == 1:
+                return matches[0]
+            if matches:
+                names = ", ".join(f"{version.name} ({version.id[:12]})" for version in matches)
+                raise Conflict(f"{prefix} is the beginning of several ids: {names}; give more digits")
+        raise NotFound(self._missing(reference))
+
+    def _find(self, reference: Reference) -> list[Version]:
+        find = self.catalog.versions
+        if reference.version is not None:
+            return find("v.model = ? AND v.version = ?", [reference.model, reference.version])
+        if reference.alias not in (None, "latest"):
+            return find(
+                "v.id = (SELECT id FROM aliases WHERE model = ? AND name = ?)", [reference.model, reference.alias]
+            )
+        return find("v.model = ?", [reference.model], limit=1)
+
+    def _missing(self, reference: Reference) -> str:
+        versions = self.catalog.query(
+            "SELECT version FROM versions WHERE model = ? ORDER BY version DESC LIMIT 5", [reference.model]
+        )
+        if not versions:
+            models = [row[0] for row in self.catalog.query("SELECT DISTINCT model FROM versions")]
+            return f"there is no model {quoted(reference.model)}{_hint(reference.model, models)}"
+        if reference.alias:
+            rows = self.catalog.query("SELECT name FROM aliases WHERE model = ?", [reference.model])
+            hint = _hint(reference.alias, [row[0] for row in rows] + ["latest"])
+            return f"{reference.model} has no alias {quoted(reference.alias)}{hint}"
+        newest = ", ".join(f"v{row[0]}" for row in versions)
+        return f"{reference.model} has no version v{reference.version}; its newest are {newest}"
+
+    # -- naming ------------------------------------------------------------------------------------------
+
+    def set_alias(self, reference: str, alias: str) -> Checkpoint:
+        """Point an alias of the checkpoint's model at the checkpoint.
+
+        Raises:
+            Invalid: if the alias is malformed or kept by the registry (`latest`, `best`).
+        """
+        self._check_alias(alias)
+        version = self.resolve(reference)
+        record = {"op": "alias", "model": version.model, "alias": alias, "id": version.id}
+        self._apply(record)
+        return self[version.name]
+
+    def remove_alias(self, model: str, alias: str) -> None:
+        """Take an alias away; the checkpoint stays."""
+        self._check_alias(alias)
+        self.resolve(f"{model}@{alias}")
+        self._apply({"op": "unalias", "model": model, "alias": alias})
+
+    @staticmethod
+    def _check_alias(alias: str) -> None:
+        check_name(alias, "alias")
+        if alias in RESERVED_ALIASES:
+            raise Invalid(f"the alias {quoted(alias)} is kept by the registry; choose another name")
+
+    def set_tag(self, reference: str, tag: str) -> Checkpoint:
+        """Attach a tag to a checkpoint."""
+        version = self.resolve(reference)
+        self._apply({"op": "tag", "id": version.id, "tag": check_name(tag, "tag")})
+        return self[version.name]
+
+    def remove_tag(self, reference: str, tag: str) -> Checkpoint:
+        """Take a tag off a checkpoint."""
+        version = self.resolve(reference)
+        if tag not in version.tags:
+            raise NotFound(f"{version.name} has no tag {quoted(tag)}{_hint(tag, version.tags)}")
+        self._apply({"op": "untag", "id": version.id, "tag": tag})
+        return self[version.name]
+
+    def add_note(self, reference: str, text: str) -> Checkpoint:
+        """Attach a note, any text, to a checkpoint."""
+        version = self.resolve(reference)
+        self._apply({"op": "note", "id": version.id, "at": _now(), "text": text})
+        return self[version.name]
+
+    def remove(self, references: Sequence[str], *, force: bool = False) -> list[Version]:
+        """Remove versions from the catalog; `gc` frees their space later.
+
+        A version with an alias or a tag is refused unless `force`. All are removed or none.
+        """
+        versions = [self.resolve(reference) for reference in references]
+        versions = list({version.id: version for version in versions}.values())
+        for version in versions:
+            held = [f"alias {name}" for name in version.aliases] + [f"tag {name}" for name in version.tags]
+            if held and not force:
+                raise Conflict(f"{version.name} is held by {', '.join(held)}; take that off first, or use --force")
+        self._apply(*({"op": "remove", "id": version.id} for version in versions))
+        return versions
+
+    def _apply(self, *records: Mapping[str, Any]) -> None:
+        with self.catalog.change() as change:
+            for record in records:
+                change.apply(record)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def _hint(text: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(text, names, 1)
+    if near:
+        return f"; did you mean {quoted(near[0])}?"
+    return f"; there are {', '.join(sorted(names)[:5])}" if names else ""
+
+
+def _whole(value: Any, what: str) -> int | None:
+    if value is None or (type(value) is int and 0 <= value < 1 << 63):
+        return value
+    raise Invalid(f"{what} is {quoted(str(value))}, expected a whole number of 0 or more")
+
+
+def _real(value: Any, what: str) -> float | None:
+    if value is None:
+        return None
+    try:
+        if isinstance(value, str | bool):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        shown = quoted(str(value))
+        raise Invalid(f"{what} is {shown}, expected a number") from None
+
+
+__all__ = ["Checkpoint", "Registry", "RegistryError", "default_root"]

@@ -1,0 +1,110 @@
+"""The catalog's tables, in SQL that SQLite and PostgreSQL both understand, and how they move forward.
+
+The catalog is a view of the journal and the manifests (see `registry.journal`): every table can be rebuilt.
+"""
+
+from __future__ import annotations
+
+VERSION = 1
+
+TABLES = """
+CREATE TABLE state (
+    key TEXT PRIMARY KEY,
+    value BIGINT NOT NULL
+);
+CREATE TABLE models (
+    name TEXT PRIMARY KEY,
+    next_version INTEGER NOT NULL
+);
+CREATE TABLE runs (
+    name TEXT PRIMARY KEY,
+    model TEXT NOT NULL,
+    started TEXT NOT NULL,
+    record TEXT NOT NULL
+);
+CREATE TABLE manifests (
+    id TEXT PRIMARY KEY,
+    size BIGINT NOT NULL,
+    tensors INTEGER NOT NULL
+);
+CREATE TABLE versions (
+    id TEXT PRIMARY KEY REFERENCES manifests (id),
+    model TEXT NOT NULL REFERENCES models (name),
+    version INTEGER NOT NULL,
+    created TEXT NOT NULL,
+    epoch INTEGER,
+    step INTEGER,
+    loss DOUBLE PRECISION,
+    run TEXT,
+    record TEXT NOT NULL,
+    UNIQUE (model, version)
+);
+CREATE TABLE metrics (
+    id TEXT NOT NULL REFERENCES versions (id) ON DELETE CASCADE,
+    model TEXT NOT NULL,
+    name TEXT NOT NULL,
+    value DOUBLE PRECISION,
+    PRIMARY KEY (id, name)
+);
+CREATE INDEX metrics_by_value ON metrics (model, name, value);
+CREATE TABLE aliases (
+    model TEXT NOT NULL,
+    name TEXT NOT NULL,
+    id TEXT NOT NULL REFERENCES versions (id) ON DELETE CASCADE,
+    PRIMARY KEY (model, name)
+);
+CREATE INDEX aliases_by_id ON aliases (id);
+CREATE TABLE tags (
+    id TEXT NOT NULL REFERENCES versions (id) ON DELETE CASCADE,
+    name TEXT NOT NULL,
+    PRIMARY KEY (id, name)
+);
+CREATE TABLE notes (
+    id TEXT NOT NULL REFERENCES versions (id) ON DELETE CASCADE,
+    written TEXT NOT NULL,
+    text TEXT NOT NULL
+);
+CREATE INDEX notes_by_id ON notes (id);
+CREATE TABLE lineage (
+    child TEXT NOT NULL REFERENCES versions (id) ON DELETE CASCADE,
+    kind TEXT NOT NULL,
+    parent TEXT NOT NULL,
+    PRIMARY KEY (child, kind, parent)
+);
+CREATE INDEX lineage_by_parent ON lineage (parent);
+CREATE TABLE artifacts (
+    key TEXT PRIMARY KEY,
+    id TEXT NOT NULL REFERENCES manifests (id),
+    created TEXT NOT NULL
+);
+CREATE INDEX artifacts_by_id ON artifacts (id);
+CREATE TABLE packs (
+    number INTEGER PRIMARY KEY,
+    digest TEXT NOT NULL UNIQUE,
+    size BIGINT NOT NULL,
+    condemned DOUBLE PRECISION
+);
+CREATE TABLE tensors (
+    digest TEXT PRIMARY KEY,
+    pack INTEGER NOT NULL REFERENCES packs (number) ON DELETE CASCADE,
+    start BIGINT NOT NULL
+);
+CREATE INDEX tensors_by_pack ON tensors (pack);
+CREATE TABLE uses (
+    id TEXT NOT NULL REFERENCES manifests (id) ON DELETE CASCADE,
+    pack INTEGER NOT NULL REFERENCES packs (number),
+    PRIMARY KEY (id, pack)
+);
+CREATE INDEX uses_by_pack ON uses (pack);
+CREATE TABLE doomed (
+    digest TEXT PRIMARY KEY
+)
+"""
+
+MIGRATIONS: dict[int, str] = {}
+"""SQL that takes the schema from the version before the key to the key."""
+
+CONTENT = (
+    "doomed uses tensors packs artifacts lineage notes tags aliases metrics versions manifests runs models state"
+).split()
+"""The tables in an order in which they can be emptied."""

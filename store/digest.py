@@ -1,0 +1,43 @@
+"""Digests: BLAKE3-256 in lower-case hex."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from blake3 import blake3
+
+_PARALLEL = 1 << 20  # below this, starting threads costs more than they save
+_HEX = re.compile(r"[0-9a-f]{64}\Z")
+
+Buffer = bytes | bytearray | memoryview
+
+
+def digest(data: Buffer) -> str:
+    """Digest of plain bytes."""
+    threads = blake3.AUTO if len(data) > _PARALLEL else 1
+    return blake3(data, max_threads=threads).hexdigest()
+
+
+def preamble(dtype: str, shape: Sequence[int]) -> bytes:
+    """What is hashed before a tensor's bytes, so that equal bytes of another dtype or shape differ.
+
+    >>> preamble("float32", (6, 1, 5, 5))
+    b'float32 [6,1,5,5]\\n'
+    """
+    return f"{dtype} [{','.join(map(str, shape))}]\n".encode()
+
+
+def tensor_digest(dtype: str, shape: Sequence[int], data: Buffer, *, threads: int | None = None) -> str:
+    """Digest of a tensor: its dtype, its shape and its contiguous little-endian bytes.
+
+    Args:
+        threads: threads to hash with; all cores for large tensors unless given.
+    """
+    if threads is None:
+        threads = blake3.AUTO if len(data) > _PARALLEL else 1
+    return blake3(preamble(dtype, shape), max_threads=threads).update(data).hexdigest()
+
+
+def is_digest(text: object) -> bool:
+    return isinstance(text, str) and _HEX.match(text) is not None

@@ -1,0 +1,22 @@
+"""Where stored tensors lie."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple, Protocol
+
+
+class Location(NamedTuple):
+    """A tensor's place: its pack, the first byte in it, and the size of the whole pack."""
+
+    pack: str
+    start: int
+    pack_size: int
+
+
+class Index(Protocol):
+    """Finds stored tensors by digest."""
+
+    def locate(self, digests: Collection[str]) -> dict[str, Location]:
+        """The locations of those of the digests that are stored."""
+        ...

@@ -1,0 +1,202 @@
+"""Manifests: the document that lists a checkpoint's components, as trees of plain values with tensor positions.
+
+This module reads and writes the JSON and needs no torch; `registry.store.tree` turns the components' documents
+into live trees.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from registry.store.digest import is_digest
+from registry.store.dtypes import ELEMENT_TYPES, byte_count
+from registry.store.errors import Corrupt, Unsupported
+from registry.store.text import quoted
+
+FORMAT = 1
+MAX_SIZE = 256 << 20
+_TAG_OF_SLOT = ("$tensor", "$array", "$bytes")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a manifest says of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    digest: str
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensor."""
+        return byte_count(self.dtype, self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The components of a checkpoint or artifact, and the record that its owner keeps with them."""
+
+    record: Mapping[str, Any]
+    components: Mapping[str, Any]
+    tensors: Sequence[TensorInfo]
+
+    def render(self) -> bytes:
+        """The manifest's bytes.
+
+        Raises:
+            Unsupported: if the record holds anything but plain values.
+        """
+        document = {
+            "format": FORMAT,
+            "record": _tagged(self.record, "record"),
+            "components": self.components,
+            "tensors": [[tensor.dtype, list(tensor.shape), tensor.digest] for tensor in self.tensors],
+        }
+        return json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
+
+    def slots(self) -> Iterator[tuple[str, int]]:
+        """The `component/name` path and the position of every tensor; a tied one comes under each name."""
+        for component, document in self.components.items():
+            yield from slots(document, component)
+
+    def select(self, patterns: Sequence[str]) -> dict[str, Any]:
+        """The components' documents cut down to what the patterns name (see `Store.get`)."""
+        chosen = {}
+        for name, document in self.components.items():
+            kept = _select(document, name, patterns)
+            if kept is not _NOTHING:
+                chosen[name] = kept
+        return chosen
+
+
+def parse(data: bytes) -> Manifest:
+    """Read a manifest.
+
+    Raises:
+        Corrupt: if it is not one.
+        Unsupported: if a newer version of this package wrote it.
+    """
+    if len(data) > MAX_SIZE:
+        raise Corrupt(f"the manifest has {len(data)} bytes; at most {MAX_SIZE} are read")
+    try:
+        document = json.loads(data)
+    except RecursionError:
+        raise Corrupt("the manifest is nested too deep") from None
+    except ValueError as error:
+        raise Corrupt(f"the manifest is not JSON: {error}") from None
+    if not isinstance(document, dict) or not isinstance(document.get("format"), int):
+        raise Corrupt("the manifest has no format number")
+    if document["format"] > FORMAT:
+        raise Unsupported(
+            f"the manifest has format {document['format']}, this version reads up to {FORMAT}; "
+            "upgrade with: pip install -U torch-registry"
+        )
+    record, components, tensors = (document.get(key) for key in ("record", "components", "tensors"))
+    if not isinstance(record, dict) or not isinstance(components, dict) or not isinstance(tensors, list):
+        raise Corrupt("the manifest lacks its record, components or tensors")
+    manifest = Manifest(_untagged(record), components, [_tensor_info(item) for item in tensors])
+    for path, slot in manifest.slots():
+        if type(slot) is not int or not 0 <= slot < len(tensors):
+            raise Corrupt(f"the manifest refers at {quoted(path)} to a tensor that it does not list")
+    return manifest
+
+
+def _tagged(value: Any, path: str) -> Any:
+    """A record's value as JSON, which has no NaN or infinity."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"$float": struct.pack(">d", value).hex()}
+    if isinstance(value, list | tuple):
+        return [_tagged(item, f"{path}/{i}") for i, item in enumerate(value)]
+    if isinstance(value, Mapping) and all(isinstance(key, str) and key[:1] != "$" for key in value):
+        return {key: _tagged(item, f"{path}/{key}") for key, item in value.items()}
+    raise Unsupported(f"{quoted(path)}: a record holds plain values only, not {type(value).__qualname__}")
+
+
+def _untagged(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_untagged(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "$float" in value:
+        try:
+            return struct.unpack(">d", bytes.fromhex(value["$float"]))[0]
+        except (struct.error, ValueError, TypeError):
+            raise Corrupt("the manifest's record holds a malformed number") from None
+    return {key: _untagged(item) for key, item in value.items()}
+
+
+def _tensor_info(item: Any) -> TensorInfo:
+    match item:
+        case [str(dtype), list(shape), str(digest)] if (
+            dtype in ELEMENT_TYPES
+            and is_digest(digest)
+            and len(shape) <= 64
+            and all(type(n) is int and 0 <= n < 1 << 63 for n in shape)
+        ):
+            return TensorInfo(dtype, tuple(shape), digest)
+    raise Corrupt(f"the manifest lists a malformed tensor: {quoted(json.dumps(item))}")
+
+
+def slots(document: Any, path: str) -> Iterator[tuple[str, int]]:
+    """Path and position of every tensor below a component's document."""
+    stack = [(path, document)]
+    while stack:
+        path, node = stack.pop()
+        if isinstance(node, dict):
+            tag = next(iter(node), None)
+            if tag in _TAG_OF_SLOT and not isinstance(node[tag], str):
+                yield path, node[tag]
+                continue
+        stack += reversed([(f"{path}/{key}", child) for key, child in _children(node)])
+
+
+def _children(node: Any) -> list[tuple[Any, Any]]:
+    if isinstance(node, list):
+        return list(enumerate(node))
+    if not isinstance(node, dict):
+        return []
+    tag = next(iter(node), "")
+    if not tag.startswith("$"):
+        return list(node.items())
+    body = node[tag]
+    if tag == "$dict" and isinstance(body, list):
+        return [tuple(pair) for pair in body if isinstance(pair, list) and len(pair) == 2]
+    if tag == "$ordered":
+        metadata = [("_metadata", node["metadata"])] if "metadata" in node else []
+        return _children(body) + metadata
+    return _children(body) if tag in ("$counter", "$tuple") else []
+
+
+_NOTHING: Any = object()
+
+
+def _select(node: Any, path: str, patterns: Sequence[str]) -> Any:
+    if any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns):
+        return node
+    if not isinstance(node, dict):
+        return _NOTHING
+    tag = next(iter(node), "")
+    if tag == "$dict":
+        pairs = [[key, _select(child, f"{path}/{key}", patterns)] for key, child in node[tag]]
+        pairs = [pair for pair in pairs if pair[1] is not _NOTHING]
+        return {tag: pairs} if pairs else _NOTHING
+    if tag in ("$ordered", "$counter"):
+        body = _select(node[tag], path, patterns)
+        return _NOTHING if body is _NOTHING else {**node, tag: body}
+    if tag.startswith("$"):
+        return _NOTHING
+    kept = {key: _select(child, f"{path}/{key}", patterns) for key, child in node.items()}
+    kept = {key: child for key, child in kept.items() if child is not _NOTHING}
+    return kept or _NOTHING

@@ -1,0 +1,221 @@
+"""Packs: immutable safetensors files whose tensor names are digests.
+
+A pack is named by the digest of its header, which in turn names the digest of every tensor, so the name covers
+every byte. Tensors start at multiples of 64 bytes; safetensors allows no holes, so entries named `pad.<n>` of
+zero bytes fill the gaps.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import stat
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from registry.store import header
+from registry.store.digest import digest as digest_of
+from registry.store.digest import is_digest
+from registry.store.dtypes import BY_CODE, ELEMENT_TYPES, byte_count
+from registry.store.durable import NewFile, storage_errors
+from registry.store.errors import Corrupt, Invalid
+
+ALIGNMENT = 64
+_FORMAT = "torch-registry pack 1"
+_COALESCE = 64 << 10
+_BUFFER = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTensor:
+    """Where a tensor lies in a pack; `start` counts bytes from the start of the file."""
+
+    digest: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def size(self) -> int:
+        return byte_count(self.dtype, self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class PackInfo:
+    digest: str
+    size: int
+    tensors: tuple[PackedTensor, ...]
+
+
+class PackWriter:
+    """Writes one pack, front to back; after an error only `discard` may follow.
+
+    Args:
+        tmp: folder on the same file system as the packs.
+        candidates: dtype and shape of every tensor that may be added, which bounds the header's size.
+    """
+
+    def __init__(self, tmp: Path, candidates: Iterable[tuple[str, Sequence[int]]]) -> None:
+        bound = 64 + sum(_entry_bound(dtype, shape) for dtype, shape in candidates)
+        self._head = header.padded(bound)
+        self._file = NewFile(tmp)
+        self._file.skip_to(self._head)
+        self._position = self._head
+        self._buffer = bytearray()
+        self._tensors: list[PackedTensor] = []
+        self._entries: list[tuple[str, str, Sequence[int], int, int]] = []
+        self._opaque: dict[str, str] = {}
+
+    def add(self, digest: str, dtype: str, shape: Sequence[int], data: memoryview) -> None:
+        gap = -self._position % ALIGNMENT
+        if gap:
+            self._entry(f"pad.{len(self._entries)}", "U8", (gap,), gap)
+            self._write(memoryview(bytes(gap)))
+        code = ELEMENT_TYPES[dtype].code
+        self._tensors.append(PackedTensor(digest, dtype, tuple(shape), self._position))
+        if code is None:
+            self._opaque[digest] = f"{dtype} {','.join(map(str, shape))}"
+            self._entry(digest, "U8", (len(data),), len(data))
+        else:
+            self._entry(digest, code, shape, len(data))
+        self._write(data)
+
+    def finish(self, packs: Path) -> PackInfo:
+        """Publish the pack below `packs`, durably."""
+        self._flush()
+        text = header.render(self._entries, {"format": _FORMAT, **self._opaque})
+        head = header.framed(text, self._head)
+        name = digest_of(head)
+        self._file.write_at(head, 0)
+        self._file.publish(pack_path(packs, name), head)
+        return PackInfo(name, self._position, tuple(self._tensors))
+
+    def discard(self) -> None:
+        self._file.discard()
+
+    def _entry(self, name: str, code: str, shape: Sequence[int], size: int) -> None:
+        start = self._position - self._head
+        self._entries.append((name, code, shape, start, start + size))
+        self._position += size
+
+    def _write(self, data: memoryview) -> None:
+        if len(data) < _COALESCE:
+            self._buffer += data
+            if len(self._buffer) >= _BUFFER:
+                self._flush()
+        else:
+            self._flush()
+            self._file.write(data)
+
+    def _flush(self) -> None:
+        if self._buffer:
+            self._file.write(self._buffer)
+            self._buffer = bytearray()
+
+
+def _entry_bound(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes of header that a tensor takes at most, its filler entry and opaque type included."""
+    dimensions = sum(len(str(n)) + 1 for n in shape)
+    entry = 64 + len('"":{"dtype":"F8_E4M3FNUZ","shape":[],"data_offsets":[,]},') + dimensions + 2 * 15
+    filler = len('"pad.1000000":{"dtype":"U8","shape":[63],"data_offsets":[,]},') + 2 * 15
+    opaque = 64 + len('"":"float4_e2m1fn_x2 ",') + dimensions if ELEMENT_TYPES[dtype].code is None else 0
+    return entry + filler + opaque
+
+
+def pack_path(packs: Path, digest: str) -> Path:
+    return packs / digest[:2] / f"{digest}.safetensors"
+
+
+def read_pack_info(path: Path) -> PackInfo:
+    """Read a pack's header and check it against the pack's name.
+
+    Raises:
+        Corrupt: if the file is missing, cut short, or its header is not the one that its name covers.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            head = file.read(8)
+            length = header.announced_length(head, size)
+            head += file.read(length)
+            parsed = header.parse(head, size)
+        except Invalid as error:
+            raise Corrupt(f"{path}: {error}") from None
+    name = path.name.removesuffix(".safetensors")
+    if digest_of(head) != name:
+        raise Corrupt(f"{path}: the header is not the one that the file's name covers")
+    tensors = []
+    for entry in parsed.entries:
+        if not is_digest(entry.name):
+            continue
+        dtype, shape = BY_CODE.get(entry.code, ""), entry.shape
+        if entry.name in parsed.metadata:
+            dtype, _, dimensions = parsed.metadata[entry.name].partition(" ")
+            shape = tuple(int(n) for n in dimensions.split(",") if n)
+        if dtype not in ELEMENT_TYPES or byte_count(dtype, shape) != entry.end - entry.start:
+            raise Corrupt(f"{path}: tensor {entry.name} has a malformed type")
+        tensors.append(PackedTensor(entry.name, dtype, shape, entry.start))
+    return PackInfo(name, size, tuple(tensors))
+
+
+class open_regular:
+    """Open a file for reading, refusing links, devices and pipes; a context manager with `fileno` and `read`.
+
+    Raises:
+        Corrupt: if there is no regular file at `path`.
+        StorageError: if the system refuses.
+    """
+
+    def __init__(self, path: Path) -> None:
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        try:
+            with storage_errors(path):
+                try:
+                    self._fd = os.open(path, flags)
+                except FileNotFoundError:
+                    raise Corrupt(f"{path}: the file is missing") from None
+                except OSError as error:
+                    if os.path.islink(path):
+                        raise Corrupt(f"{path}: is a symbolic link, not a file") from error
+                    raise
+        except Corrupt:
+            self._fd = -1
+            raise
+        if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+            os.close(self._fd)
+            raise Corrupt(f"{path}: is not a regular file")
+
+    def __enter__(self) -> open_regular:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def read(self, size: int) -> bytes:
+        parts = []
+        while size > 0:
+            part = os.read(self._fd, min(size, 64 << 20))
+            if not part:
+                break
+            parts.append(part)
+            size -= len(part)
+        return b"".join(parts)
+
+
+def map_file(path: Path, size: int) -> mmap.mmap:
+    """Map a file copy-on-write: what is written to the mapping never reaches the file.
+
+    Raises:
+        Corrupt: if the file does not have `size` bytes.
+    """
+    with open_regular(path) as file, storage_errors(path):
+        actual = os.fstat(file.fileno()).st_size
+        if actual != size:
+            raise Corrupt(f"{path}: has {actual} bytes instead of {size}")
+        return mmap.mmap(
+            file.fileno(), size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
+        )

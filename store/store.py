@@ -1,0 +1,314 @@
+"""The store: named trees in, a manifest's digest out, and back."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from registry.store import durable
+from registry.store.digest import digest as digest_of
+from registry.store.digest import is_digest
+from registry.store.durable import storage_errors
+from registry.store.errors import Corrupt, Incompatible, Invalid, NotFound
+from registry.store.location import Index, Location
+from registry.store.manifest import MAX_SIZE, Manifest, parse
+from registry.store.pack import PackInfo, open_regular, pack_path, read_pack_info
+from registry.store.text import quoted
+
+if TYPE_CHECKING:
+    import torch
+
+    from registry.store.loading import Wanted
+    from registry.store.saving import State
+
+FOLDERS = ("packs", "manifests", "tmp")
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What a put left behind: the manifest, its digest, and the pack with the tensors that were new."""
+
+    digest: str
+    manifest: Manifest
+    pack: PackInfo | None
+
+
+class Store:
+    """Content-addressed storage of tensor trees in a folder.
+
+    Args:
+        root: a folder; `packs`, `manifests` and `tmp` below it are created when first needed.
+        index: finds stored tensors; without one, the packs' own headers are read.
+    """
+
+    def __init__(self, root: Path | str, index: Index | None = None) -> None:
+        self.root = Path(root)
+        self.packs, self.manifests, self.tmp = (self.root / name for name in FOLDERS)
+        self.index: Index = index or FolderIndex(self.packs)
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.root)!r})"
+
+    def encode(self, components: Mapping[str, Any]) -> State:
+        """Check and encode trees for `put`, without reading a tensor's values.
+
+        Raises:
+            Unsupported: naming the path and the type of what cannot be stored.
+        """
+        from registry.store.saving import State
+        from registry.store.tree import encode
+
+        return State(*encode(components))
+
+    def put(self, components: Mapping[str, Any] | State, record: Mapping[str, Any] | None = None) -> Stored:
+        """Store named trees: durably, each distinct tensor once.
+
+        Args:
+            components: trees of plain values and tensors (see `docs/FORMAT.md`), by name.
+            record: plain values that the manifest carries along.
+
+        Returns:
+            The manifest and its digest, under which `get` finds the trees again.
+
+        Raises:
+            Unsupported: if a value cannot be represented; nothing is written.
+            StorageError: if the system refuses; at most an orphan file is left, which `gc` removes.
+        """
+        from registry.store.saving import State, write_new
+
+        state = components if isinstance(components, State) else self.encode(components)
+        with storage_errors(self.root):
+            for folder in (self.packs, self.manifests, self.tmp):
+                durable.make_folder(folder)
+            packs: list[PackInfo | None] = []
+
+            def write() -> None:
+                packs.append(write_new(state, self._intact, self.tmp, self.packs))
+
+            durable.twice_on_io_error(write)
+            manifest = Manifest(dict(record or {}), state.components, state.tensors())
+            data = manifest.render()
+            if len(data) > MAX_SIZE:
+                raise Invalid(
+                    f"the plain values of this checkpoint take {len(data) >> 20} MB, at most {MAX_SIZE >> 20} are "
+                    "stored; put long lists into tensors or arrays"
+                )
+            digest = digest_of(data)
+            durable.write_file(self.manifest_path(digest), data, folder=self.tmp)
+        return Stored(digest, manifest, packs[-1])
+
+    def get(
+        self,
+        digest: str,
+        *,
+        only: str | Sequence[str] | None = None,
+        copy: bool = False,
+        verify: bool = True,
+        label: str = "",
+    ) -> dict[str, Any]:
+        """Load stored trees.
+
+        Tensors view the packs, mapped copy-on-write: loading is instant, and training on them in place is safe
+        but slow on the first write to each page.
+
+        Args:
+            digest: the manifest's.
+            only: glob patterns over `component/name` paths, such as `model/conv.*`; a pattern that names a
+                dict or list selects all of it. Only the bytes of what is selected are read.
+            copy: read into fresh memory instead, for training in place at full speed.
+            verify: check digests of what is read, in parallel.
+            label: what to call the checkpoint in errors.
+
+        Returns:
+            The trees by component name; dicts are cut down to what `only` selects.
+
+        Raises:
+            NotFound: if there is no such manifest, or a pattern selects nothing.
+            Corrupt: naming component, tensor and pack, if a byte is not what was saved.
+        """
+        from registry.store import loading
+        from registry.store.tree import decode
+
+        with loading.naming(label or digest[:12]):
+            manifest = self.manifest(digest)
+            documents = self._chosen(manifest, only)
+            wanted = self._locate(manifest, documents)
+            tensors: dict[int, torch.Tensor]
+            if copy:
+                tensors = loading.owned(self.packs, wanted, check=verify)
+            else:
+                mapped = loading.Mapped(self.packs)
+                tensors = {item.slot: mapped.tensor(item) for item in wanted}
+                if verify:
+                    loading.verify(self.packs, wanted, mapped)
+            return {name: decode(document, tensors.__getitem__) for name, document in documents.items()}
+
+    def load_into(
+        self, digest: str, targets: Mapping[str, Any], *, verify: bool = True, label: str = ""
+    ) -> None:
+        """Copy stored values into live tensors, such as those of `{"model": model.state_dict()}`.
+
+        All or nothing: names, shapes, dtypes and (with `verify`) digests are checked before the first byte is
+        copied. Names that the targets do not mention are left in the store.
+
+        Raises:
+            Incompatible: listing what differs; nothing was changed.
+            Corrupt: as for `get`; nothing was changed.
+        """
+        import torch
+
+        from registry.store import loading
+        from registry.store.tree import tensor_paths, torch_type
+
+        with loading.naming(label or digest[:12]), torch.no_grad():
+            manifest = self.manifest(digest)
+            slots = dict(manifest.slots())
+            live = tensor_paths(targets)
+            problems = []
+            for path, tensor in live.items():
+                if path not in slots:
+                    problems.append(f"{path} is not in the checkpoint")
+                    continue
+                info = manifest.tensors[slots[path]]
+                if info.shape != tuple(tensor.shape):
+                    problems.append(f"{path} has shape {list(tensor.shape)}, stored is {list(info.shape)}")
+                elif torch_type(info.dtype) != tensor.dtype:
+                    problems.append(f"{path} is {tensor.dtype}, stored is torch.{info.dtype}")
+            if problems:
+                more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+                raise Incompatible("; ".join(problems[:3]) + more)
+            places = {path: i for i, path in enumerate(live)}
+            wanted = self._wanted(manifest, [(places[path], slots[path], path) for path in live])
+            mapped = loading.Mapped(self.packs)
+            if verify:
+                loading.verify(self.packs, wanted, mapped)
+            plain = {i: t for i, t in enumerate(live.values()) if t.device.type == "cpu" and t.is_contiguous()}
+            loading.read_into(self.packs, [item for item in wanted if item.slot in plain], plain)
+            for item, tensor in zip(wanted, live.values(), strict=True):
+                if item.slot not in plain:
+                    tensor.copy_(mapped.tensor(item))
+
+    def has(self, digest: str) -> bool:
+        """Whether a manifest of this digest is stored."""
+        return is_digest(digest) and self.manifest_path(digest).is_file()
+
+    def manifest(self, digest: str) -> Manifest:
+        """Read a manifest and check it against its digest; needs no torch.
+
+        Raises:
+            NotFound: if it is not stored.
+            Corrupt: if its bytes are not what was saved.
+        """
+        if not is_digest(digest):
+            raise Invalid(f"{quoted(digest)} is not a digest of 64 hex digits")
+        path = self.manifest_path(digest)
+        if not os.path.lexists(path):
+            raise NotFound(f"{path}: the manifest is missing")
+        with open_regular(path) as file:
+            data = file.read(MAX_SIZE + 1)
+        if digest_of(data) != digest:
+            raise Corrupt(f"{path}: the manifest is not what was saved; restore it from a backup")
+        return parse(data)
+
+    def __iter__(self) -> Iterator[str]:
+        """The digests of all stored manifests, sorted."""
+        return iter(sorted(path.stem for path in self.manifests.glob("??/*.json") if is_digest(path.stem)))
+
+    def pack_digests(self) -> Iterator[str]:
+        """The digests of all pack files, sorted."""
+        return iter(FolderIndex.names(self.packs))
+
+    def manifest_path(self, digest: str) -> Path:
+        return self.manifests / digest[:2] / f"{digest}.json"
+
+    def pack_path(self, digest: str) -> Path:
+        return pack_path(self.packs, digest)
+
+    def pack_is_whole(self, digest: str, size: int) -> bool:
+        """Whether a pack's file is there in its full size."""
+        try:
+            return self.pack_path(digest).stat().st_size == size
+        except FileNotFoundError:
+            return False
+
+    def _intact(self, digests: Collection[str]) -> Collection[str]:
+        whole: dict[str, bool] = {}
+        located = self.index.locate(digests)
+        for location in located.values():
+            if location.pack not in whole:
+                whole[location.pack] = self.pack_is_whole(location.pack, location.pack_size)
+        return {digest for digest, location in located.items() if whole[location.pack]}
+
+    def _chosen(self, manifest: Manifest, only: str | Sequence[str] | None) -> Mapping[str, Any]:
+        if only is None:
+            return manifest.components
+        patterns = [only] if isinstance(only, str) else list(only)
+        names = [path for path, _ in manifest.slots()]
+        for pattern in patterns:
+            if not manifest.select([pattern]):
+                near = difflib.get_close_matches(pattern, [*manifest.components, *names], 1, 0.4)
+                hint = f"; did you mean {quoted(near[0])}?" if near else ""
+                raise NotFound(f"nothing matches {quoted(pattern)}{hint}")
+        return manifest.select(patterns)
+
+    def _locate(self, manifest: Manifest, documents: Mapping[str, Any]) -> list[Wanted]:
+        first: dict[int, str] = {}
+        for path, slot in Manifest(manifest.record, documents, manifest.tensors).slots():
+            first.setdefault(slot, path)
+        return self._wanted(manifest, [(slot, slot, path) for slot, path in first.items()])
+
+    def _wanted(self, manifest: Manifest, chosen: Sequence[tuple[int, int, str]]) -> list[Wanted]:
+        """What to load, from (key, slot in the manifest, path)."""
+        from registry.store.loading import Wanted
+
+        located = self.index.locate({manifest.tensors[slot].digest for _, slot, _ in chosen})
+        wanted = []
+        for key, slot, path in chosen:
+            info = manifest.tensors[slot]
+            location = located.get(info.digest)
+            if location is None:
+                raise Corrupt(f"{path}: no pack holds tensor {info.digest}; run: registry verify")
+            wanted.append(Wanted(key, info, location, path))
+        return wanted
+
+
+class FolderIndex:
+    """Finds tensors by reading the headers of the packs in a folder; for a store without a catalog."""
+
+    def __init__(self, packs: Path) -> None:
+        self._packs = packs
+        self._read: set[str] = set()
+        self._located: dict[str, Location] = {}
+        self._lock = threading.Lock()
+
+    def locate(self, digests: Collection[str]) -> dict[str, Location]:
+        with self._lock:
+            self._refresh()
+            return {digest: self._located[digest] for digest in digests if digest in self._located}
+
+    def _refresh(self) -> None:
+        present = self.names(self._packs)
+        gone = self._read.difference(present)
+        if gone:
+            self._read.clear()
+            self._located.clear()
+        for name in present:
+            if name not in self._read:
+                info = read_pack_info(pack_path(self._packs, name))
+                self._read.add(name)
+                for tensor in info.tensors:
+                    self._located.setdefault(tensor.digest, Location(name, tensor.start, info.size))
+
+    @staticmethod
+    def names(packs: Path) -> list[str]:
+        stems = (path.name.removesuffix(".safetensors") for path in packs.glob("??/*.safetensors"))
+        return sorted(stem for stem in stems if is_digest(stem))
+
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes done and the bytes in all."""

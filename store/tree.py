@@ -1,0 +1,330 @@
+"""State trees: what a component may hold, and how it becomes a JSON document and a list of tensors.
+
+A tree is made of dict, list, tuple, str, int, float, bool, None, tensors, and the few other types that real
+state dicts hold. Anything else is refused by path and type, before a byte is written. `docs/FORMAT.md`
+describes the document.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import struct
+import sys
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from registry.store.dtypes import ELEMENT_TYPES, byte_count
+from registry.store.errors import Corrupt, Unsupported
+from registry.store.text import quoted
+
+MAX_DEPTH = 200
+_INLINE_BYTES = 512
+_MAX_INT_BITS = 4_096
+_NUMPY_TYPES = frozenset(ELEMENT_TYPES) & {np.dtype(t).name for t in "?bBhHiIqQefdFD"}
+_TORCH_TYPES = {getattr(torch, name): name for name in ELEMENT_TYPES if hasattr(torch, name)}
+
+Path = tuple[object, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """One distinct tensor of a tree; `source` is a torch tensor, a numpy array or bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    source: Any
+
+    @property
+    def size(self) -> int:
+        return byte_count(self.dtype, self.shape)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether `buffer` is a view of the caller's own memory, not a copy."""
+        source = self.source
+        if isinstance(source, torch.Tensor):
+            return bool(
+                source.device.type == "cpu"
+                and source.is_contiguous()
+                and not source.is_conj()
+                and not source.is_neg()
+            )
+        return isinstance(source, bytes) or bool(source.flags.c_contiguous)
+
+    def buffer(self) -> memoryview:
+        """The contiguous little-endian bytes."""
+        source = self.source
+        if self.size == 0:
+            return memoryview(b"")
+        if isinstance(source, torch.Tensor):
+            plain = source.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
+            return memoryview(plain.reshape(-1).view(torch.uint8).numpy())
+        if isinstance(source, bytes):
+            return memoryview(source)
+        return memoryview(np.ascontiguousarray(source).reshape(-1).view(np.uint8))
+
+
+def encode(components: Mapping[str, Any]) -> tuple[dict[str, Any], list[Leaf]]:
+    """Turn named trees into JSON documents and the tensors that these refer to by position.
+
+    Names that refer to the same view of the same memory refer to one leaf, so tied tensors stay tied.
+
+    Raises:
+        Unsupported: naming the path and the type of the first value that cannot be represented.
+    """
+    if sys.byteorder != "little":
+        raise Unsupported("torch-registry runs on little-endian machines only")
+    encoder = _Encoder()
+    return {name: encoder.encode(tree, (name,)) for name, tree in components.items()}, encoder.leaves
+
+
+class _Encoder:
+    def __init__(self) -> None:
+        self.leaves: list[Leaf] = []
+        self._slots: dict[tuple[object, ...], int] = {}
+
+    def encode(self, value: Any, path: Path) -> Any:
+        if len(path) > MAX_DEPTH:
+            raise Unsupported(f"{_shown(path[:4])}/…: nested deeper than {MAX_DEPTH} levels; flatten it")
+        kind = type(value)
+        if value is None or kind is bool or kind is str:
+            return value
+        if isinstance(value, torch.Tensor):
+            return {"$tensor": self._tensor(value, path)}
+        method = _PLAIN.get(kind)
+        if method is not None:
+            return method(self, value, path)
+        if isinstance(value, np.ndarray):
+            return {"$array": self._array(value, path)}
+        if isinstance(value, np.generic) and value.dtype.name in _NUMPY_TYPES:
+            return {"$scalar": [value.dtype.name, value.tobytes().hex()]}
+        raise Unsupported(
+            f"{_shown(path)}: a value of type {kind.__module__}.{kind.__qualname__} cannot be stored; "
+            f"store tensors, arrays, numbers, strings, or dicts, lists and tuples of them"
+        )
+
+    def _int(self, value: int, path: Path) -> int:
+        if value.bit_length() > _MAX_INT_BITS:
+            raise Unsupported(f"{_shown(path)}: an integer of {value.bit_length()} bits cannot be stored")
+        return value
+
+    def _float(self, value: float, path: Path) -> Any:
+        return value if math.isfinite(value) else {"$float": struct.pack(">d", value).hex()}
+
+    def _complex(self, value: complex, path: Path) -> Any:
+        return {"$complex": struct.pack(">dd", value.real, value.imag).hex()}
+
+    def _bytes(self, value: bytes, path: Path) -> Any:
+        if len(value) <= _INLINE_BYTES:
+            return {"$bytes": base64.b64encode(value).decode()}
+        return {"$bytes": self._add(Leaf("uint8", (len(value),), value))}
+
+    def _list(self, value: list[Any], path: Path) -> Any:
+        return [self.encode(item, (*path, i)) for i, item in enumerate(value)]
+
+    def _tuple(self, value: tuple[Any, ...], path: Path) -> Any:
+        return {"$tuple": self._list(list(value), path)}
+
+    def _size(self, value: torch.Size, path: Path) -> Any:
+        return {"$size": list(value)}
+
+    def _dtype(self, value: torch.dtype, path: Path) -> Any:
+        return {"$dtype": str(value).removeprefix("torch.")}
+
+    def _device(self, value: torch.device, path: Path) -> Any:
+        return {"$device": str(value)}
+
+    def _counter(self, value: Counter[Any], path: Path) -> Any:
+        return {"$counter": self._dict(value, path)}
+
+    def _ordered(self, value: OrderedDict[Any, Any], path: Path) -> Any:
+        attributes = vars(value)
+        if set(attributes) - {"_metadata"}:
+            raise Unsupported(f"{_shown(path)}: an OrderedDict with the attributes {sorted(attributes)}")
+        document = {"$ordered": self._dict(value, path)}
+        if attributes:
+            document["metadata"] = self.encode(attributes["_metadata"], (*path, "_metadata"))
+        return document
+
+    def _dict(self, value: Mapping[Any, Any], path: Path) -> Any:
+        if all(type(key) is str and not key.startswith("$") for key in value):
+            return {key: self.encode(item, (*path, key)) for key, item in value.items()}
+        for key in value:
+            if key is not None and type(key) not in (str, int, float, bool):
+                raise Unsupported(f"{_shown(path)}: a dict key of type {type(key).__qualname__}")
+        pairs = value.items()
+        return {"$dict": [[self.encode(k, (*path, "key")), self.encode(v, (*path, k))] for k, v in pairs]}
+
+    def _tensor(self, tensor: torch.Tensor, path: Path) -> int:
+        problem = _refusal(tensor)
+        if problem:
+            raise Unsupported(f"{_shown(path)}: {problem}")
+        leaf = Leaf(_TORCH_TYPES[tensor.dtype], tuple(tensor.shape), tensor)
+        if tensor.numel() == 0:
+            return self._add(leaf)
+        view = (tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg(), tensor.dtype)
+        return self._add(leaf, (tensor.device, tensor.data_ptr(), *view))
+
+    def _array(self, array: np.ndarray[Any, Any], path: Path) -> int:
+        name = array.dtype.name
+        if name not in _NUMPY_TYPES or not array.dtype.isnative:
+            raise Unsupported(f"{_shown(path)}: a numpy array of dtype {array.dtype.str}; convert it first")
+        leaf = Leaf(name, array.shape, array)
+        if array.size == 0:
+            return self._add(leaf)
+        where = array.__array_interface__["data"][0]
+        return self._add(leaf, ("numpy", where, array.shape, array.strides, name))
+
+    def _add(self, leaf: Leaf, identity: tuple[object, ...] | None = None) -> int:
+        if identity is not None:
+            known = self._slots.setdefault(identity, len(self.leaves))
+            if known < len(self.leaves):
+                return known
+        self.leaves.append(leaf)
+        return len(self.leaves) - 1
+
+
+_PLAIN: dict[type, Callable[[_Encoder, Any, Path], Any]] = {
+    int: _Encoder._int,
+    float: _Encoder._float,
+    complex: _Encoder._complex,
+    bytes: _Encoder._bytes,
+    list: _Encoder._list,
+    tuple: _Encoder._tuple,
+    dict: _Encoder._dict,
+    OrderedDict: _Encoder._ordered,
+    Counter: _Encoder._counter,
+    torch.Size: _Encoder._size,
+    torch.dtype: _Encoder._dtype,
+    torch.device: _Encoder._device,
+}
+
+
+def _refusal(tensor: torch.Tensor) -> str | None:
+    """Why a tensor cannot be stored, or None."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return f"a tensor subclass {type(tensor).__qualname__}; convert it with .as_subclass(torch.Tensor)"
+    if tensor.is_nested:
+        return "a nested tensor; store its parts with .unbind()"
+    if tensor.layout != torch.strided:
+        return f"a tensor of layout {tensor.layout}; convert it with .to_dense()"
+    if tensor.is_quantized:
+        return "a quantized tensor; store .int_repr() with its scale and zero point"
+    if tensor.device.type == "meta":
+        return "a tensor on the meta device, which has no values"
+    if tensor.dtype not in _TORCH_TYPES:
+        return f"a tensor of dtype {tensor.dtype}"
+    return None
+
+
+def _shown(path: Path) -> str:
+    """A path as `component/name/name`, harmless to print."""
+    return quoted("/".join(map(str, path))).strip("'")
+
+
+def decode(document: Any, tensor_at: Callable[[int], torch.Tensor]) -> Any:
+    """Rebuild a tree from its document.
+
+    Args:
+        tensor_at: gives the tensor at a position; called once for each use of it.
+
+    Raises:
+        Corrupt: if the document has a form that `encode` never writes.
+    """
+    try:
+        return _decode(document, tensor_at)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, struct.error) as error:
+        raise Corrupt(f"the manifest holds a malformed value: {error}") from error
+    except RecursionError:
+        raise Corrupt("the manifest is nested too deep") from None
+
+
+def _decode(document: Any, tensor_at: Callable[[int], torch.Tensor]) -> Any:
+    if isinstance(document, list):
+        return [_decode(item, tensor_at) for item in document]
+    if not isinstance(document, dict):
+        return document
+    tag = next(iter(document), "")
+    if not tag.startswith("$"):
+        return {key: _decode(value, tensor_at) for key, value in document.items()}
+    body = document[tag]
+    match tag:
+        case "$tensor":
+            return tensor_at(body)
+        case "$array":
+            return tensor_at(body).numpy()
+        case "$bytes":
+            return tensor_at(body).numpy().tobytes() if isinstance(body, int) else base64.b64decode(body)
+        case "$scalar":
+            return np.frombuffer(bytes.fromhex(body[1]), dtype=_numpy_type(body[0]))[0]
+        case "$float":
+            return struct.unpack(">d", bytes.fromhex(body))[0]
+        case "$complex":
+            return complex(*struct.unpack(">dd", bytes.fromhex(body)))
+        case "$tuple":
+            return tuple(_decode(body, tensor_at))
+        case "$size":
+            return torch.Size(body)
+        case "$dtype":
+            return _torch_type(body)
+        case "$device":
+            return torch.device(body)
+        case "$dict":
+            return {_decode(key, tensor_at): _decode(value, tensor_at) for key, value in body}
+        case "$counter":
+            return Counter(_decode(body, tensor_at))
+        case "$ordered":
+            ordered = OrderedDict(_decode(body, tensor_at))
+            if "metadata" in document:
+                ordered._metadata = _decode(document["metadata"], tensor_at)  # type: ignore[attr-defined]
+            return ordered
+    raise Corrupt(f"the manifest holds the unknown tag {quoted(tag)}")
+
+
+def torch_type(name: str) -> torch.dtype:
+    """The torch dtype of an element type's name.
+
+    Raises:
+        Unsupported: if this torch has no such dtype.
+    """
+    if name not in ELEMENT_TYPES or not hasattr(torch, name):
+        raise Unsupported(f"torch {torch.__version__} has no dtype {quoted(name)}; upgrade torch")
+    return _torch_type(name)
+
+
+def _torch_type(name: str) -> torch.dtype:
+    kind = getattr(torch, name)
+    if not isinstance(kind, torch.dtype):
+        raise ValueError(f"{quoted(name)} is no dtype")
+    return kind
+
+
+def _numpy_type(name: str) -> np.dtype[Any]:
+    if name not in _NUMPY_TYPES:
+        raise ValueError(f"{quoted(name)} is no numpy dtype")
+    return np.dtype(name)
+
+
+def tensor_paths(trees: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of live trees by `component/name` path, for loading into them."""
+    found: dict[str, torch.Tensor] = {}
+
+    def visit(value: Any, path: str) -> None:
+        if isinstance(value, torch.Tensor):
+            found[path] = value
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                visit(item, f"{path}/{key}")
+        elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
+            for i, item in enumerate(value):
+                visit(item, f"{path}/{i}")
+
+    for name, tree in trees.items():
+        visit(tree, name)
+    return found
