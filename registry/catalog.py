@@ -104,7 +104,14 @@ class Catalog:
         if getattr(local, "pid", None) != os.getpid():
             local.connection = self._opened()
             local.pid = os.getpid()
+            self._recover()
         return local.connection  # type: ignore[no-any-return]
+
+    def _recover(self) -> None:
+        """Finish a change that a crash interrupted; a folder that cannot be written is read as it is."""
+        if os.access(self.path, os.W_OK) and self.behind():
+            with contextlib.suppress(StorageError):
+                self.catch_up()
 
     def close(self) -> None:
         """Close this thread's connection."""
@@ -162,9 +169,13 @@ class Catalog:
         except sqlite3.OperationalError as error:
             text = str(error)
             if "full" in text:
-                raise StorageError(f"{self.path}: no space left on the device; free some and repeat") from error
+                raise StorageError(
+                    f"{self.path}: no space left on the device; free some and repeat"
+                ) from error
             if "readonly" in text or "unable to open" in text:
-                raise StorageError(f"{self.path}: cannot be written ({text}); ask its owner for access") from error
+                raise StorageError(
+                    f"{self.path}: cannot be written ({text}); ask its owner for access"
+                ) from error
             if "locked" in text:
                 raise StorageError(
                     f"{self.path}: another process has kept the catalog locked for {BUSY_SECONDS} s; repeat"
@@ -227,7 +238,7 @@ class Catalog:
             connection.execute("BEGIN EXCLUSIVE")
             try:
                 for table in schema.CONTENT:
-                    connection.execute(f"DELETE FROM {table}")  # noqa: S608 - the names are ours
+                    connection.execute(f"DELETE FROM {table}")
                 connection.execute("INSERT INTO state (key, value) VALUES ('schema', ?)", (schema.VERSION,))
                 connection.execute("INSERT INTO state (key, value) VALUES ('journal', 0)")
                 change = Change(connection, self._store)
@@ -249,7 +260,9 @@ class Catalog:
         size = self.journal.size()
         if size == applied:
             return
-        if size < applied:  # the journal was lost or restored from a backup: write down what the catalog knows
+        if (
+            size < applied
+        ):  # the journal was lost or restored from a backup: write down what the catalog knows
             self.journal.append(list(self.dump(change.connection)))
         else:
             for line in self.journal.read(applied):
@@ -324,7 +337,7 @@ class Catalog:
         """Versions that fulfil a condition over the table `v`, by model, the newest first."""
         rows = self._rows(
             "SELECT v.id, v.model, v.version, v.created, v.epoch, v.step, v.loss, m.size, m.tensors, v.record "
-            f"FROM versions v JOIN manifests m ON m.id = v.id WHERE {where} "  # noqa: S608
+            f"FROM versions v JOIN manifests m ON m.id = v.id WHERE {where} "
             "ORDER BY v.model, v.version DESC LIMIT ?",
             [*parameters, limit if limit >= 0 else 1 << 40],
         )
@@ -335,14 +348,13 @@ class Catalog:
         metrics = self._attached("SELECT id, name, value FROM metrics WHERE id IN ({}) ORDER BY name", ids)
         return [
             Version(
-                *row[:9],
-                json.loads(row[9]),
-                tuple(name for (name,) in aliases.get(row[0], ())),
-                tuple(name for (name,) in tags.get(row[0], ())),
-                tuple((written, text) for written, text in notes.get(row[0], ())),
-                {name: value for name, value in metrics.get(row[0], ())},
+                *(id, model, version, created, epoch, step, loss, size, tensors, json.loads(record)),
+                aliases=tuple(name for (name,) in aliases.get(id, ())),
+                tags=tuple(name for (name,) in tags.get(id, ())),
+                notes=tuple((written, text) for written, text in notes.get(id, ())),
+                metrics=dict(metrics.get(id, ())),
             )
-            for row in rows
+            for id, model, version, created, epoch, step, loss, size, tensors, record in rows
         ]
 
     def version_by_id(self, id: str) -> Version | None:
@@ -355,7 +367,7 @@ class Catalog:
         rows = self._rows(
             "SELECT t.id FROM metrics t JOIN versions v ON v.id = t.id "
             "WHERE t.model = ? AND t.name = ? AND t.value IS NOT NULL "
-            f"ORDER BY t.value {direction}, v.version LIMIT 1",  # noqa: S608
+            f"ORDER BY t.value {direction}, v.version LIMIT 1",
             [model, metric],
         )
         return self.version_by_id(rows[0][0]) if rows else None
@@ -364,7 +376,9 @@ class Catalog:
         """Kind and parent of a checkpoint's edges."""
         return [
             (kind, parent)
-            for kind, parent in self._rows("SELECT kind, parent FROM lineage WHERE child = ? ORDER BY kind", [id])
+            for kind, parent in self._rows(
+                "SELECT kind, parent FROM lineage WHERE child = ? ORDER BY kind", [id]
+            )
         ]
 
     def _attached(self, sql: str, ids: Sequence[str]) -> dict[str, list[tuple[Any, ...]]]:

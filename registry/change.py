@@ -32,7 +32,7 @@ def locate(connection: sqlite3.Connection, digests: Collection[str]) -> dict[str
         part = wanted[start : start + _BATCH]
         rows = connection.execute(
             "SELECT t.digest, p.digest, t.start, p.size FROM tensors t JOIN packs p ON p.number = t.pack "
-            f"WHERE t.digest IN ({','.join('?' * len(part))})",  # noqa: S608
+            f"WHERE t.digest IN ({','.join('?' * len(part))})",
             part,
         )
         found.update({digest: Location(pack, offset, size) for digest, pack, offset, size in rows})
@@ -92,8 +92,8 @@ class Change:
             self.add_pack(pack, replace=broken)
         located = locate(self.connection, digests)
         packs = {location.pack: location.pack_size for location in located.values()}
-        if len(located) < len(digests):
-            raise Stale("tensors that this save relied on were removed meanwhile")
+        if len(located) < len(digests) or not self._store.has(id):
+            raise Stale("tensors or the manifest of this save were removed meanwhile")
         for name, size in packs.items():
             if not self._store.pack_is_whole(name, size):
                 raise Stale("a pack that this save relied on was removed meanwhile")
@@ -130,7 +130,9 @@ class Change:
                     (number, broken),
                 )
             marks = ",".join("?" * len(replace))
-            old = [row[0] for row in execute(f"SELECT number FROM packs WHERE digest IN ({marks})", [*replace])]  # noqa: S608
+            old = [
+                row[0] for row in execute(f"SELECT number FROM packs WHERE digest IN ({marks})", [*replace])
+            ]
             insert = (
                 "INSERT INTO tensors (digest, pack, start) VALUES (?, ?, ?) ON CONFLICT (digest) DO UPDATE "
                 "SET pack = excluded.pack, start = excluded.start "
@@ -171,8 +173,10 @@ class Change:
         execute(
             "INSERT INTO versions (id, model, version, created, epoch, step, loss, run, record) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (id, model, version, about["created"], about.get("epoch"), about.get("step"))
-            + (_number(about.get("loss")), about.get("run"), json.dumps(shown, separators=(",", ":"))),
+            (
+                *(id, model, version, about["created"], about.get("epoch"), about.get("step")),
+                *(_number(about.get("loss")), about.get("run"), json.dumps(shown, separators=(",", ":"))),
+            ),
         )
         for name, value in about.get("metrics", {}).items():
             execute(
@@ -212,7 +216,7 @@ class Change:
         """Forget a manifest that neither a version nor an artifact names."""
         execute = self.connection.execute
         for table in ("versions", "artifacts"):
-            if execute(f"SELECT 1 FROM {table} WHERE id = ? LIMIT 1", (id,)).fetchone():  # noqa: S608
+            if execute(f"SELECT 1 FROM {table} WHERE id = ? LIMIT 1", (id,)).fetchone():
                 return
         execute("DELETE FROM manifests WHERE id = ?", (id,))
 
@@ -257,7 +261,12 @@ class Change:
         self.connection.execute(
             "INSERT INTO runs (name, model, started, record) VALUES (?, ?, ?, ?) "
             "ON CONFLICT (name) DO UPDATE SET record = excluded.record",
-            (record["name"], record["model"], record["at"], json.dumps(record["record"], separators=(",", ":"))),
+            (
+                record["name"],
+                record["model"],
+                record["at"],
+                json.dumps(record["record"], separators=(",", ":")),
+            ),
         )
 
     def _artifact(self, record: Mapping[str, Any]) -> None:

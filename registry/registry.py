@@ -5,21 +5,28 @@ from __future__ import annotations
 import difflib
 import os
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import registry
 from registry.catalog import Catalog, Version
 from registry.change import Stale
 from registry.checkpoint import Checkpoint
+from registry.progress import Progress, silent
 from registry.reference import RESERVED_ALIASES, Reference, check_name, parse_reference
 from registry.store import durable
 from registry.store.durable import storage_errors
 from registry.store.errors import Conflict, Invalid, NotFound, RegistryError, Unsupported
 from registry.store.store import FOLDERS, Store
 from registry.store.text import quoted
+
+if TYPE_CHECKING:
+    from registry.garbage import Collected
+    from registry.rebuilding import Rebuilt
+    from registry.status import Status
+    from registry.verification import Verification
 
 FORMAT = 1
 SETTINGS = "registry.toml"
@@ -201,7 +208,8 @@ class Registry:
             return find("v.model = ? AND v.version = ?", [reference.model, reference.version])
         if reference.alias not in (None, "latest"):
             return find(
-                "v.id = (SELECT id FROM aliases WHERE model = ? AND name = ?)", [reference.model, reference.alias]
+                "v.id = (SELECT id FROM aliases WHERE model = ? AND name = ?)",
+                [reference.model, reference.alias],
             )
         return find("v.model = ?", [reference.model], limit=1)
 
@@ -275,9 +283,46 @@ class Registry:
         for version in versions:
             held = [f"alias {name}" for name in version.aliases] + [f"tag {name}" for name in version.tags]
             if held and not force:
-                raise Conflict(f"{version.name} is held by {', '.join(held)}; take that off first, or use --force")
+                raise Conflict(
+                    f"{version.name} is held by {', '.join(held)}; take that off first, or use --force"
+                )
         self._apply(*({"op": "remove", "id": version.id} for version in versions))
         return versions
+
+    # -- keeping house -----------------------------------------------------------------------------------
+
+    def verify(self, references: Iterable[str] = (), *, progress: Progress = silent) -> Verification:
+        """Compare every stored byte, or those that some checkpoints need, with its digest.
+
+        Returns:
+            What was checked, and the problems found: damage is reported, not raised.
+        """
+        from registry.verification import verify
+
+        return verify(self, references, progress)
+
+    def collect_garbage(self, *, grace: float = 3_600.0, dry_run: bool = False) -> Collected:
+        """Free what no checkpoint, artifact or running save needs.
+
+        Args:
+            grace: seconds that something unneeded is left alone first.
+            dry_run: report what would be removed, and remove nothing.
+        """
+        from registry.garbage import collect_garbage
+
+        return collect_garbage(self, grace=grace, dry_run=dry_run)
+
+    def rebuild(self, *, progress: Progress = silent) -> Rebuilt:
+        """Recreate the catalog from packs, manifests and the journal."""
+        from registry.rebuilding import rebuild
+
+        return rebuild(self, progress)
+
+    def status(self) -> Status:
+        """What the registry holds, from the catalog alone."""
+        from registry.status import status
+
+        return status(self)
 
     def _apply(self, *records: Mapping[str, Any]) -> None:
         with self.catalog.change() as change:

@@ -104,7 +104,21 @@ CREATE TABLE doomed (
 MIGRATIONS: dict[int, str] = {}
 """SQL that takes the schema from the version before the key to the key."""
 
-CONTENT = (
-    "doomed uses tensors packs artifacts lineage notes tags aliases metrics versions manifests runs models state"
-).split()
+CONTENT = [
+    "doomed",
+    "uses",
+    "tensors",
+    "packs",
+    "artifacts",
+    "lineage",
+    "notes",
+    "tags",
+    "aliases",
+    "metrics",
+    "versions",
+    "manifests",
+    "runs",
+    "models",
+    "state",
+]
 """The tables in an order in which they can be emptied."""

@@ -19,9 +19,9 @@ import torch
 from registry.store.digest import tensor_digest
 from registry.store.durable import storage_errors
 from registry.store.errors import Corrupt, RegistryError
+from registry.store.location import Location
 from registry.store.manifest import TensorInfo
 from registry.store.pack import map_file, open_regular, pack_path
-from registry.store.location import Location
 from registry.store.tree import torch_type
 
 _THREADS = min(os.cpu_count() or 1, 16)
@@ -145,7 +145,7 @@ def read_into(packs: Path, items: Sequence[Wanted], targets: Mapping[int, torch.
 
 
 def _memory(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def owned(packs: Path, items: Sequence[Wanted], *, check: bool) -> dict[int, torch.Tensor]:

@@ -216,6 +216,4 @@ def map_file(path: Path, size: int) -> mmap.mmap:
         actual = os.fstat(file.fileno()).st_size
         if actual != size:
             raise Corrupt(f"{path}: has {actual} bytes instead of {size}")
-        return mmap.mmap(
-            file.fileno(), size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
-        )
+        return mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)

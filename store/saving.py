@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from registry.store.digest import tensor_digest
-from registry.store.errors import RegistryError
 from registry.store.manifest import TensorInfo
 from registry.store.pack import PackInfo, PackWriter
 from registry.store.tree import Leaf
@@ -72,7 +71,9 @@ def write_new(state: State, known: Known, tmp: Path, packs: Path) -> PackInfo | 
                     waiting += item.leaf.size
                 if pending and (writer or must_write or waiting >= START_WRITING):
                     if writer is None:
-                        rest = [leaf for leaf, d in zip(state.leaves, state.digests, strict=True) if d is None]
+                        rest = [
+                            leaf for leaf, d in zip(state.leaves, state.digests, strict=True) if d is None
+                        ]
                         candidates = [item.leaf for item in pending] + rest
                         writer = PackWriter(tmp, [(leaf.dtype, leaf.shape) for leaf in candidates])
                     _drain(writer, pending, hashing)
@@ -108,12 +109,12 @@ class _Hashing:
 
     def __init__(self, state: State) -> None:
         self._state = state
-        self._queue: queue.SimpleQueue[_Hashed | BaseException | None | str] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Hashed | BaseException | str | None] = queue.SimpleQueue()
         self._room = threading.Condition()
         self._copied = 0
         self._stopped = False
 
-    def batches(self) -> Iterator[tuple[list[_Hashed], bool]]:
+    def batches(self) -> Generator[tuple[list[_Hashed], bool]]:
         """Hashed tensors as they come; the flag asks to write what is pending, as hashing waits for room."""
         thread = threading.Thread(target=self._run, name="registry-hash", daemon=True)
         thread.start()
@@ -176,4 +177,3 @@ class _Hashing:
                 )
             self._copied += size
             return not self._stopped
-

@@ -187,7 +187,9 @@ class Store:
             mapped = loading.Mapped(self.packs)
             if verify:
                 loading.verify(self.packs, wanted, mapped)
-            plain = {i: t for i, t in enumerate(live.values()) if t.device.type == "cpu" and t.is_contiguous()}
+            plain = {
+                i: t for i, t in enumerate(live.values()) if t.device.type == "cpu" and t.is_contiguous()
+            }
             loading.read_into(self.packs, [item for item in wanted if item.slot in plain], plain)
             for item, tensor in zip(wanted, live.values(), strict=True):
                 if item.slot not in plain:

@@ -64,10 +64,10 @@ class Leaf:
             return memoryview(b"")
         if isinstance(source, torch.Tensor):
             plain = source.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
-            return memoryview(plain.reshape(-1).view(torch.uint8).numpy())
+            return plain.reshape(-1).view(torch.uint8).numpy().data
         if isinstance(source, bytes):
             return memoryview(source)
-        return memoryview(np.ascontiguousarray(source).reshape(-1).view(np.uint8))
+        return np.ascontiguousarray(source).reshape(-1).view(np.uint8).data
 
 
 def encode(components: Mapping[str, Any]) -> tuple[dict[str, Any], list[Leaf]]:

@@ -1,0 +1,57 @@
+# Run `make` to see the tasks. `make test` on a clean clone does everything, installing included.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TYPES := build/types
+
+.PHONY: help test check demo bench docs constraints clean
+
+help:
+	@echo "make test         install into .venv and run the whole suite"
+	@echo "make check        format, lint, types, links"
+	@echo "make demo         import, list, show and verify two checkpoints"
+	@echo "make bench        measure against torch.save and safetensors, as ratios"
+	@echo "make docs         write docs/cli.md from the commands' own help"
+	@echo "make constraints  pin the versions that are installed now"
+	@echo "make clean        remove .venv and build files"
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or later is needed; set PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $(READY)
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	@rm -rf $(TYPES) && mkdir -p $(TYPES) && cp -r registry $(TYPES)/registry
+	@cp -r store models cli $(TYPES)/registry/
+	@echo "mypy --strict"; cd $(TYPES) && set -o pipefail && \
+		../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p registry | \
+		sed -E 's#^registry/(store|models|cli)/#\1/#'
+	$(BIN)/python docs/check_links.py
+
+demo: $(READY)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash docs/demo.sh
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks
+
+docs: $(READY)
+	$(BIN)/python docs/make_cli_docs.py
+
+constraints: $(READY)
+	@{ head -1 constraints.txt; $(BIN)/python -m pip freeze --all 2>/dev/null | \
+		grep -v -e '^-e' -e ' @ ' | sed 's/+.*//'; } > build/constraints.txt && mv build/constraints.txt constraints.txt
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+
+SHELL := /bin/bash

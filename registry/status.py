@@ -1,0 +1,54 @@
+"""What a registry holds, and how much sharing saved."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from registry.garbage import UNUSED
+from registry.store.durable import storage_errors
+
+if TYPE_CHECKING:
+    from registry.registry import Registry
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Sums over a registry; sizes in bytes."""
+
+    root: str
+    models: int
+    versions: int
+    artifacts: int
+    tensors: int
+    packs: int
+    logical: int
+    """What the versions would take as separate files."""
+    stored: int
+    """What the packs take."""
+    unused: int
+    """What gc can free."""
+    free: int
+    """Free space on the device."""
+
+    @property
+    def saved(self) -> int:
+        """What sharing saved."""
+        return max(self.logical - self.stored, 0)
+
+
+def status(registry: Registry) -> Status:
+    """Sum up what a registry holds, from the catalog alone."""
+    query = registry.catalog.query
+    ((models, versions),) = query("SELECT COUNT(DISTINCT model), COUNT(*) FROM versions")
+    ((logical,),) = query("SELECT COALESCE(SUM(m.size), 0) FROM versions v JOIN manifests m ON m.id = v.id")
+    ((artifacts,),) = query("SELECT COUNT(*) FROM artifacts")
+    ((tensors,),) = query("SELECT COUNT(*) FROM tensors")
+    ((packs, stored),) = query("SELECT COUNT(*), COALESCE(SUM(size), 0) FROM packs")
+    ((unused,),) = query(f"SELECT COALESCE(SUM(size), 0) FROM packs WHERE {UNUSED}")
+    with storage_errors(registry.root):
+        free = shutil.disk_usage(registry.root).free
+    return Status(
+        str(registry.root), models, versions, artifacts, tensors, packs, logical, stored, unused, free
+    )
