@@ -13,56 +13,22 @@ import os
 import sqlite3
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from registry import schema
-from registry.change import Change, locate
 from registry.journal import Journal
 from registry.store.durable import storage_errors
 from registry.store.errors import Conflict, Corrupt, NotFound, StorageError, Unsupported
-from registry.store.location import Location
-from registry.store.pack import PackInfo
-from registry.store.store import Store
+
+if TYPE_CHECKING:
+    from registry.change import Change
+    from registry.store.location import Location
+    from registry.store.pack import PackInfo
+    from registry.store.store import Store
 
 NAME = "catalog.sqlite"
 BUSY_SECONDS = 60
-_BATCH = 500
-
-
-@dataclass(frozen=True, slots=True)
-class Version:
-    """A row of the catalog: one checkpoint, with what `list` and `show` need."""
-
-    id: str
-    model: str
-    version: int
-    created: str
-    epoch: int | None
-    step: int | None
-    loss: float | None
-    size: int
-    tensors: int
-    record: Mapping[str, Any]
-    aliases: tuple[str, ...] = ()
-    tags: tuple[str, ...] = ()
-    notes: tuple[tuple[str, str], ...] = ()
-    metrics: Mapping[str, float | None] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        return f"{self.model}:v{self.version}"
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """A model family and its latest version."""
-
-    name: str
-    versions: int
-    latest: Version
-    size: int
 
 
 class Catalog:
@@ -186,15 +152,13 @@ class Catalog:
         except sqlite3.DatabaseError as error:
             raise Corrupt(f"{self.path}: {error}; recreate it with: registry rebuild") from error
 
-    def _rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        with self._errors():
-            return self.connection().execute(sql, parameters).fetchall()
-
     # -- changing ----------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def change(self) -> Iterator[Change]:
         """An exclusive transaction; what was done in it happens wholly or not at all."""
+        from registry.change import Change
+
         connection = self.connection()
         with self._errors(), storage_errors(self.path):
             connection.execute("BEGIN IMMEDIATE")
@@ -233,6 +197,8 @@ class Catalog:
             packs: every pack in the store.
             adopted: records for manifests that the journal does not know, to be journalled now.
         """
+        from registry.change import Change
+
         connection = self.connection()
         with self._errors(), storage_errors(self.path):
             connection.execute("BEGIN EXCLUSIVE")
@@ -312,83 +278,14 @@ class Catalog:
 
     # -- reading -----------------------------------------------------------------------------------------
 
+    def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """The rows of a query that only reads."""
+        with self._errors():
+            return self.connection().execute(sql, parameters).fetchall()
+
     def locate(self, digests: Collection[str]) -> dict[str, Location]:
         """Where stored tensors lie (the store's index)."""
+        from registry.change import locate
+
         with self._errors():
             return locate(self.connection(), digests)
-
-    def models(self) -> list[Model]:
-        """Every model that has a version, by name."""
-        rows = self._rows(
-            "SELECT v.model, COUNT(*), MAX(v.version), SUM(m.size) FROM versions v "
-            "JOIN manifests m ON m.id = v.id GROUP BY v.model ORDER BY v.model"
-        )
-        latest = self.versions(
-            "EXISTS (SELECT 1 FROM versions w WHERE w.model = v.model GROUP BY w.model "
-            "HAVING MAX(w.version) = v.version)"
-            if len(rows) > _BATCH
-            else " OR ".join("(v.model = ? AND v.version = ?)" for _ in rows) or "1 = 0",
-            [] if len(rows) > _BATCH else [value for row in rows for value in (row[0], row[2])],
-        )
-        by_model = {version.model: version for version in latest}
-        return [Model(name, count, by_model[name], size) for name, count, _, size in rows]
-
-    def versions(self, where: str, parameters: Sequence[Any] = (), *, limit: int = -1) -> list[Version]:
-        """Versions that fulfil a condition over the table `v`, by model, the newest first."""
-        rows = self._rows(
-            "SELECT v.id, v.model, v.version, v.created, v.epoch, v.step, v.loss, m.size, m.tensors, v.record "
-            f"FROM versions v JOIN manifests m ON m.id = v.id WHERE {where} "
-            "ORDER BY v.model, v.version DESC LIMIT ?",
-            [*parameters, limit if limit >= 0 else 1 << 40],
-        )
-        ids = [row[0] for row in rows]
-        aliases = self._attached("SELECT id, name FROM aliases WHERE id IN ({}) ORDER BY name", ids)
-        tags = self._attached("SELECT id, name FROM tags WHERE id IN ({}) ORDER BY name", ids)
-        notes = self._attached("SELECT id, written, text FROM notes WHERE id IN ({}) ORDER BY written", ids)
-        metrics = self._attached("SELECT id, name, value FROM metrics WHERE id IN ({}) ORDER BY name", ids)
-        return [
-            Version(
-                *(id, model, version, created, epoch, step, loss, size, tensors, json.loads(record)),
-                aliases=tuple(name for (name,) in aliases.get(id, ())),
-                tags=tuple(name for (name,) in tags.get(id, ())),
-                notes=tuple((written, text) for written, text in notes.get(id, ())),
-                metrics=dict(metrics.get(id, ())),
-            )
-            for id, model, version, created, epoch, step, loss, size, tensors, record in rows
-        ]
-
-    def version_by_id(self, id: str) -> Version | None:
-        found = self.versions("v.id = ?", [id])
-        return found[0] if found else None
-
-    def best(self, model: str, metric: str, *, largest: bool = True) -> Version | None:
-        """The version with the best value of a metric; NaN never wins, the earlier wins a tie."""
-        direction = "DESC" if largest else "ASC"
-        rows = self._rows(
-            "SELECT t.id FROM metrics t JOIN versions v ON v.id = t.id "
-            "WHERE t.model = ? AND t.name = ? AND t.value IS NOT NULL "
-            f"ORDER BY t.value {direction}, v.version LIMIT 1",
-            [model, metric],
-        )
-        return self.version_by_id(rows[0][0]) if rows else None
-
-    def lineage(self, id: str) -> list[tuple[str, str]]:
-        """Kind and parent of a checkpoint's edges."""
-        return [
-            (kind, parent)
-            for kind, parent in self._rows(
-                "SELECT kind, parent FROM lineage WHERE child = ? ORDER BY kind", [id]
-            )
-        ]
-
-    def _attached(self, sql: str, ids: Sequence[str]) -> dict[str, list[tuple[Any, ...]]]:
-        found: dict[str, list[tuple[Any, ...]]] = {}
-        for start in range(0, len(ids), _BATCH):
-            part = ids[start : start + _BATCH]
-            for id, *rest in self._rows(sql.format(",".join("?" * len(part))), part):
-                found.setdefault(id, []).append(tuple(rest))
-        return found
-
-    def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """Rows of a read-only query, for the modules that keep house (gc, verify, status)."""
-        return self._rows(sql, parameters)

@@ -170,6 +170,8 @@ class Change:
         execute("DELETE FROM versions WHERE model = ? AND version = ?", (model, version))
         shown = {key: about[key] for key in about if key not in ("epoch", "step", "loss", "metrics")}
         shown["components"] = summary(manifest)
+        if _number(about.get("loss")) != about.get("loss"):
+            shown["loss_is_nan"] = True
         execute(
             "INSERT INTO versions (id, model, version, created, epoch, step, loss, run, record) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",

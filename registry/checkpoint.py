@@ -6,9 +6,9 @@ import html
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from registry.catalog import Version
 from registry.store.errors import NotFound
 from registry.store.text import printable, quoted
+from registry.versions import Version
 
 if TYPE_CHECKING:
     from registry.store.store import Store
@@ -60,8 +60,8 @@ class Checkpoint:
         return self._version.loss
 
     @property
-    def metrics(self) -> Mapping[str, float | None]:
-        """Metric values by name; None stands for NaN."""
+    def metrics(self) -> Mapping[str, float]:
+        """Metric values by name."""
         return self._version.metrics
 
     @property

@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,7 +39,12 @@ class Collected:
 
 
 def collect_garbage(
-    registry: Registry, *, grace: float = GRACE, dry_run: bool = False, now: float | None = None
+    registry: Registry,
+    *,
+    grace: float = GRACE,
+    dry_run: bool = False,
+    tell: Callable[[Path, int], None] | None = None,
+    now: float | None = None,
 ) -> Collected:
     """Remove what no checkpoint, artifact or running save needs.
 
@@ -49,17 +55,26 @@ def collect_garbage(
     Args:
         grace: seconds.
         dry_run: only report.
+        tell: called with the path and the bytes of each file that goes.
         now: the time, for tests.
     """
-    return _Sweep(registry, grace, dry_run, time.time() if now is None else now).run()
+    return _Sweep(registry, grace, dry_run, tell, time.time() if now is None else now).run()
 
 
 class _Sweep:
-    def __init__(self, registry: Registry, grace: float, dry_run: bool, now: float) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        grace: float,
+        dry_run: bool,
+        tell: Callable[[Path, int], None] | None,
+        now: float,
+    ) -> None:
         self._catalog = registry.catalog
         self._store = registry.store
         self._grace = grace
         self._dry_run = dry_run
+        self._tell = tell
         self._now = now
         self._counts = {"packs": 0, "manifests": 0, "temporary": 0}
         self._bytes = self._waiting = self._waiting_bytes = 0
@@ -102,7 +117,7 @@ class _Sweep:
                 continue
             if not self._dry_run and not self._forget(digest):
                 continue
-            self._count("packs", size)
+            self._count("packs", self._store.pack_path(digest), size)
         if self._dry_run:
             return
         for (digest,) in self._catalog.query("SELECT digest FROM doomed"):
@@ -139,7 +154,7 @@ class _Sweep:
                         if change.connection.execute(known, (digest,)).fetchone():
                             continue
                         durable.unlink(path)
-                self._count(kind, status.st_size)
+                self._count(kind, path, status.st_size)
 
     def _sweep_temporary(self) -> None:
         for path in sorted(self._store.tmp.iterdir()) if self._store.tmp.is_dir() else []:
@@ -148,7 +163,7 @@ class _Sweep:
                 if _writer_is_dead(path.name) or self._is_due(status.st_mtime, status.st_size):
                     if not self._dry_run:
                         durable.unlink(path)
-                    self._count("temporary", status.st_size)
+                    self._count("temporary", path, status.st_size)
 
     def _is_due(self, since: float, size: int) -> bool:
         age = self._now - since
@@ -159,7 +174,9 @@ class _Sweep:
         self._wait = max(self._wait, min(self._grace, self._grace - age))
         return False
 
-    def _count(self, kind: str, size: int) -> None:
+    def _count(self, kind: str, path: Path, size: int) -> None:
+        if self._tell:
+            self._tell(path, size)
         self._counts[kind] += 1
         self._bytes += size
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import difflib
 import os
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import registry
-from registry.catalog import Catalog, Version
-from registry.change import Stale
+from registry.catalog import Catalog
 from registry.checkpoint import Checkpoint
 from registry.progress import Progress, silent
 from registry.reference import RESERVED_ALIASES, Reference, check_name, parse_reference
@@ -21,6 +20,7 @@ from registry.store.durable import storage_errors
 from registry.store.errors import Conflict, Invalid, NotFound, RegistryError, Unsupported
 from registry.store.store import FOLDERS, Store
 from registry.store.text import quoted
+from registry.versions import Version, best_version, find_versions, list_names
 
 if TYPE_CHECKING:
     from registry.garbage import Collected
@@ -112,6 +112,7 @@ class Registry:
         meta: Mapping[str, Any] | None = None,
         lineage: Sequence[Mapping[str, str]] = (),
         source: Mapping[str, Any] | None = None,
+        progress: Progress = silent,
     ) -> Checkpoint:
         """Save named state trees as the next version of a model.
 
@@ -126,12 +127,15 @@ class Registry:
             meta: anything else, as plain values.
             lineage: edges to other checkpoints or files, each with `kind` and `parent`.
             source: where an imported checkpoint came from.
+            progress: told the bytes done and the bytes in all.
 
         Raises:
             Invalid: if a name or a number has the wrong form.
             Unsupported: if a value cannot be stored, naming its path and type; nothing is written.
             StorageError: if the disk is full or refuses; no version is made.
         """
+        from registry.change import Stale
+
         check_name(model, "model")
         for component in components:
             check_name(component, "component")
@@ -152,7 +156,7 @@ class Registry:
         record["torch-registry"] = registry.__version__
         state = self.store.encode(components)
         for attempt in range(_ATTEMPTS):
-            stored = self.store.put(state, record)
+            stored = self.store.put(state, record, progress=progress)
             try:
                 with self.catalog.change() as change:
                     change.use(stored.digest, stored.manifest, stored.pack, strict=attempt < _ATTEMPTS // 2)
@@ -194,7 +198,7 @@ class Registry:
         if reference.id_prefix:
             # a range, not LIKE, so that the index serves
             prefix = reference.id_prefix
-            matches = self.catalog.versions("v.id >= ? AND v.id < ?", [prefix, prefix + "g"], limit=4)
+            matches = find_versions(self.catalog, "v.id >= ? AND v.id < ?", [prefix, prefix + "g"], limit=4)
             if len(matches) == 1:
                 return matches[0]
             if matches:
@@ -203,15 +207,32 @@ class Registry:
         raise NotFound(self._missing(reference))
 
     def _find(self, reference: Reference) -> list[Version]:
-        find = self.catalog.versions
+        named = [reference.model, reference.version or reference.alias]
         if reference.version is not None:
-            return find("v.model = ? AND v.version = ?", [reference.model, reference.version])
+            return find_versions(self.catalog, "v.model = ? AND v.version = ?", named)
         if reference.alias not in (None, "latest"):
-            return find(
-                "v.id = (SELECT id FROM aliases WHERE model = ? AND name = ?)",
-                [reference.model, reference.alias],
-            )
-        return find("v.model = ?", [reference.model], limit=1)
+            pointed = "v.id = (SELECT id FROM aliases WHERE model = ? AND name = ?)"
+            return find_versions(self.catalog, pointed, named)
+        return find_versions(self.catalog, "v.model = ?", [reference.model], limit=1)
+
+    def best(self, model: str, metric: str, *, smallest: bool = False) -> Checkpoint:
+        """The version with the best value of a metric; NaN never wins, the earlier of two equals does.
+
+        Raises:
+            NotFound: if no version of the model has the metric.
+        """
+        found = best_version(self.catalog, model, metric, smallest=smallest)
+        if found is None:
+            self.resolve(check_name(model, "model"))
+            raise NotFound(f"no version of {model} has the metric {quoted(metric)}")
+        return Checkpoint(self.store, found)
+
+    def names(self, prefix: str = "") -> list[str]:
+        """References that begin with a text, for completion."""
+        return list_names(self.catalog, prefix)
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return self.names()
 
     def _missing(self, reference: Reference) -> str:
         versions = self.catalog.query(
@@ -273,10 +294,17 @@ class Registry:
         self._apply({"op": "note", "id": version.id, "at": _now(), "text": text})
         return self[version.name]
 
-    def remove(self, references: Sequence[str], *, force: bool = False) -> list[Version]:
-        """Remove versions from the catalog; `gc` frees their space later.
+    def remove(
+        self, references: Sequence[str], *, force: bool = False, dry_run: bool = False
+    ) -> list[Version]:
+        """Remove versions from the catalog, all or none; `collect_garbage` frees their space later.
 
-        A version with an alias or a tag is refused unless `force`. All are removed or none.
+        Args:
+            force: also versions that have an alias or a tag.
+            dry_run: only say which versions it would be.
+
+        Raises:
+            Conflict: if an alias or a tag holds one of them.
         """
         versions = [self.resolve(reference) for reference in references]
         versions = list({version.id: version for version in versions}.values())
@@ -286,7 +314,8 @@ class Registry:
                 raise Conflict(
                     f"{version.name} is held by {', '.join(held)}; take that off first, or use --force"
                 )
-        self._apply(*({"op": "remove", "id": version.id} for version in versions))
+        if not dry_run:
+            self._apply(*({"op": "remove", "id": version.id} for version in versions))
         return versions
 
     # -- keeping house -----------------------------------------------------------------------------------
@@ -301,16 +330,23 @@ class Registry:
 
         return verify(self, references, progress)
 
-    def collect_garbage(self, *, grace: float = 3_600.0, dry_run: bool = False) -> Collected:
+    def collect_garbage(
+        self,
+        *,
+        grace: float = 3_600.0,
+        dry_run: bool = False,
+        tell: Callable[[Path, int], None] | None = None,
+    ) -> Collected:
         """Free what no checkpoint, artifact or running save needs.
 
         Args:
             grace: seconds that something unneeded is left alone first.
             dry_run: report what would be removed, and remove nothing.
+            tell: called with the path and the bytes of each file that goes.
         """
         from registry.garbage import collect_garbage
 
-        return collect_garbage(self, grace=grace, dry_run=dry_run)
+        return collect_garbage(self, grace=grace, dry_run=dry_run, tell=tell)
 
     def rebuild(self, *, progress: Progress = silent) -> Rebuilt:
         """Recreate the catalog from packs, manifests and the journal."""

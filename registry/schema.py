@@ -39,6 +39,7 @@ CREATE TABLE versions (
     record TEXT NOT NULL,
     UNIQUE (model, version)
 );
+CREATE INDEX versions_by_loss ON versions (model, loss);
 CREATE TABLE metrics (
     id TEXT NOT NULL REFERENCES versions (id) ON DELETE CASCADE,
     model TEXT NOT NULL,

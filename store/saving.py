@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Collection, Generator
+from collections.abc import Callable, Collection, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -47,7 +47,9 @@ class Known(Protocol):
         ...
 
 
-def write_new(state: State, known: Known, tmp: Path, packs: Path) -> PackInfo | None:
+def write_new(
+    state: State, known: Known, tmp: Path, packs: Path, progress: Callable[[int, int], None]
+) -> PackInfo | None:
     """Hash a state's tensors and write those that are not known into one pack.
 
     Returns:
@@ -55,7 +57,8 @@ def write_new(state: State, known: Known, tmp: Path, packs: Path) -> PackInfo | 
     """
     writer: PackWriter | None = None
     pending: list[_Hashed] = []
-    waiting = 0
+    waiting = done = 0
+    total = sum(leaf.size for leaf in state.leaves)
     seen: set[str] = set()
     hashing = _Hashing(state)
     try:
@@ -65,6 +68,7 @@ def write_new(state: State, known: Known, tmp: Path, packs: Path) -> PackInfo | 
                 for item in batch:
                     if item.digest in stored or item.digest in seen:
                         hashing.release(item)
+                        done += item.leaf.size
                         continue
                     seen.add(item.digest)
                     pending.append(item)
@@ -77,7 +81,9 @@ def write_new(state: State, known: Known, tmp: Path, packs: Path) -> PackInfo | 
                         candidates = [item.leaf for item in pending] + rest
                         writer = PackWriter(tmp, [(leaf.dtype, leaf.shape) for leaf in candidates])
                     _drain(writer, pending, hashing)
+                    done += waiting
                     waiting = 0
+                progress(done, total)
         if pending:
             writer = writer or PackWriter(tmp, [(item.leaf.dtype, item.leaf.shape) for item in pending])
             _drain(writer, pending, hashing)

@@ -65,12 +65,19 @@ class Store:
 
         return State(*encode(components))
 
-    def put(self, components: Mapping[str, Any] | State, record: Mapping[str, Any] | None = None) -> Stored:
+    def put(
+        self,
+        components: Mapping[str, Any] | State,
+        record: Mapping[str, Any] | None = None,
+        *,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Stored:
         """Store named trees: durably, each distinct tensor once.
 
         Args:
             components: trees of plain values and tensors (see `docs/FORMAT.md`), by name.
             record: plain values that the manifest carries along.
+            progress: told the bytes done and the bytes in all.
 
         Returns:
             The manifest and its digest, under which `get` finds the trees again.
@@ -88,7 +95,7 @@ class Store:
             packs: list[PackInfo | None] = []
 
             def write() -> None:
-                packs.append(write_new(state, self._intact, self.tmp, self.packs))
+                packs.append(write_new(state, self._intact, self.tmp, self.packs, progress))
 
             durable.twice_on_io_error(write)
             manifest = Manifest(dict(record or {}), state.components, state.tensors())
@@ -310,7 +317,3 @@ class FolderIndex:
     def names(packs: Path) -> list[str]:
         stems = (path.name.removesuffix(".safetensors") for path in packs.glob("??/*.safetensors"))
         return sorted(stem for stem in stems if is_digest(stem))
-
-
-Progress = Callable[[int, int], None]
-"""Called with the bytes done and the bytes in all."""

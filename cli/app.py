@@ -1,0 +1,88 @@
+"""The command group, its global options, and how errors become one line and an exit status."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import click
+
+import registry
+from registry.cli import configs, files, naming, reading, shell, upkeep
+from registry.cli.options import example_text
+from registry.store.errors import RegistryError
+from registry.store.text import printable
+
+
+class App(click.Group):
+    """A group that prints a `RegistryError` in one line and lists its commands in the order of their use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        kwargs["standalone_mode"] = False
+        sys.exit(_guarded(lambda: super(App, self).main(*args, **kwargs)))
+
+
+def _guarded(run: Callable[[], Any]) -> int:
+    """Run the command line; 0 means done, 1 that it failed, 2 that it was called wrongly."""
+    try:
+        result = run()
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("registry: interrupted; nothing is half done", err=True)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if _debug():
+            raise
+        if isinstance(error, RegistryError):
+            message = printable(str(error))
+        else:
+            text = printable(str(error).partition("\n")[0])
+            message = f"unexpected {type(error).__name__}: {text} (--debug shows where)"
+        click.echo(f"registry: {message}", err=True)
+        return 1
+
+
+def _debug() -> bool:
+    return "--debug" in sys.argv[1:]
+
+
+@click.group(
+    cls=App,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=example_text(
+        "registry init\nregistry import model.pt --name lenet5 --metric accuracy=0.91\nregistry list"
+    ),
+)
+@click.version_option(registry.__version__, "-V", "--version", prog_name="torch-registry")
+@click.option("--root", metavar="DIR", help="The registry's folder. [default: $REGISTRY_ROOT or .registry]")
+@click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
+@click.pass_context
+def app(ctx: click.Context, root: str | None, debug: bool) -> None:
+    """Keep PyTorch checkpoints: each tensor once, durably, without pickle.
+
+    A checkpoint is named by a reference: lenet5 (its latest version), lenet5:v3, lenet5@best (an alias), or the
+    first digits of its id.
+    """
+    ctx.obj = root
+
+
+for command in (
+    *(files.init, files.import_, files.export),
+    *(reading.list_, reading.show, reading.status),
+    *(naming.alias, naming.tag, naming.note, naming.rm),
+    *(upkeep.verify, upkeep.gc, upkeep.rebuild),
+    *(configs.config, shell.completion),
+):
+    app.add_command(command)

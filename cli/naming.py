@@ -1,0 +1,111 @@
+"""Names and removal: alias, tag, note, rm."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from registry.cli.options import Reference, command
+from registry.cli.output import counted, print_json, print_table, say, size, version_document
+from registry.reference import parse_reference
+from registry.store.errors import Conflict
+from registry.versions import list_aliases
+
+if TYPE_CHECKING:
+    from registry.registry import Registry
+
+
+@command("alias", "registry alias lenet5:v3 production\nregistry alias --remove lenet5@production")
+@click.argument("reference", required=False, type=Reference())
+@click.argument("name", required=False)
+@click.option("--remove", is_flag=True, help="Take the alias REFERENCE away; the checkpoint stays.")
+def alias(reference: str | None, name: str | None, remove: bool, registry: Registry, as_json: bool) -> None:
+    """Point an alias at a checkpoint.
+
+    NAME points at REFERENCE from then on. Without arguments, lists the aliases. The aliases latest and best are kept by the registry.
+    """
+    if remove:
+        parsed = parse_reference(reference or "")
+        if parsed.alias is None or name:
+            raise click.UsageError("name one alias to remove, such as lenet5@production")
+        registry.remove_alias(parsed.model, parsed.alias)
+        print_json({"removed": str(parsed)}) if as_json else say(f"{parsed} removed")
+    elif reference and name:
+        checkpoint = registry.set_alias(reference, name)
+        target = f"{checkpoint.model}@{name}"
+        print_json({"alias": target, "name": checkpoint.name, "id": checkpoint.id}) if as_json else say(
+            f"{target} -> {checkpoint.name}"
+        )
+    elif reference:
+        raise click.UsageError("give the alias a name, such as: registry alias lenet5:v3 production")
+    else:
+        found = list_aliases(registry.catalog)
+        rows = [
+            {"alias": f"{model}@{alias}", "name": f"{model}:v{v}", "id": id} for model, alias, v, id in found
+        ]
+        if as_json:
+            print_json({"aliases": rows})
+        else:
+            print_table(("ALIAS", "CHECKPOINT", "ID"), [(r["alias"], r["name"], r["id"][:12]) for r in rows])
+
+
+@command("tag", "registry tag lenet5:v3 paper\nregistry tag --remove lenet5:v3 paper")
+@click.argument("reference", type=Reference())
+@click.argument("tags", nargs=-1, required=True, metavar="TAG...")
+@click.option("--remove", is_flag=True, help="Take the tags off.")
+def tag(reference: str, tags: tuple[str, ...], remove: bool, registry: Registry, as_json: bool) -> None:
+    """Attach tags to a checkpoint."""
+    name = registry.resolve(reference).name
+    for word in tags:
+        (registry.remove_tag if remove else registry.set_tag)(name, word)
+    version = registry.resolve(name)
+    if as_json:
+        print_json({"name": name, "tags": list(version.tags)})
+    else:
+        say(f"{name}  {', '.join(version.tags) or 'no tags'}")
+
+
+@command("note", 'registry note lenet5:v3 "trained with the corrected labels"')
+@click.argument("reference", type=Reference())
+@click.argument("text")
+def note(reference: str, text: str, registry: Registry, as_json: bool) -> None:
+    """Attach a note to a checkpoint."""
+    checkpoint = registry.add_note(reference, text)
+    if as_json:
+        written = [{"written": when, "text": words} for when, words in checkpoint.notes]
+        print_json({"name": checkpoint.name, "notes": written})
+    else:
+        say(f"{checkpoint.name}  {counted(len(checkpoint.notes), 'note')}")
+
+
+@command("rm", "registry rm lenet5:v1 lenet5:v2 --dry-run")
+@click.argument("references", nargs=-1, required=True, type=Reference(), metavar="REFERENCE...")
+@click.option("--force", is_flag=True, help="Also versions that an alias or a tag holds.")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+def rm(
+    references: tuple[str, ...], force: bool, yes: bool, dry_run: bool, registry: Registry, as_json: bool
+) -> None:
+    """Remove versions, all of them or none.
+
+    Says what it will remove and asks first. The space is freed by gc; tensors that other versions share stay.
+    """
+    versions = registry.remove(references, force=force, dry_run=True)
+    if not as_json:
+        for version in versions:
+            held = [*version.aliases, *version.tags]
+            say(f"{version.name}  {version.id[:12]}  {size(version.size)}" + (f"  {held}" if held else ""))
+    if not dry_run:
+        if not yes:
+            if as_json or not sys.stdin.isatty():
+                raise Conflict("nothing was removed: say --yes to remove without being asked")
+            if not click.confirm(f"Remove {counted(len(versions), 'version')}?", err=True):
+                raise Conflict("nothing was removed")
+        registry.remove([version.name for version in versions], force=force)
+    if as_json:
+        print_json({"removed": [version_document(version) for version in versions], "dry_run": dry_run})
+    else:
+        word = "would be removed" if dry_run else "removed; registry gc frees the space"
+        say(f"{counted(len(versions), 'version')} {word}")

@@ -1,0 +1,114 @@
+"""What commands have in common: the options `--root`, `--json` and `--debug`, references, and pairs."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.shell_completion import CompletionItem
+
+if TYPE_CHECKING:
+    from registry.registry import Registry
+
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400}
+
+
+def command(name: str, example: str) -> Callable[[Callable[..., Any]], click.Command]:
+    """Declare a command whose help ends in an example.
+
+    A parameter `registry` of the function receives the opened registry, `as_json` the option `--json`.
+    """
+
+    def declare(function: Callable[..., Any]) -> click.Command:
+        takes = inspect.signature(function).parameters
+
+        @functools.wraps(function)
+        def run(root: str | None, debug: bool, **given: Any) -> Any:
+            if "registry" in takes:
+                given["registry"] = open_registry(root)
+            elif "root" in takes:
+                given["root"] = _root(root)
+            return function(**given)
+
+        run = click.option("--debug", is_flag=True, help="Show a traceback when this fails.")(run)
+        run = click.option("--root", metavar="DIR", help="The registry's folder.")(run)
+        if "as_json" in takes:
+            run = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(run)
+        made = click.command(name, epilog=example_text(example))(run)
+        common = [option for option in made.params if option.name in ("as_json", "root", "debug")]
+        made.params = [option for option in made.params if option not in common] + common
+        return made
+
+    return declare
+
+
+def example_text(example: str) -> str:
+    """The end of a command's help."""
+    return "\b\nExample:\n" + "\n".join(f"  {line}" for line in example.splitlines())
+
+
+def _root(root: str | None) -> str | None:
+    context = click.get_current_context()
+    return root or context.find_root().obj
+
+
+def open_registry(root: str | None = None) -> Registry:
+    """The registry that the options name; it must exist.
+
+    Raises:
+        NotFound: saying how to make one.
+    """
+    from registry.registry import Registry
+
+    return Registry(_root(root), create=False)
+
+
+class Reference(click.ParamType[str, str]):
+    """A reference; the shell completes it from the catalog."""
+
+    name = "reference"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        from registry.registry import Registry
+
+        try:
+            root = ctx.params.get("root") or ctx.find_root().params.get("root")
+            names = Registry(root, create=False).names(incomplete)
+        except Exception:  # a shell that completes must not print errors
+            return []
+        return [CompletionItem(name) for name in names]
+
+
+def pairs(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> dict[str, str]:
+    """Read repeated `name=value` options.
+
+    Raises:
+        click.BadParameter: for one without an equals sign, or a name given twice.
+    """
+    found: dict[str, str] = {}
+    for text in values:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise click.BadParameter(f"{text!r} has no equals sign; write it as name=value")
+        if name in found:
+            raise click.BadParameter(f"{name!r} is given twice")
+        found[name] = value
+    return found
+
+
+def seconds(ctx: click.Context, param: click.Parameter, text: str) -> float:
+    """Read a duration such as 90, 30m, 1h or 14d.
+
+    Raises:
+        click.BadParameter: for anything else.
+    """
+    match = re.match(r"(\d+(?:\.\d+)?)([smhd]?)\Z", text)
+    if not match:
+        raise click.BadParameter(f"{text!r} is not a duration such as 0, 30m, 1h or 14d")
+    return float(match[1]) * _UNITS[match[2]]

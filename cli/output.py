@@ -1,0 +1,196 @@
+"""What commands print: tables (by rich on a terminal, aligned text in a pipe), JSON, sizes, progress."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from registry.store.text import printable
+
+if TYPE_CHECKING:
+    from registry.progress import Progress
+    from registry.versions import Version
+
+_PATIENCE = 1.0
+_LEFT = "MODEL NAME LATEST METRICS ALIASES TAGS CREATED ID COMPONENT PATH DTYPE SHAPE DIGEST ALIAS CHECKPOINT"
+
+
+def say(text: str) -> None:
+    """Print a line for people."""
+    click.echo(printable(text))
+
+
+def warn(text: str) -> None:
+    """Print a line to the standard error stream."""
+    click.echo(printable(text), err=True)
+
+
+def print_json(document: Any) -> None:
+    """Print one JSON document; NaN and infinities, which JSON lacks, become null."""
+    click.echo(json.dumps(_finite(document), indent=2))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print rows under headings; columns that are empty throughout are left out."""
+    texts = [[_cell(value) for value in row] for row in rows]
+    kept = [i for i in range(len(columns)) if i == 0 or any(row[i] for row in texts)]
+    columns = [columns[i] for i in kept]
+    texts = [[row[i] for i in kept] for row in texts]
+    if sys.stdout.isatty():
+        _rich_table(columns, texts)
+        return
+    widths = [max(map(len, column)) for column in zip(columns, *texts, strict=True)]
+    for row in [columns, *texts]:
+        cells = [
+            cell.ljust(width) if name in _LEFT.split() else cell.rjust(width)
+            for name, cell, width in zip(columns, row, widths, strict=True)
+        ]
+        click.echo("  ".join(cells).rstrip())
+
+
+def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for i, name in enumerate(columns):
+        right = name not in _LEFT.split()
+        table.add_column(
+            name,
+            justify="right" if right else "left",
+            style="cyan" if i == 0 else None,
+            no_wrap=right or i == 0,
+            overflow="fold",
+        )
+    for row in rows:
+        table.add_row(*map(Text, row))
+    Console().print(table)
+
+
+def print_facts(facts: Sequence[tuple[str, Any]]) -> None:
+    """Print names and values below each other, without the empty ones."""
+    shown = [(name, _cell(value)) for name, value in facts if value not in (None, "", (), [], {})]
+    width = max((len(name) for name, _ in shown), default=0)
+    for name, value in shown:
+        click.echo(f"{click.style(name.ljust(width), bold=True)}  {value}")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return number(value)
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_cell, value))
+    return printable(str(value))
+
+
+def number(value: float) -> str:
+    """A measured value, short.
+
+    >>> number(0.123456789), number(12.0)
+    ('0.12346', '12')
+    """
+    return f"{value:.5g}"
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units.
+
+    >>> size(999), size(307_212_000)
+    ('999 B', '307 MB')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if count >= 99.5 or unit == "B" else f"{count:.3g} {unit}"
+        count /= 1_000
+    return f"{count:.3g} TB"
+
+
+def counted(count: int, thing: str, things: str | None = None) -> str:
+    """A count with its noun.
+
+    >>> counted(1, "version"), counted(2, "version")
+    ('1 version', '2 versions')
+    """
+    return f"{count:,} {thing if count == 1 else things or thing + 's'}"
+
+
+def time_of(stamp: str) -> str:
+    """A stored time in the local time zone, to the second."""
+    return f"{datetime.fromisoformat(stamp).astimezone():%Y-%m-%d %H:%M:%S}"
+
+
+def version_document(version: Version) -> dict[str, Any]:
+    """A version in the shape that `--json` prints."""
+    record = version.record
+    return {
+        "name": version.name,
+        "model": version.model,
+        "version": version.version,
+        "id": version.id,
+        "created": version.created,
+        "epoch": version.epoch,
+        "step": version.step,
+        "loss": version.loss,
+        "metrics": dict(version.metrics),
+        "aliases": list(version.aliases),
+        "tags": list(version.tags),
+        "notes": [{"written": written, "text": text} for written, text in version.notes],
+        "size": version.size,
+        "tensors": version.tensors,
+        "components": record.get("components", {}),
+        "config": record.get("config"),
+        "meta": record.get("meta", {}),
+        "lineage": record.get("lineage", []),
+        "source": record.get("source"),
+    }
+
+
+@contextlib.contextmanager
+def progress(label: str) -> Iterator[Progress]:
+    """A callback for long work; a bar appears on a terminal's error stream after a second."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    started = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        bar: list[Any] = []
+
+        def report(done: int, total: int) -> None:
+            if not bar and time.monotonic() - started < _PATIENCE:
+                return
+            if not bar:
+                bar.append(stack.enter_context(_bar()))
+                bar.append(bar[0].add_task(label, total=total))
+            bar[0].update(bar[1], completed=done, total=total)
+
+        yield report
+
+
+def _bar() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)

@@ -1,0 +1,204 @@
+"""What is there: list, show, status."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from registry.cli.options import Reference, command
+from registry.cli.output import (
+    counted,
+    number,
+    print_facts,
+    print_json,
+    print_table,
+    say,
+    size,
+    time_of,
+    version_document,
+)
+from registry.store.text import quoted
+
+if TYPE_CHECKING:
+    from registry.registry import Registry
+    from registry.versions import Version
+
+_MANY = 4
+
+
+@command("list", "registry list\nregistry list lenet5 --sort accuracy --limit 5")
+@click.argument("model", required=False, type=Reference())
+@click.option("--sort", "metric", metavar="METRIC", help="Order by a metric or the loss, the best first.")
+@click.option("--smallest", is_flag=True, help="With --sort: the smallest value is the best.")
+@click.option("--tag", metavar="TAG", help="Only versions with this tag.")
+@click.option("--limit", default=20, show_default=True, type=click.IntRange(0), help="Rows; 0 for all.")
+def list_(
+    model: str | None,
+    metric: str | None,
+    smallest: bool,
+    tag: str | None,
+    limit: int,
+    registry: Registry,
+    as_json: bool,
+) -> None:
+    """List the models, or a model's versions.
+
+    The newest versions come first. --sort loss puts the smallest loss first; other metrics count as better when larger, unless --smallest.
+    """
+    from registry.versions import list_versions, rank_versions
+
+    if model is None and not (metric or tag):
+        _list_models(registry, as_json)
+        return
+    if model is not None:
+        model = registry.resolve(model).model
+    if metric:
+        versions, total = rank_versions(
+            registry.catalog,
+            *(model, metric),
+            smallest=smallest or metric == "loss",
+            tag=tag,
+            limit=limit or None,
+        )
+    else:
+        versions, total = list_versions(registry.catalog, model, tag=tag, limit=limit or None)
+    if as_json:
+        print_json({"total": total, "versions": [version_document(version) for version in versions]})
+        return
+    columns, rows = _table(versions)
+    print_table(columns, [(version.name, *row) for version, row in zip(versions, rows, strict=True)])
+    if total > len(versions):
+        say(f"{counted(len(versions), 'version')} of {total:,}; --limit 0 shows all")
+
+
+def _list_models(registry: Registry, as_json: bool) -> None:
+    from registry.versions import list_models
+
+    models = list_models(registry.catalog)
+    if as_json:
+        print_json(
+            {
+                "models": [
+                    {
+                        "name": m.name,
+                        "versions": m.versions,
+                        "size": m.size,
+                        "latest": version_document(m.latest),
+                    }
+                    for m in models
+                ]
+            }
+        )
+        return
+    if not models:
+        say("No models yet; store one with: registry import FILE --name MODEL")
+        return
+    columns, rows = _table([m.latest for m in models])
+    counts = [(m.name, m.versions, m.latest.name) for m in models]
+    print_table(
+        ("MODEL", "VERSIONS", "LATEST", *columns[1:]),
+        [(*count, *row) for count, row in zip(counts, rows, strict=True)],
+    )
+
+
+def _table(versions: Sequence[Version]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
+    """Headings, and what to show of each version after its name; a few metrics get a column each."""
+    names = list(dict.fromkeys(name for version in versions for name in version.metrics))
+    each = names if len(names) <= _MANY else []
+    columns = ("NAME", "EPOCH", "STEP", "LOSS", *map(str.upper, each), "METRICS", "ALIASES", "TAGS")
+    rows = [
+        (
+            *(version.epoch, version.step, version.loss),
+            *[version.metrics.get(name) for name in each],
+            [] if each else [f"{name}={number(value)}" for name, value in version.metrics.items()],
+            *(version.aliases, version.tags, size(version.size), time_of(version.created), version.id[:12]),
+        )
+        for version in versions
+    ]
+    return (*columns, "SIZE", "CREATED", "ID"), rows
+
+
+@command("show", "registry show lenet5@best --params")
+@click.argument("reference", type=Reference())
+@click.option("--params", is_flag=True, help="List every tensor: name, dtype, shape, digest.")
+def show(reference: str, params: bool, registry: Registry, as_json: bool) -> None:
+    """Show what is recorded of a checkpoint."""
+    version = registry.resolve(reference)
+    tensors = list(registry[version.name].parameters()) if params else []
+    if as_json:
+        document = version_document(version)
+        if params:
+            document["parameters"] = [
+                {"path": path, "dtype": dtype, "shape": list(shape), "digest": digest}
+                for path, dtype, shape, digest in tensors
+            ]
+        print_json(document)
+        return
+    _show_facts(version)
+    components = version.record.get("components", {})
+    click.echo()
+    print_table(
+        ("COMPONENT", "TENSORS", "ELEMENTS", "SIZE"),
+        [
+            (name, part["tensors"], f"{part['elements']:,}", size(part["bytes"]))
+            for name, part in components.items()
+        ],
+    )
+    if params:
+        click.echo()
+        print_table(
+            ("PATH", "DTYPE", "SHAPE", "ELEMENTS", "DIGEST"),
+            [
+                (path, dtype, "x".join(map(str, shape)) or "scalar", f"{math.prod(shape):,}", digest[:12])
+                for path, dtype, shape, digest in tensors
+            ],
+        )
+
+
+def _show_facts(version: Version) -> None:
+    from registry.documents import flatten
+
+    record = version.record
+    facts: list[tuple[str, Any]] = [
+        ("name", version.name),
+        ("id", version.id),
+        ("created", time_of(version.created)),
+        ("epoch", version.epoch),
+        ("step", version.step),
+        ("loss", version.loss),
+        *version.metrics.items(),
+        ("aliases", version.aliases),
+        ("tags", version.tags),
+        ("size", f"{size(version.size)} in {counted(version.tensors, 'tensor')}"),
+        *[("lineage", f"{edge['kind']} {edge['parent']}") for edge in record.get("lineage", [])],
+        *[(f"source.{k}", v) for k, v in (record.get("source") or {}).items() if isinstance(v, str | int)],
+        *[(f"meta.{key}", value) for key, value in flatten(record.get("meta", {})).items()],
+        *[(f"config.{key}", value) for key, value in flatten(record.get("config") or {}).items()],
+        *[("note", f"{time_of(written)}  {text}") for written, text in version.notes],
+    ]
+    print_facts([(quoted(name).strip("'"), value) for name, value in facts])
+
+
+@command("status", "registry status")
+def status(registry: Registry, as_json: bool) -> None:
+    """Sum up what is stored and what sharing saved."""
+    found = registry.status()
+    if as_json:
+        print_json({**asdict(found), "saved": found.saved})
+        return
+    shared = f" ({found.saved / found.logical:.0%} saved by sharing)" if found.logical else ""
+    print_facts(
+        [
+            ("registry", found.root),
+            ("holds", f"{counted(found.models, 'model')}, {counted(found.versions, 'version')}"),
+            ("tensors", f"{found.tensors:,} distinct, in {counted(found.packs, 'pack')}"),
+            ("artifacts", found.artifacts or None),
+            ("size", f"{size(found.stored)} instead of {size(found.logical)}{shared}"),
+            ("unneeded", f"{size(found.unused)}; free it with: registry gc" if found.unused else None),
+            ("free space", size(found.free)),
+        ]
+    )

@@ -1,0 +1,96 @@
+"""Keeping house: verify, gc, rebuild."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from registry.cli.options import Reference, command, seconds
+from registry.cli.output import counted, print_json, progress, say, size, warn
+
+if TYPE_CHECKING:
+    from registry.registry import Registry
+
+
+@command("verify", "registry verify\nregistry verify lenet5@best")
+@click.argument("references", nargs=-1, type=Reference(), metavar="[REFERENCE]...")
+def verify(references: tuple[str, ...], registry: Registry, as_json: bool) -> int:
+    """Compare every stored byte with its digest.
+
+    With REFERENCEs, only the bytes that these need. Ends with status 1 if anything is not as it was saved.
+    """
+    with progress("verifying") as report:
+        found = registry.verify(references, progress=report)
+    if as_json:
+        print_json(asdict(found))
+        return int(bool(found.problems))
+    for problem in found.problems:
+        used = f" (needed by {', '.join(problem.checkpoints)})" if problem.checkpoints else ""
+        warn(f"{problem.message}{used}")
+    checked = (
+        f"{counted(found.checkpoints, 'checkpoint')}, {counted(found.tensors, 'stored tensor')}, "
+        f"{size(found.bytes)} in {counted(found.packs, 'pack')}"
+    )
+    say(f"{checked}: {counted(len(found.problems), 'problem') if found.problems else 'all as saved'}")
+    return int(bool(found.problems))
+
+
+@command("gc", "registry gc --dry-run\nregistry gc --grace 14d")
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@click.option(
+    "--grace",
+    default="1h",
+    show_default=True,
+    callback=seconds,
+    metavar="TIME",
+    help="How long something unneeded is left alone first: 0, 30m, 1h, 14d.",
+)
+def gc(dry_run: bool, grace: float, registry: Registry, as_json: bool) -> None:
+    """Free the space of what no checkpoint needs.
+
+    What has just become unneeded is marked and waits for --grace, so that a running save can still use it.
+    """
+
+    def tell(path: Path, count: int) -> None:
+        say(f"{'would remove' if dry_run else 'removing'} {path.relative_to(registry.root)}  {size(count)}")
+
+    found = registry.collect_garbage(grace=grace, dry_run=dry_run, tell=None if as_json else tell)
+    if as_json:
+        print_json({**asdict(found), "dry_run": dry_run})
+        return
+    parts = [
+        counted(found.packs, "pack"),
+        counted(found.manifests, "manifest"),
+        counted(found.temporary, "temporary file"),
+    ]
+    say(f"{'would free' if dry_run else 'freed'} {size(found.bytes)}: {', '.join(parts)}")
+    if found.waiting:
+        minutes = f"{found.wait_seconds / 60:.0f} min"
+        say(f"{counted(found.waiting, 'file')}, {size(found.waiting_bytes)}, wait for up to {minutes}")
+
+
+@command("rebuild", "registry rebuild")
+def rebuild(registry: Registry, as_json: bool) -> int:
+    """Recreate the catalog from the other files.
+
+    From the packs, the manifests and the journal:
+    for a catalog that is lost, damaged or older than the rest. Ends with status 1 if something could not be
+    brought back.
+    """
+    with progress("rebuilding") as report:
+        found = registry.rebuild(progress=report)
+    if as_json:
+        print_json(asdict(found))
+        return int(bool(found.damaged))
+    for line in found.damaged:
+        warn(line)
+    if found.set_aside:
+        say(f"the unreadable catalog is kept as {found.set_aside}")
+    say(
+        f"rebuilt: {counted(found.models, 'model')}, {counted(found.versions, 'version')}, "
+        f"{counted(found.packs, 'pack')}"
+    )
+    return int(bool(found.damaged))
