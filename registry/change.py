@@ -46,6 +46,7 @@ class Change:
         self.connection = connection
         self.records: list[Mapping[str, Any]] = []
         self._store = store
+        self._manifests: dict[str, Manifest] = {}
 
     def apply(self, record: Mapping[str, Any]) -> None:
         """Apply a record and keep it for the journal.
@@ -75,6 +76,7 @@ class Change:
         Raises:
             Stale: if a pack that the manifest relies on is not there any more.
         """
+        self._manifests[id] = manifest
         digests = {tensor.digest for tensor in manifest.tensors}
         if pack is not None:
             elsewhere = [
@@ -158,7 +160,7 @@ class Change:
         execute = self.connection.execute
         if execute("SELECT 1 FROM versions WHERE id = ?", (id,)).fetchone():
             return
-        manifest = self._store.manifest(id)
+        manifest = self._manifests.get(id) or self._store.manifest(id)
         self._use_unless_used(id, manifest)
         about = manifest.record
         execute(
@@ -311,7 +313,7 @@ def summary(manifest: Manifest) -> dict[str, dict[str, int]]:
         name: {"tensors": 0, "elements": 0, "bytes": 0} for name in manifest.components
     }
     seen: dict[str, set[int]] = {name: set() for name in manifest.components}
-    for path, slot in manifest.slots():
+    for path, slot in manifest.slots:
         component = path.split("/", 1)[0] if path.split("/", 1)[0] in found else path
         entry = found[component]
         entry["tensors"] += 1

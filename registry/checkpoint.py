@@ -131,7 +131,7 @@ class Checkpoint:
     def parameters(self) -> Iterator[tuple[str, str, tuple[int, ...], str]]:
         """Path, dtype, shape and digest of every tensor, without reading one."""
         manifest = self._store.manifest(self.id)
-        for path, slot in manifest.slots():
+        for path, slot in manifest.slots:
             tensor = manifest.tensors[slot]
             yield path, tensor.dtype, tensor.shape, tensor.digest
 

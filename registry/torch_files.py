@@ -1,16 +1,68 @@
-"""`.pt` files: the only module that touches pickle, and only through `torch.load(weights_only=True)`."""
+"""`.pt` files: the only module that touches pickle, and only through `torch.load(weights_only=True)`.
+
+`weights_only` keeps a file from running code, but not from asking for more memory than there is. What such a
+file can ask for is bounded here: compressed entries, buffers that are made by their length alone, trees that
+refer to themselves, and tensors that unfold to many times the file.
+"""
 
 from __future__ import annotations
 
-import io
+import math
+import mmap
+import os
+import re
+import stat
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from registry.store import durable
-from registry.store.errors import Invalid, NotFound, Unsupported
+from registry.reference import check_name
+from registry.store.durable import storage_errors
+from registry.store.errors import Corrupt, Invalid, NotFound, Unsupported
 from registry.store.text import printable, quoted
+
+TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+
+COMPONENT_KEYS = {
+    "model": ("model_state_dict", "state_dict", "model", "net", "weights"),
+    "optimizer": ("optimizer_state_dict", "optimizer", "optim", "optimizer_states"),
+    "scheduler": (
+        "scheduler_state_dict",
+        "lr_scheduler_state_dict",
+        "scheduler",
+        "lr_scheduler",
+        "lr_schedulers",
+    ),
+    "scaler": ("scaler_state_dict", "scaler"),
+    "ema": ("ema_state_dict", "model_ema", "ema", "state_dict_ema"),
+    "rng": ("rng",),
+}
+"""Keys of a checkpoint dict that hold a component, the likeliest first."""
+
+FIELD_KEYS = {
+    "epoch": ("epoch",),
+    "step": ("step", "global_step", "iteration"),
+    "loss": ("loss", "val_loss", "train_loss"),
+}
+_CONFIG_KEYS = ("config", "hyper_parameters", "hparams")
+
+_MAX_KEYS = 256  # a dict with more is no container of components
+MAX_CONFIG = 4 << 20
+
+_ADVICE = "save it again from its own program as a plain state dict: torch.save(model.state_dict(), ...)"
+_LEGACY = (
+    b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number that every file of torch.save before 1.6 starts with
+)
+_BY_LENGTH = re.compile(rb"c(?:__builtin__|builtins)\nbytearray\n")
+_MAX_VALUES = 20_000_000
+_MAX_TEXT = 256 << 20
+_UNFOLDING = 16  # times a file's size: what its tensors may take in memory, and the values it may hold
+_SLACK = 64 << 20
 
 
 def read_torch_file(path: Path) -> Any:
@@ -19,34 +71,109 @@ def read_torch_file(path: Path) -> Any:
     Raises:
         NotFound: if there is no such file.
         Unsupported: if it needs code to run, naming what; nothing falls back to unsafe pickle.
-        Invalid: if it is not a file of `torch.save`.
+        Invalid: if it is not a file of `torch.save`, or one that is made to exhaust memory.
     """
-    if not path.is_file():
-        raise NotFound(f"{path}: there is no such file")
-    with durable.storage_errors(path):
-        zipped = path.read_bytes()[:2] == b"PK" if path.stat().st_size < 2 else _starts_with_zip(path)
+    size = file_status(path).st_size
+    shown = printable(str(path))
+    with storage_errors(path), path.open("rb") as file:
+        head = file.read(32)
+    zipped = head.startswith(b"PK\x03\x04")
+    if zipped:
+        _check_archive(path, size)
+    elif _LEGACY not in head:
+        if head[:1] == b"\x80" or head[:2] in (b"cp", b"c_", b"cb", b"(d", b"(l"):
+            raise Unsupported(f"{shown}: a bare pickle, reading it could run code; {_ADVICE}")
+        raise Invalid(f"{shown}: not a file of torch.save, by its first bytes")
+    elif _scan_file(path):
+        raise _by_length(shown)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except OSError:
+        with storage_errors(path):
+            raise
     except Exception as error:
-        blocked = _blocked(path) if zipped else ()
-        if blocked:
-            names = ", ".join(printable(name) for name in sorted(blocked)[:5])
-            raise Unsupported(
-                f"{path}: loading it would run code ({names}); save it again from its own program as a plain "
-                "state dict: torch.save(model.state_dict(), ...)"
-            ) from error
-        text = printable(str(error).partition("\n")[0])
-        if "Unsupported" in text or "Weights only" in text or "weights_only" in text:
-            raise Unsupported(
-                f"{path}: not a plain state dict, so loading it could run code ({_reason(error)}); save it again "
-                "from its own program with: torch.save(model.state_dict(), ...)"
-            ) from error
-        raise Invalid(f"{path}: not a readable file of torch.save ({text[:160]})") from error
+        raise _refused(path, zipped, error) from error
+    try:
+        _check_extent(tree, size)
+    except Invalid as error:
+        raise Invalid(f"{shown}: {error}") from None
+    return tree
 
 
-def _starts_with_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
+def file_status(path: Path) -> os.stat_result:
+    """Status of a regular file that is not empty; links are followed.
+
+    Raises:
+        NotFound: if there is nothing at `path`.
+        Invalid: if it is a folder, a pipe, a device or an empty file.
+        StorageError: if the system refuses.
+    """
+    shown = printable(str(path))
+    try:
+        with storage_errors(path):
+            try:
+                status = os.stat(path)
+            except (FileNotFoundError, NotADirectoryError):
+                raise NotFound(f"{shown}: there is no such file") from None
+    except ValueError:
+        raise Invalid(f"{shown}: a path cannot hold this character") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise Invalid(f"{shown}: not a regular file")
+    if status.st_size == 0:
+        raise Invalid(f"{shown}: the file is empty")
+    return status
+
+
+def _check_archive(path: Path, size: int) -> None:
+    """Refuse archives that unpack to more than they take, which `torch.save` never writes."""
+    shown = printable(str(path))
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            packed = next((e for e in entries if e.compress_type != zipfile.ZIP_STORED), None)
+            if packed or sum(entry.file_size for entry in entries) > size:
+                raise Invalid(f"{shown}: a compressed archive, not a file of torch.save; unpack it first")
+            pickles = [entry for entry in entries if entry.filename.endswith("data.pkl")]
+            if any(_BY_LENGTH.search(archive.read(entry)) for entry in pickles):
+                raise _by_length(shown)
+    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+        text = printable(str(error).partition("\n")[0])[:160]
+        raise Invalid(f"{shown}: not a readable file of torch.save ({text}); it may be cut short") from None
+    except OSError:
+        with storage_errors(path):
+            raise
+
+
+def _scan_file(path: Path) -> bool:
+    with (
+        storage_errors(path),
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+    ):
+        return _BY_LENGTH.search(data) is not None
+
+
+def _by_length(shown: str) -> Unsupported:
+    return Unsupported(
+        f"{shown}: holds a bytearray, which cannot be stored; convert it to bytes, then {_ADVICE}"
+    )
+
+
+def _refused(path: Path, zipped: bool, error: Exception) -> Invalid | Unsupported:
+    shown = printable(str(path))
+    blocked = _blocked(path) if zipped else ()
+    if blocked:
+        names = ", ".join(printable(name[:80]) for name in sorted(blocked)[:5])
+        return Unsupported(f"{shown}: loading it would run code ({names}); {_ADVICE}")
+    text = str(error)
+    if re.search("Unsupported|Weights only|weights_only", text):
+        return Unsupported(
+            f"{shown}: not a plain state dict, loading it could run code ({_reason(error)}); {_ADVICE}"
+        )
+    first = printable(text.strip().partition("\n")[0])[:160] or type(error).__name__
+    return Invalid(f"{shown}: not a readable file of torch.save ({first})")
 
 
 def _blocked(path: Path) -> set[str]:
@@ -57,19 +184,208 @@ def _blocked(path: Path) -> set[str]:
 
 
 def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "nsupported" in line]
-    return printable(lines[0][:160]) if lines else printable(type(error).__name__)
+    text = str(error)
+    named = re.search(r"GLOBAL (\S+)", text)
+    if named:
+        return printable(named[1][:80])
+    telling = [line for line in text.splitlines() if re.search("nsupported|weights_only", line)]
+    return printable(telling[0].strip())[:160] if telling else type(error).__name__
 
 
-def render_torch_file(tree: Any) -> bytes:
-    """The bytes of a `.pt` file that holds the tree.
+def _check_extent(tree: Any, size: int) -> None:
+    """Refuse a tree that a small file can describe but no disk can hold.
 
     Raises:
-        Unsupported: if torch cannot write it.
+        Invalid: with what unfolds beyond reason.
     """
-    buffer = io.BytesIO()
+    seen: set[tuple[object, ...]] = set()
+    unfolded = text = 0
+    limit = min(_UNFOLDING * size + 10_000, _MAX_VALUES)
+    for count, value in enumerate(values(tree)):
+        if isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.device.type == "meta" or value.is_nested:
+                continue  # the store refuses these by name
+            view = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
+            if view not in seen:
+                seen.add(view)
+                unfolded += value.numel() * value.element_size()
+        elif isinstance(value, str | bytes):
+            text += len(value)
+        if count > limit or text > _MAX_TEXT:
+            raise Invalid(
+                "its values refer to each other so often that they unfold beyond what can be stored"
+            )
+        if unfolded > _UNFOLDING * size + _SLACK:
+            raise Invalid(f"its tensors unfold to over {unfolded} bytes, the file has only {size}")
+
+
+def values(tree: Any) -> Iterator[Any]:
+    """Every value in a tree, dict keys included, without recursion; endless if the tree holds itself."""
+    stack = [tree]
+    while stack:
+        value = stack.pop()
+        yield value
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                stack += (item, key)
+            stack += vars(value).values() if hasattr(value, "__dict__") else ()
+        elif isinstance(value, list | tuple | set):
+            stack += value
+
+
+def write_torch_file(tree: Any, write: Callable[[memoryview], object]) -> None:
+    """Write a tree as a `.pt` file, front to back, one tensor at a time.
+
+    Args:
+        write: takes the next bytes; what it raises comes out of here.
+
+    Raises:
+        Unsupported: if torch cannot write the tree.
+    """
+    sink = _Sink(write)
     try:
-        torch.save(tree, buffer)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise Unsupported(f"torch cannot write this as a .pt file: {quoted(str(error))}") from error
-    return buffer.getvalue()
+        torch.save(tree, sink)  # type: ignore[arg-type]
+    except Exception as error:
+        if sink.error is not None:
+            raise sink.error from None  # torch reports only that the writing stopped
+        text = str(error).partition("\n")[0]
+        raise Unsupported(f"torch cannot write this as a .pt file: {quoted(text)}") from error
+
+
+class _Sink:
+    """What `torch.save` needs of a file."""
+
+    def __init__(self, write: Callable[[memoryview], object]) -> None:
+        self._write = write
+        self.error: BaseException | None = None
+
+    def write(self, data: memoryview) -> int:
+        if self.error is None:
+            try:
+                self._write(data)
+            except BaseException as error:
+                self.error = error
+                raise
+        return len(data)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+
+def split(tree: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Components of a loaded `.pt` file, and the layout from which `join` puts it together again.
+
+    The layout is `{"whole": "model"}`, or `{"type": "dict", "keys": [...]}` with one entry for each key in
+    order: `[key, component]` for a component, `[key, "extra"]` for a part of `extra`, `[key, None, number]`
+    for a plain number that is recorded as a field.
+    """
+    places = _places(tree)
+    if not places:
+        return {"model": tree}, {"whole": "model"}
+    components = {component: tree[key] for key, component in places.items()}
+    numbers = {key for keys in FIELD_KEYS.values() for key in keys}
+    extra: dict[Any, Any] = {}
+    keys: list[list[Any]] = []
+    for key, value in tree.items():
+        if key in places:
+            keys.append([key, places[key]])
+        elif key in numbers and type(value) in (int, float) and math.isfinite(value) and abs(value) < 1 << 63:
+            keys.append([key, None, value])
+        else:
+            extra[key] = value
+            keys.append([key, "extra"])
+    if extra:
+        components["extra"] = extra
+    return components, {"type": type(tree).__name__, "keys": keys}
+
+
+def join(layout: Any, components: Mapping[str, Any]) -> Any:
+    """The tree that `split` took apart.
+
+    Raises:
+        Corrupt: if the layout does not fit the components.
+    """
+    try:
+        if set(layout) == {"whole"}:
+            return components[layout["whole"]]
+        tree: dict[Any, Any] = {"dict": dict, "OrderedDict": OrderedDict}[layout["type"]]()
+        for key, component, *number in layout["keys"]:
+            if number:
+                tree[key] = number[0]
+            else:
+                tree[key] = components["extra"][key] if component == "extra" else components[component]
+        return tree
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Corrupt(f"the recorded layout does not fit the components ({quoted(str(error))})") from None
+
+
+def _places(tree: Any) -> dict[str, str]:
+    """The component of each top-level key that holds one; none if the tree is no container of components."""
+    if type(tree) not in (dict, OrderedDict) or not 0 < len(tree) <= _MAX_KEYS:
+        return {}
+    if vars(tree) if type(tree) is OrderedDict else False:
+        return {}  # the _metadata of a state dict
+    if not all(type(key) in (str, int) for key in tree) or all(
+        isinstance(v, torch.Tensor) for v in tree.values()
+    ):
+        return {}
+    places = {}
+    for component, keys in COMPONENT_KEYS.items():
+        kinds = Mapping if component == "model" else (Mapping, list)
+        found = next((key for key in keys if isinstance(tree.get(key), kinds)), None)
+        if found is not None:
+            places[found] = component
+    return places
+
+
+def fields_of(tree: Any) -> dict[str, Any]:
+    if type(tree) not in (dict, OrderedDict) or all(isinstance(v, torch.Tensor) for v in tree.values()):
+        return {}
+    fields: dict[str, Any] = {}
+    for name, keys in FIELD_KEYS.items():
+        numbers = (_number(tree.get(key)) for key in keys)
+        found = next((n for n in numbers if n is not None and (name == "loss" or _is_count(n))), None)
+        fields[name] = found if found is None or name == "loss" else int(found)
+    metrics = tree.get("metrics")
+    if isinstance(metrics, Mapping):
+        measured = {key: _number(value) for key, value in metrics.items() if _is_metric(key)}
+        fields["metrics"] = {key: float(value) for key, value in measured.items() if value is not None}
+    fields["config"] = next((tree[key] for key in _CONFIG_KEYS if is_config(tree.get(key))), None)
+    return fields
+
+
+def _number(value: Any) -> int | float | None:
+    if isinstance(value, torch.Tensor) and value.ndim == 0:
+        plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+        value = value.item() if plain and not value.is_complex() else None
+    if type(value) is int:
+        return value if abs(value) < 1 << 63 else None
+    return value if type(value) is float else None
+
+
+def _is_count(number: float) -> bool:
+    return 0 <= number < 1 << 63 and number == int(number) if math.isfinite(number) else False
+
+
+def _is_metric(name: Any) -> bool:
+    try:
+        return isinstance(name, str) and bool(check_name(name, "metric"))
+    except Invalid:
+        return False
+
+
+def is_config(value: Any) -> bool:
+    """Whether a value can stand in a record: plain values and string keys, no larger than a config file."""
+    if type(value) is not dict or not value:
+        return False
+    cost = 0
+    for part in values(value):
+        kind = type(part)
+        if part is not None and kind not in (bool, int, float, str, list, tuple, dict):
+            return False
+        if kind is dict and not all(type(key) is str and key[:1] != "$" for key in part):
+            return False
+        cost += len(part) if kind is str else 8
+        if cost > MAX_CONFIG:
+            return False
+    return True

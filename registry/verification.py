@@ -72,7 +72,7 @@ class _Check:
             except RegistryError as error:
                 self.problems.append(Problem(str(error), (named[id],)))
                 continue
-            for path, slot in manifest.slots():
+            for path, slot in manifest.slots:
                 self._names.setdefault(manifest.tensors[slot].digest, []).append((named[id], path))
 
     def packs(self, progress: Progress) -> None:

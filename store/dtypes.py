@@ -44,4 +44,4 @@ BY_CODE: dict[str, str] = {kind.code: name for name, kind in ELEMENT_TYPES.items
 
 def byte_count(dtype: str, shape: Sequence[int]) -> int:
     """Bytes of a contiguous tensor."""
-    return ELEMENT_TYPES[dtype].size * math.prod(shape)
+    return ELEMENT_TYPES[dtype][0] * math.prod(shape)

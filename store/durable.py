@@ -97,8 +97,8 @@ class NewFile:
             rest = rest[count:]
             offset += count
 
-    def publish(self, target: Path, head: Buffer) -> None:
-        """Make the file durable under its final name, read-only, replacing what a damaged store had there.
+    def publish(self, target: Path, head: Buffer, *, read_only: bool = True) -> None:
+        """Make the file durable under its final name, replacing what is there.
 
         The size and the first bytes are read back first: a disk that claims to have written and has not is
         found here, while the data is still in memory.
@@ -112,7 +112,8 @@ class NewFile:
                 f"{self.path}: the disk reports success but did not keep what was written "
                 f"({status.st_size} of {self._position} bytes); check the disk, nothing was saved"
             )
-        os.fchmod(self._fd, stat.S_IMODE(status.st_mode) & ~0o222)
+        if read_only:
+            os.fchmod(self._fd, stat.S_IMODE(status.st_mode) & ~0o222)
         disk.sync(self._fd, self.path)
         os.close(self._fd)
         self._fd = -1
@@ -151,15 +152,13 @@ def write_file(path: Path, data: bytes, *, folder: Path | None = None) -> None:
     target = path if folder else Path(os.path.realpath(path))
     with storage_errors(path):
         twice_on_io_error(lambda: _write_once(target, data, folder))
-        if folder is None:
-            os.chmod(target, stat.S_IMODE(os.stat(target).st_mode) | 0o200)
 
 
 def _write_once(target: Path, data: bytes, folder: Path | None) -> None:
     file = NewFile(folder or target.parent)
     try:
         file.write(data)
-        file.publish(target, data)
+        file.publish(target, data, read_only=folder is not None)
     except BaseException:
         file.discard()
         raise

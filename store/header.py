@@ -25,7 +25,9 @@ MAX_NAME = 1_024
 MAX_DIMENSIONS = 64
 PAGE = 4_096
 
-_PACKED = {"F4": 2, "F6_E2M3": 4 / 3, "F6_E3M2": 4 / 3}  # elements a byte
+_PACKED = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # bits an element
+_MAX_ELEMENTS = (1 << 63) - 1
+_SURROGATE = re.compile("[\ud800-\udfff]")  # what JSON can spell and UTF-8 cannot
 _FORBIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 
 
@@ -64,6 +66,8 @@ def parse(head: bytes, file_size: int) -> Header:
     metadata = document.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise Invalid("the header's __metadata__ is not a table of strings")
+    if any(_SURROGATE.search(text) for pair in metadata.items() for text in pair):
+        raise Invalid("the header's __metadata__ holds half a character")
     base = 8 + length
     entries = [_entry(name, value, base) for name, value in document.items()]
     entries.sort(key=lambda entry: (entry.start, entry.end))
@@ -152,7 +156,7 @@ def _entry(name: str, value: Any, base: int) -> Entry:
     code, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(code, str) or (code not in BY_CODE and code not in _PACKED):
         raise Invalid(f"tensor {shown} has the unknown dtype {quoted(str(code))}")
-    if not _whole_numbers(shape) or len(shape) > MAX_DIMENSIONS:
+    if not _whole_numbers(shape) or len(shape) > MAX_DIMENSIONS or _overflows(shape):
         raise Invalid(f"tensor {shown} has a malformed shape")
     if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise Invalid(f"tensor {shown} has malformed data_offsets")
@@ -166,11 +170,16 @@ def _whole_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int for item in value)
 
 
+def _overflows(shape: list[int]) -> bool:
+    """Whether another reader could not count the elements, though a zero among the sizes makes them none."""
+    return math.prod(n for n in shape if n) > _MAX_ELEMENTS
+
+
 def _byte_count(code: str, shape: list[int]) -> int | None:
     elements = math.prod(shape)
     if code in _PACKED:
-        exact = elements / _PACKED[code]
-        return int(exact) if exact.is_integer() else None
+        size, rest = divmod(elements * _PACKED[code], 8)
+        return None if rest else size
     return elements * ELEMENT_TYPES[BY_CODE[code]].size
 
 

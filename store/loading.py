@@ -6,13 +6,14 @@ Every way verifies digests in parallel threads unless told not to.
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -24,20 +25,25 @@ from registry.store.manifest import TensorInfo
 from registry.store.pack import map_file, open_regular, pack_path
 from registry.store.tree import torch_type
 
+Job = TypeVar("Job")
+
 _THREADS = min(os.cpu_count() or 1, 16)
 _ARENA = 64 << 20
 _CHUNK = 1 << 20
+_READ = 8 << 20
+_GAP = 4 << 10
+_MAX_BUFFERS = 1_000  # the system takes 1,024
 _REMAP = 1 << 20  # a second use of the same stored tensor is mapped again from here on, and copied below
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """A tensor to load: its position in the manifest, what it is, where it lies, its name for messages."""
+class Wanted(NamedTuple):
+    """A tensor to load: a key for the caller, what it is, where it lies, its name for messages, its bytes."""
 
     slot: int
     info: TensorInfo
     location: Location
     name: str
+    size: int
 
 
 class Mapped:
@@ -61,7 +67,7 @@ class Mapped:
 
     def bytes(self, wanted: Wanted) -> memoryview:
         start = wanted.location.start
-        return memoryview(self._map(wanted.location, 0))[start : start + wanted.info.size]
+        return memoryview(self._map(wanted.location, 0))[start : start + wanted.size]
 
     def _view(self, wanted: Wanted, use: int) -> torch.Tensor:
         return view(self._map(wanted.location, use), wanted.info, wanted.location.start)
@@ -76,11 +82,12 @@ class Mapped:
 
 def view(buffer: mmap.mmap | memoryview, info: TensorInfo, offset: int) -> torch.Tensor:
     """A tensor over a part of a writable buffer, without copying."""
-    dtype = torch_type(info.dtype)
-    if info.size == 0:
-        return torch.empty(info.shape, dtype=dtype)
-    count = info.size // dtype.itemsize
-    return torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset).reshape(info.shape)
+    dtype, shape = torch_type(info.dtype), info.shape
+    count = math.prod(shape)
+    if count == 0:
+        return torch.empty(shape, dtype=dtype)
+    flat = torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset)
+    return flat if len(shape) == 1 else flat.view(shape)
 
 
 def verify(packs: Path, items: Sequence[Wanted], mapped: Mapped) -> None:
@@ -89,8 +96,9 @@ def verify(packs: Path, items: Sequence[Wanted], mapped: Mapped) -> None:
     Raises:
         Corrupt: naming the tensor and the pack.
     """
-    distinct = {item.info.digest: item for item in items if item.info.size}
-    in_parallel(list(distinct.values()), lambda item: _check(packs, item, mapped.bytes(item)))
+    distinct = list({item.info.digest: item for item in items if item.size}.values())
+    sizes = [item.size for item in distinct]
+    in_parallel(distinct, lambda item: _check(packs, item, mapped.bytes(item)), sizes)
 
 
 def _check(packs: Path, item: Wanted, data: memoryview, actual: str | None = None) -> None:
@@ -99,7 +107,7 @@ def _check(packs: Path, item: Wanted, data: memoryview, actual: str | None = Non
 
 
 def damaged(packs: Path, item: Wanted) -> Corrupt:
-    end = item.location.start + item.info.size
+    end = item.location.start + item.size
     return Corrupt(
         f"{item.name}: the bytes {item.location.start} to {end} of pack "
         f"{pack_path(packs, item.location.pack).name} are not what was saved; "
@@ -107,45 +115,93 @@ def damaged(packs: Path, item: Wanted) -> Corrupt:
     )
 
 
-def in_parallel(items: Sequence[Wanted], work: Callable[[Wanted], None]) -> None:
-    """Run work over items on all cores, the largest first; the first error wins and stops the rest."""
-    ordered = iter(sorted(items, key=lambda item: item.info.size, reverse=True))
+def in_parallel(jobs: Sequence[Job], work: Callable[[Job], None], sizes: Sequence[int]) -> None:
+    """Run work over jobs on all cores, the largest first; the first error wins and stops the rest."""
+    ordered = iter(sorted(range(len(jobs)), key=sizes.__getitem__, reverse=True))
     lock = threading.Lock()
     stop = threading.Event()
 
     def worker() -> None:
         while not stop.is_set():
             with lock:
-                item = next(ordered, None)
-            if item is None:
+                i = next(ordered, None)
+            if i is None:
                 return
             try:
-                work(item)
+                work(jobs[i])
             except BaseException:
                 stop.set()
                 raise
 
-    total = sum(item.info.size for item in items)
-    if total < _CHUNK or _THREADS == 1:
+    if sum(sizes) < _CHUNK or _THREADS == 1:
         worker()
         return
-    with ThreadPoolExecutor(_THREADS, "registry-load") as pool:
-        for future in [pool.submit(worker) for _ in range(_THREADS)]:
+    with ThreadPoolExecutor(_THREADS - 1, "registry-load") as pool:
+        others = [pool.submit(worker) for _ in range(_THREADS - 1)]
+        worker()
+        for future in others:
             future.result()
 
 
-def read_into(packs: Path, items: Sequence[Wanted], targets: Mapping[int, torch.Tensor]) -> None:
-    """Copy stored bytes into contiguous CPU tensors, straight from the files."""
+class _Read(NamedTuple):
+    """One system call: buffers to fill in turn from a place in a pack."""
+
+    location: Location
+    start: int
+    size: int
+    buffers: list[memoryview]
+    first: Wanted
+
+
+def read_into(packs: Path, targets: Sequence[tuple[Wanted, memoryview]]) -> None:
+    """Fill buffers with stored bytes, straight from the files.
+
+    Neighbours in a pack are read together, as thousands of small reads cost more than their bytes.
+
+    Raises:
+        Corrupt: if a pack is missing or has another size than the catalog says.
+    """
+    first: dict[tuple[str, int], tuple[Wanted, memoryview]] = {}
+    repeated = []
+    for item, buffer in targets:
+        place = (item.location.pack, item.location.start)
+        if first.setdefault(place, (item, buffer))[1] is not buffer:
+            repeated.append((buffer, first[place][1]))
+    reads = list(_reads([first[place] for place in sorted(first)]))
     with _Files(packs) as files:
-
-        def work(item: Wanted) -> None:
-            files.read(item, _memory(targets[item.slot]))
-
-        in_parallel([item for item in items if item.info.size], work)
+        in_parallel(reads, files.read, [read.size for read in reads])
+    for buffer, source in repeated:
+        buffer[:] = source
 
 
-def _memory(tensor: torch.Tensor) -> memoryview:
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+def _reads(targets: Iterable[tuple[Wanted, memoryview]]) -> Iterator[_Read]:
+    """Group distinct tensors, in the order of their places, into system calls."""
+    between = memoryview(bytearray(_GAP))
+    run: _Read | None = None
+    for item, buffer in targets:
+        done = 0
+        while done < item.size:
+            start = item.location.start + done
+            part = buffer[done : done + _READ] if item.size > _READ else buffer
+            gap = start - run.start - run.size if run else -1
+            if (
+                run is None
+                or run.location.pack != item.location.pack
+                or not 0 <= gap <= _GAP
+                or run.size + len(part) > _READ
+                or len(run.buffers) > _MAX_BUFFERS
+            ):
+                if run:
+                    yield run
+                run = _Read(item.location, start, len(part), [part], item)
+            else:
+                if gap:
+                    run.buffers.append(between[:gap])
+                run.buffers.append(part)
+                run = run._replace(size=run.size + gap + len(part))
+            done += len(part)
+    if run:
+        yield run
 
 
 def owned(packs: Path, items: Sequence[Wanted], *, check: bool) -> dict[int, torch.Tensor]:
@@ -158,16 +214,12 @@ def owned(packs: Path, items: Sequence[Wanted], *, check: bool) -> dict[int, tor
     tensors: dict[int, torch.Tensor] = {}
     for arena, placed in _arenas(items):
         for item, offset in placed:
-            buffers[item.slot] = arena[offset : offset + item.info.size]
+            buffers[item.slot] = arena[offset : offset + item.size]
             tensors[item.slot] = view(arena, item.info, offset)
-    with _Files(packs) as files:
-
-        def work(item: Wanted) -> None:
-            files.read(item, buffers[item.slot])
-            if check:
-                _check(packs, item, buffers[item.slot])
-
-        in_parallel([item for item in items if item.info.size], work)
+    read_into(packs, [(item, buffers[item.slot]) for item in items])
+    if check:
+        sizes = [item.size for item in items]
+        in_parallel(items, lambda item: _check(packs, item, buffers[item.slot]), sizes)
     return tensors
 
 
@@ -176,11 +228,11 @@ def _arenas(items: Sequence[Wanted]) -> list[tuple[memoryview, list[tuple[Wanted
     placed: list[tuple[Wanted, int]] = []
     size = 0
     for item in items:
-        if placed and size + item.info.size > _ARENA:
+        if placed and size + item.size > _ARENA:
             arenas.append((_anonymous(size), placed))
             placed, size = [], 0
         placed.append((item, size))
-        size += -(-item.info.size // 64) * 64
+        size += -(-item.size // 64) * 64
     if placed:
         arenas.append((_anonymous(size), placed))
     return arenas
@@ -209,30 +261,38 @@ class _Files:
         for file in self._open.values():
             file.__exit__()
 
-    def read(self, item: Wanted, target: memoryview) -> None:
-        """Fill `target` with the tensor's bytes."""
-        fd = self._descriptor(item)
-        offset = item.location.start
-        with storage_errors(pack_path(self._packs, item.location.pack)):
-            while target:
-                count = os.preadv(fd, [target[: 8 * _CHUNK]], offset)
+    def read(self, job: _Read) -> None:
+        fd = self._descriptor(job.location)
+        offset, buffers = job.start, job.buffers
+        with storage_errors(pack_path(self._packs, job.location.pack)):
+            while offset < job.start + job.size:
+                count = os.preadv(fd, buffers, offset)
                 if count == 0:
-                    raise damaged(self._packs, item)
-                target = target[count:]
+                    raise damaged(self._packs, job.first)
                 offset += count
+                buffers = _after(buffers, count) if offset < job.start + job.size else []
 
-    def _descriptor(self, item: Wanted) -> int:
-        pack = item.location.pack
+    def _descriptor(self, location: Location) -> int:
+        pack = location.pack
         with self._lock:
             if pack not in self._open:
                 path = pack_path(self._packs, pack)
                 file = open_regular(path)
                 size = os.fstat(file.fileno()).st_size
-                if size != item.location.pack_size:
+                if size != location.pack_size:
                     file.__exit__()
-                    raise Corrupt(f"{path}: has {size} bytes instead of {item.location.pack_size}")
+                    raise Corrupt(f"{path}: has {size} bytes instead of {location.pack_size}")
                 self._open[pack] = file
             return self._open[pack].fileno()
+
+
+def _after(buffers: list[memoryview], count: int) -> list[memoryview]:
+    """What is left to fill after a read that filled `count` bytes."""
+    for i, buffer in enumerate(buffers):
+        if count < len(buffer):
+            return [buffer[count:], *buffers[i + 1 :]]
+        count -= len(buffer)
+    return []
 
 
 @contextlib.contextmanager

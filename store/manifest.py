@@ -7,12 +7,13 @@ into live trees.
 from __future__ import annotations
 
 import fnmatch
+import functools
 import json
 import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from registry.store.digest import is_digest
 from registry.store.dtypes import ELEMENT_TYPES, byte_count
@@ -24,8 +25,7 @@ MAX_SIZE = 256 << 20
 _TAG_OF_SLOT = ("$tensor", "$array", "$bytes")
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """What a manifest says of one tensor."""
 
     dtype: str
@@ -42,13 +42,18 @@ class TensorInfo:
         return byte_count(self.dtype, self.shape)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Manifest:
     """The components of a checkpoint or artifact, and the record that its owner keeps with them."""
 
     record: Mapping[str, Any]
     components: Mapping[str, Any]
     tensors: Sequence[TensorInfo]
+
+    @functools.cached_property
+    def slots(self) -> Sequence[tuple[str, int]]:
+        """The `component/name` path and the position of every tensor; a tied one comes under each name."""
+        return list(slots_of(self.components))
 
     def render(self) -> bytes:
         """The manifest's bytes.
@@ -63,11 +68,6 @@ class Manifest:
             "tensors": [[tensor.dtype, list(tensor.shape), tensor.digest] for tensor in self.tensors],
         }
         return json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
-
-    def slots(self) -> Iterator[tuple[str, int]]:
-        """The `component/name` path and the position of every tensor; a tied one comes under each name."""
-        for component, document in self.components.items():
-            yield from slots(document, component)
 
     def select(self, patterns: Sequence[str]) -> dict[str, Any]:
         """The components' documents cut down to what the patterns name (see `Store.get`)."""
@@ -105,7 +105,7 @@ def parse(data: bytes) -> Manifest:
     if not isinstance(record, dict) or not isinstance(components, dict) or not isinstance(tensors, list):
         raise Corrupt("the manifest lacks its record, components or tensors")
     manifest = Manifest(_untagged(record), components, [_tensor_info(item) for item in tensors])
-    for path, slot in manifest.slots():
+    for path, slot in manifest.slots:
         if type(slot) is not int or not 0 <= slot < len(tensors):
             raise Corrupt(f"the manifest refers at {quoted(path)} to a tensor that it does not list")
     return manifest
@@ -138,28 +138,32 @@ def _untagged(value: Any) -> Any:
 
 
 def _tensor_info(item: Any) -> TensorInfo:
-    match item:
-        case [str(dtype), list(shape), str(digest)] if (
-            dtype in ELEMENT_TYPES
-            and is_digest(digest)
-            and len(shape) <= 64
-            and all(type(n) is int and 0 <= n < 1 << 63 for n in shape)
-        ):
+    if isinstance(item, list) and len(item) == 3:
+        dtype, shape, digest = item
+        if isinstance(dtype, str) and dtype in ELEMENT_TYPES and is_digest(digest) and _is_shape(shape):
             return TensorInfo(dtype, tuple(shape), digest)
     raise Corrupt(f"the manifest lists a malformed tensor: {quoted(json.dumps(item))}")
 
 
-def slots(document: Any, path: str) -> Iterator[tuple[str, int]]:
-    """Path and position of every tensor below a component's document."""
-    stack = [(path, document)]
+def _is_shape(shape: Any) -> bool:
+    if not isinstance(shape, list) or len(shape) > 64:
+        return False
+    return not any(type(n) is not int or not 0 <= n < 1 << 63 for n in shape)
+
+
+def slots_of(components: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Path and position of every tensor in components' documents."""
+    stack = list(reversed(components.items()))
     while stack:
         path, node = stack.pop()
         if isinstance(node, dict):
-            tag = next(iter(node), None)
+            tag = next(iter(node), "")
             if tag in _TAG_OF_SLOT and not isinstance(node[tag], str):
                 yield path, node[tag]
-                continue
-        stack += reversed([(f"{path}/{key}", child) for key, child in _children(node)])
+            else:
+                stack += reversed([(f"{path}/{key}", child) for key, child in _children(node)])
+        elif isinstance(node, list):
+            stack += reversed([(f"{path}/{i}", child) for i, child in enumerate(node)])
 
 
 def _children(node: Any) -> list[tuple[Any, Any]]:

@@ -1,15 +1,15 @@
 """The save pipeline: hash, look up, write.
 
-A thread hashes tensors ahead of the writer (BLAKE3 releases the GIL). The writer starts once it holds enough
-new tensors, so that a small save gets an exactly sized header and an unchanged one writes no pack at all.
+Threads hash tensors ahead of the writer (BLAKE3 releases the GIL). The writer starts with the first batch that
+holds a new tensor, so that a small save gets an exactly sized header and an unchanged one writes no pack at all.
 """
 
 from __future__ import annotations
 
 import contextlib
-import queue
+import os
 import threading
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -19,9 +19,16 @@ from registry.store.manifest import TensorInfo
 from registry.store.pack import PackInfo, PackWriter
 from registry.store.tree import Leaf
 
-START_WRITING = 32 << 20
+BATCH = 16 << 20
+"""Bytes to hash before looking up which of them are new, and writing those."""
+RUN = 2 << 20
+"""Bytes of neighbouring tensors that a thread hashes at a time."""
+
 COPIES_IN_FLIGHT = 32 << 20
 """Bytes of host copies (of device tensors and views that are not contiguous) that may wait for the writer."""
+
+_ALL_CORES = 32 << 20  # a tensor this large is hashed by all cores at once, not to end alone
+_THREADS = min(os.cpu_count() or 1, 4)
 
 
 @dataclass(slots=True)
@@ -57,36 +64,36 @@ def write_new(
     """
     writer: PackWriter | None = None
     pending: list[_Hashed] = []
-    waiting = done = 0
     total = sum(leaf.size for leaf in state.leaves)
+    done = 0
     seen: set[str] = set()
     hashing = _Hashing(state)
     try:
         with contextlib.closing(hashing.batches()) as batches:
-            for batch, must_write in batches:
+            for batch in batches:
                 stored = known({item.digest for item in batch} - seen)
                 for item in batch:
                     if item.digest in stored or item.digest in seen:
                         hashing.release(item)
                         done += item.leaf.size
-                        continue
-                    seen.add(item.digest)
-                    pending.append(item)
-                    waiting += item.leaf.size
-                if pending and (writer or must_write or waiting >= START_WRITING):
+                    else:
+                        seen.add(item.digest)
+                        pending.append(item)
+                if pending:
                     if writer is None:
-                        rest = [
+                        hashing.leave_a_core()
+                        unhashed = [
                             leaf for leaf, d in zip(state.leaves, state.digests, strict=True) if d is None
                         ]
-                        candidates = [item.leaf for item in pending] + rest
+                        candidates = [item.leaf for item in pending] + unhashed
                         writer = PackWriter(tmp, [(leaf.dtype, leaf.shape) for leaf in candidates])
-                    _drain(writer, pending, hashing)
-                    done += waiting
-                    waiting = 0
+                    for item in pending:
+                        data = item.leaf.buffer() if item.data is None else item.data
+                        writer.add(item.digest, item.leaf.dtype, item.leaf.shape, data)
+                        hashing.release(item)
+                        done += item.leaf.size
+                    pending.clear()
                 progress(done, total)
-        if pending:
-            writer = writer or PackWriter(tmp, [(item.leaf.dtype, item.leaf.shape) for item in pending])
-            _drain(writer, pending, hashing)
         return writer.finish(packs) if writer else None
     except BaseException:
         if writer:
@@ -102,84 +109,123 @@ class _Hashed(NamedTuple):
     """The bytes, where they were copied to be hashed; None where they can be had from the leaf for nothing."""
 
 
-def _drain(writer: PackWriter, pending: list[_Hashed], hashing: _Hashing) -> None:
-    for item in pending:
-        data = item.leaf.buffer() if item.data is None else item.data
-        writer.add(item.digest, item.leaf.dtype, item.leaf.shape, data)
-        hashing.release(item)
-    pending.clear()
-
-
 class _Hashing:
-    """A thread that hashes a state's tensors in order, and bounds the copies that it has to make."""
+    """Threads that hash a state's tensors, and bound the copies that they have to make.
+
+    A thread claims a run of neighbours at a time, as handing over single small tensors costs more than hashing
+    them.
+    """
 
     def __init__(self, state: State) -> None:
         self._state = state
-        self._queue: queue.SimpleQueue[_Hashed | BaseException | str | None] = queue.SimpleQueue()
-        self._room = threading.Condition()
-        self._copied = 0
-        self._stopped = False
+        self._runs = list(_runs(state.leaves))
+        lock = threading.Lock()
+        self._progress = threading.Condition(lock)
+        self._room = threading.Condition(lock)
+        self._claimed = self._copied = 0
+        self._finished: dict[int, list[_Hashed]] = {}
+        self._in_order = 0
+        self._ready: list[_Hashed] = []
+        self._ready_bytes = 0
+        self._waits_for_room = self._stopped = False
+        self._wanted_threads = _THREADS
+        self._error: BaseException | None = None
 
-    def batches(self) -> Generator[tuple[list[_Hashed], bool]]:
-        """Hashed tensors as they come; the flag asks to write what is pending, as hashing waits for room."""
-        thread = threading.Thread(target=self._run, name="registry-hash", daemon=True)
-        thread.start()
+    def batches(self) -> Generator[list[_Hashed]]:
+        """Hashed tensors in the order of the state, in batches worth a look-up and a write."""
+        threads = [
+            threading.Thread(target=self._work, args=(i,), name="registry-hash", daemon=True)
+            for i in range(min(_THREADS, len(self._runs)))
+        ]
+        for thread in threads:
+            thread.start()
         try:
-            done = False
-            while not done:
-                batch: list[_Hashed] = []
-                must_write = False
-                item = self._queue.get()
-                while True:
-                    if isinstance(item, BaseException):
-                        raise item
-                    if item is None:
-                        done = True
-                        break
-                    if isinstance(item, str):
-                        must_write = True
-                    else:
-                        self._state.digests[item.slot] = item.digest
-                        batch.append(item)
-                    try:
-                        item = self._queue.get_nowait()
-                    except queue.Empty:
-                        break
-                yield batch, must_write
+            given = 0
+            while given < len(self._state.leaves):
+                with self._progress:
+                    self._progress.wait_for(self._has_batch)
+                    if self._error:
+                        raise self._error
+                    batch, self._ready, self._ready_bytes = self._ready, [], 0
+                for item in batch:
+                    self._state.digests[item.slot] = item.digest
+                given += len(batch)
+                yield batch
         finally:
             with self._room:
                 self._stopped = True
-                self._room.notify()
-            thread.join()
+                self._room.notify_all()
+            for thread in threads:
+                thread.join()
+
+    def leave_a_core(self) -> None:
+        """Hash with one thread less from now on, since writing needs a core as well."""
+        self._wanted_threads = max(_THREADS - 1, 1)
 
     def release(self, item: _Hashed) -> None:
         """The bytes of an item are no longer needed."""
         if item.data is not None:
             with self._room:
                 self._copied -= item.leaf.size
-                self._room.notify()
+                self._room.notify_all()
 
-    def _run(self) -> None:
+    def _has_batch(self) -> bool:
+        if self._error or self._ready_bytes >= BATCH or self._in_order == len(self._runs):
+            return True
+        return self._waits_for_room and bool(self._ready)
+
+    def _work(self, thread: int) -> None:
         try:
-            for slot, leaf in enumerate(self._state.leaves):
-                plain = leaf.is_plain
-                if not plain and not self._wait_for_room(leaf.size):
-                    return
-                data = leaf.buffer()
-                name = self._state.digests[slot] or tensor_digest(leaf.dtype, leaf.shape, data)
-                self._queue.put(_Hashed(slot, name, leaf, None if plain else data))
-                if self._stopped:
-                    return
-            self._queue.put(None)
+            while thread < self._wanted_threads and (run := self._claim()) is not None:
+                items = [self._hash(slot) for slot in self._runs[run]]
+                with self._progress:
+                    self._finished[run] = items
+                    while self._in_order in self._finished:
+                        items = self._finished.pop(self._in_order)
+                        self._ready += items
+                        self._ready_bytes += sum(item.leaf.size for item in items)
+                        self._in_order += 1
+                    if self._has_batch():
+                        self._progress.notify()
         except BaseException as error:  # reaches the caller of batches()
-            self._queue.put(error)
+            with self._progress:
+                self._error = error
+                self._progress.notify()
 
-    def _wait_for_room(self, size: int) -> bool:
+    def _hash(self, slot: int) -> _Hashed:
+        leaf = self._state.leaves[slot]
+        data = leaf.buffer()
+        threads = None if leaf.size >= _ALL_CORES else 1
+        digest = self._state.digests[slot] or tensor_digest(leaf.dtype, leaf.shape, data, threads=threads)
+        return _Hashed(slot, digest, leaf, None if leaf.is_plain else data)
+
+    def _claim(self) -> int | None:
+        """The next run to hash, in order, once there is room for the copies that it may need."""
         with self._room:
-            if self._copied and self._copied + size > COPIES_IN_FLIGHT:
-                self._queue.put("write")
-                self._room.wait_for(
-                    lambda: self._stopped or not self._copied or self._copied + size <= COPIES_IN_FLIGHT
-                )
-            self._copied += size
-            return not self._stopped
+            while not self._stopped and not self._error and self._claimed < len(self._runs):
+                size = self._copy_bytes(self._runs[self._claimed])
+                if not size or not self._copied or self._copied + size <= COPIES_IN_FLIGHT:
+                    self._copied += size
+                    self._claimed += 1
+                    return self._claimed - 1
+                self._waits_for_room = True
+                self._progress.notify()
+                self._room.wait()
+                self._waits_for_room = False
+            return None
+
+    def _copy_bytes(self, run: range) -> int:
+        leaves = (self._state.leaves[slot] for slot in run)
+        return sum(leaf.size for leaf in leaves if not leaf.is_plain)
+
+
+def _runs(leaves: Sequence[Leaf]) -> Iterator[range]:
+    """Neighbours of about the size of a run together; a larger tensor is alone."""
+    start = size = 0
+    for slot, leaf in enumerate(leaves):
+        if slot > start and size + leaf.size > RUN:
+            yield range(start, slot)
+            start, size = slot, 0
+        size += leaf.size
+    if leaves:
+        yield range(start, len(leaves))

@@ -16,7 +16,7 @@ from registry.store.digest import is_digest
 from registry.store.durable import storage_errors
 from registry.store.errors import Corrupt, Incompatible, Invalid, NotFound
 from registry.store.location import Index, Location
-from registry.store.manifest import MAX_SIZE, Manifest, parse
+from registry.store.manifest import MAX_SIZE, Manifest, parse, slots_of
 from registry.store.pack import PackInfo, open_regular, pack_path, read_pack_info
 from registry.store.text import quoted
 
@@ -170,11 +170,11 @@ class Store:
         import torch
 
         from registry.store import loading
-        from registry.store.tree import tensor_paths, torch_type
+        from registry.store.tree import memory_of, tensor_paths, torch_type
 
         with loading.naming(label or digest[:12]), torch.no_grad():
             manifest = self.manifest(digest)
-            slots = dict(manifest.slots())
+            slots = dict(manifest.slots)
             live = tensor_paths(targets)
             problems = []
             for path, tensor in live.items():
@@ -194,13 +194,18 @@ class Store:
             mapped = loading.Mapped(self.packs)
             if verify:
                 loading.verify(self.packs, wanted, mapped)
-            plain = {
-                i: t for i, t in enumerate(live.values()) if t.device.type == "cpu" and t.is_contiguous()
-            }
-            loading.read_into(self.packs, [item for item in wanted if item.slot in plain], plain)
+            direct = []
             for item, tensor in zip(wanted, live.values(), strict=True):
-                if item.slot not in plain:
+                if (
+                    item.size
+                    and tensor.is_cpu
+                    and tensor.is_contiguous()
+                    and not (tensor.is_conj() or tensor.is_neg())
+                ):
+                    direct.append((item, memory_of(tensor.detach(), item.info.dtype)))
+                else:
                     tensor.copy_(mapped.tensor(item))
+            loading.read_into(self.packs, direct)
 
     def has(self, digest: str) -> bool:
         """Whether a manifest of this digest is stored."""
@@ -246,18 +251,16 @@ class Store:
             return False
 
     def _intact(self, digests: Collection[str]) -> Collection[str]:
-        whole: dict[str, bool] = {}
         located = self.index.locate(digests)
-        for location in located.values():
-            if location.pack not in whole:
-                whole[location.pack] = self.pack_is_whole(location.pack, location.pack_size)
-        return {digest for digest, location in located.items() if whole[location.pack]}
+        packs = {location.pack: location.pack_size for location in located.values()}
+        whole = {pack for pack, size in packs.items() if self.pack_is_whole(pack, size)}
+        return {digest for digest, location in located.items() if location.pack in whole}
 
     def _chosen(self, manifest: Manifest, only: str | Sequence[str] | None) -> Mapping[str, Any]:
         if only is None:
             return manifest.components
         patterns = [only] if isinstance(only, str) else list(only)
-        names = [path for path, _ in manifest.slots()]
+        names = [path for path, _ in manifest.slots]
         for pattern in patterns:
             if not manifest.select([pattern]):
                 near = difflib.get_close_matches(pattern, [*manifest.components, *names], 1, 0.4)
@@ -267,7 +270,7 @@ class Store:
 
     def _locate(self, manifest: Manifest, documents: Mapping[str, Any]) -> list[Wanted]:
         first: dict[int, str] = {}
-        for path, slot in Manifest(manifest.record, documents, manifest.tensors).slots():
+        for path, slot in manifest.slots if documents is manifest.components else slots_of(documents):
             first.setdefault(slot, path)
         return self._wanted(manifest, [(slot, slot, path) for slot, path in first.items()])
 
@@ -282,7 +285,7 @@ class Store:
             location = located.get(info.digest)
             if location is None:
                 raise Corrupt(f"{path}: no pack holds tensor {info.digest}; run: registry verify")
-            wanted.append(Wanted(key, info, location, path))
+            wanted.append(Wanted(key, info, location, path, info.size))
         return wanted
 
 

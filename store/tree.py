@@ -8,6 +8,7 @@ describes the document.
 from __future__ import annotations
 
 import base64
+import functools
 import math
 import struct
 import sys
@@ -49,12 +50,7 @@ class Leaf:
         """Whether `buffer` is a view of the caller's own memory, not a copy."""
         source = self.source
         if isinstance(source, torch.Tensor):
-            return bool(
-                source.device.type == "cpu"
-                and source.is_contiguous()
-                and not source.is_conj()
-                and not source.is_neg()
-            )
+            return source.is_cpu and source.is_contiguous() and not (source.is_conj() or source.is_neg())
         return isinstance(source, bytes) or bool(source.flags.c_contiguous)
 
     def buffer(self) -> memoryview:
@@ -63,8 +59,10 @@ class Leaf:
         if self.size == 0:
             return memoryview(b"")
         if isinstance(source, torch.Tensor):
-            plain = source.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
-            return plain.reshape(-1).view(torch.uint8).numpy().data
+            source = source.detach()
+            if not self.is_plain:
+                source = source.resolve_conj().resolve_neg().to("cpu").contiguous()
+            return memory_of(source, self.dtype)
         if isinstance(source, bytes):
             return memoryview(source)
         return np.ascontiguousarray(source).reshape(-1).view(np.uint8).data
@@ -287,6 +285,14 @@ def _decode(document: Any, tensor_at: Callable[[int], torch.Tensor]) -> Any:
     raise Corrupt(f"the manifest holds the unknown tag {quoted(tag)}")
 
 
+def memory_of(tensor: torch.Tensor, dtype: str) -> memoryview:
+    """The bytes of a contiguous CPU tensor that is not empty and needs no gradient."""
+    if dtype not in _NUMPY_TYPES:
+        tensor = tensor.reshape(-1).view(torch.uint8)
+    return tensor.numpy().data.cast("B")
+
+
+@functools.cache
 def torch_type(name: str) -> torch.dtype:
     """The torch dtype of an element type's name.
 

@@ -1,0 +1,139 @@
+"""Saving and loading against torch.save, torch.load, safetensors and a plain copy of memory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from benchmarks.measure import Contender, Result, take_turns
+from benchmarks.states import Tree, flat, with_new_head
+from registry import Registry
+
+
+def measure(name: str, state: Tree, folder: Path, rounds: int) -> list[Result]:
+    """All ratios for one state."""
+    return _saving(name, state, folder, rounds) + _loading(name, state, folder, rounds)
+
+
+def _saving(name: str, state: Tree, folder: Path, rounds: int) -> list[Result]:
+    root = folder / "registry"
+    tensors = flat(state)
+    changed = with_new_head(state)
+
+    def torch_save() -> None:
+        torch.save(state, folder / "peer.pt")
+        _sync(folder / "peer.pt")
+
+    def safetensors_save() -> None:
+        safetensors.torch.save_file(tensors, folder / "peer.safetensors")
+        _sync(folder / "peer.safetensors")
+
+    def save(tree: Tree) -> Callable[[], object]:
+        return lambda: Registry(root).save("model", tree)
+
+    def fresh() -> None:
+        _forget(root)
+        Registry(root)
+        os.sync()
+
+    def with_first_save() -> None:
+        _forget(root)
+        Registry(root).save("model", state)
+        os.sync()
+
+    contenders: dict[str, Contender] = {
+        "torch.save": (lambda: _forget(folder / "peer.pt"), torch_save),
+        "safetensors": (lambda: _forget(folder / "peer.safetensors"), safetensors_save),
+        "new": (fresh, save(state)),
+        "unchanged": (with_first_save, save(state)),
+        "new head": (with_first_save, save(changed)),
+    }
+    t = take_turns(contenders, rounds)
+    _forget(folder / "peer.safetensors")
+    return [
+        _ratio(f"{name}: save, all new", t, "new", "torch.save", 0.60),
+        _ratio(f"{name}: save, all new", t, "new", "safetensors", 1.00),
+        _ratio(f"{name}: save, unchanged", t, "unchanged", "torch.save", 0.20),
+        _ratio(f"{name}: save, 1 % new", t, "new head", "torch.save", 0.25),
+    ]
+
+
+def _loading(name: str, state: Tree, folder: Path, rounds: int) -> list[Result]:
+    root = folder / "registry"
+    _forget(root)
+    Registry(root).save("model", state)
+    torch.save(state, folder / "peer.pt")
+    checkpoint = Registry(root)["model"]
+    live = {key: _empty(tree) for key, tree in state.items()}
+    targets, sources = list(flat(live).values()), list(flat(state).values())
+
+    def torch_load() -> object:
+        return torch.load(folder / "peer.pt", weights_only=True)
+
+    def torch_load_update() -> object:
+        return _update(torch_load())
+
+    def copy() -> None:
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
+
+    def nothing() -> None:
+        pass
+
+    contenders: dict[str, Contender] = {
+        "torch.load": (nothing, torch_load),
+        "mapped": (nothing, lambda: checkpoint.load(verify=False)),
+        "verified": (nothing, lambda: checkpoint.load()),
+        "torch.load + update": (nothing, torch_load_update),
+        "owned + update": (nothing, lambda: _update(checkpoint.load(copy=True, verify=False))),
+        "memcpy": (nothing, copy),
+        "into a live model": (nothing, lambda: checkpoint.load_into(verify=False, **live)),
+    }
+    t = take_turns(contenders, rounds)
+    _forget(root)
+    _forget(folder / "peer.pt")
+    return [
+        _ratio(f"{name}: load, mapped", t, "mapped", "torch.load", 0.10),
+        _ratio(f"{name}: load, mapped and verified", t, "verified", "torch.load", 0.50),
+        _ratio(f"{name}: load, owned, then updated", t, "owned + update", "torch.load + update", 0.75),
+        _ratio(f"{name}: load into a live model", t, "into a live model", "memcpy", 1.50),
+    ]
+
+
+def _ratio(what: str, times: dict[str, float], ours: str, peer: str, goal: float) -> Result:
+    detail = f"{times[ours] * 1e3:.0f} ms against {times[peer] * 1e3:.0f} ms of {peer}"
+    return Result(what, times[ours] / times[peer], goal, detail)
+
+
+def _empty(tree: Any) -> Any:
+    if isinstance(tree, torch.Tensor):
+        return torch.zeros_like(tree)
+    if isinstance(tree, dict):
+        return {key: _empty(item) for key, item in tree.items()}
+    return [_empty(item) for item in tree] if isinstance(tree, list) else tree
+
+
+def _update(tree: Any) -> Any:
+    for tensor in flat(tree).values():
+        if tensor.is_floating_point():
+            tensor.mul_(0.9)
+    return tree
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def _forget(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
