@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -188,7 +187,7 @@ def status(registry: Registry, as_json: bool) -> None:
     """Sum up what is stored and what sharing saved."""
     found = registry.status()
     if as_json:
-        print_json({**asdict(found), "saved": found.saved})
+        print_json({**found._asdict(), "saved": found.saved})
         return
     shared = f" ({found.saved / found.logical:.0%} saved by sharing)" if found.logical else ""
     print_facts(

@@ -12,13 +12,12 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from registry import schema
 from registry.journal import Journal
-from registry.store.durable import storage_errors
 from registry.store.errors import Conflict, Corrupt, NotFound, StorageError, Unsupported
 
 if TYPE_CHECKING:
@@ -36,12 +35,12 @@ class Catalog:
 
     Args:
         root: the registry's folder.
-        store: where manifests and packs lie, for catching up with the journal.
+        store: gives the store, whose manifests and packs a change reads.
     """
 
-    def __init__(self, root: Path, store: Store) -> None:
+    def __init__(self, root: Path, store: Callable[[], Store]) -> None:
         self.path = root / NAME
-        self.journal = Journal(store.manifests)
+        self.journal = Journal(root / "manifests")
         self._store = store
         self._local = threading.local()
 
@@ -158,13 +157,14 @@ class Catalog:
     def change(self) -> Iterator[Change]:
         """An exclusive transaction; what was done in it happens wholly or not at all."""
         from registry.change import Change
+        from registry.store.durable import storage_errors
 
         connection = self.connection()
         with self._errors(), storage_errors(self.path):
             connection.execute("BEGIN IMMEDIATE")
             appended: tuple[int, int] | None = None
             try:
-                change = Change(connection, self._store)
+                change = Change(connection, self._store())
                 self._catch_up(change)
                 change.records.clear()
                 yield change
@@ -198,6 +198,7 @@ class Catalog:
             adopted: records for manifests that the journal does not know, to be journalled now.
         """
         from registry.change import Change
+        from registry.store.durable import storage_errors
 
         connection = self.connection()
         with self._errors(), storage_errors(self.path):
@@ -207,7 +208,7 @@ class Catalog:
                     connection.execute(f"DELETE FROM {table}")
                 connection.execute("INSERT INTO state (key, value) VALUES ('schema', ?)", (schema.VERSION,))
                 connection.execute("INSERT INTO state (key, value) VALUES ('journal', 0)")
-                change = Change(connection, self._store)
+                change = Change(connection, self._store())
                 for pack in packs:
                     change.add_pack(pack, replace=())
                 self._catch_up(change)

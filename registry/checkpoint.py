@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -142,6 +141,8 @@ class Checkpoint:
         yield from self._facts()
 
     def _repr_html_(self) -> str:
+        import html
+
         rows = "".join(
             f"<tr><th>{html.escape(key)}</th><td>{html.escape(printable(str(value)))}</td></tr>"
             for key, value in self._facts()

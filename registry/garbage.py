@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from registry.schema import UNUSED
 from registry.store import durable
 from registry.store.digest import is_digest
 from registry.store.durable import storage_errors
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
 
 GRACE = 3_600.0
 """Seconds that something unneeded is left alone, so that a running save can still come to rely on it."""
-
-UNUSED = "NOT EXISTS (SELECT 1 FROM uses u WHERE u.pack = packs.number)"
-"""SQL condition over the table `packs`: no manifest relies on it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from registry.store import durable
-from registry.store.digest import digest
-
 NAME = "journal.jsonl"
 _CHECK = 16
 
@@ -40,12 +37,16 @@ class Journal:
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Add lines, durably; on an error the journal is as before."""
+        from registry.store import durable
+
         data = b"".join(map(_line, records))
         if not self._ends_in_newline():
             data = b"\n" + data
         durable.append(self.path, data)
 
     def truncate(self, size: int) -> None:
+        from registry.store import durable
+
         durable.truncate(self.path, size)
 
     def read(self, start: int = 0) -> Iterator[Line]:
@@ -72,12 +73,18 @@ class Journal:
 
 def _line(record: Mapping[str, Any]) -> bytes:
     text = json.dumps(record, separators=(",", ":")).encode()
-    return text + b"\t" + digest(text)[:_CHECK].encode() + b"\n"
+    return text + b"\t" + _check_of(text) + b"\n"
+
+
+def _check_of(text: bytes) -> bytes:
+    from registry.store.digest import digest
+
+    return digest(text)[:_CHECK].encode()
 
 
 def _parsed(raw: bytes) -> dict[str, Any] | None:
     text, tab, check = raw.rstrip(b"\n").rpartition(b"\t")
-    if not tab or digest(text)[:_CHECK].encode() != check:
+    if not tab or _check_of(text) != check:
         return None
     try:
         record = json.loads(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from registry.store.errors import Invalid
 from registry.store.text import quoted
@@ -16,8 +16,7 @@ _VERSION = re.compile(r"v([1-9][0-9]{0,8})\Z")
 _PREFIX = re.compile(r"[0-9a-f]{6,64}\Z")
 
 
-@dataclass(frozen=True, slots=True)
-class Reference:
+class Reference(NamedTuple):
     """A parsed reference: a model with a version, with an alias, or alone (its latest); or maybe an id prefix."""
 
     model: str

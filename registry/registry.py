@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import os
-import tomllib
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,25 +13,24 @@ from typing import TYPE_CHECKING, Any
 
 import registry
 from registry.catalog import Catalog
-from registry.checkpoint import Checkpoint
 from registry.progress import Progress, silent
 from registry.reference import RESERVED_ALIASES, Reference, check_name, parse_reference
-from registry.store import durable
-from registry.store.durable import storage_errors
-from registry.store.errors import Conflict, Invalid, NotFound, RegistryError, Unsupported
-from registry.store.store import FOLDERS, Store
+from registry.store.errors import Conflict, Invalid, NotFound, StorageError, Unsupported
 from registry.store.text import quoted
 from registry.versions import Version, best_version, find_versions, list_names
 
 if TYPE_CHECKING:
+    from registry.checkpoint import Checkpoint
     from registry.garbage import Collected
     from registry.rebuilding import Rebuilt
     from registry.status import Status
+    from registry.store.store import Store
     from registry.verification import Verification
 
 FORMAT = 1
 SETTINGS = "registry.toml"
 _ATTEMPTS = 8
+_AS_WRITTEN = re.compile(r'format = (\d{1,9})\ncreated_by = "[^"\\]*"\n\Z')
 
 
 def default_root() -> Path:
@@ -52,14 +52,19 @@ class Registry:
 
     def __init__(self, root: Path | str | None = None, *, create: bool = True) -> None:
         self.root = Path(root) if root is not None else default_root()
-        self.store = Store(self.root)
-        self.catalog = Catalog(self.root, self.store)
-        self.store.index = self.catalog
+        self.catalog = Catalog(self.root, lambda: self.store)
         if not (self.root / SETTINGS).is_file():
             if not create:
                 raise NotFound(f"there is no registry at {self.root}; make one with: registry init")
             self._create()
         self._check_format()
+
+    @functools.cached_property
+    def store(self) -> Store:
+        """The store, which the catalog tells where tensors lie."""
+        from registry.store.store import Store
+
+        return Store(self.root, self.catalog)
 
     def __repr__(self) -> str:
         return f"Registry({str(self.root)!r})"
@@ -68,12 +73,15 @@ class Registry:
         return Registry, (str(self.root.absolute()),)
 
     def _create(self) -> None:
+        from registry.store import durable
+        from registry.store.store import FOLDERS
+
         if self.root.is_dir() and any((self.root / name).exists() for name in ("packs", "manifests")):
             raise Conflict(
                 f"{self.root} holds a registry without {SETTINGS}; if the file was lost, recreate it with one line: "
                 f"format = {FORMAT}"
             )
-        with storage_errors(self.root):
+        with durable.storage_errors(self.root):
             for folder in FOLDERS:
                 durable.make_folder(self.root / folder)
             if not self.catalog.path.exists():
@@ -83,12 +91,12 @@ class Registry:
 
     def _check_format(self) -> None:
         path = self.root / SETTINGS
-        with storage_errors(path):
-            text = path.read_text("utf-8", errors="replace")
         try:
-            found = tomllib.loads(text).get("format")
-        except tomllib.TOMLDecodeError as error:
-            raise Invalid(f"{path}: {error}") from None
+            text = path.read_text("utf-8", errors="replace")
+        except OSError as error:
+            raise StorageError(f"{path}: {error.strerror}; ask its owner for access") from error
+        match = _AS_WRITTEN.match(text)
+        found = int(match[1]) if match else _format_in(text, path)
         if not isinstance(found, int) or found < 1:
             raise Invalid(f"{path}: format is {quoted(str(found))}, expected the number {FORMAT}")
         if found > FORMAT:
@@ -173,6 +181,8 @@ class Registry:
 
     def discard_pack(self, digest: str) -> None:
         """Remove a pack file that no catalog row names."""
+        from registry.store import durable
+
         with self.catalog.change() as change:
             if not change.connection.execute("SELECT 1 FROM packs WHERE digest = ?", (digest,)).fetchone():
                 durable.unlink(self.store.pack_path(digest))
@@ -187,6 +197,8 @@ class Registry:
             NotFound: if nothing has that name; suggests the nearest.
             Conflict: if an id prefix is ambiguous.
         """
+        from registry.checkpoint import Checkpoint
+
         return Checkpoint(self.store, self.resolve(reference))
 
     def resolve(self, text: str) -> Version:
@@ -221,6 +233,8 @@ class Registry:
         Raises:
             NotFound: if no version of the model has the metric.
         """
+        from registry.checkpoint import Checkpoint
+
         found = best_version(self.catalog, model, metric, smallest=smallest)
         if found is None:
             self.resolve(check_name(model, "model"))
@@ -366,6 +380,16 @@ class Registry:
                 change.apply(record)
 
 
+def _format_in(text: str, path: Path) -> Any:
+    """The format in settings that somebody has edited."""
+    import tomllib
+
+    try:
+        return tomllib.loads(text).get("format")
+    except tomllib.TOMLDecodeError as error:
+        raise Invalid(f"{path}: {error}") from None
+
+
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
@@ -393,6 +417,3 @@ def _real(value: Any, what: str) -> float | None:
     except (TypeError, ValueError, OverflowError, RuntimeError):
         shown = quoted(str(value))
         raise Invalid(f"{what} is {shown}, expected a number") from None
-
-
-__all__ = ["Checkpoint", "Registry", "RegistryError", "default_root"]

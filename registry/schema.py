@@ -105,6 +105,9 @@ CREATE TABLE doomed (
 MIGRATIONS: dict[int, str] = {}
 """SQL that takes the schema from the version before the key to the key."""
 
+UNUSED = "NOT EXISTS (SELECT 1 FROM uses u WHERE u.pack = packs.number)"
+"""Condition over the table `packs`: no manifest relies on it."""
+
 CONTENT = [
     "doomed",
     "uses",

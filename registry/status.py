@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from registry.garbage import UNUSED
-from registry.store.durable import storage_errors
+from registry.schema import UNUSED
+from registry.store.errors import StorageError
 
 if TYPE_CHECKING:
     from registry.registry import Registry
 
 
-@dataclass(frozen=True, slots=True)
-class Status:
+class Status(NamedTuple):
     """Sums over a registry; sizes in bytes."""
 
     root: str
@@ -47,8 +45,10 @@ def status(registry: Registry) -> Status:
     ((tensors,),) = query("SELECT COUNT(*) FROM tensors")
     ((packs, stored),) = query("SELECT COUNT(*), COALESCE(SUM(size), 0) FROM packs")
     ((unused,),) = query(f"SELECT COALESCE(SUM(size), 0) FROM packs WHERE {UNUSED}")
-    with storage_errors(registry.root):
+    try:
         free = shutil.disk_usage(registry.root).free
+    except OSError as error:
+        raise StorageError(f"{registry.root}: {error.strerror}") from error
     return Status(
         str(registry.root), models, versions, artifacts, tensors, packs, logical, stored, unused, free
     )

@@ -81,7 +81,7 @@ def read_torch_file(path: Path) -> Any:
     if zipped:
         _check_archive(path, size)
     elif _LEGACY not in head:
-        if head[:1] == b"\x80" or head[:2] in (b"cp", b"c_", b"cb", b"(d", b"(l"):
+        if head[:1] == b"\x80":
             raise Unsupported(f"{shown}: a bare pickle, reading it could run code; {_ADVICE}")
         raise Invalid(f"{shown}: not a file of torch.save, by its first bytes")
     elif _scan_file(path):

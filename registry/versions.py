@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from registry.catalog import Catalog
@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 _BATCH = 500
 
 
-@dataclass(frozen=True, slots=True)
-class Version:
+class Version(NamedTuple):
     """A row of the catalog: one checkpoint, with what `list` and `show` need."""
 
     id: str
@@ -31,15 +30,14 @@ class Version:
     aliases: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
     notes: tuple[tuple[str, str], ...] = ()
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = MappingProxyType({})
 
     @property
     def name(self) -> str:
         return f"{self.model}:v{self.version}"
 
 
-@dataclass(frozen=True, slots=True)
-class Model:
+class Model(NamedTuple):
     """A model family and its latest version."""
 
     name: str

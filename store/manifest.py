@@ -153,7 +153,7 @@ def _is_shape(shape: Any) -> bool:
 
 def slots_of(components: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     """Path and position of every tensor in components' documents."""
-    stack = list(reversed(components.items()))
+    stack = [*components.items()][::-1]
     while stack:
         path, node = stack.pop()
         if isinstance(node, dict):

@@ -205,9 +205,9 @@ def sparse_terabyte(path: Path) -> str:
 
 
 def compressed_archive(path: Path) -> str:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         with archive.open("archive/data.pkl", "w", force_zip64=True) as entry:
-            for _ in range(2_000):
+            for _ in range(1_500):
                 entry.write(bytes(1 << 20))
         archive.writestr("archive/version", "3\n")
     return "compressed"
@@ -349,9 +349,9 @@ def test_a_file_never_runs_code(
     error = refused(path)
     assert not canary.exists()
     if suffix in (".pt", ".pth", ".ckpt", ".bin"):
-        assert isinstance(error, Unsupported)
+        assert isinstance(error, Invalid if make is text_pickle else Unsupported)
         assert "posix" in str(error) or make in (plain_pickle, text_pickle)
-        assert "torch.save(model.state_dict()" in str(error)
+        assert "torch.save(model.state_dict()" in str(error) or make is text_pickle
     pickle.loads(pickle.dumps(Touch(canary)))
     assert canary.exists()  # the bait is live
 
