@@ -20,7 +20,8 @@ import torch
 from registry.progress import Progress, silent
 from registry.store import header
 from registry.store.digest import digest
-from registry.store.dtypes import BY_CODE
+from registry.store.dtypes import BY_CODE, ELEMENT_TYPES
+from registry.store.durable import storage_errors
 from registry.store.errors import Conflict, Invalid, NotFound, Unsupported
 from registry.store.loading import naming, view
 from registry.store.manifest import TensorInfo
@@ -163,32 +164,22 @@ def read_checkpoint_file(path: Path | str) -> Imported:
         StorageError: if the system refuses.
     """
     path = Path(path)
-    if not _is_folder(path):
-        file_status(path)
-    elif (place := _in_folder(path)) is not None:
-        path = place
-        return _read(path, folder=path.parent)
-    return _read(path, folder=None)
+    if os.path.isdir(path):
+        imported = _read(_in_folder(path))
+        return imported if imported.source.get("shards") else _with_config(imported, path)
+    file_status(path)
+    return _read(path)
 
 
-def _is_folder(path: Path) -> bool:
-    try:
-        return os.path.isdir(path)
-    except ValueError:
-        return False
-
-
-def _read(path: Path, folder: Path | None) -> Imported:
+def _read(path: Path) -> Imported:
     name = path.name.lower()
     if name.endswith((SAFETENSORS + INDEX, ".bin" + INDEX)):
         return _read_index(path)
     if name.endswith(SAFETENSORS):
-        imported = _read_safetensors(path)
-    elif name.endswith(TORCH_SUFFIXES):
-        imported = _read_torch(path)
-    else:
-        raise Unsupported(f"{printable(str(path))}: unknown kind of file; readable are {FORMS}")
-    return imported if folder is None else _with_config(imported, folder)
+        return _read_safetensors(path)
+    if name.endswith(TORCH_SUFFIXES):
+        return _read_torch(path)
+    raise Unsupported(f"{printable(str(path))}: unknown kind of file; readable are {FORMS}")
 
 
 def _read_torch(path: Path) -> Imported:
@@ -246,7 +237,9 @@ def _tensor(data: mmap.mmap, entry: header.Entry) -> torch.Tensor:
         )
     info = TensorInfo(dtype, shape, "")
     start, size = entry.start, entry.end - entry.start
-    if start % 16 and size:  # the format allows tensors at any byte, processors not everywhere
+    if (
+        size and start % ELEMENT_TYPES[dtype].size
+    ):  # the format allows tensors at any byte, processors not everywhere
         with memoryview(data) as whole:
             tensor = view(memoryview(bytearray(whole[start : start + size])), info, 0)
     else:
@@ -256,10 +249,11 @@ def _tensor(data: mmap.mmap, entry: header.Entry) -> torch.Tensor:
     return tensor
 
 
-def _in_folder(folder: Path) -> Path | None:
+def _in_folder(folder: Path) -> Path:
     """The file that stands for a folder: its index, or the weights themselves."""
     shown = printable(str(folder))
-    names = sorted(os.listdir(folder))
+    with storage_errors(folder):
+        names = sorted(os.listdir(folder))
     indexes = [name for name in names if name.endswith((SAFETENSORS + INDEX, ".bin" + INDEX))]
     whole = [name for name in names if name.endswith(SAFETENSORS)]
     whole = whole or [name for name in names if name == "pytorch_model.bin"]
@@ -292,7 +286,7 @@ def _read_index(path: Path) -> Imported:
     status = file_status(path)
     shown = printable(str(path))
     text = _read_whole(path, _MAX_INDEX)
-    kind = SAFETENSORS if path.name.endswith(SAFETENSORS + INDEX) else ".bin"
+    kind = SAFETENSORS if path.name.lower().endswith(SAFETENSORS + INDEX) else ".bin"
     with naming(shown):
         weight_map = _weight_map(_strict_json(text))
         shards: dict[str, list[str]] = {}
@@ -304,7 +298,7 @@ def _read_index(path: Path) -> Imported:
         other = next((shard for shard in shards if not shard.endswith(kind)), None)
         if other is not None:
             raise Invalid(f"the index of {kind} files names the shard {quoted(other)}")
-        missing = next((shard for shard in shards if not places[shard].exists()), None)
+        missing = next((shard for shard in shards if not os.path.exists(places[shard])), None)
         if missing is not None:
             raise NotFound(f"the index names the shard {quoted(missing)}, which is not there")
         found: dict[str, torch.Tensor] = {}

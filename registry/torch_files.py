@@ -55,9 +55,8 @@ _MAX_KEYS = 256  # a dict with more is no container of components
 MAX_CONFIG = 4 << 20
 
 _ADVICE = "save it again from its own program as a plain state dict: torch.save(model.state_dict(), ...)"
-_LEGACY = (
-    b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number that every file of torch.save before 1.6 starts with
-)
+# the pickled number that every file of torch.save before 1.6 starts with
+_LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _BY_LENGTH = re.compile(rb"c(?:__builtin__|builtins)\nbytearray\n")
 _MAX_VALUES = 20_000_000
 _MAX_TEXT = 256 << 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections import OrderedDict
@@ -287,6 +288,14 @@ def test_tensors_at_odd_bytes_are_read(tmp_path: Path) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + data.numpy().tobytes())
     assert len(text) % 8
     assert same(read_checkpoint_file(path).components["model"]["a"], data)
+
+
+def test_tensors_are_views_of_the_mapped_file(tmp_path: Path) -> None:
+    tensors = {f"w{i}": torch.full((3, 5), float(i)) for i in range(3)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    loaded = read_checkpoint_file(tmp_path / "a.safetensors").components["model"]
+    pointers = sorted(tensor.data_ptr() for tensor in loaded.values())
+    assert [b - a for a, b in itertools.pairwise(pointers)] == [60, 60]
 
 
 def test_training_on_imported_tensors_leaves_the_file_alone(tmp_path: Path) -> None:

@@ -1,0 +1,166 @@
+"""Configurations: frozen pydantic models that are filled from files, checked, overridden, logged and digested.
+
+>>> class TrainConfig(Config):
+...     lr: float = 0.1
+...     epochs: int = 3
+>>> TrainConfig().override("lr=1e-3")
+TrainConfig(lr=0.001, epochs=3)
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from registry.documents import assign, flatten, read_document
+from registry.store import durable
+from registry.store.digest import digest
+from registry.store.errors import Invalid, Unsupported
+from registry.store.text import printable, quoted
+
+
+class Config(BaseModel):
+    """A configuration whose fields you declare; a key that is not declared is an error.
+
+    Values from files and overrides are checked strictly: a number in quotes is no number. Where JSON lacks a
+    type, its text or list is read as that type (paths, dates, enumerations, tuples).
+    """
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        protected_namespaces=(),
+        ser_json_inf_nan="constants",
+        validate_default=True,
+    )
+
+    @classmethod
+    def from_file(cls, path: Path | str) -> Self:
+        """Read a JSON, YAML or TOML file.
+
+        Raises:
+            NotFound: if there is no such file.
+            Invalid: naming the file, the field, the value and what was expected.
+        """
+        return cls.from_dict(read_document(path), source=printable(str(path)))
+
+    @classmethod
+    def from_json_file(cls, path: Path | str) -> Self:
+        """Read a JSON file, whatever its name ends in; raises as `from_file`."""
+        return cls.from_dict(read_document(path, ".json"), source=printable(str(path)))
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any], *, source: str = "") -> Self:
+        """Check plain values.
+
+        Args:
+            source: what to call the document in errors.
+
+        Raises:
+            Invalid: naming the field, the value and what was expected.
+        """
+        try:
+            text = json.dumps(document)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise Invalid(f"{_prefix(source)}not made of plain values ({printable(str(error))})") from None
+        try:
+            return cls.model_validate_json(text, strict=True)
+        except ValidationError as error:
+            raise Invalid(_prefix(source) + _explain(cls, error)) from None
+
+    def override(self, *assignments: str) -> Self:
+        """A copy with values replaced, as by `--set`: `config.override("optimizer.lr=1e-3")`.
+
+        Raises:
+            Invalid: if an assignment is malformed, names an unknown key, or the value has the wrong type.
+        """
+        return type(self).from_dict(assign(self.to_dict(), assignments), source=" ".join(assignments))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The values as str, int, float, bool, None, lists and dicts; `from_dict` takes them back."""
+        return self.model_dump(mode="json")
+
+    def digest(self) -> str:
+        """A digest of the values, in 64 hex digits.
+
+        The same for the same values, in whatever order and from whatever file they came, defaults included.
+        """
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return digest(text.encode())
+
+    def log(self, logger: logging.Logger | None = None) -> None:
+        """Log one line `# key = value` a value, nested ones with dotted keys."""
+        for key, value in flatten(self.to_dict()).items():
+            (logger or logging.getLogger(__name__)).info("# %s = %s", key, value, stacklevel=2)
+
+    def save(self, path: Path | str) -> None:
+        """Write a JSON or YAML file, whole or not at all.
+
+        Raises:
+            Unsupported: if the name ends in anything else.
+            StorageError: if the system refuses.
+        """
+        path = Path(path)
+        if path.suffix.lower() == ".json":
+            text = json.dumps(self.to_dict(), indent=2) + "\n"
+        elif path.suffix.lower() in (".yaml", ".yml"):
+            import yaml
+
+            text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        else:
+            raise Unsupported(f"{printable(str(path))}: name a file that ends in .json or .yaml")
+        durable.write_file(path, text.encode())
+
+
+class ModelConfig(Config):
+    """The configuration of a network; keys that are not declared are kept, as attributes.
+
+    >>> config = ModelConfig.from_dict({"hidden_size": 768, "vocab_size": 30522})
+    >>> config.hidden_size
+    768
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+
+def _prefix(source: str) -> str:
+    return f"{source}: " if source else ""
+
+
+def _explain(cls: type[BaseModel], error: ValidationError) -> str:
+    """The first problem in full, and how many more there are."""
+    problems = error.errors(include_url=False, include_context=False)
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return _problem(cls, problems[0]) + more
+
+
+def _problem(cls: type[BaseModel], problem: ErrorDetails) -> str:
+    place = problem["loc"]
+    name = quoted(".".join(map(str, place)) or "the document").strip("'")
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(cls, place[:-1])
+        near = difflib.get_close_matches(str(place[-1]), known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known[:8])}"
+        return f"{name} is not a known key; {hint}"
+    if problem["type"] == "missing":
+        return f"{name} is missing; add it"
+    expected = problem["msg"].replace("Input should be", "expected").replace("Value error, ", "")
+    return f"{name} is {quoted(json.dumps(problem['input'], default=str))[1:-1]}; {printable(expected)}"
+
+
+def _fields_at(cls: type[BaseModel], place: Sequence[int | str]) -> list[str]:
+    """The fields of the class that a place in a document belongs to."""
+    for key in place:
+        field = cls.model_fields.get(str(key))
+        below = field.annotation if field else None
+        if not (isinstance(below, type) and issubclass(below, BaseModel)):
+            return []
+        cls = below
+    return list(cls.model_fields)

@@ -1,0 +1,282 @@
+"""Configuration documents: strict reading of JSON, YAML and TOML, and plain operations on nested tables.
+
+A document is a table of plain values (str, int, float, bool, None, lists and tables of these). Whatever two
+readers could understand differently is refused: a key given twice, YAML anchors, dates, values that are no JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from registry.store.errors import Invalid, NotFound, StorageError, Unsupported
+from registry.store.text import printable, quoted
+
+if TYPE_CHECKING:
+    import yaml
+
+Document = dict[str, Any]
+
+MAX_SIZE = 16 << 20
+MAX_DEPTH = 100
+
+_FLOAT = re.compile(
+    r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?\d+)?\Z|[-+]?\.(inf|Inf|INF)\Z|\.(nan|NaN|NAN)\Z"
+)
+_INT = re.compile(r"([-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)\Z")
+_BOOL = re.compile(r"(true|True|TRUE|false|False|FALSE)\Z")
+_NUMERIC = "-+0123456789."
+
+
+def read_document(path: Path | str, form: str = "") -> Document:
+    """Read a table from a JSON, YAML or TOML file.
+
+    Args:
+        form: the suffix to go by, such as `.json`; the file's own unless given.
+
+    Raises:
+        NotFound: if there is no such file.
+        Unsupported: if the suffix is another.
+        Invalid: if it is malformed, naming file and line; or holds what JSON cannot express, such as a date.
+        StorageError: if the system refuses to read it.
+    """
+    path = Path(path)
+    shown = printable(str(path))
+    parse = _PARSERS.get(form or path.suffix.lower())
+    if parse is None:
+        raise Unsupported(f"{shown}: unknown kind of file; name one that ends in {', '.join(SUFFIXES)}")
+    try:
+        if not path.is_file():
+            raise NotFound(f"{shown}: there is no such file")
+        with path.open("rb") as file:
+            data = file.read(MAX_SIZE + 1)
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{shown}: cannot be read ({printable(str(error))})") from error
+    if len(data) > MAX_SIZE:
+        raise Invalid(f"{shown}: larger than {MAX_SIZE >> 20} MB, which no configuration is")
+    try:
+        document = parse(data.decode("utf-8-sig"))
+        _check(document, "", 0)
+    except UnicodeDecodeError as error:
+        raise Invalid(f"{shown}: not UTF-8 text (byte {error.start})") from None
+    except RecursionError:
+        raise Invalid(f"{shown}: nested deeper than {MAX_DEPTH} levels") from None
+    except Invalid as error:
+        raise Invalid(f"{shown}: {error}") from None
+    if not isinstance(document, dict):
+        raise Invalid(f"{shown}: holds a {type(document).__name__}, expected a table of names and values")
+    return document
+
+
+def _parse_json(text: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        raise Invalid(f"line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except ValueError as error:  # a number of too many digits
+        raise Invalid(printable(str(error).partition(";")[0])) from None
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> Document:
+    table: Document = {}
+    for key, value in pairs:
+        if key in table:
+            raise Invalid(f"the key {quoted(key)} is given twice")
+        table[key] = value
+    return table
+
+
+def _parse_toml(text: str) -> Any:
+    import tomllib
+
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise Invalid(printable(str(error))) from None
+
+
+def _parse_yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        return _yaml_loader()(text).get_single_data()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise Invalid(f"{where}{printable(error.problem or 'malformed')}") from None
+    except yaml.YAMLError as error:
+        raise Invalid(printable(str(error).partition("\n")[0])) from None
+    except ValueError as error:
+        raise Invalid(printable(str(error))) from None
+
+
+def _yaml_loader() -> type[yaml.SafeLoader]:
+    """A safe loader that follows YAML 1.2 where 1.1 surprises: 1e-3 is a number, `no` is a word, 010 is ten."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+                raise yaml.MarkedYAMLError(
+                    problem="anchors and aliases are not read; write the value out",
+                    problem_mark=event.start_mark,
+                )
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen = set()
+            for key_node, _ in node.value:
+                key = self.construct_object(key_node, deep=True)
+                if not isinstance(key, str):
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {key!r} is not text; put it in quotes",
+                        problem_mark=key_node.start_mark,
+                    )
+                if key in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {quoted(key)} is given twice", problem_mark=key_node.start_mark
+                    )
+                seen.add(key)
+            return super().construct_mapping(node, deep=True)
+
+        def construct_whole(self, node: yaml.ScalarNode) -> int:
+            text = str(self.construct_scalar(node))
+            return int(text, 0) if text.startswith(("0x", "0o")) else int(text)
+
+    ours = {f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float", "merge")}
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in ours]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    for name, pattern, first in (
+        ("bool", _BOOL, "tTfF"),
+        ("int", _INT, _NUMERIC),
+        ("float", _FLOAT, _NUMERIC),
+    ):
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{name}", pattern, list(first))
+    Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_whole)
+    return Loader
+
+
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    ".json": _parse_json,
+    ".yaml": _parse_yaml,
+    ".yml": _parse_yaml,
+    ".toml": _parse_toml,
+}
+SUFFIXES = tuple(_PARSERS)
+
+
+def _check(value: Any, path: str, depth: int) -> None:
+    """Refuse what is deeper than any configuration, and values that JSON cannot express."""
+    if depth > MAX_DEPTH:
+        raise Invalid(f"nested deeper than {MAX_DEPTH} levels")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check(item, f"{path}.{key}" if path else key, depth + 1)
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            _check(item, f"{path}.{i}", depth + 1)
+    elif value is not None and type(value) not in (str, int, float, bool):
+        raise Invalid(f"{quoted(path)} is a {type(value).__name__}; put it in quotes")
+
+
+def read_value(text: str) -> Any:
+    """A value as somebody types it: JSON where it is JSON, otherwise the text itself.
+
+    >>> read_value("1e-3"), read_value("true"), read_value("[6, 16]"), read_value("adam")
+    (0.001, True, [6, 16], 'adam')
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError):
+        return text
+
+
+def parse_assignment(text: str) -> tuple[tuple[str, ...], Any]:
+    """Read `optimizer.lr=1e-3` as the path and the value.
+
+    Raises:
+        Invalid: if it has no equals sign, or an empty name.
+    """
+    path, equals, value = text.partition("=")
+    keys = tuple(path.strip().split("."))
+    if not equals or not all(keys):
+        raise Invalid(f"{quoted(text)}: write an override as key=value, such as optimizer.lr=1e-3")
+    return keys, read_value(value)
+
+
+def assign(document: Mapping[str, Any], assignments: Iterable[str]) -> Document:
+    """A copy with values replaced or added, as by `--set optimizer.lr=1e-3`.
+
+    Raises:
+        Invalid: if an assignment is malformed or goes through something that is no table.
+    """
+    changed = dict(document)
+    for text in assignments:
+        keys, value = parse_assignment(text)
+        table = changed
+        for i, key in enumerate(keys[:-1]):
+            below = table.get(key, {})
+            if not isinstance(below, Mapping):
+                name = quoted(".".join(keys[: i + 1]))
+                raise Invalid(f"{quoted(text)}: {name} is {quoted(str(below))}, not a table with keys")
+            table[key] = dict(below)
+            table = table[key]
+        table[keys[-1]] = value
+    return changed
+
+
+def flatten(document: Mapping[str, Any], prefix: str = "") -> Document:
+    """Nested tables as one, with dotted keys; lists and empty tables are values.
+
+    >>> flatten({"optimizer": {"lr": 0.1}, "layers": [6, 16]})
+    {'optimizer.lr': 0.1, 'layers': [6, 16]}
+    """
+    flat: Document = {}
+    for key, value in document.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+class Difference(NamedTuple):
+    """One value in which two documents differ; `kind` is `added`, `removed` or `changed`."""
+
+    key: str
+    kind: str
+    left: Any
+    right: Any
+
+
+def differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[Difference]:
+    """The values in which two documents differ, by dotted key.
+
+    Numbers are compared by value (1 and 1.0 are equal, NaN equals itself); true is not 1.
+    """
+    before, after = flatten(left), flatten(right)
+    found = []
+    for key in dict.fromkeys([*before, *after]):
+        if key not in after:
+            found.append(Difference(key, "removed", before[key], None))
+        elif key not in before:
+            found.append(Difference(key, "added", None, after[key]))
+        elif not _equal(before[key], after[key]):
+            found.append(Difference(key, "changed", before[key], after[key]))
+    return found
+
+
+def _equal(left: Any, right: Any) -> bool:
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(map(_equal, left, right))
+    if isinstance(left, Mapping) and isinstance(right, Mapping):
+        return left.keys() == right.keys() and all(_equal(left[key], right[key]) for key in left)
+    if isinstance(left, bool) is not isinstance(right, bool):
+        return False
+    return bool(left == right) or (left != left and right != right)

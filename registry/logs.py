@@ -1,0 +1,93 @@
+"""One log file for all modules: every module that uses `logging` lands in it.
+
+[2026-11-23 14:05:01] - INFO: [train.py][42] Epochs[1/3] -- loss: 0.3906
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from datetime import datetime
+from pathlib import Path
+
+from registry.store.errors import Invalid, StorageError
+from registry.store.text import printable, quoted
+
+_FORMAT = "[%(asctime)s] - %(levelname)s: [%(filename)s][%(lineno)d] %(message)s"
+
+
+def setup_logging(
+    name: str = "monitor", level: str | int = "INFO", directory: Path | str = "logs", file_only: bool = False
+) -> Path:
+    """Send the records of all modules to a file of the day, and to the console.
+
+    Calling it again replaces what the earlier call set up; handlers of others stay.
+
+    Args:
+        name: the file is `<name>_<date>.txt`, appended to; at midnight the next day's file begins.
+        level: `DEBUG`, `INFO`, `WARNING`, `ERROR` or `CRITICAL`, or a number.
+        directory: made if it is not there.
+        file_only: leave the console (the standard error stream) alone.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        Invalid: if the level is unknown or the name cannot be part of a file's.
+        StorageError: if the file cannot be written.
+    """
+    number = logging.getLevelNamesMapping().get(level.upper()) if isinstance(level, str) else level
+    if not isinstance(number, int):
+        raise Invalid(f"level is {quoted(str(level))}, expected DEBUG, INFO, WARNING, ERROR or CRITICAL")
+    if not name or name.startswith(".") or set(name) & set("/\\\0"):
+        raise Invalid(f"name is {quoted(name)}, which cannot begin the name of a file")
+    try:
+        handlers: list[logging.Handler] = [_DayFile(Path(directory), name)]
+    except OSError as error:
+        where = printable(str(error.filename or directory))
+        raise StorageError(
+            f"{where}: the log cannot be written ({error.strerror}); choose another directory"
+        ) from error
+    if not file_only:
+        handlers.append(_Console(sys.stderr))
+    root = logging.getLogger()
+    for old in [handler for handler in root.handlers if isinstance(handler, _DayFile | _Console)]:
+        root.removeHandler(old)
+        old.close()
+    for handler in handlers:
+        handler.setFormatter(_OneRecord(_FORMAT, "%Y-%m-%d %H:%M:%S"))
+        root.addHandler(handler)
+    root.setLevel(number)
+    logging.captureWarnings(True)
+    return Path(handlers[0].baseFilename)  # type: ignore[attr-defined]
+
+
+class _Console(logging.StreamHandler):  # type: ignore[type-arg]
+    """The console, recognisable as ours."""
+
+
+class _DayFile(logging.FileHandler):
+    """A file named after the day, which changes with it."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self._directory = directory.absolute()
+        self._name = name
+        self._directory.mkdir(parents=True, exist_ok=True)
+        super().__init__(self._path(datetime.now()), encoding="utf-8", errors="backslashreplace")
+
+    def _path(self, moment: datetime) -> Path:
+        return self._directory / f"{self._name}_{moment:%Y-%m-%d}.txt"
+
+    def emit(self, record: logging.LogRecord) -> None:
+        path = str(self._path(datetime.fromtimestamp(record.created)))
+        if path != self.baseFilename:
+            self.close()
+            self.baseFilename = path
+        super().emit(record)
+
+
+class _OneRecord(logging.Formatter):
+    """Indents what follows a line break, so that no message can pass for another record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return super().format(record).replace("\r", "\\r").replace("\n", "\n    ")
