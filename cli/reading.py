@@ -85,7 +85,6 @@ def _list_models(registry: Registry, as_json: bool) -> None:
                     {
                         "name": m.name,
                         "versions": m.versions,
-                        "size": m.size,
                         "latest": version_document(m.latest),
                     }
                     for m in models

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -182,7 +181,7 @@ class _Sweep:
 def _writer_is_dead(name: str) -> bool:
     """Whether a temporary file belongs to a process of this machine that has ended."""
     host, _, rest = name.rpartition("-")[0].rpartition("-")
-    if host != socket.gethostname()[:64] or not rest.isdigit():
+    if host != durable.host() or not rest.isdigit():
         return False
     try:
         os.kill(int(rest), 0)

@@ -22,7 +22,7 @@ class Status(NamedTuple):
     tensors: int
     packs: int
     logical: int
-    """What the versions would take as separate files."""
+    """What the versions and artifacts would take as separate files."""
     stored: int
     """What the packs take."""
     unused: int
@@ -40,7 +40,7 @@ def status(registry: Registry) -> Status:
     """Sum up what a registry holds, from the catalog alone."""
     query = registry.catalog.query
     ((models, versions),) = query("SELECT COUNT(DISTINCT model), COUNT(*) FROM versions")
-    ((logical,),) = query("SELECT COALESCE(SUM(m.size), 0) FROM versions v JOIN manifests m ON m.id = v.id")
+    ((logical,),) = query("SELECT COALESCE(SUM(size), 0) FROM manifests")
     ((artifacts,),) = query("SELECT COUNT(*) FROM artifacts")
     ((tensors,),) = query("SELECT COUNT(*) FROM tensors")
     ((packs, stored),) = query("SELECT COUNT(*), COALESCE(SUM(size), 0) FROM packs")

@@ -43,7 +43,6 @@ class Model(NamedTuple):
     name: str
     versions: int
     latest: Version
-    size: int
 
 
 def find_versions(
@@ -94,14 +93,11 @@ def _attached(catalog: Catalog, sql: str, ids: Sequence[str]) -> dict[str, list[
 
 def list_models(catalog: Catalog) -> list[Model]:
     """Every model that has a version, by name."""
-    rows = catalog.query(
-        "SELECT v.model, COUNT(*), MAX(v.version), SUM(m.size) FROM versions v "
-        "JOIN manifests m ON m.id = v.id GROUP BY v.model ORDER BY v.model"
-    )
+    rows = catalog.query("SELECT model, COUNT(*) FROM versions GROUP BY model ORDER BY model")
     newest = "SELECT model, MAX(version) FROM versions GROUP BY model"
     latest = find_versions(catalog, f"(v.model, v.version) IN ({newest})")
     by_model = {version.model: version for version in latest}
-    return [Model(name, count, by_model[name], size) for name, count, _, size in rows]
+    return [Model(name, count, by_model[name]) for name, count in rows]
 
 
 def list_versions(

@@ -7,14 +7,11 @@ test can record them, fail one of them, or rebuild the state that a crash after 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import functools
 import os
-import socket
 import stat
 import sys
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -71,7 +68,7 @@ class NewFile:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / f"{socket.gethostname()[:64]}-{os.getpid()}-{uuid.uuid4().hex}"
+        self.path = folder / f"{host()}-{os.getpid()}-{os.urandom(16).hex()}"
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._position = 0
         self._written_back = 0
@@ -127,6 +124,11 @@ class NewFile:
             self._fd = -1
         with contextlib.suppress(OSError):
             disk.unlink(self.path)
+
+
+def host() -> str:
+    """This machine's name, as it stands in the names of temporary files."""
+    return os.uname().nodename[:64]
 
 
 def make_folder(path: Path) -> None:
@@ -262,6 +264,8 @@ def _start_writeback(fd: int, offset: int, size: int) -> None:
 def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
     if not sys.platform.startswith("linux"):
         return None
+    import ctypes
+
     function = getattr(ctypes.CDLL(None), "sync_file_range", None)
     if function is not None:
         function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
