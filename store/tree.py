@@ -7,7 +7,6 @@ describes the document.
 
 from __future__ import annotations
 
-import base64
 import functools
 import math
 import struct
@@ -120,7 +119,7 @@ class _Encoder:
 
     def _bytes(self, value: bytes, path: Path) -> Any:
         if len(value) <= _INLINE_BYTES:
-            return {"$bytes": base64.b64encode(value).decode()}
+            return {"$bytes": value.hex()}
         return {"$bytes": self._add(Leaf("uint8", (len(value),), value))}
 
     def _list(self, value: list[Any], path: Path) -> Any:
@@ -258,7 +257,7 @@ def _decode(document: Any, tensor_at: Callable[[int], torch.Tensor]) -> Any:
         case "$array":
             return tensor_at(body).numpy()
         case "$bytes":
-            return tensor_at(body).numpy().tobytes() if isinstance(body, int) else base64.b64decode(body)
+            return tensor_at(body).numpy().tobytes() if isinstance(body, int) else bytes.fromhex(body)
         case "$scalar":
             return np.frombuffer(bytes.fromhex(body[1]), dtype=_numpy_type(body[0]))[0]
         case "$float":

@@ -1,0 +1,113 @@
+"""The format: a reader written from docs/FORMAT.md alone finds in a registry what torch put there."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections import Counter, OrderedDict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+from registry import Registry
+
+SOURCE = Path(__file__).with_name("format_reader.py")
+
+
+@pytest.fixture(scope="module")
+def reader() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("format_reader", SOURCE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def same(read: Any, saved: Any) -> bool:
+    """Whether the reader's plain value stands for what was saved."""
+    if isinstance(saved, torch.Tensor):
+        raw = saved.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return bool(read.tobytes() == raw and read.shape == tuple(saved.shape))
+    if isinstance(saved, np.ndarray):
+        return bool(np.array_equal(read, saved) and read.dtype == saved.dtype)
+    if isinstance(saved, dict):
+        return list(read) == list(saved) and all(same(read[key], saved[key]) for key in saved)
+    if isinstance(saved, list | tuple):
+        return type(read) is type(saved) and len(read) == len(saved) and all(map(same, read, saved))
+    if isinstance(saved, float) and math.isnan(saved):
+        return math.isnan(read)
+    return bool(type(read) is type(saved) and read == saved)
+
+
+def test_the_reader_is_short_and_independent() -> None:
+    text = SOURCE.read_text()
+    assert len(text.splitlines()) < 60
+    assert "registry" not in {line.split()[1] for line in text.splitlines() if "import" in line.split()[:1]}
+    assert "torch" not in text
+    assert "safetensors import" not in text
+
+
+def test_the_reader_finds_a_real_training_state(tmp_path: Path, reader: ModuleType) -> None:
+    net = torchvision.models.resnet18(weights=None)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    net(torch.randn(2, 3, 64, 64)).sum().backward()
+    optimizer.step()
+    state = {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
+    checkpoint = Registry(tmp_path).save("net", state, epoch=3, loss=math.nan, metrics={"accuracy": 0.5})
+    record, components = reader.read(tmp_path, checkpoint.id)
+    assert (record["kind"], record["model"], record["epoch"]) == ("checkpoint", "net", 3)
+    assert math.isnan(record["loss"])
+    assert record["metrics"] == {"accuracy": 0.5}
+    assert list(components["model"]) == list(state["model"])
+    assert all(same(components["model"][name], tensor) for name, tensor in state["model"].items())
+    assert same(components["optimizer"], state["optimizer"])
+
+
+def test_the_reader_understands_every_tag_and_type(tmp_path: Path, reader: ModuleType) -> None:
+    tied = torch.randn(3)
+    extra = {
+        "tied": [tied, tied],
+        "types": [torch.ones(2, 3).to(kind) for kind in (torch.bfloat16, torch.float16, torch.complex128)],
+        "eight": torch.ones(4).to(torch.float8_e4m3fn),
+        "half complex": torch.ones(3, dtype=torch.complex32),
+        "empty": torch.empty(0, 7),
+        "single": torch.tensor(True),
+        "array": np.arange(6, dtype=np.int16).reshape(2, 3),
+        "scalar": np.float32(0.1),
+        "bytes": [b"short", bytes(range(256)) * 3],
+        "floats": [math.inf, -math.inf, math.nan, -0.0, 1e-300],
+        "complex": 1 + 2j,
+        "tuple": (1, "two", None, True),
+        "keys": {1: "int", None: "none", 2.5: "float", "$tensor": "text"},
+        "nested": {"list": [[], {}, ()]},
+    }
+    tagged = {"size": torch.Size([2, 3]), "dtype": torch.float32, "device": torch.device("cpu")}
+    counter, ordered = Counter({"a": 2}), OrderedDict(b=1, a=2)
+    components = {"extra": extra, "tagged": {**tagged, "counter": counter, "ordered": ordered}}
+    checkpoint = Registry(tmp_path).save("net", components)
+    _, read = reader.read(tmp_path, checkpoint.id)
+    assert same(read["extra"], extra)
+    assert read["tagged"] == {
+        "size": [2, 3],
+        "dtype": "float32",
+        "device": "cpu",
+        "counter": {"a": 2},
+        "ordered": {"b": 1, "a": 2},
+    }
+
+
+def test_the_reader_refuses_a_flipped_byte(tmp_path: Path, reader: ModuleType) -> None:
+    checkpoint = Registry(tmp_path).save("net", {"model": {"w": torch.ones(100)}})
+    (pack,) = tmp_path.glob("packs/*/*.safetensors")
+    data = bytearray(pack.read_bytes())
+    data[-1] ^= 1
+    pack.chmod(0o644)
+    pack.write_bytes(data)
+    with pytest.raises(AssertionError):
+        reader.read(tmp_path, checkpoint.id)
