@@ -106,7 +106,8 @@ def _parse_yaml(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise Invalid(f"{where}{printable(error.problem or 'malformed')}") from None
+        problem = ", ".join(part for part in (error.context, error.problem) if part)
+        raise Invalid(f"{where}{printable(problem)}") from None
     except yaml.YAMLError as error:
         raise Invalid(printable(str(error).partition("\n")[0])) from None
     except ValueError as error:

@@ -71,12 +71,12 @@ class _DayFile(logging.FileHandler):
 
     def __init__(self, directory: Path, name: str) -> None:
         self._directory = directory.absolute()
-        self._name = name
+        self._prefix = name
         self._directory.mkdir(parents=True, exist_ok=True)
         super().__init__(self._path(datetime.now()), encoding="utf-8", errors="backslashreplace")
 
     def _path(self, moment: datetime) -> Path:
-        return self._directory / f"{self._name}_{moment:%Y-%m-%d}.txt"
+        return self._directory / f"{self._prefix}_{moment:%Y-%m-%d}.txt"
 
     def emit(self, record: logging.LogRecord) -> None:
         path = str(self._path(datetime.fromtimestamp(record.created)))
