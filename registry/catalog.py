@@ -232,6 +232,7 @@ class Catalog:
         ):  # the journal was lost or restored from a backup: write down what the catalog knows
             self.journal.append(list(self.dump(change.connection)))
         else:
+            self.journal.drop_torn_end(applied)
             for line in self.journal.read(applied):
                 if line.record is not None:
                     with contextlib.suppress(NotFound):  # its manifest is gone: rolled back, or removed later

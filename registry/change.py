@@ -160,15 +160,15 @@ class Change:
         execute = self.connection.execute
         if execute("SELECT 1 FROM versions WHERE id = ?", (id,)).fetchone():
             return
-        manifest = self._manifests.get(id) or self._store.manifest(id)
-        self._use_unless_used(id, manifest)
-        about = manifest.record
-        execute(
+        execute(  # first, so that the number is not given again even if the manifest is gone
             "INSERT INTO models (name, next_version) VALUES (?, ?) ON CONFLICT (name) DO UPDATE "
             "SET next_version = CASE WHEN excluded.next_version > models.next_version "
             "THEN excluded.next_version ELSE models.next_version END",
             (model, version + 1),
         )
+        manifest = self._manifests.get(id) or self._store.manifest(id)
+        self._use_unless_used(id, manifest)
+        about = manifest.record
         execute("DELETE FROM versions WHERE model = ? AND version = ?", (model, version))
         shown = {key: about[key] for key in about if key not in ("epoch", "step", "loss", "metrics")}
         shown["components"] = summary(manifest)

@@ -49,6 +49,15 @@ class Journal:
 
         durable.truncate(self.path, size)
 
+    def drop_torn_end(self, start: int) -> None:
+        """Cut off a last line, not before `start`, that a crash kept from being written whole."""
+        if self._ends_in_newline():
+            return
+        with self.path.open("rb") as file:
+            file.seek(start)
+            rest = file.read()
+        self.truncate(start + rest.rfind(b"\n") + 1)
+
     def read(self, start: int = 0) -> Iterator[Line]:
         """The lines from an offset on; damaged ones are marked, not raised."""
         try:
