@@ -54,6 +54,10 @@ class Catalog:
         """
         if self.path.exists():
             raise Conflict(f"{self.path} exists already")
+        from registry.store import durable
+
+        with durable.storage_errors(self.path):
+            durable.append(self.path, b"")  # by the umask; SQLite would keep a group from writing
         connection = self._connect(create=True)
         with contextlib.closing(connection), self._errors():
             connection.execute("BEGIN IMMEDIATE")

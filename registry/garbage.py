@@ -157,18 +157,20 @@ class _Sweep:
         for path in sorted(self._store.tmp.iterdir()) if self._store.tmp.is_dir() else []:
             with contextlib.suppress(FileNotFoundError):
                 status = path.lstat()
-                if _writer_is_dead(path.name) or self._is_due(status.st_mtime, status.st_size):
+                patience = max(self._grace, GRACE)  # its save may be going on
+                if _writer_is_dead(path.name) or self._is_due(status.st_mtime, status.st_size, patience):
                     if not self._dry_run:
                         durable.unlink(path)
                     self._count("temporary", path, status.st_size)
 
-    def _is_due(self, since: float, size: int) -> bool:
+    def _is_due(self, since: float, size: int, grace: float | None = None) -> bool:
+        grace = self._grace if grace is None else grace
         age = self._now - since
-        if age >= self._grace and age >= 0:
+        if age >= grace and age >= 0:
             return True
         self._waiting += 1
         self._waiting_bytes += size
-        self._wait = max(self._wait, min(self._grace, self._grace - age))
+        self._wait = max(self._wait, min(grace, grace - age))
         return False
 
     def _count(self, kind: str, path: Path, size: int) -> None:

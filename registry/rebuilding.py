@@ -47,7 +47,8 @@ def rebuild(registry: Registry, progress: Progress = silent) -> Rebuilt:
         lines = list(catalog.journal.read())
         lost = [line for line in lines if line.record is None]
         if lost:
-            damaged.append(f"{catalog.journal.path}: {len(lost)} damaged lines were skipped")
+            lines_were = "line was" if len(lost) == 1 else "lines were"
+            damaged.append(f"{catalog.journal.path}: {len(lost)} damaged {lines_were} skipped")
         adopted = (
             _unlisted(registry, [line.record for line in lines if line.record]) if lost or not lines else []
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import stat
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -246,7 +247,8 @@ class Store:
     def pack_is_whole(self, digest: str, size: int) -> bool:
         """Whether a pack's file is there in its full size."""
         try:
-            return self.pack_path(digest).stat().st_size == size
+            status = self.pack_path(digest).lstat()
+            return stat.S_ISREG(status.st_mode) and status.st_size == size
         except FileNotFoundError:
             return False
 

@@ -1,0 +1,362 @@
+"""Damage: found by verify and by loading, named exactly, contained, and healed where it can be."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sqlite3
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from support import check_whole, copy, dump, files, is_state, save
+
+from registry import Registry
+from registry.store.errors import Corrupt, NotFound, RegistryError, Unsupported
+
+SAVED = {"net:v1": 1, "net:v2": 2}
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two versions in two packs; the first pack has the shared tensor, which the second version needs too."""
+    registry = Registry(tmp_path_factory.mktemp("golden") / "r")
+    for number in (1, 2):
+        save(registry, number)
+    registry.set_alias("net:v1", "good")
+    registry.set_tag("net:v2", "paper")
+    registry.add_note("net:v1", "checked by hand")
+    registry.catalog.close()
+    return registry.root
+
+
+@pytest.fixture
+def root(golden: Path, tmp_path: Path) -> Path:
+    return copy(golden, tmp_path / "r")
+
+
+def pack_of(registry: Registry, path: str, name: str) -> tuple[Path, int, int]:
+    """The pack file that holds a tensor of a version, and the range of its bytes."""
+    for tensor_path, _, _, digest in registry[name].parameters():
+        if tensor_path == path:
+            location = registry.catalog.locate([digest])[digest]
+            size = next(
+                t.size for t in registry.store.manifest(registry[name].id).tensors if t.digest == digest
+            )
+            return registry.store.pack_path(location.pack), location.start, location.start + size
+    raise AssertionError(path)
+
+
+def change_byte(path: Path, offset: int) -> None:
+    path.chmod(0o644)
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte[0] ^ 0x40]))
+
+
+def test_a_flipped_byte_in_a_tensor_is_named_exactly_and_contained(root: Path) -> None:
+    registry = Registry(root)
+    pack, start, end = pack_of(registry, "model/own", "net:v2")
+    change_byte(pack, random.Random(1).randrange(start, end))
+    (problem,) = registry.verify().problems
+    assert problem.message.startswith("model/own: ")
+    assert str(pack) in problem.message
+    assert problem.checkpoints == ("net:v2",)
+    for load in (
+        lambda: registry["net:v2"].load(),
+        lambda: registry["net:v2"].load(copy=True),
+        lambda: registry["net:v2"].load_into(model={"own": torch.zeros(50, 30)}),
+    ):
+        with pytest.raises(
+            Corrupt, match=rf"^net:v2: model/own: the bytes {start} to {end} of pack {pack.name}"
+        ):
+            load()
+    assert is_state(registry["net:v1"].load(), 1)
+    assert torch.equal(registry["net:v2"].load("model/shared")["model"]["shared"], torch.arange(2_000.0))
+
+
+def test_loading_into_a_live_model_changes_nothing_when_a_byte_is_wrong(root: Path) -> None:
+    registry = Registry(root)
+    pack, start, _ = pack_of(registry, "model/own", "net:v2")
+    change_byte(pack, start)
+    live = {"shared": torch.zeros(2_000), "own": torch.zeros(50, 30)}
+    with pytest.raises(Corrupt):
+        registry["net:v2"].load_into(model=live)
+    assert not live["shared"].any()
+    assert not live["own"].any()
+
+
+def test_a_flipped_byte_anywhere_in_a_pack_is_found(golden: Path, tmp_path: Path) -> None:
+    chance = random.Random(2)
+    for _ in range(30):
+        root = copy(golden, tmp_path / "r")
+        registry = Registry(root)
+        pack = chance.choice(sorted(root.glob("packs/*/*")))
+        change_byte(pack, chance.randrange(pack.stat().st_size))
+        problems = registry.verify().problems
+        assert problems
+        assert all(pack.name in problem.message for problem in problems)
+
+
+def test_a_flipped_byte_anywhere_in_a_manifest_is_found(golden: Path, tmp_path: Path) -> None:
+    chance = random.Random(3)
+    for _ in range(10):
+        root = copy(golden, tmp_path / "r")
+        registry = Registry(root)
+        path = registry.store.manifest_path(registry["net:v2"].id)
+        change_byte(path, chance.randrange(path.stat().st_size))
+        (problem,) = registry.verify().problems
+        assert problem.checkpoints == ("net:v2",)
+        assert path.name in problem.message
+        with pytest.raises(Corrupt, match=r"^net:v2: .*the manifest is not what was saved"):
+            registry["net:v2"].load()
+        assert is_state(registry["net:v1"].load(), 1)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated": (lambda path: os.truncate(path, path.stat().st_size - 1), r"has \d+ bytes instead of \d+"),
+    "emptied": (lambda path: os.truncate(path, 0), "has 0 bytes instead of"),
+    "extended": (lambda path: os.truncate(path, path.stat().st_size + 1), r"has \d+ bytes instead of \d+"),
+    "missing": (lambda path: path.unlink(), "the file is missing"),
+    "a link": (
+        lambda path: (path.rename(path.with_suffix(".x")), path.symlink_to(path.with_suffix(".x"))),
+        "link",
+    ),
+    "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "is not a regular file"),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "is not a regular file"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_pack_is_found_and_healed_by_saving_again(root: Path, name: str) -> None:
+    damage, message = DAMAGES[name]
+    registry = Registry(root)
+    pack, _, _ = pack_of(registry, "model/own", "net:v2")
+    pack.chmod(0o644)
+    damage(pack)
+    found = registry.verify().problems
+    assert any(pack.name in problem.message and problem.checkpoints == ("net:v2",) for problem in found)
+    for load in (lambda: registry["net:v2"].load(), lambda: registry["net:v2"].load(copy=True)):
+        with pytest.raises(Corrupt, match=rf"^net:v2: .*{pack.name}: {message}|^net:v2: .*{message}"):
+            load()
+    assert is_state(registry["net:v1"].load(), 1)
+    if name == "a folder":
+        return  # somebody put it there; it is theirs to remove
+    assert save(registry, 2) == "net:v3"
+    assert is_state(registry["net:v3"].load(), 2)
+    assert is_state(registry["net:v2"].load(), 2)
+    registry.catalog.close()
+    for stray in root.glob("packs/*/*.x"):
+        stray.unlink()
+    check_whole(root, {**SAVED, "net:v3": 2})
+
+
+def test_a_missing_manifest_is_named(root: Path) -> None:
+    registry = Registry(root)
+    registry.store.manifest_path(registry["net:v2"].id).unlink()
+    (problem,) = registry.verify().problems
+    assert problem.checkpoints == ("net:v2",)
+    with pytest.raises(NotFound, match=r"^net:v2: .*the manifest is missing"):
+        registry["net:v2"].load()
+
+
+def test_a_forged_manifest_of_the_right_digest_is_refused(tmp_path: Path) -> None:
+    """Somebody who can write may put anything there, but it is answered with an error of ours."""
+    from registry.store.digest import digest
+    from registry.store.store import Store
+
+    store = Store(tmp_path)
+    good = {"format": 1, "record": {}, "components": {}, "tensors": []}
+    none = ["float32", [1], "0" * 64]
+    forged = [
+        b"[]",
+        b"{",
+        b"\xff",
+        b'{"a":' + b"[" * 100_000,
+        {**good, "components": {"model": {"$tensor": 0}}},
+        {**good, "components": {"model": {"$tensor": -1}}, "tensors": [none]},
+        {**good, "components": {"model": {"$tensor": 0}}, "tensors": [none]},
+        {**good, "components": {"model": {"$evil": 0}}},
+        {**good, "components": {"model": {"$scalar": ["object", "00"]}}},
+        {**good, "components": {"model": {"$dtype": "load"}}},
+        {**good, "components": {"model": {"$size": ["a"]}}},
+        {**good, "components": {"model": {"$dict": [[[], 1]]}}},
+        {**good, "components": {"model": {"$dict": 1}}},
+        {**good, "components": {"model": {"$counter": 1}}},
+        {**good, "tensors": [["float32", [-1], "0" * 64]]},
+        {**good, "tensors": [["float32", [1 << 70], "0" * 64]]},
+        {**good, "tensors": [["object", [1], "0" * 64]]},
+        {**good, "tensors": [["float32", [1], "../../etc"]]},
+        {**good, "format": 2},
+    ]
+    for document in forged:
+        data = document if isinstance(document, bytes) else json.dumps(document).encode()
+        path = store.manifest_path(digest(data))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        with pytest.raises((Corrupt, Unsupported)):
+            store.get(digest(data))
+
+
+LOSSES: dict[str, Callable[[Path], object]] = {
+    "lost": lambda path: path.unlink(),
+    "emptied": lambda path: os.truncate(path, 0),
+    "overwritten": lambda path: path.write_bytes(os.urandom(8_192)),
+    "cut short": lambda path: os.truncate(path, path.stat().st_size // 2),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_lost_catalog_is_rebuilt_equal(root: Path, name: str) -> None:
+    registry = Registry(root)
+    registry.remove(["net:v2"], force=True)
+    assert save(registry, 3) == "net:v3"
+    before = dump(registry)
+    registry.catalog.close()
+    LOSSES[name](root / "catalog.sqlite")
+    damaged = Registry(root, create=False)
+    with pytest.raises(Corrupt, match="registry rebuild"):
+        damaged["net"]
+    assert damaged.rebuild().damaged == ()
+    assert dump(damaged) == before
+    assert damaged["net@good"].notes[0][1] == "checked by hand"
+    damaged.catalog.close()
+    check_whole(root, {"net:v1": 1, "net:v3": 3})
+
+
+def test_a_flipped_bit_in_the_catalog_never_gives_a_wrong_weight(golden: Path, tmp_path: Path) -> None:
+    chance = random.Random(4)
+    for _ in range(40):
+        root = copy(golden, tmp_path / "r")
+        change_byte(root / "catalog.sqlite", chance.randrange((root / "catalog.sqlite").stat().st_size))
+        registry = Registry(root, create=False)
+        for name, number in SAVED.items():
+            try:
+                assert is_state(registry[name].load(), number)
+            except RegistryError as error:
+                assert "\n" not in str(error)
+        try:
+            registry.rebuild()
+        finally:
+            registry.catalog.close()
+        check_whole(root, SAVED)
+
+
+def test_an_older_catalog_catches_up(root: Path) -> None:
+    old = (root / "catalog.sqlite").read_bytes()
+    registry = Registry(root)
+    save(registry, 3)
+    registry.set_alias("net:v3", "good")
+    registry.remove(["net:v1"])
+    after = dump(registry)
+    registry.catalog.close()
+    (root / "catalog.sqlite").write_bytes(old)
+    registry = Registry(root, create=False)
+    assert dump(registry) == after
+    registry.catalog.close()
+    check_whole(root, {"net:v2": 2, "net:v3": 3})
+
+
+def test_a_damaged_line_of_the_journal_hides_no_other(root: Path) -> None:
+    journal = root / "manifests" / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    alias = next(i for i, line in enumerate(lines) if b'"alias"' in line)
+    lines[alias] = lines[alias].replace(b"good", b"evil")
+    journal.write_bytes(b"".join(lines))
+    registry = Registry(root)
+    (problem,) = registry.verify().problems
+    assert "1 line is damaged" in problem.message
+    assert registry["net@good"].name == "net:v1"  # the catalog is not affected
+    registry.catalog.close()
+    (root / "catalog.sqlite").unlink()
+    assert registry.rebuild().damaged == (f"{journal}: 1 damaged line was skipped",)
+    with pytest.raises(NotFound):
+        registry["net@good"]
+    assert registry["net:v2"].tags == ("paper",)
+    assert all(is_state(registry[name].load(), number) for name, number in SAVED.items())
+
+
+def test_a_lost_journal_is_written_again_from_the_catalog(root: Path) -> None:
+    registry = Registry(root)
+    before = dump(registry)
+    (root / "manifests" / "journal.jsonl").unlink()
+    registry.set_tag("net:v1", "later")
+    registry.remove_tag("net:v1", "later")
+    registry.catalog.close()
+    (root / "catalog.sqlite").unlink()
+    assert registry.rebuild().damaged == ()
+    assert dump(registry) == before
+
+
+def test_catalog_and_journal_both_lost_still_give_every_checkpoint(root: Path) -> None:
+    (root / "manifests" / "journal.jsonl").unlink()
+    (root / "catalog.sqlite").unlink()
+    registry = Registry(root, create=False)
+    assert registry.rebuild().adopted == 2
+    registry.catalog.close()
+    check_whole(root, SAVED)
+
+
+def newer_settings(root: Path) -> None:
+    (root / "registry.toml").chmod(0o644)
+    (root / "registry.toml").write_text("format = 2\n")
+
+
+def newer_schema(root: Path) -> None:
+    with sqlite3.connect(root / "catalog.sqlite") as connection:
+        connection.execute("UPDATE state SET value = 99 WHERE key = 'schema'")
+    connection.close()
+
+
+def newer_operation(root: Path) -> None:
+    from registry.journal import Journal
+
+    Journal(root / "manifests").append([{"op": "teleport", "id": "x"}])
+
+
+@pytest.mark.parametrize("make", [newer_settings, newer_schema, newer_operation])
+def test_what_a_newer_version_wrote_is_refused_and_left_alone(
+    root: Path, make: Callable[[Path], None]
+) -> None:
+    make(root)
+    before = files(root)
+    for use in (
+        lambda: Registry(root, create=False)["net"],
+        lambda: save(Registry(root), 3),
+        lambda: Registry(root).collect_garbage(grace=0),
+    ):
+        with pytest.raises(Unsupported, match="pip install -U torch-registry"):
+            use()
+    now = {
+        name: data
+        for name, data in files(root).items()
+        if not name.startswith(("packs", "manifests/", "tmp"))
+    }
+    assert now.items() <= before.items()
+    assert files(root)["manifests/journal.jsonl"] == before["manifests/journal.jsonl"]
+
+
+def test_settings_that_make_no_sense_are_refused(root: Path) -> None:
+    path = root / "registry.toml"
+    path.chmod(0o644)
+    for text in ("", "format = 'x'", "format = 0", "format = [", "\0"):
+        path.write_text(text)
+        with pytest.raises(RegistryError, match=r"registry\.toml"):
+            Registry(root)
+
+
+def test_garbage_collection_waits_for_its_grace_by_the_clock(root: Path) -> None:
+    from registry.garbage import collect_garbage
+
+    registry = Registry(root)
+    registry.remove(["net:v2"], force=True)
+    now = time.time()
+    assert collect_garbage(registry, grace=3_600, now=now).packs == 0
+    assert collect_garbage(registry, grace=3_600, now=now - 1e6).packs == 0  # the clock went back
+    assert collect_garbage(registry, grace=3_600, now=now + 3_599).packs == 0
+    assert collect_garbage(registry, grace=3_600, now=now + 3_601).packs == 1
