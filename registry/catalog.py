@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from registry import schema
 from registry.journal import Journal
-from registry.store.errors import Conflict, Corrupt, NotFound, StorageError, Unsupported
+from registry.store.errors import Corrupt, NotFound, StorageError, Unsupported
 
 if TYPE_CHECKING:
     from registry.change import Change
@@ -47,13 +47,7 @@ class Catalog:
     # -- connections -------------------------------------------------------------------------------------
 
     def create(self) -> None:
-        """Create an empty catalog.
-
-        Raises:
-            Conflict: if there is one.
-        """
-        if self.path.exists():
-            raise Conflict(f"{self.path} exists already")
+        """Create an empty catalog, unless there is one, or another process makes it at this moment."""
         from registry.store import durable
 
         with durable.storage_errors(self.path):
@@ -61,10 +55,11 @@ class Catalog:
         connection = self._connect(create=True)
         with contextlib.closing(connection), self._errors():
             connection.execute("BEGIN IMMEDIATE")
-            for statement in schema.TABLES.split(";"):
-                connection.execute(statement)
-            connection.execute("INSERT INTO state (key, value) VALUES ('schema', ?)", (schema.VERSION,))
-            connection.execute("INSERT INTO state (key, value) VALUES ('journal', 0)")
+            if not connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():
+                for statement in schema.TABLES.split(";"):
+                    connection.execute(statement)
+                connection.execute("INSERT INTO state (key, value) VALUES ('schema', ?)", (schema.VERSION,))
+                connection.execute("INSERT INTO state (key, value) VALUES ('journal', 0)")
             connection.execute("COMMIT")
 
     def connection(self) -> sqlite3.Connection:

@@ -76,7 +76,10 @@ class Registry:
         from registry.store import durable
         from registry.store.store import FOLDERS
 
-        if self.root.is_dir() and any((self.root / name).exists() for name in ("packs", "manifests")):
+        holds_something = any(any((self.root / name).glob("*")) for name in ("packs", "manifests"))
+        if (
+            holds_something and not (self.root / SETTINGS).is_file()
+        ):  # which another process may just have made
             raise Conflict(
                 f"{self.root} holds a registry without {SETTINGS}; if the file was lost, recreate it with one line: "
                 f"format = {FORMAT}"
@@ -84,10 +87,9 @@ class Registry:
         with durable.storage_errors(self.root):
             for folder in FOLDERS:
                 durable.make_folder(self.root / folder)
-            if not self.catalog.path.exists():
-                self.catalog.create()
+            self.catalog.create()
             text = f'format = {FORMAT}\ncreated_by = "torch-registry {registry.__version__}"\n'
-            durable.write_file(self.root / SETTINGS, text.encode())
+            durable.write_file(self.root / SETTINGS, text.encode(), folder=self.root / "tmp")
 
     def _check_format(self) -> None:
         path = self.root / SETTINGS

@@ -141,26 +141,26 @@ def make_folder(path: Path) -> None:
     disk.sync_folder(path.parent)
 
 
-def write_file(path: Path, data: bytes, *, folder: Path | None = None) -> None:
-    """Write a small file whole or not at all.
+def write_file(path: Path, data: bytes, *, folder: Path | None = None, read_only: bool = False) -> None:
+    """Write a small file whole or not at all; its mode follows the umask.
 
-    The mode follows the umask and is then made read-only for files in the store (`folder` is its `tmp`);
-    without `folder` the file is a user's own: it lies beside its target until it is complete, stays writable,
-    and a symbolic link at `path` is followed, not replaced.
+    Args:
+        folder: where the file lies until it is complete. Without it the file is a user's own: it lies beside
+            its target meanwhile, and a symbolic link at `path` is followed, not replaced.
 
     Raises:
         StorageError: if the system refuses, with the earlier file untouched.
     """
     target = path if folder else Path(os.path.realpath(path))
     with storage_errors(path):
-        twice_on_io_error(lambda: _write_once(target, data, folder))
+        twice_on_io_error(lambda: _write_once(target, data, folder or target.parent, read_only))
 
 
-def _write_once(target: Path, data: bytes, folder: Path | None) -> None:
-    file = NewFile(folder or target.parent)
+def _write_once(target: Path, data: bytes, folder: Path, read_only: bool) -> None:
+    file = NewFile(folder)
     try:
         file.write(data)
-        file.publish(target, data, read_only=folder is not None)
+        file.publish(target, data, read_only=read_only)
     except BaseException:
         file.discard()
         raise

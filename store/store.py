@@ -107,7 +107,7 @@ class Store:
                     "stored; put long lists into tensors or arrays"
                 )
             digest = digest_of(data)
-            durable.write_file(self.manifest_path(digest), data, folder=self.tmp)
+            durable.write_file(self.manifest_path(digest), data, folder=self.tmp, read_only=True)
         return Stored(digest, manifest, packs[-1])
 
     def get(

@@ -88,6 +88,24 @@ def test_a_change_killed_half_way_is_simply_repeated(golden: Path, tmp_path: Pat
         pytest.fail("the change never ended")
 
 
+def test_making_a_registry_killed_at_any_step_is_simply_repeated(tmp_path: Path) -> None:
+    for step in range(1_000):
+        root = tmp_path / str(step)
+
+        def run(root: Path = root, step: int = step) -> None:
+            durable.disk = Stepwise(lambda count, when, path: kill_me() if count == step else None)
+            Registry(root)
+
+        status = in_child(run)
+        registry = Registry(root)
+        save(registry, 1)
+        registry.catalog.close()
+        check_whole(root, {"net:v1": 1})
+        if status == 0:
+            break
+    assert 5 < step < 999
+
+
 def traced(change: Change, root: Path, inject: str) -> tuple[int, str]:
     """Run a change in a child under strace, which injects a fault into the calls on the catalog's files."""
 

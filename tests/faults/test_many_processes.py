@@ -86,6 +86,14 @@ def test_processes_save_and_load_while_gc_runs(tmp_path: Path, models: int) -> N
     check_whole(root, saved)
 
 
+def test_processes_make_a_registry_at_once(tmp_path: Path) -> None:
+    root = tmp_path / "r"
+    children = [fork(lambda number=number: save(Registry(root), number)) for number in range(PROCESSES)]
+    assert [wait(pid) for pid in children] == [0] * PROCESSES
+    registry = Registry(root)
+    assert sorted(version.version for version in all_versions(registry)) == list(range(1, PROCESSES + 1))
+
+
 def test_no_lock_of_files_is_ever_taken_but_by_sqlite(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
