@@ -40,7 +40,7 @@ def show(source: str, assignments: tuple[str, ...], root: str | None, as_json: b
         say(f"# {key} = {value}")
 
 
-@command("validate", "registry config validate configs/lenet5.json --class mypackage.configs:LeNet5Config")
+@command("validate", "registry config validate train.json --class mypackage.configs:TrainConfig")
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True), metavar="FILE...")
 @click.option("--class", "target", metavar="MODULE:CLASS", help="Your Config class to check against.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override a value.")
@@ -115,7 +115,7 @@ def _config_class(target: str) -> type[Config]:
     module, colon, name = target.partition(":")
     if not colon:
         raise Invalid(
-            f"--class {quoted(target)}: write it as MODULE:CLASS, such as mypackage.configs:LeNet5Config"
+            f"--class {quoted(target)}: write it as MODULE:CLASS, such as mypackage.configs:TrainConfig"
         )
     sys.path.insert(0, "")
     try:

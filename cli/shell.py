@@ -16,12 +16,14 @@ def completion(shell: str) -> None:
     It completes commands, options and references.
 
     \b
-    bash: eval "$(registry completion bash)"            in ~/.bashrc
-    zsh:  eval "$(registry completion zsh)"             in ~/.zshrc
-    fish: registry completion fish | source             in ~/.config/fish/config.fish
+    in ~/.bashrc:  eval "$(registry completion bash)"
+    in ~/.zshrc:   eval "$(registry completion zsh)"
+    in fish's configuration:  registry completion fish | source
     """
     from registry.cli.app import app
 
     found = get_completion_class(shell)
     assert found is not None
+    if shell == "bash":  # which would take lenet5:v3 and lenet5@best for several words
+        click.echo("COMP_WORDBREAKS=${COMP_WORDBREAKS//[:@]/}")
     click.echo(found(app, {}, "registry", "_REGISTRY_COMPLETE").source())

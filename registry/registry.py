@@ -397,7 +397,7 @@ def _now() -> str:
 
 
 def _hint(text: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(text, names, 1)
+    near = [name for name in names if name.startswith(text)] or difflib.get_close_matches(text, names, 1)
     if near:
         return f"; did you mean {quoted(near[0])}?"
     return f"; there are {', '.join(sorted(names)[:5])}" if names else ""

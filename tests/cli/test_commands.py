@@ -1,0 +1,414 @@
+"""The commands: what they print, as text and as JSON, and how they end."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Run
+
+from registry import Registry
+
+SCRIPT = Path(sys.executable).with_name("registry")
+
+
+def stamp_free(text: str) -> list[str]:
+    """Lines without times, ids and the space around columns."""
+    text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "TIME", text)
+    return [" ".join(re.sub(r"\b[0-9a-f]{12}\b", "ID", line).split()) for line in text.splitlines()]
+
+
+def test_init_makes_a_registry_once(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("REGISTRY_ROOT", raising=False)
+    assert run("init") == (0, "Made a registry at .registry\n", "")
+    assert run("init") == (0, "There is a registry already at .registry\n", "")
+    assert run("init", "other", "--json").json == {"root": "other", "created": True}
+    assert run("list").out == "No models yet; store one with: registry import FILE --name MODEL\n"
+    for place in (".registry", "other"):
+        assert (tmp_path / place / "registry.toml").is_file()
+
+
+def test_list_shows_models_and_their_latest(filled: Registry, run: Run) -> None:
+    assert stamp_free(run("list").out) == [
+        "MODEL VERSIONS LATEST EPOCH LOSS ACCURACY SIZE CREATED ID",
+        "lenet5 4 lenet5:v4 4 0.25 0.4 200 B TIME ID",
+        "resnet 1 resnet:v1 12 B TIME ID",
+    ]
+    models = run("list", "--json").json["models"]
+    assert [(m["name"], m["versions"], m["latest"]["name"]) for m in models] == [
+        ("lenet5", 4, "lenet5:v4"),
+        ("resnet", 1, "resnet:v1"),
+    ]
+
+
+def test_list_shows_versions_the_newest_first(filled: Registry, run: Run) -> None:
+    assert stamp_free(run("list", "lenet5").out) == [
+        "NAME EPOCH LOSS ACCURACY ALIASES TAGS SIZE CREATED ID",
+        "lenet5:v4 4 0.25 0.4 200 B TIME ID",
+        "lenet5:v3 3 nan 0.3 paper 200 B TIME ID",
+        "lenet5:v2 2 0.5 0.2 production 200 B TIME ID",
+        "lenet5:v1 1 1 0.1 200 B TIME ID",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["lenet5", "--sort", "accuracy"], "4 3 2 1"),
+        (["lenet5", "--sort", "accuracy", "--smallest"], "1 2 3 4"),
+        (["lenet5", "--sort", "loss"], "4 2 1"),
+        (["--sort", "accuracy", "--limit", "2"], "4 3"),
+        (["--tag", "paper"], "3"),
+        (["lenet5", "--tag", "none"], ""),
+        (["lenet5", "--limit", "0"], "4 3 2 1"),
+        (["lenet5", "--sort", "unknown"], ""),
+    ],
+)
+def test_list_orders_and_filters(filled: Registry, run: Run, arguments: list[str], names: str) -> None:
+    document = run("list", *arguments, "--json").json
+    assert " ".join(str(version["version"]) for version in document["versions"]) == names
+
+
+def test_list_says_what_its_limit_hides(filled: Registry, run: Run) -> None:
+    assert run("list", "lenet5", "--limit", 1).out.endswith("1 version of 4; --limit 0 shows all\n")
+    assert run("list", "lenet5", "--limit", 1, "--json").json["total"] == 4
+
+
+def test_show_prints_what_is_recorded(filled: Registry, run: Run) -> None:
+    text = run("show", "lenet5@production", "--params").out
+    lines = stamp_free(text)
+    for line in (
+        "name lenet5:v2",
+        "epoch 2",
+        "loss 0.5",
+        "accuracy 0.2",
+        "aliases production",
+        "size 200 B in 2 tensors",
+        "meta.seed 2",
+        "config.optimizer.lr 0.2",
+        "config.layers 6, 16",
+        "note TIME red \\x1b[31malert\\x1b[0m",
+        "COMPONENT TENSORS ELEMENTS SIZE",
+        "model 2 50 200 B",
+        "optimizer 0 0 0 B",
+        "PATH DTYPE SHAPE ELEMENTS DIGEST",
+        "model/fc.weight float32 10x4 40 ID",
+    ):
+        assert line in lines, text
+    assert "\x1b" not in text
+
+
+KEYS = {
+    *(
+        "name",
+        "model",
+        "version",
+        "id",
+        "created",
+        "epoch",
+        "step",
+        "loss",
+        "metrics",
+        "aliases",
+        "tags",
+        "notes",
+    ),
+    *("size", "tensors", "components", "config", "meta", "lineage", "source"),
+}
+
+
+def test_show_has_a_stable_shape_in_json(filled: Registry, run: Run) -> None:
+    document = run("show", "lenet5:v3", "--json").json
+    assert set(document) == KEYS
+    assert (document["loss"], document["metrics"]) == (None, {"accuracy": 0.3})
+    assert document["components"]["model"] == {"tensors": 2, "elements": 50, "bytes": 200}
+    parameters = run("show", "lenet5:v3", "--params", "--json").json["parameters"]
+    assert [set(p) for p in parameters] == [{"path", "dtype", "shape", "digest"}] * 2
+    assert set(run("list", "lenet5", "--json").json["versions"][0]) == KEYS
+
+
+def test_an_id_prefix_is_a_reference(filled: Registry, run: Run) -> None:
+    id = filled["lenet5:v1"].id
+    assert run("show", id[:8], "--json").json["name"] == "lenet5:v1"
+
+
+def test_status_sums_up(filled: Registry, run: Run) -> None:
+    assert stamp_free(run("status").out)[1:3] == [
+        "holds 2 models, 5 versions",
+        "tensors 6 distinct, in 5 packs",
+    ]
+    document = run("status", "--json").json
+    assert set(document) == {
+        *(
+            "root",
+            "models",
+            "versions",
+            "artifacts",
+            "tensors",
+            "packs",
+            "logical",
+            "stored",
+            "unused",
+            "free",
+        ),
+        "saved",
+    }
+    assert document["logical"] == 4 * 200 + 12
+
+
+def test_aliases_are_set_moved_listed_and_removed(filled: Registry, run: Run) -> None:
+    assert run("alias", "lenet5:v1", "old").out == "lenet5@old -> lenet5:v1\n"
+    assert run("alias", "lenet5:v3", "old", "--json").json["name"] == "lenet5:v3"
+    assert stamp_free(run("alias").out) == [
+        "ALIAS CHECKPOINT ID",
+        "lenet5@old lenet5:v3 ID",
+        "lenet5@production lenet5:v2 ID",
+    ]
+    assert [row["alias"] for row in run("alias", "--json").json["aliases"]] == [
+        "lenet5@old",
+        "lenet5@production",
+    ]
+    assert run("alias", "--remove", "lenet5@old").out == "lenet5@old removed\n"
+    assert run("alias", "--remove", "lenet5@old").status == 1
+    assert run("alias", "lenet5", "best").err == (
+        "registry: the alias 'best' is kept by the registry; choose another name\n"
+    )
+    assert run("alias", "lenet5").status == 2
+    assert run("alias", "--remove", "lenet5").status == 2
+
+
+def test_tags_and_notes_are_kept(filled: Registry, run: Run) -> None:
+    assert run("tag", "lenet5:v1", "a", "b").out == "lenet5:v1  a, b\n"
+    assert run("tag", "lenet5:v1", "a", "--remove", "--json").json == {"name": "lenet5:v1", "tags": ["b"]}
+    assert run("tag", "--remove", "lenet5:v1", "c").status == 1
+    assert run("note", "lenet5:v1", "one").out == "lenet5:v1  1 note\n"
+    assert run("note", "lenet5:v1", "two", "--json").json["notes"][1]["text"] == "two"
+
+
+def test_rm_says_what_it_will_remove_and_asks(filled: Registry, run: Run) -> None:
+    done = run("rm", "lenet5:v1")
+    assert done.status == 1
+    assert stamp_free(done.out) == ["lenet5:v1 ID 200 B"]
+    assert done.err == "registry: nothing was removed: say --yes to remove without being asked\n"
+    assert run("rm", "lenet5:v1", "--dry-run").out.endswith("1 version would be removed\n")
+    assert len(run("list", "lenet5", "--json").json["versions"]) == 4
+    done = run("rm", "lenet5:v1", "lenet5:v4", "--yes")
+    assert done.out.endswith("2 versions removed; registry gc frees the space\n")
+    assert [v["version"] for v in run("list", "lenet5", "--json").json["versions"]] == [3, 2]
+
+
+def test_rm_refuses_what_is_held_and_removes_all_or_nothing(filled: Registry, run: Run) -> None:
+    done = run("rm", "lenet5:v1", "lenet5:v2", "--yes")
+    assert (
+        done.err == "registry: lenet5:v2 is held by alias production; take that off first, or use --force\n"
+    )
+    assert len(run("list", "lenet5", "--json").json["versions"]) == 4
+    assert run("rm", "lenet5:v1", "lenet5:v9", "--yes").status == 1
+    assert len(run("list", "lenet5", "--json").json["versions"]) == 4
+    document = run("rm", "lenet5:v2", "--yes", "--force", "--json").json
+    assert [version["name"] for version in document["removed"]] == ["lenet5:v2"]
+
+
+def test_gc_says_what_it_will_remove(filled: Registry, run: Run) -> None:
+    run("rm", "lenet5:v1", "--yes")
+    document = run("gc", "--dry-run", "--grace", 0, "--json").json
+    assert set(document) == {
+        *("packs", "manifests", "temporary", "bytes", "waiting", "waiting_bytes", "wait_seconds", "dry_run"),
+    }
+    assert (document["manifests"], document["dry_run"]) == (1, True)
+    text = run("gc", "--dry-run", "--grace", 0).out
+    assert text.startswith("would remove manifests/")
+    assert "1 manifest" in text
+    assert run("gc").out.endswith("wait for up to 60 min\n")
+    assert "freed" in run("gc", "--grace", "0s").out
+    assert run("gc", "--grace", "0", "--json").json["manifests"] == 0
+    assert run("gc", "--grace", "soon").status == 2
+
+
+def test_verify_ends_with_1_when_something_is_damaged(filled: Registry, run: Run) -> None:
+    done = run("verify")
+    assert done.status == 0
+    assert done.out.endswith("in 5 packs: all as saved\n")
+    (tensor,) = (t for t in filled["lenet5:v2"].parameters() if t[0] == "model/fc.weight")
+    location = filled.catalog.locate([tensor[3]])[tensor[3]]
+    path = filled.store.pack_path(location.pack)
+    data = bytearray(path.read_bytes())
+    data[location.start] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(data)
+    done = run("verify")
+    assert done.status == 1
+    assert done.err.startswith("model/fc.weight: ")
+    assert "(needed by lenet5:v2)" in done.err
+    assert run("verify", "lenet5:v1").status == 0
+    document = run("verify", "lenet5:v2", "--json")
+    assert document.status == 1
+    assert document.json["problems"][0]["checkpoints"] == ["lenet5:v2"]
+
+
+def test_rebuild_brings_a_lost_catalog_back(filled: Registry, run: Run) -> None:
+    before = run("list", "lenet5").out
+    filled.catalog.close()
+    (filled.root / "catalog.sqlite").unlink()
+    done = run("list")
+    assert done.status == 1
+    assert "recreate it with: registry rebuild" in done.err
+    assert run("rebuild").out == "rebuilt: 2 models, 5 versions, 5 packs\n"
+    assert run("list", "lenet5").out == before
+    assert run("rebuild", "--json").json["versions"] == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["show", "lenet6"], "there is no model 'lenet6'; did you mean 'lenet5'?"),
+        (["show", "lenet5:v9"], "lenet5 has no version v9; its newest are v4, v3, v2, v1"),
+        (["show", "lenet5@prod"], "lenet5 has no alias 'prod'; did you mean 'production'?"),
+        (["show", "lenet5:3"], "'lenet5:3': a version is written as v and its number, such as lenet5:v3"),
+        (["show", "a/b"], "'a/b' cannot be the name of a model"),
+        (["show", "\x1b[31mx"], r"'\x1b[31mx' cannot be the name of a model"),
+        (["list", "x" * 5_000], "cannot be the name of a model"),
+        (["tag", "lenet5", "a b"], "'a b' cannot be the name of a tag"),
+    ],
+)
+def test_bad_input_gets_one_clear_line(
+    filled: Registry, run: Run, arguments: list[str], message: str
+) -> None:
+    done = run(*arguments)
+    assert done.status == 1
+    assert message in done.err
+    assert done.err.startswith("registry: ")
+    assert done.err.count("\n") == 1
+    assert len(done.err) < 400
+    assert done.out == ""
+
+
+def test_a_registry_that_is_not_there_is_not_made(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("REGISTRY_ROOT", raising=False)
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["--root", "r", "list"], ["list", "--root", "r"]):
+        assert run(*arguments).err == "registry: there is no registry at r; make one with: registry init\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_usage_ends_with_2(filled: Registry, run: Run) -> None:
+    for arguments in (["nothing"], ["show"], ["list", "--limit", "-1"], ["show", "--what"], ["import", "x"]):
+        done = run(*arguments)
+        assert done.status == 2
+        assert "Usage: registry" in done.err
+
+
+def script(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, check=False, **options)
+
+
+def test_the_installed_command_prints_a_traceback_only_on_request(filled: Registry) -> None:
+    done = script("show", "nothing")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    for arguments in (["--debug", "show", "nothing"], ["show", "nothing", "--debug"]):
+        done = script(*arguments)
+        assert done.returncode == 1
+        assert "Traceback" in done.stderr
+    assert script("--version").stdout.startswith("torch-registry, version ")
+
+
+def test_a_closed_pipe_is_quiet(filled: Registry) -> None:
+    command = f"{SCRIPT} list lenet5 --json | head -c 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("{", "")
+
+
+def on_a_terminal(*arguments: str, typed: str = "") -> tuple[int, str]:
+    """Run the command on a terminal of 80 columns."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ["COLUMNS"], os.environ["TERM"] = "80", "xterm"
+        os.execv(SCRIPT, [str(SCRIPT), *arguments])
+    if typed:
+        os.write(terminal, typed.encode())
+    text = b""
+    while True:
+        try:
+            part = os.read(terminal, 4_096)
+        except OSError:  # the other end is closed
+            break
+        if not part:
+            break
+        text += part
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    os.close(terminal)
+    return status, text.decode().replace("\r\n", "\n")
+
+
+def test_tables_on_a_terminal_fit_it(filled: Registry) -> None:
+    for arguments in (["list"], ["list", "lenet5"], ["show", "lenet5:v2", "--params"], ["alias"], ["status"]):
+        status, text = on_a_terminal(*arguments)
+        assert status == 0
+        plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+        tables = plain.partition("\n\n")[2] if arguments[0] == "show" else plain  # facts may be long
+        widest = max(tables.splitlines(), key=len)
+        assert len(widest) <= 80, widest
+    assert "\x1b[31m" not in text
+
+
+def test_rm_on_a_terminal_asks_before_it_removes(filled: Registry) -> None:
+    status, text = on_a_terminal("rm", "lenet5:v1", typed="n\n")
+    assert status == 1
+    assert "Remove 1 version?" in text
+    assert "nothing was removed" in text
+    status, text = on_a_terminal("rm", "lenet5:v1", typed="y\n")
+    assert status == 0
+    assert script("list", "lenet5", "--json").stdout.count('"name": "lenet5:v1"') == 0
+
+
+def test_long_work_shows_a_bar_after_a_second_on_a_terminal(
+    filled: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from registry.cli import output
+
+    class Terminal:
+        def isatty(self) -> bool:
+            return True
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(sys.__stderr__, name)
+
+    shown: list[int] = []
+
+    class Bar:
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def add_task(self, label: str, total: int) -> int:
+            return 0
+
+        def update(self, task: int, completed: int, total: int) -> None:
+            shown.append(completed)
+
+    clock = iter([0.0, 0.5, 1.5, 2.5, 3.5])
+    monkeypatch.setattr(output, "_bar", Bar)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with output.progress("working") as report:
+        for done in range(3):
+            report(done, 3)
+    assert shown == [1, 2]
+
+
+def test_loading_from_the_registry_that_commands_filled(filled: Registry, run: Run) -> None:
+    run("tag", "lenet5:v4", "kept")
+    assert torch.equal(filled["lenet5:v4"].state_dict()["fc.weight"], torch.full((10, 4), 4.0))

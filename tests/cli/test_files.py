@@ -1,0 +1,169 @@
+"""Files through the command line: import, export, config."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import Run
+
+from registry import Registry
+
+
+@pytest.fixture
+def checkpoint(filled: Registry, tmp_path: Path) -> dict[str, Any]:
+    """A training checkpoint, which lies in best.pt."""
+    net = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    tree = {"epoch": 7, "loss": 0.25, "model": net.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(tree, tmp_path / "best.pt")
+    return tree
+
+
+def test_an_import_stores_equal_tensors_once_and_exports_the_same_tree(
+    filled: Registry, run: Run, checkpoint: dict[str, Any]
+) -> None:
+    first = run("import", "best.pt", "--name", "net", "--metric", "accuracy=0.91", "--meta", "seed=3")
+    assert first.status == 0
+    assert first.out.startswith("net:v1  ")
+    assert "0 B new" in run("import", "best.pt", "--name", "net").out
+    shown = run("show", "net:v1", "--json").json
+    assert (shown["epoch"], shown["loss"], shown["metrics"]) == (7, 0.25, {"accuracy": 0.91})
+    assert shown["meta"] == {"seed": 3}
+    assert shown["source"]["file"] == "best.pt"
+    assert run("export", "net:v1", "back.pt").status == 0
+    back = torch.load("back.pt", weights_only=True)
+    assert list(back) == list(checkpoint)
+    assert all(torch.equal(back["model"][name], tensor) for name, tensor in checkpoint["model"].items())
+    assert back["optimizer"]["param_groups"] == checkpoint["optimizer"]["param_groups"]
+
+
+def test_meta_fills_the_named_fields_and_overrides_the_file(
+    filled: Registry, run: Run, checkpoint: dict[str, Any]
+) -> None:
+    words = ["--meta", "epoch=9", "--meta", "loss=nan", "--meta", "step=100", "--meta", "data=digits"]
+    document = run("import", "best.pt", "--name", "net", *words, "--tag", "old", "--json").json["imported"][0]
+    assert (document["epoch"], document["step"], document["loss"]) == (9, 100, None)
+    assert document["meta"] == {"data": "digits"}
+    assert document["tags"] == ["old"]
+    assert document["written"] > 0
+    for words, message in {
+        ("--meta", "epoch=x"): "epoch is 'x', expected a whole number",
+        ("--meta", "loss=x"): "--meta loss is 'x', expected a number",
+        ("--metric", "accuracy=high"): "--metric accuracy is 'high', expected a number",
+        ("--metric", "a/b=1"): "'a/b' cannot be the name of a metric",
+        ("--tag", "a b"): "'a b' cannot be the name of a tag",
+    }.items():
+        done = run("import", "best.pt", "--name", "bad", *words)
+        assert (done.status, done.out) == (1, "")
+        assert message in done.err
+    assert run("import", "best.pt", "--name", "bad", "--meta", "epoch").status == 2
+    assert run("import", "best.pt", "--name", "bad", "--meta", "a=1", "--meta", "a=2").status == 2
+    assert run("import", "none.pt", "--name", "bad").status == 2
+    assert run("show", "bad").status == 1
+
+
+def test_several_files_are_imported_or_none(filled: Registry, run: Run, checkpoint: dict[str, Any]) -> None:
+    Path("bad.pt").write_bytes(b"no checkpoint")
+    done = run("import", "best.pt", "bad.pt", "--name", "net")
+    assert done.status == 1
+    assert "bad.pt" in done.err
+    assert run("show", "net").status == 1
+    torch.save({"w": torch.ones(2)}, "other.pt")
+    assert [
+        line.split()[0] for line in run("import", "best.pt", "other.pt", "--name", "net").out.splitlines()
+    ] == [
+        "net:v1",
+        "net:v2",
+    ]
+
+
+def test_a_configuration_file_is_recorded(filled: Registry, run: Run, checkpoint: dict[str, Any]) -> None:
+    Path("train.yaml").write_text("optimizer:\n  lr: 1e-3\n")
+    run("import", "best.pt", "--name", "net", "--config", "train.yaml")
+    assert run("config", "show", "net").out == "# optimizer.lr = 0.001\n"
+    assert filled["net"].config == {"optimizer": {"lr": 0.001}}
+
+
+def test_safetensors_go_in_and_out(filled: Registry, run: Run) -> None:
+    tensors = {"a.weight": torch.randn(3, 4), "a.bias": torch.randn(3).bfloat16()}
+    safetensors.torch.save_file(tensors, "in.safetensors", metadata={"made": "here"})
+    assert run("import", "in.safetensors", "--name", "net").status == 0
+    assert run("export", "net", "out.safetensors", "--json").json["name"] == "net:v1"
+    back = safetensors.torch.load_file("out.safetensors")
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_file_is_overwritten_only_with_force(
+    filled: Registry, run: Run, checkpoint: dict[str, Any]
+) -> None:
+    before = Path("best.pt").read_bytes()
+    done = run("export", "lenet5", "best.pt")
+    assert done.status == 1
+    assert "overwrite it with --force" in done.err
+    assert Path("best.pt").read_bytes() == before
+    assert run("export", "lenet5", "best.pt", "--force").status == 0
+    assert run("export", "lenet5", "one.pt", "--component", "optimizer").status == 0
+    assert torch.load("one.pt", weights_only=True) == {"lr": 0.1, "steps": [4]}
+    assert "has no component 'ema'" in run("export", "lenet5", "x.pt", "--component", "ema").err
+
+
+def test_a_pickle_that_would_run_code_is_refused_by_name(filled: Registry, run: Run, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "canary",)
+
+    torch.save({"model": Evil()}, "evil.pt")
+    done = run("import", "evil.pt", "--name", "net")
+    assert done.status == 1
+    assert "would run code" in done.err
+    assert "pathlib" in done.err
+    assert not (tmp_path / "canary").exists()
+
+
+def test_configurations_are_shown_checked_and_compared(filled: Registry, run: Run) -> None:
+    Path("a.json").write_text('{"optimizer": {"lr": 0.1}, "epochs": 3}')
+    Path("b.toml").write_text("epochs = 4\n[optimizer]\nlr = 0.1\nname = 'sgd'\n")
+    assert (
+        run("config", "show", "a.json", "--set", "optimizer.lr=1e-3").out
+        == "# optimizer.lr = 0.001\n# epochs = 3\n"
+    )
+    assert run("config", "diff", "a.json", "b.toml").out == "~ epochs = 3 -> 4\n+ optimizer.name = sgd\n"
+    assert run("config", "diff", "a.json", "a.json").out == "no difference\n"
+    (row,) = run("config", "diff", "lenet5:v1", "lenet5:v2", "--json").json["differences"]
+    assert row == {"key": "optimizer.lr", "kind": "changed", "left": 0.1, "right": 0.2}
+    assert run("config", "validate", "a.json", "b.toml").out == "a.json: valid\nb.toml: valid\n"
+    Path("bad.json").write_text('{"a": 1, "a": 2}')
+    done = run("config", "validate", "bad.json")
+    assert (done.status, done.err) == (1, "registry: bad.json: the key 'a' is given twice\n")
+    assert "was saved without a configuration" in run("config", "show", "resnet").err
+    assert json.loads(run("config", "show", "a.json", "--json").out)["epochs"] == 3
+
+
+def test_a_configuration_is_checked_against_a_class(
+    filled: Registry, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("mine.py").write_text(
+        "from registry import Config\nclass Train(Config):\n    epochs: int\nother = 1\n"
+    )
+    Path("a.json").write_text('{"epochs": 3}')
+    Path("b.json").write_text('{"epochs": "three"}')
+    monkeypatch.syspath_prepend(".")
+    done = run("config", "validate", "a.json", "--class", "mine:Train", "--json")
+    assert len(done.json["valid"][0]["digest"]) == 64
+    done = run("config", "validate", "b.json", "--class", "mine:Train")
+    assert done.err == 'registry: b.json: epochs is "three"; expected a valid integer\n'
+    assert run("config", "validate", "b.json", "--class", "mine:Train", "--set", "epochs=2").status == 1
+    for target, message in {
+        "mine": "write it as MODULE:CLASS",
+        "mine:Nothing": "has no attribute",
+        "nothing_there:X": "No module named",
+        "mine:other": "is not a class derived from registry.Config",
+    }.items():
+        assert message in run("config", "validate", "a.json", "--class", target).err

@@ -1,0 +1,74 @@
+"""The help: every command ends in an example that works, and the page made from it is up to date."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from registry.cli.app import app
+
+ROOT = Path(__file__).parents[2]
+
+
+def commands(command: click.Command = app, path: tuple[str, ...] = ()) -> Iterator[tuple[str, click.Command]]:
+    yield " ".join(("registry", *path)), command
+    if isinstance(command, click.Group):
+        for name, below in command.commands.items():
+            yield from commands(below, (*path, name))
+
+
+ALL = dict(commands())
+
+
+def examples(command: click.Command) -> list[str]:
+    assert command.epilog is not None
+    return [line.strip() for line in command.epilog.partition("Example:")[2].splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("path", ALL)
+def test_the_help_ends_in_an_example_that_can_be_typed(path: str) -> None:
+    found = examples(ALL[path])
+    assert found
+    for line in found:
+        if line.startswith("eval"):
+            line = line.partition("$(")[2].rstrip(')"')
+        assert line.startswith(path)
+        words = shlex.split(line)[1:]
+        group: click.Command = app
+        context = click.Context(app)
+        while isinstance(group, click.Group):
+            group = group.commands[words.pop(0)]
+        for parameter in group.params:
+            parameter.type = click.STRING if isinstance(parameter.type, click.Path) else parameter.type
+        group.make_context(path, words, parent=context)
+
+
+@pytest.mark.parametrize("path", ALL)
+def test_the_help_fits_a_terminal_and_says_what_every_option_does(path: str) -> None:
+    command = ALL[path]
+    text = command.get_help(click.Context(command, info_name=path, terminal_width=80))
+    assert max(map(len, text.splitlines())) <= 80
+    assert len(command.get_short_help_str(60)) < 60
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help, (path, parameter.name)
+
+
+@pytest.mark.parametrize(
+    "path", [path for path, command in ALL.items() if not isinstance(command, click.Group)]
+)
+def test_every_command_takes_json_and_debug(path: str) -> None:
+    names = {parameter.name for parameter in ALL[path].params}
+    assert {"debug", "root"} <= names
+    assert "as_json" in names or path == "registry completion"
+
+
+def test_the_page_of_the_commands_is_up_to_date() -> None:
+    command = [sys.executable, str(ROOT / "docs" / "make_cli_docs.py"), "--check"]
+    subprocess.run(command, check=True)
