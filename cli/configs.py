@@ -45,9 +45,9 @@ def show(source: str, assignments: tuple[str, ...], root: str | None, as_json: b
 @click.option("--class", "target", metavar="MODULE:CLASS", help="Your Config class to check against.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override a value.")
 def validate(files: tuple[str, ...], target: str | None, assignments: tuple[str, ...], as_json: bool) -> None:
-    """Check configuration files: well formed, no key twice, and of the types that your class asks for.
+    """Check configuration files.
 
-    --class imports your module, as running your program would.
+    They must be well formed, give no key twice, and have the types that your class asks for. --class imports your module, as running your program would.
     """
     from registry.documents import assign, read_document
 

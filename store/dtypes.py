@@ -34,6 +34,7 @@ ELEMENT_TYPES: dict[str, ElementType] = {
     "bfloat16": ElementType(2, "BF16"),
     "float32": ElementType(4, "F32"),
     "float64": ElementType(8, "F64"),
+    "bcomplex32": ElementType(4, None),
     "complex32": ElementType(4, None),
     "complex64": ElementType(8, "C64"),
     "complex128": ElementType(16, None),

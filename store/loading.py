@@ -216,7 +216,7 @@ def owned(packs: Path, items: Sequence[Wanted], *, check: bool) -> dict[int, tor
         for item, offset in placed:
             buffers[item.slot] = arena[offset : offset + item.size]
             tensors[item.slot] = view(arena, item.info, offset)
-    read_into(packs, [(item, buffers[item.slot]) for item in items])
+    read_into(packs, [(item, buffers[item.slot]) for item in items if item.size])
     if check:
         sizes = [item.size for item in items]
         in_parallel(items, lambda item: _check(packs, item, buffers[item.slot]), sizes)

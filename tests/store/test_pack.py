@@ -1,0 +1,100 @@
+"""Packs: safetensors files that any reader opens, aligned, named by their content."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from registry.store.digest import digest, preamble, tensor_digest
+from registry.store.dtypes import ELEMENT_TYPES, byte_count
+from registry.store.errors import Corrupt
+from registry.store.pack import PackInfo, PackWriter, pack_path, read_pack_info
+
+TENSORS = st.lists(
+    st.tuples(
+        st.sampled_from(sorted(ELEMENT_TYPES)), st.lists(st.integers(0, 5), max_size=4), st.integers(0, 9)
+    ),
+    max_size=12,
+)
+
+
+def write(root: Path, tensors: list[tuple[str, list[int], int]]) -> tuple[PackInfo, dict[str, bytes]]:
+    """A pack of tensors of arbitrary bytes, and the bytes by digest."""
+    (root / "tmp").mkdir(exist_ok=True)
+    writer = PackWriter(root / "tmp", [(kind, shape) for kind, shape, _ in tensors])
+    contents: dict[str, bytes] = {}
+    for kind, shape, seed in tensors:
+        data = np.random.default_rng(seed).bytes(byte_count(kind, shape))
+        name = tensor_digest(kind, shape, data)
+        if name not in contents:
+            contents[name] = data
+            writer.add(name, kind, shape, memoryview(data))
+    return writer.finish(root / "packs"), contents
+
+
+@given(TENSORS)
+@settings(max_examples=60, deadline=None)
+def test_any_safetensors_reader_opens_a_pack(
+    tmp_path_factory: pytest.TempPathFactory, tensors: list[tuple[str, list[int], int]]
+) -> None:
+    root = tmp_path_factory.mktemp("p")
+    info, contents = write(root, tensors)
+    path = pack_path(root / "packs", info.digest)
+    assert read_pack_info(path) == info
+    data = path.read_bytes()
+    for tensor in info.tensors:
+        assert tensor.start % 64 == 0
+        assert data[tensor.start : tensor.start + tensor.size] == contents[tensor.digest]
+    with safetensors.safe_open(path, "numpy") as file:
+        names = set(file.keys())
+        assert {name for name in names if len(name) == 64} == set(contents)
+        assert all(name.startswith("pad.") for name in names - set(contents))
+    head = 8 + int.from_bytes(data[:8], "little")
+    assert head % 4_096 == 0
+    assert info.digest == digest(data[:head])
+
+
+def test_the_same_tensors_give_the_same_file(tmp_path: Path) -> None:
+    tensors = [("float32", [3, 4], 1), ("bool", [5], 2), ("complex128", [2], 3)]
+    names = set()
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        names.add(write(tmp_path / place, tensors)[0].digest)
+    assert len(names) == 1
+
+
+def test_a_pack_of_very_many_tensors_has_room_in_its_header(tmp_path: Path) -> None:
+    tensors = [("float4_e2m1fn_x2", [1] * (1 + i % 7), i) for i in range(5_000)]
+    info, contents = write(tmp_path, tensors)
+    assert len(info.tensors) == len(contents)
+    assert read_pack_info(pack_path(tmp_path / "packs", info.digest)) == info
+
+
+def test_a_pack_under_a_name_that_is_not_its_own_is_refused(tmp_path: Path) -> None:
+    info, _ = write(tmp_path, [("float32", [3], 1)])
+    path = pack_path(tmp_path / "packs", info.digest)
+    other = path.with_name("0" * 64 + ".safetensors")
+    path.rename(other)
+    with pytest.raises(Corrupt, match="the header is not the one that the file's name covers"):
+        read_pack_info(other)
+
+
+def test_the_digest_is_the_one_that_the_format_describes() -> None:
+    data = bytes(range(24))
+    assert preamble("float32", (6, 1)) == b"float32 [6,1]\n"
+    assert preamble("bool", ()) == b"bool []\n"
+    assert tensor_digest("float32", (6, 1), data) == digest(b"float32 [6,1]\n" + data)
+    assert tensor_digest("float32", (6, 1), data, threads=1) == tensor_digest("float32", (6, 1), data)
+    # the published test vector of BLAKE3 for no input
+    assert digest(b"") == "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"
+    large = bytes(3 << 20)
+    assert tensor_digest("uint8", (len(large),), large) == tensor_digest(
+        "uint8", (len(large),), large, threads=1
+    )
+    assert math.prod((6, 1)) * 4 == len(data)
