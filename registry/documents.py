@@ -1,7 +1,8 @@
 """Configuration documents: strict reading of JSON, YAML and TOML, and plain operations on nested tables.
 
 A document is a table of plain values (str, int, float, bool, None, lists and tables of these). Whatever two
-readers could understand differently is refused: a key given twice, YAML anchors, dates, values that are no JSON.
+readers could understand differently is refused: a key given twice, YAML anchors and tags, dates, values that
+are no JSON.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
-from registry.store.errors import Invalid, NotFound, StorageError, Unsupported
+from registry.store.durable import storage_errors
+from registry.store.errors import Invalid, NotFound, Unsupported
 from registry.store.text import printable, quoted
 
 if TYPE_CHECKING:
@@ -24,11 +27,15 @@ MAX_SIZE = 16 << 20
 MAX_DEPTH = 100
 
 _FLOAT = re.compile(
-    r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?\d+)?\Z|[-+]?\.(inf|Inf|INF)\Z|\.(nan|NaN|NAN)\Z"
+    r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?\Z|[-+]?\.(inf|Inf|INF)\Z|\.(nan|NaN|NAN)\Z"
 )
 _INT = re.compile(r"([-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)\Z")
 _BOOL = re.compile(r"(true|True|TRUE|false|False|FALSE)\Z")
 _NUMERIC = "-+0123456789."
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+_PLAIN_KEY = re.compile(r'[^".=\s]([^.=]*[^.=\s])?')
+_KEY = r'"(?:[^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*"|[^".=\s][^.=]*'
+_ASSIGNMENT = re.compile(rf"(\s*(?:{_KEY})(?:\.\s*(?:{_KEY}))*)=(.*)", re.DOTALL)
 
 
 def read_document(path: Path | str, form: str = "") -> Document:
@@ -48,13 +55,11 @@ def read_document(path: Path | str, form: str = "") -> Document:
     parse = _PARSERS.get(form or path.suffix.lower())
     if parse is None:
         raise Unsupported(f"{shown}: unknown kind of file; name one that ends in {', '.join(SUFFIXES)}")
-    try:
+    with storage_errors(path):
         if not path.is_file():
             raise NotFound(f"{shown}: there is no such file")
         with path.open("rb") as file:
             data = file.read(MAX_SIZE + 1)
-    except (OSError, ValueError) as error:
-        raise StorageError(f"{shown}: cannot be read ({printable(str(error))})") from error
     if len(data) > MAX_SIZE:
         raise Invalid(f"{shown}: larger than {MAX_SIZE >> 20} MB, which no configuration is")
     try:
@@ -66,8 +71,11 @@ def read_document(path: Path | str, form: str = "") -> Document:
         raise Invalid(f"{shown}: nested deeper than {MAX_DEPTH} levels") from None
     except Invalid as error:
         raise Invalid(f"{shown}: {error}") from None
+    except ValueError as error:  # a number of too many digits, in any of the three
+        raise Invalid(f"{shown}: {printable(str(error).partition(';')[0])}") from None
     if not isinstance(document, dict):
-        raise Invalid(f"{shown}: holds a {type(document).__name__}, expected a table of names and values")
+        found = "nothing" if document is None else f"a {type(document).__name__}"
+        raise Invalid(f"{shown}: holds {found}, expected a table of names and values")
     return document
 
 
@@ -76,8 +84,6 @@ def _parse_json(text: str) -> Any:
         return json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         raise Invalid(f"line {error.lineno}, column {error.colno}: {error.msg}") from None
-    except ValueError as error:  # a number of too many digits
-        raise Invalid(printable(str(error).partition(";")[0])) from None
 
 
 def _unique(pairs: Sequence[tuple[str, Any]]) -> Document:
@@ -110,8 +116,24 @@ def _parse_yaml(text: str) -> Any:
         raise Invalid(f"{where}{printable(problem)}") from None
     except yaml.YAMLError as error:
         raise Invalid(printable(str(error).partition("\n")[0])) from None
-    except ValueError as error:
-        raise Invalid(printable(str(error))) from None
+
+
+def yaml_text(document: Mapping[str, Any]) -> str:
+    """The document as YAML that `read_document` reads back as the same values."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+        def represent_text(self, text: str) -> yaml.ScalarNode:
+            # YAML folds some line breaks when it reads; between double quotes they are spelled out
+            style = None if text.isprintable() else '"'
+            return self.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+    _follow_version_1_2(Dumper)
+    Dumper.add_representer(str, Dumper.represent_text)
+    return str(yaml.dump(document, Dumper=Dumper, sort_keys=False, allow_unicode=True))
 
 
 def _yaml_loader() -> type[yaml.SafeLoader]:
@@ -122,10 +144,11 @@ def _yaml_loader() -> type[yaml.SafeLoader]:
         def compose_node(self, parent: Any, index: Any) -> Any:
             event = self.peek_event()  # type: ignore[no-untyped-call]
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                raise yaml.MarkedYAMLError(
-                    problem="anchors and aliases are not read; write the value out",
-                    problem_mark=event.start_mark,
-                )
+                refused = "anchors and aliases are not read; write the value out"
+                raise yaml.MarkedYAMLError(problem=refused, problem_mark=event.start_mark)
+            if getattr(event, "tag", None):
+                refused = "tags are not read; write the plain value, text in quotes"
+                raise yaml.MarkedYAMLError(problem=refused, problem_mark=event.start_mark)
             return super().compose_node(parent, index)
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -134,7 +157,7 @@ def _yaml_loader() -> type[yaml.SafeLoader]:
                 key = self.construct_object(key_node, deep=True)
                 if not isinstance(key, str):
                     raise yaml.MarkedYAMLError(
-                        problem=f"the key {key!r} is not text; put it in quotes",
+                        problem=f"the key {quoted(str(key))} is not text; put it in quotes",
                         problem_mark=key_node.start_mark,
                     )
                 if key in seen:
@@ -148,19 +171,27 @@ def _yaml_loader() -> type[yaml.SafeLoader]:
             text = str(self.construct_scalar(node))
             return int(text, 0) if text.startswith(("0x", "0o")) else int(text)
 
-    ours = {f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float", "merge")}
-    Loader.yaml_implicit_resolvers = {
+    _follow_version_1_2(Loader)
+    Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_whole)
+    return Loader
+
+
+def _follow_version_1_2(cls: type[yaml.SafeLoader] | type[yaml.SafeDumper]) -> None:
+    """Let it tell plain words from numbers and booleans as the core schema of YAML 1.2 does.
+
+    Dates stay apart, as in 1.1, so that they are refused and not taken for text.
+    """
+    ours = {f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float", "merge", "value")}
+    cls.yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag not in ours]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        for first, resolvers in cls.yaml_implicit_resolvers.items()
     }
     for name, pattern, first in (
         ("bool", _BOOL, "tTfF"),
         ("int", _INT, _NUMERIC),
         ("float", _FLOAT, _NUMERIC),
     ):
-        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{name}", pattern, list(first))
-    Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_whole)
-    return Loader
+        cls.add_implicit_resolver(f"tag:yaml.org,2002:{name}", pattern, list(first))
 
 
 _PARSERS: dict[str, Callable[[str], Any]] = {
@@ -173,21 +204,27 @@ SUFFIXES = tuple(_PARSERS)
 
 
 def _check(value: Any, path: str, depth: int) -> None:
-    """Refuse what is deeper than any configuration, and values that JSON cannot express."""
+    """Refuse what is deeper than any configuration, values that JSON cannot express, and half characters."""
     if depth > MAX_DEPTH:
         raise Invalid(f"nested deeper than {MAX_DEPTH} levels")
     if isinstance(value, dict):
         for key, item in value.items():
+            _check(key, "a key", depth)
             _check(item, f"{path}.{key}" if path else key, depth + 1)
     elif isinstance(value, list):
         for i, item in enumerate(value):
             _check(item, f"{path}.{i}", depth + 1)
     elif value is not None and type(value) not in (str, int, float, bool):
         raise Invalid(f"{quoted(path)} is a {type(value).__name__}; put it in quotes")
+    elif isinstance(value, str) and _HALF_CHARACTER.search(value):
+        raise Invalid(f"{quoted(path)} holds half a character (a lone surrogate); write the whole one")
 
 
 def read_value(text: str) -> Any:
     """A value as somebody types it: JSON where it is JSON, otherwise the text itself.
+
+    Raises:
+        Invalid: if it is a JSON table that gives a key twice.
 
     >>> read_value("1e-3"), read_value("true"), read_value("[6, 16]"), read_value("adam")
     (0.001, True, [6, 16], 'adam')
@@ -201,14 +238,19 @@ def read_value(text: str) -> Any:
 def parse_assignment(text: str) -> tuple[tuple[str, ...], Any]:
     """Read `optimizer.lr=1e-3` as the path and the value.
 
+    A key that itself holds a dot or an equals sign goes in double quotes, as `flatten` writes it.
+
     Raises:
         Invalid: if it has no equals sign, or an empty name.
+
+    >>> parse_assignment('device_map."model.embed"=0')
+    (('device_map', 'model.embed'), 0)
     """
-    path, equals, value = text.partition("=")
-    keys = tuple(path.strip().split("."))
-    if not equals or not all(keys):
+    match = _ASSIGNMENT.fullmatch(text)
+    if match is None:
         raise Invalid(f"{quoted(text)}: write an override as key=value, such as optimizer.lr=1e-3")
-    return keys, read_value(value)
+    keys = [read_value(key) if key[0] == '"' else key.strip() for key in re.findall(_KEY, match[1])]
+    return tuple(keys), read_value(match[2])
 
 
 def assign(document: Mapping[str, Any], assignments: Iterable[str]) -> Document:
@@ -235,25 +277,30 @@ def assign(document: Mapping[str, Any], assignments: Iterable[str]) -> Document:
 def flatten(document: Mapping[str, Any], prefix: str = "") -> Document:
     """Nested tables as one, with dotted keys; lists and empty tables are values.
 
+    A key that itself holds a dot is put in double quotes, so that no two places share a name; so are others
+    that `parse_assignment` could not tell apart.
+
     >>> flatten({"optimizer": {"lr": 0.1}, "layers": [6, 16]})
     {'optimizer.lr': 0.1, 'layers': [6, 16]}
     """
     flat: Document = {}
     for key, value in document.items():
+        name = key if _PLAIN_KEY.fullmatch(key) else json.dumps(key, ensure_ascii=False)
         if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
+            flat.update(flatten(value, f"{prefix}{name}."))
         else:
-            flat[f"{prefix}{key}"] = value
+            flat[f"{prefix}{name}"] = value
     return flat
 
 
-class Difference(NamedTuple):
-    """One value in which two documents differ; `kind` is `added`, `removed` or `changed`."""
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One value in which two documents differ; the side that lacks it is None."""
 
     key: str
-    kind: str
     left: Any
     right: Any
+    kind: Literal["added", "removed", "changed"]
 
 
 def differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[Difference]:
@@ -265,11 +312,11 @@ def differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[Diffe
     found = []
     for key in dict.fromkeys([*before, *after]):
         if key not in after:
-            found.append(Difference(key, "removed", before[key], None))
+            found.append(Difference(key, before[key], None, "removed"))
         elif key not in before:
-            found.append(Difference(key, "added", None, after[key]))
+            found.append(Difference(key, None, after[key], "added"))
         elif not _equal(before[key], after[key]):
-            found.append(Difference(key, "changed", before[key], after[key]))
+            found.append(Difference(key, before[key], after[key], "changed"))
     return found
 
 

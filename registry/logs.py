@@ -42,14 +42,15 @@ def setup_logging(
     if not name or name.startswith(".") or set(name) & set("/\\\0"):
         raise Invalid(f"name is {quoted(name)}, which cannot begin the name of a file")
     try:
-        handlers: list[logging.Handler] = [_DayFile(Path(directory), name)]
+        file = _DayFile(Path(directory), name)
+    except ValueError as error:  # a null byte or half a character
+        raise Invalid(f"{quoted(f'{directory}/{name}')} cannot be a path ({printable(str(error))})") from None
     except OSError as error:
         where = printable(str(error.filename or directory))
         raise StorageError(
             f"{where}: the log cannot be written ({error.strerror}); choose another directory"
         ) from error
-    if not file_only:
-        handlers.append(_Console(sys.stderr))
+    handlers = [file] if file_only else [file, _Console(sys.stderr)]
     root = logging.getLogger()
     for old in [handler for handler in root.handlers if isinstance(handler, _DayFile | _Console)]:
         root.removeHandler(old)
@@ -59,7 +60,7 @@ def setup_logging(
         root.addHandler(handler)
     root.setLevel(number)
     logging.captureWarnings(True)
-    return Path(handlers[0].baseFilename)  # type: ignore[attr-defined]
+    return Path(file.baseFilename)
 
 
 class _Console(logging.StreamHandler):  # type: ignore[type-arg]
@@ -80,14 +81,19 @@ class _DayFile(logging.FileHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         path = str(self._path(datetime.fromtimestamp(record.created)))
-        if path != self.baseFilename:
-            self.close()
-            self.baseFilename = path
-        super().emit(record)
+        try:
+            if path != self.baseFilename:
+                self.close()
+                self.baseFilename = path
+                self._directory.mkdir(parents=True, exist_ok=True)
+            super().emit(record)
+        except OSError:  # the new day's file cannot be opened: reported, and the program goes on
+            self.handleError(record)
 
 
 class _OneRecord(logging.Formatter):
-    """Indents what follows a line break, so that no message can pass for another record."""
+    """Indents what follows a line break and spells out control characters: no message passes for another."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return super().format(record).replace("\r", "\\r").replace("\n", "\n    ")
+        lines = super().format(record).rstrip("\n").split("\n")
+        return "\n    ".join(printable(line.expandtabs()) for line in lines)

@@ -155,8 +155,10 @@ class Registry:
             "created": _now(),
             "epoch": _whole(epoch, "epoch"),
             "step": _whole(step, "step"),
-            "loss": _real(loss, "loss"),
-            "metrics": {check_name(k, "metric"): _real(v, f"metric {k}") for k, v in (metrics or {}).items()},
+            "loss": None if loss is None else _number(loss, "loss"),
+            "metrics": {
+                check_name(k, "metric"): _number(v, f"metric {k}") for k, v in (metrics or {}).items()
+            },
             "config": config,
             "meta": dict(meta or {}),
             "lineage": [dict(edge) for edge in lineage],
@@ -409,9 +411,7 @@ def _whole(value: Any, what: str) -> int | None:
     raise Invalid(f"{what} is {quoted(str(value))}, expected a whole number of 0 or more")
 
 
-def _real(value: Any, what: str) -> float | None:
-    if value is None:
-        return None
+def _number(value: Any, what: str) -> float:
     try:
         if isinstance(value, str | bool):
             raise TypeError

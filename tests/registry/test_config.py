@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
+import shlex
+import subprocess
+import sys
 from datetime import date
 from enum import Enum
 from pathlib import Path
@@ -14,7 +18,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError, field_validator
+from pydantic import Field, ValidationError, computed_field, field_validator
 
 from registry import Config, ModelConfig
 from registry.store.errors import Invalid, StorageError, Unsupported
@@ -56,6 +60,27 @@ class TrainConfig(Config):
         if value < 1:
             raise ValueError("expected at least one epoch")
         return value
+
+
+class Momentum(Optimizer):
+    momentum: float = 0.9
+
+
+class Wide(Config):
+    """What a class may hold besides plain fields: optional, listed, aliased and computed ones."""
+
+    first: Optimizer | None = None
+    rest: list[Optimizer] = []
+    named: dict[str, Optimizer] = {}
+    either: Momentum | TrainConfig | None = None
+    size: int = Field(1, alias="batch-size")
+    tags: frozenset[str] = frozenset()
+    deep: dict[str, list[set[int]]] = {}
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def twice(self) -> int:
+        return 2 * self.size
 
 
 def from_text(tmp_path: Path, text: str, name: str = "train.json") -> TrainConfig:
@@ -113,6 +138,55 @@ def test_an_error_names_file_field_value_and_expectation(tmp_path: Path, text: s
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"first": {"lrr": 1}}, "first.lrr is not a known key; did you mean lr?"),
+        ({"rest": [{}, {"lrr": 1}]}, "rest.1.lrr is not a known key; did you mean lr?"),
+        ({"named": {"a": {"bets": []}}}, "named.a.bets is not a known key; did you mean betas?"),
+        ({"either": {"momentun": 1}}, "either.Momentum.momentun is not a known key; did you mean momentum?"),
+    ],
+)
+def test_a_mistyped_key_is_recognised_at_any_depth(document: dict[str, Any], message: str) -> None:
+    with pytest.raises(Invalid) as caught:
+        Wide.from_dict(document)
+    assert message in str(caught.value)
+
+
+def test_aliased_and_computed_fields_do_not_hinder_an_override() -> None:
+    config = Wide.from_dict({"batch-size": 3}).override('tags=["a"]')
+    assert (config.size, config.twice, config.tags) == (3, 6, frozenset({"a"}))
+    assert config.override("size=4").size == 4
+
+
+def test_values_of_a_derived_class_are_not_lost() -> None:
+    config = Wide(first=Momentum(momentum=0.5))
+    assert config.to_dict()["first"]["momentum"] == 0.5
+    assert config.digest() != Wide(first=Momentum(momentum=0.6)).digest()
+
+
+def test_sets_have_the_same_digest_in_every_process() -> None:
+    document = {"tags": ["b", "a", "é", "10", "9"], "deep": {"x": [[3, 1, 2], []]}}
+    config = Wide.from_dict(document)
+    assert config.to_dict()["tags"] == ["10", "9", "a", "b", "é"]
+    program = (
+        "import json, sys; from registry import Config\n"
+        "class Tagged(Config):\n    tags: frozenset[str]\n"
+        "print(Tagged.from_dict(json.loads(sys.argv[1])).digest())"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", program, json.dumps({"tags": document["tags"]})],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(found) == 1
+
+
 def test_a_hostile_value_is_printed_harmlessly_and_short(tmp_path: Path) -> None:
     with pytest.raises(Invalid) as caught:
         from_text(tmp_path, json.dumps({"model": "x", "epochs": "\x1b[31m" * 1000}))
@@ -133,11 +207,17 @@ def test_overrides_are_checked_like_a_file() -> None:
         "epochs=ten": "expected a valid integer",
         "epochs.x=1": "'epochs' is '3', not a table",
         "epochs": "write an override as key=value",
+        "data.x=1": "'data' is 'None', not a table",
+        "optimiser.lr=1": "did you mean optimizer?",
     }.items():
         with pytest.raises(Invalid) as caught:
             config.override(assignment)
         assert message in str(caught.value)
         assert assignment in str(caught.value)
+    with pytest.raises(Invalid) as caught:
+        config.override("model=\x1b[31m", f"epochs=two\nlines{'x' * 1000}")
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 400
 
 
 def test_a_model_configuration_keeps_what_it_does_not_declare(tmp_path: Path) -> None:
@@ -171,6 +251,15 @@ def test_the_digest_depends_on_values_alone() -> None:
     assert len(set(kinds)) == len(kinds)
 
 
+@given(st.floats(), st.lists(st.floats()))
+def test_floats_are_kept_to_the_last_bit(lr: float, others: list[float]) -> None:
+    config = ModelConfig.from_dict({"lr": lr, "others": others})
+    again = ModelConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert repr(again) == repr(config)
+    assert repr(again.to_dict()) == repr({"lr": lr, "others": others})
+    assert again.digest() == config.digest()
+
+
 @given(st.dictionaries(st.text(min_size=1), st.integers() | st.floats() | st.text() | st.booleans()))
 def test_the_digest_does_not_depend_on_the_order_of_keys(document: dict[str, Any]) -> None:
     backwards = dict(reversed(document.items()))
@@ -193,21 +282,38 @@ def test_only_json_and_yaml_are_written(tmp_path: Path) -> None:
 
 def test_logging_writes_one_line_a_value_from_the_callers_place(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        TrainConfig(model="lenet5").log()
+        TrainConfig(model="lenet5", data=Path("a\n\x1b[31m")).log()
     assert caplog.messages[:3] == ["# model = lenet5", "# epochs = 3", "# optimizer.kind = sgd"]
+    assert r"# data = a\n\x1b[31m" in caplog.messages
     assert {record.filename for record in caplog.records} == {Path(__file__).name}
 
 
-def test_the_examples_of_the_guide_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    guide = Path(__file__).parents[2] / "docs" / "configs.md"
+GUIDE = Path(__file__).parents[2] / "docs" / "configs.md"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+
+
+@pytest.fixture
+def folder_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the files that the guide speaks of."""
     monkeypatch.chdir(tmp_path)
-    Path("lenet5.json").write_text('{"model": "lenet5", "optimizer": {"lr": 0.01}}')
+    for form in ("json", "yaml", "toml"):
+        Path(f"lenet5.{form}").write_text(blocks(form)[0])
     Path("bert.json").write_text(json.dumps(BERT))
+    Path("mypackage").mkdir()
+    Path("mypackage/configs.py").write_text(blocks("python")[0])
+    return tmp_path
+
+
+def test_the_examples_of_the_guide_run(folder_of_the_guide: Path) -> None:
     root = logging.getLogger()
     before, level = list(root.handlers), root.level
-    blocks = re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
     try:
-        exec(compile("\n".join(blocks), str(guide), "exec", dont_inherit=True), {"__name__": "guide"})
+        exec(
+            compile("\n".join(blocks("python")), str(GUIDE), "exec", dont_inherit=True), {"__name__": "guide"}
+        )
         (log,) = Path("logs").iterdir()
         assert "# optimizer.lr = 0.01" in log.read_text()
     finally:
@@ -216,4 +322,24 @@ def test_the_examples_of_the_guide_run(tmp_path: Path, monkeypatch: pytest.Monke
             handler.close()
         root.setLevel(level)
         logging.captureWarnings(False)
-    assert len(blocks) > 5
+    assert len(blocks("python")) > 5
+
+
+def test_the_commands_of_the_guide_print_what_it_shows(folder_of_the_guide: Path) -> None:
+    (console,) = blocks("console")
+    for part in console.split("$ ")[1:]:
+        line, _, shown = part.partition("\n")
+        program = [sys.executable, "-c", "from registry.cli import main; main()", *shlex.split(line)[1:]]
+        assert subprocess.run(program, capture_output=True, text=True, check=True).stdout == shown
+
+
+def test_the_errors_of_the_guide_are_those_that_are_raised(folder_of_the_guide: Path) -> None:
+    scope: dict[str, Any] = {"__name__": "guide"}
+    exec(compile(blocks("python")[0], str(GUIDE), "exec", dont_inherit=True), scope)
+    found = []
+    for document in ({"epoch": 10}, {"epochs": "ten"}):
+        Path("lenet5.json").write_text(json.dumps({"model": "lenet5", **document}))
+        with pytest.raises(Invalid) as caught:
+            scope["TrainConfig"].from_json_file("lenet5.json")
+        found.append(str(caught.value))
+    assert found == blocks("text")[0].splitlines()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -92,15 +93,34 @@ def test_a_new_day_begins_a_new_file(tmp_path: Path) -> None:
     assert "today" in path.read_text()
 
 
+def test_losing_the_folder_does_not_stop_the_program(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    setup_logging(directory=tmp_path / "logs", file_only=True)
+    record = logging.LogRecord("x", logging.INFO, __file__, 1, "tomorrow", None, None)
+    record.created = datetime(2031, 2, 3, 12).timestamp()
+    shutil.rmtree(tmp_path / "logs")
+    logging.getLogger().handle(record)
+    assert "tomorrow" in (tmp_path / "logs" / "monitor_2031-02-03.txt").read_text()
+
+    shutil.rmtree(tmp_path / "logs")
+    (tmp_path / "logs").write_text("in the way")
+    record.created = datetime(2031, 2, 4, 12).timestamp()
+    logging.getLogger().handle(record)
+    assert "--- Logging error ---" in capfd.readouterr().err
+
+
 def test_a_message_cannot_forge_a_record(tmp_path: Path) -> None:
     path = setup_logging(directory=tmp_path)
-    logging.getLogger("x").info("a\n[2026-01-01 00:00:00] - ERROR: [x.py][1] forged\rb")
+    logging.getLogger("x").info("a\n[2026-01-01 00:00:00] - ERROR: [x.py][1] forged\rb\x1b[1A\x1b[2K\u2028")
     try:
         raise ValueError("broken")
     except ValueError:
         logging.getLogger("x").exception("failed")
-    lines = path.read_text().splitlines()
+    text = path.read_text()
+    lines = text.splitlines()
     assert sum(bool(re.fullmatch(LINE, line)) for line in lines) == 2
+    assert text.replace("\n", "").isprintable()
     assert any("ValueError: broken" in line for line in lines)
 
 
@@ -119,6 +139,9 @@ def test_bad_arguments_are_refused_and_change_nothing(tmp_path: Path, root_logge
     for name in ("a/b", "", "..", "a\0b"):
         with pytest.raises(Invalid, match="name is"):
             setup_logging(name, directory=tmp_path)
+    for name, directory in (("\ud800", tmp_path), ("monitor", "a\0b")):
+        with pytest.raises(Invalid, match="cannot be a path"):
+            setup_logging(name, directory=directory)
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="choose another directory"):
         setup_logging(directory=tmp_path / "file")
@@ -136,5 +159,7 @@ def test_warnings_of_libraries_are_logged_and_nothing_heavy_is_loaded(tmp_path: 
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True
     )
-    assert "old function" in Path(done.stdout.strip()).read_text()
+    written = Path(done.stdout.strip()).read_text()
+    assert "old function" in written
+    assert all(line.strip() for line in written.splitlines())
     assert "old function" in done.stderr

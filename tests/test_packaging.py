@@ -1,0 +1,142 @@
+"""The package: a wheel and an editable install hold the same four parts, and the pins are whole."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import registry
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PARTS = ("registry", "registry.store.store", "registry.models", "registry.cli.app")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel, built from a copy of the tree without anything that git ignores."""
+    place = tmp_path_factory.mktemp("build")
+    shutil.copytree(
+        ROOT,
+        place / "tree",
+        ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "benchmark-*"),
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(place),
+    ]
+    subprocess.run([*command, str(place / "tree")], check=True, capture_output=True)
+    (found,) = place.glob("*.whl")
+    return found
+
+
+def test_a_wheel_holds_the_four_parts_under_one_name(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    for folder, target in {"registry": "", "store": "store/", "models": "models/", "cli": "cli/"}.items():
+        for path in (ROOT / folder).glob("*.py"):
+            assert f"registry/{target}{path.name}" in names
+    assert "registry/py.typed" in names
+    assert {name.split("/")[0] for name in names} == {
+        "registry",
+        f"torch_registry-{registry.__version__}.dist-info",
+    }
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    (entry,) = (name for name in names if name.endswith("entry_points.txt"))
+    assert "registry = registry.cli:main" in zipfile.ZipFile(wheel).read(entry).decode()
+
+
+def test_an_installed_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--target",
+        str(target),
+        str(wheel),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    program = (
+        f"import sys; sys.path.insert(0, {str(target)!r})\n"
+        f"sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+        f"import {', '.join(PARTS)}\n"
+        "import torch; from registry import Registry\n"
+        "assert registry.__file__.startswith(sys.path[0]) and registry.store.store.__file__.startswith(sys.path[0])\n"
+        "print(Registry('r').save('net', {'model': {'w': torch.ones(3)}}))\n"
+        "from registry.cli import main; sys.argv = ['registry', '--root', 'r', 'list']; main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "net:v1" in done.stdout
+
+
+def test_the_editable_install_serves_the_four_parts_from_the_checkout(tmp_path: Path) -> None:
+    program = f"import {', '.join(PARTS)}; print(registry.store.store.__file__, registry.cli.app.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [str(ROOT / "store" / "store.py"), str(ROOT / "cli" / "app.py")]
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    lines = [line for line in lines if line and not line.startswith("#")]
+    found = {}
+    for line in lines:
+        assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!]+", line), line
+        name, _, number = line.partition("==")
+        found[re.sub("[-_.]+", "-", name).lower()] = number
+    return found
+
+
+def test_every_dependency_is_pinned_by_name_and_version_alone() -> None:
+    required = PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["dev"]
+    for requirement in required:
+        name = re.match(r"[A-Za-z0-9._-]+", requirement)
+        assert name is not None
+        assert name[0].lower() in pins(), requirement
+
+
+def test_torch_and_torchvision_are_pinned_as_the_pair_that_runs() -> None:
+    import torch
+    import torchvision
+
+    assert torchvision.ops.nms(torch.zeros(0, 4), torch.zeros(0), 0.5).numel() == 0
+    assert pins()["torch"] == version("torch").partition("+")[0]
+    assert pins()["torchvision"] == version("torchvision").partition("+")[0]
+
+
+def test_every_dependency_is_explained() -> None:
+    text = (ROOT / "docs" / "dependencies.md").read_text()
+    for requirement in PROJECT["project"]["dependencies"]:
+        name = re.split(r"[<>=]", requirement)[0]
+        assert f"| {name} |" in text
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    assert PROJECT["project"]["version"] == registry.__version__ == version("torch-registry")
+
+
+def test_what_must_pass_before_landing_is_what_the_readme_says() -> None:
+    assert "make test" in (ROOT / "README.md").read_text()
+    assert {"make check", "make test"} <= set((ROOT / ".ci" / "run").read_text().splitlines())
