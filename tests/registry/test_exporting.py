@@ -365,17 +365,16 @@ from registry.registry import Registry
 import torch
 checkpoint = Registry(Path(sys.argv[1]))["net"]
 base = int(next(l for l in open("/proc/self/status") if l.startswith("VmData")).split()[1]) << 10
-resource.setrlimit(resource.RLIMIT_DATA, (base + (400 << 20),) * 2)
+resource.setrlimit(resource.RLIMIT_DATA, (base + (208 << 20),) * 2)
 export(checkpoint, Path(sys.argv[2]), verify=False)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_DATA") or sys.platform != "linux", reason="Linux only")
 @pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
 def test_a_large_checkpoint_is_not_built_in_memory(tmp_path: Path, registry: Registry, name: str) -> None:
     """Private mappings count as data as soon as they are writable, so one copy of the tensors must fit."""
-    registry.save("net", {"model": {f"w{i}": torch.full((4 << 20,), float(i)) for i in range(16)}})
+    registry.save("net", {"model": {f"w{i}": torch.full((2 << 20,), float(i)) for i in range(16)}})
     command = [sys.executable, "-c", _EXPORT_LARGE, str(registry.root), str(tmp_path / name)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,46 @@
+"""The README: everything that it says to type works, and prints what it says."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+BLOCK = re.compile(r"```(python|console)\n(.*?)```", re.DOTALL)
+
+
+def without_what_varies(text: str) -> str:
+    text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "TIME", text)
+    text = re.sub(r"\b[0-9a-f]{12}\b", "ID", text)
+    return re.sub(r"free space.*", "free space", text)
+
+
+def test_the_first_session_can_be_typed_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("REGISTRY_ROOT", raising=False)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
+    names: dict[str, object] = {}
+    kinds = []
+    for kind, text in BLOCK.findall(README):
+        kinds.append(kind)
+        if kind == "python":
+            exec(compile(text, "README.md", "exec", dont_inherit=True), names)
+            continue
+        for command, expected in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", text, re.MULTILINE):
+            done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+            assert done.stderr == ""
+            assert without_what_varies(done.stdout) == without_what_varies(expected)
+    assert kinds == ["python", "console", "python"]
+    assert capsys.readouterr().out.startswith("Checkpoint(name=lenet5:v2, id=")
+
+
+def test_every_command_of_the_program_is_reachable_from_the_readme() -> None:
+    assert "(docs/cli.md)" in README
+    assert "(docs/FORMAT.md)" in README
+    assert "(docs/configs.md)" in README
