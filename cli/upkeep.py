@@ -72,16 +72,17 @@ def gc(dry_run: bool, grace: float, registry: Registry, as_json: bool) -> None:
         say(f"{counted(found.waiting, 'file')}, {size(found.waiting_bytes)}, wait for up to {minutes}")
 
 
-@command("rebuild", "registry rebuild")
-def rebuild(registry: Registry, as_json: bool) -> int:
+@command("rebuild", "registry rebuild\nregistry rebuild --adopt")
+@click.option("--adopt", is_flag=True, help="Take in checkpoints that the journal does not know.")
+def rebuild(adopt: bool, registry: Registry, as_json: bool) -> int:
     """Recreate the catalog from the other files.
 
-    From the packs, the manifests and the journal:
-    for a catalog that is lost, damaged or older than the rest. Ends with status 1 if something could not be
-    brought back.
+    From the packs, the manifests and the journal, for a catalog that is lost or damaged. After an older journal
+    was restored, --adopt takes in the checkpoints that it does not know. Ends with status 1 if something could
+    not be brought back.
     """
     with progress("rebuilding") as report:
-        found = registry.rebuild(progress=report)
+        found = registry.rebuild(adopt=adopt, progress=report)
     if as_json:
         print_json(asdict(found))
         return int(bool(found.damaged))

@@ -33,12 +33,16 @@ class Rebuilt:
     set_aside: str | None
 
 
-def rebuild(registry: Registry, progress: Progress = silent) -> Rebuilt:
+def rebuild(registry: Registry, *, adopt: bool = False, progress: Progress = silent) -> Rebuilt:
     """Recreate the catalog from packs, manifests and the journal.
 
     A catalog file that SQLite cannot read is set aside under another name. Manifests that the journal does not
     know are adopted only where the journal itself is missing or damaged; otherwise they are what interrupted
     saves left behind.
+
+    Args:
+        adopt: take in manifests that the journal does not know in any case, such as after an older journal was
+            restored from a backup.
     """
     catalog = registry.catalog
     damaged: list[str] = []
@@ -49,9 +53,8 @@ def rebuild(registry: Registry, progress: Progress = silent) -> Rebuilt:
         if lost:
             lines_were = "line was" if len(lost) == 1 else "lines were"
             damaged.append(f"{catalog.journal.path}: {len(lost)} damaged {lines_were} skipped")
-        adopted = (
-            _unlisted(registry, [line.record for line in lines if line.record]) if lost or not lines else []
-        )
+        records = [line.record for line in lines if line.record]
+        adopted = _unlisted(registry, records) if adopt or lost or not lines else []
         set_aside = _set_aside_unreadable(catalog.path)
         if not catalog.path.exists():
             catalog.close()

@@ -366,11 +366,15 @@ class Registry:
 
         return collect_garbage(self, grace=grace, dry_run=dry_run, tell=tell)
 
-    def rebuild(self, *, progress: Progress = silent) -> Rebuilt:
-        """Recreate the catalog from packs, manifests and the journal."""
+    def rebuild(self, *, adopt: bool = False, progress: Progress = silent) -> Rebuilt:
+        """Recreate the catalog from packs, manifests and the journal.
+
+        Args:
+            adopt: take in checkpoints that the journal does not know, as after an older one was restored.
+        """
         from registry.rebuilding import rebuild
 
-        return rebuild(self, progress)
+        return rebuild(self, adopt=adopt, progress=progress)
 
     def status(self) -> Status:
         """What the registry holds, from the catalog alone."""

@@ -302,6 +302,21 @@ def test_catalog_and_journal_both_lost_still_give_every_checkpoint(root: Path) -
     check_whole(root, SAVED)
 
 
+def test_what_an_older_journal_does_not_know_is_adopted_on_request(root: Path) -> None:
+    journal, catalog = root / "manifests" / "journal.jsonl", root / "catalog.sqlite"
+    old = journal.read_bytes(), catalog.read_bytes()
+    registry = Registry(root)
+    save(registry, 3)
+    registry.catalog.close()
+    journal.write_bytes(old[0])
+    catalog.write_bytes(old[1])
+    registry = Registry(root)
+    assert registry.rebuild().adopted == 0
+    assert registry.rebuild(adopt=True).adopted == 1
+    registry.catalog.close()
+    check_whole(root, {**SAVED, "net:v3": 3})
+
+
 def newer_settings(root: Path) -> None:
     (root / "registry.toml").chmod(0o644)
     (root / "registry.toml").write_text("format = 2\n")
