@@ -135,8 +135,8 @@ def _new_file(path: Path, force: bool) -> Iterator[_Output]:
 
 
 def _tree(checkpoint: Checkpoint, component: str | None, verify: bool) -> Any:
+    from registry.layouts import join
     from registry.store.loading import naming
-    from registry.torch_files import join
 
     if component is not None:
         return checkpoint.state_dict(component, verify=verify)

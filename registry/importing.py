@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from registry.layouts import MAX_CONFIG, fields_of, is_config, split
 from registry.progress import Progress, silent
 from registry.store import header
 from registry.store.digest import digest
@@ -27,16 +28,7 @@ from registry.store.loading import naming, view
 from registry.store.manifest import TensorInfo
 from registry.store.pack import map_file, open_regular
 from registry.store.text import printable, quoted
-from registry.torch_files import (
-    MAX_CONFIG,
-    TORCH_SUFFIXES,
-    fields_of,
-    file_status,
-    is_config,
-    read_torch_file,
-    split,
-    values,
-)
+from registry.torch_files import TORCH_SUFFIXES, file_status, read_torch_file, values
 
 if TYPE_CHECKING:
     import mmap

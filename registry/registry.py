@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import os
 import re
@@ -14,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import registry
 from registry.catalog import Catalog
 from registry.progress import Progress, silent
-from registry.reference import RESERVED_ALIASES, Reference, check_name, parse_reference
+from registry.reference import RESERVED_ALIASES, check_name
+from registry.resolving import hint, resolve
 from registry.store.errors import Conflict, Invalid, NotFound, StorageError, Unsupported
 from registry.store.text import quoted
-from registry.versions import Version, best_version, find_versions, list_names
+from registry.versions import Version, best_version, list_names
 
 if TYPE_CHECKING:
     from registry.checkpoint import Checkpoint
@@ -207,29 +207,7 @@ class Registry:
 
     def resolve(self, text: str) -> Version:
         """The catalog's row for a reference; raises as `__getitem__`."""
-        reference = parse_reference(text)
-        found = self._find(reference)
-        if found:
-            return found[0]
-        if reference.id_prefix:
-            # a range, not LIKE, so that the index serves
-            prefix = reference.id_prefix
-            matches = find_versions(self.catalog, "v.id >= ? AND v.id < ?", [prefix, prefix + "g"], limit=4)
-            if len(matches) == 1:
-                return matches[0]
-            if matches:
-                names = ", ".join(f"{version.name} ({version.id[:12]})" for version in matches)
-                raise Conflict(f"{prefix} is the beginning of several ids: {names}; give more digits")
-        raise NotFound(self._missing(reference))
-
-    def _find(self, reference: Reference) -> list[Version]:
-        named = [reference.model, reference.version or reference.alias]
-        if reference.version is not None:
-            return find_versions(self.catalog, "v.model = ? AND v.version = ?", named)
-        if reference.alias not in (None, "latest"):
-            pointed = "v.id = (SELECT id FROM aliases WHERE model = ? AND name = ?)"
-            return find_versions(self.catalog, pointed, named)
-        return find_versions(self.catalog, "v.model = ?", [reference.model], limit=1)
+        return resolve(self.catalog, text)
 
     def best(self, model: str, metric: str, *, smallest: bool = False) -> Checkpoint:
         """The version with the best value of a metric; NaN never wins, the earlier of two equals does.
@@ -251,20 +229,6 @@ class Registry:
 
     def _ipython_key_completions_(self) -> list[str]:
         return self.names()
-
-    def _missing(self, reference: Reference) -> str:
-        versions = self.catalog.query(
-            "SELECT version FROM versions WHERE model = ? ORDER BY version DESC LIMIT 5", [reference.model]
-        )
-        if not versions:
-            models = [row[0] for row in self.catalog.query("SELECT DISTINCT model FROM versions")]
-            return f"there is no model {quoted(reference.model)}{_hint(reference.model, models)}"
-        if reference.alias:
-            rows = self.catalog.query("SELECT name FROM aliases WHERE model = ?", [reference.model])
-            hint = _hint(reference.alias, [row[0] for row in rows] + ["latest"])
-            return f"{reference.model} has no alias {quoted(reference.alias)}{hint}"
-        newest = ", ".join(f"v{row[0]}" for row in versions)
-        return f"{reference.model} has no version v{reference.version}; its newest are {newest}"
 
     # -- naming ------------------------------------------------------------------------------------------
 
@@ -302,7 +266,7 @@ class Registry:
         """Take a tag off a checkpoint."""
         version = self.resolve(reference)
         if tag not in version.tags:
-            raise NotFound(f"{version.name} has no tag {quoted(tag)}{_hint(tag, version.tags)}")
+            raise NotFound(f"{version.name} has no tag {quoted(tag)}{hint(tag, version.tags)}")
         self._apply({"op": "untag", "id": version.id, "tag": tag})
         return self[version.name]
 
@@ -400,13 +364,6 @@ def _format_in(text: str, path: Path) -> Any:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-
-
-def _hint(text: str, names: Sequence[str]) -> str:
-    near = [name for name in names if name.startswith(text)] or difflib.get_close_matches(text, names, 1)
-    if near:
-        return f"; did you mean {quoted(near[0])}?"
-    return f"; there are {', '.join(sorted(names)[:5])}" if names else ""
 
 
 def _whole(value: Any, what: str) -> int | None:

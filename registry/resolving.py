@@ -1,0 +1,72 @@
+"""Resolving: from a reference, as people write it, to the one version that it names."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from registry.reference import Reference, parse_reference
+from registry.store.errors import Conflict, NotFound
+from registry.store.text import quoted
+from registry.versions import Version, find_versions
+
+if TYPE_CHECKING:
+    from registry.catalog import Catalog
+
+
+def resolve(catalog: Catalog, text: str) -> Version:
+    """The version that a reference names.
+
+    Raises:
+        Invalid: if the text is no reference.
+        NotFound: if nothing has that name; suggests the nearest.
+        Conflict: if an id prefix is ambiguous.
+    """
+    reference = parse_reference(text)
+    found = _find(catalog, reference)
+    if found:
+        return found[0]
+    if reference.id_prefix:
+        # a range, not LIKE, so that the index serves
+        prefix = reference.id_prefix
+        matches = find_versions(catalog, "v.id >= ? AND v.id < ?", [prefix, prefix + "g"], limit=4)
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            names = ", ".join(f"{version.name} ({version.id[:12]})" for version in matches)
+            raise Conflict(f"{prefix} is the beginning of several ids: {names}; give more digits")
+    raise NotFound(_missing(catalog, reference))
+
+
+def _find(catalog: Catalog, reference: Reference) -> list[Version]:
+    named = [reference.model, reference.version or reference.alias]
+    if reference.version is not None:
+        return find_versions(catalog, "v.model = ? AND v.version = ?", named)
+    if reference.alias not in (None, "latest"):
+        pointed = "v.id = (SELECT id FROM aliases WHERE model = ? AND name = ?)"
+        return find_versions(catalog, pointed, named)
+    return find_versions(catalog, "v.model = ?", [reference.model], limit=1)
+
+
+def _missing(catalog: Catalog, reference: Reference) -> str:
+    versions = catalog.query(
+        "SELECT version FROM versions WHERE model = ? ORDER BY version DESC LIMIT 5", [reference.model]
+    )
+    if not versions:
+        models = [row[0] for row in catalog.query("SELECT DISTINCT model FROM versions")]
+        return f"there is no model {quoted(reference.model)}{hint(reference.model, models)}"
+    if reference.alias:
+        rows = catalog.query("SELECT name FROM aliases WHERE model = ?", [reference.model])
+        meant = hint(reference.alias, [row[0] for row in rows] + ["latest"])
+        return f"{reference.model} has no alias {quoted(reference.alias)}{meant}"
+    newest = ", ".join(f"v{row[0]}" for row in versions)
+    return f"{reference.model} has no version v{reference.version}; its newest are {newest}"
+
+
+def hint(text: str, names: Sequence[str]) -> str:
+    """What somebody who wrote a name that is not there may have meant."""
+    near = [name for name in names if name.startswith(text)] or difflib.get_close_matches(text, names, 1)
+    if near:
+        return f"; did you mean {quoted(near[0])}?"
+    return f"; there are {', '.join(sorted(names)[:5])}" if names else ""
