@@ -352,7 +352,7 @@ def on_a_terminal(*arguments: str, typed: str = "") -> tuple[int, str]:
 
 
 def test_tables_on_a_terminal_fit_it(filled: Registry) -> None:
-    for arguments in (["list"], ["list", "lenet5"], ["show", "lenet5:v2", "--params"], ["alias"], ["status"]):
+    for arguments in (["list"], ["list", "lenet5"], ["show", "lenet5:v2", "--params"], ["alias"]):
         status, text = on_a_terminal(*arguments)
         assert status == 0
         plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
