@@ -28,7 +28,7 @@ GROUPS: dict[str, Group] = {
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("groups", nargs="*", choices=[*GROUPS, []], help="what to measure; all by default")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds whose median counts")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of which the best counts")
     parser.add_argument("--folder", help="where to write; must be on a disk, not in memory")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,7 +26,10 @@ class Result:
 
 
 def take_turns(contenders: Mapping[str, Contender], rounds: int) -> dict[str, float]:
-    """The median seconds of each contender, measured in turns after one round to warm up."""
+    """The best seconds of each contender, measured in turns after one round to warm up.
+
+    The best, as other users of a machine and its disk can only add to a time, and add much.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for i in range(rounds + 1):
         for name, (prepare, run) in contenders.items():
@@ -38,4 +40,4 @@ def take_turns(contenders: Mapping[str, Contender], rounds: int) -> dict[str, fl
             del kept
             if i:
                 times[name].append(elapsed)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: min(values) for name, values in times.items()}

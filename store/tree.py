@@ -78,7 +78,11 @@ def encode(components: Mapping[str, Any]) -> tuple[dict[str, Any], list[Leaf]]:
     if sys.byteorder != "little":
         raise Unsupported("torch-registry runs on little-endian machines only")
     encoder = _Encoder()
-    return {name: encoder.encode(tree, (name,)) for name, tree in components.items()}, encoder.leaves
+    try:
+        documents = {name: encoder.encode(tree, (name,)) for name, tree in components.items()}
+    except RecursionError:
+        raise Unsupported("a tree is nested too deep for the stack of this program; flatten it") from None
+    return documents, encoder.leaves
 
 
 class _Encoder:
@@ -169,6 +173,11 @@ class _Encoder:
         return self._add(leaf, (tensor.device, tensor.data_ptr(), *view))
 
     def _array(self, array: np.ndarray[Any, Any], path: Path) -> int:
+        if type(array) not in (np.ndarray, np.memmap):
+            raise Unsupported(
+                f"{_shown(path)}: a numpy array of the class {type(array).__qualname__}; convert it to a plain "
+                "array first"
+            )
         name = array.dtype.name
         if name not in _NUMPY_TYPES or not array.dtype.isnative:
             raise Unsupported(f"{_shown(path)}: a numpy array of dtype {array.dtype.str}; convert it first")
@@ -236,10 +245,10 @@ def decode(document: Any, tensor_at: Callable[[int], torch.Tensor]) -> Any:
     """
     try:
         return _decode(document, tensor_at)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, struct.error) as error:
-        raise Corrupt(f"the manifest holds a malformed value: {error}") from error
     except RecursionError:
         raise Corrupt("the manifest is nested too deep") from None
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, struct.error) as error:
+        raise Corrupt(f"the manifest holds a malformed value: {error}") from error
 
 
 def _decode(document: Any, tensor_at: Callable[[int], torch.Tensor]) -> Any:
@@ -267,11 +276,11 @@ def _decode(document: Any, tensor_at: Callable[[int], torch.Tensor]) -> Any:
         case "$tuple":
             return tuple(_decode(body, tensor_at))
         case "$size":
-            return torch.Size(body)
+            return torch.Size(_sizes(body))
         case "$dtype":
             return _torch_type(body)
         case "$device":
-            return torch.device(body)
+            return torch.device(_text(body))
         case "$dict":
             return {_decode(key, tensor_at): _decode(value, tensor_at) for key, value in body}
         case "$counter":
@@ -282,6 +291,18 @@ def _decode(document: Any, tensor_at: Callable[[int], torch.Tensor]) -> Any:
                 ordered._metadata = _decode(document["metadata"], tensor_at)  # type: ignore[attr-defined]
             return ordered
     raise Corrupt(f"the manifest holds the unknown tag {quoted(tag)}")
+
+
+def _sizes(body: Any) -> list[int]:
+    if not isinstance(body, list) or any(type(n) is not int or not -(1 << 63) <= n < 1 << 63 for n in body):
+        raise ValueError("a size is no list of whole numbers")
+    return body
+
+
+def _text(body: Any) -> str:
+    if not isinstance(body, str):
+        raise TypeError("a name is no text")
+    return body
 
 
 def memory_of(tensor: torch.Tensor, dtype: str) -> memoryview:
