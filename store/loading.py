@@ -144,62 +144,71 @@ def in_parallel(jobs: Sequence[Job], work: Callable[[Job], None], sizes: Sequenc
 
 
 class _Read(NamedTuple):
-    """One system call: buffers to fill in turn from a place in a pack."""
+    """One system call: parts of tensors that lie one after the other in a pack, with gaps between them."""
 
     location: Location
     start: int
     size: int
-    buffers: list[memoryview]
-    first: Wanted
+    parts: list[tuple[Wanted | None, int, int]]
+    """A tensor and the range of its bytes; None for a gap of so many bytes."""
 
 
-def read_into(packs: Path, targets: Sequence[tuple[Wanted, memoryview]]) -> None:
-    """Fill buffers with stored bytes, straight from the files.
+def read_into(packs: Path, items: Iterable[Wanted], memory: Callable[[Wanted], memoryview]) -> None:
+    """Fill memory with stored bytes, straight from the files.
 
     Neighbours in a pack are read together, as thousands of small reads cost more than their bytes.
+
+    Args:
+        items: not empty ones.
+        memory: where the bytes of an item go.
 
     Raises:
         Corrupt: if a pack is missing or has another size than the catalog says.
     """
-    first: dict[tuple[str, int], tuple[Wanted, memoryview]] = {}
+    first: dict[tuple[str, int], Wanted] = {}
     repeated = []
-    for item, buffer in targets:
+    for item in items:
         place = (item.location.pack, item.location.start)
-        if first.setdefault(place, (item, buffer))[1] is not buffer:
-            repeated.append((buffer, first[place][1]))
+        if first.setdefault(place, item) is not item:
+            repeated.append((item, first[place]))
     reads = list(_reads([first[place] for place in sorted(first)]))
-    with _Files(packs) as files:
-        in_parallel(reads, files.read, [read.size for read in reads])
-    for buffer, source in repeated:
-        buffer[:] = source
-
-
-def _reads(targets: Iterable[tuple[Wanted, memoryview]]) -> Iterator[_Read]:
-    """Group distinct tensors, in the order of their places, into system calls."""
     between = memoryview(bytearray(_GAP))
+
+    def read(job: _Read) -> None:
+        buffers = [
+            between[:stop] if item is None else memory(item)[start:stop] for item, start, stop in job.parts
+        ]
+        files.read(job, buffers)
+
+    with _Files(packs) as files:
+        in_parallel(reads, read, [read.size for read in reads])
+    for item, source in repeated:
+        memory(item)[:] = memory(source)
+
+
+def _reads(items: Iterable[Wanted]) -> Iterator[_Read]:
+    """Group distinct tensors, in the order of their places, into system calls."""
     run: _Read | None = None
-    for item, buffer in targets:
+    for item in items:
         done = 0
         while done < item.size:
-            start = item.location.start + done
-            part = buffer[done : done + _READ] if item.size > _READ else buffer
+            start, size = item.location.start + done, min(item.size - done, _READ)
             gap = start - run.start - run.size if run else -1
             if (
                 run is None
                 or run.location.pack != item.location.pack
                 or not 0 <= gap <= _GAP
-                or run.size + len(part) > _READ
-                or len(run.buffers) > _MAX_BUFFERS
+                or run.size + size > _READ
+                or len(run.parts) > _MAX_BUFFERS
             ):
                 if run:
                     yield run
-                run = _Read(item.location, start, len(part), [part], item)
-            else:
-                if gap:
-                    run.buffers.append(between[:gap])
-                run.buffers.append(part)
-                run = run._replace(size=run.size + gap + len(part))
-            done += len(part)
+                run = _Read(item.location, start, 0, [])
+            elif gap:
+                run.parts.append((None, 0, gap))
+            run.parts.append((item, done, done + size))
+            run = run._replace(size=start + size - run.start)
+            done += size
     if run:
         yield run
 
@@ -216,7 +225,7 @@ def owned(packs: Path, items: Sequence[Wanted], *, check: bool) -> dict[int, tor
         for item, offset in placed:
             buffers[item.slot] = arena[offset : offset + item.size]
             tensors[item.slot] = view(arena, item.info, offset)
-    read_into(packs, [(item, buffers[item.slot]) for item in items if item.size])
+    read_into(packs, [item for item in items if item.size], lambda item: buffers[item.slot])
     if check:
         sizes = [item.size for item in items]
         in_parallel(items, lambda item: _check(packs, item, buffers[item.slot]), sizes)
@@ -261,14 +270,15 @@ class _Files:
         for file in self._open.values():
             file.__exit__()
 
-    def read(self, job: _Read) -> None:
+    def read(self, job: _Read, buffers: list[memoryview]) -> None:
         fd = self._descriptor(job.location)
-        offset, buffers = job.start, job.buffers
+        offset = job.start
         with storage_errors(pack_path(self._packs, job.location.pack)):
             while offset < job.start + job.size:
                 count = os.preadv(fd, buffers, offset)
                 if count == 0:
-                    raise damaged(self._packs, job.first)
+                    item = next(item for item, _, _ in job.parts if item is not None)
+                    raise damaged(self._packs, item)
                 offset += count
                 buffers = _after(buffers, count) if offset < job.start + job.size else []
 

@@ -22,6 +22,7 @@ from registry.store.text import quoted
 
 FORMAT = 1
 MAX_SIZE = 256 << 20
+_TOO_LARGE = 1 << 63
 _TAG_OF_SLOT = ("$tensor", "$array", "$bytes")
 
 
@@ -63,7 +64,7 @@ class Manifest:
         """
         document = {
             "format": FORMAT,
-            "record": _tagged(self.record, "record"),
+            "record": record_document(self.record),
             "components": self.components,
             "tensors": [[tensor.dtype, list(tensor.shape), tensor.digest] for tensor in self.tensors],
         }
@@ -71,12 +72,11 @@ class Manifest:
 
     def select(self, patterns: Sequence[str]) -> dict[str, Any]:
         """The components' documents cut down to what the patterns name (see `Store.get`)."""
-        chosen = {}
-        for name, document in self.components.items():
-            kept = _select(document, name, patterns)
-            if kept is not _NOTHING:
-                chosen[name] = kept
-        return chosen
+        try:
+            chosen = {name: _select(tree, name, patterns) for name, tree in self.components.items()}
+        except RecursionError:
+            raise Corrupt("the manifest is nested too deep") from None
+        return {name: kept for name, kept in chosen.items() if kept is not _NOTHING}
 
 
 def parse(data: bytes) -> Manifest:
@@ -94,7 +94,7 @@ def parse(data: bytes) -> Manifest:
         raise Corrupt("the manifest is nested too deep") from None
     except ValueError as error:
         raise Corrupt(f"the manifest is not JSON: {error}") from None
-    if not isinstance(document, dict) or not isinstance(document.get("format"), int):
+    if not isinstance(document, dict) or type(document.get("format")) is not int or document["format"] < 1:
         raise Corrupt("the manifest has no format number")
     if document["format"] > FORMAT:
         raise Unsupported(
@@ -104,15 +104,29 @@ def parse(data: bytes) -> Manifest:
     record, components, tensors = (document.get(key) for key in ("record", "components", "tensors"))
     if not isinstance(record, dict) or not isinstance(components, dict) or not isinstance(tensors, list):
         raise Corrupt("the manifest lacks its record, components or tensors")
-    manifest = Manifest(_untagged(record), components, [_tensor_info(item) for item in tensors])
+    try:
+        manifest = Manifest(_untagged(record), components, [_tensor_info(item) for item in tensors])
+    except RecursionError:
+        raise Corrupt("the manifest is nested too deep") from None
     for path, slot in manifest.slots:
         if type(slot) is not int or not 0 <= slot < len(tensors):
             raise Corrupt(f"the manifest refers at {quoted(path)} to a tensor that it does not list")
     return manifest
 
 
+def record_document(record: Mapping[str, Any]) -> Any:
+    """A record as JSON, which has no NaN or infinity.
+
+    Raises:
+        Unsupported: if it holds anything but plain values.
+    """
+    try:
+        return _tagged(record, "record")
+    except RecursionError:
+        raise Unsupported("the record is nested too deep, or holds itself") from None
+
+
 def _tagged(value: Any, path: str) -> Any:
-    """A record's value as JSON, which has no NaN or infinity."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
@@ -140,7 +154,7 @@ def _untagged(value: Any) -> Any:
 def _tensor_info(item: Any) -> TensorInfo:
     if isinstance(item, list) and len(item) == 3:
         dtype, shape, digest = item
-        if isinstance(dtype, str) and dtype in ELEMENT_TYPES and is_digest(digest) and _is_shape(shape):
+        if type(dtype) is str and dtype in ELEMENT_TYPES and is_digest(digest) and _is_shape(shape):
             return TensorInfo(dtype, tuple(shape), digest)
     raise Corrupt(f"the manifest lists a malformed tensor: {quoted(json.dumps(item))}")
 
@@ -148,7 +162,7 @@ def _tensor_info(item: Any) -> TensorInfo:
 def _is_shape(shape: Any) -> bool:
     if not isinstance(shape, list) or len(shape) > 64:
         return False
-    return not any(type(n) is not int or not 0 <= n < 1 << 63 for n in shape)
+    return all(type(n) is int and 0 <= n < _TOO_LARGE for n in shape)
 
 
 def slots_of(components: Mapping[str, Any]) -> Iterator[tuple[str, int]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from registry.store.digest import digest as digest_of
 from registry.store.digest import is_digest
 from registry.store.dtypes import BY_CODE, ELEMENT_TYPES, byte_count
 from registry.store.durable import NewFile, storage_errors
-from registry.store.errors import Corrupt, Invalid
+from registry.store.errors import Corrupt, Invalid, Unsupported
 
 ALIGNMENT = 64
 _FORMAT = "torch-registry pack 1"
@@ -54,11 +55,19 @@ class PackWriter:
     Args:
         tmp: folder on the same file system as the packs.
         candidates: dtype and shape of every tensor that may be added, which bounds the header's size.
+
+    Raises:
+        Unsupported: if there are so many that the header would be larger than a reader takes.
     """
 
     def __init__(self, tmp: Path, candidates: Iterable[tuple[str, Sequence[int]]]) -> None:
         bound = 64 + sum(_entry_bound(dtype, shape) for dtype, shape in candidates)
         self._head = header.padded(bound)
+        if self._head - 8 > header.MAX_HEADER:
+            raise Unsupported(
+                f"the index of this save's new tensors would take {self._head >> 20} MB, at most "
+                f"{header.MAX_HEADER >> 20} are stored; stack small tensors into larger ones, or save in parts"
+            )
         self._file = NewFile(tmp)
         self._file.skip_to(self._head)
         self._position = self._head
@@ -151,12 +160,20 @@ def read_pack_info(path: Path) -> PackInfo:
             continue
         dtype, shape = BY_CODE.get(entry.code, ""), entry.shape
         if entry.name in parsed.metadata:
-            dtype, _, dimensions = parsed.metadata[entry.name].partition(" ")
-            shape = tuple(int(n) for n in dimensions.split(",") if n)
+            dtype, shape = _opaque(parsed.metadata[entry.name])
         if dtype not in ELEMENT_TYPES or byte_count(dtype, shape) != entry.end - entry.start:
             raise Corrupt(f"{path}: tensor {entry.name} has a malformed type")
         tensors.append(PackedTensor(entry.name, dtype, shape, entry.start))
     return PackInfo(name, size, tuple(tensors))
+
+
+def _opaque(text: str) -> tuple[str, tuple[int, ...]]:
+    """Element type and shape as they stand in a pack's metadata; no type if they are malformed."""
+    dtype, _, dimensions = text.partition(" ")
+    sizes = dimensions.split(",") if dimensions else []
+    if len(sizes) > header.MAX_DIMENSIONS or not all(re.fullmatch("[0-9]{1,18}", n) for n in sizes):
+        return "", ()
+    return dtype, tuple(map(int, sizes))
 
 
 class open_regular:

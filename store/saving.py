@@ -21,6 +21,9 @@ from registry.store.tree import Leaf
 
 BATCH = 16 << 20
 """Bytes to hash before looking up which of them are new, and writing those."""
+AHEAD = 48 << 20
+"""Bytes that are hashed and not yet written, from which on hashing leaves a core to the writer."""
+
 RUN = 2 << 20
 """Bytes of neighbouring tensors that a thread hashes at a time."""
 
@@ -79,9 +82,9 @@ def write_new(
                     else:
                         seen.add(item.digest)
                         pending.append(item)
+                hashing.expect(writing=bool(pending))
                 if pending:
                     if writer is None:
-                        hashing.leave_a_core()
                         unhashed = [
                             leaf for leaf, d in zip(state.leaves, state.digests, strict=True) if d is None
                         ]
@@ -122,13 +125,15 @@ class _Hashing:
         lock = threading.Lock()
         self._progress = threading.Condition(lock)
         self._room = threading.Condition(lock)
-        self._claimed = self._copied = 0
+        self._claimed = self._copied = self._ahead = 0
+        self._batch = BATCH
+        self._writing = False
         self._finished: dict[int, list[_Hashed]] = {}
         self._in_order = 0
         self._ready: list[_Hashed] = []
         self._ready_bytes = 0
+        self._waiting = 0
         self._waits_for_room = self._stopped = False
-        self._wanted_threads = _THREADS
         self._error: BaseException | None = None
 
     def batches(self) -> Generator[list[_Hashed]]:
@@ -158,28 +163,34 @@ class _Hashing:
             for thread in threads:
                 thread.join()
 
-    def leave_a_core(self) -> None:
-        """Hash with one thread less from now on, since writing needs a core as well."""
-        self._wanted_threads = max(_THREADS - 1, 1)
+    def expect(self, *, writing: bool) -> None:
+        """Say whether the last batch is being written; where nothing is, larger batches save look-ups."""
+        with self._room:
+            self._writing = writing
+            self._batch = BATCH if writing else 2 * self._batch
+            self._room.notify_all()
 
     def release(self, item: _Hashed) -> None:
         """The bytes of an item are no longer needed."""
-        if item.data is not None:
-            with self._room:
+        with self._room:
+            self._ahead -= item.leaf.size
+            if item.data is not None:
                 self._copied -= item.leaf.size
+            if self._waiting:
                 self._room.notify_all()
 
     def _has_batch(self) -> bool:
-        if self._error or self._ready_bytes >= BATCH or self._in_order == len(self._runs):
+        if self._error or self._ready_bytes >= self._batch or self._in_order == len(self._runs):
             return True
         return self._waits_for_room and bool(self._ready)
 
     def _work(self, thread: int) -> None:
         try:
-            while thread < self._wanted_threads and (run := self._claim()) is not None:
+            while (run := self._claim(thread)) is not None:
                 items = [self._hash(slot) for slot in self._runs[run]]
                 with self._progress:
                     self._finished[run] = items
+                    self._ahead += sum(item.leaf.size for item in items)
                     while self._in_order in self._finished:
                         items = self._finished.pop(self._in_order)
                         self._ready += items
@@ -199,19 +210,26 @@ class _Hashing:
         digest = self._state.digests[slot] or tensor_digest(leaf.dtype, leaf.shape, data, threads=threads)
         return _Hashed(slot, digest, leaf, None if leaf.is_plain else data)
 
-    def _claim(self) -> int | None:
-        """The next run to hash, in order, once there is room for the copies that it may need."""
+    def _claim(self, thread: int) -> int | None:
+        """The next run to hash, in order, once there is room for the copies that it may need.
+
+        Where the writer has enough to do, the threads but the first wait, as it needs a core as well.
+        """
         with self._room:
             while not self._stopped and not self._error and self._claimed < len(self._runs):
                 size = self._copy_bytes(self._runs[self._claimed])
-                if not size or not self._copied or self._copied + size <= COPIES_IN_FLIGHT:
+                fits = not size or not self._copied or self._copied + size <= COPIES_IN_FLIGHT
+                if fits and not (thread and self._writing and self._ahead >= AHEAD):
                     self._copied += size
                     self._claimed += 1
                     return self._claimed - 1
-                self._waits_for_room = True
-                self._progress.notify()
+                if not fits:
+                    self._waits_for_room = True
+                    self._progress.notify()
+                self._waiting += 1
                 self._room.wait()
-                self._waits_for_room = False
+                self._waiting -= 1
+                self._waits_for_room = self._waits_for_room and fits
             return None
 
     def _copy_bytes(self, run: range) -> int:

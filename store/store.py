@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import os
 import stat
 import threading
@@ -17,7 +18,7 @@ from registry.store.digest import is_digest
 from registry.store.durable import storage_errors
 from registry.store.errors import Corrupt, Incompatible, Invalid, NotFound
 from registry.store.location import Index, Location
-from registry.store.manifest import MAX_SIZE, Manifest, parse, slots_of
+from registry.store.manifest import MAX_SIZE, Manifest, parse, record_document, slots_of
 from registry.store.pack import PackInfo, open_regular, pack_path, read_pack_info
 from registry.store.text import quoted
 
@@ -90,6 +91,7 @@ class Store:
         from registry.store.saving import State, write_new
 
         state = components if isinstance(components, State) else self.encode(components)
+        record_document(record or {})  # refused before a byte is written
         with storage_errors(self.root):
             for folder in (self.packs, self.manifests, self.tmp):
                 durable.make_folder(folder)
@@ -171,16 +173,23 @@ class Store:
         import torch
 
         from registry.store import loading
-        from registry.store.tree import memory_of, tensor_paths, torch_type
+        from registry.store.tree import is_plain, memory_of, tensor_paths, torch_type, unfillable
 
         with loading.naming(label or digest[:12]), torch.no_grad():
             manifest = self.manifest(digest)
-            slots = dict(manifest.slots)
+            slots: dict[str, int] = {}
+            ambiguous = {path for path, slot in manifest.slots if slots.setdefault(path, slot) != slot}
             live = tensor_paths(targets)
             problems = []
             for path, tensor in live.items():
                 if path not in slots:
                     problems.append(f"{path} is not in the checkpoint")
+                    continue
+                if path in ambiguous:
+                    problems.append(f"{path} names several tensors of the checkpoint")
+                    continue
+                if reason := unfillable(tensor):
+                    problems.append(f"{path} is {reason}")
                     continue
                 info = manifest.tensors[slots[path]]
                 if info.shape != tuple(tensor.shape):
@@ -195,18 +204,16 @@ class Store:
             mapped = loading.Mapped(self.packs)
             if verify:
                 loading.verify(self.packs, wanted, mapped)
+            tensors = list(live.values())
             direct = []
-            for item, tensor in zip(wanted, live.values(), strict=True):
-                if (
-                    item.size
-                    and tensor.is_cpu
-                    and tensor.is_contiguous()
-                    and not (tensor.is_conj() or tensor.is_neg())
-                ):
-                    direct.append((item, memory_of(tensor.detach(), item.info.dtype)))
+            for item in wanted:
+                if item.size and is_plain(tensors[item.slot]):
+                    direct.append(item)
                 else:
-                    tensor.copy_(mapped.tensor(item))
-            loading.read_into(self.packs, direct)
+                    tensors[item.slot].copy_(mapped.tensor(item))
+            loading.read_into(
+                self.packs, direct, lambda item: memory_of(tensors[item.slot].detach(), item.info.dtype)
+            )
 
     def has(self, digest: str) -> bool:
         """Whether a manifest of this digest is stored."""
@@ -267,6 +274,8 @@ class Store:
             if not manifest.select([pattern]):
                 near = difflib.get_close_matches(pattern, [*manifest.components, *names], 1, 0.4)
                 hint = f"; did you mean {quoted(near[0])}?" if near else ""
+                if any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                    hint = "; the items of a list or tuple are selected together, by its own name"
                 raise NotFound(f"nothing matches {quoted(pattern)}{hint}")
         return manifest.select(patterns)
 

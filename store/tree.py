@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from registry.store.dtypes import ELEMENT_TYPES, byte_count
-from registry.store.errors import Corrupt, Unsupported
+from registry.store.errors import Corrupt, Incompatible, Unsupported
 from registry.store.text import quoted
 
 MAX_DEPTH = 200
@@ -49,7 +49,7 @@ class Leaf:
         """Whether `buffer` is a view of the caller's own memory, not a copy."""
         source = self.source
         if isinstance(source, torch.Tensor):
-            return source.is_cpu and source.is_contiguous() and not (source.is_conj() or source.is_neg())
+            return is_plain(source)
         return isinstance(source, bytes) or bool(source.flags.c_contiguous)
 
     def buffer(self) -> memoryview:
@@ -305,6 +305,11 @@ def _text(body: Any) -> str:
     return body
 
 
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's bytes lie in the machine's own memory as they are stored."""
+    return tensor.is_cpu and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
+
+
 def memory_of(tensor: torch.Tensor, dtype: str) -> memoryview:
     """The bytes of a contiguous CPU tensor that is not empty and needs no gradient."""
     if dtype not in _NUMPY_TYPES:
@@ -337,12 +342,29 @@ def _numpy_type(name: str) -> np.dtype[Any]:
     return np.dtype(name)
 
 
+def unfillable(tensor: torch.Tensor) -> str | None:
+    """Why values cannot be copied into a live tensor, or None."""
+    if tensor.device.type == "meta":
+        return "on the meta device and has no memory; give the model some with .to_empty(device=...)"
+    if tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized:
+        return "not a dense tensor"
+    if any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
+        return "an expanded tensor, whose elements share memory; clone it first"
+    return None
+
+
 def tensor_paths(trees: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors of live trees by `component/name` path, for loading into them."""
+    """The tensors of live trees by `component/name` path, for loading into them.
+
+    Raises:
+        Incompatible: if two of them have the same path.
+    """
     found: dict[str, torch.Tensor] = {}
 
     def visit(value: Any, path: str) -> None:
         if isinstance(value, torch.Tensor):
+            if path in found:
+                raise Incompatible(f"two live tensors have the name {quoted(path)}")
             found[path] = value
         elif isinstance(value, Mapping):
             for key, item in value.items():
