@@ -309,16 +309,14 @@ _OPERATIONS: dict[str, Callable[[Change, Mapping[str, Any]], None]] = {
 
 def summary(manifest: Manifest) -> dict[str, dict[str, int]]:
     """Names, elements and bytes of tensors in each component; a tied tensor counts once."""
-    found: dict[str, dict[str, int]] = {
-        name: {"tensors": 0, "elements": 0, "bytes": 0} for name in manifest.components
-    }
-    seen: dict[str, set[int]] = {name: set() for name in manifest.components}
+    found = {name: {"tensors": 0, "elements": 0, "bytes": 0} for name in manifest.components}
+    seen: set[tuple[str, int]] = set()
     for path, slot in manifest.slots:
-        component = path.split("/", 1)[0] if path.split("/", 1)[0] in found else path
+        component = path.partition("/")[0]
         entry = found[component]
         entry["tensors"] += 1
-        if slot not in seen[component]:
-            seen[component].add(slot)
+        if (component, slot) not in seen:
+            seen.add((component, slot))
             tensor = manifest.tensors[slot]
             entry["elements"] += tensor.elements
             entry["bytes"] += tensor.size

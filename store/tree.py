@@ -13,8 +13,7 @@ import struct
 import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,8 +31,7 @@ _TORCH_TYPES = {getattr(torch, name): name for name in ELEMENT_TYPES if hasattr(
 Path = tuple[object, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Leaf:
+class Leaf(NamedTuple):
     """One distinct tensor of a tree; `source` is a torch tensor, a numpy array or bytes."""
 
     dtype: str
@@ -166,11 +164,13 @@ class _Encoder:
         problem = _refusal(tensor)
         if problem:
             raise Unsupported(f"{_shown(path)}: {problem}")
-        leaf = Leaf(_TORCH_TYPES[tensor.dtype], tuple(tensor.shape), tensor)
+        kind, shape = _TORCH_TYPES[tensor.dtype], tuple(tensor.shape)
+        leaf = Leaf(kind, shape, tensor)
         if tensor.numel() == 0:
             return self._add(leaf)
-        view = (tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg(), tensor.dtype)
-        return self._add(leaf, (tensor.device, tensor.data_ptr(), *view))
+        device = "cpu" if tensor.is_cpu else tensor.device
+        view = (kind, shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
+        return self._add(leaf, (device, tensor.data_ptr(), *view))
 
     def _array(self, array: np.ndarray[Any, Any], path: Path) -> int:
         if type(array) not in (np.ndarray, np.memmap):
@@ -222,7 +222,7 @@ def _refusal(tensor: torch.Tensor) -> str | None:
         return f"a tensor of layout {tensor.layout}; convert it with .to_dense()"
     if tensor.is_quantized:
         return "a quantized tensor; store .int_repr() with its scale and zero point"
-    if tensor.device.type == "meta":
+    if tensor.is_meta:
         return "a tensor on the meta device, which has no values"
     if tensor.dtype not in _TORCH_TYPES:
         return f"a tensor of dtype {tensor.dtype}"
@@ -344,11 +344,13 @@ def _numpy_type(name: str) -> np.dtype[Any]:
 
 def unfillable(tensor: torch.Tensor) -> str | None:
     """Why values cannot be copied into a live tensor, or None."""
-    if tensor.device.type == "meta":
+    if tensor.is_meta:
         return "on the meta device and has no memory; give the model some with .to_empty(device=...)"
     if tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized:
         return "not a dense tensor"
-    if any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
+    if not tensor.is_contiguous() and any(
+        step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)
+    ):
         return "an expanded tensor, whose elements share memory; clone it first"
     return None
 
