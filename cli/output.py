@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _PATIENCE = 1.0
 _LEFT = "MODEL NAME LATEST METRICS ALIASES TAGS CREATED ID COMPONENT PATH DTYPE SHAPE DIGEST ALIAS CHECKPOINT"
+_DISPENSABLE = ("ID", "DIGEST", "CREATED")
 
 
 def say(text: str) -> None:
@@ -67,24 +68,29 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 
 
 def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for i, name in enumerate(columns):
-        right = name not in _LEFT.split()
+    console = Console()
+    shown = list(range(len(columns)))
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    for name in _DISPENSABLE:  # on a narrow terminal; `show` and `--json` have them all
+        if sum(widths[i] + 2 for i in shown) > console.width and name in columns and len(shown) > 1:
+            shown.remove(columns.index(name))
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for i in shown:
+        left = columns[i] in _LEFT.split()
         table.add_column(
-            name,
-            justify="right" if right else "left",
+            columns[i],
+            justify="left" if left else "right",
             style="cyan" if i == 0 else None,
-            no_wrap=right or i == 0,
+            no_wrap=not left or i == 0,
             overflow="fold",
         )
     for row in rows:
-        table.add_row(*map(Text, row))
-    Console().print(table)
+        table.add_row(*(Text(row[i]) for i in shown))
+    console.print(table)
 
 
 def print_facts(facts: Sequence[tuple[str, Any]]) -> None:
@@ -137,8 +143,8 @@ def counted(count: int, thing: str, things: str | None = None) -> str:
 
 
 def time_of(stamp: str) -> str:
-    """A stored time in the local time zone, to the second."""
-    return f"{datetime.fromisoformat(stamp).astimezone():%Y-%m-%d %H:%M:%S}"
+    """A stored time in the local time zone, to the minute."""
+    return f"{datetime.fromisoformat(stamp).astimezone():%Y-%m-%d %H:%M}"
 
 
 def version_document(version: Version) -> dict[str, Any]:

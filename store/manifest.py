@@ -76,6 +76,8 @@ class Manifest:
             chosen = {name: _select(tree, name, patterns) for name, tree in self.components.items()}
         except RecursionError:
             raise Corrupt("the manifest is nested too deep") from None
+        except (ValueError, TypeError) as error:
+            raise Corrupt(f"the manifest holds a malformed dict: {error}") from None
         return {name: kept for name, kept in chosen.items() if kept is not _NOTHING}
 
 

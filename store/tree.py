@@ -226,7 +226,16 @@ def _refusal(tensor: torch.Tensor) -> str | None:
         return "a tensor on the meta device, which has no values"
     if tensor.dtype not in _TORCH_TYPES:
         return f"a tensor of dtype {tensor.dtype}"
+    if tensor.numel() and not _has_memory(tensor):
+        return "a tensor whose memory was freed, as of a sharded parameter, or that a transform made"
     return None
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    try:
+        return tensor.untyped_storage().nbytes() > 0
+    except RuntimeError:
+        return False
 
 
 def _shown(path: Path) -> str:
@@ -352,6 +361,8 @@ def unfillable(tensor: torch.Tensor) -> str | None:
         step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)
     ):
         return "an expanded tensor, whose elements share memory; clone it first"
+    if tensor.numel() and not _has_memory(tensor):
+        return "a tensor whose memory was freed"
     return None
 
 

@@ -14,7 +14,7 @@ BLOCK = re.compile(r"```(python|console)\n(.*?)```", re.DOTALL)
 
 
 def without_what_varies(text: str) -> str:
-    text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "TIME", text)
+    text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d", "TIME", text)
     text = re.sub(r"\b[0-9a-f]{12}\b", "ID", text)
     return re.sub(r"free space.*", "free space", text)
 
