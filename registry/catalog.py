@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from registry import schema
 from registry.journal import Journal
-from registry.store.errors import Corrupt, NotFound, StorageError, Unsupported
+from registry.store.errors import Corrupt, Invalid, NotFound, StorageError, Unsupported
+from registry.store.text import quoted
 
 if TYPE_CHECKING:
     from registry.change import Change
@@ -54,13 +55,9 @@ class Catalog:
             durable.append(self.path, b"")  # by the umask; SQLite would keep a group from writing
         connection = self._connect(create=True)
         with contextlib.closing(connection), self._errors():
-            connection.execute("BEGIN IMMEDIATE")
-            if not connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():
-                for statement in schema.TABLES.split(";"):
-                    connection.execute(statement)
-                connection.execute("INSERT INTO state (key, value) VALUES ('schema', ?)", (schema.VERSION,))
-                connection.execute("INSERT INTO state (key, value) VALUES ('journal', 0)")
-            connection.execute("COMMIT")
+            with _transaction(connection):
+                if not connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():
+                    schema.create(connection)
 
     def connection(self) -> sqlite3.Connection:
         """This thread's connection in this process."""
@@ -89,13 +86,12 @@ class Catalog:
         connection = self._connect()
         try:
             with self._errors():
-                version = connection.execute("SELECT value FROM state WHERE key = 'schema'").fetchone()[0]
-                if version > schema.VERSION:
-                    raise Unsupported(
-                        f"{self.path} has schema {version}, this version knows up to {schema.VERSION}; upgrade "
-                        "with: pip install -U torch-registry"
-                    )
-                self._migrate(connection, version)
+                version = self._schema(connection)
+                if version is None:
+                    raise Corrupt(f"{self.path}: tables are missing; recreate it with: registry rebuild")
+                if version < schema.VERSION:
+                    with _transaction(connection):
+                        schema.migrate(connection)
         except BaseException:
             connection.close()
             raise
@@ -117,13 +113,19 @@ class Catalog:
             connection.execute("PRAGMA trusted_schema = OFF")
         return connection
 
-    def _migrate(self, connection: sqlite3.Connection, version: int) -> None:
-        for target in range(version + 1, schema.VERSION + 1):
-            connection.execute("BEGIN IMMEDIATE")
-            for statement in schema.MIGRATIONS[target].split(";"):
-                connection.execute(statement)
-            connection.execute("UPDATE state SET value = ? WHERE key = 'schema'", (target,))
-            connection.execute("COMMIT")
+    def _schema(self, connection: sqlite3.Connection) -> int | None:
+        """The version of the schema; None if there are no tables to say it.
+
+        Raises:
+            Unsupported: if it is newer than this program.
+        """
+        version = schema.version(connection)
+        if version is not None and version > schema.VERSION:
+            raise Unsupported(
+                f"{self.path} has schema {version}, this version knows up to {schema.VERSION}; upgrade with: "
+                "pip install -U torch-registry"
+            )
+        return version
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -147,6 +149,8 @@ class Catalog:
             if "no such" in text:
                 raise Corrupt(f"{self.path}: {text}; recreate it with: registry rebuild") from error
             raise StorageError(f"{self.path}: {text}; check the disk") from error
+        except UnicodeEncodeError as error:
+            raise Invalid(f"{quoted(error.object)} is not valid Unicode text") from None
         except sqlite3.DatabaseError as error:
             raise Corrupt(f"{self.path}: {error}; recreate it with: registry rebuild") from error
 
@@ -190,7 +194,9 @@ class Catalog:
             pass
 
     def rebuild(self, packs: Iterable[PackInfo], adopted: Sequence[Mapping[str, Any]]) -> None:
-        """Empty the tables and fill them again from packs, journal and manifests, in one transaction.
+        """Make the tables anew and fill them from packs, journal and manifests, in one transaction.
+
+        What was in the file before does not matter, as long as SQLite can read it.
 
         Args:
             packs: every pack in the store.
@@ -199,14 +205,12 @@ class Catalog:
         from registry.change import Change
         from registry.store.durable import storage_errors
 
-        connection = self.connection()
-        with self._errors(), storage_errors(self.path):
-            connection.execute("BEGIN EXCLUSIVE")
-            try:
-                for table in schema.CONTENT:
-                    connection.execute(f"DELETE FROM {table}")
-                connection.execute("INSERT INTO state (key, value) VALUES ('schema', ?)", (schema.VERSION,))
-                connection.execute("INSERT INTO state (key, value) VALUES ('journal', 0)")
+        connection = self._connect(create=True)
+        with contextlib.closing(connection), self._errors(), storage_errors(self.path):
+            with _transaction(connection, "EXCLUSIVE"):
+                self._schema(connection)
+                schema.drop(connection)
+                schema.create(connection)
                 change = Change(connection, self._store())
                 for pack in packs:
                     change.add_pack(pack, replace=())
@@ -216,10 +220,6 @@ class Catalog:
                         change.apply(record)
                     self.journal.append(adopted)
                     self._set_applied(connection, self.journal.size())
-                connection.execute("COMMIT")
-            except BaseException:
-                connection.execute("ROLLBACK")
-                raise
 
     def _catch_up(self, change: Change) -> None:
         applied = self._applied(change.connection)
@@ -252,6 +252,8 @@ class Catalog:
     @staticmethod
     def _applied(connection: sqlite3.Connection) -> int:
         row = connection.execute("SELECT value FROM state WHERE key = 'journal'").fetchone()
+        if row is None:
+            raise Corrupt("the catalog does not say how much of the journal it holds; run: registry rebuild")
         return int(row[0])
 
     @staticmethod
@@ -290,3 +292,15 @@ class Catalog:
 
         with self._errors():
             return locate(self.connection(), digests)
+
+
+@contextlib.contextmanager
+def _transaction(connection: sqlite3.Connection, kind: str = "IMMEDIATE") -> Iterator[None]:
+    connection.execute(f"BEGIN {kind}")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        with contextlib.suppress(sqlite3.Error):
+            connection.execute("ROLLBACK")
+        raise

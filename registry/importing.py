@@ -117,7 +117,7 @@ def import_checkpoint(
         metrics={**imported.metrics, **(metrics or {})},
         config=imported.config if config is None else config,
         meta=meta,
-        lineage=[{"kind": "imported-from", "parent": imported.source["file"]}],
+        lineage=[{"kind": "imported-from", "parent": printable(imported.source["file"])}],
         source=imported.source,
         progress=progress,
     )

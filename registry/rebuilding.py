@@ -56,7 +56,7 @@ def rebuild(registry: Registry, *, adopt: bool = False, progress: Progress = sil
         records = [line.record for line in lines if line.record]
         adopted = _unlisted(registry, records) if adopt or lost or not lines else []
         set_aside = _set_aside_unreadable(catalog.path)
-        if not catalog.path.exists():
+        if set_aside or not catalog.path.exists():
             catalog.close()
             catalog.create()
         catalog.rebuild(packs, adopted)
@@ -110,7 +110,6 @@ def _set_aside_unreadable(path: Path) -> str | None:
     try:
         with contextlib.closing(sqlite3.connect(path)) as connection:
             if connection.execute("PRAGMA integrity_check").fetchone()[0] == "ok":
-                connection.execute("SELECT value FROM state").fetchone()
                 return None
     except sqlite3.DatabaseError:
         pass

@@ -68,3 +68,18 @@ def check_name(name: str, kind: str) -> str:
             "letters, digits, '.', '_' and '-', starting with a letter or digit"
         )
     return name
+
+
+def check_text(text: str, what: str) -> str:
+    """Check free text, such as a note.
+
+    Raises:
+        Invalid: if it is no text, or holds half a character (a lone surrogate), which no UTF-8 file can.
+    """
+    if not isinstance(text, str):
+        raise Invalid(f"{what}: must be text, not {type(text).__qualname__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Invalid(f"{what}: {quoted(text)} is not valid Unicode text") from None
+    return text

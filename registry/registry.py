@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import registry
 from registry.catalog import Catalog
 from registry.progress import Progress, silent
-from registry.reference import RESERVED_ALIASES, check_name
+from registry.reference import RESERVED_ALIASES, check_name, check_text
 from registry.resolving import hint, resolve
 from registry.store.errors import Conflict, Invalid, NotFound, StorageError, Unsupported
 from registry.store.text import quoted
@@ -161,7 +161,7 @@ class Registry:
             },
             "config": config,
             "meta": dict(meta or {}),
-            "lineage": [dict(edge) for edge in lineage],
+            "lineage": [_edge(edge) for edge in lineage],
             "source": source,
         }
         record = {key: value for key, value in record.items() if value not in (None, {}, [])}
@@ -217,9 +217,11 @@ class Registry:
         """
         from registry.checkpoint import Checkpoint
 
+        check_name(model, "model")
+        check_name(metric, "metric")
         found = best_version(self.catalog, model, metric, smallest=smallest)
         if found is None:
-            self.resolve(check_name(model, "model"))
+            self.resolve(model)
             raise NotFound(f"no version of {model} has the metric {quoted(metric)}")
         return Checkpoint(self.store, found)
 
@@ -272,6 +274,7 @@ class Registry:
 
     def add_note(self, reference: str, text: str) -> Checkpoint:
         """Attach a note, any text, to a checkpoint."""
+        check_text(text, "note")
         version = self.resolve(reference)
         self._apply({"op": "note", "id": version.id, "at": _now(), "text": text})
         return self[version.name]
@@ -364,6 +367,12 @@ def _format_in(text: str, path: Path) -> Any:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def _edge(edge: Mapping[str, str]) -> dict[str, str]:
+    if set(edge) != {"kind", "parent"}:
+        raise Invalid("lineage: an edge has the keys kind and parent")
+    return {key: check_text(edge[key], f"lineage {key}") for key in ("kind", "parent")}
 
 
 def _whole(value: Any, what: str) -> int | None:

@@ -5,6 +5,8 @@ The catalog is a view of the journal and the manifests (see `registry.journal`):
 
 from __future__ import annotations
 
+import sqlite3
+
 VERSION = 1
 
 TABLES = """
@@ -108,21 +110,42 @@ MIGRATIONS: dict[int, str] = {}
 UNUSED = "NOT EXISTS (SELECT 1 FROM uses u WHERE u.pack = packs.number)"
 """Condition over the table `packs`: no manifest relies on it."""
 
-CONTENT = [
-    "doomed",
-    "uses",
-    "tensors",
-    "packs",
-    "artifacts",
-    "lineage",
-    "notes",
-    "tags",
-    "aliases",
-    "metrics",
-    "versions",
-    "manifests",
-    "runs",
-    "models",
-    "state",
-]
-"""The tables in an order in which they can be emptied."""
+
+def create(connection: sqlite3.Connection) -> None:
+    """Make the tables in an empty database; the caller holds a transaction."""
+    _run(connection, TABLES)
+    connection.execute("INSERT INTO state (key, value) VALUES ('schema', ?)", (VERSION,))
+    connection.execute("INSERT INTO state (key, value) VALUES ('journal', 0)")
+
+
+def drop(connection: sqlite3.Connection) -> None:
+    """Remove all tables, those that refer to others first."""
+    tables = connection.execute(
+        "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%' ORDER BY rowid DESC"
+    )
+    for (name,) in tables.fetchall():
+        quoted = name.replace('"', '""')
+        connection.execute(f'DROP TABLE "{quoted}"')
+
+
+def version(connection: sqlite3.Connection) -> int | None:
+    """Which version of the schema a database has; None if it does not say."""
+    try:
+        row = connection.execute("SELECT value FROM state WHERE key = 'schema'").fetchone()
+    except sqlite3.OperationalError as error:
+        if "no such" not in str(error):
+            raise
+        return None
+    return row[0] if row and isinstance(row[0], int) else None
+
+
+def migrate(connection: sqlite3.Connection) -> None:
+    """Bring the tables forward, unless another process just has; the caller holds a transaction."""
+    for target in range((version(connection) or 0) + 1, VERSION + 1):
+        _run(connection, MIGRATIONS[target])
+    connection.execute("UPDATE state SET value = ? WHERE key = 'schema'", (VERSION,))
+
+
+def _run(connection: sqlite3.Connection, statements: str) -> None:
+    for statement in statements.split(";"):
+        connection.execute(statement)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -227,6 +228,50 @@ def test_a_lost_catalog_is_rebuilt_equal(root: Path, name: str) -> None:
     assert damaged["net@good"].notes[0][1] == "checked by hand"
     damaged.catalog.close()
     check_whole(root, {"net:v1": 1, "net:v3": 3})
+
+
+MUTILATIONS = {
+    "no state": "DROP TABLE state",
+    "empty state": "DELETE FROM state",
+    "half a state": "DELETE FROM state WHERE key = 'journal'",
+    "text as schema": "UPDATE state SET value = 'x' WHERE key = 'schema'",
+    "no tensors": "DROP TABLE tensors",
+    "no packs": "PRAGMA foreign_keys = OFF; DROP TABLE packs",
+    "a column less": "ALTER TABLE versions DROP COLUMN epoch",
+    "an index less": "DROP INDEX metrics_by_value",
+    "a table more": "CREATE TABLE \"odd \"\" name\" (x REFERENCES models (name))",
+    "rows of nothing": "PRAGMA foreign_keys = OFF; INSERT INTO uses VALUES ('x', 9); DELETE FROM packs",
+}
+
+
+@pytest.mark.parametrize("name", MUTILATIONS)
+def test_a_catalog_with_other_tables_is_rebuilt_equal(root: Path, name: str) -> None:
+    registry = Registry(root)
+    before = dump(registry)
+    tables = "SELECT type, name, sql FROM sqlite_master ORDER BY name"
+    intact = registry.catalog.query(tables)
+    registry.catalog.close()
+    with contextlib.closing(sqlite3.connect(root / "catalog.sqlite")) as connection:
+        connection.executescript(MUTILATIONS[name])
+    mutilated = Registry(root, create=False)
+    with contextlib.suppress(Corrupt):  # which says to rebuild, where it does harm
+        assert mutilated["net"].name == "net:v2"
+    rebuilt = mutilated.rebuild()
+    assert (rebuilt.damaged, rebuilt.set_aside) == ((), None)
+    assert dump(mutilated) == before
+    assert mutilated.catalog.query(tables) == intact
+    mutilated.catalog.close()
+    check_whole(root, SAVED)
+
+
+def test_rebuild_leaves_a_newer_catalog_alone(root: Path) -> None:
+    with contextlib.closing(sqlite3.connect(root / "catalog.sqlite")) as connection:
+        connection.execute("UPDATE state SET value = 99 WHERE key = 'schema'")
+        connection.commit()
+    before = (root / "catalog.sqlite").read_bytes()
+    with pytest.raises(Unsupported, match="has schema 99"):
+        Registry(root, create=False).rebuild()
+    assert (root / "catalog.sqlite").read_bytes() == before
 
 
 def test_a_flipped_bit_in_the_catalog_never_gives_a_wrong_weight(golden: Path, tmp_path: Path) -> None:

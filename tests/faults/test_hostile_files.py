@@ -586,7 +586,7 @@ def mutated(content: bytes, changes: list[tuple[int, int]]) -> bytes:
 
 
 @pytest.mark.slow
-@settings(max_examples=1_500, deadline=None)
+@settings(max_examples=1_500)
 @given(headers(), st.just([]) | st.lists(st.tuples(st.integers(0, 200), st.integers(0, 255)), max_size=2))
 def test_what_we_read_the_public_library_reads_alike(content: bytes, changes: list[tuple[int, int]]) -> None:
     content = mutated(content, changes)
@@ -602,7 +602,7 @@ def test_what_we_read_the_public_library_reads_alike(content: bytes, changes: li
         assert bytes(there["data"]) == content[item.start : item.end]
 
 
-@settings(max_examples=1_000, deadline=None)
+@settings(max_examples=1_000)
 @given(st.binary(max_size=300))
 def test_no_bytes_make_the_header_parser_fail_otherwise(junk: bytes) -> None:
     for content in (junk, framed(junk), framed(b"{" + junk + b"}")):

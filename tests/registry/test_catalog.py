@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from registry import Registry, schema
 from registry.garbage import collect_garbage
-from registry.store.errors import StorageError, Unsupported
+from registry.store.errors import Invalid, StorageError, Unsupported
 from registry.versions import best_version, find_versions, list_models, list_versions
 
 
@@ -85,7 +86,7 @@ def test_models_are_listed_from_an_index(registry: Registry) -> None:
 
 
 @given(st.text(), st.text())
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_text_comes_back_from_notes_and_facts(registry: Registry, note: str, fact: str) -> None:
     checkpoint = registry.save("text", {}, meta={"fact": fact, "'; DROP TABLE versions; --": note})
     checkpoint = registry.add_note(checkpoint.name, note)
@@ -124,6 +125,55 @@ def test_an_older_schema_is_brought_forward_once_and_whole(
     assert registry.catalog.query(columns) == [(5,)]
     registry.catalog.close()
     assert registry["net"].name == "net:v3"
+
+
+def test_two_processes_may_bring_a_schema_forward_at_once(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.catalog.close()
+    monkeypatch.setattr(schema, "VERSION", 2)
+    monkeypatch.setitem(schema.MIGRATIONS, 2, "ALTER TABLE runs ADD COLUMN host TEXT")
+    migrate = schema.migrate
+
+    def overtaken(connection: sqlite3.Connection) -> None:
+        """The schema as it was read outside the transaction is out of date by the time that it is held."""
+        migrate(connection)
+        migrate(connection)
+
+    monkeypatch.setattr(schema, "migrate", overtaken)
+    assert registry["net"].name == "net:v3"
+
+
+HALF = "a\udc80b"
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda registry: registry.add_note("net", HALF),
+        lambda registry: registry.save("net", {}, lineage=[{"kind": "pruned-from", "parent": HALF}]),
+        lambda registry: registry.best("net", HALF),
+        lambda registry: registry.best(HALF, "loss"),
+        lambda registry: list_versions(registry.catalog, None, tag=HALF),
+        lambda registry: registry.set_tag("net", HALF),
+    ],
+)
+def test_half_a_character_is_refused(registry: Registry, act: Callable[[Registry], object]) -> None:
+    with pytest.raises(Invalid, match=r"'a\\udc80b' (is not valid Unicode text|cannot be the name)"):
+        act(registry)
+    assert registry["net"].name == "net:v3"
+
+
+def test_half_a_character_inside_a_state_and_its_facts_comes_back(registry: Registry) -> None:
+    saved = registry.save("net", {"model": {HALF: HALF}}, meta={HALF: HALF})
+    assert saved.load() == {"model": {HALF: HALF}}
+    assert saved.meta == {HALF: HALF}
+
+
+@pytest.mark.parametrize("edge", [{}, {"kind": "x"}, {"kind": "x", "parent": 3}])
+def test_a_malformed_edge_is_refused(registry: Registry, edge: dict[str, str]) -> None:
+    with pytest.raises(Invalid, match="lineage"):
+        registry.save("net", {}, lineage=[edge])
 
 
 def test_a_catalog_that_stays_locked_is_a_clear_error(

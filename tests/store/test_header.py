@@ -179,7 +179,7 @@ def layouts(draw: st.DrawFn) -> list[tuple[str, str, list[int], int, int]]:
     return found
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     layouts(),
     st.dictionaries(

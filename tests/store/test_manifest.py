@@ -211,7 +211,7 @@ JSON = st.recursive(
     st.dictionaries(st.text(max_size=2), JSON, max_size=2),
     st.dictionaries(st.text(max_size=2), JSON, max_size=2),
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_no_manifest_makes_loading_fail_otherwise(
     sound: tuple[Store, list[Any]], components: dict[str, Any], record: dict[str, Any]
 ) -> None:
@@ -263,7 +263,7 @@ LOOP["again"] = [LOOP]
         ({"a": b"x"}, "not bytes"),
         (LOOP, "nested too deep, or holds itself"),
     ],
-    ids=str,
+    ids=["object", "tensor", "key", "reserved key", "set", "bytes", "loop"],
 )
 def test_a_record_that_cannot_be_kept_is_refused_before_a_byte_is_written(
     tmp_path: Path, record: dict[str, Any], told: str

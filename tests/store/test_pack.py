@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from registry.store.digest import digest, preamble, tensor_digest
+from registry.store.digest import digest, tensor_digest
 from registry.store.dtypes import ELEMENT_TYPES, byte_count
 from registry.store.errors import Corrupt
 from registry.store.pack import PackInfo, PackWriter, pack_path, read_pack_info
@@ -39,7 +38,7 @@ def write(root: Path, tensors: list[tuple[str, list[int], int]]) -> tuple[PackIn
 
 
 @given(TENSORS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_safetensors_reader_opens_a_pack(
     tmp_path_factory: pytest.TempPathFactory, tensors: list[tuple[str, list[int], int]]
 ) -> None:
@@ -83,18 +82,3 @@ def test_a_pack_under_a_name_that_is_not_its_own_is_refused(tmp_path: Path) -> N
     path.rename(other)
     with pytest.raises(Corrupt, match="the header is not the one that the file's name covers"):
         read_pack_info(other)
-
-
-def test_the_digest_is_the_one_that_the_format_describes() -> None:
-    data = bytes(range(24))
-    assert preamble("float32", (6, 1)) == b"float32 [6,1]\n"
-    assert preamble("bool", ()) == b"bool []\n"
-    assert tensor_digest("float32", (6, 1), data) == digest(b"float32 [6,1]\n" + data)
-    assert tensor_digest("float32", (6, 1), data, threads=1) == tensor_digest("float32", (6, 1), data)
-    # the published test vector of BLAKE3 for no input
-    assert digest(b"") == "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"
-    large = bytes(3 << 20)
-    assert tensor_digest("uint8", (len(large),), large) == tensor_digest(
-        "uint8", (len(large),), large, threads=1
-    )
-    assert math.prod((6, 1)) * 4 == len(data)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -175,27 +173,3 @@ def test_a_wrong_byte_is_handed_out_only_on_request(store: Store) -> None:
         with pytest.raises(Corrupt):
             store.get(stored.digest, copy=copy)
         assert store.get(stored.digest, copy=copy, verify=False)["w"].any()
-
-
-PEAK = """
-import sys, torch
-from registry.store.store import Store
-
-def peak():
-    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) << 10
-
-state = {f"w{i}": torch.randn(2_500_000) for i in range(30)}          # 300 MB in tensors of 10 MB
-state |= {f"v{i}": torch.randn(1_600, 1_600).T for i in range(8)}     # 80 MB that must be copied to be read
-store = Store(sys.argv[1])
-store.put({"warm": torch.ones(2_000_000)})
-before = peak()
-store.put({"model": state})
-print(peak() - before)
-"""
-
-
-def test_saving_needs_no_second_copy_in_memory(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(tmp_path / "s")], capture_output=True, text=True, check=True
-    )
-    assert int(done.stdout) < (64 << 20) + 10_240_000

@@ -132,7 +132,7 @@ def through_json(tree: Any) -> Any:
 
 
 @given(TREES)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_any_tree_of_supported_values_comes_back_bit_for_bit(tree: Any) -> None:
     assert same(through_json(tree), tree)
 
@@ -140,7 +140,7 @@ def test_any_tree_of_supported_values_comes_back_bit_for_bit(tree: Any) -> None:
 @given(
     st.dictionaries(st.text(st.characters(exclude_characters="/"), min_size=1), TREES, min_size=1, max_size=3)
 )
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 def test_any_tree_comes_back_from_disk(
     tmp_path_factory: pytest.TempPathFactory, trees: dict[str, Any]
 ) -> None:

@@ -1,0 +1,173 @@
+"""Saving: little memory, one pack, nothing left over, files that others may read."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from registry.store import saving
+from registry.store.errors import Unsupported
+from registry.store.store import Store
+
+PEAK = """
+import sys, torch
+from registry.store.store import Store
+
+def peak():
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) << 10
+
+state = {f"w{i}": torch.randn(2_500_000) for i in range(30)}          # 300 MB in tensors of 10 MB
+state |= {f"v{i}": torch.randn(1_600, 1_600).T for i in range(8)}     # 80 MB that must be copied to be read
+store = Store(sys.argv[1])
+store.put({"warm": torch.ones(2_000_000)})
+before = peak()
+store.put({"model": state})
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_saving_needs_no_second_copy_in_memory(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "s")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < (64 << 20) + 10_240_000
+
+
+def files(root: Path) -> dict[str, tuple[int, int]]:
+    """Inode and time of every file."""
+    found = {}
+    for path in root.rglob("*"):
+        if path.is_file():
+            found[str(path.relative_to(root))] = (path.stat().st_ino, path.stat().st_mtime_ns)
+    return found
+
+
+def test_a_save_leaves_one_pack_one_manifest_and_nothing_else(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    stored = store.put({"model": {"w": torch.ones(10), "b": torch.ones(3)}})
+    assert stored.pack is not None
+    paths = [store.pack_path(stored.pack.digest), store.manifest_path(stored.digest)]
+    assert set(files(tmp_path)) == {str(path.relative_to(tmp_path)) for path in paths}
+
+
+def test_saving_again_writes_no_pack(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    tree = {"model": {"w": torch.ones(10), "large": torch.randn(500_000)}}
+    first = store.put(tree)
+    before = files(store.packs)
+    for again in (store, Store(tmp_path)):
+        assert again.put(tree).digest == first.digest
+        assert again.put({"model": {"w": torch.ones(10)}}).pack is None
+    assert files(store.packs) == before
+
+
+def test_a_state_without_tensors_has_no_pack(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    stored = store.put({"optimizer": {"lr": 0.1}, "empty": {}})
+    assert stored.pack is None
+    assert store.get(stored.digest) == {"optimizer": {"lr": 0.1}, "empty": {}}
+
+
+def test_a_state_of_many_batches_is_stored_whole_and_once(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    tree: dict[str, torch.Tensor] = {}
+    for i, size in enumerate(random.integers(0, 300_000, 200)):
+        tensor = torch.from_numpy(random.integers(0, 256, int(size), np.uint8))
+        tree[f"{i}"] = tensor
+        if i % 7 == 0:
+            tree[f"{i}.equal"] = tensor.clone()
+        if i % 5 == 0:
+            tree[f"{i}.view"] = tensor[::2]
+    tree["large"] = torch.randn(saving.BATCH // 4 + 1_000)
+    for i in range(6):  # more than may be copied at a time
+        tree[f"copied.{i}"] = torch.randn(1_500, 1_500).T
+    assert 6 * 9_000_000 > saving.COPIES_IN_FLIGHT
+    tree["last equals first"] = tree["1"].clone()
+    store = Store(tmp_path)
+    stored = store.put({"model": tree})
+    assert stored.pack is not None
+    contents = {(str(t.dtype), tuple(t.shape), t.numpy().tobytes()) for t in tree.values()}
+    assert len(stored.pack.tensors) == len(contents)
+    loaded = store.get(stored.digest)["model"]
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tree.items())
+
+
+def test_progress_counts_every_byte_once(tmp_path: Path) -> None:
+    tree = {"a": torch.randn(6_000_000), "b": torch.randn(100), "c": torch.randn(5_000_000)}
+    total = sum(4 * tensor.numel() for tensor in tree.values())
+    for _ in range(2):
+        told: list[tuple[int, int]] = []
+        Store(tmp_path).put({"model": tree}, progress=lambda done, all: told.append((done, all)))
+        assert told == sorted(told)
+        assert {all for _, all in told} == {total}
+        assert told[-1] == (total, total)
+
+
+def test_a_pack_that_is_lost_or_cut_short_is_written_again(tmp_path: Path) -> None:
+    tree = {"model": {"w": torch.ones(1_000), "b": torch.ones(3)}}
+    first = Store(tmp_path).put(tree)
+    assert first.pack is not None
+    Store(tmp_path).pack_path(first.pack.digest).unlink()
+    second = Store(tmp_path).put(tree)
+    assert second.pack is not None
+    assert second.pack.digest == first.pack.digest
+    assert torch.equal(Store(tmp_path).get(first.digest)["model"]["w"], torch.ones(1_000))
+
+
+def test_training_on_after_a_save_does_not_change_what_is_stored(tmp_path: Path) -> None:
+    net = torch.nn.Linear(3, 3)
+    store = Store(tmp_path)
+    expected = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    digest = store.put({"model": net.state_dict()}).digest
+    with torch.no_grad():
+        net.weight.add_(1)
+    loaded = store.get(digest)["model"]
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+    assert store.put({"model": net.state_dict()}).digest != digest
+
+
+def test_more_tensors_than_a_pack_has_room_for_are_refused_before_a_byte_is_written(tmp_path: Path) -> None:
+    parts = torch.arange(150_000).split(1)
+    store = Store(tmp_path)
+    with pytest.raises(Unsupported, match="at most 32 are stored; stack small tensors"):
+        store.put({"model": list(parts)})
+    assert files(tmp_path) == {}
+    halves = [store.put({"model": list(parts[:75_000])}), store.put({"model": list(parts[75_000:])})]
+    digest = store.put({"model": list(parts)}).digest  # nothing of it is new
+    assert all(half.pack is not None for half in halves)
+    assert Store(tmp_path).get(digest)["model"][-1] == parts[-1]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o027, 0o077])
+def test_modes_follow_the_umask_and_packs_and_manifests_are_read_only(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        Store(tmp_path / "s").put({"model": torch.ones(3)})
+    finally:
+        os.umask(before)
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "s").rglob("*")}
+    assert {mode for path, mode in modes.items() if path.is_file()} == {0o444 & ~mask}
+    assert {mode for path, mode in modes.items() if path.is_dir()} == {0o777 & ~mask}
+    assert sum(path.is_file() for path in modes) == 2
+
+
+def test_the_folder_may_be_a_link_a_relative_path_and_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    digest = Store(tmp_path / "link").put({"model": torch.ones(3)}).digest
+    assert (tmp_path / "link").is_symlink()
+    assert Store(tmp_path / "real").has(digest)
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(Store("link").get(digest)["model"], torch.ones(3))
+    assert Store("real").put({"model": torch.ones(3)}).pack is None
+    (tmp_path / "real").rename(tmp_path / "elsewhere")
+    assert torch.equal(Store("elsewhere").get(digest)["model"], torch.ones(3))
