@@ -66,7 +66,6 @@ def write_new(
         The published pack, or None if every tensor was known. Fills in `state.digests`.
     """
     writer: PackWriter | None = None
-    pending: list[_Hashed] = []
     total = sum(leaf.size for leaf in state.leaves)
     done = 0
     seen: set[str] = set()
@@ -75,27 +74,25 @@ def write_new(
         with contextlib.closing(hashing.batches()) as batches:
             for batch in batches:
                 stored = known({item.digest for item in batch} - seen)
+                new, rest = [], []
                 for item in batch:
                     if item.digest in stored or item.digest in seen:
-                        hashing.release(item)
-                        done += item.leaf.size
+                        rest.append(item)
                     else:
                         seen.add(item.digest)
-                        pending.append(item)
-                hashing.expect(writing=bool(pending))
-                if pending:
-                    if writer is None:
-                        unhashed = [
-                            leaf for leaf, d in zip(state.leaves, state.digests, strict=True) if d is None
-                        ]
-                        candidates = [item.leaf for item in pending] + unhashed
-                        writer = PackWriter(tmp, [(leaf.dtype, leaf.shape) for leaf in candidates])
-                    for item in pending:
-                        data = item.leaf.buffer() if item.data is None else item.data
-                        writer.add(item.digest, item.leaf.dtype, item.leaf.shape, data)
-                        hashing.release(item)
-                        done += item.leaf.size
-                    pending.clear()
+                        new.append(item)
+                hashing.release(rest, writing=bool(new))
+                if new and writer is None:
+                    unhashed = (
+                        leaf for leaf, d in zip(state.leaves, state.digests, strict=True) if d is None
+                    )
+                    candidates = [*(item.leaf for item in new), *unhashed]
+                    writer = PackWriter(tmp, [(leaf.dtype, leaf.shape) for leaf in candidates])
+                for item in new:
+                    data = item.leaf.buffer() if item.data is None else item.data
+                    writer.add(item.digest, item.leaf.dtype, item.leaf.shape, data)
+                    hashing.release([item], writing=True)
+                done += sum(item.leaf.size for item in batch)
                 progress(done, total)
         return writer.finish(packs) if writer else None
     except BaseException:
@@ -110,6 +107,14 @@ class _Hashed(NamedTuple):
     leaf: Leaf
     data: memoryview | None
     """The bytes, where they were copied to be hashed; None where they can be had from the leaf for nothing."""
+
+
+class _Run(NamedTuple):
+    """Neighbours that a thread hashes at a time: their bytes, and how many of them must be copied for it."""
+
+    slots: range
+    size: int
+    copied: int
 
 
 class _Hashing:
@@ -163,19 +168,19 @@ class _Hashing:
             for thread in threads:
                 thread.join()
 
-    def expect(self, *, writing: bool) -> None:
-        """Say whether the last batch is being written; where nothing is, larger batches save look-ups."""
+    def release(self, items: Sequence[_Hashed], *, writing: bool) -> None:
+        """The bytes of items are no longer needed.
+
+        Args:
+            writing: whether the last batch is being written; where nothing is, larger batches save look-ups.
+        """
+        size = sum(item.leaf.size for item in items)
+        copied = sum(item.leaf.size for item in items if item.data is not None)
         with self._room:
+            self._ahead -= size
+            self._copied -= copied
             self._writing = writing
             self._batch = BATCH if writing else 2 * self._batch
-            self._room.notify_all()
-
-    def release(self, item: _Hashed) -> None:
-        """The bytes of an item are no longer needed."""
-        with self._room:
-            self._ahead -= item.leaf.size
-            if item.data is not None:
-                self._copied -= item.leaf.size
             if self._waiting:
                 self._room.notify_all()
 
@@ -186,15 +191,15 @@ class _Hashing:
 
     def _work(self, thread: int) -> None:
         try:
-            while (run := self._claim(thread)) is not None:
-                items = [self._hash(slot) for slot in self._runs[run]]
+            while (number := self._claim(thread)) is not None:
+                run = self._runs[number]
+                items = [self._hash(slot) for slot in run.slots]
                 with self._progress:
-                    self._finished[run] = items
-                    self._ahead += sum(item.leaf.size for item in items)
+                    self._finished[number] = items
+                    self._ahead += run.size
                     while self._in_order in self._finished:
-                        items = self._finished.pop(self._in_order)
-                        self._ready += items
-                        self._ready_bytes += sum(item.leaf.size for item in items)
+                        self._ready += self._finished.pop(self._in_order)
+                        self._ready_bytes += self._runs[self._in_order].size
                         self._in_order += 1
                     if self._has_batch():
                         self._progress.notify()
@@ -217,7 +222,7 @@ class _Hashing:
         """
         with self._room:
             while not self._stopped and not self._error and self._claimed < len(self._runs):
-                size = self._copy_bytes(self._runs[self._claimed])
+                size = self._runs[self._claimed].copied
                 fits = not size or not self._copied or self._copied + size <= COPIES_IN_FLIGHT
                 if fits and not (thread and self._writing and self._ahead >= AHEAD):
                     self._copied += size
@@ -232,18 +237,15 @@ class _Hashing:
                 self._waits_for_room = self._waits_for_room and fits
             return None
 
-    def _copy_bytes(self, run: range) -> int:
-        leaves = (self._state.leaves[slot] for slot in run)
-        return sum(leaf.size for leaf in leaves if not leaf.is_plain)
 
-
-def _runs(leaves: Sequence[Leaf]) -> Iterator[range]:
+def _runs(leaves: Sequence[Leaf]) -> Iterator[_Run]:
     """Neighbours of about the size of a run together; a larger tensor is alone."""
-    start = size = 0
+    start = size = copied = 0
     for slot, leaf in enumerate(leaves):
         if slot > start and size + leaf.size > RUN:
-            yield range(start, slot)
-            start, size = slot, 0
+            yield _Run(range(start, slot), size, copied)
+            start, size, copied = slot, 0, 0
         size += leaf.size
+        copied += 0 if leaf.is_plain else leaf.size
     if leaves:
-        yield range(start, len(leaves))
+        yield _Run(range(start, len(leaves)), size, copied)

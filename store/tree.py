@@ -32,23 +32,27 @@ Path = tuple[object, ...]
 
 
 class Leaf(NamedTuple):
-    """One distinct tensor of a tree; `source` is a torch tensor, a numpy array or bytes."""
+    """One distinct tensor of a tree.
+
+    Attributes:
+        source: a torch tensor, a numpy array or bytes.
+        size: bytes of the tensor.
+        is_plain: whether `buffer` is a view of the caller's own memory, not a copy.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     source: Any
+    size: int
+    is_plain: bool
 
-    @property
-    def size(self) -> int:
-        return byte_count(self.dtype, self.shape)
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether `buffer` is a view of the caller's own memory, not a copy."""
-        source = self.source
+    @classmethod
+    def of(cls, dtype: str, shape: tuple[int, ...], source: Any) -> Leaf:
         if isinstance(source, torch.Tensor):
-            return is_plain(source)
-        return isinstance(source, bytes) or bool(source.flags.c_contiguous)
+            plain = is_plain(source)
+        else:
+            plain = isinstance(source, bytes) or bool(source.flags.c_contiguous)
+        return cls(dtype, shape, source, byte_count(dtype, shape), plain)
 
     def buffer(self) -> memoryview:
         """The contiguous little-endian bytes."""
@@ -122,7 +126,7 @@ class _Encoder:
     def _bytes(self, value: bytes, path: Path) -> Any:
         if len(value) <= _INLINE_BYTES:
             return {"$bytes": value.hex()}
-        return {"$bytes": self._add(Leaf("uint8", (len(value),), value))}
+        return {"$bytes": self._add(Leaf.of("uint8", (len(value),), value))}
 
     def _list(self, value: list[Any], path: Path) -> Any:
         return [self.encode(item, (*path, i)) for i, item in enumerate(value)]
@@ -165,7 +169,7 @@ class _Encoder:
         if problem:
             raise Unsupported(f"{_shown(path)}: {problem}")
         kind, shape = _TORCH_TYPES[tensor.dtype], tuple(tensor.shape)
-        leaf = Leaf(kind, shape, tensor)
+        leaf = Leaf.of(kind, shape, tensor)
         if tensor.numel() == 0:
             return self._add(leaf)
         device = "cpu" if tensor.is_cpu else tensor.device
@@ -181,7 +185,7 @@ class _Encoder:
         name = array.dtype.name
         if name not in _NUMPY_TYPES or not array.dtype.isnative:
             raise Unsupported(f"{_shown(path)}: a numpy array of dtype {array.dtype.str}; convert it first")
-        leaf = Leaf(name, array.shape, array)
+        leaf = Leaf.of(name, array.shape, array)
         if array.size == 0:
             return self._add(leaf)
         where = array.__array_interface__["data"][0]
