@@ -144,13 +144,12 @@ def in_parallel(jobs: Sequence[Job], work: Callable[[Job], None], sizes: Sequenc
 
 
 class _Read(NamedTuple):
-    """One system call: parts of tensors that lie one after the other in a pack, with gaps between them."""
+    """One system call: tensors that lie one after the other in a pack, from `item` on, and the gaps between."""
 
-    location: Location
+    item: Wanted
     start: int
     size: int
-    parts: list[tuple[Wanted | None, int, int]]
-    """A tensor and the range of its bytes; None for a gap of so many bytes."""
+    buffers: list[memoryview]
 
 
 def read_into(packs: Path, items: Iterable[Wanted], memory: Callable[[Wanted], memoryview]) -> None:
@@ -171,46 +170,40 @@ def read_into(packs: Path, items: Iterable[Wanted], memory: Callable[[Wanted], m
         place = (item.location.pack, item.location.start)
         if first.setdefault(place, item) is not item:
             repeated.append((item, first[place]))
-    reads = list(_reads([first[place] for place in sorted(first)]))
-    between = memoryview(bytearray(_GAP))
-
-    def read(job: _Read) -> None:
-        buffers = [
-            between[:stop] if item is None else memory(item)[start:stop] for item, start, stop in job.parts
-        ]
-        files.read(job, buffers)
-
+    reads = list(_reads([first[place] for place in sorted(first)], memory))
     with _Files(packs) as files:
-        in_parallel(reads, read, [read.size for read in reads])
+        in_parallel(reads, files.read, [read.size for read in reads])
     for item, source in repeated:
         memory(item)[:] = memory(source)
 
 
-def _reads(items: Iterable[Wanted]) -> Iterator[_Read]:
+def _reads(items: Iterable[Wanted], memory: Callable[[Wanted], memoryview]) -> Iterator[_Read]:
     """Group distinct tensors, in the order of their places, into system calls."""
+    between = memoryview(bytearray(_GAP))
     run: _Read | None = None
+    size = 0
     for item in items:
-        done = 0
-        while done < item.size:
-            start, size = item.location.start + done, min(item.size - done, _READ)
-            gap = start - run.start - run.size if run else -1
+        location, buffer = item.location, memory(item)
+        for done in range(0, item.size, _READ):
+            start = location.start + done
+            part = buffer[done : done + _READ] if item.size > _READ else buffer
+            gap = start - run.start - size if run else -1
             if (
                 run is None
-                or run.location.pack != item.location.pack
+                or run.item.location.pack != location.pack
                 or not 0 <= gap <= _GAP
-                or run.size + size > _READ
-                or len(run.parts) > _MAX_BUFFERS
+                or size + len(part) > _READ
+                or len(run.buffers) > _MAX_BUFFERS
             ):
                 if run:
-                    yield run
-                run = _Read(item.location, start, 0, [])
-            elif gap:
-                run.parts.append((None, 0, gap))
-            run.parts.append((item, done, done + size))
-            run = run._replace(size=start + size - run.start)
-            done += size
+                    yield run._replace(size=size)
+                run, size, gap = _Read(item, start, 0, []), 0, 0
+            if gap:
+                run.buffers.append(between[:gap])
+            run.buffers.append(part)
+            size = start + len(part) - run.start
     if run:
-        yield run
+        yield run._replace(size=size)
 
 
 def owned(packs: Path, items: Sequence[Wanted], *, check: bool) -> dict[int, torch.Tensor]:
@@ -270,17 +263,17 @@ class _Files:
         for file in self._open.values():
             file.__exit__()
 
-    def read(self, job: _Read, buffers: list[memoryview]) -> None:
-        fd = self._descriptor(job.location)
-        offset = job.start
-        with storage_errors(pack_path(self._packs, job.location.pack)):
-            while offset < job.start + job.size:
+    def read(self, job: _Read) -> None:
+        location, offset, buffers = job.item.location, job.start, job.buffers
+        fd = self._descriptor(location)
+        end = job.start + job.size
+        with storage_errors(pack_path(self._packs, location.pack)):
+            while offset < end:
                 count = os.preadv(fd, buffers, offset)
                 if count == 0:
-                    item = next(item for item, _, _ in job.parts if item is not None)
-                    raise damaged(self._packs, item)
+                    raise damaged(self._packs, job.item)
                 offset += count
-                buffers = _after(buffers, count) if offset < job.start + job.size else []
+                buffers = _after(buffers, count) if offset < end else []
 
     def _descriptor(self, location: Location) -> int:
         pack = location.pack

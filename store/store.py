@@ -52,6 +52,7 @@ class Store:
         self.root = Path(root)
         self.packs, self.manifests, self.tmp = (self.root / name for name in FOLDERS)
         self.index: Index = index or FolderIndex(self.packs)
+        self._recent: tuple[tuple[object, ...], Manifest] | None = None
 
     def __repr__(self) -> str:
         return f"Store({str(self.root)!r})"
@@ -145,7 +146,7 @@ class Store:
         from registry.store.tree import decode
 
         with loading.naming(label or digest[:12]):
-            manifest = self.manifest(digest)
+            manifest = self._recent_manifest(digest)
             documents = self._chosen(manifest, only)
             wanted = self._locate(manifest, documents)
             tensors: dict[int, torch.Tensor]
@@ -176,7 +177,7 @@ class Store:
         from registry.store.tree import is_plain, memory_of, tensor_paths, torch_type, unfillable
 
         with loading.naming(label or digest[:12]), torch.no_grad():
-            manifest = self.manifest(digest)
+            manifest = self._recent_manifest(digest)
             slots: dict[str, int] = {}
             ambiguous = {path for path, slot in manifest.slots if slots.setdefault(path, slot) != slot}
             live = tensor_paths(targets)
@@ -204,7 +205,7 @@ class Store:
             mapped = loading.Mapped(self.packs)
             if verify:
                 loading.verify(self.packs, wanted, mapped)
-            tensors = list(live.values())
+            tensors = [tensor.detach() if tensor.requires_grad else tensor for tensor in live.values()]
             direct = []
             for item in wanted:
                 if item.size and is_plain(tensors[item.slot]):
@@ -212,7 +213,7 @@ class Store:
                 else:
                     tensors[item.slot].copy_(mapped.tensor(item))
             loading.read_into(
-                self.packs, direct, lambda item: memory_of(tensors[item.slot].detach(), item.info.dtype)
+                self.packs, direct, lambda item: memory_of(tensors[item.slot], item.info.dtype)
             )
 
     def has(self, digest: str) -> bool:
@@ -236,6 +237,17 @@ class Store:
         if digest_of(data) != digest:
             raise Corrupt(f"{path}: the manifest is not what was saved; restore it from a backup")
         return parse(data)
+
+    def _recent_manifest(self, digest: str) -> Manifest:
+        """As `manifest`, parsed once for loads of the same one in a row, while its file stays as it was."""
+        path = self.manifest_path(digest)
+        if is_digest(digest) and path.exists():
+            status = path.lstat()
+            state = (digest, status.st_ino, status.st_size, status.st_mtime_ns)
+            if self._recent is None or self._recent[0] != state:
+                self._recent = state, self.manifest(digest)
+            return self._recent[1]
+        return self.manifest(digest)
 
     def __iter__(self) -> Iterator[str]:
         """The digests of all stored manifests, sorted."""
