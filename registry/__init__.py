@@ -11,11 +11,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from registry.builders import register_model as register_model
     from registry.checkpoint import Checkpoint as Checkpoint
     from registry.config import Config as Config
     from registry.config import ModelConfig as ModelConfig
     from registry.logs import setup_logging as setup_logging
     from registry.registry import Registry as Registry
+    from registry.resumable import ResumableLoader as ResumableLoader
+    from registry.run import Run as Run
     from registry.store.errors import RegistryError as RegistryError
 
 __version__ = "0.1.0"
@@ -26,10 +29,23 @@ _HOMES = {
     "ModelConfig": "registry.config",
     "Registry": "registry.registry",
     "RegistryError": "registry.store.errors",
+    "ResumableLoader": "registry.resumable",
+    "Run": "registry.run",
+    "register_model": "registry.builders",
     "setup_logging": "registry.logs",
 }
 
-__all__ = ["Checkpoint", "Config", "ModelConfig", "Registry", "RegistryError", "setup_logging"]
+__all__ = [
+    "Checkpoint",
+    "Config",
+    "ModelConfig",
+    "Registry",
+    "RegistryError",
+    "ResumableLoader",
+    "Run",
+    "register_model",
+    "setup_logging",
+]
 
 
 def __getattr__(name: str) -> Any:

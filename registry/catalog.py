@@ -54,10 +54,9 @@ class Catalog:
         with durable.storage_errors(self.path):
             durable.append(self.path, b"")  # by the umask; SQLite would keep a group from writing
         connection = self._connect(create=True)
-        with contextlib.closing(connection), self._errors():
-            with _transaction(connection):
-                if not connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():
-                    schema.create(connection)
+        with contextlib.closing(connection), self._errors(), _transaction(connection):
+            if not connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():
+                schema.create(connection)
 
     def connection(self) -> sqlite3.Connection:
         """This thread's connection in this process."""
@@ -206,20 +205,24 @@ class Catalog:
         from registry.store.durable import storage_errors
 
         connection = self._connect(create=True)
-        with contextlib.closing(connection), self._errors(), storage_errors(self.path):
-            with _transaction(connection, "EXCLUSIVE"):
-                self._schema(connection)
-                schema.drop(connection)
-                schema.create(connection)
-                change = Change(connection, self._store())
-                for pack in packs:
-                    change.add_pack(pack, replace=())
-                self._catch_up(change)
-                if adopted:
-                    for record in adopted:
-                        change.apply(record)
-                    self.journal.append(adopted)
-                    self._set_applied(connection, self.journal.size())
+        with (
+            contextlib.closing(connection),
+            self._errors(),
+            storage_errors(self.path),
+            _transaction(connection, "EXCLUSIVE"),
+        ):
+            self._schema(connection)
+            schema.drop(connection)
+            schema.create(connection)
+            change = Change(connection, self._store())
+            for pack in packs:
+                change.add_pack(pack, replace=())
+            self._catch_up(change)
+            if adopted:
+                for record in adopted:
+                    change.apply(record)
+                self.journal.append(adopted)
+                self._set_applied(connection, self.journal.size())
 
     def _catch_up(self, change: Change) -> None:
         applied = self._applied(change.connection)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from registry.store.errors import Corrupt, NotFound, RegistryError, Unsupported
@@ -17,6 +17,7 @@ from registry.store.manifest import Manifest
 from registry.store.pack import PackInfo, read_pack_info
 from registry.store.store import Store
 from registry.store.text import quoted
+from registry.versions import best_id
 
 _BATCH = 500
 
@@ -66,6 +67,19 @@ class Change:
     def next_version(self, model: str) -> int:
         row = self.connection.execute("SELECT next_version FROM models WHERE name = ?", (model,)).fetchone()
         return int(row[0]) if row else 1
+
+    def point_to_best(self, model: str, metric: str, *, smallest: bool) -> None:
+        """Move the alias `best` to the version with the best value; NaN never wins, of equals the earlier does."""
+
+        def query(sql: str, parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
+            return self.connection.execute(sql, parameters).fetchall()
+
+        id = best_id(query, model, metric, smallest=smallest)
+        row = self.connection.execute(
+            "SELECT id FROM aliases WHERE model = ? AND name = 'best'", (model,)
+        ).fetchone()
+        if id and (row is None or row[0] != id):
+            self.apply({"op": "alias", "model": model, "alias": "best", "id": id})
 
     def use(self, id: str, manifest: Manifest, pack: PackInfo | None, *, strict: bool) -> None:
         """Register a manifest and the new pack that came with it.
@@ -143,6 +157,12 @@ class Change:
         self.connection.executemany(insert, rows)
         for broken in replace:
             self._drop_if_empty(broken)
+
+    def replace_pack(self, old: str, new: PackInfo) -> None:
+        """Let everything that relies on one pack rely on another, which holds all of it that is still needed."""
+        self.add_pack(new, replace={old})
+        execute = self.connection.execute
+        execute("DELETE FROM uses WHERE pack = (SELECT number FROM packs WHERE digest = ?)", (old,))
 
     def _drop_if_empty(self, pack: str) -> None:
         """Forget a damaged pack once all of its tensors are stored elsewhere."""

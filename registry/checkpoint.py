@@ -92,6 +92,26 @@ class Checkpoint:
         return self._version.record
 
     @property
+    def run(self) -> str | None:
+        """The training session that saved it."""
+        return self._version.record.get("run")
+
+    @property
+    def parent(self) -> str | None:
+        """Name of the checkpoint that training went on from, such as `lenet5:v2`."""
+        return self._version.record.get("parent")
+
+    @property
+    def lineage(self) -> Sequence[Mapping[str, str]]:
+        """Edges to what it came from: each a `kind`, such as `resumed-from`, and a `parent`."""
+        return self._version.record.get("lineage", [])  # type: ignore[no-any-return]
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """How it was made: classes, builder, dataset, seconds since the run began, command, code, software."""
+        return self._version.record.get("provenance", {})  # type: ignore[no-any-return]
+
+    @property
     def components(self) -> tuple[str, ...]:
         return tuple(self._version.record["components"])
 
@@ -126,6 +146,49 @@ class Checkpoint:
             Incompatible: listing the names, shapes or dtypes that differ; nothing was changed.
         """
         self._store.load_into(self.id, components, verify=verify, label=self.name)
+
+    def restore(self, *, rng: bool | None = None, verify: bool = True, **live: Any) -> None:
+        """Put recorded state into live objects, all of them or none: `restore(model=model, optimizer=optimizer)`.
+
+        Names of wrapped networks (`DataParallel`, `torch.compile` and so on) are matched by the plain network's.
+
+        Args:
+            rng: restore the random number generators too; by default if an optimizer is among the objects, which
+                means that training goes on.
+            verify: check every byte against its digest.
+
+        Raises:
+            NotFound: if the checkpoint has no component of a name.
+            Incompatible: saying what differs; nothing was changed.
+            Corrupt: if a byte is not what was saved; nothing was changed.
+        """
+        import torch
+
+        from registry import components
+        from registry import rng as generators
+        from registry.store.loading import naming
+
+        for name in live:
+            if name not in self.components:
+                raise components.missing(name, self.name, self.components)
+        if rng is None:
+            rng = any(isinstance(component, torch.optim.Optimizer) for component in live.values())
+        networks = [name for name, component in live.items() if isinstance(component, torch.nn.Module)]
+        others = [name for name in live if name not in networks]
+        if rng and "rng" in self.components:
+            others.append("rng")
+        states = self.load(networks, verify=verify) if networks else {}
+        if others:  # which keep the tensors that they are given
+            states |= self.load(others, copy=True, verify=verify)
+        with naming(self.name):
+            components.restore(states, live, self.provenance.get("kinds", {}))
+        if "rng" in states:
+            generators.restore(states["rng"])
+
+    @property
+    def extra(self) -> Mapping[str, Any]:
+        """The plain values and tensors that were saved as `extra`."""
+        return self.load("extra")["extra"] if "extra" in self.components else {}
 
     def parameters(self) -> Iterator[tuple[str, str, tuple[int, ...], str]]:
         """Path, dtype, shape and digest of every tensor, without reading one."""

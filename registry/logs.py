@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -61,6 +63,39 @@ def setup_logging(
     root.setLevel(number)
     logging.captureWarnings(True)
     return Path(file.baseFilename)
+
+
+@contextlib.contextmanager
+def run_log(path: Path) -> Iterator[None]:
+    """Send the records of all modules, from INFO on, to a file as well, while the context is open.
+
+    The console shows what it showed before.
+    """
+    root = logging.getLogger()
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(_OneRecord(_FORMAT, "%Y-%m-%d %H:%M:%S"))
+    handler.setLevel(logging.INFO)
+    console = None
+    if not root.handlers:  # warnings went to the console by default, and still should
+        console = _Console(sys.stderr)
+        console.setLevel(logging.WARNING)
+        root.addHandler(console)
+    level, levels = root.level, [(other, other.level) for other in root.handlers]
+    if level > logging.INFO:
+        for other, own in levels:
+            other.setLevel(max(level, own))
+        root.setLevel(logging.INFO)
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()
+        root.setLevel(level)
+        for other, own in levels:
+            other.setLevel(own)
+        if console:
+            root.removeHandler(console)
 
 
 class _Console(logging.StreamHandler):  # type: ignore[type-arg]

@@ -20,10 +20,17 @@ from registry.store.text import quoted
 from registry.versions import Version, best_version, list_names
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from registry.checkpoint import Checkpoint
+    from registry.config import Config
     from registry.garbage import Collected
     from registry.rebuilding import Rebuilt
+    from registry.retention import Monitor
+    from registry.run import Run
+    from registry.runs import Runs
     from registry.status import Status
+    from registry.store.saving import State
     from registry.store.store import Store
     from registry.verification import Verification
 
@@ -107,12 +114,92 @@ class Registry:
                 "upgrade with: pip install -U torch-registry"
             )
 
+    # -- training ----------------------------------------------------------------------------------------
+
+    @property
+    def runs(self) -> Runs:
+        """The training sessions that the registry knows."""
+        from registry.runs import Runs
+
+        return Runs(self.catalog, self.root)
+
+    def run(
+        self,
+        model: str,
+        *,
+        config: Config | Mapping[str, Any] | None = None,
+        name: str | None = None,
+        dataset: str | None = None,
+        builder: str | None = None,
+        resume: str | Checkpoint | None = None,
+        monitor: str | None = None,
+        mode: str | None = None,
+        keep_last: int | None = None,
+        keep_best: int | None = None,
+        keep_optimizer: int | None = None,
+    ) -> Run:
+        """A training session, for use in a `with` statement.
+
+            with registry.run("lenet5", config=config, monitor="accuracy") as run:
+                run.save(model=model, optimizer=optimizer, epoch=1, metrics={"accuracy": 0.97})
+
+        Args:
+            model: the model that gets new versions.
+            config: the hyperparameters, which every checkpoint records.
+            name: what to call the run below the model; `run-1`, `run-2` and so on unless given.
+            dataset: digest of the data.
+            builder: name under which the network is registered, if it is not found by its class.
+            resume: the checkpoint that training goes on from.
+            monitor: a metric, or `loss`; the alias `best` follows the version that has its best value.
+            mode: `max` or `min`; by default `min` for `loss` and `max` for anything else.
+            keep_last, keep_best: keep that many of the run's newest versions, and of its best ones; others are
+                removed, but never one with an alias, a tag or a descendant. Without either all stay.
+            keep_optimizer: older versions than that many keep their weights and lose everything else.
+
+        Raises:
+            Invalid: if a name or a rule is malformed.
+            Conflict: if the model has a run of this name.
+            NotFound: if there is no checkpoint to resume.
+        """
+        from registry.retention import Retention
+        from registry.run import Run
+
+        retention = Retention.of(monitor, mode, keep_last, keep_best, keep_optimizer)
+        resumed = self[resume] if isinstance(resume, str) else resume
+        return Run(
+            *(self, model),
+            config=config,
+            name=name,
+            dataset=dataset,
+            builder=builder,
+            resumed=resumed,
+            retention=retention,
+        )
+
+    def build(self, reference: str, *, component: str = "model") -> nn.Module:
+        """The network of a checkpoint, with its weights, in evaluation mode.
+
+        Its builder must be registered (see `registry.register_model`); no code that a file names is run.
+
+        Raises:
+            NotFound: if there is no such checkpoint, or its builder is not registered.
+            Incompatible: if the builder's network does not fit the weights.
+        """
+        from registry.builders import builder
+
+        checkpoint = self[reference]
+        about = checkpoint.provenance
+        network = builder(about.get("builder", checkpoint.model)).build(about.get("network"))
+        live: dict[str, Any] = {component: network}
+        checkpoint.restore(rng=False, **live)
+        return network.eval()
+
     # -- saving ------------------------------------------------------------------------------------------
 
     def save(
         self,
         model: str,
-        components: Mapping[str, Any],
+        components: Mapping[str, Any] | State,
         *,
         epoch: int | None = None,
         step: int | None = None,
@@ -122,6 +209,10 @@ class Registry:
         meta: Mapping[str, Any] | None = None,
         lineage: Sequence[Mapping[str, str]] = (),
         source: Mapping[str, Any] | None = None,
+        run: str | None = None,
+        parent: str | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        best_by: Monitor | None = None,
         progress: Progress = silent,
     ) -> Checkpoint:
         """Save named state trees as the next version of a model.
@@ -131,12 +222,17 @@ class Registry:
 
         Args:
             model: name of the model family.
-            components: state trees by component name, such as `{"model": net.state_dict()}`.
+            components: state trees by component name, such as `{"model": net.state_dict()}`, or what
+                `store.encode` made of them.
             loss, metrics: plain numbers; NaN is recorded and never counts as best.
             config: the hyperparameters, as plain values.
             meta: anything else, as plain values.
             lineage: edges to other checkpoints or files, each with `kind` and `parent`.
             source: where an imported checkpoint came from.
+            run: the training session that saves it; see `run`.
+            parent: name of the checkpoint that training went on from.
+            provenance: how it was made, as plain values.
+            best_by: move the alias `best` to the version with the best value of this metric.
             progress: told the bytes done and the bytes in all.
 
         Raises:
@@ -145,9 +241,10 @@ class Registry:
             StorageError: if the disk is full or refuses; no version is made.
         """
         from registry.change import Stale
+        from registry.store.saving import State as Encoded
 
         check_name(model, "model")
-        for component in components:
+        for component in components.components if isinstance(components, Encoded) else components:
             check_name(component, "component")
         record: dict[str, Any] = {
             "kind": "checkpoint",
@@ -163,10 +260,13 @@ class Registry:
             "meta": dict(meta or {}),
             "lineage": [_edge(edge) for edge in lineage],
             "source": source,
+            "run": run,
+            "parent": parent,
+            "provenance": provenance,
         }
         record = {key: value for key, value in record.items() if value not in (None, {}, [])}
         record["torch-registry"] = registry.__version__
-        state = self.store.encode(components)
+        state = components if isinstance(components, Encoded) else self.store.encode(components)
         for attempt in range(_ATTEMPTS):
             stored = self.store.put(state, record, progress=progress)
             try:
@@ -174,6 +274,8 @@ class Registry:
                     change.use(stored.digest, stored.manifest, stored.pack, strict=attempt < _ATTEMPTS // 2)
                     version = change.next_version(model)
                     change.apply({"op": "publish", "id": stored.digest, "model": model, "version": version})
+                    if best_by:
+                        change.point_to_best(model, best_by.metric, smallest=best_by.smallest)
                 break
             except Stale:
                 if stored.pack:
@@ -278,6 +380,23 @@ class Registry:
         version = self.resolve(reference)
         self._apply({"op": "note", "id": version.id, "at": _now(), "text": text})
         return self[version.name]
+
+    def with_descendants(self, ids: Sequence[str]) -> set[str]:
+        """Those of the ids that other checkpoints were resumed or transferred from."""
+        marks = ",".join("?" * len(ids))
+        return {
+            row[0] for row in self.catalog.query(f"SELECT parent FROM lineage WHERE parent IN ({marks})", ids)
+        }
+
+    def thin(self, reference: str) -> Checkpoint:
+        """Keep only the weights of a version: its other components are dropped, and its id changes.
+
+        A version that others descend from, or that has no network under the name `model`, stays as it is.
+        `collect_garbage` frees the space.
+        """
+        from registry.thinning import thin
+
+        return thin(self, reference)
 
     def remove(
         self, references: Sequence[str], *, force: bool = False, dry_run: bool = False

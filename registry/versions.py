@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -143,24 +143,37 @@ def best_version(catalog: Catalog, model: str, metric: str, *, smallest: bool = 
 
     NaN never wins, and of two equal values the earlier does.
     """
-    if metric == "loss":
-        direction = "ASC" if smallest else "DESC"
-        found = find_versions(
-            catalog,
-            "v.model = ? AND v.loss IS NOT NULL",
-            [model],
-            order=f"v.loss {direction}, v.version",
-            limit=1,
-        )
-        return found[0] if found else None
+    id = best_id(catalog.query, model, metric, smallest=smallest)
+    return find_versions(catalog, "v.id = ?", [id])[0] if id else None
+
+
+def best_id(
+    query: Callable[[str, Sequence[Any]], Sequence[Sequence[Any]]],
+    model: str,
+    metric: str,
+    *,
+    smallest: bool,
+) -> str | None:
+    """The id of the version with the best value of a metric (or `loss`).
+
+    Args:
+        query: runs SQL and returns the rows.
+    """
     direction = "ASC" if smallest else "DESC"
-    rows = catalog.query(
-        "SELECT t.id FROM metrics t JOIN versions v ON v.id = t.id "
-        "WHERE t.model = ? AND t.name = ? AND t.value IS NOT NULL "
-        f"ORDER BY t.value {direction}, v.version LIMIT 1",
-        [model, metric],
-    )
-    return find_versions(catalog, "v.id = ?", [rows[0][0]])[0] if rows else None
+    if metric == "loss":
+        rows = query(
+            "SELECT id FROM versions WHERE model = ? AND loss IS NOT NULL "
+            f"ORDER BY loss {direction}, version LIMIT 1",
+            [model],
+        )
+    else:
+        rows = query(
+            "SELECT t.id FROM metrics t JOIN versions v ON v.id = t.id "
+            "WHERE t.model = ? AND t.name = ? AND t.value IS NOT NULL "
+            f"ORDER BY t.value {direction}, v.version LIMIT 1",
+            [model, metric],
+        )
+    return rows[0][0] if rows else None
 
 
 def list_names(catalog: Catalog, prefix: str) -> list[str]:

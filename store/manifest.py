@@ -11,7 +11,7 @@ import functools
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -69,6 +69,12 @@ class Manifest:
             "tensors": [[tensor.dtype, list(tensor.shape), tensor.digest] for tensor in self.tensors],
         }
         return json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
+
+    def reduced(self, names: Collection[str], record: Mapping[str, Any]) -> Manifest:
+        """A manifest of some of the components alone, with another record."""
+        places: dict[int, int] = {}
+        components = {name: _renumbered(self.components[name], places) for name in names}
+        return Manifest(record, components, [self.tensors[slot] for slot in places])
 
     def select(self, patterns: Sequence[str]) -> dict[str, Any]:
         """The components' documents cut down to what the patterns name (see `Store.get`)."""
@@ -197,6 +203,18 @@ def _children(node: Any) -> list[tuple[Any, Any]]:
         metadata = [("_metadata", node["metadata"])] if "metadata" in node else []
         return _children(body) + metadata
     return _children(body) if tag in ("$counter", "$tuple") else []
+
+
+def _renumbered(node: Any, places: dict[int, int]) -> Any:
+    """A document with positions counted in the order of their first use."""
+    if isinstance(node, list):
+        return [_renumbered(item, places) for item in node]
+    if not isinstance(node, dict):
+        return node
+    tag = next(iter(node), "")
+    if tag in _TAG_OF_SLOT and not isinstance(node[tag], str):
+        return {tag: places.setdefault(node[tag], len(places))}
+    return {key: _renumbered(child, places) for key, child in node.items()}
 
 
 _NOTHING: Any = object()

@@ -82,13 +82,13 @@ def write_new(
                         seen.add(item.digest)
                         new.append(item)
                 hashing.release(rest, writing=bool(new))
-                if new and writer is None:
-                    unhashed = (
-                        leaf for leaf, d in zip(state.leaves, state.digests, strict=True) if d is None
-                    )
-                    candidates = [*(item.leaf for item in new), *unhashed]
-                    writer = PackWriter(tmp, [(leaf.dtype, leaf.shape) for leaf in candidates])
                 for item in new:
+                    if writer is None:
+                        unhashed = (
+                            leaf for leaf, d in zip(state.leaves, state.digests, strict=True) if d is None
+                        )
+                        candidates = [*(one.leaf for one in new), *unhashed]
+                        writer = PackWriter(tmp, [(leaf.dtype, leaf.shape) for leaf in candidates])
                     data = item.leaf.buffer() if item.data is None else item.data
                     writer.add(item.digest, item.leaf.dtype, item.leaf.shape, data)
                     hashing.release([item], writing=True)

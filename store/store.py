@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from registry.store import durable
 from registry.store.digest import digest as digest_of
 from registry.store.digest import is_digest
+from registry.store.dtypes import byte_count
 from registry.store.durable import storage_errors
 from registry.store.errors import Corrupt, Incompatible, Invalid, NotFound
 from registry.store.location import Index, Location
@@ -103,15 +104,56 @@ class Store:
 
             durable.twice_on_io_error(write)
             manifest = Manifest(dict(record or {}), state.components, state.tensors())
-            data = manifest.render()
-            if len(data) > MAX_SIZE:
-                raise Invalid(
-                    f"the plain values of this checkpoint take {len(data) >> 20} MB, at most {MAX_SIZE >> 20} are "
-                    "stored; put long lists into tensors or arrays"
-                )
-            digest = digest_of(data)
-            durable.write_file(self.manifest_path(digest), data, folder=self.tmp, read_only=True)
-        return Stored(digest, manifest, packs[-1])
+            return Stored(self.write_manifest(manifest), manifest, packs[-1])
+
+    def write_manifest(self, manifest: Manifest) -> str:
+        """Write a manifest, durably, and return its digest.
+
+        Raises:
+            Invalid: if it is too large.
+        """
+        data = manifest.render()
+        if len(data) > MAX_SIZE:
+            raise Invalid(
+                f"the plain values of this checkpoint take {len(data) >> 20} MB, at most {MAX_SIZE >> 20} are "
+                "stored; put long lists into tensors or arrays"
+            )
+        digest = digest_of(data)
+        durable.write_file(self.manifest_path(digest), data, folder=self.tmp, read_only=True)
+        return digest
+
+    def copy_to_new_pack(self, digests: Collection[str]) -> PackInfo:
+        """Copy stored tensors to a pack of their own, verified, so that the packs they are in can go.
+
+        Raises:
+            Corrupt: if a byte is not what was saved.
+        """
+        from registry.store.digest import tensor_digest
+        from registry.store.pack import PackWriter, map_file
+
+        located = self.index.locate(digests)
+        with storage_errors(self.root):
+            wanted: list[tuple[str, str, tuple[int, ...], Location]] = []
+            for name in {location.pack for location in located.values()}:
+                for tensor in read_pack_info(self.pack_path(name)).tensors:
+                    place = located.get(tensor.digest)
+                    if place and place.pack == name:
+                        wanted.append((tensor.digest, tensor.dtype, tensor.shape, place))
+            maps = {
+                place.pack: memoryview(map_file(self.pack_path(place.pack), place.pack_size))
+                for *_, place in wanted
+            }
+            writer = PackWriter(self.tmp, [(dtype, shape) for _, dtype, shape, _ in wanted])
+            try:
+                for digest, dtype, shape, place in wanted:
+                    data = maps[place.pack][place.start : place.start + byte_count(dtype, shape)]
+                    if tensor_digest(dtype, shape, data) != digest:
+                        raise Corrupt(f"pack {place.pack}: tensor {digest} is not what was saved")
+                    writer.add(digest, dtype, shape, data)
+                return writer.finish(self.packs)
+            except BaseException:
+                writer.discard()
+                raise
 
     def get(
         self,
@@ -212,9 +254,7 @@ class Store:
                     direct.append(item)
                 else:
                     tensors[item.slot].copy_(mapped.tensor(item))
-            loading.read_into(
-                self.packs, direct, lambda item: memory_of(tensors[item.slot], item.info.dtype)
-            )
+            loading.read_into(self.packs, direct, lambda item: memory_of(tensors[item.slot], item.info.dtype))
 
     def has(self, digest: str) -> bool:
         """Whether a manifest of this digest is stored."""

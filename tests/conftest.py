@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from hypothesis import settings
 
-settings.register_profile("untimed", deadline=None)  # machines are shared: how long an example takes proves nothing
+# machines are shared: how long an example takes proves nothing
+settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")

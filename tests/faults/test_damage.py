@@ -239,7 +239,7 @@ MUTILATIONS = {
     "no packs": "PRAGMA foreign_keys = OFF; DROP TABLE packs",
     "a column less": "ALTER TABLE versions DROP COLUMN epoch",
     "an index less": "DROP INDEX metrics_by_value",
-    "a table more": "CREATE TABLE \"odd \"\" name\" (x REFERENCES models (name))",
+    "a table more": 'CREATE TABLE "odd "" name" (x REFERENCES models (name))',
     "rows of nothing": "PRAGMA foreign_keys = OFF; INSERT INTO uses VALUES ('x', 9); DELETE FROM packs",
 }
 

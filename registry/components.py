@@ -1,0 +1,247 @@
+"""Components: live objects whose state a checkpoint records, and putting that state back, all or nothing.
+
+Anything with `state_dict()` and `load_state_dict()` is a component. Wrappers (`DataParallel`,
+`DistributedDataParallel`, `torch.compile`) are seen through, wherever in a network they sit: what is stored has
+the names of the plain module.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from registry.store.errors import Incompatible, Invalid, NotFound
+from registry.store.text import quoted
+
+_SHOWN = 3
+_INNER = {
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+}
+_SHAPED_LIKE_PARAMETERS = (
+    *("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"),
+    "SparseAdam",
+)
+
+
+def capture(name: str, component: Any) -> Any:
+    """The state of a component, under the names of the plain module; tensors are not copied.
+
+    Raises:
+        Invalid: if the object has no state to record.
+    """
+    if isinstance(component, Mapping):
+        return component
+    if isinstance(component, nn.Module):
+        return _plain_state(component)
+    if isinstance(component, torch.utils.data.DataLoader) and not hasattr(component, "state_dict"):
+        raise Invalid(
+            f"{name}: a DataLoader does not know its position; wrap it: ResumableLoader(loader) from registry"
+        )
+    if not callable(getattr(component, "state_dict", None)):
+        raise Invalid(
+            f"{name}: {type(component).__qualname__} has no state_dict(); give plain values as extra={{...}}"
+        )
+    return component.state_dict()
+
+
+def kind_of(component: Any) -> str:
+    """The class of a component, which is recorded to explain what does not fit later."""
+    return type(plain_module(component)).__qualname__
+
+
+def plain_module(component: Any) -> Any:
+    """The object inside wrappers; the object itself if it is not wrapped."""
+    while isinstance(component, nn.Module) and (inner := _inner(component)):
+        component = getattr(component, inner)
+    return component
+
+
+def restore(states: Mapping[str, Any], components: Mapping[str, Any], kinds: Mapping[str, str]) -> None:
+    """Put recorded states into live components: all of them, or none if one does not fit.
+
+    Args:
+        states: what `capture` gave, by component name; what is no network may keep the tensors in it.
+        components: live objects of the same names.
+        kinds: classes of the recorded components, where they are known.
+
+    Raises:
+        Incompatible: saying what differs; nothing was changed.
+    """
+    for name, component in components.items():
+        _check(name, component, states[name], kinds.get(name))
+    undo: list[Callable[[], object]] = []
+    try:
+        # networks come last: what could still fail then is only their own hooks
+        for name, component in sorted(components.items(), key=lambda item: isinstance(item[1], nn.Module)):
+            undo.append(_way_back(component))
+            _put(component, states[name])
+    except BaseException as error:
+        for step in reversed(undo):
+            step()
+        if isinstance(error, Exception):
+            raise Incompatible(f"{name}: {error}; nothing was changed") from error
+        raise
+
+
+def _check(name: str, component: Any, state: Any, kind: str | None) -> None:
+    if isinstance(component, nn.Module):
+        _check_module(name, component, state)
+    elif isinstance(component, torch.optim.Optimizer):
+        _check_optimizer(name, component, state, kind)
+    elif not callable(getattr(component, "load_state_dict", None)):
+        raise Invalid(f"{name}: {type(component).__qualname__} has no load_state_dict()")
+    elif kind is not None and kind_of(component) != kind:
+        raise Incompatible(f"{name} is a {kind_of(component)}, the checkpoint has the state of a {kind}")
+
+
+def _check_module(name: str, module: nn.Module, state: Any) -> None:
+    if not isinstance(state, Mapping):
+        raise Incompatible(f"{name}: the checkpoint holds no state dict of a network under this name")
+    live = _plain_state(module)
+    problems = [f"{key} is not in the checkpoint" for key in live if key not in state]
+    problems += [f"the network has no {key}" for key in state if key not in live]
+    for key, tensor in live.items():
+        stored = state.get(key)
+        if not isinstance(tensor, torch.Tensor) or not isinstance(stored, torch.Tensor):
+            continue
+        if is_lazy(tensor):
+            continue
+        if tensor.shape != stored.shape:
+            problems.append(f"{key} has shape {list(tensor.shape)}, stored is {list(stored.shape)}")
+        elif tensor.is_floating_point() != stored.is_floating_point():
+            problems.append(f"{key} is {tensor.dtype}, stored is {stored.dtype}")
+    _raise(name, problems)
+
+
+def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, state: Any, kind: str | None) -> None:
+    if not isinstance(state, Mapping) or not {"state", "param_groups"} <= set(state):
+        raise Incompatible(f"{name}: the checkpoint holds no state of an optimizer under this name")
+    if kind is not None and kind != type(optimizer).__qualname__:
+        raise Incompatible(
+            f"{name} is a {type(optimizer).__qualname__}, the checkpoint has the state of a {kind}"
+        )
+    live, stored = optimizer.param_groups, state["param_groups"]
+    problems = []
+    if len(live) != len(stored):
+        problems.append(f"it has {len(live)} parameter groups, the checkpoint {len(stored)}")
+    for i, (ours, theirs) in enumerate(zip(live, stored, strict=False)):
+        if len(ours["params"]) != len(theirs["params"]):
+            problems.append(
+                f"group {i} has {len(ours['params'])} parameters, the checkpoint {len(theirs['params'])}"
+            )
+        if missing := sorted(set(ours) - set(theirs) - {"param_names"}):
+            problems.append(f"group {i} has {', '.join(missing)}, which the checkpoint lacks")
+    if not problems and type(optimizer).__qualname__ in _SHAPED_LIKE_PARAMETERS:
+        places = (place for group in stored for place in group["params"])
+        parameters = (parameter for group in live for parameter in group["params"])
+        for place, parameter in zip(places, parameters, strict=True):
+            for key, value in state["state"].get(place, {}).items():
+                if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameter.shape:
+                    problems.append(
+                        f"{key} of parameter {place} has shape {list(value.shape)}, the parameter "
+                        f"{list(parameter.shape)}"
+                    )
+    _raise(name, problems)
+
+
+def _raise(name: str, problems: list[str]) -> None:
+    if problems:
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise Incompatible(f"{name}: {'; '.join(problems[:_SHOWN])}{more}")
+
+
+def _put(component: Any, state: Any) -> None:
+    if isinstance(component, nn.Module):
+        names = dict(_names(component))
+        renamed = OrderedDict((actual, state[plain]) for actual, plain in names.items() if plain in state)
+        if hasattr(state, "_metadata"):
+            renamed._metadata = _unfolded(component, state._metadata)  # type: ignore[attr-defined]
+        component.load_state_dict(renamed)
+    else:
+        component.load_state_dict(state)
+
+
+def _way_back(component: Any) -> Callable[[], object]:
+    """What undoes a failed `load_state_dict`."""
+    if isinstance(component, torch.optim.Optimizer):
+        # loading replaces the state and the groups' values; it does not write into the old tensors
+        state, groups = component.state, [dict(group) for group in component.param_groups]
+        return lambda: component.__setstate__({"state": state, "param_groups": groups})
+    if isinstance(component, nn.Module) and not _has_own_loading(component):
+        return lambda: None
+    before = copy.deepcopy(component.state_dict())
+    return lambda: component.load_state_dict(before)
+
+
+def _has_own_loading(module: nn.Module) -> bool:
+    """Whether code of the user's runs while the state is loaded, and may fail after the checks."""
+    return any(
+        part._load_state_dict_pre_hooks
+        or part._load_state_dict_post_hooks
+        or type(part).load_state_dict is not nn.Module.load_state_dict
+        or type(part)._load_from_state_dict is not nn.Module._load_from_state_dict
+        or type(part).set_extra_state is not nn.Module.set_extra_state
+        for part in module.modules()
+        if not inspect.getmodule(type(part)).__name__.startswith("torch.")  # type: ignore[union-attr]
+    )
+
+
+# -- names ---------------------------------------------------------------------------------------------------
+
+
+def _plain_state(module: nn.Module) -> OrderedDict[str, Any]:
+    state = module.state_dict()
+    names = dict(_plain_names(module, state))
+    if all(actual == plain for actual, plain in names.items()):
+        return state  # type: ignore[return-value]
+    plain = OrderedDict((names[actual], value) for actual, value in state.items())
+    metadata = getattr(state, "_metadata", {})
+    folded = OrderedDict((_plain_name(module, actual), value) for actual, value in metadata.items())
+    plain._metadata = folded  # type: ignore[attr-defined]
+    return plain
+
+
+def _unfolded(module: nn.Module, metadata: Mapping[str, Any]) -> OrderedDict[str, Any]:
+    """A stored state's metadata under the live module's own names."""
+    paths = [name for name, _ in module.named_modules(remove_duplicate=False)]
+    plain = ((path, _plain_name(module, path)) for path in paths)
+    return OrderedDict((path, metadata[name]) for path, name in plain if name in metadata)
+
+
+def _names(module: nn.Module) -> Iterator[tuple[str, str]]:
+    return _plain_names(module, module.state_dict())
+
+
+def _plain_names(module: nn.Module, names: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name in names:
+        yield name, _plain_name(module, name)
+
+
+def _plain_name(module: nn.Module, name: str) -> str:
+    """A name without the parts that wrappers put into it."""
+    parts: list[str] = []
+    inside: Any = module
+    for part in name.split("."):
+        if not (isinstance(inside, nn.Module) and part == _inner(inside)):
+            parts.append(part)
+        inside = inside._modules.get(part) if isinstance(inside, nn.Module) else None
+    return ".".join(parts)
+
+
+def _inner(module: nn.Module) -> str | None:
+    name = _INNER.get(type(module).__name__)
+    return name if name in module._modules else None
+
+
+def missing(name: str, reference: str, present: tuple[str, ...]) -> NotFound:
+    """The error for a component that a checkpoint does not have."""
+    return NotFound(f"{reference} has no component {quoted(name)}; it has {', '.join(present)}")

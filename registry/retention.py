@@ -1,0 +1,110 @@
+"""Retention: which of a run's versions are kept, and which keep only their weights.
+
+The rules unite: a version that one of them keeps is kept. It is applied after a new version is published, never
+before, and only to versions of the same run and of those that it was resumed from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from registry.reference import check_name
+from registry.store.errors import Invalid
+from registry.store.text import quoted
+from registry.versions import find_versions
+
+if TYPE_CHECKING:
+    from registry.checkpoint import Checkpoint
+    from registry.registry import Registry
+    from registry.versions import Version
+
+
+class Monitor(NamedTuple):
+    """The metric (or `loss`) by which a version is the best, and whether that is the smallest value."""
+
+    metric: str
+    smallest: bool
+
+
+class Retention(NamedTuple):
+    """What of a run stays; nothing is removed where neither `keep_last` nor `keep_best` is given."""
+
+    monitor: Monitor | None = None
+    keep_last: int | None = None
+    keep_best: int | None = None
+    keep_optimizer: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        monitor: str | None,
+        mode: str | None,
+        keep_last: int | None,
+        keep_best: int | None,
+        keep_optimizer: int | None,
+    ) -> Retention:
+        """Check the rules that a user gives.
+
+        Raises:
+            Invalid: saying which is wrong.
+        """
+        if mode not in (None, "min", "max"):
+            raise Invalid(f"mode is {quoted(str(mode))}, expected 'min' or 'max'")
+        if monitor is None and (keep_best is not None or mode is not None):
+            raise Invalid("the best version needs a metric: monitor='accuracy', mode='max'")
+        for name, count in (
+            ("keep_last", keep_last),
+            ("keep_best", keep_best),
+            ("keep_optimizer", keep_optimizer),
+        ):
+            if count is not None and (type(count) is not int or count < 1):
+                raise Invalid(f"{name} is {quoted(str(count))}, expected a whole number of 1 or more")
+        by = None
+        if monitor is not None:
+            smallest = mode == "min" if mode else monitor == "loss"
+            by = Monitor(check_name(monitor, "metric"), smallest)
+        return cls(by, keep_last, keep_best, keep_optimizer)
+
+    def apply(self, registry: Registry, run: str, saved: Checkpoint) -> None:
+        """Remove, and thin, what the rules no longer keep; `saved` always stays."""
+        if self.keep_last is None and self.keep_best is None and self.keep_optimizer is None:
+            return
+        versions = _of_session(registry, run, saved.model)
+        removed = self._superfluous(registry, versions)
+        if removed:
+            registry.remove([version.name for version in removed])
+        if self.keep_optimizer is not None:
+            gone = {version.id for version in removed}
+            left = [version for version in versions if version.id not in gone]
+            for version in left[self.keep_optimizer :]:
+                registry.thin(version.name)
+        if removed or self.keep_optimizer is not None:
+            registry.collect_garbage()
+
+    def _superfluous(self, registry: Registry, versions: Sequence[Version]) -> list[Version]:
+        if self.keep_last is None and self.keep_best is None:
+            return []
+        kept = {version.id for version in versions[: self.keep_last or 1]}
+        kept |= {version.id for version in self._best(versions)}
+        kept |= {version.id for version in versions if version.aliases or version.tags}
+        kept |= registry.with_descendants([version.id for version in versions])
+        return [version for version in versions if version.id not in kept]
+
+    def _best(self, versions: Sequence[Version]) -> list[Version]:
+        if self.monitor is None or self.keep_best is None:
+            return []
+        ranked = []
+        for version in versions:
+            value = version.loss if self.monitor.metric == "loss" else None
+            value = version.metrics.get(self.monitor.metric, value)
+            if value is not None and value == value:
+                ranked.append((value if self.monitor.smallest else -value, version.version, version))
+        return [version for _, _, version in sorted(ranked, key=lambda item: item[:2])[: self.keep_best]]
+
+
+def _of_session(registry: Registry, run: str, model: str) -> list[Version]:
+    """Versions of a run and of the runs that it was resumed from, the newest first."""
+    runs = registry.runs.chain(run)
+    marks = ",".join("?" * len(runs))
+    return find_versions(registry.catalog, f"v.model = ? AND v.run IN ({marks})", [model, *runs])

@@ -1,0 +1,324 @@
+"""A run: one training session with its log file, TensorBoard events, provenance and checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import torch
+
+from registry import builders, components, provenance, rng
+from registry.config import Config
+from registry.logs import run_log
+from registry.reference import check_name
+from registry.retention import Retention
+from registry.store.digest import is_digest
+from registry.store.durable import host, make_folder, storage_errors, write_file
+from registry.store.errors import Invalid, RegistryError
+from registry.store.staging import Arena
+from registry.store.text import quoted
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+    from registry.checkpoint import Checkpoint
+    from registry.registry import Registry
+    from registry.store.saving import State
+
+LOG = "run.log"
+PROCESS = "process"
+_RESERVED = ("rng", "extra")
+
+_logger = logging.getLogger(__name__)
+
+
+class Run:
+    """One training session, as a context; made by `Registry.run`.
+
+    While it is open, what the program logs goes to its log file too, and SIGTERM ends the program only after the
+    save that is in flight. Leaving the context waits for that save, and records how the run ended.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        model: str,
+        *,
+        config: Config | Mapping[str, Any] | None,
+        name: str | None,
+        dataset: str | None,
+        builder: str | None,
+        resumed: Checkpoint | None,
+        retention: Retention,
+    ) -> None:
+        self.registry = registry
+        self.model = check_name(model, "model")
+        self.resumed = resumed
+        self._config = config
+        self._values = config.to_dict() if isinstance(config, Config) else dict(config or {})
+        self._builder = builder
+        self._retention = retention
+        if name is not None:
+            check_name(name, "run")
+        if dataset is not None and not is_digest(dataset):
+            raise Invalid(f"dataset is {quoted(dataset)}, expected a digest of 64 hex digits")
+        self._dataset = dataset
+        self._arena: Arena | None = None
+        self._in_flight: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._last: Checkpoint | None = None
+        self._writer: SummaryWriter | None = None
+        self._open = contextlib.ExitStack()
+        self._started = time.monotonic()
+        self._stalled = 0.0
+        about = {
+            "config": self._values,
+            "dataset": dataset,
+            "resumed": resumed.id if resumed else None,
+            **provenance.of_process(),
+        }
+        self._about = {key: value for key, value in about.items() if value not in (None, {}, [])}
+        self.name = registry.runs.begin(self.model, name, self._about)
+        self.folder = registry.root / "runs" / self.name
+
+    @property
+    def log_file(self) -> Path:
+        """What the program logged while the run was open."""
+        return self.folder / LOG
+
+    @property
+    def seconds_saving(self) -> float:
+        """How long the program has waited in `save` and `wait`, in seconds."""
+        return self._stalled
+
+    @property
+    def writer(self) -> SummaryWriter:
+        """TensorBoard's own writer, on the run's folder."""
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            make_folder(self.folder)
+            self._writer = SummaryWriter(str(self.folder))
+        return self._writer
+
+    def __repr__(self) -> str:
+        return f"Run({self.name})"
+
+    # -- the context -----------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        with storage_errors(self.folder), contextlib.ExitStack() as stack:
+            make_folder(self.folder)
+            write_file(self.folder / PROCESS, _this_process().encode(), folder=self.folder)
+            stack.enter_context(run_log(self.log_file))
+            stack.enter_context(_sigterm_as_exit())
+            self._open = stack.pop_all()
+        _logger.info("run %s began", self.name)
+        config = self._config if isinstance(self._config, Config) else Config()
+        config.log(_logger)
+        if not isinstance(self._config, Config):
+            for key, value in self._values.items():
+                _logger.info("# %s = %s", key, value)
+        if self.resumed:
+            _logger.info("resumed from %s", self.resumed.name)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.wait()
+        except RegistryError as failed:
+            if error is None:
+                error = failed
+                raise
+            _logger.error("the last save failed: %s", failed)
+        finally:
+            state = "finished" if error is None else _ending(error)
+            _logger.info("run %s %s", self.name, state)
+            if self._writer is not None:
+                self._writer.close()
+            with contextlib.suppress(FileNotFoundError):
+                (self.folder / PROCESS).unlink()
+            self.registry.runs.end(self.name, state)
+            self._open.close()
+
+    # -- saving ----------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        *,
+        epoch: int | None = None,
+        step: int | None = None,
+        loss: float | None = None,
+        metrics: Mapping[str, float] | None = None,
+        extra: Mapping[str, Any] | None = None,
+        wait: bool = True,
+        **live: Any,
+    ) -> Checkpoint | None:
+        """Record the state of live objects as the next version of the run's model.
+
+        What is recorded is the state at the time of the call; training on never changes it. The state of the
+        random number generators is recorded with it.
+
+        Args:
+            epoch: epochs that are complete, from 0 or 1 on as your loop counts; likewise `step`.
+            loss, metrics: plain numbers, or tensors of one element. NaN is recorded and never counts as best.
+            extra: plain values and tensors of yours.
+            wait: return when the version is durable. Otherwise return as soon as the state is copied to host
+                memory; hashing and writing go on behind the training, at most one save at a time.
+            live: components by name: anything with `state_dict()` and `load_state_dict()`, such as
+                `model=model, optimizer=optimizer, ema=ema`.
+
+        Returns:
+            The checkpoint; None with `wait=False`.
+
+        Raises:
+            Invalid, Unsupported: if something cannot be recorded, naming it; nothing is written.
+            StorageError: if the disk refuses, also for the save before that did not wait.
+        """
+        began = time.monotonic()
+        try:
+            self.wait()
+            return self._save(epoch, step, loss, metrics, extra, wait, live)
+        finally:
+            self._stalled += time.monotonic() - began
+
+    def wait(self) -> Checkpoint | None:
+        """Wait for the save that is in flight, and return the last checkpoint of the run.
+
+        Raises:
+            RegistryError: if that save failed; once.
+        """
+        if self._in_flight is not None:
+            self._in_flight.join()
+            self._in_flight = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        return self._last
+
+    def _save(
+        self,
+        epoch: int | None,
+        step: int | None,
+        loss: Any,
+        metrics: Mapping[str, Any] | None,
+        extra: Mapping[str, Any] | None,
+        wait: bool,
+        live: Mapping[str, Any],
+    ) -> Checkpoint | None:
+        for name in _RESERVED:
+            if name in live:
+                raise Invalid(f"{name!r} is not the name of a component of yours; choose another")
+        if not live:
+            raise Invalid("there is nothing to save; name components, such as save(model=model)")
+        trees = {name: components.capture(name, component) for name, component in live.items()}
+        trees["rng"] = rng.capture()
+        if extra:
+            trees["extra"] = dict(extra)
+        state = self.registry.store.encode(trees)
+        fields = {
+            "epoch": epoch,
+            "step": step,
+            "loss": _plain_number(loss, "loss"),
+            "metrics": {key: _plain_number(value, f"metric {key}") for key, value in (metrics or {}).items()},
+        }
+        about = self._record(live, state)
+        if wait:
+            self._last = self._publish(state, fields, about)
+            return self._last
+        if self._arena is None:
+            self._arena = Arena()
+        copied = self._arena.snapshot(state)
+
+        def publish() -> None:
+            try:
+                self._last = self._publish(copied, fields, about)
+            except BaseException as error:
+                self._error = error
+            finally:
+                self.registry.catalog.close()  # this thread's connection
+
+        self._in_flight = threading.Thread(target=publish, name="registry-save")
+        self._in_flight.start()
+        return None
+
+    def _record(self, live: Mapping[str, Any], state: State) -> dict[str, Any]:
+        model = live.get("model")
+        builder = self._builder or (builders.name_for(model) if model is not None else None)
+        tensors = [leaf.source for leaf in state.leaves if isinstance(leaf.source, torch.Tensor)]
+        found = {
+            "kinds": {name: components.kind_of(component) for name, component in live.items()},
+            "builder": builder or self.model,
+            "network": builders.config_of(model) if model is not None else None,
+            "config_digest": self._config.digest() if isinstance(self._config, Config) else None,
+            "dataset": self._dataset,
+            "seconds": round(time.monotonic() - self._started, 3),
+            "devices": provenance.devices(tensors),
+            **provenance.of_process(),
+        }
+        return {key: value for key, value in found.items() if value not in (None, {}, [])}
+
+    def _publish(self, state: State, fields: Mapping[str, Any], about: Mapping[str, Any]) -> Checkpoint:
+        before = self._last or self.resumed
+        lineage = []
+        if self.resumed and not self._last:
+            lineage = [{"kind": "resumed-from", "parent": self.resumed.id}]
+        saved = self.registry.save(
+            self.model,
+            state,
+            **fields,
+            config=self._values or None,
+            lineage=lineage,
+            run=self.name,
+            parent=before.name if before else None,
+            provenance=about,
+            best_by=self._retention.monitor,
+        )
+        self._retention.apply(self.registry, self.name, saved)
+        return saved
+
+
+def _plain_number(value: Any, what: str) -> Any:
+    """A tensor of one element as its number; `Registry.save` checks the rest."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value.item()
+    return value
+
+
+def _ending(error: BaseException) -> Literal["interrupted"] | str:
+    if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+        return "interrupted"
+    return f"failed: {type(error).__name__}"
+
+
+def _this_process() -> str:
+    import os
+
+    return f"{host()} {os.getpid()}\n"
+
+
+@contextlib.contextmanager
+def _sigterm_as_exit() -> Iterator[None]:
+    """Let SIGTERM unwind the program, so that contexts are left, unless the program handles it itself."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,0 +1,142 @@
+"""Runs, as the catalog knows them: beginning, ending, listing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from registry.resolving import hint
+from registry.store.errors import Conflict, NotFound
+from registry.store.text import quoted
+
+if TYPE_CHECKING:
+    from registry.catalog import Catalog
+
+_NUMBERED = re.compile(r"run-([1-9][0-9]{0,8})\Z")
+_ROWS = "SELECT name, model, started, record FROM runs"
+
+
+class RunInfo(NamedTuple):
+    """One training session, as the catalog has it."""
+
+    name: str
+    model: str
+    started: str
+    record: Mapping[str, Any]
+
+    @property
+    def state(self) -> str:
+        """`running`, `finished`, `interrupted`, or `failed: ...`."""
+        return str(self.record.get("state", "running"))
+
+    @property
+    def ended(self) -> str | None:
+        return self.record.get("ended")
+
+
+class Runs:
+    """The runs of a registry.
+
+    Args:
+        root: the registry's folder, below which each run has a folder of its own.
+    """
+
+    def __init__(self, catalog: Catalog, root: Path) -> None:
+        self._catalog = catalog
+        self._root = root
+
+    def begin(self, model: str, name: str | None, about: Mapping[str, Any]) -> str:
+        """Record that a run begins.
+
+        Args:
+            name: what to call it below the model; `run-` and the next number unless given.
+
+        Returns:
+            The run's full name, such as `lenet5/run-12`.
+
+        Raises:
+            Conflict: if the model has a run of this name.
+        """
+        with self._catalog.change() as change:
+            rows = change.connection.execute("SELECT name FROM runs WHERE model = ?", (model,))
+            taken = {row[0].partition("/")[2] for row in rows}
+            if name is None:
+                numbers = [int(match[1]) for text in taken if (match := _NUMBERED.match(text))]
+                name = f"run-{max(numbers, default=0) + 1}"
+            elif name in taken or (self._root / "runs" / model / name).exists():
+                raise Conflict(
+                    f"{model} has a run {quoted(name)} already; choose another name, or leave it out"
+                )
+            full = f"{model}/{name}"
+            record = {**about, "state": "running"}
+            change.apply({"op": "run", "name": full, "model": model, "at": _now(), "record": record})
+        return full
+
+    def end(self, name: str, state: str) -> None:
+        """Record how a run ended."""
+        info = self[name]
+        record = {**info.record, "state": state, "ended": _now()}
+        with self._catalog.change() as change:
+            change.apply(
+                {"op": "run", "name": name, "model": info.model, "at": info.started, "record": record}
+            )
+
+    def __getitem__(self, name: str) -> RunInfo:
+        """One run.
+
+        Raises:
+            NotFound: suggesting the nearest name.
+        """
+        rows = self._catalog.query(f"{_ROWS} WHERE name = ?", [name])
+        if not rows:
+            names = [row[0] for row in self._catalog.query("SELECT name FROM runs")]
+            raise NotFound(f"there is no run {quoted(name)}{hint(name, names)}")
+        return _info(rows[0])
+
+    def find(self, model: str | None = None) -> list[RunInfo]:
+        """Runs, of one model or of all, the newest first."""
+        where, given = (" WHERE model = ?", [model]) if model else ("", [])
+        rows = self._catalog.query(f"{_ROWS}{where} ORDER BY started DESC, name DESC", given)
+        return [_info(row) for row in rows]
+
+    def chain(self, name: str) -> list[str]:
+        """A run and those that it was resumed from."""
+        found: list[str] = []
+        while name and name not in found:
+            found.append(name)
+            rows = self._catalog.query("SELECT record FROM runs WHERE name = ?", [name])
+            resumed = json.loads(rows[0][0]).get("resumed") if rows else None
+            before = self._catalog.query("SELECT run FROM versions WHERE id = ?", [resumed])
+            name = before[0][0] if before and before[0][0] else ""
+        return found
+
+    def is_lost(self, info: RunInfo) -> bool:
+        """Whether a run that never ended belongs to a process of this machine that is gone."""
+        from registry.store.durable import host
+
+        if info.state != "running":
+            return False
+        try:
+            machine, pid = (self._root / "runs" / info.name / "process").read_text().split()
+            if machine != host():
+                return False
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            return True
+        except (OSError, ValueError):
+            return False
+        return False
+
+
+def _info(row: tuple[Any, ...]) -> RunInfo:
+    name, model, started, record = row
+    return RunInfo(name, model, started, json.loads(record))
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
