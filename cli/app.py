@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import click
 
 import registry
-from registry.cli import configs, files, naming, reading, shell, upkeep
+from registry.cli import configs, files, naming, reading, runs, shell, training, upkeep
 from registry.cli.options import example_text
 from registry.store.errors import RegistryError
 from registry.store.text import printable
@@ -80,7 +80,9 @@ def app(ctx: click.Context, root: str | None, debug: bool) -> None:
 
 for command in (
     *(files.init, files.import_, files.export),
-    *(reading.list_, reading.show, reading.status),
+    *(training.train, training.eval_, training.predict),
+    *(reading.list_, reading.show, runs.history, runs.best, runs.lineage),
+    *(runs.runs, runs.log, runs.board, reading.status),
     *(naming.alias, naming.tag, naming.note, naming.rm),
     *(upkeep.verify, upkeep.gc, upkeep.rebuild),
     *(configs.config, shell.completion),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -136,7 +136,7 @@ def show(reference: str, params: bool, registry: Registry, as_json: bool) -> Non
             ]
         print_json(document)
         return
-    _show_facts(version)
+    _show_facts(registry, version)
     components = version.record.get("components", {})
     click.echo()
     print_table(
@@ -157,7 +157,7 @@ def show(reference: str, params: bool, registry: Registry, as_json: bool) -> Non
         )
 
 
-def _show_facts(version: Version) -> None:
+def _show_facts(registry: Registry, version: Version) -> None:
     from registry.documents import flatten
 
     record = version.record
@@ -172,13 +172,42 @@ def _show_facts(version: Version) -> None:
         ("aliases", version.aliases),
         ("tags", version.tags),
         ("size", f"{size(version.size)} in {counted(version.tensors, 'tensor')}"),
-        *[("lineage", f"{edge['kind']} {edge['parent']}") for edge in record.get("lineage", [])],
+        ("run", record.get("run")),
+        ("parent", record.get("parent")),
+        *[
+            ("lineage", f"{edge['kind']} {_known(registry, edge['parent'])}")
+            for edge in record.get("lineage", [])
+        ],
         *[(f"source.{k}", v) for k, v in (record.get("source") or {}).items() if isinstance(v, str | int)],
         *[(f"meta.{key}", value) for key, value in flatten(record.get("meta", {})).items()],
+        *_made(record.get("provenance", {})),
         *[(f"config.{key}", value) for key, value in flatten(record.get("config") or {}).items()],
         *[("note", f"{time_of(written)}  {text}") for written, text in version.notes],
     ]
     print_facts([(quoted(name).strip("'"), value) for name, value in facts])
+
+
+def _known(registry: Registry, parent: str) -> str:
+    """The name of a version that an edge gives by its id; otherwise the edge's text, such as a file."""
+    rows = registry.catalog.query("SELECT model, version FROM versions WHERE id = ?", [parent])
+    return f"{rows[0][0]}:v{rows[0][1]}" if rows else parent
+
+
+def _made(provenance: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """How a checkpoint was made, one fact a line."""
+    git = provenance.get("git")
+    code = f"{git['commit'][:12]}{' with changes' if git.get('dirty') else ''}" if git else None
+    kinds = [f"{name}: {kind}" for name, kind in provenance.get("kinds", {}).items()]
+    software = [f"{name} {provenance[name]}" for name in ("python", "torch") if name in provenance]
+    return [
+        ("dataset", provenance.get("dataset")),
+        ("after", f"{provenance['seconds']:.1f} s" if "seconds" in provenance else None),
+        ("classes", kinds),
+        ("command", " ".join(provenance.get("command", []))),
+        ("git", code),
+        ("software", [*software, provenance["system"]] if software else None),
+        ("devices", provenance.get("devices")),
+    ]
 
 
 @command("status", "registry status")

@@ -1,1 +1,5 @@
-"""Reference networks, their data and their training loop."""
+"""Reference networks, their data, and their training loop."""
+
+from registry.models.lenet import LeNet5, LeNet6, LeNetConfig
+
+__all__ = ["LeNet5", "LeNet6", "LeNetConfig"]

@@ -19,6 +19,7 @@ from registry.config import Config
 from registry.logs import run_log
 from registry.reference import check_name
 from registry.retention import Retention
+from registry.runs import LOG, PROCESS
 from registry.store.digest import is_digest
 from registry.store.durable import host, make_folder, storage_errors, write_file
 from registry.store.errors import Invalid, RegistryError
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from registry.registry import Registry
     from registry.store.saving import State
 
-LOG = "run.log"
-PROCESS = "process"
 _RESERVED = ("rng", "extra")
 
 _logger = logging.getLogger(__name__)

@@ -17,6 +17,10 @@ from registry.store.text import quoted
 if TYPE_CHECKING:
     from registry.catalog import Catalog
 
+LOG = "run.log"
+PROCESS = "process"
+"""A file in a run's folder that names the machine and the process while the run is open."""
+
 _NUMBERED = re.compile(r"run-([1-9][0-9]{0,8})\Z")
 _ROWS = "SELECT name, model, started, record FROM runs"
 
@@ -122,7 +126,7 @@ class Runs:
         if info.state != "running":
             return False
         try:
-            machine, pid = (self._root / "runs" / info.name / "process").read_text().split()
+            machine, pid = (self._root / "runs" / info.name / PROCESS).read_text().split()
             if machine != host():
                 return False
             os.kill(int(pid), 0)

@@ -1,0 +1,335 @@
+"""Looking back: runs, history, best, lineage, log, board."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from registry.cli.options import Reference, command
+from registry.cli.output import (
+    counted,
+    number,
+    print_json,
+    print_table,
+    say,
+    size,
+    time_of,
+    version_document,
+)
+from registry.runs import LOG, RunInfo
+from registry.store.errors import Conflict, Invalid, NotFound
+
+if TYPE_CHECKING:
+    from registry.registry import Registry
+    from registry.versions import Version
+
+
+@command("runs", "registry runs lenet5")
+@click.argument("model", required=False, type=Reference())
+def runs(model: str | None, registry: Registry, as_json: bool) -> None:
+    """List training sessions, the newest first."""
+    found = registry.runs.find(model)
+    if not found:
+        if model:
+            registry.resolve(model)
+        elif not as_json:
+            say("No runs yet; start one with: registry train lenet5")
+            return
+    counts = dict(registry.catalog.query("SELECT run, COUNT(*) FROM versions GROUP BY run"))
+    states = [_state(registry, info) for info in found]
+    if as_json:
+        rows: list[dict[str, Any]] = [
+            {
+                "name": info.name,
+                "model": info.model,
+                "state": state,
+                "started": info.started,
+                "ended": info.ended,
+                "versions": counts.get(info.name, 0),
+                "config": info.record.get("config", {}),
+            }
+            for info, state in zip(found, states, strict=True)
+        ]
+        print_json({"runs": rows})
+        return
+    print_table(
+        ("RUN", "STATE", "VERSIONS", "STARTED", "TOOK"),
+        [
+            (info.name, state, counts.get(info.name, 0), time_of(info.started), _duration(info))
+            for info, state in zip(found, states, strict=True)
+        ],
+    )
+
+
+def _state(registry: Registry, info: RunInfo) -> str:
+    return "lost (its process is gone)" if registry.runs.is_lost(info) else info.state
+
+
+def _duration(info: RunInfo) -> str:
+    if not info.ended:
+        return ""
+    seconds = (datetime.fromisoformat(info.ended) - datetime.fromisoformat(info.started)).total_seconds()
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+@command("history", "registry history lenet5")
+@click.argument("model", type=Reference())
+@click.option("--limit", default=50, show_default=True, type=click.IntRange(0), help="Rows; 0 for all.")
+def history(model: str, limit: int, registry: Registry, as_json: bool) -> None:
+    """Show how a model came to be, version by version.
+
+    PARENT is the version that training went on from, OWN what was written for the version alone.
+    """
+    from registry.versions import list_versions
+
+    model = registry.resolve(model).model
+    versions, total = list_versions(registry.catalog, model, limit=limit or None)
+    own = dict(
+        registry.catalog.query(
+            "SELECT first, SUM(size) FROM (SELECT p.size AS size, (SELECT v.id FROM uses u JOIN versions v "
+            "ON v.id = u.id WHERE u.pack = p.number ORDER BY v.created LIMIT 1) AS first FROM packs p) owned "
+            "GROUP BY first"
+        )
+    )
+    if as_json:
+        rows = [
+            {
+                **version_document(version),
+                "run": version.record.get("run"),
+                "parent": version.record.get("parent"),
+                "own": own.get(version.id, 0),
+            }
+            for version in versions
+        ]
+        print_json({"total": total, "versions": rows})
+        return
+    names = list(dict.fromkeys(name for version in versions for name in version.metrics))
+    print_table(
+        ("NAME", "EPOCH", "STEP", "LOSS", *map(str.upper, names), "ALIASES", "PARENT", "RUN", "OWN"),
+        [
+            (
+                *(version.name, version.epoch, version.step, version.loss),
+                *[version.metrics.get(name) for name in names],
+                *(version.aliases, version.record.get("parent"), version.record.get("run")),
+                size(own.get(version.id, 0)),
+            )
+            for version in versions
+        ],
+    )
+    if total > len(versions):
+        say(f"{counted(len(versions), 'version')} of {total:,}; --limit 0 shows all")
+
+
+@command("best", "registry best lenet5 --by accuracy\nregistry best lenet5 --by loss --smallest")
+@click.argument("model", type=Reference())
+@click.option("--by", "metric", required=True, metavar="METRIC", help="A metric, or loss.")
+@click.option("--smallest", is_flag=True, help="The smallest value is the best; always so for loss.")
+def best(model: str, metric: str, smallest: bool, registry: Registry, as_json: bool) -> None:
+    """Find the best version of a model."""
+    found = registry.best(model, metric, smallest=smallest or metric == "loss")
+    version = registry.resolve(found.name)
+    if as_json:
+        print_json(version_document(version))
+        return
+    value = version.loss if metric == "loss" else version.metrics[metric]
+    say(f"{version.name}  {metric} {number(value or 0.0)}  epoch {version.epoch}")
+
+
+@command("lineage", "registry lineage lenet5@best")
+@click.argument("reference", type=Reference())
+def lineage(reference: str, registry: Registry, as_json: bool) -> None:
+    """Show what a checkpoint came from and what came from it, as a tree."""
+    version = registry.resolve(reference)
+    document = {**_node(version), "from": _sources(registry, version), "led_to": _children(registry, version)}
+    if as_json:
+        print_json(document)
+        return
+    say(_label(document))
+    _print_branches(document["from"], "")
+    if document["led_to"]:
+        say("")
+        say("led to")
+        _print_branches(document["led_to"], "")
+
+
+def _node(version: Version) -> dict[str, Any]:
+    return {
+        "name": version.name,
+        "id": version.id,
+        "epoch": version.epoch,
+        "metrics": dict(version.metrics),
+        "run": version.record.get("run"),
+    }
+
+
+def _sources(registry: Registry, version: Version, seen: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """What a version came from: its own edges, or the version before it in the same run."""
+    if version.id in seen:
+        return []
+    found = []
+    for edge in version.record.get("lineage", []):
+        parent = _by_id(registry, edge["parent"])
+        node = {"name": edge["parent"], "from": []} if parent is None else _node(parent)
+        below = [] if parent is None else _sources(registry, parent, (*seen, version.id))
+        found.append({"kind": edge["kind"], **node, "from": below})
+    if not found and (name := version.record.get("parent")):
+        with contextlib.suppress(NotFound):
+            parent = registry.resolve(name)
+            below = _sources(registry, parent, (*seen, version.id))
+            found.append({"kind": "trained on from", **_node(parent), "from": below})
+    return found
+
+
+def _children(registry: Registry, version: Version) -> list[dict[str, Any]]:
+    rows = registry.catalog.query(
+        "SELECT child, kind FROM lineage WHERE parent = ? ORDER BY child", [version.id]
+    )
+    found = []
+    for child, kind in rows:
+        if (one := _by_id(registry, child)) is not None:
+            found.append({"kind": kind, **_node(one), "from": _children(registry, one)})
+    return found
+
+
+def _by_id(registry: Registry, id: str) -> Version | None:
+    from registry.versions import find_versions
+
+    found = find_versions(registry.catalog, "v.id = ?", [id])
+    return found[0] if found else None
+
+
+def _label(node: dict[str, Any]) -> str:
+    parts = [node["name"]]
+    if node.get("epoch") is not None:
+        parts.append(f"epoch {node['epoch']}")
+    parts += [f"{name} {number(value)}" for name, value in node.get("metrics", {}).items()]
+    if node.get("run"):
+        parts.append(node["run"])
+    return "  ".join(parts)
+
+
+def _print_branches(nodes: list[dict[str, Any]], indent: str) -> None:
+    for i, node in enumerate(nodes):
+        last = i == len(nodes) - 1
+        say(f"{indent}{'└── ' if last else '├── '}{node['kind']}  {_label(node)}")
+        _print_branches(node["from"], indent + ("    " if last else "│   "))
+
+
+class _Source(Reference):
+    """A run, or a checkpoint for the run that saved it."""
+
+    name = "run"
+
+
+def _run_of(registry: Registry, text: str) -> RunInfo:
+    if "/" in text:
+        return registry.runs[text]
+    version = registry.resolve(text)
+    run = version.record.get("run")
+    if not run:
+        raise NotFound(f"{version.name} was not saved by a run, so it has no log and no events")
+    return registry.runs[run]
+
+
+@command("log", "registry log lenet5@best\nregistry log lenet5/run-3 -f")
+@click.argument("source", type=_Source(), metavar="REFERENCE|RUN")
+@click.option("--follow", "-f", is_flag=True, help="Go on printing as lines are added, until Ctrl-C.")
+def log(source: str, follow: bool, registry: Registry) -> None:
+    """Show the log file of a run.
+
+    Of a checkpoint, it is the log of the run that saved it.
+    """
+    info = _run_of(registry, source)
+    path = registry.root / "runs" / info.name / LOG
+    if not path.is_file():
+        raise NotFound(f"{path}: the log of {info.name} is not there any more")
+    with path.open(encoding="utf-8", errors="replace") as file:
+        while True:
+            while line := file.readline():
+                say(line.rstrip("\n"))
+            sys.stdout.flush()
+            over = registry.runs[info.name].state != "running" or registry.runs.is_lost(info)
+            if not follow or over:
+                return
+            time.sleep(0.3)
+
+
+@command("board", "registry board\nregistry board lenet5/run-12 lenet6@best --port 6007")
+@click.argument("sources", nargs=-1, type=_Source(), metavar="[REFERENCE|RUN]...")
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option("--port", default=6006, show_default=True, type=click.IntRange(1, 65_535))
+def board(sources: tuple[str, ...], host: str, port: int, registry: Registry) -> None:
+    """Show runs in TensorBoard, until Ctrl-C.
+
+    All runs, or those that are named; a checkpoint stands for the run that saved it.
+    """
+    chosen = [_run_of(registry, source).name for source in sources]
+    folder = (registry.root / "runs").absolute()
+    if not folder.is_dir():
+        raise NotFound("there are no runs yet; start one with: registry train lenet5")
+    _check_port(host, port)
+    if chosen:
+        spec = ",".join(f"{name}:{_plain_path(folder / name)}" for name in dict.fromkeys(chosen))
+        where = ["--logdir_spec", spec]
+    else:
+        where = ["--logdir", str(folder)]
+    from tensorboard import program
+
+    server = program.TensorBoard()
+    server.configure(
+        argv=["registry board", *where, "--host", host, "--port", str(port), "--reload_interval", "5"]
+    )
+    try:
+        address = server.launch()
+    except Exception as error:
+        raise Conflict(f"TensorBoard did not start: {error}") from error
+    say(f"TensorBoard shows {counted(len(chosen), 'run') if chosen else 'all runs'} at {address}")
+    if tunnel := _tunnel(port):
+        say(f"you are on a remote host; on your own machine run: {tunnel}")
+    say("Ctrl-C ends it")
+    sys.stdout.flush()
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(3_600)
+
+
+def _plain_path(path: Path) -> str:
+    if set(str(path)) & set(",:"):
+        raise Invalid(f"{path}: TensorBoard cannot be given single runs below a path with ',' or ':'")
+    return str(path)
+
+
+def _check_port(host: str, port: int) -> None:
+    def is_free(number: int) -> bool:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, number))
+            except OSError:
+                return False
+            return True
+
+    if not is_free(port):
+        other = next((n for n in range(port + 1, min(port + 100, 65_536)) if is_free(n)), None)
+        advice = f"--port {other} is free" if other else f"check that {host} is an address of this machine"
+        raise Conflict(f"port {port} of {host} is taken; {advice}")
+
+
+def _tunnel(port: int) -> str | None:
+    """The command that forwards the port to a person who came by SSH."""
+    parts = os.environ.get("SSH_CONNECTION", "").split()
+    if len(parts) != 4:
+        return None
+    user = os.environ.get("USER") or os.environ.get("LOGNAME") or "USER"
+    door = "" if parts[3] == "22" else f" -p {parts[3]}"
+    return f"ssh -L {port}:127.0.0.1:{port}{door} {user}@{parts[2]}"

@@ -1,0 +1,294 @@
+"""Training and using networks: train, eval, predict."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from registry.cli.options import Reference, command
+from registry.cli.output import number, print_facts, print_json, print_table, say, version_document, warn
+from registry.store.errors import Incompatible, Invalid, NotFound
+from registry.store.text import quoted
+
+if TYPE_CHECKING:
+    from registry.checkpoint import Checkpoint
+    from registry.models.data import Data
+    from registry.models.training import TrainConfig
+    from registry.registry import Registry
+
+_DATA = (
+    "digits (the default), fashion-mnist, mnist, cifar10, or folder: your own images, a folder for each class"
+)
+
+
+@command(
+    "train",
+    "registry train lenet5 --epochs 3 --set lr=0.01\nregistry train lenet5 --resume lenet5 --set epochs=20",
+)
+@click.argument("model", required=False)
+@click.option("--data", metavar="NAME", help=f"What to train on: {_DATA}.")
+@click.option("--data-dir", type=click.Path(), metavar="DIR", help="Where the data is.")
+@click.option("--download", is_flag=True, help="Fetch missing data to --data-dir.")
+@click.option("--epochs", type=int, help="Passes over the data.")
+@click.option("--config", type=click.Path(), metavar="FILE", help="Hyperparameters: JSON, YAML or TOML.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override a hyperparameter.")
+@click.option("--resume", type=Reference(), metavar="REF", help="Go on from a checkpoint, bit for bit.")
+@click.option("--name", metavar="NAME", help="The model to save under. [default: MODEL]")
+@click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps. [default: cpu]")
+@click.option("--keep-last", type=int, metavar="N", help="Keep the run's N newest versions.")
+@click.option("--keep-best", type=int, metavar="N", help="Keep the run's N most accurate versions.")
+@click.option("--keep-optimizer", type=int, metavar="N", help="Older versions keep their weights alone.")
+def train(
+    model: str | None,
+    data: str | None,
+    data_dir: str | None,
+    download: bool,
+    epochs: int | None,
+    config: str | None,
+    assignments: tuple[str, ...],
+    resume: str | None,
+    name: str | None,
+    device: str | None,
+    keep_last: int | None,
+    keep_best: int | None,
+    keep_optimizer: int | None,
+    registry: Registry,
+    as_json: bool,
+) -> None:
+    """Train a network and record every epoch.
+
+    MODEL is the name of a network: lenet5, lenet6, or one that an installed package provides. Ctrl-C saves at the next batch and says how to resume.
+    """
+    from registry.models.data import load
+    from registry.models.training import train as run_training
+
+    resumed = registry[resume] if resume else None
+    settings = _settings(model, data, epochs, config, assignments, resumed)
+    content = load(settings.data, data_dir, download=download, seed=settings.seed)
+    keep = {"keep_last": keep_last, "keep_best": keep_best, "keep_optimizer": keep_optimizer}
+    place = name or (resumed.model if resumed else settings.model)
+    with _shown_training(quiet=as_json) as progress:
+        try:
+            run = run_training(
+                registry,
+                settings,
+                content,
+                name=place,
+                resume=resumed,
+                device=_device(device),
+                progress=progress,
+                **keep,
+            )
+        except (KeyboardInterrupt, SystemExit):
+            _say_how_to_resume(registry, place)
+            raise
+    last = run.wait()
+    best = registry[f"{place}@best"]
+    if as_json:
+        document = {name: version_document(registry.resolve(one.name)) for name, one in (("best", best),)}
+        latest = version_document(registry.resolve(last.name)) if last else None
+        print_json({"run": run.name, "log": str(run.log_file), "latest": latest, **document})
+        return
+    say(f"{run.name} finished: the best is {best.name}, accuracy {number(best.metrics['accuracy'])}")
+    say(f"see it with: registry history {place}, registry board {run.name}, registry log {run.name}")
+
+
+def _settings(
+    model: str | None,
+    data: str | None,
+    epochs: int | None,
+    config: str | None,
+    assignments: tuple[str, ...],
+    resumed: Checkpoint | None,
+) -> TrainConfig:
+    """Hyperparameters from the checkpoint to resume, or a file; then from options, which win."""
+    from registry.documents import read_document
+    from registry.models.training import TrainConfig
+
+    if resumed and config:
+        raise Invalid(
+            "--resume takes the recorded hyperparameters; override them with --set, not with --config"
+        )
+    document: dict[str, Any] = {}
+    source = ""
+    if config:
+        document, source = read_document(Path(config)), config
+    elif resumed:
+        if not resumed.config or "optimizer" not in resumed.components:
+            raise Incompatible(
+                f"{resumed.name} cannot be resumed: it has no {'optimizer' if resumed.config else 'configuration'}"
+            )
+        document, source = dict(resumed.config), resumed.name
+    given = {"model": model, "data": data, "epochs": epochs}
+    for key, value in given.items():
+        if value is None:
+            continue
+        if resumed and key == "model" and value != document.get("model"):
+            raise Incompatible(f"{resumed.name} is a {document.get('model')}, not a {value}")
+        document[key] = value
+    if "model" not in document:
+        raise click.UsageError("name a network, such as: registry train lenet5")
+    return TrainConfig.from_dict(document, source=source).override(*assignments)
+
+
+def _device(name: str | None) -> Any:
+    import torch
+
+    try:
+        device = torch.device(name or "cpu")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        count = torch.cuda.device_count()
+        there = ["cpu", *(f"cuda:{i}" for i in range(count))]
+        raise NotFound(f"--device {quoted(str(name))} is not there; there are {', '.join(there)}") from None
+    return device
+
+
+def _say_how_to_resume(registry: Registry, model: str) -> None:
+    with contextlib.suppress(NotFound):
+        latest = registry[model]
+        warn(
+            f"interrupted; {latest.name} has epoch {latest.epoch}, step {latest.step}. Go on with: "
+            f"registry train --resume {latest.name}"
+        )
+
+
+@contextlib.contextmanager
+def _shown_training(*, quiet: bool) -> Iterator[Any]:
+    """Show the training's log lines, and on a terminal a bar below them; yields the bar's callback."""
+    logger = logging.getLogger("registry.models.training")
+    logger.setLevel(logging.INFO)
+    with contextlib.ExitStack() as stack:
+        report: Any = lambda done, total, loss, accuracy: None  # noqa: E731
+        line: Any = say
+        if sys.stderr.isatty() and not quiet:
+            report, line = _bar(stack)
+        if not quiet:
+            handler = _Lines(line)
+            logger.addHandler(handler)
+            stack.callback(logger.removeHandler, handler)
+        yield report
+
+
+class _Lines(logging.Handler):
+    """Passes messages on without time and place, which the log file has."""
+
+    def __init__(self, line: Any) -> None:
+        super().__init__(logging.INFO)
+        self._line = line
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._line(record.getMessage())
+
+
+def _bar(stack: contextlib.ExitStack) -> tuple[Any, Any]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}  acc {task.fields[accuracy]:.3f}"),
+        TimeRemainingColumn(),
+    )
+    bar = stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
+    task = bar.add_task("training", total=None, loss=0.0, accuracy=0.0)
+
+    def report(done: int, total: int, loss: float, accuracy: float) -> None:
+        bar.update(task, completed=done, total=total, loss=loss, accuracy=accuracy)
+
+    return report, lambda text: bar.console.print(text, markup=False, highlight=False)
+
+
+@command("eval", "registry eval lenet5@best --data digits")
+@click.argument("reference", type=Reference())
+@click.option("--data", metavar="NAME", help=f"What to test on: {_DATA}.")
+@click.option("--data-dir", type=click.Path(), metavar="DIR", help="Where the data is.")
+@click.option("--download", is_flag=True, help="Fetch missing data to --data-dir.")
+def eval_(
+    reference: str, data: str | None, data_dir: str | None, download: bool, registry: Registry, as_json: bool
+) -> None:
+    """Measure a checkpoint on held-out data."""
+    import torch
+
+    from registry.models.data import load
+    from registry.models.pictures import labels_of
+    from registry.models.training import evaluate
+
+    checkpoint = registry[reference]
+    trained = checkpoint.config or {}
+    content = load(
+        data or trained.get("data", "digits"), data_dir, download=download, seed=trained.get("seed", 0)
+    )
+    network = registry.build(checkpoint.name)
+    _check_fit(checkpoint, network, content)
+    loss, accuracy, logits = evaluate(network, content.test)
+    labels, guesses = labels_of(content), logits.argmax(1)
+    rows = []
+    for place, name in enumerate(content.classes):
+        mine = labels == place
+        share = (guesses[mine] == place).float().mean().item() if mine.any() else float("nan")
+        wrong = guesses[mine & (guesses != place)]
+        mistaken = content.classes[int(torch.mode(wrong).values)] if len(wrong) else ""
+        rows.append((name, int(mine.sum()), share, mistaken))
+    if as_json:
+        classes = [
+            {"class": name, "images": count, "accuracy": share, "mistaken_for": mistaken or None}
+            for name, count, share, mistaken in rows
+        ]
+        print_json(
+            {
+                "name": checkpoint.name,
+                "data": content.name,
+                "images": len(labels),
+                "loss": loss,
+                "accuracy": accuracy,
+                "classes": classes,
+            }
+        )
+        return
+    facts = [("checkpoint", checkpoint.name), ("data", content.name), ("images", len(labels))]
+    print_facts([*facts, ("accuracy", accuracy), ("loss", loss)])
+    click.echo()
+    print_table(("CLASS", "IMAGES", "ACCURACY", "MISTAKEN FOR"), rows)
+
+
+def _check_fit(checkpoint: Checkpoint, network: Any, content: Data) -> None:
+    config = network.config
+    if (config.channels, config.classes) != (content.channels, len(content.classes)):
+        raise Incompatible(
+            f"{checkpoint.name} takes images of {config.channels} channels in {config.classes} classes, "
+            f"{content.name} has {content.channels} channels and {len(content.classes)} classes"
+        )
+
+
+@command("predict", "registry predict lenet5@best digit.png photo.jpg --fit")
+@click.argument("reference", type=Reference())
+@click.argument("images", nargs=-1, required=True, type=click.Path(), metavar="IMAGE...")
+@click.option("--fit", is_flag=True, help="Scale images of another size, and convert colour.")
+@click.option("--invert", is_flag=True, help="Turn dark on bright into bright on dark, as digits has it.")
+def predict(
+    reference: str, images: tuple[str, ...], fit: bool, invert: bool, registry: Registry, as_json: bool
+) -> None:
+    """Say what images show."""
+    from registry.models.predicting import predict as classify
+
+    checkpoint = registry[reference]
+    network = registry.build(checkpoint.name)
+    classes = checkpoint.extra.get("classes") or [str(i) for i in range(network.config.classes)]  # type: ignore[union-attr, arg-type]
+    found = classify(network, classes, [Path(image) for image in images], fit=fit, invert=invert)
+    if as_json:
+        print_json({"name": checkpoint.name, "predictions": [one._asdict() for one in found]})
+        return
+    rows = [
+        (one.image, one.label, f"{one.probability:.1%}", f"{one.second} {one.second_probability:.1%}")
+        for one in found
+    ]
+    print_table(("IMAGE", "CLASS", "PROBABILITY", "OR"), rows)

@@ -1,0 +1,51 @@
+"""What training shows in TensorBoard as pictures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from registry.models.data import Data
+
+_ROWS, _COLUMNS = 4, 8
+_POINTS = 1_000
+
+
+def figure_of_predictions(data: Data, logits: Tensor) -> Any:
+    """The first test images with what the network says of each; mistakes come first, in red.
+
+    Args:
+        logits: float32 [samples, classes], of the test images in order.
+    """
+    from matplotlib.figure import Figure
+
+    guesses = logits.argmax(1)
+    labels = labels_of(data)
+    order = torch.argsort((guesses == labels).int(), stable=True)[: _ROWS * _COLUMNS]
+    figure = Figure(figsize=(_COLUMNS * 1.1, _ROWS * 1.35), layout="constrained")
+    axes = figure.subplots(_ROWS, _COLUMNS)
+    for place in axes.flat:
+        place.axis("off")
+    for place, i in zip(axes.flat, order.tolist(), strict=False):
+        image, label = data.test[i]
+        guess = int(guesses[i])
+        place.imshow(image.permute(1, 2, 0).squeeze(-1), cmap="gray_r", vmin=0, vmax=1)
+        right = guess == int(label)
+        text = data.classes[guess] if right else f"{data.classes[guess]}, is {data.classes[int(label)]}"
+        place.set_title(text, fontsize=9, color="black" if right else "crimson")
+    return figure
+
+
+def embedding_of(data: Data, logits: Tensor) -> tuple[Tensor, list[str], Tensor]:
+    """Points for TensorBoard's projector: the logits, the classes' names, and the images as sprites."""
+    count = min(len(logits), _POINTS)
+    images = torch.stack([data.test[i][0] for i in range(count)])
+    names = [data.classes[int(label)] for label in labels_of(data)[:count]]
+    return logits[:count], names, images
+
+
+def labels_of(data: Data) -> Tensor:
+    """The classes of the test images, int64 [samples]."""
+    return torch.tensor([int(data.test[i][1]) for i in range(len(data.test))])  # type: ignore[arg-type]

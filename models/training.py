@@ -1,0 +1,268 @@
+"""The training loop of the reference networks: small enough to read in one sitting, complete enough to use."""
+
+from __future__ import annotations
+
+import logging
+import random
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from registry import Config, Registry, ResumableLoader, Run
+from registry.builders import builder
+from registry.checkpoint import Checkpoint
+from registry.models.data import Data
+from registry.models.pictures import embedding_of, figure_of_predictions
+from registry.store.errors import Incompatible
+
+_logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int, float, float], None]
+"""Told steps done and in all, the loss and the accuracy of the last batch."""
+
+
+class TrainConfig(Config):
+    """Hyperparameters of a training."""
+
+    model: str = "lenet5"
+    data: str = "digits"
+    epochs: int = Field(default=10, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    optimizer: Literal["adam", "adamw", "sgd"] = "adamw"
+    lr: float = Field(default=2e-3, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    warmup_steps: int | None = Field(default=None, ge=0)  # a tenth of all steps
+    patience: int | None = Field(default=None, ge=1)  # epochs without a better accuracy before training stops
+    log_every: int = Field(default=50, ge=1)  # steps; fewer where an epoch is shorter
+    workers: int = Field(default=0, ge=0)
+    seed: int = 0
+
+
+def train(
+    registry: Registry,
+    config: TrainConfig,
+    data: Data,
+    *,
+    name: str | None = None,
+    resume: Checkpoint | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress = lambda done, total, loss, accuracy: None,
+    **retention: Any,
+) -> Run:
+    """Train a network, and record every epoch.
+
+    Training that is interrupted records where it is, so that it can be resumed at the very batch.
+
+    Args:
+        name: the model to save under; the network's own name unless given.
+        resume: a checkpoint to go on from, bit for bit.
+        retention: `keep_last`, `keep_best`, `keep_optimizer` of `Registry.run`.
+
+    Raises:
+        Incompatible: if the checkpoint to resume was trained on other data or is complete.
+        KeyboardInterrupt: after the state was saved.
+    """
+    _seed(config.seed)
+    network = builder(config.model).build({"channels": data.channels, "classes": len(data.classes)})
+    network.to(device)
+    optimizer = _optimizer(config, network)
+    loader = ResumableLoader(
+        DataLoader(data.train, config.batch_size, shuffle=True, num_workers=config.workers)
+    )
+    total = config.epochs * len(loader)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(config, total))
+    everything: dict[str, Any] = {
+        "model": network,
+        "optimizer": optimizer,
+        "scheduler": scheduler,
+        "loader": loader,
+    }
+    epoch, step, best, stale = 0, 0, -1.0, 0
+    if resume:
+        if resume.provenance.get("dataset") not in (None, data.digest):
+            raise Incompatible(
+                f"{resume.name} was trained on other data than {data.name}; resume on the same"
+            )
+        epoch, step = resume.epoch or 0, resume.step or 0
+        if epoch >= config.epochs:
+            raise Incompatible(
+                f"{resume.name} is complete after {epoch} epochs; to train on: --set epochs={epoch + config.epochs}"
+            )
+        resume.restore(**everything)
+        best, stale = resume.extra.get("best", -1.0), resume.extra.get("stale", 0)
+    every = min(config.log_every, len(loader))
+
+    with registry.run(
+        name or config.model,
+        config=config,
+        dataset=data.digest,
+        resume=resume,
+        monitor="accuracy",
+        mode="max",
+        **retention,
+    ) as run:
+
+        def save(loss: float, wait: bool = False, **measured: float) -> None:
+            extra = {"best": best, "stale": stale, "classes": list(data.classes), "data": data.name}
+            run.save(
+                **everything, epoch=epoch, step=step, loss=loss, metrics=measured, extra=extra, wait=wait
+            )
+
+        with warnings.catch_warnings(), _random_state_kept():
+            warnings.simplefilter("ignore")  # of the tracer
+            run.writer.add_graph(network, torch.zeros(1, data.channels, 28, 28, device=device))
+        loss_value = float("nan")
+        with _Interrupts() as interrupts:
+            while epoch < config.epochs and not (config.patience and stale >= config.patience):
+                network.train()
+                for images, labels in loader:
+                    images, labels = images.to(device), labels.to(device)
+                    loss, logits = network(images, labels)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    rate = scheduler.get_last_lr()[0]
+                    scheduler.step()
+                    step += 1
+                    loss_value = loss.item()
+                    accuracy = (logits.argmax(1) == labels).float().mean().item()
+                    progress(step, total, loss_value, accuracy)
+                    if loader.position % every == 0 or loader.position == len(loader):
+                        run.writer.add_scalar("Training/Accuracy", accuracy, step)
+                        run.writer.add_scalar("Training/Loss", loss_value, step)
+                        run.writer.add_scalar("Training/Learning Rate", rate, step)
+                        _logger.info(
+                            "Epochs[%d/%d] -- batch[%d/%d] -- Acc: %.3f -- loss: %.4f",
+                            *(epoch + 1, config.epochs, loader.position, len(loader)),
+                            *(accuracy, loss_value),
+                        )
+                    if interrupts.pending and loader.position < len(loader):
+                        save(loss_value, wait=True)
+                        interrupts.deliver()
+                epoch += 1
+                test_loss, test_accuracy, logits = evaluate(network, data.test, config.batch_size)
+                best, stale = (test_accuracy, 0) if test_accuracy > best else (best, stale + 1)
+                _logger.info(
+                    "Epochs[%d/%d] -- Testing Acc: %.4f -- loss: %.4f",
+                    *(epoch, config.epochs, test_accuracy, test_loss),
+                )
+                run.writer.add_scalar("Testing/Accuracy", test_accuracy, epoch)
+                run.writer.add_scalar("Testing/Loss", test_loss, epoch)
+                for parameter_name, parameter in network.named_parameters():
+                    run.writer.add_histogram(f"Weights/{parameter_name}", parameter, epoch)
+                save(loss_value, accuracy=test_accuracy, test_loss=test_loss)
+                interrupts.deliver()
+        _draw(run, config, data, network, best)
+    return run
+
+
+@torch.inference_mode()
+def evaluate(network: nn.Module, data: Any, batch_size: int = 256) -> tuple[float, float, Tensor]:
+    """Mean loss, accuracy and logits over a data set; leaves the network in the mode that it was in."""
+    device = next(network.parameters()).device
+    training = network.training
+    network.eval()
+    losses, right, outputs = 0.0, 0, []
+    with _random_state_kept():
+        for images, labels in DataLoader(data, batch_size):
+            labels = labels.to(device)
+            loss, logits = network(images.to(device), labels)
+            losses += loss.item() * len(labels)
+            right += int((logits.argmax(1) == labels).sum())
+            outputs.append(logits.cpu())
+    network.train(training)
+    count = sum(map(len, outputs))
+    return losses / count, right / count, torch.cat(outputs)
+
+
+class _random_state_kept:
+    """Evaluation must not change what training draws next: a `DataLoader` takes a random number."""
+
+    def __enter__(self) -> None:
+        self._state = torch.get_rng_state()
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_rng_state(self._state)
+
+
+class _Interrupts:
+    """Holds Ctrl-C and SIGTERM back until a batch is complete, so that what is saved then can be resumed exactly.
+
+    A second one comes through at once.
+    """
+
+    def __init__(self) -> None:
+        self.pending: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.pending is not None:
+            self.deliver()
+        self.pending = number
+
+    def deliver(self) -> None:
+        """Raise what was held back."""
+        if self.pending == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.pending is not None:
+            raise SystemExit(128 + self.pending)
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _optimizer(config: TrainConfig, network: nn.Module) -> torch.optim.Optimizer:
+    parameters: Iterator[Tensor] = network.parameters()
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return kind(parameters, config.lr, weight_decay=config.weight_decay)
+
+
+def _schedule(config: TrainConfig, total: int) -> Callable[[int], float]:
+    """Linear warm-up, then half a cosine down to zero, as factors of the learning rate."""
+    warmup = config.warmup_steps if config.warmup_steps is not None else total // 10
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        done = (step - warmup) / max(1, total - warmup)
+        return 0.5 * (1 + float(np.cos(np.pi * min(1.0, done))))
+
+    return factor
+
+
+def _draw(run: Run, config: TrainConfig, data: Data, network: nn.Module, best: float) -> None:
+    """What is drawn once, at the end: sample predictions, the embedding of the test images, hyperparameters."""
+    _, accuracy, logits = evaluate(network, data.test, config.batch_size)
+    figure = figure_of_predictions(data, logits)
+    run.writer.add_figure("Testing/Predictions", figure, config.epochs)
+    features, labels, images = embedding_of(data, logits)
+    run.writer.add_embedding(features, labels, images, config.epochs, tag="Testing/Logits")
+    values = {key: value for key, value in config.to_dict().items() if value is not None}
+    run.writer.add_hparams(values, {"hparam/accuracy": accuracy, "hparam/best": best}, run_name=".")
