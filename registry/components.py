@@ -78,17 +78,22 @@ def restore(states: Mapping[str, Any], components: Mapping[str, Any], kinds: Map
     """
     for name, component in components.items():
         _check(name, component, states[name], kinds.get(name))
-    undo: list[Callable[[], object]] = []
+    undo: dict[str, Callable[[], object]] = {}
     try:
         # networks come last: what could still fail then is only their own hooks
         for name, component in sorted(components.items(), key=lambda item: isinstance(item[1], nn.Module)):
-            undo.append(_way_back(component))
+            undo[name] = _way_back(component)
             _put(component, states[name])
     except BaseException as error:
-        for step in reversed(undo):
-            step()
+        stuck = []
+        for changed, go_back in undo.items():
+            try:
+                go_back()
+            except Exception:
+                stuck.append(changed)
         if isinstance(error, Exception):
-            raise Incompatible(f"{name}: {error}; nothing was changed") from error
+            others = f"all but {', '.join(stuck)} is as before" if stuck else "nothing was changed"
+            raise Incompatible(f"{name}: {error}; {others}") from error
         raise
 
 
