@@ -11,7 +11,7 @@ TYPES := build/types
 help:
 	@echo "make test         install into .venv and run the whole suite"
 	@echo "make check        format, lint, types, links"
-	@echo "make demo         import, list, show and verify two checkpoints"
+	@echo "make demo         train, kill, resume, look at it in TensorBoard, and use the best"
 	@echo "make bench        measure against torch.save and safetensors, as ratios"
 	@echo "make docs         write docs/cli.md from the commands' own help"
 	@echo "make constraints  pin the versions that are installed now"
@@ -49,7 +49,7 @@ docs: $(READY)
 
 constraints: $(READY)
 	@{ head -1 constraints.txt; $(BIN)/python -m pip freeze --all 2>/dev/null | \
-		grep -v -e '^-e' -e ' @ ' | sed 's/+.*//'; } > build/constraints.txt && mv build/constraints.txt constraints.txt
+		grep -v -e '^-e' -e '^#' -e ' @ ' | sed 's/+.*//'; } > build/constraints.txt && mv build/constraints.txt constraints.txt
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -6,7 +6,9 @@ import contextlib
 import os
 import socket
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +27,7 @@ from registry.cli.output import (
     version_document,
 )
 from registry.runs import LOG, RunInfo
-from registry.store.errors import Conflict, Invalid, NotFound
+from registry.store.errors import Conflict, NotFound
 
 if TYPE_CHECKING:
     from registry.registry import Registry
@@ -267,7 +269,7 @@ def log(source: str, follow: bool, registry: Registry) -> None:
 @command("board", "registry board\nregistry board lenet5/run-12 lenet6@best --port 6007")
 @click.argument("sources", nargs=-1, type=_Source(), metavar="[REFERENCE|RUN]...")
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
-@click.option("--port", default=6006, show_default=True, type=click.IntRange(1, 65_535))
+@click.option("--port", default=6006, show_default=True, type=click.IntRange(1, 65_535), help="The port.")
 def board(sources: tuple[str, ...], host: str, port: int, registry: Registry) -> None:
     """Show runs in TensorBoard, until Ctrl-C.
 
@@ -278,35 +280,39 @@ def board(sources: tuple[str, ...], host: str, port: int, registry: Registry) ->
     if not folder.is_dir():
         raise NotFound("there are no runs yet; start one with: registry train lenet5")
     _check_port(host, port)
-    if chosen:
-        spec = ",".join(f"{name}:{_plain_path(folder / name)}" for name in dict.fromkeys(chosen))
-        where = ["--logdir_spec", spec]
-    else:
-        where = ["--logdir", str(folder)]
+    with contextlib.ExitStack() as stack:
+        if chosen:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="registry-board-")))
+            _link(registry.root / "runs", chosen, folder)
+        address = _launch(folder, host, port)
+        say(f"TensorBoard shows {counted(len(set(chosen)), 'run') if chosen else 'all runs'} at {address}")
+        if tunnel := _tunnel(port):
+            say(f"you are on a remote host; on your own machine run: {tunnel}")
+        say("Ctrl-C ends it")
+        sys.stdout.flush()
+        with contextlib.suppress(KeyboardInterrupt):
+            while True:
+                time.sleep(3_600)
+
+
+def _link(runs: Path, names: Sequence[str], folder: Path) -> None:
+    """Give TensorBoard a folder of the chosen runs alone; it labels a run by its path below the folder."""
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            os.symlink((runs / name).absolute(), folder / name)
+
+
+def _launch(folder: Path, host: str, port: int) -> str:
     from tensorboard import program
 
     server = program.TensorBoard()
-    server.configure(
-        argv=["registry board", *where, "--host", host, "--port", str(port), "--reload_interval", "5"]
-    )
+    where = ["--logdir", str(folder), "--host", host, "--port", str(port)]
+    server.configure(argv=["registry board", *where, "--reload_interval", "5"])
     try:
-        address = server.launch()
+        return str(server.launch())
     except Exception as error:
         raise Conflict(f"TensorBoard did not start: {error}") from error
-    say(f"TensorBoard shows {counted(len(chosen), 'run') if chosen else 'all runs'} at {address}")
-    if tunnel := _tunnel(port):
-        say(f"you are on a remote host; on your own machine run: {tunnel}")
-    say("Ctrl-C ends it")
-    sys.stdout.flush()
-    with contextlib.suppress(KeyboardInterrupt):
-        while True:
-            time.sleep(3_600)
-
-
-def _plain_path(path: Path) -> str:
-    if set(str(path)) & set(",:"):
-        raise Invalid(f"{path}: TensorBoard cannot be given single runs below a path with ',' or ':'")
-    return str(path)
 
 
 def _check_port(host: str, port: int) -> None:

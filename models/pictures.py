@@ -31,7 +31,7 @@ def figure_of_predictions(data: Data, logits: Tensor) -> Any:
     for place, i in zip(axes.flat, order.tolist(), strict=False):
         image, label = data.test[i]
         guess = int(guesses[i])
-        place.imshow(image.permute(1, 2, 0).squeeze(-1), cmap="gray_r", vmin=0, vmax=1)
+        place.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray_r", vmin=0, vmax=1)
         right = guess == int(label)
         text = data.classes[guess] if right else f"{data.classes[guess]}, is {data.classes[int(label)]}"
         place.set_title(text, fontsize=9, color="black" if right else "crimson")

@@ -15,10 +15,10 @@ def capture() -> dict[str, Any]:
     version, internal, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
-        "python": {"version": version, "state": np.array(internal, np.uint32), "gauss": gauss},
+        "python": {"version": version, "state": torch.tensor(internal), "gauss": gauss},
         "numpy": {
             "kind": kind,
-            "keys": np.array(keys, np.uint32),
+            "keys": torch.from_numpy(np.asarray(keys, np.int64)),
             "position": int(position),
             "has_gauss": int(has_gauss),
             "cached": float(cached),
@@ -35,9 +35,12 @@ def capture() -> dict[str, Any]:
 def restore(state: Mapping[str, Any]) -> None:
     """Set the generators as they were; those of devices that are not here are passed over."""
     python, numpy = state["python"], state["numpy"]
-    random.setstate((python["version"], tuple(map(int, python["state"])), python["gauss"]))
+    random.setstate((python["version"], tuple(python["state"].tolist()), python["gauss"]))
     np.random.set_state(
-        (numpy["kind"], numpy["keys"], numpy["position"], numpy["has_gauss"], numpy["cached"])
+        (
+            *(numpy["kind"], numpy["keys"].numpy().astype(np.uint32)),
+            *(numpy["position"], numpy["has_gauss"], numpy["cached"]),
+        )
     )
     torch.set_rng_state(state["torch"].clone())
     if "cuda" in state and torch.cuda.is_available():

@@ -710,7 +710,7 @@ def test_nothing_that_a_file_names_is_imported(registry: Registry) -> None:
         registry.build("x")
     with registry.run("x", builder="tests-net") as run:
         run.save(model=nn.Linear(1, 1))
-    with pytest.raises(Incompatible, match="fc.weight is not in the checkpoint"):
+    with pytest.raises(Incompatible, match=r"fc\.weight is not in the checkpoint"):
         registry.build("x")
 
 

@@ -1,0 +1,393 @@
+"""Training from the command line: train, interrupt, resume, evaluate, predict, look back, and TensorBoard in a browser."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Run
+from PIL import Image
+
+from registry import Registry
+from registry.models import data
+
+PROGRAM = [sys.executable, "-m", "registry.cli"]
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A registry with a training of two epochs, and another that went on from it."""
+    root = tmp_path_factory.mktemp("trained") / "r"
+    for words in (
+        ["init"],
+        ["train", "lenet5", "--epochs", "2"],
+        ["train", "--resume", "lenet5:v2", "--set", "epochs=3"],
+    ):
+        subprocess.run([*PROGRAM, *words, "--root", str(root)], check=True, capture_output=True)
+    return root
+
+
+@pytest.fixture
+def root(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("REGISTRY_ROOT", str(trained))
+    return trained
+
+
+# -- training ------------------------------------------------------------------------------------------------
+
+
+def test_training_shows_its_progress_and_where_to_look(run: Run, tmp_path: Path) -> None:
+    Registry(tmp_path / "r")
+    done = run("train", "lenet5", "--epochs", 1, "--set", "lr=0.01", "--root", tmp_path / "r")
+    assert done.status == 0, done.err
+    line = r"Epochs\[1/1\] -- batch\[45/45\] -- Acc: [01]\.\d{3} -- loss: \d+\.\d{4}\n"
+    assert re.search(line, done.out)
+    assert "lenet5/run-1 finished: the best is lenet5:v1, accuracy 0." in done.out
+    config = Registry(tmp_path / "r")["lenet5"].config
+    assert config is not None
+    assert (config["lr"], config["epochs"]) == (0.01, 1)
+
+
+def test_training_as_json(run: Run, tmp_path: Path) -> None:
+    Registry(tmp_path / "r")
+    (tmp_path / "c.toml").write_text('model = "lenet6"\nepochs = 1\n')
+    done = run(
+        *("train", "--config", tmp_path / "c.toml", "--name", "mine", "--root", tmp_path / "r", "--json"),
+        *("--keep-last", 1),
+    )
+    found = done.json
+    assert (found["run"], found["latest"]["name"], found["best"]["name"]) == (
+        "mine/run-1",
+        "mine:v1",
+        "mine:v1",
+    )
+    assert Path(found["log"]).is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "told"),
+    [
+        ("train", 2, "name a network, such as: registry train lenet5"),
+        ("train lenet7", 1, "no builder 'lenet7' is registered; did you mean 'lenet"),
+        ("train lenet5 --epochs 0", 1, "epochs is 0; expected"),
+        ("train lenet5 --set learning_rate=1", 1, "learning_rate is not a known key"),
+        ("train lenet5 --set epoch=1", 1, "did you mean epochs?"),
+        ("train lenet5 --data mnist", 1, "mnist needs a folder: --data-dir DIR"),
+        ("train lenet5 --data nothing", 1, "data is 'nothing', expected one of digits"),
+        ("train lenet5 --device cuda:9", 1, "--device 'cuda:9' is not there; there are cpu"),
+        ("train --resume lenet6", 1, "there is no model 'lenet6'; did you mean 'lenet5'"),
+        ("train --resume lenet5", 1, "lenet5:v3 is complete after 3 epochs; to train on: --set epochs=6"),
+        ("train lenet6 --resume lenet5", 1, "lenet5:v3 is a lenet5, not a lenet6"),
+        ("train --resume lenet5 --set seed=3 --epochs 9", 1, "was trained on other data"),
+        ("train lenet5 --name ../x", 1, "cannot be the name of a model"),
+        ("train lenet5 --keep-last 0", 1, "keep_last is '0'"),
+        ("eval lenet5@bst", 1, "no alias 'bst'; did you mean 'best'"),
+        ("eval lenet5 --data cifar10", 1, "cifar10 needs a folder"),
+        ("predict lenet5 nothing.png", 1, "nothing.png: there is no such file"),
+        ("best lenet5 --by acc", 1, "no version of lenet5 has the metric 'acc'"),
+        ("log lenet5/run-9", 1, "there is no run 'lenet5/run-9'; did you mean"),
+        ("board lenet4", 1, "there is no model 'lenet4'"),
+        ("runs lenet4", 1, "there is no model 'lenet4'"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_everything_as_it_was(
+    run: Run, root: Path, words: str, status: int, told: str
+) -> None:
+    before = sorted(path for path in root.rglob("*") if path.is_file() and "catalog" not in path.name)
+    done = run(*words.split())
+    assert (done.status, done.out) == (status, "")
+    assert told in done.err
+    assert len(done.err.strip().splitlines()) == (1 if status == 1 else 4)
+    after = sorted(path for path in root.rglob("*") if path.is_file() and "catalog" not in path.name)
+    assert after == before
+
+
+def test_a_checkpoint_without_an_optimizer_cannot_be_resumed(run: Run, root: Path, tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "r")
+    registry.save("weights", Registry(root)["lenet5"].load("model"), config={"model": "lenet5"})
+    done = run("train", "--resume", "weights", "--root", registry.root)
+    assert (done.status, done.err) == (1, "registry: weights:v1 cannot be resumed: it has no optimizer\n")
+
+
+def wait_for(path: Path, text: str, child: subprocess.Popen[str]) -> None:
+    for _ in range(600):
+        if child.poll() is not None:
+            raise AssertionError(f"ended with {child.returncode}")
+        if any(text in found.read_text() for found in path.glob("runs/*/*/run.log")):
+            return
+        time.sleep(0.05)
+    raise AssertionError(text)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_training_that_is_stopped_ends_as_one_that_was_not(tmp_path: Path, number: int) -> None:
+    root = tmp_path / "r"
+    words = ["--epochs", "5", "--set", "batch_size=64", "--root", str(root)]
+    subprocess.run([*PROGRAM, "init", "--root", str(root)], check=True, capture_output=True)
+    child = subprocess.Popen(
+        [*PROGRAM, "train", "lenet5", "--name", "part", *words], stderr=subprocess.PIPE, text=True
+    )
+    wait_for(root, "Epochs[3/5] -- batch", child)
+    child.send_signal(number)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number]  # type: ignore[index]
+    registry = Registry(root)
+    assert registry["part"].epoch in (2, 3)
+    if number != signal.SIGKILL:
+        assert f"Go on with: registry train --resume {registry['part'].name}" in err
+    resume = [*PROGRAM, "train", "--resume", "part", "--root", str(root)]
+    subprocess.run(resume, check=True, capture_output=True)
+    subprocess.run([*PROGRAM, "train", "lenet5", "--name", "whole", *words], check=True, capture_output=True)
+    part, whole = registry["part"], registry["whole"]
+    assert part.epoch == whole.epoch == 5
+    tensors = [
+        {path: digest for path, _, _, digest in one.parameters() if not path.startswith(("rng", "loader"))}
+        for one in (part, whole)
+    ]
+    assert tensors[0] == tensors[1]
+    assert part.metrics == whole.metrics
+    assert registry.verify().problems == ()
+
+
+# -- using what was trained ----------------------------------------------------------------------------------
+
+
+def test_evaluating(run: Run, root: Path) -> None:
+    found = run("eval", "lenet5@best", "--json").json
+    assert found["accuracy"] == Registry(root)["lenet5@best"].metrics["accuracy"]
+    assert found["images"] == sum(one["images"] for one in found["classes"]) == 359
+    done = run("eval", "lenet5@best", "--data", "digits")
+    assert re.search(r"CLASS +IMAGES +ACCURACY", done.out)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> list[Path]:
+    test = data.load("digits").test
+    paths = []
+    for i in range(6):
+        pixels = (test[i][0][0].numpy() * 255).astype(np.uint8)
+        paths.append(tmp_path / f"{i}.png")
+        Image.fromarray(pixels).save(paths[-1])
+    return paths
+
+
+def test_predicting(run: Run, root: Path, images: list[Path], tmp_path: Path) -> None:
+    test = data.load("digits").test
+    found = run("predict", "lenet5@best", *images, "--json").json["predictions"]
+    assert [one["image"] for one in found] == list(map(str, images))
+    right = sum(one["label"] == str(int(test[i][1])) for i, one in enumerate(found))
+    assert right >= 5
+    assert all(0.1 <= one["second_probability"] + one["probability"] <= 1.0001 for one in found)
+    large = tmp_path / "large.png"
+    picture = Image.open(images[0]).resize((56, 56)).convert("RGB")
+    Image.eval(picture, lambda value: 255 - value).save(large)
+    (same,) = run("predict", "lenet5@best", large, "--fit", "--invert", "--json").json["predictions"]
+    assert same["label"] == found[0]["label"]
+    assert "PROBABILITY" in run("predict", "lenet5@best", images[0]).out
+
+
+def test_images_that_do_not_fit_are_named(run: Run, root: Path, tmp_path: Path) -> None:
+    Image.new("L", (64, 48)).save(tmp_path / "wide.png")
+    Image.new("RGB", (28, 28)).save(tmp_path / "red.png")
+    (tmp_path / "text.png").write_text("no image")
+    for name, told in (
+        ("wide.png", "has 64x48 pixels, the network takes 28x28; scale it with --fit"),
+        ("red.png", "is in colour, the network takes grey; convert it with --fit"),
+        ("text.png", "not an image that can be read"),
+    ):
+        done = run("predict", "lenet5", tmp_path / name)
+        assert (done.status, done.out) == (1, "")
+        assert f"{name}: " in done.err
+        assert told in done.err
+
+
+# -- looking back --------------------------------------------------------------------------------------------
+
+
+def test_looking_back(run: Run, root: Path) -> None:
+    registry = Registry(root)
+    runs = run("runs", "--json").json["runs"]
+    assert [(one["name"], one["state"], one["versions"]) for one in runs] == [
+        ("lenet5/run-2", "finished", 1),
+        ("lenet5/run-1", "finished", 2),
+    ]
+    assert "lenet5/run-1  finished         2" in run("runs").out
+    history = run("history", "lenet5", "--json").json["versions"]
+    assert [(one["name"], one["parent"], one["run"]) for one in history] == [
+        ("lenet5:v3", "lenet5:v2", "lenet5/run-2"),
+        ("lenet5:v2", "lenet5:v1", "lenet5/run-1"),
+        ("lenet5:v1", None, "lenet5/run-1"),
+    ]
+    packs = sum(path.stat().st_size for path in (root / "packs").rglob("*.safetensors"))
+    assert sum(one["own"] for one in history) == packs
+    best = run("best", "lenet5", "--by", "accuracy", "--json").json
+    assert best["name"] == registry["lenet5@best"].name
+    lowest = run("best", "lenet5", "--by", "loss").out
+    assert lowest.startswith(
+        min((registry[f"lenet5:v{n}"] for n in (1, 2, 3)), key=lambda c: c.loss or 9).name
+    )
+    tree = run("lineage", "lenet5:v3")
+    assert re.search(
+        r"^lenet5:v3  epoch 3 .*\n└── resumed-from  lenet5:v2 .*\n    └── trained on from  lenet5:v1",
+        tree.out,
+    )
+    assert "led to\n└── resumed-from  lenet5:v3" in run("lineage", "lenet5:v2").out
+    shown = run("show", "lenet5").out
+    assert "lineage              resumed-from lenet5:v2" in shown
+    assert "run                  lenet5/run-2" in shown
+
+
+def test_the_log_of_a_checkpoint_is_its_runs(run: Run, root: Path) -> None:
+    done = run("log", "lenet5:v1")
+    assert done.out == (root / "runs/lenet5/run-1/run.log").read_text()
+    assert run("log", "lenet5/run-2").out != done.out
+    assert run("log", "lenet5:v1", "-f").out == done.out  # which ends, as the run has ended
+
+
+def test_following_a_log_ends_with_the_run(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "r")
+    with registry.run("net") as session:
+        child = subprocess.Popen(
+            [*PROGRAM, "log", "net/run-1", "-f", "--root", str(registry.root)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert child.stdout is not None
+        assert "began" in child.stdout.readline()
+        import logging
+
+        logging.getLogger("x").info("while it runs")
+        assert "while it runs" in child.stdout.readline()
+        assert session.name == "net/run-1"
+    assert "finished" in child.stdout.read()
+    assert child.wait(20) == 0
+
+
+@pytest.mark.parametrize(
+    "words", ["runs", "history lenet5", "best lenet5 --by accuracy", "lineage lenet5", "log lenet5"]
+)
+def test_looking_back_loads_nothing_heavy(root: Path, words: str) -> None:
+    program = (
+        "import sys\nfrom registry.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "print(*{name.partition('.')[0] for name in sys.modules}, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words.split()], capture_output=True, text=True, check=True
+    )
+    assert done.stdout
+    assert (
+        set(done.stderr.split()) & {"torch", "torchvision", "tensorboard", "numpy", "pydantic", "rich"}
+        == set()
+    )
+
+
+# -- TensorBoard ---------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def board(root: Path, request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
+    """The address of a board, and what the command has printed."""
+    environment = {**os.environ, "SSH_CONNECTION": "192.0.2.1 5000 192.0.2.9 22", "USER": "somebody"}
+    child = subprocess.Popen(
+        [*PROGRAM, "board", *getattr(request, "param", ()), "--port", str(free_port())],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+    )
+    assert child.stdout is not None
+    printed = child.stdout.readline() + child.stdout.readline() + child.stdout.readline()
+    match = re.search(r"http://\S+", printed)
+    assert match, printed
+    yield match[0].rstrip("/"), printed
+    child.send_signal(signal.SIGINT)
+    assert child.wait(20) == 0
+    child.stdout.close()
+
+
+def ask(address: str) -> object:
+    with urllib.request.urlopen(address, timeout=20) as reply:
+        return json.load(reply)
+
+
+def runs_of(address: str, count: int) -> list[str]:
+    found: list[str] = []
+    for _ in range(200):
+        found = list(ask(f"{address}/data/runs"))  # type: ignore[call-overload]
+        if len(found) >= count:
+            break
+        time.sleep(0.1)
+    return sorted(found)
+
+
+def test_the_board_serves_all_runs_by_their_names(board: tuple[str, str]) -> None:
+    address, printed = board
+    assert runs_of(address, 2) == ["lenet5/run-1", "lenet5/run-2"]
+    port = address.rpartition(":")[2]
+    assert f"run: ssh -L {port}:127.0.0.1:{port} somebody@192.0.2.9" in printed
+    tags = ask(f"{address}/data/plugin/scalars/tags")
+    assert isinstance(tags, dict)
+    assert {"Training/Loss", "Testing/Accuracy"} <= set(tags["lenet5/run-1"])
+    points = ask(f"{address}/data/plugin/scalars/scalars?run=lenet5%2Frun-1&tag=Testing%2FAccuracy")
+    assert [step for _, step, _ in points] == [1, 2]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("board", [("lenet5:v3",)], indirect=True)
+def test_the_board_serves_chosen_runs(board: tuple[str, str]) -> None:
+    assert runs_of(board[0], 1) == ["lenet5/run-2"]
+
+
+def test_a_taken_port_names_a_free_one(run: Run, root: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = run("board", "--port", port)
+    assert (done.status, done.out) == (1, "")
+    match = re.search(rf"port {port} of 127.0.0.1 is taken; --port (\d+) is free", done.err)
+    assert match
+    assert int(match[1]) > port
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome is installed")
+def test_a_browser_shows_the_run_and_its_scalars(board: tuple[str, str], tmp_path: Path) -> None:
+    address, _ = board
+    runs_of(address, 2)
+    command = [
+        *(str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"),
+        *("--window-size=1600,1400", "--virtual-time-budget=20000", "--timeout=40000"),
+    ]
+    page = ""
+    for _ in range(5):
+        done = subprocess.run(
+            [*command, "--dump-dom", f"{address}/?darkMode=false#timeseries"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        page = done.stdout
+        if "Testing/Accuracy" in page:
+            break
+    for word in ("lenet5/run-1", "lenet5/run-2", "Testing/Accuracy", "Training/Loss"):
+        assert word in page
