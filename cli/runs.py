@@ -246,7 +246,7 @@ def _run_of(registry: Registry, text: str) -> RunInfo:
 @command("log", "registry log lenet5@best\nregistry log lenet5/run-3 -f")
 @click.argument("source", type=_Source(), metavar="REFERENCE|RUN")
 @click.option("--follow", "-f", is_flag=True, help="Go on printing as lines are added, until Ctrl-C.")
-def log(source: str, follow: bool, registry: Registry) -> None:
+def log(source: str, follow: bool, registry: Registry, as_json: bool) -> None:
     """Show the log file of a run.
 
     Of a checkpoint, it is the log of the run that saved it.
@@ -255,6 +255,12 @@ def log(source: str, follow: bool, registry: Registry) -> None:
     path = registry.root / "runs" / info.name / LOG
     if not path.is_file():
         raise NotFound(f"{path}: the log of {info.name} is not there any more")
+    if as_json:
+        if follow:
+            raise click.UsageError("--follow does not go with --json, which prints one document")
+        lines = path.read_text("utf-8", "replace").splitlines()
+        print_json({"run": info.name, "file": str(path), "lines": lines})
+        return
     with path.open(encoding="utf-8", errors="replace") as file:
         while True:
             while line := file.readline():
@@ -270,7 +276,7 @@ def log(source: str, follow: bool, registry: Registry) -> None:
 @click.argument("sources", nargs=-1, type=_Source(), metavar="[REFERENCE|RUN]...")
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option("--port", default=6006, show_default=True, type=click.IntRange(1, 65_535), help="The port.")
-def board(sources: tuple[str, ...], host: str, port: int, registry: Registry) -> None:
+def board(sources: tuple[str, ...], host: str, port: int, registry: Registry, as_json: bool) -> None:
     """Show runs in TensorBoard, until Ctrl-C.
 
     All runs, or those that are named; a checkpoint stands for the run that saved it.
@@ -285,10 +291,15 @@ def board(sources: tuple[str, ...], host: str, port: int, registry: Registry) ->
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="registry-board-")))
             _link(registry.root / "runs", chosen, folder)
         address = _launch(folder, host, port)
-        say(f"TensorBoard shows {counted(len(set(chosen)), 'run') if chosen else 'all runs'} at {address}")
-        if tunnel := _tunnel(port):
-            say(f"you are on a remote host; on your own machine run: {tunnel}")
-        say("Ctrl-C ends it")
+        tunnel = _tunnel(port)
+        if as_json:
+            print_json({"address": address, "runs": list(dict.fromkeys(chosen)) or None, "tunnel": tunnel})
+        else:
+            shown = counted(len(set(chosen)), "run") if chosen else "all runs"
+            say(f"TensorBoard shows {shown} at {address}")
+            if tunnel:
+                say(f"you are on a remote host; on your own machine run: {tunnel}")
+            say("Ctrl-C ends it")
         sys.stdout.flush()
         with contextlib.suppress(KeyboardInterrupt):
             while True:

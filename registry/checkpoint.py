@@ -215,5 +215,7 @@ class Checkpoint:
     def _facts(self) -> list[tuple[str, Any]]:
         facts: list[tuple[str, Any]] = [("name", self.name), ("id", self.id[:12])]
         named = {"epoch": self.epoch, "step": self.step, "loss": self.loss, **self.metrics}
-        facts += [(key, value) for key, value in named.items() if value is not None]
+        for key, value in named.items():
+            if value is not None:
+                facts.append((key, f"{value:.5g}" if isinstance(value, float) else value))
         return facts

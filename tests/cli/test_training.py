@@ -254,6 +254,8 @@ def test_the_log_of_a_checkpoint_is_its_runs(run: Run, root: Path) -> None:
     done = run("log", "lenet5:v1")
     assert done.out == (root / "runs/lenet5/run-1/run.log").read_text()
     assert run("log", "lenet5/run-2").out != done.out
+    assert run("log", "lenet5:v1", "--json").json["lines"] == done.out.splitlines()
+    assert run("log", "lenet5:v1", "--json", "-f").status == 2
     assert run("log", "lenet5:v1", "-f").out == done.out  # which ends, as the run has ended
 
 
