@@ -8,7 +8,6 @@ the names of the plain module.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -196,7 +195,7 @@ def _has_own_loading(module: nn.Module) -> bool:
         or type(part)._load_from_state_dict is not nn.Module._load_from_state_dict
         or type(part).set_extra_state is not nn.Module.set_extra_state
         for part in module.modules()
-        if not inspect.getmodule(type(part)).__name__.startswith("torch.")  # type: ignore[union-attr]
+        if not type(part).__module__.startswith("torch.")
     )
 
 
