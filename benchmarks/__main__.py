@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import catalogs, states, storage
+from benchmarks import catalogs, states, storage, training
 from benchmarks.measure import Result
 
 Group = Callable[[Path, int], list[Result]]
@@ -22,6 +22,7 @@ GROUPS: dict[str, Group] = {
     "resnet50": lambda f, n: storage.measure("ResNet50 + Adam", states.resnet50_with_adam(), f, n),
     "gpt2": lambda f, n: storage.measure("GPT-2 small + Adam", states.gpt2_small_with_adam(), f, n),
     "catalog": catalogs.measure,
+    "training": training.measure,
 }
 
 

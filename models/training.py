@@ -158,9 +158,9 @@ def train(
                 )
                 run.writer.add_scalar("Testing/Accuracy", test_accuracy, epoch)
                 run.writer.add_scalar("Testing/Loss", test_loss, epoch)
+                save(loss_value, accuracy=test_accuracy, test_loss=test_loss)
                 for parameter_name, parameter in network.named_parameters():
                     run.writer.add_histogram(f"Weights/{parameter_name}", parameter, epoch)
-                save(loss_value, accuracy=test_accuracy, test_loss=test_loss)
                 interrupts.deliver()
         _draw(run, config, data, network, best)
     return run

@@ -203,10 +203,10 @@ def _has_own_loading(module: nn.Module) -> bool:
 
 
 def _plain_state(module: nn.Module) -> OrderedDict[str, Any]:
-    state = module.state_dict()
+    state: OrderedDict[str, Any] = module.state_dict()  # type: ignore[assignment]
+    if not any(map(_inner, module.modules())):
+        return state
     names = dict(_plain_names(module, state))
-    if all(actual == plain for actual, plain in names.items()):
-        return state  # type: ignore[return-value]
     plain = OrderedDict((names[actual], value) for actual, value in state.items())
     metadata = getattr(state, "_metadata", {})
     folded = OrderedDict((_plain_name(module, actual), value) for actual, value in metadata.items())

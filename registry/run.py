@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -70,8 +71,8 @@ class Run:
             raise Invalid(f"dataset is {quoted(dataset)}, expected a digest of 64 hex digits")
         self._dataset = dataset
         self._arena: Arena | None = None
-        self._in_flight: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._saver = ThreadPoolExecutor(1, "registry-save")
+        self._in_flight: Future[Checkpoint] | None = None
         self._last: Checkpoint | None = None
         self._writer: SummaryWriter | None = None
         self._open = contextlib.ExitStack()
@@ -146,6 +147,8 @@ class Run:
                 self._writer.close()
             with contextlib.suppress(FileNotFoundError):
                 (self.folder / PROCESS).unlink()
+            self._saver.submit(self.registry.catalog.close)  # its own connection
+            self._saver.shutdown()
             self.registry.runs.end(self.name, state)
             self._open.close()
 
@@ -197,11 +200,8 @@ class Run:
             RegistryError: if that save failed; once.
         """
         if self._in_flight is not None:
-            self._in_flight.join()
-            self._in_flight = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+            pending, self._in_flight = self._in_flight, None
+            self._last = pending.result()
         return self._last
 
     def _save(
@@ -237,17 +237,7 @@ class Run:
         if self._arena is None:
             self._arena = Arena()
         copied = self._arena.snapshot(state)
-
-        def publish() -> None:
-            try:
-                self._last = self._publish(copied, fields, about)
-            except BaseException as error:
-                self._error = error
-            finally:
-                self.registry.catalog.close()  # this thread's connection
-
-        self._in_flight = threading.Thread(target=publish, name="registry-save")
-        self._in_flight.start()
+        self._in_flight = self._saver.submit(self._publish, copied, fields, about)
         return None
 
     def _record(self, live: Mapping[str, Any], state: State) -> dict[str, Any]:

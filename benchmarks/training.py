@@ -1,0 +1,139 @@
+"""What saving costs a training: the stall of a save that does not wait, its share of the demo, and restoring."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+import torchvision
+from torch import nn
+
+from benchmarks.measure import Contender, Result, take_turns
+from benchmarks.states import flat, gpt2_small_with_adam
+from registry import Registry
+from registry.models import data
+from registry.models.training import TrainConfig, train
+
+
+def measure(folder: Path, rounds: int) -> list[Result]:
+    """All of it, on a ResNet50 and a network of GPT-2 small's shape, both with Adam, and on the digits."""
+    found = [_share(folder)]
+    for name, model in {"ResNet50 + Adam": _resnet50(), "GPT-2 small + Adam": _gpt2_small()}.items():
+        optimizer = _trained(model)
+        found += _stall(name, model, optimizer, folder / name, rounds)
+        found.append(_restore(name, model, optimizer, folder / name, rounds))
+        shutil.rmtree(folder / name)
+    return found
+
+
+def _resnet50() -> nn.Module:
+    return torchvision.models.resnet50(weights=None)
+
+
+def _gpt2_small() -> nn.Module:
+    tensors = gpt2_small_with_adam()["model"]
+    return nn.ParameterDict({name.replace(".", "_"): nn.Parameter(t) for name, t in tensors.items()})
+
+
+def _trained(model: nn.Module) -> torch.optim.Optimizer:
+    """Adam after a step, so that it has its moments."""
+    optimizer = torch.optim.Adam(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+def _stall(
+    name: str, model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, rounds: int
+) -> list[Result]:
+    tensors = list(flat({"model": model.state_dict(), "optimizer": optimizer.state_dict()}).values())
+    buffers = [torch.zeros_like(tensor) for tensor in tensors]
+    pending: list[Any] = []
+
+    def change() -> None:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1e-3)
+
+    def copy() -> None:
+        torch._foreach_copy_(buffers, [tensor.detach() for tensor in tensors])
+
+    with Registry(folder / "stall").run("model", keep_last=1) as run:
+
+        def finish() -> None:
+            run.wait()
+            for future in pending:
+                future.result()
+            pending.clear()
+            shutil.rmtree(folder / "dcp", ignore_errors=True)
+            change()
+
+        def ours() -> None:
+            run.save(model=model, optimizer=optimizer, wait=False)
+
+        def theirs() -> None:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                pending.append(dcp.async_save(state, checkpoint_id=folder / "dcp", no_dist=True))
+
+        contenders: dict[str, Contender] = {
+            "copy": (finish, copy),
+            "save": (finish, ours),
+            "async_save": (finish, theirs),
+        }
+        t = take_turns(contenders, rounds)
+        finish()
+    what = f"{name}: stall of a save that does not wait"
+    return [
+        _ratio(what, t["save"], t["copy"], 1.2, "one copy of the state"),
+        _ratio(what, t["save"], t["async_save"], None, "DCP's async_save"),
+    ]
+
+
+def _restore(
+    name: str, model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, rounds: int
+) -> Result:
+    with Registry(folder / "restore").run("model") as run:
+        checkpoint = run.save(model=model, optimizer=optimizer)
+    assert checkpoint is not None
+    folder.mkdir(exist_ok=True)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, folder / "peer.pt")
+
+    def theirs() -> None:
+        state = torch.load(folder / "peer.pt", weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+
+    contenders: dict[str, Contender] = {
+        "torch": (lambda: None, theirs),
+        "verified": (lambda: None, lambda: checkpoint.restore(model=model, optimizer=optimizer)),
+    }
+    t = take_turns(contenders, rounds)
+    return _ratio(
+        f"{name}: restore, verified", t["verified"], t["torch"], 1.0, "torch.load + load_state_dict"
+    )
+
+
+def _share(folder: Path) -> Result:
+    digits = data.load("digits")
+    registry = Registry(folder / "digits")
+    train(registry, TrainConfig(epochs=2), digits)  # to warm up
+    began = time.perf_counter()
+    run = train(registry, TrainConfig(epochs=8), digits)
+    total = time.perf_counter() - began
+    detail = f"{run.seconds_saving * 1e3:.0f} ms of {total:.1f} s"
+    return Result(
+        "LeNet5 on digits: share of the time spent saving", run.seconds_saving / total, 0.02, detail
+    )
+
+
+def _ratio(what: str, ours: float, peer: float, goal: float | None, name: str) -> Result:
+    return Result(what, ours / peer, goal, f"{ours * 1e3:.0f} ms against {peer * 1e3:.0f} ms of {name}")
