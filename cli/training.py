@@ -177,14 +177,15 @@ def _shown_training(*, quiet: bool) -> Iterator[Any]:
 
 
 class _Lines(logging.Handler):
-    """Passes messages on without time and place, which the log file has."""
+    """Passes messages on without time and place, and without the details within an epoch: the log has them."""
 
     def __init__(self, line: Any) -> None:
         super().__init__(logging.INFO)
         self._line = line
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._line(record.getMessage())
+        if not getattr(record, "detail", False):
+            self._line(record.getMessage())
 
 
 def _bar(stack: contextlib.ExitStack) -> tuple[Any, Any]:

@@ -43,7 +43,7 @@ class TrainConfig(Config):
     momentum: float = Field(default=0.9, ge=0, lt=1)
     warmup_steps: int | None = Field(default=None, ge=0)  # a tenth of all steps
     patience: int | None = Field(default=None, ge=1)  # epochs without a better accuracy before training stops
-    log_every: int = Field(default=50, ge=1)  # steps; fewer where an epoch is shorter
+    log_every: int | None = Field(default=None, ge=1)  # steps: 50, or a fifth of an epoch if that is fewer
     workers: int = Field(default=0, ge=0)
     seed: int = 0
 
@@ -100,7 +100,7 @@ def train(
             )
         resume.restore(**everything)
         best, stale = resume.extra.get("best", -1.0), resume.extra.get("stale", 0)
-    every = min(config.log_every, len(loader))
+    every = config.log_every or max(1, min(50, len(loader) // 5))
 
     with registry.run(
         name or config.model,
@@ -145,6 +145,7 @@ def train(
                             "Epochs[%d/%d] -- batch[%d/%d] -- Acc: %.3f -- loss: %.4f",
                             *(epoch + 1, config.epochs, loader.position, len(loader)),
                             *(accuracy, loss_value),
+                            extra={"detail": loader.position < len(loader)},
                         )
                     if interrupts.pending and loader.position < len(loader):
                         save(loss_value, wait=True)

@@ -56,6 +56,8 @@ def test_lenet5_learns_the_digits(registry: Registry, digits: Data) -> None:
     assert accuracy == best.metrics["accuracy"]
     assert [version.epoch for version in list_versions(registry.catalog, "lenet5")[0]] == [*range(10, 0, -1)]
     assert run.name == "lenet5/run-1"
+    steps = [event.step for event in events(run).Scalars("Training/Accuracy")]
+    assert steps == [*range(9, 451, 9)]  # a fifth of an epoch of 45 batches
 
 
 def events(run: Run) -> EventAccumulator:

@@ -667,6 +667,36 @@ def test_wrappers_are_seen_through_both_ways(registry: Registry) -> None:
                     )
 
 
+DISTRIBUTED = """
+import os, sys, torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from registry import Registry
+
+torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=0, world_size=1)
+torch.manual_seed(0)
+net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+wrapped = DistributedDataParallel(net)
+registry = Registry(sys.argv[1])
+with registry.run("net") as run:
+    run.save(model=wrapped)
+assert list(registry["net"].state_dict()) == list(net.state_dict())
+other = DistributedDataParallel(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))
+registry["net"].restore(model=other)
+assert torch.equal(other.module[0].weight, net[0].weight)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_distributed_data_parallel_is_seen_through(registry: Registry, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", DISTRIBUTED, str(registry.root), str(tmp_path / "meet")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    plain = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    registry["net"].restore(model=plain)
+    plain.load_state_dict(registry["net"].state_dict())
+
+
 # -- builders ------------------------------------------------------------------------------------------------
 
 
