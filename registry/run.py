@@ -246,6 +246,11 @@ class Run:
         tensors = [leaf.source for leaf in state.leaves if isinstance(leaf.source, torch.Tensor)]
         found = {
             "kinds": {name: components.kind_of(component) for name, component in live.items()},
+            "buffers": {
+                name: [buffer for buffer, _ in components.plain_module(component).named_buffers()]
+                for name, component in live.items()
+                if isinstance(component, torch.nn.Module)
+            },
             "builder": builder or self.model,
             "network": builders.config_of(model) if model is not None else None,
             "config_digest": self._config.digest() if isinstance(self._config, Config) else None,

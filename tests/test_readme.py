@@ -20,6 +20,7 @@ def without_what_varies(text: str) -> str:
     text = re.sub(
         r"\d+\.\d+\b|\b0\b|\d+%", "NUMBER", text
     )  # accuracies and losses differ a little with the processor
+    text = re.sub(r"\d+ (distinct|stored tensors)", r"COUNT \1", text)
     text = re.sub(r" +", " ", text.replace(" best", "").replace("best ", ""))
     text = re.sub(r"lenet5:v\d", "lenet5:v", text)  # which one is the best, by a few digits, too
     return re.sub(r"free space.*", "free space", text)
