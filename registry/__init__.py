@@ -15,11 +15,20 @@ if TYPE_CHECKING:
     from registry.checkpoint import Checkpoint as Checkpoint
     from registry.config import Config as Config
     from registry.config import ModelConfig as ModelConfig
+    from registry.diffing import diff as diff
+    from registry.freezing import check_optimizer as check_optimizer
+    from registry.freezing import freeze as freeze
+    from registry.freezing import frozen_proof as frozen_proof
+    from registry.freezing import param_groups as param_groups
+    from registry.freezing import remap_optimizer as remap_optimizer
+    from registry.freezing import unfreeze as unfreeze
     from registry.logs import setup_logging as setup_logging
     from registry.registry import Registry as Registry
     from registry.resumable import ResumableLoader as ResumableLoader
     from registry.run import Run as Run
     from registry.store.errors import RegistryError as RegistryError
+    from registry.transfer import TransferPlan as TransferPlan
+    from registry.transfer import plan_transfer as plan_transfer
 
 __version__ = "0.1.0"
 
@@ -31,8 +40,17 @@ _HOMES = {
     "RegistryError": "registry.store.errors",
     "ResumableLoader": "registry.resumable",
     "Run": "registry.run",
+    "TransferPlan": "registry.transfer",
+    "check_optimizer": "registry.freezing",
+    "diff": "registry.diffing",
+    "freeze": "registry.freezing",
+    "frozen_proof": "registry.freezing",
+    "param_groups": "registry.freezing",
+    "plan_transfer": "registry.transfer",
     "register_model": "registry.builders",
+    "remap_optimizer": "registry.freezing",
     "setup_logging": "registry.logs",
+    "unfreeze": "registry.freezing",
 }
 
 __all__ = [
@@ -43,8 +61,17 @@ __all__ = [
     "RegistryError",
     "ResumableLoader",
     "Run",
+    "TransferPlan",
+    "check_optimizer",
+    "diff",
+    "freeze",
+    "frozen_proof",
+    "param_groups",
+    "plan_transfer",
     "register_model",
+    "remap_optimizer",
     "setup_logging",
+    "unfreeze",
 ]
 
 

@@ -24,11 +24,13 @@ if TYPE_CHECKING:
 
     from registry.checkpoint import Checkpoint
     from registry.config import Config
+    from registry.diffing import DiffReport
     from registry.garbage import Collected
     from registry.rebuilding import Rebuilt
     from registry.retention import Monitor
     from registry.run import Run
     from registry.runs import Runs
+    from registry.sides import Source
     from registry.status import Status
     from registry.store.saving import State
     from registry.store.store import Store
@@ -193,6 +195,30 @@ class Registry:
         live: dict[str, Any] = {component: network}
         checkpoint.restore(rng=False, **live)
         return network.eval()
+
+    # -- transfer ----------------------------------------------------------------------------------------
+
+    def diff(
+        self,
+        a: Source,
+        b: Source,
+        *,
+        values: bool = False,
+        rename: Iterable[str] = (),
+        exclude: Iterable[str] = (),
+    ) -> DiffReport:
+        """Compare two models by name, shape, dtype and value; see `registry.diffing.diff`."""
+        from registry.diffing import diff
+
+        return diff(a, b, registry=self, values=values, rename=rename, exclude=exclude)
+
+    def from_pretrained(
+        self, make: Any, source: Source, *, freeze: bool | str | Sequence[str] = False, **given: Any
+    ) -> nn.Module:
+        """A new network with whatever fits from a source; see `registry.transfer.from_pretrained`."""
+        from registry.transfer import from_pretrained
+
+        return from_pretrained(self, make, source, freeze=freeze, **given)
 
     # -- saving ------------------------------------------------------------------------------------------
 

@@ -1,0 +1,34 @@
+"""Ancestry: which checkpoints one came from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from registry.registry import Registry
+
+
+def ancestors(registry: Registry, name: str) -> set[str]:
+    """Names of a version and of all that it came from: parents within a run, and edges of the lineage."""
+    found: set[str] = set()
+    waiting = [name]
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        found.add(name)
+        model, _, number = name.partition(":v")
+        rows = registry.catalog.query(
+            "SELECT id FROM versions WHERE model = ? AND version = ?", [model, int(number)]
+        )
+        if not rows:  # removed since
+            continue
+        version = registry.resolve(name)
+        if parent := version.record.get("parent"):
+            waiting.append(parent)
+        for edge in version.record.get("lineage", []):
+            above = registry.catalog.query(
+                "SELECT model, version FROM versions WHERE id = ?", [edge["parent"]]
+            )
+            waiting += [f"{model}:v{number}" for model, number in above]
+    return found

@@ -1,0 +1,441 @@
+"""Diff reports: what differs between two models, by name, shape, dtype, kind and value."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from registry.ancestry import ancestors
+from registry.documents import differences
+from registry.matching import LOADABLE, Category, Pair, match
+from registry.sides import Side, Source, side_of
+
+if TYPE_CHECKING:
+    from registry.registry import Registry
+
+SCHEMA = 1
+Verdict = Literal["IDENTICAL", "SAME STRUCTURE", "COMPATIBLE", "INCOMPATIBLE"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class SideInfo(_Part):
+    """One side: what it is called, how much it holds, and the digests of its structure and its content."""
+
+    label: str
+    id: str | None = None
+    names: int
+    elements: int
+    parameters: int | None
+    buffers: int | None
+    structure: str
+    content: str | None
+    notes: tuple[str, ...] = ()
+
+
+class Row(_Part):
+    """One name of either side or of both."""
+
+    category: Category
+    a: str | None = None
+    b: str | None = None
+    shape_a: tuple[int, ...] | None = None
+    shape_b: tuple[int, ...] | None = None
+    dtype_a: str | None = None
+    dtype_b: str | None = None
+    kind: str | None = None
+    equal: bool | None = None
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.b or self.a or ""
+
+    @property
+    def elements(self) -> int:
+        shape = self.shape_b if self.shape_b is not None else self.shape_a
+        return math.prod(shape or ())
+
+
+class Count(_Part):
+    names: int
+    elements: int
+
+
+class Change(_Part):
+    """How the values of one name differ, in float64: norms, the angle, and the share of elements that changed."""
+
+    name: str
+    norm: float
+    relative: float
+    cosine: float | None
+    largest: float
+    changed: float
+    nonfinite_a: int
+    nonfinite_b: int
+
+
+class ModuleChange(_Part):
+    """The change of all tensors below a module."""
+
+    module: str
+    tensors: int
+    norm: float
+    relative: float
+
+
+class LayerDifference(_Part):
+    """Where the architectures of two live networks differ at one path."""
+
+    path: str
+    a: str | None
+    b: str | None
+
+
+class Field_(_Part):
+    key: str
+    a: Any = None
+    b: Any = None
+
+
+class DiffReport(_Part):
+    """Everything that a diff found; text, JSON, Markdown and HTML are made from it."""
+
+    schema_version: int = Field(default=SCHEMA, alias="schema")
+    a: SideInfo
+    b: SideInfo
+    verdict: Verdict
+    exceptions: int
+    loadable: Count
+    target: Count
+    counts: dict[Category, Count]
+    rows: tuple[Row, ...]
+    architecture: tuple[LayerDifference, ...] = ()
+    config: tuple[Field_, ...] = ()
+    metrics: tuple[Field_, ...] = ()
+    changes: tuple[Change, ...] = ()
+    modules: tuple[ModuleChange, ...] = ()
+    related: bool = False
+    suggestions: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    command: str = ""
+
+    @property
+    def is_same(self) -> bool:
+        """Whether nothing differs."""
+        return self.verdict == "IDENTICAL"
+
+    @property
+    def headline(self) -> str:
+        """The verdict in one line."""
+        if self.verdict != "COMPATIBLE":
+            return self.verdict
+        return f"COMPATIBLE with {self.exceptions} exception{'s' if self.exceptions != 1 else ''}"
+
+    @property
+    def coverage(self) -> float:
+        """Share of the target's parameters that can be loaded as they are."""
+        return self.loadable.elements / self.target.elements if self.target.elements else 0.0
+
+    def __str__(self) -> str:
+        from registry.reports import as_text
+
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        from registry.reports import as_html
+
+        return as_html(self, whole=False)
+
+
+def diff(
+    a: Source,
+    b: Source,
+    *,
+    registry: Registry | None = None,
+    values: bool = False,
+    rename: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    component: str = "model",
+) -> DiffReport:
+    """Compare two models. Structure alone is read from manifests and headers; no tensor is touched.
+
+    Args:
+        a, b: each a reference, a file, `torchvision:NAME`, a live network, or a pair of a network and a reference.
+        registry: where references are looked up.
+        values: also say how far the values of pairs moved.
+        rename: rules for the names of `a`, such as `backbone.*=*`.
+        exclude: glob patterns of names to leave out.
+        component: the component of checkpoints and files.
+
+    Raises:
+        NotFound, Invalid, Unsupported: if a side cannot be read.
+        Conflict: if rules bring two names to one.
+    """
+    rules = list(rename)
+    patterns = list(exclude)
+    left = side_of(a, registry, component=component)
+    right = side_of(b, registry, component=component)
+    pairs = match(left, right, rename=rules, exclude=patterns)
+    rows = tuple(_row(pair, left, right) for pair in pairs)
+    related = _related(left, right, registry)
+    changes = tuple(_changes(pairs, left, right)) if values else ()
+    warnings = [*_warnings(rows)]
+    if values and not related:
+        warnings.append(
+            "the two were not trained from one another: equal networks may differ by the order of their neurons, "
+            "so distances between their values say little"
+        )
+    counted = [row for row in rows if row.b and row.category not in (Category.EXCLUDED,)]
+    trainable = [row for row in counted if row.kind != "buffer"]
+    loadable = [row for row in trainable if row.category in LOADABLE]
+    return DiffReport(
+        schema=SCHEMA,
+        a=_info(left),
+        b=_info(right),
+        verdict=_verdict(rows, loadable),
+        exceptions=sum(row.category not in (*LOADABLE, Category.EXCLUDED) for row in rows),
+        loadable=_count(loadable),
+        target=_count(trainable),
+        counts={c: _count([row for row in rows if row.category == c]) for c in _present(rows)},
+        rows=rows,
+        architecture=tuple(_architecture(left.module, right.module)),
+        config=_fields(left.config, right.config),
+        metrics=_fields(left.metrics, right.metrics),
+        changes=changes,
+        modules=tuple(_rolled_up(changes, pairs)),
+        related=related,
+        suggestions=tuple(suggestions(left, right, pairs)),
+        warnings=tuple(warnings),
+        command=_command(left, right, values, rules, patterns),
+    )
+
+
+def _row(pair: Pair, left: Side, right: Side) -> Row:
+    a, b = pair.a, pair.b
+    equal = None
+    if a and b and a.shape == b.shape and a.dtype == b.dtype:
+        one, other = left.digest(a.name), right.digest(b.name)
+        equal = one == other if one and other else None
+    return Row(
+        category=pair.category,
+        a=a.name if a else None,
+        b=b.name if b else None,
+        shape_a=a.shape if a else None,
+        shape_b=b.shape if b else None,
+        dtype_a=a.dtype if a else None,
+        dtype_b=b.dtype if b else None,
+        kind=_kind(pair),
+        equal=equal,
+        note=pair.note,
+    )
+
+
+def _kind(pair: Pair) -> str | None:
+    """Parameter or buffer; where neither side says, by the names that torch's own layers give buffers."""
+    for entry in (pair.b, pair.a):
+        if entry and entry.kind:
+            return entry.kind
+    leaf = pair.name.rpartition(".")[2]
+    return "buffer" if leaf in ("running_mean", "running_var", "num_batches_tracked") else "parameter"
+
+
+def _verdict(rows: Sequence[Row], loadable: Sequence[Row]) -> Verdict:
+    kept = [row for row in rows if row.category != Category.EXCLUDED]
+    if all(row.category == Category.MATCH for row in kept):
+        return "IDENTICAL" if all(row.equal for row in kept) else "SAME STRUCTURE"
+    return "COMPATIBLE" if loadable else "INCOMPATIBLE"
+
+
+def _count(rows: Sequence[Row]) -> Count:
+    return Count(names=len(rows), elements=sum(row.elements for row in rows))
+
+
+def _present(rows: Sequence[Row]) -> list[Category]:
+    return [category for category in Category if any(row.category == category for row in rows)]
+
+
+def _info(side: Side) -> SideInfo:
+    kinds = [entry.kind for entry in side.entries.values()]
+    known = None not in kinds
+    content = side.content if side.checkpoint or side.module is None else None
+    return SideInfo(
+        label=side.label,
+        id=side.checkpoint.id if side.checkpoint else None,
+        names=len(side.entries),
+        elements=side.elements,
+        parameters=kinds.count("parameter") if known else None,
+        buffers=kinds.count("buffer") if known else None,
+        structure=side.structure,
+        content=content,
+        notes=side.notes,
+    )
+
+
+def _fields(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Field_, ...]:
+    return tuple(Field_(key=d.key, a=d.left, b=d.right) for d in differences(a, b))
+
+
+def _related(left: Side, right: Side, registry: Registry | None) -> bool:
+    """Whether the lineage ties the two sides: one was trained on from the other, or both from a third."""
+    if not left.checkpoint or not right.checkpoint or registry is None:
+        return False
+    return bool(ancestors(registry, left.checkpoint.name) & ancestors(registry, right.checkpoint.name))
+
+
+# -- values --------------------------------------------------------------------------------------------------
+
+
+def _changes(pairs: Sequence[Pair], left: Side, right: Side) -> Iterator[Change]:
+    for pair in pairs:
+        a, b = pair.a, pair.b
+        if a and b and a.shape == b.shape and left.has_values and right.has_values:
+            if left.digest(a.name) == right.digest(b.name):
+                continue
+            yield _change(b.name, left.tensor(a.name), right.tensor(b.name))
+
+
+def _change(name: str, a: torch.Tensor, b: torch.Tensor) -> Change:
+    one, other = (t.detach().cpu().reshape(-1) for t in (a, b))
+    if one.is_complex():
+        one, other = (
+            torch.view_as_real(one.resolve_conj()).reshape(-1),
+            torch.view_as_real(other.resolve_conj()).reshape(-1),
+        )
+    sums = torch.zeros(4, dtype=torch.float64)
+    largest, changed, bad_a, bad_b = 0.0, 0, 0, 0
+    for x, y in zip(torch.split(one, 1 << 22), torch.split(other, 1 << 22), strict=True):
+        changed += int((x != y).sum()) - int((x.isnan() & y.isnan()).sum() if x.is_floating_point() else 0)
+        x, y = x.to(torch.float64), y.to(torch.float64)
+        good = x.isfinite() & y.isfinite()
+        bad_a += int((~x.isfinite()).sum())
+        bad_b += int((~y.isfinite()).sum())
+        if not bool(good.all()):
+            x, y = x[good], y[good]
+        step = y - x
+        sums += torch.stack([step.dot(step), x.dot(x), y.dot(y), x.dot(y)])
+        if len(step):
+            largest = max(largest, float(step.abs().max()))
+    moved, before, after, dot = sums.tolist()
+    scale = math.sqrt(before) * math.sqrt(after)
+    return Change(
+        name=name,
+        norm=math.sqrt(moved),
+        relative=math.sqrt(moved / before) if before else math.inf if moved else 0.0,
+        cosine=max(-1.0, min(1.0, dot / scale)) if scale else None,
+        largest=largest,
+        changed=changed / max(1, len(one)),
+        nonfinite_a=bad_a,
+        nonfinite_b=bad_b,
+    )
+
+
+def _rolled_up(changes: Sequence[Change], pairs: Sequence[Pair]) -> Iterator[ModuleChange]:
+    """The change of each module: the norms of its tensors' changes, combined."""
+    if not changes:
+        return
+    sums: dict[str, list[float]] = {}
+    for change in changes:
+        module = change.name.rpartition(".")[0]
+        own = sums.setdefault(module, [0, 0.0, 0.0])
+        own[0] += 1
+        own[1] += change.norm**2
+        if change.relative and math.isfinite(change.relative):
+            own[2] += (change.norm / change.relative) ** 2
+    for module, (count, moved, before) in sums.items():
+        relative = math.sqrt(moved / before) if before else math.inf
+        yield ModuleChange(module=module, tensors=int(count), norm=math.sqrt(moved), relative=relative)
+
+
+# -- architecture --------------------------------------------------------------------------------------------
+
+
+def _architecture(a: nn.Module | None, b: nn.Module | None) -> Iterator[LayerDifference]:
+    """Layers of two live networks that differ in class or arguments, parameter-free ones included."""
+    if a is None or b is None:
+        return
+    ours, theirs = _layers(a), _layers(b)
+    for path in dict.fromkeys([*ours, *theirs]):
+        if ours.get(path) != theirs.get(path):
+            yield LayerDifference(path=path, a=ours.get(path), b=theirs.get(path))
+
+
+def _layers(module: nn.Module) -> dict[str, str]:
+    return {
+        path: f"{type(part).__name__}({part.extra_repr()})"
+        for path, part in module.named_modules()
+        if not any(True for _ in part.children())
+    }
+
+
+# -- what to say ---------------------------------------------------------------------------------------------
+
+
+def _warnings(rows: Sequence[Row]) -> Iterator[str]:
+    positional = [row for row in rows if row.category == Category.POSITIONAL]
+    if positional:
+        names = "name agrees" if len(positional) == 1 else "names agree"
+        yield (
+            f"{len(positional)} {names} in name and shape and may still be another layer: {positional[0].note}"
+        )
+    benign = [
+        row for row in rows if row.name.endswith("num_batches_tracked") and row.category not in LOADABLE
+    ]
+    if benign:
+        yield f"{len(benign)} num_batches_tracked on one side only: harmless, old files lack them"
+
+
+def suggestions(left: Side, right: Side, pairs: Sequence[Pair]) -> Iterator[str]:
+    """Rename rules that may explain what is left over, each with its evidence; never applied by themselves."""
+    ours = [pair.a for pair in pairs if pair.category == Category.ONLY_A and pair.a]
+    theirs = [pair.b for pair in pairs if pair.category == Category.ONLY_B and pair.b]
+    prefix = _common_prefix([entry.name for entry in ours])
+    bare = {entry.name for entry in theirs}
+    if prefix and sum(entry.name.removeprefix(prefix) in bare for entry in ours) > 0:
+        count = sum(entry.name.removeprefix(prefix) in bare for entry in ours)
+        yield f"--rename '{prefix}*=*'  ({count} of {len(ours)} names fit without the prefix)"
+        return
+    back = _common_prefix([entry.name for entry in theirs])
+    bare = {entry.name for entry in ours}
+    if back and sum(entry.name.removeprefix(back) in bare for entry in theirs) > 0:
+        count = sum(entry.name.removeprefix(back) in bare for entry in theirs)
+        yield f"--rename '**={back}**'  ({count} of {len(theirs)} names fit with the prefix)"
+        return
+    for entry in ours:
+        same = [other for other in theirs if other.shape == entry.shape and entry.shape]
+        mine = [other for other in ours if other.shape == entry.shape]
+        if len(same) == len(mine) == 1:
+            yield f"--rename '{entry.name}={same[0].name}'  (the only ones of shape {list(entry.shape)})"
+
+
+def _common_prefix(names: Sequence[str]) -> str:
+    """The leading components that all names share, with the last dot."""
+    if not names:
+        return ""
+    split = [name.split(".")[:-1] for name in names]
+    shared = []
+    for parts in zip(*split, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return "".join(f"{part}." for part in shared)
+
+
+def _command(left: Side, right: Side, values: bool, rename: Sequence[str], exclude: Sequence[str]) -> str:
+    if (left.module and ":" not in left.label) or (right.module and ":" not in right.label):
+        return ""
+    words = ["registry", "diff", left.label, right.label]
+    words += ["--values"] if values else []
+    for rule in rename:
+        words += ["--rename", rule]
+    for pattern in exclude:
+        words += ["--exclude", pattern]
+    return shlex.join(words)

@@ -1,0 +1,339 @@
+"""Freezing that holds: parameters, stale gradients and BatchNorm statistics, also after `model.train()`; and the proof."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from registry import components
+from registry.store.digest import tensor_digest
+from registry.store.errors import Incompatible, Invalid, RegistryError
+from registry.store.text import quoted
+from registry.store.tree import Leaf
+
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+_MARK = "_registry_frozen"
+
+
+class Thawed(RegistryError):
+    """Something that was frozen has changed."""
+
+
+class Freeze(NamedTuple):
+    """Glob patterns of names that are frozen."""
+
+    patterns: tuple[str, ...]
+
+    def covers(self, name: str) -> bool:
+        return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for pattern in self.patterns)
+
+
+class Frozen(NamedTuple):
+    """What a freeze did: names of parameters, BatchNorm layers kept in evaluation mode, and what is worth saying."""
+
+    parameters: tuple[str, ...]
+    norms: tuple[str, ...]
+    notes: tuple[str, ...]
+    trainable: int
+
+
+def freeze(
+    model: nn.Module,
+    patterns: str | Iterable[str],
+    *,
+    bn: Literal["freeze", "update"] = "freeze",
+) -> Frozen:
+    """Freeze parameters by pattern; calling it again adds to what is frozen.
+
+    Their gradients are dropped, as a stale gradient would still be stepped. A BatchNorm layer (or an InstanceNorm with
+    running statistics) whose parameters are all frozen stays in evaluation mode, also after `model.train()`.
+
+    Args:
+        patterns: globs of names, such as `conv.*`.
+        bn: `update` lets the statistics of frozen BatchNorm layers go on.
+
+    Raises:
+        Invalid: if a pattern matches nothing, or nothing would be left to train.
+    """
+    plain: nn.Module = components.plain_module(model)
+    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    names = dict(plain.named_parameters(remove_duplicate=False))
+    every = [*names, *dict(plain.named_buffers(remove_duplicate=False))]
+    for pattern in wanted:
+        if not any(name == pattern or fnmatch.fnmatchcase(name, pattern) for name in every):
+            raise Invalid(f"freeze: the pattern {quoted(pattern)} matches nothing; it is a typo")
+    rule = Freeze(tuple(wanted))
+    chosen = {id(p): p for name, p in names.items() if rule.covers(name)}
+    left = [p for p in plain.parameters() if p.requires_grad and id(p) not in chosen]
+    if not left:
+        raise Invalid("freezing that leaves no parameter to train; leave the head out")
+    notes = []
+    for name, parameter in names.items():
+        if id(parameter) in chosen and not rule.covers(name):
+            notes.append(f"{name} is frozen too, as it shares memory with a frozen name")
+    for parameter in chosen.values():
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    norms = tuple(_freeze_norms(plain, rule)) if bn == "freeze" else ()
+    if bn == "update":
+        notes.append("BatchNorm statistics inside the frozen part go on")
+    frozen = tuple(name for name, p in names.items() if not p.requires_grad)
+    return Frozen(frozen, norms, tuple(notes), sum(p.numel() for p in left))
+
+
+def _freeze_norms(model: nn.Module, rule: Freeze) -> Iterator[str]:
+    for path, part in model.named_modules():
+        if not isinstance(part, _NORMS) or not part.track_running_stats or part.running_mean is None:
+            continue
+        own = [f"{path}.{name}" if path else name for name, _ in part.named_parameters(recurse=False)]
+        statistics = f"{path}.running_mean" if path else "running_mean"
+        if all(map(rule.covers, own)) if own else rule.covers(statistics):
+            _hold(part)
+            yield path
+
+
+def _hold(part: nn.Module) -> None:
+    """Keep a layer in evaluation mode, also after `train()`, without changing its class or its names."""
+    part.eval()
+    if _MARK not in part.__dict__:
+        object.__setattr__(part, _MARK, True)
+        object.__setattr__(part, "train", _StayInEval(part))
+
+
+class _StayInEval:
+    """Takes the place of a layer's `train`; can be copied and pickled with the layer."""
+
+    def __init__(self, part: nn.Module) -> None:
+        self._part = part
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        return nn.Module.train(self._part, False)
+
+
+def unfreeze(model: nn.Module, patterns: str | Iterable[str] = "*") -> tuple[str, ...]:
+    """Thaw parameters, and the BatchNorm layers that they belong to; returns the names.
+
+    Raises:
+        Invalid: if a pattern matches nothing.
+    """
+    plain: nn.Module = components.plain_module(model)
+    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    names = dict(plain.named_parameters(remove_duplicate=False))
+    for pattern in wanted:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise Invalid(f"unfreeze: the pattern {quoted(pattern)} matches nothing; it is a typo")
+    rule = Freeze(tuple(wanted))
+    thawed = tuple(name for name, p in names.items() if rule.covers(name) and not p.requires_grad)
+    for name in thawed:
+        names[name].requires_grad_(True)
+    for path, part in plain.named_modules():
+        if _MARK in part.__dict__:
+            own = [f"{path}.{name}" if path else name for name, _ in part.named_parameters(recurse=False)]
+            if not own or any(map(rule.covers, own)):
+                del part.__dict__[_MARK], part.__dict__["train"]
+                part.train(plain.training)
+    return thawed
+
+
+def frozen_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of frozen parameters, and of the statistics of BatchNorm layers that are held."""
+    plain: nn.Module = components.plain_module(model)
+    found = [name for name, p in plain.named_parameters(remove_duplicate=False) if not p.requires_grad]
+    for path, part in plain.named_modules():
+        if _MARK in part.__dict__:
+            found += [f"{path}.{name}" if path else name for name, _ in part.named_buffers(recurse=False)]
+    return tuple(found)
+
+
+# -- the proof -----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def frozen_proof(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> Iterator[tuple[str, ...]]:
+    """Prove that what is frozen does not move: digests before and after the block.
+
+    Args:
+        optimizer: helps to name the cause.
+
+    Yields:
+        The names that are watched.
+
+    Raises:
+        Invalid: if nothing is frozen.
+        Thawed: with the names that moved, and why, as far as it can be known.
+    """
+    names = frozen_names(model)
+    if not names:
+        raise Invalid("nothing is frozen; freeze first")
+    before = _digests(model, names)
+    yield names
+    after = _digests(model, names)
+    moved = [name for name in names if before[name] != after.get(name)]
+    if moved:
+        causes = [f"{name} ({_cause(model, optimizer, name, after)})" for name in moved[:3]]
+        more = f", and {len(moved) - 3} more" if len(moved) > 3 else ""
+        raise Thawed(f"{len(moved)} of {len(names)} frozen names moved: {', '.join(causes)}{more}")
+
+
+def _digests(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
+    state = _named(components.plain_module(model))
+    found = {}
+    for name in names:
+        if name in state:
+            tensor = state[name].detach()
+            leaf = Leaf.of(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tensor)
+            found[name] = tensor_digest(leaf.dtype, leaf.shape, leaf.buffer())
+    return found
+
+
+def _named(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def _cause(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, name: str, after: Mapping[str, str]
+) -> str:
+    plain: nn.Module = components.plain_module(model)
+    state = _named(plain)
+    if name not in after:
+        return "it was replaced or removed"
+    tensor = state[name]
+    module = plain.get_submodule(name.rpartition(".")[0])
+    if isinstance(module, _NORMS) and name.rpartition(".")[2] in dict(module.named_buffers(recurse=False)):
+        return "its BatchNorm was in training mode"
+    if tensor.requires_grad:
+        return "it was thawed"
+    others = [
+        n for n, t in state.items() if n != name and t.data_ptr() == tensor.data_ptr() and t.requires_grad
+    ]
+    if others:
+        return f"it shares memory with {others[0]}, which is trainable"
+    if optimizer is not None and any(p is tensor for g in optimizer.param_groups for p in g["params"]):
+        stale = tensor.grad is not None
+        return "it is in the optimizer, with a stale gradient" if stale else "it is in the optimizer"
+    return "something wrote to it"
+
+
+# -- optimizers ----------------------------------------------------------------------------------------------
+
+
+class OptimizerProblem(NamedTuple):
+    """A parameter that an optimizer should not have, or lacks."""
+
+    problem: Literal["frozen", "missing", "stale", "duplicated"]
+    name: str
+
+
+def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[OptimizerProblem]:
+    """Compare an optimizer with what is trainable, by identity: frozen in it, trainable not in it, stale, duplicated."""
+    plain: nn.Module = components.plain_module(model)
+    names = {id(p): name for name, p in plain.named_parameters()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    found: list[OptimizerProblem] = []
+    seen: set[int] = set()
+    for i, parameter in enumerate(held):
+        name = names.get(id(parameter))
+        if name is None:
+            found.append(OptimizerProblem("stale", f"parameter {i} of shape {list(parameter.shape)}"))
+        elif id(parameter) in seen:
+            found.append(OptimizerProblem("duplicated", name))
+        elif not parameter.requires_grad:
+            found.append(OptimizerProblem("frozen", name))
+        seen.add(id(parameter))
+    for name, parameter in plain.named_parameters():
+        if parameter.requires_grad and id(parameter) not in seen:
+            found.append(OptimizerProblem("missing", name))
+    return found
+
+
+def param_groups(
+    model: nn.Module,
+    lr: float,
+    *,
+    weight_decay: float = 0.0,
+    rates: Mapping[str, float] | None = None,
+    layer_decay: float | None = None,
+) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer: what is trainable, without weight decay on norms and biases.
+
+    Args:
+        lr: the learning rate where nothing else is said.
+        rates: learning rates by glob pattern of names; the first that fits wins.
+        layer_decay: each of the network's top-level blocks has this times the rate of the one behind it.
+
+    Returns:
+        Groups with `params`, `lr`, `weight_decay` and `param_names`.
+
+    Raises:
+        Invalid: if nothing is trainable, or a pattern matches nothing.
+    """
+    plain: nn.Module = components.plain_module(model)
+    trainable = {name: p for name, p in plain.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise Invalid("no parameter is trainable; unfreeze some first")
+    for pattern in rates or {}:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in trainable):
+            raise Invalid(
+                f"rates: the pattern {quoted(pattern)} matches no trainable parameter; it is a typo"
+            )
+    blocks = list(dict.fromkeys(name.partition(".")[0] for name in trainable))
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in trainable.items():
+        rate = next((r for pattern, r in (rates or {}).items() if fnmatch.fnmatchcase(name, pattern)), lr)
+        if layer_decay is not None:
+            rate *= layer_decay ** (len(blocks) - 1 - blocks.index(name.partition(".")[0]))
+        decay = weight_decay if parameter.dim() > 1 else 0.0
+        group = groups.setdefault(
+            (rate, decay), {"params": [], "lr": rate, "weight_decay": decay, "param_names": []}
+        )
+        group["params"].append(parameter)
+        group["param_names"].append(name)
+    return list(groups.values())
+
+
+def remap_optimizer(
+    state: Mapping[str, Any], old_names: Sequence[str], optimizer: torch.optim.Optimizer, model: nn.Module
+) -> list[str]:
+    """Give an optimizer the state of another by parameter name, when its groups have changed.
+
+    Args:
+        state: `state_dict()` of the old optimizer.
+        old_names: names of its parameters, in order.
+        optimizer: the new one, over parameters of `model`.
+
+    Returns:
+        Names whose state was dropped, as the new optimizer does not have them.
+
+    Raises:
+        Incompatible: if the names do not fit the state.
+    """
+    places = [place for group in state["param_groups"] for place in group["params"]]
+    if len(places) != len(old_names):
+        raise Incompatible(f"{len(old_names)} names for the {len(places)} parameters of the old optimizer")
+    by_name = {
+        name: state["state"][place]
+        for name, place in zip(old_names, places, strict=True)
+        if place in state["state"]
+    }
+    plain: nn.Module = components.plain_module(model)
+    names = {id(p): name for name, p in plain.named_parameters()}
+    fresh = optimizer.state_dict()
+    number, taken = 0, {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names.get(id(parameter), "")
+            if name in by_name:
+                taken[number] = by_name.pop(name)
+            number += 1
+    optimizer.load_state_dict({"state": taken, "param_groups": fresh["param_groups"]})
+    return sorted(by_name)

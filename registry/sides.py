@@ -1,0 +1,308 @@
+"""Sides: the named tensors of a checkpoint, a file, or a live network, without reading a value until one is asked for."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from registry import components
+from registry.importing import FORMS, read_checkpoint_file
+from registry.store.digest import digest as digest_of
+from registry.store.digest import tensor_digest
+from registry.store.errors import Invalid, NotFound, Unsupported
+from registry.store.manifest import slots_of
+from registry.store.text import printable, quoted
+from registry.store.tree import Leaf, tensor_paths
+
+if TYPE_CHECKING:
+    from registry.checkpoint import Checkpoint
+    from registry.registry import Registry
+
+TORCHVISION = "torchvision:"
+_FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".index.json")
+
+Source = Any
+"""A reference, a path to a file, `torchvision:NAME`, a live network, or a pair of a network and a reference."""
+
+
+class Entry(NamedTuple):
+    """One name of a state dict.
+
+    Attributes:
+        kind: `parameter` or `buffer`; None where a file does not say.
+        tie: equal for names that share memory.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    kind: str | None
+    tie: object
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+class Side:
+    """One of the two sides of a diff, or the source of a transfer.
+
+    Attributes:
+        label: what to call it.
+        entries: by name, in the order of the state dict.
+        module: the live network, if it is one.
+        checkpoint: the version in the registry, if it is one.
+        notes: what is worth saying about how it was read.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        entries: Iterable[Entry],
+        tensor: Callable[[str], torch.Tensor] | None,
+        *,
+        module: nn.Module | None = None,
+        checkpoint: Checkpoint | None = None,
+        digests: Mapping[str, str] | None = None,
+        metadata: Any = None,
+        notes: Iterable[str] = (),
+    ) -> None:
+        self.label = label
+        self.entries = {entry.name: entry for entry in entries}
+        self.module = module
+        self.checkpoint = checkpoint
+        self.notes = tuple(notes)
+        self.metadata = metadata
+        self._tensor = tensor
+        self._digests = dict(digests or {})
+
+    @property
+    def has_values(self) -> bool:
+        """Whether there are values to compare or copy; a network on the meta device has none."""
+        return self._tensor is not None
+
+    @property
+    def elements(self) -> int:
+        return sum(entry.elements for entry in self.entries.values())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The values of a name; on the CPU for stored ones."""
+        if self._tensor is None:
+            raise Invalid(f"{self.label} is on the meta device and has no values")
+        return self._tensor(name)
+
+    def digest(self, name: str) -> str | None:
+        """The digest of a name's values, computed at most once; None where there are no values."""
+        if name not in self._digests and self.has_values:
+            entry = self.entries[name]
+            leaf = Leaf.of(entry.dtype, entry.shape, self.tensor(name).detach())
+            self._digests[name] = tensor_digest(entry.dtype, entry.shape, leaf.buffer())
+        return self._digests.get(name)
+
+    @functools.cached_property
+    def structure(self) -> str:
+        """A digest of names, dtypes and shapes."""
+        lines = (f"{entry.name} {entry.dtype} {list(entry.shape)}\n" for entry in self.entries.values())
+        return digest_of("".join(sorted(lines)).encode())
+
+    @functools.cached_property
+    def content(self) -> str | None:
+        """A digest of names and values; None where there are no values."""
+        if not self.has_values:
+            return None
+        return digest_of("".join(f"{name} {self.digest(name)}\n" for name in sorted(self.entries)).encode())
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return (self.checkpoint.config if self.checkpoint else components_config(self.module)) or {}
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        return dict(self.checkpoint.metrics) if self.checkpoint else {}
+
+
+def components_config(module: nn.Module | None) -> dict[str, Any] | None:
+    """The configuration of a live network, if it has one."""
+    from registry.builders import config_of
+
+    return config_of(module) if module is not None else None
+
+
+def side_of(source: Source, registry: Registry | None = None, *, component: str = "model") -> Side:
+    """Read what a diff or a transfer needs of a source: no tensor yet.
+
+    Args:
+        source: see `Source`. A text that names a file is one; anything else is a reference.
+        registry: where references are looked up; the default one unless given.
+        component: which component of a checkpoint or a file.
+
+    Raises:
+        NotFound: if there is no such thing.
+        Invalid, Unsupported: if it holds no tensors, or cannot be read safely.
+    """
+    if isinstance(source, Side):
+        return source
+    if isinstance(source, nn.Module):
+        return _live(source)
+    if isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], nn.Module):
+        stored = side_of(source[1], registry, component=component)
+        kinds = _live(source[0]).entries
+        entries = [
+            entry._replace(kind=kinds[name].kind) if name in kinds else entry
+            for name, entry in stored.entries.items()
+        ]
+        return Side(
+            stored.label,
+            entries,
+            stored.tensor,
+            module=source[0],
+            checkpoint=stored.checkpoint,
+            digests=stored._digests,
+            metadata=stored.metadata,
+            notes=stored.notes,
+        )
+    if isinstance(source, Mapping):
+        return _tree("a state dict", source)
+    if isinstance(source, os.PathLike):
+        return _file(Path(source), component)
+    if not isinstance(source, str):
+        raise Invalid(
+            f"a {type(source).__qualname__} is nothing to compare or load; give a reference, a file, "
+            "torchvision:NAME, or a network"
+        )
+    if source.startswith(TORCHVISION):
+        return _torchvision(source)
+    if source.lower().endswith(_FILES) or os.path.sep in source or os.path.isdir(source):
+        return _file(Path(source), component)
+    if registry is None:
+        from registry.registry import Registry
+
+        registry = Registry(create=False)
+    return _stored(registry, source, component)
+
+
+def _stored(registry: Registry, reference: str, component: str) -> Side:
+    checkpoint = registry[reference]
+    if component not in checkpoint.components:
+        raise components.missing(component, checkpoint.name, checkpoint.components)
+    manifest = registry.store.manifest(checkpoint.id)
+    buffers = set(checkpoint.provenance.get("buffers", {}).get(component, ()))
+    known = "buffers" in checkpoint.provenance
+    entries, digests = [], {}
+    for path, slot in slots_of({component: manifest.components[component]}):
+        name = path.partition("/")[2]
+        info = manifest.tensors[slot]
+        kind = ("buffer" if name in buffers else "parameter") if known else None
+        entries.append(Entry(name, info.dtype, info.shape, kind, slot))
+        digests[name] = info.digest
+    if not entries:
+        raise Invalid(f"{checkpoint.name} holds no tensors in {component}")
+
+    @functools.cache
+    def loaded() -> dict[str, torch.Tensor]:
+        return _flat(checkpoint.load(component)[component])
+
+    return Side(checkpoint.name, entries, lambda name: loaded()[name], checkpoint=checkpoint, digests=digests)
+
+
+def _file(path: Path, component: str) -> Side:
+    imported = read_checkpoint_file(path)
+    if component not in imported.components:
+        found = ", ".join(imported.components)
+        raise NotFound(f"{path}: has no component {quoted(component)}; it has {found}")
+    side = _tree(printable(str(path)), imported.components[component])
+    layout = imported.source.get("layout", {})
+    used = [key for key, part, *_ in layout.get("keys", []) if part == component]
+    others = [name for name in imported.components if name != component]
+    if used:
+        rest = f"; also there: {', '.join(others)}" if others else ""
+        side.notes = (f"{path.name}: the weights are under the key {quoted(str(used[0]))}{rest}",)
+    return side
+
+
+def _tree(label: str, tree: Any) -> Side:
+    tensors = _flat(tree)
+    if not tensors:
+        raise Invalid(f"{label} holds no tensors")
+    entries = [_entry(name, tensor, None) for name, tensor in tensors.items()]
+    return Side(label, entries, tensors.__getitem__, metadata=getattr(tree, "_metadata", None))
+
+
+def _flat(tree: Any) -> dict[str, torch.Tensor]:
+    """Tensors of a state dict by name; of a nested one by path."""
+    return {path.partition("/")[2] or path: t for path, t in tensor_paths({"": tree}).items()}
+
+
+def _live(module: nn.Module) -> Side:
+    plain = components.plain_module(module)
+    state = components.capture("model", module)
+    _refuse_unready(plain, state)
+    parameters = {id(p) for _, p in plain.named_parameters()}
+    inside: dict[str, torch.Tensor] = dict(plain.named_parameters(remove_duplicate=False))
+    inside |= dict(plain.named_buffers(remove_duplicate=False))
+    entries = []
+    for name, tensor in state.items():
+        if isinstance(tensor, torch.Tensor):
+            own = inside.get(name, tensor)
+            kind = "parameter" if id(own) in parameters else "buffer"
+            entries.append(_entry(name, tensor, kind)._replace(tie=id(own)))
+    if not entries:
+        raise Invalid(f"{type(plain).__qualname__} has no parameters")
+    on_meta = any(t.is_meta for t in state.values() if isinstance(t, torch.Tensor))
+    return Side(
+        type(plain).__qualname__,
+        entries,
+        None if on_meta else state.__getitem__,
+        module=plain,
+        metadata=getattr(state, "_metadata", None),
+    )
+
+
+def _refuse_unready(module: nn.Module, state: Mapping[str, Any]) -> None:
+    from torch.nn.parameter import is_lazy
+
+    for name, tensor in state.items():
+        if is_lazy(tensor):
+            raise Unsupported(f"{name} is not initialised yet; run one batch through the network first")
+        if isinstance(tensor, torch.Tensor) and type(tensor) not in (torch.Tensor, nn.Parameter):
+            raise Unsupported(
+                f"{name} is a {type(tensor).__qualname__}; transfer and freeze before the network is sharded"
+            )
+    if any(type(part).__name__ == "FullyShardedDataParallel" for part in module.modules()):
+        raise Unsupported("the network is sharded by FSDP; transfer and freeze before wrapping it")
+
+
+def _entry(name: str, tensor: torch.Tensor, kind: str | None) -> Entry:
+    where = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride()) if not tensor.is_meta else id(tensor)
+    return Entry(
+        name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), kind, where or id(tensor)
+    )
+
+
+def _torchvision(source: str) -> Side:
+    import torchvision
+
+    name = source.removeprefix(TORCHVISION)
+    try:
+        with torch.device("meta"):
+            module = torchvision.models.get_model(name, weights=None)
+    except ValueError:
+        import difflib
+
+        near = difflib.get_close_matches(name, torchvision.models.list_models(), 1)
+        raise NotFound(
+            f"torchvision has no model {quoted(name)}{f'; did you mean {near[0]}?' if near else ''}"
+        ) from None
+    side = _live(module)
+    side.label = source
+    return side
+
+
+__all__ = ["FORMS", "Entry", "Side", "Source", "side_of"]
