@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import click
 
 import registry
-from registry.cli import configs, files, naming, reading, runs, shell, training, upkeep
+from registry.cli import configs, files, naming, reading, runs, shell, training, transfers, upkeep
 from registry.cli.options import example_text
 from registry.store.errors import RegistryError
 from registry.store.text import printable
@@ -81,6 +81,7 @@ def app(ctx: click.Context, root: str | None, debug: bool) -> None:
 for command in (
     *(files.init, files.import_, files.export),
     *(training.train, training.eval_, training.predict),
+    *(transfers.diff, transfers.plan, transfers.transfer, transfers.verify_frozen),
     *(reading.list_, reading.show, runs.history, runs.best, runs.lineage),
     *(runs.runs, runs.log, runs.board, reading.status),
     *(naming.alias, naming.tag, naming.note, naming.rm),

@@ -39,6 +39,10 @@ _DATA = (
 @click.option("--config", type=click.Path(), metavar="FILE", help="Hyperparameters: JSON, YAML or TOML.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override a hyperparameter.")
 @click.option("--resume", type=Reference(), metavar="REF", help="Go on from a checkpoint, bit for bit.")
+@click.option(
+    "--from", "source", metavar="REF", help="First weights: whatever fits of a checkpoint or a file."
+)
+@click.option("--freeze", metavar="loaded|PATTERN", help="Freeze what was loaded, or names.")
 @click.option("--name", metavar="NAME", help="The model to save under. [default: MODEL]")
 @click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps. [default: cpu]")
 @click.option("--keep-last", type=int, metavar="N", help="Keep the run's N newest versions.")
@@ -53,6 +57,8 @@ def train(
     config: str | None,
     assignments: tuple[str, ...],
     resume: str | None,
+    source: str | None,
+    freeze: str | None,
     name: str | None,
     device: str | None,
     keep_last: int | None,
@@ -68,6 +74,12 @@ def train(
     from registry.models.data import load
     from registry.models.training import train as run_training
 
+    if resume and (source or freeze):
+        raise click.UsageError(
+            "--resume goes on with what was loaded and frozen; leave --from and --freeze out"
+        )
+    if freeze == "loaded" and not source:
+        raise click.UsageError("--freeze loaded needs --from, which says what is loaded")
     resumed = registry[resume] if resume else None
     settings = _settings(model, data, epochs, config, assignments, resumed)
     content = load(settings.data, data_dir, download=download, seed=settings.seed)
@@ -81,6 +93,8 @@ def train(
                 content,
                 name=place,
                 resume=resumed,
+                source=source,
+                freeze=freeze,
                 device=_device(device),
                 progress=progress,
                 **keep,

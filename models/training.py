@@ -7,7 +7,7 @@ import random
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, Literal, Self
 
@@ -17,12 +17,14 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from registry import Config, Registry, ResumableLoader, Run
+from registry import Config, Registry, ResumableLoader, Run, freezing
 from registry.builders import builder
 from registry.checkpoint import Checkpoint
 from registry.models.data import Data
 from registry.models.pictures import embedding_of, figure_of_predictions
+from registry.sides import Source
 from registry.store.errors import Incompatible
+from registry.transfer import plan_transfer
 
 _logger = logging.getLogger(__name__)
 
@@ -55,6 +57,8 @@ def train(
     *,
     name: str | None = None,
     resume: Checkpoint | None = None,
+    source: Source | None = None,
+    freeze: str | None = None,
     device: torch.device | str = "cpu",
     progress: Progress = lambda done, total, loss, accuracy: None,
     **retention: Any,
@@ -66,6 +70,8 @@ def train(
     Args:
         name: the model to save under; the network's own name unless given.
         resume: a checkpoint to go on from, bit for bit.
+        source: where the first weights come from: whatever fits of a reference, a file or `torchvision:NAME`.
+        freeze: `loaded`, or a pattern of names.
         retention: `keep_last`, `keep_best`, `keep_optimizer` of `Registry.run`.
 
     Raises:
@@ -74,6 +80,15 @@ def train(
     """
     _seed(config.seed)
     network = builder(config.model).build({"channels": data.channels, "classes": len(data.classes)})
+    plan = None
+    if source is not None:
+        plan = plan_transfer(source, network, everything=True, freeze=freeze, registry=registry)
+        plan.apply(network, registry=registry)
+        _logger.info("%s from %s", plan.summary, plan.source)
+    elif freeze:
+        freezing.freeze(network, freeze)
+    elif resume and (frozen := resume.provenance.get("frozen", {}).get("model")):
+        freezing.freeze(network, frozen)
     network.to(device)
     optimizer = _optimizer(config, network)
     loader = ResumableLoader(
@@ -107,6 +122,7 @@ def train(
         config=config,
         dataset=data.digest,
         resume=resume,
+        plan=plan,
         monitor="accuracy",
         mode="max",
         **retention,
@@ -236,7 +252,7 @@ def _seed(seed: int) -> None:
 
 
 def _optimizer(config: TrainConfig, network: nn.Module) -> torch.optim.Optimizer:
-    parameters: Iterator[Tensor] = network.parameters()
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     if config.optimizer == "sgd":
         return torch.optim.SGD(
             parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay

@@ -154,7 +154,7 @@ class Checkpoint:
 
         Args:
             rng: restore the random number generators too; by default if an optimizer is among the objects, which
-                means that training goes on.
+                means that training goes on. What was frozen is frozen again then.
             verify: check every byte against its digest.
 
         Raises:
@@ -166,6 +166,7 @@ class Checkpoint:
 
         from registry import components
         from registry import rng as generators
+        from registry.freezing import freeze
         from registry.store.loading import naming
 
         for name in live:
@@ -182,6 +183,10 @@ class Checkpoint:
             states |= self.load(others, copy=True, verify=verify)
         with naming(self.name):
             components.restore(states, live, self.provenance.get("kinds", {}))
+        if rng:
+            for name in networks:
+                if frozen := self.provenance.get("frozen", {}).get(name):
+                    freeze(live[name], frozen)
         if "rng" in states:
             generators.restore(states["rng"])
 

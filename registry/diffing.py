@@ -208,7 +208,7 @@ def diff(
         counts={c: _count([row for row in rows if row.category == c]) for c in _present(rows)},
         rows=rows,
         architecture=tuple(_architecture(left.module, right.module)),
-        config=_fields(left.config, right.config),
+        config=_fields(left.config, right.config) if _are_alike(left, right) else (),
         metrics=_fields(left.metrics, right.metrics),
         changes=changes,
         modules=tuple(_rolled_up(changes, pairs)),
@@ -281,7 +281,15 @@ def _info(side: Side) -> SideInfo:
 
 
 def _fields(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Field_, ...]:
+    """The values that differ; none where only one side has any."""
+    if not a or not b:
+        return ()
     return tuple(Field_(key=d.key, a=d.left, b=d.right) for d in differences(a, b))
+
+
+def _are_alike(left: Side, right: Side) -> bool:
+    """Whether both have hyperparameters, or both only the configuration of a network."""
+    return (left.checkpoint is None) == (right.checkpoint is None)
 
 
 def _related(left: Side, right: Side, registry: Registry | None) -> bool:
@@ -384,7 +392,8 @@ def _warnings(rows: Sequence[Row]) -> Iterator[str]:
     if positional:
         names = "name agrees" if len(positional) == 1 else "names agree"
         yield (
-            f"{len(positional)} {names} in name and shape and may still be another layer: {positional[0].note}"
+            f"{len(positional)} {names} in name and shape and may be another layer, as a numbered container has "
+            f"another length or other classes: {positional[0].note}"
         )
     benign = [
         row for row in rows if row.name.endswith("num_batches_tracked") and row.category not in LOADABLE

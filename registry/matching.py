@@ -291,7 +291,7 @@ def positional(a: Side, b: Side) -> dict[str, str]:
             reason = f"{path}{i} may be {' or '.join(where)}" if where else f"{path}{i} has no clear partner"
             for name in a.entries:
                 if name.startswith(f"{path}{i}.") and name in b.entries:
-                    found[name] = f"the numbers in {path[:-1] or 'the network'} have shifted: {reason}"
+                    found[name] = reason
     return found
 
 

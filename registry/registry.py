@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from registry.status import Status
     from registry.store.saving import State
     from registry.store.store import Store
+    from registry.transfer import TransferPlan
     from registry.verification import Verification
 
 FORMAT = 1
@@ -134,6 +135,7 @@ class Registry:
         dataset: str | None = None,
         builder: str | None = None,
         resume: str | Checkpoint | None = None,
+        plan: TransferPlan | None = None,
         monitor: str | None = None,
         mode: str | None = None,
         keep_last: int | None = None,
@@ -152,6 +154,7 @@ class Registry:
             dataset: digest of the data.
             builder: name under which the network is registered, if it is not found by its class.
             resume: the checkpoint that training goes on from.
+            plan: the transfer by which the network got its first weights; it is recorded.
             monitor: a metric, or `loss`; the alias `best` follows the version that has its best value.
             mode: `max` or `min`; by default `min` for `loss` and `max` for anything else.
             keep_last, keep_best: keep that many of the run's newest versions, and of its best ones; others are
@@ -175,6 +178,7 @@ class Registry:
             dataset=dataset,
             builder=builder,
             resumed=resumed,
+            plan=plan,
             retention=retention,
         )
 

@@ -122,7 +122,9 @@ def _opening(report: DiffReport) -> list[str]:
 
 
 def _exceptions(report: DiffReport) -> list[Row]:
-    return [row for row in report.rows if row.category not in LOADABLE or row.equal is False]
+    """What differs in structure, then what differs in value alone."""
+    odd = [row for row in report.rows if row.category not in LOADABLE]
+    return odd + [row for row in report.rows if row.category in LOADABLE and row.equal is False]
 
 
 def _status(row: Row) -> str:

@@ -17,6 +17,7 @@ import torch
 
 from registry import builders, components, provenance, rng
 from registry.config import Config
+from registry.freezing import frozen_names
 from registry.logs import run_log
 from registry.reference import check_name
 from registry.retention import Retention
@@ -26,6 +27,7 @@ from registry.store.durable import host, make_folder, storage_errors, write_file
 from registry.store.errors import Invalid, RegistryError
 from registry.store.staging import Arena
 from registry.store.text import quoted
+from registry.transfer import TransferPlan, plan_document
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -56,11 +58,13 @@ class Run:
         dataset: str | None,
         builder: str | None,
         resumed: Checkpoint | None,
+        plan: TransferPlan | None,
         retention: Retention,
     ) -> None:
         self.registry = registry
         self.model = check_name(model, "model")
         self.resumed = resumed
+        self._plan = plan
         self._config = config
         self._values = config.to_dict() if isinstance(config, Config) else dict(config or {})
         self._builder = builder
@@ -251,6 +255,11 @@ class Run:
                 for name, component in live.items()
                 if isinstance(component, torch.nn.Module)
             },
+            "frozen": {
+                name: list(frozen)
+                for name, component in live.items()
+                if isinstance(component, torch.nn.Module) and (frozen := frozen_names(component))
+            },
             "builder": builder or self.model,
             "network": builders.config_of(model) if model is not None else None,
             "config_digest": self._config.digest() if isinstance(self._config, Config) else None,
@@ -265,7 +274,10 @@ class Run:
         before = self._last or self.resumed
         lineage = []
         if self.resumed and not self._last:
-            lineage = [{"kind": "resumed-from", "parent": self.resumed.id}]
+            lineage.append({"kind": "resumed-from", "parent": self.resumed.id})
+        if self._plan and not self._last:
+            lineage.append({"kind": "transferred-from", "parent": self._plan.source_id or self._plan.source})
+            about = {**about, "plan": plan_document(self._plan)}
         saved = self.registry.save(
             self.model,
             state,

@@ -139,7 +139,8 @@ def side_of(source: Source, registry: Registry | None = None, *, component: str 
     """Read what a diff or a transfer needs of a source: no tensor yet.
 
     Args:
-        source: see `Source`. A text that names a file is one; anything else is a reference.
+        source: see `Source`. A text that names a file is one; anything else is a reference, or else the name of a
+            registered network.
         registry: where references are looked up; the default one unless given.
         component: which component of a checkpoint or a file.
 
@@ -185,7 +186,25 @@ def side_of(source: Source, registry: Registry | None = None, *, component: str 
         from registry.registry import Registry
 
         registry = Registry(create=False)
-    return _stored(registry, source, component)
+    try:
+        return _stored(registry, source, component)
+    except NotFound:
+        built = _built(source)
+        if built is None:
+            raise
+        return built
+
+
+def _built(name: str) -> Side | None:
+    """A network that is registered under a name, as it would be built; on the meta device, without values."""
+    from registry import builders
+
+    if name not in builders.names():
+        return None
+    with torch.device("meta"):
+        side = _live(builders.builder(name).build(None))
+    side.label = name
+    return side
 
 
 def _stored(registry: Registry, reference: str, component: str) -> Side:

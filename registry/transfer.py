@@ -494,7 +494,7 @@ def _why_nothing(left: Side, right: Side, pairs: Sequence[Pair]) -> str:
             return f"every shape differs, {b.name} is {list(b.shape)} against {list(a.shape)}; another architecture"
     positional = [pair for pair in pairs if pair.category == Category.POSITIONAL]
     if positional:
-        return f"{positional[0].note}; if the numbers still mean the same layers: allow_positional=True"
+        return f"the numbers have shifted, {positional[0].note}; if the numbers still mean the same layers: allow_positional=True"
     hints = list(suggestions(left, right, pairs))
     if hints:
         return f"no name fits; maybe {hints[0]}"

@@ -1,0 +1,279 @@
+"""Comparing and transferring: diff, plan, transfer, verify-frozen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from registry.cli.options import Reference, command, pairs
+from registry.cli.output import print_json, say
+from registry.store.errors import Incompatible, Invalid, NotFound
+from registry.store.text import quoted
+
+if TYPE_CHECKING:
+    from registry.diffing import DiffReport
+    from registry.registry import Registry
+
+
+def _registry(root: str | None) -> Registry | None:
+    """The registry, if there is one: two files can be compared without."""
+    from registry.registry import Registry
+
+    try:
+        return Registry(root, create=False)
+    except NotFound:
+        return None
+
+
+@command(
+    "diff",
+    "registry diff lenet5@best lenet6 --values\nregistry diff a.safetensors b.pt --format html -o diff.html",
+)
+@click.argument("a", type=Reference())
+@click.argument("b", type=Reference())
+@click.option("--values", is_flag=True, help="Also say how far the values moved.")
+@click.option(
+    "--rename", "rules", multiple=True, metavar="OLD=NEW", help="Rename names of A: 'backbone.*=*'."
+)
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave names out.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["text", "json", "md", "html"]),
+    default="text",
+    show_default=True,
+    help="What to write.",
+)
+@click.option("--output", "-o", type=click.Path(), metavar="FILE", help="Write to a file.")
+def diff(
+    a: str,
+    b: str,
+    values: bool,
+    rules: tuple[str, ...],
+    exclude: tuple[str, ...],
+    form: Literal["text", "json", "md", "html"],
+    output: str | None,
+    root: str | None,
+    as_json: bool,
+) -> int:
+    """Compare two models by name, shape, dtype and value.
+
+    A and B are each a reference, a file, torchvision:NAME, or the name of a network. The exit status is 0 if they are identical, 1 if they differ, 2 if one cannot be read.
+    """
+    from registry.diffing import diff as compare
+    from registry.store.errors import RegistryError
+
+    try:
+        report = compare(a, b, registry=_registry(root), values=values, rename=rules, exclude=exclude)
+        text = _rendered(report, "json" if as_json else form)
+        _write(text, output)
+    except RegistryError as error:
+        from registry.store.text import printable
+
+        click.echo(f"registry: {printable(str(error))}", err=True)
+        return 2
+    return 0 if report.is_same else 1
+
+
+def _rendered(report: DiffReport, form: str) -> str:
+    from registry import reports
+
+    if form == "json":
+        return report.model_dump_json(by_alias=True, indent=2) + "\n"
+    if form == "md":
+        return reports.as_markdown(report)
+    return reports.as_html(report) if form == "html" else reports.as_text(report) + "\n"
+
+
+def _write(text: str, output: str | None) -> None:
+    from registry.store.durable import write_file
+
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    write_file(Path(output), text.encode())
+    say(f"wrote {output}")
+
+
+@command(
+    "plan",
+    "registry plan lenet5@best lenet6 --expect 'fc.5.*=skip' --expect 'fc.7.*=new' -o plan.json\n"
+    "registry plan torchvision:resnet18 mine@best --rename 'layer*=backbone.layer*' --freeze loaded",
+)
+@click.argument("source", type=Reference())
+@click.argument("target", type=Reference())
+@click.option(
+    "--expect",
+    multiple=True,
+    callback=pairs,
+    metavar="PATTERN=WHAT",
+    help="A difference that is meant: skip, new, unused.",
+)
+@click.option("--everything", is_flag=True, help="Every difference is meant; load what fits.")
+@click.option(
+    "--rename", "rules", multiple=True, metavar="OLD=NEW", help="Rename names of SOURCE: 'backbone.*=*'."
+)
+@click.option("--freeze", metavar="loaded|PATTERN", help="Freeze what is loaded, or names.")
+@click.option(
+    "--min-coverage",
+    type=float,
+    default=0.0,
+    metavar="SHARE",
+    help="Share of the parameters that must be loaded.",
+)
+@click.option("--allow-cast", is_flag=True, help="Load values of another dtype.")
+@click.option("--allow-positional", is_flag=True, help="Load names whose numbers may have shifted.")
+@click.option("--allow-nan", is_flag=True, help="Load NaN and infinity.")
+@click.option(
+    "--output", "-o", type=click.Path(), metavar="FILE", help="Write the plan, to be edited and applied."
+)
+def plan(
+    source: str,
+    target: str,
+    expect: dict[str, str],
+    everything: bool,
+    rules: tuple[str, ...],
+    freeze: str | None,
+    min_coverage: float,
+    allow_cast: bool,
+    allow_positional: bool,
+    allow_nan: bool,
+    output: str | None,
+    root: str | None,
+    as_json: bool,
+) -> None:
+    """Plan what of SOURCE goes where in TARGET, without loading it.
+
+    Each is a reference, a file, torchvision:NAME, or the name of a network. A difference that is not expected is an error.
+    """
+    from registry.transfer import plan_transfer
+
+    made = plan_transfer(
+        source,
+        target,
+        expect=expect,
+        everything=everything,
+        rename=rules,
+        freeze=freeze,
+        min_coverage=min_coverage,
+        allow_cast=allow_cast,
+        allow_positional=allow_positional,
+        allow_nan=allow_nan,
+        registry=_registry(root),
+    )
+    if output:
+        made.save(output)
+    if as_json:
+        click.echo(made.to_json(), nl=False)
+    else:
+        click.echo(str(made))
+        if output:
+            say(f"wrote {output}")
+
+
+@command(
+    "transfer",
+    "registry transfer lenet5@best lenet6 --name lenet6\nregistry transfer lenet5@best lenet6 --plan plan.json --name lenet6",
+)
+@click.argument("source", type=Reference())
+@click.argument("target", type=Reference())
+@click.option(
+    "--plan", "file", type=click.Path(), metavar="FILE", help="A plan; without one, what fits is loaded."
+)
+@click.option("--freeze", metavar="loaded|PATTERN", help="Freeze what is loaded, or names.")
+@click.option("--name", required=True, metavar="MODEL", help="The model that gets a new version.")
+def transfer(
+    source: str,
+    target: str,
+    file: str | None,
+    freeze: str | None,
+    name: str,
+    registry: Registry,
+    as_json: bool,
+) -> None:
+    """Make a new version of a network with weights of another, and record the plan.
+
+    TARGET is the name of a network, which is built anew, or a checkpoint, which gives what SOURCE does not.
+    """
+    import torch
+
+    from registry.cli.output import version_document
+    from registry.transfer import TransferPlan, plan_transfer
+
+    torch.manual_seed(0)
+    network, builder = _network(registry, target)
+    if file:
+        if freeze:
+            raise click.UsageError("the plan says what is frozen; leave --freeze out")
+        made = TransferPlan.load(file)
+    else:
+        made = plan_transfer(source, network, everything=True, freeze=freeze, registry=registry)
+    made.apply(network, source, registry=registry)
+    with registry.run(name, plan=made, builder=builder) as run:
+        saved = run.save(model=network)
+    assert saved is not None
+    if as_json:
+        print_json({"plan": made.model_dump(by_alias=True), **version_document(registry.resolve(saved.name))})
+        return
+    say(f"{saved.name}: {made.summary} from {made.source}")
+
+
+def _network(registry: Registry, target: str) -> tuple[Any, str]:
+    from registry import builders
+
+    try:
+        checkpoint = registry[target]
+        return registry.build(target), checkpoint.provenance.get("builder", checkpoint.model)
+    except NotFound:
+        if target not in builders.names():
+            raise
+        return builders.builder(target).build(None), target
+
+
+@command("verify-frozen", "registry verify-frozen lenet6:v1 lenet6@best")
+@click.argument("a", type=Reference())
+@click.argument("b", type=Reference())
+def verify_frozen(a: str, b: str, registry: Registry, as_json: bool) -> int:
+    """Check that what was frozen did not move between two versions.
+
+    The frozen names are those that B was saved with. The exit status is 1 if one moved.
+    """
+    left, right = registry[a], registry[b]
+    frozen = right.provenance.get("frozen", {}).get("model")
+    if not frozen:
+        raise Invalid(f"{right.name} was saved without anything frozen")
+    before, after = (
+        {
+            path.partition("/")[2]: digest
+            for path, _, _, digest in side.parameters()
+            if path.startswith("model/")
+        }
+        for side in (left, right)
+    )
+    lost = [name for name in frozen if name not in before]
+    if lost:
+        raise Incompatible(f"{left.name} has no {quoted(lost[0])}, which is frozen in {right.name}")
+    moved = [name for name in frozen if before[name] != after[name]]
+    was = set(left.provenance.get("frozen", {}).get("model", ()))
+    reasons = {
+        name: _reason(name, was, right.provenance.get("buffers", {}).get("model", ())) for name in moved
+    }
+    if as_json:
+        print_json({"a": left.name, "b": right.name, "frozen": len(frozen), "moved": reasons})
+    elif moved:
+        for name in moved:
+            say(f"{name}: {reasons[name]}")
+        say(f"{len(moved)} of {len(frozen)} frozen names moved between {left.name} and {right.name}")
+    else:
+        say(f"all {len(frozen)} frozen names are equal in {left.name} and {right.name}, bit for bit")
+    return 1 if moved else 0
+
+
+def _reason(name: str, frozen_before: set[str], buffers: Any) -> str:
+    if name not in frozen_before:
+        return "it was not frozen yet in the first"
+    if name in buffers:
+        return "a statistic: its BatchNorm was in training mode"
+    return "something wrote to it, or the optimizer had it"
