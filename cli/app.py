@@ -82,6 +82,7 @@ for command in (
     *(files.init, files.import_, files.export),
     *(training.train, training.eval_, training.predict),
     *(transfers.diff, transfers.plan, transfers.transfer, transfers.verify_frozen),
+    *(transfers.compare, transfers.advise),
     *(reading.list_, reading.show, runs.history, runs.best, runs.lineage),
     *(runs.runs, runs.log, runs.board, reading.status),
     *(naming.alias, naming.tag, naming.note, naming.rm),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ def init(folder: str | None, root: str | None, as_json: bool) -> None:
 
 
 @command("import", "registry import best.pt --name lenet5 --meta epoch=3 --metric accuracy=0.91")
-@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True), metavar="FILE...")
+@click.argument("files", nargs=-1, required=True, type=click.Path(), metavar="FILE...")
 @click.option("--name", "model", required=True, metavar="MODEL", help="The model that gets new versions.")
 @click.option(
     "--meta",
@@ -48,6 +49,15 @@ def init(folder: str | None, root: str | None, as_json: bool) -> None:
 @click.option("--metric", multiple=True, callback=pairs, metavar="NAME=NUMBER", help="A measured value.")
 @click.option("--config", type=click.Path(exists=True), help="Hyperparameters: a JSON, YAML or TOML file.")
 @click.option("--tag", "tags", multiple=True, metavar="TAG", help="A tag to attach.")
+@click.option("--weights", metavar="NAME", help="Of torchvision:NAME: published weights, to be downloaded.")
+@click.option(
+    "--file",
+    "weights_file",
+    type=click.Path(),
+    metavar="FILE",
+    help="Of torchvision:NAME: weights fetched by hand.",
+)
+@click.option("--random", "seed", type=int, metavar="SEED", help="Of torchvision:NAME: random weights.")
 def import_(
     files: tuple[str, ...],
     model: str,
@@ -55,18 +65,29 @@ def import_(
     metric: dict[str, str],
     config: str | None,
     tags: tuple[str, ...],
+    weights: str | None,
+    weights_file: str | None,
+    seed: int | None,
     registry: Registry,
     as_json: bool,
 ) -> None:
-    """Store checkpoint files as new versions.
+    """Store checkpoint files, or a network of torchvision, as new versions.
 
-    Each FILE becomes one version of the model. Reads .pt and .pth (without running code that they hold), .safetensors, and folders of shards with their
+    Each FILE becomes one version of the model; torchvision:resnet18 stands for that network with --weights, --file or --random. Reads .pt and .pth (without running code that they hold), .safetensors, and folders of shards with their
     index. What the file says of epoch and loss is kept unless --meta says otherwise.
     """
     from registry.documents import read_document
     from registry.importing import import_checkpoint, read_checkpoint_file
     from registry.reference import check_name
 
+    if any(file.startswith("torchvision:") for file in files):
+        _import_network(registry, files, model, weights, weights_file, seed, tags, as_json)
+        return
+    if weights or weights_file or seed is not None:
+        raise click.UsageError("--weights, --file and --random go with torchvision:NAME")
+    for file in files:
+        if not os.path.lexists(file):
+            raise click.BadParameter(f"Path {file!r} does not exist.", param_hint="'FILE...'")
     fields = _fields(meta)
     metrics = {name: _number(value, f"--metric {name}") for name, value in metric.items()}
     document = read_document(Path(config)) if config else None
@@ -93,6 +114,34 @@ def import_(
             )
     if as_json:
         print_json({"imported": imported})
+
+
+def _import_network(
+    registry: Registry,
+    files: tuple[str, ...],
+    model: str,
+    weights: str | None,
+    weights_file: str | None,
+    seed: int | None,
+    tags: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    from registry.models.classifiers import import_torchvision
+    from registry.reference import check_name
+
+    if len(files) > 1:
+        raise click.UsageError("import one network of torchvision at a time")
+    for tag in tags:
+        check_name(tag, "tag")
+    file = Path(weights_file) if weights_file else None
+    checkpoint = import_torchvision(registry, files[0], model, weights=weights, file=file, seed=seed)
+    for tag in tags:
+        registry.set_tag(checkpoint.name, tag)
+    version = registry.resolve(checkpoint.name)
+    if as_json:
+        print_json({"imported": [{"file": files[0], **version_document(version)}]})
+    else:
+        say(f"{version.name}  {version.id[:12]}  {counted(version.tensors, 'tensor')}, {size(version.size)}")
 
 
 def _fields(meta: Mapping[str, str]) -> dict[str, Any]:

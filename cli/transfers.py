@@ -277,3 +277,86 @@ def _reason(name: str, frozen_before: set[str], buffers: Any) -> str:
     if name in buffers:
         return "a statistic: its BatchNorm was in training mode"
     return "something wrote to it, or the optimizer had it"
+
+
+@command(
+    "compare",
+    "registry compare lenet5 lenet6-scratch lenet6-finetuned --metric accuracy --at 1,5,10\n"
+    "registry compare lenet5 lenet6 --format html -o compare.html",
+)
+@click.argument("models", nargs=-1, required=True, type=Reference(), metavar="MODEL...")
+@click.option("--metric", default="accuracy", show_default=True, help="A metric, or loss.")
+@click.option("--at", "epochs", metavar="EPOCHS", help="Only these epochs, such as 1,5,10.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["text", "md", "html"]),
+    default="text",
+    show_default=True,
+    help="What to write.",
+)
+@click.option("--output", "-o", type=click.Path(), metavar="FILE", help="Write to a file.")
+def compare(
+    models: tuple[str, ...],
+    metric: str,
+    epochs: str | None,
+    form: str,
+    output: str | None,
+    registry: Registry,
+    as_json: bool,
+) -> None:
+    """Compare a metric of several models, epoch by epoch."""
+    from registry import comparing
+    from registry.cli.output import print_table
+
+    at = _epochs(epochs)
+    found = comparing.curves(registry, models, metric)
+    if as_json:
+        print_json({"metric": metric, "models": {curve.model: curve.values for curve in found}})
+    elif form == "text" and output is None:
+        print_table(*comparing.table(found, at))
+    else:
+        render = comparing.as_html if form == "html" else comparing.as_markdown
+        _write(render(found, metric, at), output)
+
+
+def _epochs(text: str | None) -> list[int]:
+    try:
+        return [int(part) for part in (text or "").split(",") if part.strip()]
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no list of epochs such as 1,5,10", param_hint="--at") from None
+
+
+@command("advise", "registry advise lenet5@best --samples 500 --similar yes --model lenet6")
+@click.argument("reference", type=Reference())
+@click.option(
+    "--samples", required=True, type=click.IntRange(1), help="How many samples there are to train on."
+)
+@click.option(
+    "--similar", required=True, type=click.Choice(["yes", "no"]), help="Whether they are like those before."
+)
+@click.option("--model", metavar="NAME", help="The network to train. [default: the checkpoint's own]")
+def advise(
+    reference: str, samples: int, similar: str, model: str | None, registry: Registry, as_json: bool
+) -> None:
+    """Say whether to fine-tune or to freeze, by a rule of thumb."""
+    from registry.advice import CAVEATS
+    from registry.advice import advise as judge
+    from registry.transfer import plan_transfer
+
+    checkpoint = registry[reference]
+    target = model or checkpoint.provenance.get("builder", checkpoint.model)
+    made = plan_transfer(checkpoint.name, target, everything=True, registry=registry)
+    loaded, all_of_them = made.parameters
+    found = judge(samples=samples, similar=similar == "yes", trainable=all_of_them, head=all_of_them - loaded)
+    if as_json:
+        print_json({**found._asdict(), "caveats": CAVEATS, "plan": made.summary})
+        return
+    say(f"{found.case}: {found.advice}")
+    say(f"  because {found.why}")
+    say(f"  {made.summary} of {target} from {checkpoint.name}")
+    say(f"  {samples:,} samples; {found.per_sample_all:,.1f} parameters a sample when all are trained,")
+    say(f"  {found.per_sample_head:,.1f} when what was loaded is frozen")
+    say(f"  try: registry train {target} --from {checkpoint.name} {found.option}".rstrip())
+    for caveat in CAVEATS:
+        say(f"- {caveat}")

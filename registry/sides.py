@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from registry import components
 from registry.importing import FORMS, read_checkpoint_file
@@ -201,8 +202,7 @@ def _built(name: str) -> Side | None:
 
     if name not in builders.names():
         return None
-    with torch.device("meta"):
-        side = _live(builders.builder(name).build(None))
+    side = _live(on_meta(lambda: builders.builder(name).build(None)))
     side.label = name
     return side
 
@@ -305,13 +305,34 @@ def _entry(name: str, tensor: torch.Tensor, kind: str | None) -> Entry:
     )
 
 
+def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
+    """Make a network without memory for its parameters, however large it is."""
+    try:
+        with torch.device("meta"):
+            return make()
+    except NotImplementedError:  # its constructor computes with tensors, as RegNet's does
+        with _EmptyOnMeta():
+            return make()
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Puts memory that is not initialised, as layers ask for, on the meta device, and nothing else."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        if function is torch.empty:
+            given["device"] = "meta"
+        return function(*args, **given)
+
+
 def _torchvision(source: str) -> Side:
     import torchvision
 
     name = source.removeprefix(TORCHVISION)
     try:
-        with torch.device("meta"):
-            module = torchvision.models.get_model(name, weights=None)
+        module = on_meta(lambda: torchvision.models.get_model(name, weights=None))
     except ValueError:
         import difflib
 

@@ -292,7 +292,6 @@ def plan_transfer(
     left, right = side_of(source, registry), side_of(target, registry)
     if left.module is not None and left.module is right.module and left.checkpoint is None:
         raise Invalid("source and target are the same network")
-    _check_ties(left)
     pairs = match(left, right, rename=rules)
     used: set[str] = set()
     steps = [_step(pair, wanted, used, adapters or {}, allow_cast, allow_positional) for pair in pairs]
@@ -306,6 +305,7 @@ def plan_transfer(
         if pattern not in used and not _names_something(pattern, left, right):
             raise Invalid(f"expect[{pattern!r}] matches nothing; it is a typo")
     steps = [step.model_copy(update={"why": step.why.lstrip("!")}) for step in steps]
+    _check_ties(left, right, steps)
     plan = TransferPlan(
         schema=SCHEMA,
         source=left.label,
@@ -503,15 +503,22 @@ def _why_nothing(left: Side, right: Side, pairs: Sequence[Pair]) -> str:
     return f"no name fits, the source begins with {mine}, the target with {theirs}; another architecture"
 
 
-def _check_ties(side: Side) -> None:
-    """Two names of one memory have one value by construction; in a file they may not."""
-    if side.module is None:
-        return
-    tied: dict[object, str] = {}
-    for entry in side.entries.values():
-        other = tied.setdefault(entry.tie, entry.name)
-        if other != entry.name and side.entries[other].shape != entry.shape:
-            raise Conflict(f"{other} and {entry.name} share memory and differ in shape")
+def _check_ties(left: Side, right: Side, steps: Sequence[Step]) -> None:
+    """Names of the target that share memory must get one value."""
+    first: dict[object, Step] = {}
+    for step in steps:
+        if step.action != "copy" or step.target is None or step.source is None:
+            continue
+        other = first.setdefault(right.entries[step.target].tie, step)
+        if other is step or other.source is None:
+            continue
+        if left.entries[other.source].tie != left.entries[step.source].tie and left.digest(
+            other.source
+        ) != left.digest(step.source):
+            raise Conflict(
+                f"{other.target} and {step.target} share memory in {right.label} and have different values in "
+                f"{left.label}; expect one of them as 'skip'"
+            )
 
 
 def _frozen(freeze: str | Sequence[str] | None, steps: Sequence[Step], right: Side) -> tuple[str, ...]:

@@ -1,0 +1,201 @@
+"""Classifiers of torchvision as starting points: heads replaced, weights read, ResNet18 as a builder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from registry import Config, Registry, freeze, register_model
+from registry.checkpoint import Checkpoint
+from registry.importing import read_checkpoint_file
+from registry.store.digest import digest
+from registry.store.errors import Incompatible, Invalid, NotFound
+from registry.store.text import quoted
+
+PREFIX = "torchvision:"
+
+
+def find_head(model: nn.Module) -> str:
+    """The name of a classifier's last layer: the last `Linear` or `Conv2d` of the network.
+
+    Raises:
+        Invalid: if there is none.
+    """
+    found: list[str] = [
+        name for name, part in model.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)
+    ]
+    if not found:
+        raise Invalid(f"{type(model).__qualname__} has no Linear or Conv2d to be its head; name the head")
+    return found[-1]
+
+
+def replace_head(model: nn.Module, classes: int, name: str | None = None) -> str:
+    """Give a classifier a new last layer for another number of classes; returns its name.
+
+    Args:
+        name: the layer, where the last `Linear` or `Conv2d` is not it.
+
+    Raises:
+        Invalid: if the layer is no `Linear` or `Conv2d`.
+    """
+    name = name or find_head(model)
+    try:
+        old = model.get_submodule(name)
+    except AttributeError:
+        raise NotFound(f"{type(model).__qualname__} has no layer {quoted(name)}") from None
+    new: nn.Module
+    if isinstance(old, nn.Linear):
+        new = nn.Linear(old.in_features, classes, bias=old.bias is not None)
+    elif isinstance(old, nn.Conv2d):
+        new = nn.Conv2d(old.in_channels, classes, old.kernel_size, old.stride, bias=old.bias is not None)  # type: ignore[arg-type]
+    else:
+        raise Invalid(f"{name} is a {type(old).__name__}; a head is a Linear or a Conv2d")
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)
+    return name
+
+
+class ResNet18Config(Config):
+    """What the network leaves open."""
+
+    classes: int = Field(default=10, ge=2)
+    channels: int = Field(default=3, ge=1)
+    frozen: bool = False
+
+
+@register_model("resnet18", config=ResNet18Config)
+class ResNet18(nn.Module):
+    """torchvision's ResNet18 with a last layer of `classes` rows, and all the rest frozen if asked to.
+
+    Its parameters have torchvision's names, so that torchvision's weights fit.
+    """
+
+    def __init__(self, config: ResNet18Config | None = None) -> None:
+        from torchvision.models import resnet18
+
+        super().__init__()
+        self.config = config or ResNet18Config()
+        network = resnet18(weights=None)
+        if self.config.channels != 3:
+            network.conv1 = nn.Conv2d(self.config.channels, 64, 7, 2, 3, bias=False)
+        replace_head(network, self.config.classes, "fc")
+        for name, part in network.named_children():
+            self.add_module(name, part)
+        if self.config.frozen:
+            rest = [name for name, _ in self.named_parameters() if not name.startswith("fc.")]
+            freeze(self, rest)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        """Logits, or loss and logits.
+
+        Args:
+            x: images, float32 [batch, channels, height, width], at least 32 by 32.
+            labels: classes, int64 [batch].
+        """
+        for name, part in self.named_children():
+            x = part(torch.flatten(x, 1) if name == "fc" else x)
+        logits = x
+        return logits if labels is None else (functional.cross_entropy(logits, labels), logits)
+
+
+def import_torchvision(
+    registry: Registry,
+    source: str,
+    name: str,
+    *,
+    weights: str | None = None,
+    file: Path | None = None,
+    seed: int | None = None,
+) -> Checkpoint:
+    """Store a network of torchvision: with published weights, with a file of them, or with random ones.
+
+    Args:
+        source: `torchvision:NAME`.
+        weights: which published weights, such as `IMAGENET1K_V1`; they are downloaded.
+        file: the weights, fetched by hand.
+        seed: of random weights.
+
+    Raises:
+        NotFound: if there is no such network or weights, or they cannot be downloaded: which file to fetch and where
+            to put it.
+        Incompatible: if the file does not fit the network.
+    """
+    import torchvision
+
+    kind = source.removeprefix(PREFIX)
+    if kind not in torchvision.models.list_models():
+        import difflib
+
+        near = difflib.get_close_matches(kind, torchvision.models.list_models(), 1)
+        raise NotFound(
+            f"torchvision has no model {quoted(kind)}{f'; did you mean {near[0]}?' if near else ''}"
+        )
+    if sum(given is not None for given in (weights, file, seed)) != 1:
+        raise Invalid(f"say which weights of {kind}: --weights NAME, --file FILE, or --random SEED")
+    meta: dict[str, Any] = {"network": source}
+    if seed is not None:
+        torch.manual_seed(seed)
+    model = torchvision.models.get_model(kind, weights=None)
+    parent = f"{source} random, seed {seed}"
+    if file is not None:
+        state = read_checkpoint_file(file).components.get("model", {})
+        parent = f"{file.name} {digest(file.read_bytes())[:12]}"
+        _fill(model, state, file.name, kind)
+    if weights is not None:
+        entry = _weights(kind, weights)
+        try:
+            state = entry.get_state_dict(progress=False, check_hash=True)
+        except Exception as error:
+            raise NotFound(
+                f"the weights of {kind} could not be downloaded ({error}); fetch {entry.url} by hand and use "
+                f"--file {Path(entry.url).name}"
+            ) from None
+        _fill(model, state, weights, kind)
+        known = {
+            key: value
+            for key, value in entry.meta.items()
+            if isinstance(value, str | int | float | list | dict)
+        }
+        meta |= {"weights": str(entry), "transforms": repr(entry.transforms()), "about": _plain(known)}
+        parent = str(entry)
+    return registry.save(
+        name,
+        {"model": model.state_dict()},
+        meta=meta,
+        lineage=[{"kind": "imported-from", "parent": parent}],
+        provenance={"buffers": {"model": [buffer for buffer, _ in model.named_buffers()]}},
+    )
+
+
+def _weights(kind: str, name: str) -> Any:
+    import torchvision
+
+    found = torchvision.models.get_model_weights(kind)
+    try:
+        return found[name]
+    except KeyError:
+        raise NotFound(
+            f"{kind} has no weights {quoted(name)}; there are {', '.join(one.name for one in found)}"
+        ) from None
+
+
+def _fill(model: nn.Module, state: Any, what: str, kind: str) -> None:
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        first = str(error).splitlines()[-1].strip()
+        raise Incompatible(f"{what} does not fit {kind}: {first}") from None
+
+
+def _plain(value: Any) -> Any:
+    """Plain values only; what is neither is left out."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)

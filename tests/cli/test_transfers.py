@@ -1,0 +1,275 @@
+"""Comparing and transferring from the command line, and the HTML report in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from conftest import Run
+from torch import nn
+
+from registry import Registry
+from registry.models import LeNet5, LeNet6, ResNet18, ResNet18Config
+from registry.models.classifiers import find_head, replace_head
+from registry.sides import on_meta
+from registry.store.errors import Invalid, NotFound
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two versions of LeNet5, one of LeNet6, and a working directory beside them."""
+    registry = Registry(tmp_path / "r")
+    torch.manual_seed(0)
+    net = LeNet5()
+    with registry.run("lenet5", monitor="accuracy") as run:
+        run.save(model=net, epoch=1, metrics={"accuracy": 0.5})
+        with torch.no_grad():
+            net.conv[0].weight.add_(0.1)
+        run.save(model=net, epoch=2, metrics={"accuracy": 0.75})
+    with registry.run("lenet6") as run:
+        run.save(model=LeNet6(), epoch=2, metrics={"accuracy": 0.625})
+    monkeypatch.setenv("REGISTRY_ROOT", str(registry.root))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_exit_status_of_diff(run: Run, root: Path) -> None:
+    assert run("diff", "lenet5", "lenet5@best").status == 0
+    done = run("diff", "lenet5:v1", "lenet5:v2")
+    assert (done.status, done.out.splitlines()[0]) == (1, "SAME STRUCTURE: lenet5:v1 -> lenet5:v2")
+    done = run("diff", "lenet5", "lenet7")
+    assert (done.status, done.out) == (2, "")
+    assert done.err.startswith("registry: there is no model 'lenet7'; did you mean 'lenet")
+
+
+def test_diff_in_every_form(run: Run, root: Path) -> None:
+    text = run("diff", "lenet5:v1", "lenet5:v2", "--values").out
+    assert re.search(r"conv\.0\.weight +1\.225 ", text)
+    assert "again: registry diff lenet5:v1 lenet5:v2 --values" in text
+    document = run("diff", "lenet5", "lenet6", "--json").json
+    assert (document["schema"], document["verdict"], document["exceptions"]) == (1, "COMPATIBLE", 4)
+    assert json.loads(run("diff", "lenet5", "lenet6", "--format", "json").out) == document
+    assert run("diff", "lenet5", "lenet6", "--format", "md").out.startswith("# COMPATIBLE with 4 exceptions")
+    run("diff", "lenet5", "lenet6", "--format", "html", "-o", "d.html")
+    assert (root / "d.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_files_are_compared_without_a_registry(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("REGISTRY_ROOT", raising=False)
+    net = LeNet5()
+    torch.save(net.state_dict(), "a.pt")
+    torch.save(nn.DataParallel(net).state_dict(), "b.pt")
+    done = run("diff", "a.pt", "b.pt")
+    assert done.out.startswith("COMPATIBLE with 0 exceptions: a.pt -> b.pt\n")
+    assert "PREFIX" in done.out
+    assert not (tmp_path / ".registry").exists()
+
+
+def test_plan_transfer_and_lineage(run: Run, root: Path) -> None:
+    refused = run("plan", "lenet5@best", "lenet6")
+    assert (refused.status, refused.out) == (1, "")
+    assert "expect={'fc.5.*': 'skip', 'fc.7.*': 'new'}" in refused.err
+    words = ["--expect", "fc.5.*=skip", "--expect", "fc.7.*=new", "--freeze", "loaded", "-o", "plan.json"]
+    done = run("plan", "lenet5@best", "lenet6", *words)
+    assert "loads 8 of 12 tensors, 90.90 % of parameters" in done.out
+    assert "freezes 8 parameters; 6,090 elements stay trainable" in done.out
+    done = run("transfer", "lenet5@best", "lenet6", "--plan", "plan.json", "--name", "student")
+    assert done.out == "student:v1: loaded 8 of 12 tensors, 90.90 % of parameters from lenet5:v2\n"
+    registry = Registry(root / "r")
+    source, made = registry["lenet5:v2"].state_dict(), registry["student"].state_dict()
+    assert all(torch.equal(made[name], source[name]) for name in source if not name.startswith("fc.5"))
+    assert "transferred-from  lenet5:v2" in run("lineage", "student").out
+    other = run("transfer", "lenet5:v1", "lenet6", "--plan", "plan.json", "--name", "student")
+    assert (other.status, "made from lenet5:v2 with other values" in other.err) == (1, True)
+    assert len(registry.runs.find("student")) == 1
+
+
+def test_what_is_frozen_is_verified(run: Run, root: Path) -> None:
+    registry = Registry(root / "r")
+    from registry import freeze
+
+    net = LeNet5()
+    freeze(net, "conv.*")
+    with registry.run("frozen") as session:
+        session.save(model=net)
+        with torch.no_grad():
+            net.fc[5].weight.add_(1)
+        session.save(model=net)
+        with torch.no_grad():
+            net.conv[3].bias.add_(1)
+        session.save(model=net)
+    good = run("verify-frozen", "frozen:v1", "frozen:v2")
+    assert (good.status, good.out) == (
+        0,
+        "all 4 frozen names are equal in frozen:v1 and frozen:v2, bit for bit\n",
+    )
+    bad = run("verify-frozen", "frozen:v1", "frozen:v3")
+    assert bad.status == 1
+    assert bad.out.startswith("conv.3.bias: something wrote to it")
+    assert run("verify-frozen", "frozen:v1", "frozen:v3", "--json").json["moved"].keys() == {"conv.3.bias"}
+    assert "was saved without anything frozen" in run("verify-frozen", "lenet5:v1", "lenet5:v2").err
+
+
+def test_training_from_other_weights(run: Run, root: Path) -> None:
+    done = run(
+        "train", "lenet6", "--from", "lenet5@best", "--freeze", "loaded", "--epochs", 2, "--name", "tuned"
+    )
+    assert done.status == 0, done.err
+    assert done.out.startswith("loaded 8 of 12 tensors, 90.90 % of parameters from lenet5:v2\n")
+    assert run("verify-frozen", "tuned:v1", "tuned:v2").status == 0
+    registry = Registry(root / "r")
+    source, tuned = registry["lenet5@best"].state_dict(), registry["tuned"].state_dict()
+    assert torch.equal(tuned["conv.3.weight"], source["conv.3.weight"])
+    assert not torch.equal(registry["tuned:v1"].state_dict()["fc.7.weight"], tuned["fc.7.weight"])
+    run("train", "--resume", "tuned:v1", "--name", "again")
+    assert registry.diff("tuned:v2", "again").verdict == "IDENTICAL"
+    assert run("train", "lenet6", "--freeze", "loaded").status == 2
+    assert run("train", "--resume", "tuned:v1", "--freeze", "conv.*").status == 2
+
+
+def test_compare(run: Run, root: Path) -> None:
+    lines = run("compare", "lenet5", "lenet6").out.splitlines()
+    assert [line.split() for line in lines] == [
+        ["EPOCH", "lenet5", "lenet6"],
+        ["1", "0.5000"],
+        ["2", "0.7500", "0.6250"],
+    ]
+    assert run("compare", "lenet5", "--at", "2", "--format", "md").out.splitlines()[-1] == "| 2 | 0.7500 |"
+    found = run("compare", "lenet5", "lenet6", "--json").json
+    assert found["models"]["lenet5"] == {"1": 0.5, "2": 0.75}
+    run("compare", "lenet5", "lenet6", "--format", "html", "-o", "c.html")
+    assert (root / "c.html").read_text().count("<polyline") == 2
+    assert "no version of lenet5 has the metric 'x'" in run("compare", "lenet5", "--metric", "x").err
+    assert run("compare", "lenet5", "--at", "one").status == 2
+
+
+@pytest.mark.parametrize(
+    ("samples", "similar", "case"),
+    [
+        (500, "yes", "small and similar: freeze"),
+        (500, "no", "small and different: keep the early layers"),
+        (60_000, "yes", "large and similar: fine-tune everything"),
+        (60_000, "no", "large and different: fine-tune everything"),
+    ],
+)
+def test_advice(run: Run, root: Path, samples: int, similar: str, case: str) -> None:
+    done = run("advise", "lenet5", "--samples", samples, "--similar", similar, "--model", "lenet6")
+    assert done.out.startswith(case)
+    assert "loaded 8 of 12 tensors" in done.out
+    assert "a rule of thumb" in done.out
+    assert f"{66_946 / samples:,.1f} parameters a sample" in done.out
+
+
+# -- torchvision ---------------------------------------------------------------------------------------------
+
+
+def test_networks_of_torchvision_come_in(run: Run, root: Path) -> None:
+    done = run("import", "torchvision:resnet18", "--random", 3, "--name", "resnet")
+    assert re.match(r"resnet:v1  [0-9a-f]{12}  122 tensors, 46\.7 MB\n", done.out)
+    torch.manual_seed(3)
+    network = torchvision.models.resnet18()
+    torch.save(network.state_dict(), "resnet18.pth")
+    assert run("import", "torchvision:resnet18", "--file", "resnet18.pth", "--name", "resnet").status == 0
+    assert run("diff", "resnet:v1", "resnet:v2").status == 0
+    plan = run("plan", "resnet", "resnet18", "--expect", "fc.*=skip", "--freeze", "loaded")
+    assert "loads 120 of 122 tensors, 99.95 % of parameters" in plan.out
+    assert "5,130 elements stay trainable" in plan.out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("torchvision:resnet19 --random 0", "did you mean resnet"),
+        (
+            "torchvision:resnet18",
+            "say which weights of resnet18: --weights NAME, --file FILE, or --random SEED",
+        ),
+        ("torchvision:resnet18 --weights V9", "has no weights 'V9'; there are IMAGENET1K_V1"),
+        ("torchvision:resnet18 --file none.pth", "none.pth"),
+        ("torchvision:resnet18 --file lenet.pth", "lenet.pth does not fit resnet18"),
+    ],
+)
+def test_networks_that_cannot_come_in(run: Run, root: Path, words: str, told: str) -> None:
+    torch.save(LeNet5().state_dict(), "lenet.pth")
+    done = run("import", *words.split(), "--name", "x")
+    assert (done.status, done.out) == (1, "")
+    assert told in done.err
+    assert len(done.err.splitlines()) == 1
+
+
+def test_weights_that_cannot_be_downloaded_say_what_to_fetch(
+    run: Run, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)  # a network that is down
+    done = run("import", "torchvision:resnet18", "--weights", "IMAGENET1K_V1", "--name", "x")
+    assert done.status == 1
+    assert re.search(
+        r"fetch https://\S+/resnet18-f37072fd\.pth by hand and use --file resnet18-f37072fd\.pth", done.err
+    )
+
+
+def test_resnet18_of_the_textbook() -> None:
+    net = ResNet18(ResNet18Config(frozen=True))
+    x, labels = torch.randn(2, 3, 64, 64), torch.tensor([1, 2])
+    loss, logits = net(x, labels)
+    assert (logits.shape, loss.dim()) == ((2, 10), 0)
+    assert sum(p.numel() for p in net.parameters() if p.requires_grad) == 5_130
+    reference = torchvision.models.resnet18(num_classes=10)
+    reference.load_state_dict(net.state_dict())
+    assert torch.allclose(net.eval()(x), reference.eval()(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", torchvision.models.list_models(torchvision.models))
+def test_every_head_of_torchvision_can_be_replaced(name: str) -> None:
+    given = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    model = on_meta(lambda: torchvision.models.get_model(name, weights=None, **given))
+    head = replace_head(model, 10)
+    assert find_head(model) == head
+    new = model.get_submodule(head)
+    assert (new.out_features if isinstance(new, nn.Linear) else new.out_channels) == 10  # type: ignore[union-attr]
+
+
+def test_a_head_that_is_none() -> None:
+    with pytest.raises(Invalid, match="no Linear or Conv2d"):
+        replace_head(nn.Sequential(nn.ReLU()), 3)
+    with pytest.raises(NotFound, match="has no layer 'fc9'"):
+        replace_head(LeNet5(), 3, "fc9")
+    with pytest.raises(Invalid, match="a head is a Linear or a Conv2d"):
+        replace_head(LeNet5(), 3, "fc.0")
+
+
+# -- a browser -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome is installed")
+def test_the_page_filters_in_a_browser(run: Run, root: Path) -> None:
+    run("transfer", "lenet5:v1", "lenet6", "--name", "student")
+    run("diff", "lenet5:v1", "student", "--values", "--format", "html", "-o", "d.html")
+    page = (root / "d.html").read_text()
+    click = "<script>document.getElementById('only').click()</script></body>"
+    (root / "clicked.html").write_text(page.replace("</body>", click))
+    seen = {}
+    for name in ("d", "clicked"):
+        command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={root}/c"]
+        address = (root / f"{name}.html").as_uri()
+        done = subprocess.run(
+            [*command, "--dump-dom", address], capture_output=True, text=True, timeout=120, check=False
+        )
+        match = re.search(r'id="shown"[^>]*>([^<]*)<', done.stdout)
+        assert match, done.stdout[:500]
+        seen[name] = match[1]
+    assert seen == {"d": "12 of 12 names shown", "clicked": "4 of 12 names shown"}

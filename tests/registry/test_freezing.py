@@ -1,0 +1,264 @@
+"""Freezing that holds, the proof that it held, and optimizers that fit."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from registry import check_optimizer, freeze, frozen_proof, param_groups, remap_optimizer, unfreeze
+from registry.freezing import Thawed, frozen_names
+from registry.store.errors import Incompatible, Invalid
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
+    net.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        net(torch.randn(8, 1, 6, 6)).square().sum().backward()
+        optimizer.step()
+
+
+def decaying(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, 0.1, weight_decay=0.5)
+
+
+def test_frozen_means_frozen() -> None:
+    net = Net()
+    train(net, decaying(net.parameters()))
+    names, before = list(net.state_dict()), {n: t.clone() for n, t in net.state_dict().items()}
+    kinds = [type(part) for part in net.modules()]
+    found = freeze(net, "body.*")
+    assert found.parameters == ("body.0.weight", "body.0.bias", "body.1.weight", "body.1.bias")
+    assert found.norms == ("body.1",)
+    assert found.trainable == 10
+    assert all(p.grad is None for n, p in net.named_parameters() if n.startswith("body"))
+    train(net, decaying(net.parameters()))  # with the frozen ones in it, and decay
+    moved = [n for n, t in net.state_dict().items() if not torch.equal(t, before[n])]
+    assert moved == ["head.weight", "head.bias"]
+    assert (list(net.state_dict()), [type(part) for part in net.modules()]) == (names, kinds)
+    assert net.body[1].training is False
+    assert net.body[3].training is True  # dropout goes on
+    net.eval()
+    net.train()
+    assert net.body[1].training is False
+
+
+def test_without_holding_batchnorm_the_statistics_move() -> None:
+    net = Net()
+    found = freeze(net, "body.*", bn="update")
+    assert "statistics inside the frozen part go on" in found.notes[0]
+    before = net.body[1].running_mean.clone()
+    train(net, decaying(net.head.parameters()))
+    assert not torch.equal(net.body[1].running_mean, before)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm1d(3),
+        nn.BatchNorm2d(3),
+        nn.BatchNorm3d(3),
+        nn.SyncBatchNorm(3),
+        nn.InstanceNorm2d(3, affine=True, track_running_stats=True),
+    ],
+    ids=lambda norm: type(norm).__name__,
+)
+def test_every_norm_with_statistics_is_held(norm: nn.Module) -> None:
+    net = nn.ModuleDict({"norm": norm, "head": nn.Linear(3, 2)})
+    assert freeze(net, "norm.*").norms == ("norm",)
+    net.train()
+    assert not norm.training
+
+
+def test_a_norm_without_statistics_or_only_partly_frozen_goes_on() -> None:
+    plain = nn.ModuleDict({"norm": nn.BatchNorm1d(3, track_running_stats=False), "head": nn.Linear(3, 2)})
+    assert freeze(plain, "norm.*").norms == ()
+    partly = nn.ModuleDict({"norm": nn.BatchNorm1d(3), "head": nn.Linear(3, 2)})
+    assert freeze(partly, "norm.weight").norms == ()
+    partly.train()
+    assert partly["norm"].training
+
+
+def test_freezing_again_adds_and_nothing_is_thawed_unasked() -> None:
+    net = Net()
+    freeze(net, "body.0.*")
+    first = frozen_names(net)
+    freeze(net, "body.0.*")
+    assert frozen_names(net) == first
+    freeze(net, "body.1.*")
+    assert set(frozen_names(net)) > set(first)
+    assert unfreeze(net, "body.0.*") == ("body.0.weight", "body.0.bias")
+    net.train()
+    assert not net.body[1].training
+    unfreeze(net)
+    net.train()
+    assert net.body[1].training
+    assert frozen_names(net) == ()
+
+
+def test_a_frozen_network_can_be_copied_and_pickled() -> None:
+    net = Net()
+    freeze(net, "body.*")
+    memory = io.BytesIO()
+    torch.save(net, memory)
+    memory.seek(0)
+    for other in (copy.deepcopy(net), torch.load(memory, weights_only=False)):
+        other.train()
+        assert not other.body[1].training
+        unfreeze(other)
+        other.train()
+        assert other.body[1].training
+        assert not net.body[1].training
+
+
+@pytest.mark.parametrize(("patterns", "told"), [("bdy.*", "matches nothing"), ("*", "leaves no parameter")])
+def test_a_freeze_that_makes_no_sense_changes_nothing(patterns: str, told: str) -> None:
+    net = Net()
+    with pytest.raises(Invalid, match=told):
+        freeze(net, patterns)
+    assert all(p.requires_grad for p in net.parameters())
+    with pytest.raises(Invalid, match="matches nothing"):
+        unfreeze(net, "nothing.*")
+
+
+def test_freezing_one_of_two_tied_names_freezes_both_and_says_so() -> None:
+    net = nn.ModuleDict({"embed": nn.Embedding(5, 3), "head": nn.Linear(3, 5), "x": nn.Linear(1, 1)})
+    net["head"].weight = net["embed"].weight
+    found = freeze(net, "embed.*")
+    assert found.notes == ("head.weight is frozen too, as it shares memory with a frozen name",)
+    assert not net["head"].weight.requires_grad
+
+
+# -- the proof -----------------------------------------------------------------------------------------------
+
+
+def test_the_proof_holds_when_nothing_moves() -> None:
+    net = Net()
+    freeze(net, "body.*")
+    optimizer = decaying(net.parameters())
+    with frozen_proof(net, optimizer) as names:
+        train(net, optimizer)
+    assert "body.1.running_mean" in names
+
+
+def write(net: Net, optimizer: torch.optim.Optimizer) -> None:
+    with torch.no_grad():
+        net.body[0].weight.add_(1)
+
+
+def stale(net: Net, optimizer: torch.optim.Optimizer) -> None:
+    net.body[0].weight.grad = torch.ones_like(net.body[0].weight)
+    optimizer.step()
+
+
+def statistics(net: Net, optimizer: torch.optim.Optimizer) -> None:
+    nn.Module.train(net.body[1], True)
+    net.body[1].training = True
+    net(torch.randn(8, 1, 6, 6))
+
+
+def thawed(net: Net, optimizer: torch.optim.Optimizer) -> None:
+    unfreeze(net, "body.0.*")
+    train(net, optimizer)
+
+
+def replaced(net: Net, optimizer: torch.optim.Optimizer) -> None:
+    net.body[0] = nn.Identity()
+
+
+@pytest.mark.parametrize(
+    ("act", "told"),
+    [
+        (write, r"body.0.weight \(it is in the optimizer"),
+        (stale, r"body.0.weight \(it is in the optimizer, with a stale gradient\)"),
+        (statistics, r"body.1.running_mean \(its BatchNorm was in training mode\)"),
+        (thawed, r"body.0.weight \(it was thawed\)"),
+        (replaced, r"body.0.weight \(it was replaced or removed\)"),
+    ],
+)
+def test_the_proof_names_what_moved_and_why(act: Any, told: str) -> None:
+    net = Net()
+    freeze(net, "body.*")
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    with pytest.raises(Thawed, match=told), frozen_proof(net, optimizer):
+        act(net, optimizer)
+
+
+def test_a_proof_of_nothing_is_refused() -> None:
+    with pytest.raises(Invalid, match="nothing is frozen"), frozen_proof(Net()):
+        pass
+
+
+# -- optimizers ----------------------------------------------------------------------------------------------
+
+
+def test_an_optimizer_is_checked_by_identity() -> None:
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    assert check_optimizer(net, optimizer) == []
+    freeze(net, "body.0.*")
+    net.head = nn.Linear(4, 2)
+    optimizer.param_groups[0]["params"].append(net.body[1].weight)
+    found = {(problem.problem, problem.name) for problem in check_optimizer(net, optimizer)}
+    assert found == {
+        ("frozen", "body.0.weight"),
+        ("frozen", "body.0.bias"),
+        ("stale", "parameter 4 of shape [2, 4]"),
+        ("stale", "parameter 5 of shape [2]"),
+        ("duplicated", "body.1.weight"),
+        ("missing", "head.weight"),
+        ("missing", "head.bias"),
+    }
+
+
+def test_parameter_groups() -> None:
+    net = Net()
+    groups = param_groups(net, 0.1, weight_decay=0.01, rates={"body.*": 0.001})
+    found = {name: (g["lr"], g["weight_decay"]) for g in groups for name in g["param_names"]}
+    assert found == {
+        "body.0.weight": (0.001, 0.01),
+        "body.0.bias": (0.001, 0.0),
+        "body.1.weight": (0.001, 0.0),
+        "body.1.bias": (0.001, 0.0),
+        "head.weight": (0.1, 0.01),
+        "head.bias": (0.1, 0.0),
+    }
+    decayed = param_groups(net, 0.1, layer_decay=0.5)
+    assert {g["lr"] for g in decayed} == {0.05, 0.1}
+    torch.optim.AdamW(groups)
+    with pytest.raises(Invalid, match="matches no trainable parameter"):
+        param_groups(net, 0.1, rates={"bdy.*": 1.0})
+    for parameter in net.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(Invalid, match="no parameter is trainable"):
+        param_groups(net, 0.1)
+
+
+def test_the_state_of_an_optimizer_follows_names() -> None:
+    net = Net()
+    optimizer = decaying(net.parameters())
+    train(net, optimizer)
+    state, names = optimizer.state_dict(), [name for name, _ in net.named_parameters()]
+    freeze(net, "body.*")
+    smaller = decaying([p for p in net.parameters() if p.requires_grad])
+    dropped = remap_optimizer(state, names, smaller, net)
+    assert dropped == ["body.0.bias", "body.0.weight", "body.1.bias", "body.1.weight"]
+    for parameter in (net.head.weight, net.head.bias):
+        assert torch.equal(smaller.state[parameter]["exp_avg"], optimizer.state[parameter]["exp_avg"])
+    with pytest.raises(Incompatible, match="3 names for the 6 parameters"):
+        remap_optimizer(state, names[:3], smaller, net)

@@ -1,0 +1,400 @@
+"""Plans: what is loaded, what is refused, and that applying one is all or nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from registry import Registry, TransferPlan, plan_transfer
+from registry.models import LeNet5, LeNet6
+from registry.sides import on_meta
+from registry.store.errors import Conflict, Incompatible, Invalid, NotFound
+
+MEANT = {"fc.5.*": "skip", "fc.7.*": "new"}
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    found = Registry(tmp_path / "r")
+    torch.manual_seed(0)
+    with found.run("lenet5") as run:
+        run.save(model=LeNet5())
+    return found
+
+
+def values(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def unchanged(module: nn.Module, before: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+
+
+# -- the textbook's case -------------------------------------------------------------------------------------
+
+
+def test_lenet5_to_lenet6(registry: Registry, capsys: pytest.CaptureFixture[str]) -> None:
+    target = LeNet6()
+    own = values(target)
+    plan = plan_transfer("lenet5", target, expect=MEANT, freeze="loaded", registry=registry)
+    assert plan.summary == "loaded 8 of 12 tensors, 90.90 % of parameters"
+    assert "freezes 8 parameters; 6,090 elements stay trainable" in str(plan)
+    assert unchanged(target, own)
+    assert plan.apply(target, registry=registry) is target
+    source = registry["lenet5"].state_dict()
+    for name, tensor in target.state_dict().items():
+        loaded = name in source and not name.startswith("fc.5")
+        assert torch.equal(tensor, source[name] if loaded else own[name]), name
+    assert {n for n, p in target.named_parameters() if p.requires_grad} == {
+        "fc.5.weight",
+        "fc.5.bias",
+        "fc.7.weight",
+        "fc.7.bias",
+    }
+    built = registry.from_pretrained(LeNet6, "lenet5", freeze=True)
+    assert capsys.readouterr().out == f"{plan.summary}\n"
+    assert torch.equal(built.conv[0].weight, source["conv.0.weight"])
+    assert not built.conv[0].weight.requires_grad
+
+
+# -- 1: loading nothing --------------------------------------------------------------------------------------
+
+
+def layer(**given: Any) -> dict[str, torch.Tensor]:
+    return {f"{given.get('prefix', '')}a.weight": torch.randn(given.get("shape", (3, 4)))}
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        (
+            {"backbone.a.weight": torch.randn(3, 4)},
+            r"all 1 source names start with backbone\.; --rename 'backbone",
+        ),
+        ({"a.weight": torch.randn(4, 3)}, "1 shapes are transposed, such as a.weight"),
+        ({"a.weight": torch.randn(7, 7)}, r"every shape differs, a.weight is \[3, 4\] against \[7, 7\]"),
+        (
+            {"x.y": torch.randn(2)},
+            "the source begins with x.y, the target with a.weight; another architecture",
+        ),
+        ({"b.weight": torch.randn(3, 4)}, r"maybe --rename 'b.weight=a.weight'  \(the only ones of shape"),
+    ],
+)
+def test_loading_nothing_is_an_error_that_says_why(source: dict[str, torch.Tensor], told: str) -> None:
+    net = nn.ModuleDict({"a": nn.Linear(4, 3, bias=False)})
+    for everything in (True, False):
+        with pytest.raises(Incompatible, match=told):
+            plan_transfer(source, net, everything=everything)
+
+
+def test_buffers_alone_are_nothing() -> None:
+    source = {"1.running_mean": torch.ones(3), "1.running_var": torch.ones(3)}
+    with pytest.raises(Incompatible, match="nothing would be loaded"):
+        plan_transfer(source, nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), everything=True)
+
+
+def test_coverage_is_guarded() -> None:
+    with pytest.raises(Incompatible, match=r"90.90 % of parameters, less than the 95.00 % that"):
+        plan_transfer(LeNet5(), LeNet6(), expect=MEANT, min_coverage=0.95)
+    assert plan_transfer(LeNet5(), LeNet6(), expect=MEANT, min_coverage=0.9).coverage > 0.9
+
+
+# -- 2: expectations -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("expect", "told"),
+    [
+        ({}, r"fc.5.weight has shape \[64, 84\], the source \[10, 84\].*expect=.*'fc.7.\*': 'new'"),
+        ({"fc.5.*": "skip"}, "fc.7.weight is in the target only"),
+        ({**MEANT, "fc.9.*": "skip"}, r"expect\['fc.9.\*'\] matches nothing; it is a typo"),
+        ({**MEANT, "conv.*": "new"}, r"expect\['conv.\*'\] matches nothing"),
+        ({"fc.5.*": "maybe"}, "expected skip, new, unused, adapt"),
+    ],
+)
+def test_only_expected_differences_pass(expect: dict[str, str], told: str) -> None:
+    with pytest.raises((Incompatible, Invalid), match=told):
+        plan_transfer(LeNet5(), LeNet6(), expect=expect)
+
+
+def test_skip_keeps_a_head_of_the_same_shape() -> None:
+    source, net = LeNet5(), LeNet5()
+    before = values(net)
+    plan = plan_transfer(source, net, expect={"fc.5.*": "skip"})
+    assert plan.summary.startswith("loaded 8 of 10")
+    plan.apply(net, source)
+    assert torch.equal(net.state_dict()["fc.5.weight"], before["fc.5.weight"])
+    assert torch.equal(net.state_dict()["fc.3.weight"], source.state_dict()["fc.3.weight"])
+
+
+# -- 3, 4: shapes, all or nothing ----------------------------------------------------------------------------
+
+
+def test_a_vector_never_fills_a_scalar() -> None:
+    source = {"a.weight": torch.ones(2, 2), "s": torch.ones(1)}
+    net = nn.Module()
+    net.a = nn.Linear(2, 2, bias=False)
+    net.register_parameter("s", nn.Parameter(torch.tensor(5.0)))
+    with pytest.raises(Incompatible, match=r"s has shape \[\], the source \[1\]"):
+        plan_transfer(source, net)
+    plan_transfer(source, net, everything=True).apply(net, source)
+    assert net.s.item() == 5.0
+
+
+def test_applying_is_all_or_nothing(registry: Registry) -> None:
+    target = LeNet6()
+    plan = plan_transfer("lenet5", target, expect=MEANT, registry=registry)
+    before = values(target)
+    bad = {name: tensor.clone() for name, tensor in registry["lenet5"].state_dict().items()}
+    bad["fc.3.bias"][0] = float("nan")
+    open_plan = plan.model_copy(update={"source_digest": None})
+    with pytest.raises(Invalid, match=r"fc\.3\.bias of a state dict holds NaN or infinity"):
+        open_plan.apply(target, bad)
+    assert unchanged(target, before)
+    open_plan.model_copy(update={"allow_nan": True}).apply(target, bad)
+    assert torch.isnan(target.fc[3].bias[0])
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "told"),
+    [
+        (LeNet5(), LeNet6(), "with other values or names; make a new plan"),
+        ("lenet5", LeNet5(), "made for another LeNet6"),
+    ],
+)
+def test_a_plan_is_for_one_source_and_one_network(
+    registry: Registry, source: Any, target: nn.Module, told: str
+) -> None:
+    plan = plan_transfer("lenet5", LeNet6(), expect=MEANT, registry=registry)
+    before = values(target)
+    with pytest.raises(Incompatible, match=told):
+        plan.apply(target, source, registry=registry)
+    assert unchanged(target, before)
+
+
+def test_source_and_target_must_differ() -> None:
+    net = LeNet5()
+    with pytest.raises(Invalid, match="the same network"):
+        plan_transfer(net, net)
+
+
+# -- 5: casts ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "lossless"),
+    [
+        (torch.float16, torch.float32, True),
+        (torch.bfloat16, torch.float32, True),
+        (torch.float32, torch.float16, False),
+        (torch.float32, torch.bfloat16, False),
+        (torch.float16, torch.bfloat16, False),
+        (torch.int32, torch.float32, False),
+        (torch.float32, torch.int64, False),
+    ],
+)
+def test_casts_that_lose_something_need_consent(a: torch.dtype, b: torch.dtype, lossless: bool) -> None:
+    source = {"w": torch.tensor([1.5, 2.5]).to(a), "v": torch.ones(3)}
+    target = nn.Module()
+    target.register_parameter("w", nn.Parameter(torch.zeros(2).to(b), requires_grad=False))
+    target.register_parameter("v", nn.Parameter(torch.zeros(3)))
+    if not lossless:
+        with pytest.raises(Incompatible, match=r"w is .*, the source .* \(allow_cast\)"):
+            plan_transfer(source, target)
+    plan = plan_transfer(source, target, allow_cast=True)
+    (step,) = [step for step in plan.steps if step.target == "w"]
+    assert step.cast
+    plan.apply(target, source)
+    assert torch.equal(target.w, source["w"].to(b))
+
+
+# -- 9: positions --------------------------------------------------------------------------------------------
+
+
+def test_shifted_numbers_are_not_copied_without_consent() -> None:
+    a = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Flatten(), nn.Linear(4, 2))
+    b = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    with pytest.raises(Incompatible, match="allow_positional"):
+        plan_transfer(a, b)
+    plan = plan_transfer(a, b, everything=True)
+    assert {step.target for step in plan.loaded} == {"4.weight", "4.bias"}
+    assert len(plan_transfer(a, b, everything=True, allow_positional=True).loaded) > 2
+
+
+# -- 10: adapters --------------------------------------------------------------------------------------------
+
+
+def test_adapters_are_named_and_keep_what_they_promise() -> None:
+    colour, grey = (
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(2, 2)),
+        nn.Sequential(nn.Conv2d(1, 4, 3), nn.Linear(2, 2)),
+    )
+    expect = {"0.weight": "adapt"}
+    with pytest.raises(Invalid, match="no adapter is named for it"):
+        plan_transfer(colour, grey, expect=expect)
+    with pytest.raises(Invalid, match="there is no adapter 'sum'; there are channels-sum"):
+        plan_transfer(colour, grey, expect=expect, adapters={"0.weight": "sum"})
+    image = torch.rand(2, 1, 8, 8)
+    plan = plan_transfer(colour, grey, expect=expect, adapters={"0.weight": "channels-sum"})
+    before = values(grey)
+    wrong = plan.model_copy(
+        update={
+            "steps": tuple(s.model_copy(update={"adapter": s.adapter and "positions"}) for s in plan.steps)
+        }
+    )
+    with pytest.raises(Incompatible, match="the adapter positions takes"):
+        wrong.apply(grey, colour)
+    assert unchanged(grey, before)
+    plan.apply(grey, colour)
+    assert torch.allclose(grey[0](image), colour[0](image.expand(2, 3, 8, 8)), atol=1e-5)
+    back = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(2, 2))
+    plan = plan_transfer(grey, back, expect=expect, adapters={"0.weight": "channels-repeat"})
+    plan.apply(back, grey)
+    assert torch.allclose(back[0](image.expand(2, 3, 8, 8)), grey[0](image), atol=1e-5)
+
+
+def test_rows_by_class_name() -> None:
+    from registry.adapters import class_rows
+
+    old, fresh = torch.arange(6.0).reshape(3, 2), torch.full((3, 2), -1.0)
+    found = class_rows(old, ["cat", "dog", "cow"], ["cow", "fox", "cat"], fresh)
+    assert found.tolist() == [[4, 5], [-1, -1], [0, 1]]
+
+
+# -- 11, 12: ties and buffers --------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 3)
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def test_tied_weights_are_copied_once_and_stay_tied() -> None:
+    source, target = Tied(), Tied()
+    plan_transfer(source, target).apply(target, source)
+    assert target.head.weight is target.embed.weight
+    assert torch.equal(target.embed.weight, source.embed.weight)
+    alone = {"embed.weight": torch.randn(5, 3)}
+    plan_transfer(alone, target).apply(target, alone)
+    assert torch.equal(target.head.weight, alone["embed.weight"])
+
+
+def test_two_values_for_one_memory_are_refused() -> None:
+    source = {"embed.weight": torch.zeros(5, 3), "head.weight": torch.ones(5, 3)}
+    target = Tied()
+    before = values(target)
+    with pytest.raises(Conflict, match=r"embed.weight and head.weight share memory .* different values"):
+        plan_transfer(source, target).apply(target, source)
+    assert unchanged(target, before)
+
+
+def test_counters_that_old_files_lack_are_harmless() -> None:
+    net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    old = {name: t for name, t in net.state_dict().items() if "num_batches" not in name}
+    plan = plan_transfer(old, nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))
+    (step,) = [step for step in plan.steps if step.action == "keep"]
+    assert step.why == "harmless: old files lack it"
+    assert plan.coverage == 1.0
+
+
+# -- 14: a plan is data --------------------------------------------------------------------------------------
+
+
+def test_a_plan_is_saved_edited_and_replayed(registry: Registry, tmp_path: Path) -> None:
+    plan = plan_transfer("lenet5", LeNet6(), expect=MEANT, registry=registry)
+    plan.save(tmp_path / "plan.json")
+    assert TransferPlan.load(tmp_path / "plan.json") == plan
+    document = json.loads((tmp_path / "plan.json").read_text())
+    for step in document["steps"]:
+        if step["target"] == "fc.3.bias":
+            step["action"] = "keep"
+    edited = TransferPlan.from_json(json.dumps(document))
+    target = LeNet6()
+    before = values(target)
+    edited.apply(target, registry=registry)
+    assert torch.equal(target.fc[3].bias, before["fc.3.bias"])
+    assert not torch.equal(target.fc[3].weight, before["fc.3.weight"])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "told"),
+    [
+        (lambda d: d["steps"][0].update(target=d["steps"][1]["target"]), Conflict, "both go to conv.0.bias"),
+        (lambda d: d["steps"][0].update(source="conv.9.weight"), Incompatible, "has no conv.9.weight"),
+        (lambda d: d["steps"][0].update(source="fc.1.weight"), Incompatible, "fc.1.weight has shape"),
+        (lambda d: d["steps"].pop(0), Incompatible, "the plan says nothing of conv.0.weight"),
+        (lambda d: d["steps"][0].update(target="x"), Incompatible, "the network has no x|says nothing of"),
+        (lambda d: d["steps"][0].update(action="burn"), Invalid, "action"),
+        (lambda d: d["steps"][0].update(typo=1), Invalid, "typo"),
+        (lambda d: d.update(schema=9), Invalid, "has schema 9, this version knows 1"),
+        (lambda d: d["steps"][0].pop("source"), Invalid, "needs a source and a target"),
+    ],
+)
+def test_a_plan_that_was_edited_wrongly_changes_nothing(
+    registry: Registry, change: Any, error: type[Exception], told: str
+) -> None:
+    plan = plan_transfer("lenet5", LeNet6(), expect=MEANT, registry=registry)
+    document = json.loads(plan.to_json())
+    change(document)
+    target = LeNet6()
+    before = values(target)
+    with pytest.raises(error, match=told):
+        TransferPlan.from_json(json.dumps(document)).apply(target, registry=registry)
+    assert unchanged(target, before)
+
+
+def test_files_that_are_no_plan(tmp_path: Path) -> None:
+    with pytest.raises(NotFound):
+        TransferPlan.load(tmp_path / "none.json")
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(Invalid, match=r"x\.json"):
+        TransferPlan.load(tmp_path / "x.json")
+
+
+def test_a_plan_is_recorded_with_what_came_of_it(registry: Registry) -> None:
+    target = LeNet6()
+    plan = plan_transfer("lenet5", target, expect=MEANT, freeze="loaded", registry=registry)
+    plan.apply(target, registry=registry)
+    with registry.run("lenet6", plan=plan) as run:
+        run.save(model=target)
+        run.save(model=target)
+    first, second = registry["lenet6:v1"], registry["lenet6:v2"]
+    assert first.lineage == [{"kind": "transferred-from", "parent": registry["lenet5"].id}]
+    assert TransferPlan.from_json(json.dumps(first.provenance["plan"])) == plan
+    assert second.lineage == []
+    assert len(second.provenance["frozen"]["model"]) == 8
+
+
+# -- freezing in a plan, and torchvision ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("freeze", "told"),
+    [("cnv.*", "matches nothing; it is a typo"), ("*", "leaves no parameter to train")],
+)
+def test_a_freeze_that_makes_no_sense_is_refused(freeze: str, told: str) -> None:
+    with pytest.raises(Invalid, match=told):
+        plan_transfer(LeNet5(), LeNet6(), expect=MEANT, freeze=freeze)
+
+
+@pytest.mark.parametrize("name", torchvision.models.list_models(torchvision.models))
+def test_every_classifier_of_torchvision_transfers_all_but_its_head(name: str) -> None:
+    given: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    source = on_meta(lambda: torchvision.models.get_model(name, weights=None, **given))
+    target = on_meta(lambda: torchvision.models.get_model(name, weights=None, num_classes=10, **given))
+    plan = plan_transfer(source, target, everything=True)
+    kept = [step for step in plan.steps if step.action != "copy"]
+    heads = {step.target.rpartition(".")[0] for step in kept if step.target}
+    assert 1 <= len(heads) <= 3
+    assert all(step.why == "SHAPE" for step in kept)
+    assert all(isinstance(target.get_submodule(head), nn.Linear | nn.Conv2d) for head in heads)
+    assert len(plan.loaded) + len(kept) == len(target.state_dict())
