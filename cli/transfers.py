@@ -99,8 +99,8 @@ def _write(text: str, output: str | None) -> None:
 
 @command(
     "plan",
-    "registry plan lenet5@best lenet6 --expect 'fc.5.*=skip' --expect 'fc.7.*=new' -o plan.json\n"
-    "registry plan torchvision:resnet18 mine@best --rename 'layer*=backbone.layer*' --freeze loaded",
+    "registry plan lenet5@best lenet6 --everything --freeze loaded -o plan.json\n"
+    "registry plan resnet.pth resnet18 --expect 'fc.*=skip' --min-coverage 0.99",
 )
 @click.argument("source", type=Reference())
 @click.argument("target", type=Reference())
@@ -281,7 +281,7 @@ def _reason(name: str, frozen_before: set[str], buffers: Any) -> str:
 
 @command(
     "compare",
-    "registry compare lenet5 lenet6-scratch lenet6-finetuned --metric accuracy --at 1,5,10\n"
+    "registry compare lenet6-scratch lenet6-finetuned --at 1,5,10\n"
     "registry compare lenet5 lenet6 --format html -o compare.html",
 )
 @click.argument("models", nargs=-1, required=True, type=Reference(), metavar="MODEL...")

@@ -2,6 +2,8 @@
 # The main job in a folder of its own: train on real digits, kill it, resume it, look at it, use it. Run: make demo
 set -euo pipefail
 folder=$(mktemp -d)
+reports=$PWD/build/demo
+mkdir -p "$reports"
 children=()
 tidy() { for child in "${children[@]}"; do kill "$child" 2>/dev/null || true; done; rm -rf "$folder"; }
 trap tidy EXIT
@@ -97,7 +99,27 @@ PYTHON
 kill "${children[-1]}"
 children=()
 
-say "9. Files in and out: hand the weights to somebody, take a checkpoint in. What is equal is not stored again."
+say "9. LeNet6 has one more layer. What of LeNet5 fits?"
+run registry diff lenet5@best lenet6 || true
+run registry advise lenet5@best --samples 200 --similar yes --model lenet6
+run registry plan lenet5@best lenet6 --expect 'fc.5.*=skip' --expect 'fc.7.*=new' --freeze loaded
+
+say "10. Train LeNet6 on 200 digits only: from scratch, fine-tuned from LeNet5, and with LeNet5's part frozen."
+few=(--epochs 5 --set samples=200 --set lr=0.003)
+for how in scratch finetuned frozen; do
+  from=()
+  [[ $how == scratch ]] || from=(--from lenet5@best)
+  [[ $how != frozen ]] || from+=(--freeze loaded)
+  run registry train lenet6 --name "lenet6-$how" "${from[@]}" "${few[@]}" | grep -v -e 'batch\[' -e 'see it with'
+done
+run registry compare lenet6-scratch lenet6-finetuned lenet6-frozen
+run registry verify-frozen lenet6-frozen:v1 lenet6-frozen
+run registry lineage lenet6-frozen:v1
+registry diff lenet6-finetuned:v1 lenet6-finetuned --values --format html -o "$reports/diff.html" >/dev/null || true
+registry compare lenet6-scratch lenet6-finetuned lenet6-frozen --format html -o "$reports/compare.html" >/dev/null
+printf '\nreports to open in a browser:\n  %s\n  %s\n' "$reports/diff.html" "$reports/compare.html"
+
+say "11. Files in and out: hand the weights to somebody, take a checkpoint in. What is equal is not stored again."
 run registry export lenet5@best lenet5.safetensors
 run registry export lenet5@best lenet5.pt
 run registry import lenet5.pt --name from-a-colleague

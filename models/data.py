@@ -7,7 +7,7 @@ torchvision when asked to.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from registry.store.digest import digest, tensor_digest
 from registry.store.errors import Invalid, NotFound
@@ -64,6 +64,20 @@ def load(name: str, directory: Path | str | None = None, *, download: bool = Fal
     if name == "folder":
         return _folder(directory, seed)
     raise Invalid(f"data is {quoted(name)}, expected one of {', '.join(NAMES)}")
+
+
+def few(data: Data, samples: int) -> Data:
+    """The data set with a sample of the images to train on, always the same ones.
+
+    Raises:
+        Invalid: if there are not so many.
+    """
+    total = len(data.train)  # type: ignore[arg-type]
+    if samples > total:
+        raise Invalid(f"samples is {samples}, {data.name} has {total} to train on")
+    places = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:samples]
+    train = Subset(data.train, places.tolist())
+    return replace(data, train=train, digest=digest(f"{data.digest} {samples}".encode()))
 
 
 def resize(images: Tensor) -> Tensor:
@@ -154,8 +168,8 @@ def _folder(directory: Path | str | None, seed: int) -> Data:
     )
     return Data(
         "folder",
-        torch.utils.data.Subset(found, train.tolist()),
-        torch.utils.data.Subset(found, test.tolist()),
+        Subset(found, train.tolist()),
+        Subset(found, test.tolist()),
         tuple(found.classes),
         3,
         digest(content.encode()),

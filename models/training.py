@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from registry import Config, Registry, ResumableLoader, Run, freezing
 from registry.builders import builder
 from registry.checkpoint import Checkpoint
-from registry.models.data import Data
+from registry.models.data import Data, few
 from registry.models.pictures import embedding_of, figure_of_predictions
 from registry.sides import Source
 from registry.store.errors import Incompatible
@@ -47,6 +47,7 @@ class TrainConfig(Config):
     patience: int | None = Field(default=None, ge=1)  # epochs without a better accuracy before training stops
     log_every: int | None = Field(default=None, ge=1)  # steps: 50, or a fifth of an epoch if that is fewer
     workers: int = Field(default=0, ge=0)
+    samples: int | None = Field(default=None, ge=1)  # train on so many only
     seed: int = 0
 
 
@@ -78,6 +79,8 @@ def train(
         Incompatible: if the checkpoint to resume was trained on other data or is complete.
         KeyboardInterrupt: after the state was saved.
     """
+    if config.samples is not None:
+        data = few(data, config.samples)
     _seed(config.seed)
     network = builder(config.model).build({"channels": data.channels, "classes": len(data.classes)})
     plan = None

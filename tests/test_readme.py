@@ -43,13 +43,15 @@ def test_the_first_session_can_be_typed_as_it_stands(
             done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
             assert done.stderr == ""
             assert without_what_varies(done.stdout) == without_what_varies(expected)
-    assert kinds == ["console", "console", "python", "console"]
+    assert kinds == ["console", "console", "python", "python", "console"]
     assert re.match(
-        r"Checkpoint\(name=mine:v[12], id=[0-9a-f]{12}, epoch=[12], loss=0\.\d+\)\n", capsys.readouterr().out
+        r"Checkpoint\(name=mine:v[12], id=[0-9a-f]{12}, epoch=[12], loss=0\.\d+\)\n"
+        r"loaded 8 of 12 tensors, 90\.90 % of parameters\n",
+        capsys.readouterr().out,
     )
 
 
-@pytest.mark.parametrize("page", ["training.md"])
+@pytest.mark.parametrize("page", ["training.md", "transfer.md"])
 def test_the_examples_of_a_page_run_from_top_to_bottom(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,3 +70,4 @@ def test_every_command_of_the_program_is_reachable_from_the_readme() -> None:
     assert "(docs/FORMAT.md)" in README
     assert "(docs/configs.md)" in README
     assert "(docs/training.md)" in README
+    assert "(docs/transfer.md)" in README
