@@ -100,7 +100,7 @@ def _write(text: str, output: str | None) -> None:
 @command(
     "plan",
     "registry plan lenet5@best lenet6 --everything --freeze loaded -o plan.json\n"
-    "registry plan resnet.pth resnet18 --expect 'fc.*=skip' --min-coverage 0.99",
+    "registry plan resnet.pth resnet18 --expect 'fc.*=skip' --freeze loaded",
 )
 @click.argument("source", type=Reference())
 @click.argument("target", type=Reference())
