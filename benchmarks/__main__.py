@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import catalogs, states, storage, training
+from benchmarks import catalogs, states, storage, training, transfers
 from benchmarks.measure import Result
 
 Group = Callable[[Path, int], list[Result]]
@@ -23,6 +23,7 @@ GROUPS: dict[str, Group] = {
     "gpt2": lambda f, n: storage.measure("GPT-2 small + Adam", states.gpt2_small_with_adam(), f, n),
     "catalog": catalogs.measure,
     "training": training.measure,
+    "transfer": transfers.measure,
 }
 
 

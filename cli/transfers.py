@@ -144,7 +144,7 @@ def plan(
     root: str | None,
     as_json: bool,
 ) -> None:
-    """Plan what of SOURCE goes where in TARGET, without loading it.
+    """Plan what of SOURCE goes where in TARGET.
 
     Each is a reference, a file, torchvision:NAME, or the name of a network. A difference that is not expected is an error.
     """

@@ -1,0 +1,85 @@
+"""Diff, plan and apply, on states of 1.5 GB and on 10,000 names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import nn
+
+from benchmarks.measure import Contender, Result, take_turns
+from benchmarks.states import gpt2_small_with_adam
+from registry import Registry, diff, plan_transfer
+
+
+def measure(folder: Path, rounds: int) -> list[Result]:
+    """All ratios and times of transfer."""
+    return [*_diffs(folder, rounds), _planning(rounds), *_applying(rounds)]
+
+
+def _diffs(folder: Path, rounds: int) -> list[Result]:
+    registry = Registry(folder / "registry")
+    state = gpt2_small_with_adam()
+    moments = {f"{i}.{k}": v for i, one in state["optimizer"]["state"].items() for k, v in one.items()}
+    tensors = {**state["model"], **moments}
+    other = {name: tensor + 1e-3 for name, tensor in tensors.items()}
+    registry.save("a", {"model": tensors})
+    registry.save("b", {"model": other})
+
+    def equal() -> None:
+        for name, tensor in tensors.items():
+            torch.equal(tensor, other[name])
+
+    def same() -> None:
+        for tensor in tensors.values():
+            torch.equal(tensor, tensor.view_as(tensor))
+
+    contenders: dict[str, Contender] = {
+        "structure": (lambda: None, lambda: registry.diff("a", "b")),
+        "values": (lambda: None, lambda: diff(tensors, other, values=True)),
+        "equal": (lambda: None, same),
+    }
+    t = take_turns(contenders, rounds)
+    size = sum(tensor.nbytes for tensor in tensors.values()) / 1e9
+    detail = f"{t['structure'] * 1e3:.0f} ms for {len(tensors)} names, {size:.1f} GB, none of it read"
+    return [
+        Result("structural diff of two checkpoints", t["structure"], 0.1, detail, "s"),
+        Result(
+            "value diff against one pass of torch.equal",
+            t["values"] / t["equal"],
+            2.0,
+            f"{t['values']:.2f} s against {t['equal']:.2f} s",
+        ),
+    ]
+
+
+def _planning(rounds: int) -> Result:
+    with torch.device("meta"):
+        source, target = (
+            nn.ModuleDict({f"layer{i}": nn.Linear(2, 2) for i in range(5_000)}) for _ in range(2)
+        )
+    t = take_turns({"plan": (lambda: None, lambda: plan_transfer(source, target))}, rounds)
+    return Result("planning for 10,000 names", t["plan"], 0.5, f"{t['plan'] * 1e3:.0f} ms", "s")
+
+
+def _applying(rounds: int) -> list[Result]:
+    source, target = torchvision.models.resnet50(), torchvision.models.resnet50()
+    plan = plan_transfer(source, target)
+    trusted = plan.model_copy(update={"source_digest": None, "allow_nan": True})
+    state = source.state_dict()
+    contenders: dict[str, Contender] = {
+        "load_state_dict": (lambda: None, lambda: target.load_state_dict(state)),
+        "apply": (lambda: None, lambda: plan.apply(target, source)),
+        "trusted": (lambda: None, lambda: trusted.apply(target, source)),
+    }
+    t = take_turns(contenders, rounds)
+    peer = t["load_state_dict"]
+
+    def detail(name: str) -> str:
+        return f"{t[name] * 1e3:.0f} ms against {peer * 1e3:.0f} ms of load_state_dict"
+
+    return [
+        Result("plan.apply, source checked by its digest", t["apply"] / peer, 1.3, detail("apply")),
+        Result("plan.apply, source not checked", t["trusted"] / peer, None, detail("trusted")),
+    ]
