@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from registry.registry import Registry
 
 SCHEMA = 1
+_CHUNK = 1 << 16
 Verdict = Literal["IDENTICAL", "SAME STRUCTURE", "COMPATIBLE", "INCOMPATIBLE"]
 
 
@@ -266,7 +269,6 @@ def _present(rows: Sequence[Row]) -> list[Category]:
 def _info(side: Side) -> SideInfo:
     kinds = [entry.kind for entry in side.entries.values()]
     known = None not in kinds
-    content = side.content if side.checkpoint or side.module is None else None
     return SideInfo(
         label=side.label,
         id=side.checkpoint.id if side.checkpoint else None,
@@ -275,7 +277,7 @@ def _info(side: Side) -> SideInfo:
         parameters=kinds.count("parameter") if known else None,
         buffers=kinds.count("buffer") if known else None,
         structure=side.structure,
-        content=content,
+        content=side.content,
         notes=side.notes,
     )
 
@@ -302,48 +304,67 @@ def _related(left: Side, right: Side, registry: Registry | None) -> bool:
 # -- values --------------------------------------------------------------------------------------------------
 
 
-def _changes(pairs: Sequence[Pair], left: Side, right: Side) -> Iterator[Change]:
-    for pair in pairs:
-        a, b = pair.a, pair.b
-        if a and b and a.shape == b.shape and left.has_values and right.has_values:
-            if left.digest(a.name) == right.digest(b.name):
-                continue
-            yield _change(b.name, left.tensor(a.name), right.tensor(b.name))
+def _changes(pairs: Sequence[Pair], left: Side, right: Side) -> list[Change]:
+    """How far the values of pairs of equal shape moved, for those that moved at all."""
+    if not (left.has_values and right.has_values):
+        return []
+    jobs = [
+        (pair.b.name, left.tensor(pair.a.name), right.tensor(pair.b.name))
+        for pair in pairs
+        if pair.a and pair.b and pair.a.shape == pair.b.shape
+    ]
+    with ThreadPoolExecutor(os.cpu_count() or 1, "registry-diff") as pool:
+        found = pool.map(lambda job: _change(*job), jobs)
+        return [change for change in found if change is not None]
 
 
-def _change(name: str, a: torch.Tensor, b: torch.Tensor) -> Change:
-    one, other = (t.detach().cpu().reshape(-1) for t in (a, b))
-    if one.is_complex():
-        one, other = (
-            torch.view_as_real(one.resolve_conj()).reshape(-1),
-            torch.view_as_real(other.resolve_conj()).reshape(-1),
-        )
-    sums = torch.zeros(4, dtype=torch.float64)
-    largest, changed, bad_a, bad_b = 0.0, 0, 0, 0
-    for x, y in zip(torch.split(one, 1 << 22), torch.split(other, 1 << 22), strict=True):
-        changed += int((x != y).sum()) - int((x.isnan() & y.isnan()).sum() if x.is_floating_point() else 0)
-        x, y = x.to(torch.float64), y.to(torch.float64)
-        good = x.isfinite() & y.isfinite()
-        bad_a += int((~x.isfinite()).sum())
-        bad_b += int((~y.isfinite()).sum())
-        if not bool(good.all()):
-            x, y = x[good], y[good]
-        step = y - x
-        sums += torch.stack([step.dot(step), x.dot(x), y.dot(y), x.dot(y)])
-        if len(step):
-            largest = max(largest, float(step.abs().max()))
-    moved, before, after, dot = sums.tolist()
-    scale = math.sqrt(before) * math.sqrt(after)
+def _change(name: str, a: torch.Tensor, b: torch.Tensor) -> Change | None:
+    """The change of one tensor, chunk by chunk so that the work stays in the processor's cache; None if there is none."""
+    one, other = (_real(t) for t in (a, b))
+    moved = before = cross = largest = 0.0
+    changed = bad_a = bad_b = 0
+    for x, y in zip(torch.split(one, _CHUNK), torch.split(other, _CHUNK), strict=True):
+        wide = x.to(torch.float64)
+        step = y - wide
+        chunk = float(step.dot(step))
+        if not math.isfinite(chunk) or not math.isfinite(float(wide.dot(wide))):
+            good = x.isfinite() & y.isfinite()
+            bad_a += int((~x.isfinite()).sum())
+            bad_b += int((~y.isfinite()).sum())
+            changed += int(((x != y) & ~(x.isnan() & y.isnan()) & ~good).sum())
+            wide, step = wide[good], step[good]
+            chunk = float(step.dot(step))
+        before += float(wide.dot(wide))
+        if chunk == 0.0:
+            continue
+        moved += chunk
+        cross += float(wide.dot(step))
+        low, high = torch.aminmax(step)
+        largest = max(largest, float(high), -float(low))
+        changed += int(step.count_nonzero())
+    if not (changed or bad_a or bad_b):
+        return None
+    after = before + 2 * cross + moved
+    scale = math.sqrt(before) * math.sqrt(max(after, 0.0))
     return Change(
         name=name,
         norm=math.sqrt(moved),
         relative=math.sqrt(moved / before) if before else math.inf if moved else 0.0,
-        cosine=max(-1.0, min(1.0, dot / scale)) if scale else None,
+        cosine=max(-1.0, min(1.0, (before + cross) / scale)) if scale else None,
         largest=largest,
         changed=changed / max(1, len(one)),
         nonfinite_a=bad_a,
         nonfinite_b=bad_b,
     )
+
+
+def _real(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements in a row; of complex numbers, both parts; of types that torch cannot compute with, wider ones."""
+    flat = tensor.detach().cpu().reshape(-1)
+    if flat.is_complex():
+        flat = torch.view_as_real(flat.resolve_conj()).reshape(-1)
+    narrow = flat.is_floating_point() and flat.dtype.itemsize == 1
+    return flat.to(torch.float32) if narrow or flat.dtype is torch.bool else flat
 
 
 def _rolled_up(changes: Sequence[Change], pairs: Sequence[Pair]) -> Iterator[ModuleChange]:

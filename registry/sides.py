@@ -115,8 +115,8 @@ class Side:
 
     @functools.cached_property
     def content(self) -> str | None:
-        """A digest of names and values; None where there are no values."""
-        if not self.has_values:
+        """A digest of names and values; None for a live network, which may change at any time."""
+        if not self.has_values or (self.module is not None and self.checkpoint is None):
             return None
         return digest_of("".join(f"{name} {self.digest(name)}\n" for name in sorted(self.entries)).encode())
 
@@ -250,7 +250,7 @@ def _tree(label: str, tree: Any) -> Side:
     tensors = _flat(tree)
     if not tensors:
         raise Invalid(f"{label} holds no tensors")
-    entries = [_entry(name, tensor, None) for name, tensor in tensors.items()]
+    entries = [_entry(name, tensor) for name, tensor in tensors.items()]
     return Side(label, entries, tensors.__getitem__, metadata=getattr(tree, "_metadata", None))
 
 
@@ -263,15 +263,15 @@ def _live(module: nn.Module) -> Side:
     plain = components.plain_module(module)
     state = components.capture("model", module)
     _refuse_unready(plain, state)
-    parameters = {id(p) for _, p in plain.named_parameters()}
-    inside: dict[str, torch.Tensor] = dict(plain.named_parameters(remove_duplicate=False))
-    inside |= dict(plain.named_buffers(remove_duplicate=False))
+    parameters = dict(plain.named_parameters(remove_duplicate=False))
+    buffers = dict(plain.named_buffers(remove_duplicate=False))
     entries = []
     for name, tensor in state.items():
         if isinstance(tensor, torch.Tensor):
-            own = inside.get(name, tensor)
-            kind = "parameter" if id(own) in parameters else "buffer"
-            entries.append(_entry(name, tensor, kind)._replace(tie=id(own)))
+            kind = "parameter" if name in parameters else "buffer"
+            own = parameters.get(name, buffers.get(name, tensor))
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            entries.append(Entry(name, dtype, tuple(tensor.shape), kind, id(own)))
     if not entries:
         raise Invalid(f"{type(plain).__qualname__} has no parameters")
     on_meta = any(t.is_meta for t in state.values() if isinstance(t, torch.Tensor))
@@ -298,11 +298,9 @@ def _refuse_unready(module: nn.Module, state: Mapping[str, Any]) -> None:
         raise Unsupported("the network is sharded by FSDP; transfer and freeze before wrapping it")
 
 
-def _entry(name: str, tensor: torch.Tensor, kind: str | None) -> Entry:
-    where = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride()) if not tensor.is_meta else id(tensor)
-    return Entry(
-        name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), kind, where or id(tensor)
-    )
+def _entry(name: str, tensor: torch.Tensor) -> Entry:
+    where = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride()) if tensor.numel() else id(tensor)
+    return Entry(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), None, where)
 
 
 def on_meta(make: Callable[[], nn.Module]) -> nn.Module:

@@ -56,7 +56,7 @@ class TransferPlan(BaseModel):
 
     Attributes:
         source, target: labels for people.
-        source_digest: of the source's names and values; checked when the plan is applied.
+        source_digest: of the source's names and values, unless it is a live network; checked when the plan is applied.
         target_digest: of the target's names, dtypes and shapes; likewise.
         freeze: patterns of names to freeze after the copy.
     """
@@ -183,7 +183,7 @@ class TransferPlan(BaseModel):
             value = left.tensor(step.source)
             if step.adapter:
                 value = adapt(step.adapter, value, tuple(live[step.target].shape))
-            if value.is_floating_point() and not self.allow_nan and not bool(torch.isfinite(value).all()):
+            if not self.allow_nan and not _is_finite(value):
                 raise Invalid(
                     f"{step.source} of {left.label} holds NaN or infinity; load it only with allow_nan=True"
                 )
@@ -216,6 +216,13 @@ class TransferPlan(BaseModel):
                 raise Incompatible(f"{left.label} has no {step.source}, which the plan names")
             if step.action == "copy" and step.target and step.source:
                 _check_copy(step, left, right)
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    if not value.is_floating_point() or value.dtype.itemsize == 1:
+        return True
+    total = value.detach().sum(dtype=torch.float64 if value.dtype is torch.float64 else torch.float32)
+    return bool(total.isfinite()) or bool(value.isfinite().all())
 
 
 def percent(share: float) -> str:
@@ -304,7 +311,10 @@ def plan_transfer(
     for pattern in wanted:
         if pattern not in used and not _names_something(pattern, left, right):
             raise Invalid(f"expect[{pattern!r}] matches nothing; it is a typo")
-    steps = [step.model_copy(update={"why": step.why.lstrip("!")}) for step in steps]
+    steps = [
+        step.model_copy(update={"why": step.why.lstrip("!")}) if step.why.startswith("!") else step
+        for step in steps
+    ]
     _check_ties(left, right, steps)
     plan = TransferPlan(
         schema=SCHEMA,
