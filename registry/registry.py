@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 SETTINGS = "registry.toml"
-_ATTEMPTS = 8
+_ATTEMPTS = 6
 _AS_WRITTEN = re.compile(r'format = (\d{1,9})\ncreated_by = "[^"\\]*"\n\Z')
 
 
@@ -298,9 +298,11 @@ class Registry:
         record["torch-registry"] = registry.__version__
         state = components if isinstance(components, Encoded) else self.store.encode(components)
         for attempt in range(_ATTEMPTS):
-            stored = self.store.put(state, record, progress=progress)
+            alone = attempt == _ATTEMPTS - 1  # the last time nobody else may change anything meanwhile
+            stored = None if alone else self.store.put(state, record, progress=progress)
             try:
                 with self.catalog.change() as change:
+                    stored = stored or self.store.put(state, record, progress=progress)
                     change.use(stored.digest, stored.manifest, stored.pack, strict=attempt < _ATTEMPTS // 2)
                     version = change.next_version(model)
                     change.apply({"op": "publish", "id": stored.digest, "model": model, "version": version})
@@ -308,7 +310,7 @@ class Registry:
                         change.point_to_best(model, best_by.metric, smallest=best_by.smallest)
                 break
             except Stale:
-                if stored.pack:
+                if stored and stored.pack:
                     self.discard_pack(stored.pack.digest)
                 record["created"] = _now()
         else:

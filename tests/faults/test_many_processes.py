@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from support import (
 from registry import Registry
 from registry.garbage import collect_garbage
 from registry.store import durable
+from registry.store.store import Store
 
 PROCESSES, SAVES = 8, 5
 
@@ -92,6 +94,27 @@ def test_processes_make_a_registry_at_once(tmp_path: Path) -> None:
     assert [wait(pid) for pid in children] == [0] * PROCESSES
     registry = Registry(root)
     assert sorted(version.version for version in all_versions(registry)) == list(range(1, PROCESSES + 1))
+
+
+def test_a_save_that_is_overtaken_again_and_again_ends_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gc without grace takes away what each save has just written, until the save keeps others out."""
+    registry = Registry(tmp_path / "r")
+    put = Store.put
+    overtaken = []
+
+    def overtake(store: Store, *given: Any, **named: Any) -> Any:
+        stored = put(store, *given, **named)
+        if not registry.catalog.connection().in_transaction:
+            overtaken.append(collect_garbage(Registry(registry.root), grace=0, now=time.time() + 10))
+        return stored
+
+    monkeypatch.setattr(Store, "put", overtake)
+    assert save(registry, 1) == "net:v1"
+    assert len(overtaken) >= 3
+    assert all(found.manifests == 1 for found in overtaken)
+    check_whole(registry.root, {"net:v1": 1})
 
 
 def test_no_lock_of_files_is_ever_taken_but_by_sqlite(
