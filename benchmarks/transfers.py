@@ -80,6 +80,6 @@ def _applying(rounds: int) -> list[Result]:
         return f"{t[name] * 1e3:.0f} ms against {peer * 1e3:.0f} ms of load_state_dict"
 
     return [
-        Result("plan.apply, source checked by its digest", t["apply"] / peer, 1.3, detail("apply")),
-        Result("plan.apply, source not checked", t["trusted"] / peer, None, detail("trusted")),
+        Result("plan.apply, values checked to be finite", t["apply"] / peer, 1.3, detail("apply")),
+        Result("plan.apply, values not checked", t["trusted"] / peer, None, detail("trusted")),
     ]
