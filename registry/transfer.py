@@ -17,7 +17,7 @@ from registry import components, freezing
 from registry.adapters import ADAPTERS, adapt
 from registry.diffing import suggestions
 from registry.freezing import Freeze
-from registry.matching import LOADABLE, Category, Pair, match, without_wrappers
+from registry.matching import LOADABLE, Category, Pair, match
 from registry.sides import Side, Source, side_of
 from registry.store.durable import write_file
 from registry.store.errors import Conflict, Incompatible, Invalid, NotFound
@@ -309,7 +309,7 @@ def plan_transfer(
     if unexpected and not everything:
         raise Incompatible(_unexpected(unexpected, left, right, pairs))
     for pattern in wanted:
-        if pattern not in used and not _names_something(pattern, left, right):
+        if pattern not in used:
             raise Invalid(f"expect[{pattern!r}] matches nothing; it is a typo")
     steps = [
         step.model_copy(update={"why": step.why.lstrip("!")}) if step.why.startswith("!") else step
@@ -446,10 +446,6 @@ def _is_lossless(a: str, b: str) -> bool:
     return same_kind and torch.promote_types(one, other) == other
 
 
-def _names_something(pattern: str, left: Side, right: Side) -> bool:
-    return False if pattern else bool(left.entries or right.entries)
-
-
 def _unexpected(found: Sequence[tuple[Step, Pair]], left: Side, right: Side, pairs: Sequence[Pair]) -> str:
     described = []
     for _, pair in found[:3]:
@@ -486,7 +482,6 @@ def _meaning(pair: Pair) -> str:
 def _why_nothing(left: Side, right: Side, pairs: Sequence[Pair]) -> str:
     """The reason that nothing fits, as far as it can be found."""
     names = list(left.entries)
-    plain = [without_wrappers(name) for name in names]
     first = names[0].partition(".")[0]
     if all(name.startswith(f"{first}.") for name in names):
         rest = [name.partition(".")[2] for name in names]
@@ -508,7 +503,6 @@ def _why_nothing(left: Side, right: Side, pairs: Sequence[Pair]) -> str:
     hints = list(suggestions(left, right, pairs))
     if hints:
         return f"no name fits; maybe {hints[0]}"
-    del plain
     mine, theirs = next(iter(left.entries)), next(iter(right.entries))
     return f"no name fits, the source begins with {mine}, the target with {theirs}; another architecture"
 
