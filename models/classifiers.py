@@ -13,11 +13,10 @@ from torch.nn import functional
 from registry import Config, Registry, freeze, register_model
 from registry.checkpoint import Checkpoint
 from registry.importing import read_checkpoint_file
+from registry.sides import torchvision_name
 from registry.store.digest import digest
 from registry.store.errors import Incompatible, Invalid, NotFound
 from registry.store.text import quoted
-
-PREFIX = "torchvision:"
 
 
 def find_head(model: nn.Module) -> str:
@@ -127,14 +126,7 @@ def import_torchvision(
     """
     import torchvision
 
-    kind = source.removeprefix(PREFIX)
-    if kind not in torchvision.models.list_models():
-        import difflib
-
-        near = difflib.get_close_matches(kind, torchvision.models.list_models(), 1)
-        raise NotFound(
-            f"torchvision has no model {quoted(kind)}{f'; did you mean {near[0]}?' if near else ''}"
-        )
+    kind = torchvision_name(source)
     if sum(given is not None for given in (weights, file, seed)) != 1:
         raise Invalid(f"say which weights of {kind}: --weights NAME, --file FILE, or --random SEED")
     meta: dict[str, Any] = {"network": source}

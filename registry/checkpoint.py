@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from registry.store.errors import NotFound
-from registry.store.text import printable, quoted
+from registry.store.text import printable
 from registry.versions import Version
 
 if TYPE_CHECKING:
@@ -134,9 +133,9 @@ class Checkpoint:
             Corrupt: if a byte is not what was saved.
         """
         if component not in self.components:
-            raise NotFound(
-                f"{self.name} has no component {quoted(component)}; it has {', '.join(self.components)}"
-            )
+            from registry.components import missing
+
+            raise missing(component, self.name, self.components)
         return self.load(component, copy=copy, verify=verify)[component]
 
     def load_into(self, *, verify: bool = True, **components: Any) -> None:

@@ -236,19 +236,10 @@ def _row(pair: Pair, left: Side, right: Side) -> Row:
         shape_b=b.shape if b else None,
         dtype_a=a.dtype if a else None,
         dtype_b=b.dtype if b else None,
-        kind=_kind(pair),
+        kind=pair.kind,
         equal=equal,
         note=pair.note,
     )
-
-
-def _kind(pair: Pair) -> str | None:
-    """Parameter or buffer; where neither side says, by the names that torch's own layers give buffers."""
-    for entry in (pair.b, pair.a):
-        if entry and entry.kind:
-            return entry.kind
-    leaf = pair.name.rpartition(".")[2]
-    return "buffer" if leaf in ("running_mean", "running_var", "num_batches_tracked") else "parameter"
 
 
 def _verdict(rows: Sequence[Row], loadable: Sequence[Row]) -> Verdict:
@@ -427,18 +418,13 @@ def suggestions(left: Side, right: Side, pairs: Sequence[Pair]) -> Iterator[str]
     """Rename rules that may explain what is left over, each with its evidence; never applied by themselves."""
     ours = [pair.a for pair in pairs if pair.category == Category.ONLY_A and pair.a]
     theirs = [pair.b for pair in pairs if pair.category == Category.ONLY_B and pair.b]
-    prefix = _common_prefix([entry.name for entry in ours])
-    bare = {entry.name for entry in theirs}
-    if prefix and sum(entry.name.removeprefix(prefix) in bare for entry in ours) > 0:
-        count = sum(entry.name.removeprefix(prefix) in bare for entry in ours)
-        yield f"--rename '{prefix}*=*'  ({count} of {len(ours)} names fit without the prefix)"
-        return
-    back = _common_prefix([entry.name for entry in theirs])
-    bare = {entry.name for entry in ours}
-    if back and sum(entry.name.removeprefix(back) in bare for entry in theirs) > 0:
-        count = sum(entry.name.removeprefix(back) in bare for entry in theirs)
-        yield f"--rename '**={back}**'  ({count} of {len(theirs)} names fit with the prefix)"
-        return
+    for longer, shorter, rule, how in ((ours, theirs, "{}*=*", "without"), (theirs, ours, "**={}**", "with")):
+        prefix = _common_prefix([entry.name for entry in longer])
+        bare = {entry.name for entry in shorter}
+        fits = sum(entry.name.removeprefix(prefix) in bare for entry in longer)
+        if prefix and fits:
+            yield f"--rename '{rule.format(prefix)}'  ({fits} of {len(longer)} names fit {how} the prefix)"
+            return
     for entry in ours:
         same = [other for other in theirs if other.shape == entry.shape and entry.shape]
         mine = [other for other in ours if other.shape == entry.shape]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -182,13 +181,5 @@ class _Sweep:
 
 def _writer_is_dead(name: str) -> bool:
     """Whether a temporary file belongs to a process of this machine that has ended."""
-    host, _, rest = name.rpartition("-")[0].rpartition("-")
-    if host != durable.host() or not rest.isdigit():
-        return False
-    try:
-        os.kill(int(rest), 0)
-    except ProcessLookupError:
-        return True
-    except (PermissionError, OverflowError):
-        return False
-    return False
+    machine, _, pid = name.rpartition("-")[0].rpartition("-")
+    return durable.is_gone(machine, pid)

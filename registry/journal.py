@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,6 +79,11 @@ class Journal:
         with self.path.open("rb") as file:
             file.seek(size - 1)
             return file.read(1) == b"\n"
+
+
+def now() -> str:
+    """The time as records have it: in UTC, ISO 8601, to the microsecond."""
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

@@ -57,6 +57,15 @@ class Pair(NamedTuple):
         assert entry is not None
         return entry.name
 
+    @property
+    def kind(self) -> str:
+        """`parameter` or `buffer`; where neither side says, by the names that torch's own layers give buffers."""
+        for entry in (self.b, self.a):
+            if entry and entry.kind:
+                return entry.kind
+        leaf = self.name.rpartition(".")[2]
+        return "buffer" if leaf in ("running_mean", "running_var", "num_batches_tracked") else "parameter"
+
 
 class Rename:
     """A rule that renames names of side A: `old=new`.

@@ -6,12 +6,12 @@ import functools
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import registry
 from registry.catalog import Catalog
+from registry.journal import now
 from registry.progress import Progress, silent
 from registry.reference import RESERVED_ALIASES, check_name, check_text
 from registry.resolving import hint, resolve
@@ -279,7 +279,7 @@ class Registry:
         record: dict[str, Any] = {
             "kind": "checkpoint",
             "model": model,
-            "created": _now(),
+            "created": now(),
             "epoch": _whole(epoch, "epoch"),
             "step": _whole(step, "step"),
             "loss": None if loss is None else _number(loss, "loss"),
@@ -312,7 +312,7 @@ class Registry:
             except Stale:
                 if stored and stored.pack:
                     self.discard_pack(stored.pack.digest)
-                record["created"] = _now()
+                record["created"] = now()
         else:
             raise Conflict(f"{model}: other processes kept changing the registry during the save; repeat it")
         return self[f"{model}:v{version}"]
@@ -410,7 +410,7 @@ class Registry:
         """Attach a note, any text, to a checkpoint."""
         check_text(text, "note")
         version = self.resolve(reference)
-        self._apply({"op": "note", "id": version.id, "at": _now(), "text": text})
+        self._apply({"op": "note", "id": version.id, "at": now(), "text": text})
         return self[version.name]
 
     def with_descendants(self, ids: Sequence[str]) -> set[str]:
@@ -514,10 +514,6 @@ def _format_in(text: str, path: Path) -> Any:
         return tomllib.loads(text).get("format")
     except tomllib.TOMLDecodeError as error:
         raise Invalid(f"{path}: {error}") from None
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def _edge(edge: Mapping[str, str]) -> dict[str, str]:

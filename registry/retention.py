@@ -78,7 +78,8 @@ class Retention(NamedTuple):
             gone = {version.id for version in removed}
             left = [version for version in versions if version.id not in gone]
             for version in left[self.keep_optimizer :]:
-                registry.thin(version.name)
+                if "thinned-from" not in version.record:
+                    registry.thin(version.name)
         if removed or self.keep_optimizer is not None:
             registry.collect_garbage()
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from registry.journal import now
 from registry.resolving import hint
 from registry.store.errors import Conflict, NotFound
 from registry.store.text import quoted
@@ -78,13 +77,13 @@ class Runs:
                 )
             full = f"{model}/{name}"
             record = {**about, "state": "running"}
-            change.apply({"op": "run", "name": full, "model": model, "at": _now(), "record": record})
+            change.apply({"op": "run", "name": full, "model": model, "at": now(), "record": record})
         return full
 
     def end(self, name: str, state: str) -> None:
         """Record how a run ended."""
         info = self[name]
-        record = {**info.record, "state": state, "ended": _now()}
+        record = {**info.record, "state": state, "ended": now()}
         with self._catalog.change() as change:
             change.apply(
                 {"op": "run", "name": name, "model": info.model, "at": info.started, "record": record}
@@ -121,26 +120,17 @@ class Runs:
 
     def is_lost(self, info: RunInfo) -> bool:
         """Whether a run that never ended belongs to a process of this machine that is gone."""
-        from registry.store.durable import host
+        from registry.store.durable import is_gone
 
         if info.state != "running":
             return False
         try:
             machine, pid = (self._root / "runs" / info.name / PROCESS).read_text().split()
-            if machine != host():
-                return False
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
-            return True
         except (OSError, ValueError):
             return False
-        return False
+        return is_gone(machine, pid)
 
 
 def _info(row: tuple[Any, ...]) -> RunInfo:
     name, model, started, record = row
     return RunInfo(name, model, started, json.loads(record))
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")

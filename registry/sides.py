@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
 import os
@@ -325,20 +326,28 @@ class _EmptyOnMeta(TorchFunctionMode):
         return function(*args, **given)
 
 
+def torchvision_name(source: str) -> str:
+    """The network that `torchvision:NAME` names.
+
+    Raises:
+        NotFound: suggesting the nearest.
+    """
+    import torchvision
+
+    name, known = source.removeprefix(TORCHVISION), torchvision.models.list_models()
+    if name.lower() not in known:  # as torchvision itself looks them up
+        near = difflib.get_close_matches(name, known, 1)
+        raise NotFound(
+            f"torchvision has no model {quoted(name)}{f'; did you mean {near[0]}?' if near else ''}"
+        )
+    return name
+
+
 def _torchvision(source: str) -> Side:
     import torchvision
 
-    name = source.removeprefix(TORCHVISION)
-    try:
-        module = on_meta(lambda: torchvision.models.get_model(name, weights=None))
-    except ValueError:
-        import difflib
-
-        near = difflib.get_close_matches(name, torchvision.models.list_models(), 1)
-        raise NotFound(
-            f"torchvision has no model {quoted(name)}{f'; did you mean {near[0]}?' if near else ''}"
-        ) from None
-    side = _live(module)
+    name = torchvision_name(source)
+    side = _live(on_meta(lambda: torchvision.models.get_model(name, weights=None)))
     side.label = source
     return side
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -349,9 +348,9 @@ def from_pretrained(
     """
     model = make if isinstance(make, nn.Module) else make(**given)
     what: Any = "loaded" if freeze is True else freeze or None
-    plan = plan_transfer(source, model, everything=True, freeze=what, registry=registry)
     left = side_of(source, registry)
-    plan.apply(model, left, registry=registry)
+    plan = plan_transfer(left, model, everything=True, freeze=what, registry=registry)
+    plan.apply(model, left)
     print(plan.summary)
     return model
 
@@ -368,7 +367,7 @@ def _step(
     allow_positional: bool,
 ) -> Step:
     a, b = pair.a, pair.b
-    buffer = pair.b is not None and _is_buffer(pair)
+    buffer = pair.b is not None and pair.kind == "buffer"
     fields: dict[str, Any] = {
         "target": b.name if b else None,
         "source": a.name if a else None,
@@ -431,12 +430,6 @@ def _adapter(pair: Pair, adapters: Mapping[str, str]) -> str:
         f"{pair.name} is to be adapted, and no adapter is named for it: adapters={{{pair.name!r}: ...}} with one of "
         f"{', '.join(ADAPTERS)}"
     )
-
-
-def _is_buffer(pair: Pair) -> bool:
-    from registry.diffing import _kind
-
-    return _kind(pair) == "buffer"
 
 
 def _is_lossless(a: str, b: str) -> bool:
@@ -548,5 +541,4 @@ def _frozen(freeze: str | Sequence[str] | None, steps: Sequence[Step], right: Si
 
 def plan_document(plan: TransferPlan) -> dict[str, Any]:
     """The plan as plain values, as it is recorded with the checkpoint that came of it."""
-    document: dict[str, Any] = json.loads(plan.to_json())
-    return document
+    return plan.model_dump(mode="json", by_alias=True)

@@ -131,6 +131,19 @@ def host() -> str:
     return os.uname().nodename[:64]
 
 
+def is_gone(machine: str, pid: str) -> bool:
+    """Whether a process is known to have ended: one of this machine that is not there any more."""
+    if machine != host() or not pid.isdigit():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+    return False
+
+
 def make_folder(path: Path) -> None:
     """Create a folder, and durably its entry in the parent, unless it is there."""
     if path.is_dir():
