@@ -189,8 +189,9 @@ def _show_facts(registry: Registry, version: Version) -> None:
 
 def _known(registry: Registry, parent: str) -> str:
     """The name of a version that an edge gives by its id; otherwise the edge's text, such as a file."""
-    rows = registry.catalog.query("SELECT model, version FROM versions WHERE id = ?", [parent])
-    return f"{rows[0][0]}:v{rows[0][1]}" if rows else parent
+    from registry.versions import name_of
+
+    return name_of(registry.catalog, parent) or parent
 
 
 def _made(provenance: Mapping[str, Any]) -> list[tuple[str, Any]]:

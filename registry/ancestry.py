@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from registry.versions import name_of
+
 if TYPE_CHECKING:
     from registry.registry import Registry
 
@@ -26,9 +28,6 @@ def ancestors(registry: Registry, name: str) -> set[str]:
         version = registry.resolve(name)
         if parent := version.record.get("parent"):
             waiting.append(parent)
-        for edge in version.record.get("lineage", []):
-            above = registry.catalog.query(
-                "SELECT model, version FROM versions WHERE id = ?", [edge["parent"]]
-            )
-            waiting += [f"{model}:v{number}" for model, number in above]
+        above = (name_of(registry.catalog, edge["parent"]) for edge in version.record.get("lineage", []))
+        waiting += [parent for parent in above if parent]
     return found

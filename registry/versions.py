@@ -91,6 +91,12 @@ def _attached(catalog: Catalog, sql: str, ids: Sequence[str]) -> dict[str, list[
     return found
 
 
+def name_of(catalog: Catalog, id: str) -> str | None:
+    """The name of the version with an id."""
+    rows = catalog.query("SELECT model, version FROM versions WHERE id = ?", [id])
+    return f"{rows[0][0]}:v{rows[0][1]}" if rows else None
+
+
 def list_models(catalog: Catalog) -> list[Model]:
     """Every model that has a version, by name."""
     rows = catalog.query("SELECT model, COUNT(*) FROM versions GROUP BY model ORDER BY model")
