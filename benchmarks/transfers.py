@@ -27,18 +27,16 @@ def _diffs(folder: Path, rounds: int) -> list[Result]:
     registry.save("a", {"model": tensors})
     registry.save("b", {"model": other})
 
+    same = {name: tensor.clone() for name, tensor in tensors.items()}
+
     def equal() -> None:
         for name, tensor in tensors.items():
-            torch.equal(tensor, other[name])
-
-    def same() -> None:
-        for tensor in tensors.values():
-            torch.equal(tensor, tensor.view_as(tensor))
+            torch.equal(tensor, same[name])
 
     contenders: dict[str, Contender] = {
         "structure": (lambda: None, lambda: registry.diff("a", "b")),
         "values": (lambda: None, lambda: diff(tensors, other, values=True)),
-        "equal": (lambda: None, same),
+        "equal": (lambda: None, equal),
     }
     t = take_turns(contenders, rounds)
     size = sum(tensor.nbytes for tensor in tensors.values()) / 1e9

@@ -200,7 +200,8 @@ def transfer(
     import torch
 
     from registry.cli.output import version_document
-    from registry.transfer import TransferPlan, plan_transfer
+    from registry.plans import TransferPlan
+    from registry.transfer import plan_transfer
 
     torch.manual_seed(0)
     network, builder = _network(registry, target)

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from registry.freezing import remap_optimizer as remap_optimizer
     from registry.freezing import unfreeze as unfreeze
     from registry.logs import setup_logging as setup_logging
+    from registry.plans import TransferPlan as TransferPlan
     from registry.registry import Registry as Registry
     from registry.resumable import ResumableLoader as ResumableLoader
     from registry.run import Run as Run
     from registry.store.errors import RegistryError as RegistryError
-    from registry.transfer import TransferPlan as TransferPlan
     from registry.transfer import plan_transfer as plan_transfer
 
 __version__ = "0.1.0"
@@ -40,7 +40,7 @@ _HOMES = {
     "RegistryError": "registry.store.errors",
     "ResumableLoader": "registry.resumable",
     "Run": "registry.run",
-    "TransferPlan": "registry.transfer",
+    "TransferPlan": "registry.plans",
     "check_optimizer": "registry.freezing",
     "diff": "registry.diffing",
     "freeze": "registry.freezing",

@@ -1,36 +1,66 @@
-"""Adapters: named ways to make a tensor of another shape, used only where a plan asks for one."""
+"""Adapters: named ways to make a tensor that does not fit as it is, used only where a plan asks for one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 
-from registry.store.errors import Incompatible
+from registry.store.errors import Incompatible, Invalid
+from registry.store.text import quoted
 
 Shape = tuple[int, ...]
 
 
-def _channels_sum(value: torch.Tensor, shape: Shape) -> torch.Tensor:
+class Rows(BaseModel):
+    """Which rows of a classifier go where: pairs of a row in the source and one in the target, of so many there."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pairs: tuple[tuple[int, int], ...]
+    of: int = Field(ge=1)
+
+    @classmethod
+    def by_class(cls, old: Sequence[str], new: Sequence[str]) -> Rows:
+        """Rows by the names of their classes.
+
+        Raises:
+            Invalid: if a class is named twice, or none is on both sides.
+        """
+        for names in (old, new):
+            if len(set(names)) < len(names):
+                twice = next(name for name in names if list(names).count(name) > 1)
+                raise Invalid(f"the class {quoted(twice)} is named twice")
+        places = {name: i for i, name in enumerate(old)}
+        pairs = tuple((places[name], i) for i, name in enumerate(new) if name in places)
+        if not pairs:
+            raise Invalid("no class of the target is one of the source's")
+        return cls(pairs=pairs, of=len(new))
+
+
+def _channels_sum(value: torch.Tensor, target: torch.Tensor, rows: Rows | None) -> torch.Tensor:
     """Three input channels to one: their sum, so that a grey image gives what it gave in colour."""
-    if value.dim() != 4 or shape != (value.shape[0], 1, *value.shape[2:]):
+    if value.dim() != 4 or target.shape != (value.shape[0], 1, *value.shape[2:]):
         raise ValueError("takes [out, channels, height, width] to one channel")
     return value.sum(1, keepdim=True)
 
 
-def _channels_repeat(value: torch.Tensor, shape: Shape) -> torch.Tensor:
+def _channels_repeat(value: torch.Tensor, target: torch.Tensor, rows: Rows | None) -> torch.Tensor:
     """One input channel to several: repeated and divided, so that a grey image in colour gives what it gave."""
-    if value.dim() != 4 or value.shape[1] != 1 or shape[:1] + shape[2:] != (value.shape[0], *value.shape[2:]):
+    fits = value.dim() == target.dim() == 4 and value.shape[1] == 1
+    if not fits or value.shape[::2] != target.shape[::2] or value.shape[3] != target.shape[3]:
         raise ValueError("takes one channel of [out, 1, height, width] to several")
-    return value.expand(shape) / shape[1]
+    return value.expand(target.shape) / target.shape[1]
 
 
-def _positions(value: torch.Tensor, shape: Shape) -> torch.Tensor:
+def _positions(value: torch.Tensor, target: torch.Tensor, rows: Rows | None) -> torch.Tensor:
     """Position embeddings [1, 1 + n*n, width] of a square grid to another, by bicubic interpolation."""
-    if value.dim() != 3 or len(shape) != 3 or value.shape[::2] != (shape[0], shape[2]):
+    if value.dim() != 3 or target.dim() != 3 or value.shape[::2] != target.shape[::2]:
         raise ValueError("takes [1, 1 + n*n, width] to another n")
-    old, new = (round((n - 1) ** 0.5) for n in (value.shape[1], shape[1]))
-    if old * old + 1 != value.shape[1] or new * new + 1 != shape[1]:
+    old, new = (math.isqrt(t.shape[1] - 1) for t in (value, target))
+    if old * old + 1 != value.shape[1] or new * new + 1 != target.shape[1]:
         raise ValueError("takes one class token and a square grid")
     grid = value[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
     grid = torch.nn.functional.interpolate(grid.float(), (new, new), mode="bicubic", align_corners=False)
@@ -38,38 +68,70 @@ def _positions(value: torch.Tensor, shape: Shape) -> torch.Tensor:
     return torch.cat([value[:, :1], tail], 1)
 
 
-ADAPTERS: dict[str, Callable[[torch.Tensor, Shape], torch.Tensor]] = {
+def _class_rows(value: torch.Tensor, target: torch.Tensor, rows: Rows | None) -> torch.Tensor:
+    """Rows of a classifier by the names of their classes; classes that are new keep the target's own rows."""
+    if rows is None:
+        raise ValueError("needs the classes of both sides")
+    if not value.dim() or not target.dim() or value.shape[1:] != target.shape[1:]:
+        raise ValueError("takes rows of one width")
+    if len(target) != rows.of or any(a >= len(value) or b >= rows.of or min(a, b) < 0 for a, b in rows.pairs):
+        raise ValueError(f"was given {rows.of} classes of the target")
+    found = target.clone()
+    ours, theirs = (torch.tensor(list(side), device=value.device) for side in zip(*rows.pairs, strict=True))
+    return found.to(value.device).index_copy(0, theirs, value.index_select(0, ours).to(found.dtype))
+
+
+def _identity(value: torch.Tensor | None, target: torch.Tensor, rows: Rows | None) -> torch.Tensor:
+    """A new layer that changes nothing: the identity for a square weight, zeros for a bias. Exact only after a ReLU."""
+    if target.dim() == 1:
+        return torch.zeros_like(target)
+    square = target.dim() >= 2 and target.shape[0] == target.shape[1]
+    if not square or any(size % 2 == 0 for size in target.shape[2:]):
+        raise ValueError("makes square weights of Linear, or of Conv with odd kernels,")
+    found = torch.zeros_like(target)
+    return torch.nn.init.eye_(found) if target.dim() == 2 else torch.nn.init.dirac_(found)
+
+
+ADAPTERS: dict[str, Callable[..., torch.Tensor]] = {
     "channels-sum": _channels_sum,
     "channels-repeat": _channels_repeat,
     "positions": _positions,
+    "class-rows": _class_rows,
+    "identity": _identity,
 }
 
 
-def adapt(name: str, value: torch.Tensor, shape: Shape) -> torch.Tensor:
-    """Make a tensor of another shape.
+def needs_source(name: str) -> bool:
+    """Whether an adapter makes its tensor from one of the source."""
+    return name != "identity"
 
-    Raises:
-        Incompatible: if the adapter does not fit the shapes.
+
+def check_adapter(name: str) -> None:
     """
-    try:
-        found = ADAPTERS[name](value, shape)
-    except ValueError as error:
-        raise Incompatible(f"the adapter {name} {error}, not {list(value.shape)} to {list(shape)}") from None
-    return found
+    Raises:
+        Invalid: if there is no such adapter.
+    """
+    if name not in ADAPTERS:
+        raise Invalid(f"there is no adapter {quoted(name)}; there are {', '.join(ADAPTERS)}")
 
 
-def class_rows(
-    value: torch.Tensor, old: Sequence[str], new: Sequence[str], fresh: torch.Tensor
+def adapt(
+    name: str, value: torch.Tensor | None, target: torch.Tensor, rows: Rows | None = None
 ) -> torch.Tensor:
-    """Rows of a classifier by the names of its classes; classes that are new keep their fresh rows.
+    """Make a tensor that fits a target.
 
     Args:
-        value: of the source, one row for each of `old`.
-        fresh: of the target, one row for each of `new`.
+        value: of the source; None for an adapter that needs none.
+        target: the tensor to fit, with its present values; it is not changed.
+        rows: for `class-rows`.
+
+    Raises:
+        Invalid: if there is no such adapter.
+        Incompatible: if the adapter does not fit the shapes.
     """
-    places: Mapping[str, int] = {name: i for i, name in enumerate(old)}
-    rows = fresh.clone()
-    for i, name in enumerate(new):
-        if name in places:
-            rows[i] = value[places[name]]
-    return rows
+    check_adapter(name)
+    try:
+        return ADAPTERS[name](value, target.detach(), rows)
+    except ValueError as error:
+        shapes = f"{list(target.shape)}" if value is None else f"{list(value.shape)} to {list(target.shape)}"
+        raise Incompatible(f"the adapter {name} {error}, not {shapes}") from None

@@ -52,6 +52,11 @@ def capture(name: str, component: Any) -> Any:
     return component.state_dict()
 
 
+def live_state(module: nn.Module) -> OrderedDict[str, Any]:
+    """The state of a network under the names of the plain module, with its own parameters and buffers in it."""
+    return _plain_state(module, keep_vars=True)
+
+
 def kind_of(component: Any) -> str:
     """The class of a component, which is recorded to explain what does not fit later."""
     return type(plain_module(component)).__qualname__
@@ -202,8 +207,8 @@ def _has_own_loading(module: nn.Module) -> bool:
 # -- names ---------------------------------------------------------------------------------------------------
 
 
-def _plain_state(module: nn.Module) -> OrderedDict[str, Any]:
-    state: OrderedDict[str, Any] = module.state_dict()  # type: ignore[assignment]
+def _plain_state(module: nn.Module, *, keep_vars: bool = False) -> OrderedDict[str, Any]:
+    state: OrderedDict[str, Any] = module.state_dict(keep_vars=keep_vars)  # type: ignore[assignment]
     if not any(map(_inner, module.modules())):
         return state
     names = dict(_plain_names(module, state))

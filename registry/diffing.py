@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import math
-import os
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from registry.ancestry import ancestors
 from registry.documents import differences
-from registry.matching import LOADABLE, Category, Pair, match
-from registry.sides import Side, Source, side_of
+from registry.matching import LOADABLE, Category, Pair, aligned, match
+from registry.sides import Entry, Side, Source, side_of
 
 if TYPE_CHECKING:
     from registry.registry import Registry
 
 SCHEMA = 1
-_CHUNK = 1 << 16
+_CHUNK = 1 << 18
 Verdict = Literal["IDENTICAL", "SAME STRUCTURE", "COMPATIBLE", "INCOMPATIBLE"]
 
 
@@ -190,7 +189,8 @@ def diff(
     pairs = match(left, right, rename=rules, exclude=patterns)
     rows = tuple(_row(pair, left, right) for pair in pairs)
     related = _related(left, right, registry)
-    changes = tuple(_changes(pairs, left, right)) if values else ()
+    moved = [pair for pair, row in zip(pairs, rows, strict=True) if not row.equal]
+    changes = tuple(_changes(moved, left, right)) if values else ()
     warnings = [*_warnings(rows)]
     if values and not related:
         warnings.append(
@@ -226,8 +226,7 @@ def _row(pair: Pair, left: Side, right: Side) -> Row:
     a, b = pair.a, pair.b
     equal = None
     if a and b and a.shape == b.shape and a.dtype == b.dtype:
-        one, other = left.digest(a.name), right.digest(b.name)
-        equal = one == other if one and other else None
+        equal = left.equals(a.name, right, b.name)
     return Row(
         category=pair.category,
         a=a.name if a else None,
@@ -268,7 +267,7 @@ def _info(side: Side) -> SideInfo:
         parameters=kinds.count("parameter") if known else None,
         buffers=kinds.count("buffer") if known else None,
         structure=side.structure,
-        content=side.content,
+        content=side.content if side.checkpoint else None,
         notes=side.notes,
     )
 
@@ -295,44 +294,51 @@ def _related(left: Side, right: Side, registry: Registry | None) -> bool:
 # -- values --------------------------------------------------------------------------------------------------
 
 
-def _changes(pairs: Sequence[Pair], left: Side, right: Side) -> list[Change]:
+def _changes(pairs: Sequence[Pair], left: Side, right: Side) -> Iterator[Change]:
     """How far the values of pairs of equal shape moved, for those that moved at all."""
     if not (left.has_values and right.has_values):
-        return []
-    jobs = [
-        (pair.b.name, left.tensor(pair.a.name), right.tensor(pair.b.name))
-        for pair in pairs
-        if pair.a and pair.b and pair.a.shape == pair.b.shape
-    ]
-    with ThreadPoolExecutor(os.cpu_count() or 1, "registry-diff") as pool:
-        found = pool.map(lambda job: _change(*job), jobs)
-        return [change for change in found if change is not None]
+        return
+    room = _Room()
+    for pair in pairs:
+        if pair.a and pair.b and pair.a.shape == pair.b.shape:
+            change = _change(pair.b.name, left.tensor(pair.a.name), right.tensor(pair.b.name), room)
+            if change is not None:
+                yield change
 
 
-def _change(name: str, a: torch.Tensor, b: torch.Tensor) -> Change | None:
-    """The change of one tensor, chunk by chunk so that the work stays in the processor's cache; None if there is none."""
+class _Room:
+    """Memory for a chunk of two tensors in float64, which stays in the processor's cache."""
+
+    def __init__(self) -> None:
+        self.before, self.step = (torch.empty(_CHUNK, dtype=torch.float64) for _ in range(2))
+        self.moved = torch.empty(_CHUNK, dtype=torch.bool)
+
+
+def _change(name: str, a: torch.Tensor, b: torch.Tensor, room: _Room) -> Change | None:
+    """The change of one tensor, chunk by chunk; None if there is none."""
     one, other = (_real(t) for t in (a, b))
     moved = before = cross = largest = 0.0
     changed = bad_a = bad_b = 0
     for x, y in zip(torch.split(one, _CHUNK), torch.split(other, _CHUNK), strict=True):
-        wide = x.to(torch.float64)
-        step = y - wide
-        chunk = float(step.dot(step))
-        if not math.isfinite(chunk) or not math.isfinite(float(wide.dot(wide))):
+        wide = room.before[: len(x)].copy_(x)
+        step = room.step[: len(x)].copy_(y).sub_(wide)
+        squares, size = float(step.dot(step)), float(wide.dot(wide))
+        if not math.isfinite(squares) or not math.isfinite(size):
             good = x.isfinite() & y.isfinite()
             bad_a += int((~x.isfinite()).sum())
             bad_b += int((~y.isfinite()).sum())
             changed += int(((x != y) & ~(x.isnan() & y.isnan()) & ~good).sum())
             wide, step = wide[good], step[good]
-            chunk = float(step.dot(step))
-        before += float(wide.dot(wide))
-        if chunk == 0.0:
+            squares, size = float(step.dot(step)), float(wide.dot(wide))
+        before += size
+        if squares == 0.0:
             continue
-        moved += chunk
+        moved += squares
         cross += float(wide.dot(step))
         low, high = torch.aminmax(step)
         largest = max(largest, float(high), -float(low))
-        changed += int(step.count_nonzero())
+        differs = room.moved[: len(step)].numpy()  # numpy counts several times as fast
+        changed += int(numpy.count_nonzero(numpy.not_equal(step.numpy(), 0, out=differs)))
     if not (changed or bad_a or bad_b):
         return None
     after = before + 2 * cross + moved
@@ -389,11 +395,12 @@ def _architecture(a: nn.Module | None, b: nn.Module | None) -> Iterator[LayerDif
 
 
 def _layers(module: nn.Module) -> dict[str, str]:
-    return {
-        path: f"{type(part).__name__}({part.extra_repr()})"
-        for path, part in module.named_modules()
-        if not any(True for _ in part.children())
-    }
+    """Class and arguments by path: stride, eps, the p of a dropout, and so on."""
+    found = {}
+    for path, part in module.named_modules():
+        is_leaf = not any(True for _ in part.children())
+        found[path] = f"{type(part).__name__}({part.extra_repr()})" if is_leaf else type(part).__name__
+    return found
 
 
 # -- what to say ---------------------------------------------------------------------------------------------
@@ -418,6 +425,7 @@ def suggestions(left: Side, right: Side, pairs: Sequence[Pair]) -> Iterator[str]
     """Rename rules that may explain what is left over, each with its evidence; never applied by themselves."""
     ours = [pair.a for pair in pairs if pair.category == Category.ONLY_A and pair.a]
     theirs = [pair.b for pair in pairs if pair.category == Category.ONLY_B and pair.b]
+    yield from _moved(left, right, pairs)
     for longer, shorter, rule, how in ((ours, theirs, "{}*=*", "without"), (theirs, ours, "**={}**", "with")):
         prefix = _common_prefix([entry.name for entry in longer])
         bare = {entry.name for entry in shorter}
@@ -425,11 +433,44 @@ def suggestions(left: Side, right: Side, pairs: Sequence[Pair]) -> Iterator[str]
         if prefix and fits:
             yield f"--rename '{rule.format(prefix)}'  ({fits} of {len(longer)} names fit {how} the prefix)"
             return
+    mine, others = _layers_of(ours), _layers_of(theirs)
+    if len(mine) > 1 and list(mine.values()) == list(others.values()):
+        rules = " ".join(f"--rename '{a}.*={b}.*'" for a, b in zip(mine, others, strict=True) if a != b)
+        yield f"{rules}  (the same {len(mine)} shapes in the same order)"
+        return
+    evidence: tuple[tuple[str, Callable[[Entry], object]], ...] = (
+        ("the only ones of shape {shape}", lambda e: e.shape),
+        ("the only {leaf} of shape {shape}", lambda e: (e.name.rpartition(".")[2], e.shape)),
+        ("the only ones of shape {shape} in {parent}", lambda e: (e.name.rpartition(".")[0], e.shape)),
+    )
     for entry in ours:
-        same = [other for other in theirs if other.shape == entry.shape and entry.shape]
-        mine = [other for other in ours if other.shape == entry.shape]
-        if len(same) == len(mine) == 1:
-            yield f"--rename '{entry.name}={same[0].name}'  (the only ones of shape {list(entry.shape)})"
+        for told, key in evidence:
+            same = [other for other in theirs if key(other) == key(entry)]
+            alike = [other for other in ours if key(other) == key(entry)]
+            if entry.shape and len(same) == len(alike) == 1:
+                parent, _, leaf = entry.name.rpartition(".")
+                why = told.format(shape=list(entry.shape), leaf=leaf, parent=parent)
+                yield f"--rename '{entry.name}={same[0].name}'  ({why})"
+                break
+
+
+def _moved(left: Side, right: Side, pairs: Sequence[Pair]) -> Iterator[str]:
+    """The renames that undo shifted numbers, where class and shapes leave no choice."""
+    if not any(pair.category == Category.POSITIONAL for pair in pairs):
+        return
+    for path, moves in aligned(left, right).items():
+        if moves:
+            rules = " ".join(f"--rename '{path}{a}.*={path}{b}.*'" for a, b in moves)
+            yield f"{rules}  (the only order in which the layers fit)"
+
+
+def _layers_of(entries: Sequence[Entry]) -> dict[str, tuple[tuple[str, tuple[int, ...]], ...]]:
+    """The leaves and shapes of each layer, in order."""
+    found: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    for entry in entries:
+        layer, _, leaf = entry.name.rpartition(".")
+        found.setdefault(layer, []).append((leaf, entry.shape))
+    return {layer: tuple(leaves) for layer, leaves in found.items()}
 
 
 def _common_prefix(names: Sequence[str]) -> str:

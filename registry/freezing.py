@@ -12,12 +12,13 @@ from torch import nn
 
 from registry import components
 from registry.store.digest import tensor_digest
-from registry.store.errors import Incompatible, Invalid, RegistryError
+from registry.store.errors import Incompatible, Invalid, RegistryError, Unsupported
 from registry.store.text import quoted
 from registry.store.tree import Leaf
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 _MARK = "_registry_frozen"
+_FIRST = "first:"
 
 
 class Thawed(RegistryError):
@@ -54,24 +55,17 @@ def freeze(
     running statistics) whose parameters are all frozen stays in evaluation mode, also after `model.train()`.
 
     Args:
-        patterns: globs of names, such as `conv.*`.
+        patterns: globs of names, such as `conv.*`, or `first:3` for the first three layers that have parameters, in
+            the order in which the network registers them; `first:-1` for all but the last.
         bn: `update` lets the statistics of frozen BatchNorm layers go on.
 
     Raises:
         Invalid: if a pattern matches nothing, or nothing would be left to train.
+        Unsupported: if the network is wrapped for several processes already, or sharded.
     """
+    rule, chosen = check(model, patterns)
     plain: nn.Module = components.plain_module(model)
-    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
     names = dict(plain.named_parameters(remove_duplicate=False))
-    every = [*names, *dict(plain.named_buffers(remove_duplicate=False))]
-    for pattern in wanted:
-        if not any(name == pattern or fnmatch.fnmatchcase(name, pattern) for name in every):
-            raise Invalid(f"freeze: the pattern {quoted(pattern)} matches nothing; it is a typo")
-    rule = Freeze(tuple(wanted))
-    chosen = {id(p): p for name, p in names.items() if rule.covers(name)}
-    left = [p for p in plain.parameters() if p.requires_grad and id(p) not in chosen]
-    if not left:
-        raise Invalid("freezing that leaves no parameter to train; leave the head out")
     notes = []
     for name, parameter in names.items():
         if id(parameter) in chosen and not rule.covers(name):
@@ -83,7 +77,77 @@ def freeze(
     if bn == "update":
         notes.append("BatchNorm statistics inside the frozen part go on")
     frozen = tuple(name for name, p in names.items() if not p.requires_grad)
-    return Frozen(frozen, norms, tuple(notes), sum(p.numel() for p in left))
+    trainable = sum(p.numel() for p in plain.parameters() if p.requires_grad)
+    return Frozen(frozen, norms, tuple(notes), trainable)
+
+
+def check(model: nn.Module, patterns: str | Iterable[str]) -> tuple[Freeze, dict[int, nn.Parameter]]:
+    """Whether a freeze makes sense, before anything is changed: the rule, and the parameters by their ids.
+
+    Raises:
+        Invalid: if a pattern matches nothing, or nothing would be left to train.
+        Unsupported: if the network is wrapped for several processes already, or sharded.
+    """
+    refuse_wrapped(model)
+    plain: nn.Module = components.plain_module(model)
+    names = dict(plain.named_parameters(remove_duplicate=False))
+    buffers = [name for name, _ in plain.named_buffers(remove_duplicate=False)]
+    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    rule = Freeze(tuple(resolved(wanted, names, [*names, *buffers])))
+    chosen = {id(p): p for name, p in names.items() if rule.covers(name)}
+    if all(id(p) in chosen or not p.requires_grad for p in names.values()):
+        raise Invalid("freezing that leaves no parameter to train; leave the head out")
+    return rule, chosen
+
+
+def resolved(patterns: Iterable[str], parameters: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Patterns with `first:N` replaced by the names of the first layers' parameters.
+
+    Args:
+        parameters: names of parameters in the order of the network's registration.
+        names: of everything that a pattern may match.
+
+    Raises:
+        Invalid: if a pattern matches nothing, or there are not as many layers.
+    """
+    found: list[str] = []
+    for pattern in patterns:
+        if pattern.startswith(_FIRST):
+            found += _first(pattern, list(parameters))
+        elif any(name == pattern or fnmatch.fnmatchcase(name, pattern) for name in names):
+            found.append(pattern)
+        else:
+            raise Invalid(f"freeze: the pattern {quoted(pattern)} matches nothing; it is a typo")
+    return found
+
+
+def _first(pattern: str, parameters: Sequence[str]) -> list[str]:
+    layers = list(dict.fromkeys(name.rpartition(".")[0] for name in parameters))
+    try:
+        count = int(pattern.removeprefix(_FIRST))
+    except ValueError:
+        count = 0
+    if not count or abs(count) >= len(layers):
+        raise Invalid(
+            f"freeze: {quoted(pattern)} is no number of the {len(layers)} layers; write first:3, or first:-1 for all "
+            "but the last"
+        )
+    chosen = set(layers[:count])
+    return [name for name in parameters if name.rpartition(".")[0] in chosen]
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """
+    Raises:
+        Unsupported: if the network is wrapped for several processes, or its parameters are sharded or flat.
+    """
+    for part in model.modules():
+        kind = type(part).__name__
+        if kind in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            raise Unsupported(f"the network is wrapped in {kind}; freeze before wrapping it")
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "device_mesh"):
+            raise Unsupported(f"{name} is sharded; freeze before the network is sharded")
 
 
 def _freeze_norms(model: nn.Module, rule: Freeze) -> Iterator[str]:
@@ -121,6 +185,7 @@ def unfreeze(model: nn.Module, patterns: str | Iterable[str] = "*") -> tuple[str
     Raises:
         Invalid: if a pattern matches nothing.
     """
+    refuse_wrapped(model)
     plain: nn.Module = components.plain_module(model)
     wanted = [patterns] if isinstance(patterns, str) else list(patterns)
     names = dict(plain.named_parameters(remove_duplicate=False))
@@ -172,12 +237,12 @@ def frozen_proof(
     names = frozen_names(model)
     if not names:
         raise Invalid("nothing is frozen; freeze first")
-    before = _digests(model, names)
+    before, objects = _digests(model, names), _named(components.plain_module(model))
     yield names
     after = _digests(model, names)
     moved = [name for name in names if before[name] != after.get(name)]
     if moved:
-        causes = [f"{name} ({_cause(model, optimizer, name, after)})" for name in moved[:3]]
+        causes = [f"{name} ({_cause(model, optimizer, name, objects[name])})" for name in moved[:3]]
         more = f", and {len(moved) - 3} more" if len(moved) > 3 else ""
         raise Thawed(f"{len(moved)} of {len(names)} frozen names moved: {', '.join(causes)}{more}")
 
@@ -200,12 +265,10 @@ def _named(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def _cause(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, name: str, after: Mapping[str, str]
-) -> str:
+def _cause(model: nn.Module, optimizer: torch.optim.Optimizer | None, name: str, was: torch.Tensor) -> str:
     plain: nn.Module = components.plain_module(model)
     state = _named(plain)
-    if name not in after:
+    if state.get(name) is not was:
         return "it was replaced or removed"
     tensor = state[name]
     module = plain.get_submodule(name.rpartition(".")[0])

@@ -116,12 +116,15 @@ def _glob(old: str, new: str, rule: str) -> tuple[re.Pattern[str], str]:
     return re.compile(r"\.".join(found)), text
 
 
-def match(a: Side, b: Side, *, rename: Iterable[str] = (), exclude: Iterable[str] = ()) -> list[Pair]:
+def match(
+    a: Side, b: Side, *, rename: Iterable[str] = (), exclude: Iterable[str] = (), apart: Iterable[str] = ()
+) -> list[Pair]:
     """Put every name of both sides in one category.
 
     Args:
         rename: rules for the names of A, the first that fits a name wins; see `Rename`.
         exclude: glob patterns of names, on either side, to leave out.
+        apart: glob patterns of names that are known to be on one side only, and so shift no numbers unseen.
 
     Raises:
         Conflict: if rules bring two names of A to one of B.
@@ -136,7 +139,7 @@ def match(a: Side, b: Side, *, rename: Iterable[str] = (), exclude: Iterable[str
         for name in dict.fromkeys(names):
             pairs.append(Pair(Category.EXCLUDED, left.pop(name, None), right.pop(name, None)))
     _by_rules(left, right, rename, pairs)
-    shifted = positional(a, b)
+    shifted = positional(a, b, list(apart))
     for name in [name for name in left if name in right]:
         pairs.append(_compared(left.pop(name), right.pop(name), Category.MATCH, shifted.get(name, "")))
     _by_torch_renames(left, right, pairs)
@@ -273,7 +276,7 @@ def _check(a: Side, b: Side, pairs: Sequence[Pair]) -> None:
 # -- positions -----------------------------------------------------------------------------------------------
 
 
-def positional(a: Side, b: Side) -> dict[str, str]:
+def positional(a: Side, b: Side, apart: Sequence[str] = ()) -> dict[str, str]:
     """Names that are equal on both sides and may still be another layer, each with the reason.
 
     In a numbered container whose length or classes differ, a name is safe only if every best alignment of the two
@@ -281,7 +284,12 @@ def positional(a: Side, b: Side) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     classes = a.module is not None and b.module is not None
-    ours, theirs = _containers(a, classes), _containers(b, classes)
+    alone = {
+        name
+        for name in a.entries.keys() ^ b.entries.keys()
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in apart)
+    }
+    ours, theirs = _containers(a, classes, alone), _containers(b, classes, alone)
     for path in ours.keys() & theirs.keys():
         left, right = ours[path], theirs[path]
         if [(i, kind) for i, kind, _ in left] == [(i, kind) for i, kind, _ in right]:
@@ -304,14 +312,28 @@ def positional(a: Side, b: Side) -> dict[str, str]:
     return found
 
 
+def aligned(a: Side, b: Side) -> dict[str, list[tuple[int, int]]]:
+    """Numbers that moved in a numbered container, where every layer of A has one place in B; by path."""
+    classes = a.module is not None and b.module is not None
+    ours, theirs = _containers(a, classes, set()), _containers(b, classes, set())
+    found = {}
+    for path in ours.keys() & theirs.keys():
+        left, right = ours[path], theirs[path]
+        options = _alignments([(k, s) for _, k, s in left], [(k, s) for _, k, s in right])
+        if all(len(places) == 1 for places in options):
+            pairs = [(left[n][0], right[next(iter(places))][0]) for n, places in enumerate(options)]
+            found[path] = [(i, j) for i, j in pairs if i != j]
+    return found
+
+
 _Child = tuple[int, str, tuple[tuple[str, tuple[int, ...]], ...]]
 
 
-def _containers(side: Side, classes: bool) -> dict[str, list[_Child]]:
+def _containers(side: Side, classes: bool, alone: set[str]) -> dict[str, list[_Child]]:
     """Numbered containers by path (with the last dot): number, class if known, and shapes of each child in order."""
     shapes: dict[str, dict[int, list[tuple[str, tuple[int, ...]]]]] = defaultdict(lambda: defaultdict(list))
     for name, entry in side.entries.items():
-        parts = name.split(".")
+        parts = name.split(".") if name not in alone else []
         for depth, part in enumerate(parts[:-1]):
             if part.isdigit():
                 path = "".join(f"{one}." for one in parts[:depth])

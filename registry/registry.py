@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from registry.config import Config
     from registry.diffing import DiffReport
     from registry.garbage import Collected
+    from registry.plans import TransferPlan
     from registry.rebuilding import Rebuilt
     from registry.retention import Monitor
     from registry.run import Run
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from registry.status import Status
     from registry.store.saving import State
     from registry.store.store import Store
-    from registry.transfer import TransferPlan
     from registry.verification import Verification
 
 FORMAT = 1

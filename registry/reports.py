@@ -13,7 +13,7 @@ from registry.store.text import printable
 
 if TYPE_CHECKING:
     from registry.diffing import DiffReport, Row
-    from registry.transfer import TransferPlan
+    from registry.plans import TransferPlan
 
 _MEANING = {
     Category.MATCH: "same name, shape and dtype",
@@ -112,7 +112,7 @@ def _shapes(row: Row) -> str:
 def _opening(report: DiffReport) -> list[str]:
     lines = [f"{report.headline}: {report.a.label} -> {report.b.label}"]
     if report.target.elements:
-        from registry.transfer import percent
+        from registry.plans import percent
 
         lines.append(
             f"{report.loadable.elements:,} of {report.target.elements:,} parameters "

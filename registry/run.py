@@ -19,6 +19,7 @@ from registry import builders, components, provenance, rng
 from registry.config import Config
 from registry.freezing import frozen_names
 from registry.logs import run_log
+from registry.plans import TransferPlan, plan_document
 from registry.reference import check_name
 from registry.retention import Retention
 from registry.runs import LOG, PROCESS
@@ -27,7 +28,6 @@ from registry.store.durable import host, make_folder, storage_errors, write_file
 from registry.store.errors import Invalid, RegistryError
 from registry.store.staging import Arena
 from registry.store.text import quoted
-from registry.transfer import TransferPlan, plan_document
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

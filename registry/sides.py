@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from registry import components
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 TORCHVISION = "torchvision:"
 _FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".index.json")
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Source = Any
 """A reference, a path to a file, `torchvision:NAME`, a live network, or a pair of a network and a reference."""
@@ -62,6 +65,7 @@ class Side:
         module: the live network, if it is one.
         checkpoint: the version in the registry, if it is one.
         notes: what is worth saying about how it was read.
+        derived: names of a live network that are none of its parameters and buffers, but made by its `state_dict()`.
     """
 
     def __init__(
@@ -75,12 +79,14 @@ class Side:
         digests: Mapping[str, str] | None = None,
         metadata: Any = None,
         notes: Iterable[str] = (),
+        derived: Iterable[str] = (),
     ) -> None:
         self.label = label
         self.entries = {entry.name: entry for entry in entries}
         self.module = module
         self.checkpoint = checkpoint
         self.notes = tuple(notes)
+        self.derived = frozenset(derived)
         self.metadata = metadata
         self._tensor = tensor
         self._digests = dict(digests or {})
@@ -108,6 +114,17 @@ class Side:
             self._digests[name] = tensor_digest(entry.dtype, entry.shape, leaf.buffer())
         return self._digests.get(name)
 
+    def equals(self, name: str, other: Side, its_name: str) -> bool | None:
+        """Whether two names of equal dtype and shape have the same values, bit for bit; None where one has none.
+
+        Digests that are known spare the reading; where neither side has one, the bits are compared.
+        """
+        if not (self.has_values and other.has_values):
+            return None
+        if name in self._digests or its_name in other._digests:
+            return self.digest(name) == other.digest(its_name)
+        return torch.equal(_bits(self.tensor(name)), _bits(other.tensor(its_name)))
+
     @functools.cached_property
     def structure(self) -> str:
         """A digest of names, dtypes and shapes."""
@@ -128,6 +145,13 @@ class Side:
     @property
     def metrics(self) -> Mapping[str, float]:
         return dict(self.checkpoint.metrics) if self.checkpoint else {}
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements of a tensor in a row, as integers."""
+    row = tensor.detach().cpu().resolve_conj().resolve_neg().reshape(-1)
+    row = torch.view_as_real(row).reshape(-1) if row.is_complex() else row
+    return row.view(_INTEGERS[row.dtype.itemsize])
 
 
 def components_config(module: nn.Module | None) -> dict[str, Any] | None:
@@ -262,41 +286,48 @@ def _flat(tree: Any) -> dict[str, torch.Tensor]:
 
 def _live(module: nn.Module) -> Side:
     plain = components.plain_module(module)
-    state = components.capture("model", module)
-    _refuse_unready(plain, state)
-    parameters = dict(plain.named_parameters(remove_duplicate=False))
-    buffers = dict(plain.named_buffers(remove_duplicate=False))
-    entries = []
-    for name, tensor in state.items():
-        if isinstance(tensor, torch.Tensor):
-            kind = "parameter" if name in parameters else "buffer"
-            own = parameters.get(name, buffers.get(name, tensor))
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            entries.append(Entry(name, dtype, tuple(tensor.shape), kind, id(own)))
+    state = components.live_state(module)
+    own = _own_tensors(plain)
+    tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    entries = [_live_entry(name, tensor) for name, tensor in tensors.items()]
     if not entries:
         raise Invalid(f"{type(plain).__qualname__} has no parameters")
-    on_meta = any(t.is_meta for t in state.values() if isinstance(t, torch.Tensor))
+    on_meta = any(tensor.is_meta for tensor in tensors.values())
     return Side(
         type(plain).__qualname__,
         entries,
-        None if on_meta else state.__getitem__,
+        None if on_meta else tensors.__getitem__,
         module=plain,
         metadata=getattr(state, "_metadata", None),
+        derived=[name for name, tensor in tensors.items() if id(tensor) not in own],
     )
 
 
-def _refuse_unready(module: nn.Module, state: Mapping[str, Any]) -> None:
-    from torch.nn.parameter import is_lazy
+def _own_tensors(module: nn.Module) -> set[int]:
+    """Ids of the parameters and buffers of a network.
 
-    for name, tensor in state.items():
-        if is_lazy(tensor):
-            raise Unsupported(f"{name} is not initialised yet; run one batch through the network first")
-        if isinstance(tensor, torch.Tensor) and type(tensor) not in (torch.Tensor, nn.Parameter):
-            raise Unsupported(
-                f"{name} is a {type(tensor).__qualname__}; transfer and freeze before the network is sharded"
-            )
-    if any(type(part).__name__ == "FullyShardedDataParallel" for part in module.modules()):
-        raise Unsupported("the network is sharded by FSDP; transfer and freeze before wrapping it")
+    Raises:
+        Unsupported: if it is sharded by FSDP.
+    """
+    found: set[int] = set()
+    for part in module.modules():
+        if type(part).__name__ == "FullyShardedDataParallel":
+            raise Unsupported("the network is sharded by FSDP; transfer and freeze before wrapping it")
+        found.update(map(id, part._parameters.values()))
+        found.update(map(id, part._buffers.values()))
+    return found
+
+
+def _live_entry(name: str, tensor: torch.Tensor) -> Entry:
+    if is_lazy(tensor):
+        raise Unsupported(f"{name} is not initialised yet; run one batch through the network first")
+    is_parameter = isinstance(tensor, nn.Parameter)
+    if (not is_parameter and type(tensor) is not torch.Tensor) or hasattr(tensor, "device_mesh"):
+        raise Unsupported(
+            f"{name} is a {type(tensor).__qualname__}; transfer and freeze before the network is sharded"
+        )
+    kind = "parameter" if is_parameter else "buffer"
+    return Entry(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), kind, id(tensor))
 
 
 def _entry(name: str, tensor: torch.Tensor) -> Entry:

@@ -1,251 +1,27 @@
-"""Transfer: a diff becomes a plan, data that can be read, edited and replayed, and the plan is applied whole or not at all."""
+"""Transfer: what of a source fits a network, planned from names and shapes alone."""
 
 from __future__ import annotations
 
 import fnmatch
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
-from registry import components, freezing
-from registry.adapters import ADAPTERS, adapt
+from registry.adapters import ADAPTERS, Rows, adapt, check_adapter, needs_source
 from registry.diffing import suggestions
-from registry.freezing import Freeze
+from registry.freezing import Freeze, resolved
 from registry.matching import LOADABLE, Category, Pair, match
+from registry.plans import SCHEMA, Step, TransferPlan, percent
 from registry.sides import Side, Source, side_of
-from registry.store.durable import write_file
-from registry.store.errors import Conflict, Incompatible, Invalid, NotFound
-from registry.store.text import printable, quoted
+from registry.store.errors import Conflict, Incompatible, Invalid
+from registry.store.text import quoted
 
 if TYPE_CHECKING:
     from registry.registry import Registry
 
-SCHEMA = 1
-Action = Literal["copy", "keep", "unused"]
 EXPECTATIONS = ("skip", "new", "unused", "adapt")
-
-
-class Step(BaseModel):
-    """What happens to one name.
-
-    Attributes:
-        action: `copy` from the source, `keep` the target's own value, or leave a name of the source `unused`.
-        why: the category of the diff, or the expectation that covers it.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    action: Action
-    target: str | None = None
-    source: str | None = None
-    why: str = ""
-    adapter: str | None = None
-    cast: bool = False
-    elements: int = 0
-    buffer: bool = False
-
-
-class TransferPlan(BaseModel):
-    """Which tensors of a source go where in a target: made, printed, edited, saved and replayed.
-
-    Attributes:
-        source, target: labels for people.
-        source_digest: of the source's names and values, unless it is a live network; checked when the plan is applied.
-        target_digest: of the target's names, dtypes and shapes; likewise.
-        freeze: patterns of names to freeze after the copy.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    schema_version: int = Field(default=SCHEMA, alias="schema")
-    source: str
-    source_id: str | None = None
-    source_digest: str | None
-    target: str
-    target_digest: str
-    steps: tuple[Step, ...]
-    freeze: tuple[str, ...] = ()
-    bn: Literal["freeze", "update"] = "freeze"
-    min_coverage: float = Field(default=0.0, ge=0, le=1)
-    allow_nan: bool = False
-    notes: tuple[str, ...] = ()
-
-    @property
-    def loaded(self) -> tuple[Step, ...]:
-        """The steps that copy."""
-        return tuple(step for step in self.steps if step.action == "copy")
-
-    @property
-    def parameters(self) -> tuple[int, int]:
-        """Elements of the target's parameters that are loaded, and all of them."""
-        own = [step for step in self.steps if step.target and not step.buffer]
-        return sum(s.elements for s in own if s.action == "copy"), sum(s.elements for s in own)
-
-    @property
-    def coverage(self) -> float:
-        """Share of the elements of the target's parameters that are loaded."""
-        loaded, all_of_them = self.parameters
-        return loaded / all_of_them if all_of_them else 0.0
-
-    @property
-    def summary(self) -> str:
-        """What is loaded, in one line."""
-        targets = sum(step.target is not None for step in self.steps)
-        return f"loaded {len(self.loaded)} of {targets} tensors, {percent(self.coverage)} of parameters"
-
-    def __str__(self) -> str:
-        from registry.reports import plan_text
-
-        return plan_text(self)
-
-    def to_json(self) -> str:
-        return self.model_dump_json(by_alias=True, indent=2, exclude_defaults=False) + "\n"
-
-    def save(self, path: Path | str) -> None:
-        """Write the plan as JSON, whole or not at all.
-
-        Raises:
-            StorageError: if the system refuses.
-        """
-        write_file(Path(path), self.to_json().encode())
-
-    @classmethod
-    def load(cls, path: Path | str) -> TransferPlan:
-        """Read a plan that was saved, and perhaps edited.
-
-        Raises:
-            NotFound: if there is no such file.
-            Invalid: naming what is wrong with it.
-        """
-        path = Path(path)
-        try:
-            text = path.read_text("utf-8")
-        except FileNotFoundError:
-            raise NotFound(f"{path}: there is no such file") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise Invalid(f"{path}: cannot be read ({printable(str(error))})") from None
-        return cls.from_json(text, source=printable(str(path)))
-
-    @classmethod
-    def from_json(cls, text: str, *, source: str = "the plan") -> TransferPlan:
-        """Check a plan that is written as JSON."""
-        try:
-            plan = cls.model_validate_json(text)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"]))
-            raise Invalid(f"{source}: {quoted(where)}: {printable(first['msg'])}") from None
-        if plan.schema_version != SCHEMA:
-            raise Invalid(f"{source}: has schema {plan.schema_version}, this version knows {SCHEMA}")
-        seen: dict[str, str | None] = {}
-        for step in plan.steps:
-            if step.action == "copy" and (step.target is None or step.source is None):
-                raise Invalid(f"{source}: a step that copies needs a source and a target")
-            if step.target is not None:
-                if step.target in seen:
-                    raise Conflict(
-                        f"{source}: {seen[step.target]} and {step.source} both go to {step.target}; keep one"
-                    )
-                seen[step.target] = step.source
-        return plan
-
-    def apply(
-        self, model: nn.Module, source: Source | None = None, *, registry: Registry | None = None
-    ) -> nn.Module:
-        """Copy what the plan says into a live network and freeze what it says: all of it, or nothing.
-
-        Args:
-            source: where the values come from; by default the reference, file or name that the plan was made from.
-            registry: where references are looked up.
-
-        Returns:
-            The network.
-
-        Raises:
-            Incompatible: if the source or the network is another than the plan was made for, or a step does not fit.
-            Invalid: if values are NaN or infinite and the plan does not allow it.
-            Corrupt: if a stored byte is not what was saved.
-        """
-        left = side_of(source if source is not None else self.source, registry)
-        right = side_of(model)
-        self._check(left, right)
-        live = components.capture("model", model)
-        copies: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for step in self.loaded:
-            assert step.target is not None
-            assert step.source is not None
-            value = left.tensor(step.source)
-            if step.adapter:
-                value = adapt(step.adapter, value, tuple(live[step.target].shape))
-            if not self.allow_nan and not _is_finite(value):
-                raise Invalid(
-                    f"{step.source} of {left.label} holds NaN or infinity; load it only with allow_nan=True"
-                )
-            copies.append((live[step.target].detach(), value))
-        with torch.no_grad():
-            for target, value in copies:
-                target.copy_(value)
-        if self.freeze:
-            freezing.freeze(model, self.freeze, bn=self.bn)
-        return model
-
-    def _check(self, left: Side, right: Side) -> None:
-        if right.structure != self.target_digest:
-            raise Incompatible(
-                f"the plan was made for another {self.target}: names, shapes or dtypes of this network differ; "
-                "make a new plan"
-            )
-        if self.source_digest is not None and left.content != self.source_digest:
-            raise Incompatible(
-                f"the plan was made from {self.source} with other values or names; make a new plan"
-            )
-        named = {step.target for step in self.steps if step.target}
-        for name in right.entries:
-            if name not in named:
-                raise Incompatible(f"the plan says nothing of {name}; let it be copied, or kept")
-        for step in self.steps:
-            if step.target is not None and step.target not in right.entries:
-                raise Incompatible(f"the network has no {step.target}, which the plan names")
-            if step.source is not None and step.source not in left.entries:
-                raise Incompatible(f"{left.label} has no {step.source}, which the plan names")
-            if step.action == "copy" and step.target and step.source:
-                _check_copy(step, left, right)
-
-
-def _is_finite(value: torch.Tensor) -> bool:
-    if not value.is_floating_point() or value.dtype.itemsize == 1:
-        return True
-    total = value.detach().sum(dtype=torch.float64 if value.dtype is torch.float64 else torch.float32)
-    return bool(total.isfinite()) or bool(value.isfinite().all())
-
-
-def percent(share: float) -> str:
-    """A share that never rounds up to all.
-
-    >>> percent(0.99954), percent(1.0), percent(0.999999)
-    ('99.95 %', '100 %', '99.99 %')
-    """
-    if share == 1:
-        return "100 %"
-    return f"{math.floor(share * 10_000) / 100:.2f} %"
-
-
-def _check_copy(step: Step, left: Side, right: Side) -> None:
-    assert step.target is not None
-    assert step.source is not None
-    a, b = left.entries[step.source], right.entries[step.target]
-    if step.adapter:
-        if step.adapter not in ADAPTERS:
-            raise Invalid(f"there is no adapter {quoted(step.adapter)}; there are {', '.join(ADAPTERS)}")
-    elif a.shape != b.shape:
-        raise Incompatible(f"{step.source} has shape {list(a.shape)}, {step.target} has {list(b.shape)}")
-    if a.dtype != b.dtype and not step.cast:
-        raise Incompatible(f"{step.source} is {a.dtype}, {step.target} is {b.dtype}; allow the cast")
 
 
 def plan_transfer(
@@ -261,6 +37,7 @@ def plan_transfer(
     allow_positional: bool = False,
     allow_nan: bool = False,
     adapters: Mapping[str, str] | None = None,
+    classes: tuple[Sequence[str], Sequence[str]] | None = None,
     everything: bool = False,
     registry: Registry | None = None,
 ) -> TransferPlan:
@@ -270,15 +47,19 @@ def plan_transfer(
         source: a reference, a file, `torchvision:NAME`, a live network, or a pair of a network and a reference.
         target: a live network, or anything else whose structure is the target's.
         expect: what may differ, by glob pattern of names: `skip` (on both sides and not copied), `new` (in the target
-            only), `unused` (in the source only), `adapt` (by an adapter). Any other difference is an error.
+            only), `unused` (in the source only), `adapt` (by an adapter, which `adapters` also says). Any other
+            difference is an error.
         rename: rules for the source's names, such as `backbone.*=*`.
-        freeze: `loaded`, or glob patterns of names to freeze after the copy.
+        freeze: what to freeze after the copy: `loaded`, glob patterns of names, or `first:N` for the first N layers
+            (`first:-1` for all but the last).
         bn: `freeze` keeps BatchNorm's statistics inside the frozen part as they are, `update` lets them go on.
         min_coverage: share of the target's parameters that must be loaded.
         allow_cast: copy between dtypes that lose something.
         allow_positional: copy names whose numbers may have shifted.
         allow_nan: copy values that are NaN or infinite.
-        adapters: by pattern of the target's names; see `registry.adapters`.
+        adapters: what makes tensors fit, by glob pattern of the target's names: `channels-sum`, `channels-repeat`,
+            `positions`, `class-rows` (with `classes`), `identity` (for a new square layer after a ReLU).
+        classes: names of the classes of the source and of the target, by which the rows of a classifier are copied.
         everything: every difference is expected; what fits is loaded.
         registry: where references are looked up.
 
@@ -289,7 +70,9 @@ def plan_transfer(
         Conflict: if two names of the source go to one of the target.
     """
     rules = list(rename)
-    wanted = dict(expect or {})
+    wanted = {**dict.fromkeys(adapters or {}, "adapt"), **(expect or {})}
+    for name in (adapters or {}).values():
+        check_adapter(name)
     for pattern, meaning in wanted.items():
         if meaning not in EXPECTATIONS:
             raise Invalid(
@@ -298,9 +81,19 @@ def plan_transfer(
     left, right = side_of(source, registry), side_of(target, registry)
     if left.module is not None and left.module is right.module and left.checkpoint is None:
         raise Invalid("source and target are the same network")
-    pairs = match(left, right, rename=rules)
+    apart = [pattern for pattern, meaning in wanted.items() if meaning in ("new", "unused")]
+    apart += [pattern for pattern, name in (adapters or {}).items() if not needs_source(name)]
+    pairs = match(left, right, rename=rules, apart=apart)
     used: set[str] = set()
-    steps = [_step(pair, wanted, used, adapters or {}, allow_cast, allow_positional) for pair in pairs]
+    consents = _Rules(
+        wanted,
+        adapters or {},
+        Rows.by_class(*classes) if classes else None,
+        allow_cast=allow_cast,
+        allow_positional=allow_positional,
+        used=used,
+    )
+    steps = [_step(pair, consents) for pair in pairs]
     unexpected = [(s, p) for s, p in zip(steps, pairs, strict=True) if s.why.startswith("!")]
     copied = [step for step in steps if step.action == "copy"]
     if not any(not step.buffer for step in copied):
@@ -315,6 +108,7 @@ def plan_transfer(
         for step in steps
     ]
     _check_ties(left, right, steps)
+    notes = [*left.notes, *_identities(steps, right)]
     plan = TransferPlan(
         schema=SCHEMA,
         source=left.label,
@@ -327,7 +121,7 @@ def plan_transfer(
         bn=bn,
         min_coverage=min_coverage,
         allow_nan=allow_nan,
-        notes=left.notes,
+        notes=tuple(notes),
     )
     if plan.coverage < min_coverage:
         raise Incompatible(
@@ -358,44 +152,64 @@ def from_pretrained(
 # -- making a plan -------------------------------------------------------------------------------------------
 
 
-def _step(
-    pair: Pair,
-    expect: Mapping[str, str],
-    used: set[str],
-    adapters: Mapping[str, str],
-    allow_cast: bool,
-    allow_positional: bool,
-) -> Step:
+class _Rules(NamedTuple):
+    """What the caller allows; `used` collects the patterns that were of use."""
+
+    expect: Mapping[str, str]
+    adapters: Mapping[str, str]
+    rows: Rows | None
+    allow_cast: bool
+    allow_positional: bool
+    used: set[str]
+
+
+def _step(pair: Pair, rules: _Rules) -> Step:
     a, b = pair.a, pair.b
-    buffer = pair.b is not None and pair.kind == "buffer"
     fields: dict[str, Any] = {
         "target": b.name if b else None,
         "source": a.name if a else None,
         "elements": (b or a).elements,  # type: ignore[union-attr]
-        "buffer": buffer,
+        "buffer": b is not None and pair.kind == "buffer",
     }
     category = pair.category
-    meaning, pattern = _expected(pair, expect)
-    if pattern and _fits(meaning, pair):
-        used.add(pattern)
+    meaning, pattern = _expected(pair, rules.expect)
+    adapter = _adapter(pair, rules.adapters) if meaning == "adapt" else ""
+    if pattern and _fits(meaning, pair, adapter):
+        rules.used.add(pattern)
         if meaning == "adapt":
-            name = _adapter(pair, adapters)
-            return Step(action="copy", why=Category.ADAPTED, adapter=name, **fields)
+            return _adapted(pair, adapter, rules, fields)
         return Step(action="unused" if b is None else "keep", why=meaning, **fields)
+    lossless = bool(a and b and a.dtype != b.dtype and is_lossless(a.dtype, b.dtype))
     if a and b and category in LOADABLE:
         return Step(action="copy", why=category, **fields)
     if category == Category.TIED:
         return Step(action="keep" if b else "unused", why=f"{category}: {pair.note}", **fields)
-    if a and b and category == Category.CAST and (allow_cast or _is_lossless(a.dtype, b.dtype)):
+    if a and b and category == Category.CAST and (rules.allow_cast or lossless):
         return Step(action="copy", why=category, cast=True, **fields)
-    if a and b and category == Category.POSITIONAL and allow_positional:
-        return Step(action="copy", why=category, **fields)
-    if buffer_is_benign(pair):
+    if a and b and category == Category.POSITIONAL and rules.allow_positional:
+        return Step(action="copy", why=category, cast=a.dtype != b.dtype, **fields)
+    if is_benign(pair):
         return Step(action="keep" if b else "unused", why="harmless: old files lack it", **fields)
     return Step(action="keep" if b else "unused", why=f"!{category}", **fields)
 
 
-def buffer_is_benign(pair: Pair) -> bool:
+def _adapted(pair: Pair, adapter: str, rules: _Rules, fields: dict[str, Any]) -> Step:
+    """The step that adapts a tensor; the adapter is tried on the shapes."""
+    a, b = pair.a, pair.b
+    assert b is not None
+    rows = rules.rows if adapter == "class-rows" else None
+    like = torch.empty(b.shape, dtype=getattr(torch, b.dtype), device="meta")
+    value = torch.empty(a.shape, dtype=getattr(torch, a.dtype), device="meta") if a else None
+    adapt(adapter, value, like, rows)
+    if a is None:
+        return Step(action="make", why=Category.ADAPTED, adapter=adapter, **fields)
+    cast = a.dtype != b.dtype
+    if cast and not (rules.allow_cast or is_lossless(a.dtype, b.dtype)):
+        raise Incompatible(f"{b.name} is {b.dtype}, the source {a.dtype} (allow_cast)")
+    return Step(action="copy", why=Category.ADAPTED, adapter=adapter, rows=rows, cast=cast, **fields)
+
+
+def is_benign(pair: Pair) -> bool:
     """Whether a difference means nothing: counters of batches that files from before torch 0.4.1 do not have."""
     return pair.name.endswith("num_batches_tracked") and not (pair.a and pair.b)
 
@@ -408,7 +222,7 @@ def _expected(pair: Pair, expect: Mapping[str, str]) -> tuple[str, str]:
     return "", ""
 
 
-def _fits(meaning: str, pair: Pair) -> bool:
+def _fits(meaning: str, pair: Pair, adapter: str) -> bool:
     match meaning:
         case "skip":
             return pair.a is not None and pair.b is not None
@@ -417,14 +231,12 @@ def _fits(meaning: str, pair: Pair) -> bool:
         case "unused":
             return pair.b is None
         case _:
-            return pair.category == Category.SHAPE
+            return pair.b is not None and (pair.a is not None) == needs_source(adapter)
 
 
 def _adapter(pair: Pair, adapters: Mapping[str, str]) -> str:
     for pattern, name in adapters.items():
         if fnmatch.fnmatchcase(pair.name, pattern):
-            if name not in ADAPTERS:
-                raise Invalid(f"there is no adapter {quoted(name)}; there are {', '.join(ADAPTERS)}")
             return name
     raise Invalid(
         f"{pair.name} is to be adapted, and no adapter is named for it: adapters={{{pair.name!r}: ...}} with one of "
@@ -432,7 +244,7 @@ def _adapter(pair: Pair, adapters: Mapping[str, str]) -> str:
     )
 
 
-def _is_lossless(a: str, b: str) -> bool:
+def is_lossless(a: str, b: str) -> bool:
     """Whether every value of one dtype is a value of the other."""
     one, other = getattr(torch, a), getattr(torch, b)
     same_kind: bool = one.is_floating_point == other.is_floating_point
@@ -500,6 +312,38 @@ def _why_nothing(left: Side, right: Side, pairs: Sequence[Pair]) -> str:
     return f"no name fits, the source begins with {mine}, the target with {theirs}; another architecture"
 
 
+def _identities(steps: Sequence[Step], right: Side) -> list[str]:
+    """Notes on new layers that begin as the identity, which only a ReLU before them makes exact.
+
+    Raises:
+        Incompatible: if another activation stands before one.
+    """
+    notes = []
+    for layer in dict.fromkeys((s.target or "").rpartition(".")[0] for s in steps if s.adapter == "identity"):
+        before = _before(right.module, layer)
+        if before is None:
+            notes.append(
+                f"{layer} begins as the identity, which is exact after a ReLU only; none is known before it"
+            )
+        elif not isinstance(before, nn.ReLU):
+            raise Incompatible(
+                f"{layer} cannot begin as the identity: before it stands {type(before).__name__}, and only after a "
+                "ReLU nothing changes"
+            )
+    return notes
+
+
+def _before(module: nn.Module | None, layer: str) -> nn.Module | None:
+    """The module before a layer of a `Sequential` that does more than to drop out or to reshape."""
+    path, _, leaf = layer.rpartition(".")
+    if module is None or not isinstance(module.get_submodule(path), nn.Sequential):
+        return None
+    children = list(module.get_submodule(path).named_children())
+    earlier = children[: [name for name, _ in children].index(leaf)]
+    passing = (nn.Dropout, nn.Identity, nn.Flatten)
+    return next((part for _, part in reversed(earlier) if not isinstance(part, passing)), None)
+
+
 def _check_ties(left: Side, right: Side, steps: Sequence[Step]) -> None:
     """Names of the target that share memory must get one value."""
     first: dict[object, Step] = {}
@@ -521,24 +365,14 @@ def _check_ties(left: Side, right: Side, steps: Sequence[Step]) -> None:
 def _frozen(freeze: str | Sequence[str] | None, steps: Sequence[Step], right: Side) -> tuple[str, ...]:
     if freeze is None:
         return ()
-    patterns = [freeze] if isinstance(freeze, str) else list(freeze)
     names: list[str] = []
-    for pattern in patterns:
+    parameters = [step.target for step in steps if step.target and not step.buffer]
+    for pattern in [freeze] if isinstance(freeze, str) else freeze:
         if pattern == "loaded":
             names += [step.target for step in steps if step.action == "copy" and step.target]
-            continue
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in right.entries):
-            raise Invalid(f"freeze: the pattern {quoted(pattern)} matches nothing; it is a typo")
-        names.append(pattern)
+        else:
+            names += resolved([pattern], parameters, right.entries)
     found = Freeze(tuple(dict.fromkeys(names)))
-    trainable = [
-        step.target for step in steps if step.target and not step.buffer and not found.covers(step.target)
-    ]
-    if not trainable:
+    if all(map(found.covers, parameters)):
         raise Invalid("freezing that leaves no parameter to train; leave the head out")
     return found.patterns
-
-
-def plan_document(plan: TransferPlan) -> dict[str, Any]:
-    """The plan as plain values, as it is recorded with the checkpoint that came of it."""
-    return plan.model_dump(mode="json", by_alias=True)

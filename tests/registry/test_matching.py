@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from registry import Registry, diff
+from registry.diffing import LayerDifference
 from registry.matching import Category, Pair, match, without_wrappers
 from registry.models import LeNet5, LeNet6
 from registry.reports import grouped
@@ -222,6 +223,90 @@ def test_blocks_of_a_deeper_resnet_are_flagged() -> None:
     assert found["conv1.weight"] == "MATCH"
     assert found["layer1.1.conv1.weight"] == "POSITIONAL"
     assert found["layer2.0.conv1.weight"] == "MATCH"  # the only one with a stride
+
+
+def test_an_alignment_is_offered_where_only_one_fits() -> None:
+    a, b = layers((4, 5), (5, 6)), layers((3, 4), (4, 5), (5, 6))
+    report = diff(a, b)
+    assert {str(row.category) for row in report.rows if row.name.startswith("0.")} == {"SHAPE"}
+    mixed = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 5))
+    deeper = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 5))
+    assert {p.category for p in matched(mixed, deeper) if p.name == "1.bias"} == {"SHAPE"}
+    a, b = nn.Sequential(nn.Linear(3, 3)), nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3))
+    a.append(nn.BatchNorm1d(3))
+    b.append(nn.BatchNorm1d(3))
+    found = diff(a, b)
+    assert {str(row.category) for row in found.rows if row.name == "1.bias"} == {"POSITIONAL"}
+    rules = "--rename '0.*=1.*' --rename '1.*=2.*'  (the only order in which the layers fit)"
+    assert rules in found.suggestions
+    moved = categories(a, b, rename=["0.*=1.*", "1.*=2.*"])
+    assert {moved[name] for name in ("1.weight", "2.weight", "2.running_mean")} == {"RENAMED"}
+
+
+# -- suggestions ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "told"),
+    [
+        (
+            state(backbone__a__w=(2,), backbone__b__w=(3,)),
+            state(a__w=(2,), b__w=(3,)),
+            ["--rename 'backbone.*=*'  (2 of 2 names fit without the prefix)"],
+        ),
+        (
+            state(a__w=(2,), b__w=(3,)),
+            state(net__a__w=(2,), net__b__w=(3,)),
+            ["--rename '**=net.**'  (2 of 2 names fit with the prefix)"],
+        ),
+        (
+            state(c1__weight=(2, 2), c1__bias=(2,), c2__weight=(2, 2), c2__bias=(2,)),
+            state(d1__weight=(2, 2), d1__bias=(2,), d2__weight=(2, 2), d2__bias=(2,)),
+            ["--rename 'c1.*=d1.*' --rename 'c2.*=d2.*'  (the same 2 shapes in the same order)"],
+        ),
+        (
+            state(x__one=(7,), same=(1,)),
+            state(y__two=(7,), same=(1,)),
+            ["--rename 'x.one=y.two'  (the only ones of shape [7])"],
+        ),
+        (
+            state(x__gamma=(4,), x__beta=(4,), z=(9, 9)),
+            state(y__beta=(4,), y__alpha=(4,)),
+            ["--rename 'x.beta=y.beta'  (the only beta of shape [4])"],
+        ),
+        (
+            state(x__gamma=(4,), y__gamma=(4,), q=(1, 1)),
+            state(x__weight=(4,), z__scale=(4,)),
+            ["--rename 'x.gamma=x.weight'  (the only ones of shape [4] in x)"],
+        ),
+        (state(a=(4,), b=(4,)), state(c=(4,), d=(4,), e=(4,)), []),  # ambiguous: nothing is chosen
+    ],
+    ids=["prefix", "added", "order", "shape", "leaf", "parent", "ambiguous"],
+)
+def test_renames_are_suggested_with_their_evidence(a: Any, b: Any, told: list[str]) -> None:
+    report = diff(a, b)
+    assert list(report.suggestions) == told
+    assert not {"RENAMED"} & {str(row.category) for row in report.rows}  # and never applied
+    for line in told:
+        rules = line.partition("  (")[0].removeprefix("--rename ").split(" --rename ")
+        assert "RENAMED" in categories(a, b, rename=[rule.strip("'") for rule in rules]).values()
+
+
+# -- architecture --------------------------------------------------------------------------------------------
+
+
+def test_layers_without_parameters_are_compared_too() -> None:
+    def net(stride: int, p: float, eps: float, act: nn.Module) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(1, 2, 3, stride), nn.BatchNorm2d(2, eps), act, nn.Dropout(p))
+
+    report = diff(net(1, 0.5, 1e-5, nn.ReLU()), net(2, 0.1, 1e-3, nn.Tanh()))
+    found = {layer.path: (layer.a, layer.b) for layer in report.architecture}
+    assert found["2"] == ("ReLU()", "Tanh()")
+    assert found["3"] == ("Dropout(p=0.5, inplace=False)", "Dropout(p=0.1, inplace=False)")
+    assert ["eps=1e-05" in text for text in found["1"]] == [True, False]  # type: ignore[operator,union-attr]
+    assert "stride=(2, 2)" in str(found["0"][1])
+    assert diff(LeNet5(), LeNet6()).architecture[0] == LayerDifference(path="", a="LeNet5", b="LeNet6")
+    assert not diff(LeNet5(), LeNet5()).architecture
 
 
 # -- sides and reports ---------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ import torchvision
 from torch import nn
 
 from registry import Registry, TransferPlan, plan_transfer
+from registry.matching import match
 from registry.models import LeNet5, LeNet6
-from registry.sides import on_meta
+from registry.sides import on_meta, side_of
 from registry.store.errors import Conflict, Incompatible, Invalid, NotFound
 
 MEANT = {"fc.5.*": "skip", "fc.7.*": "new"}
@@ -123,6 +124,13 @@ def test_only_expected_differences_pass(expect: dict[str, str], told: str) -> No
         plan_transfer(LeNet5(), LeNet6(), expect=expect)
 
 
+def test_unused_is_for_the_source_only() -> None:
+    plan = plan_transfer(LeNet6(), LeNet5(), expect={"fc.5.*": "skip", "fc.7.*": "unused"})
+    assert {step.source for step in plan.steps if step.action == "unused"} == {"fc.7.weight", "fc.7.bias"}
+    with pytest.raises(Incompatible, match=r"fc\.7\.weight is in the source only"):
+        plan_transfer(LeNet6(), LeNet5(), expect={"fc.5.*": "skip"})
+
+
 def test_skip_keeps_a_head_of_the_same_shape() -> None:
     source, net = LeNet5(), LeNet5()
     before = values(net)
@@ -227,6 +235,18 @@ def test_shifted_numbers_are_not_copied_without_consent() -> None:
     assert len(plan_transfer(a, b, everything=True, allow_positional=True).loaded) > 2
 
 
+def test_a_layer_that_is_said_to_be_new_shifts_nothing() -> None:
+    a = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    c = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2), nn.Linear(4, 2))
+    assert {p.category for p in match(side_of(a), side_of(c)) if p.name.startswith("2.")} == {"POSITIONAL"}
+    plan = plan_transfer(a, c, expect={"3.*": "new"})
+    assert len(plan.loaded) == 4
+    with pytest.raises(
+        Invalid, match=r"expect\['2\.\*'\] matches nothing"
+    ):  # it is on both sides, whatever was said of it
+        plan_transfer(a, c, expect={"2.*": "new", "3.*": "new"})
+
+
 # -- 10: adapters --------------------------------------------------------------------------------------------
 
 
@@ -236,6 +256,8 @@ def test_adapters_are_named_and_keep_what_they_promise() -> None:
         nn.Sequential(nn.Conv2d(1, 4, 3), nn.Linear(2, 2)),
     )
     expect = {"0.weight": "adapt"}
+    with pytest.raises(Incompatible, match=r"0.weight has shape \[4, 1, 3, 3\]"):
+        plan_transfer(colour, grey)
     with pytest.raises(Invalid, match="no adapter is named for it"):
         plan_transfer(colour, grey, expect=expect)
     with pytest.raises(Invalid, match="there is no adapter 'sum'; there are channels-sum"):
@@ -259,12 +281,84 @@ def test_adapters_are_named_and_keep_what_they_promise() -> None:
     assert torch.allclose(back[0](image.expand(2, 3, 8, 8)), grey[0](image), atol=1e-5)
 
 
-def test_rows_by_class_name() -> None:
-    from registry.adapters import class_rows
+def test_rows_of_a_classifier_go_by_class_name() -> None:
+    source, target = nn.ModuleDict({"fc": nn.Linear(4, 3)}), nn.ModuleDict({"fc": nn.Linear(4, 4)})
+    own = values(target)
+    classes = (["cat", "dog", "cow"], ["cow", "fox", "cat", "elk"])
+    plan = plan_transfer(source, target, adapters={"fc.*": "class-rows"}, classes=classes)
+    assert plan.summary == "loaded 2 of 2 tensors, 50.00 % of parameters"
+    TransferPlan.from_json(plan.to_json()).apply(target, source)
+    old, new = source.state_dict(), target.state_dict()
+    for leaf in ("fc.weight", "fc.bias"):
+        assert torch.equal(new[leaf][[0, 2]], old[leaf][[2, 0]])
+        assert torch.equal(new[leaf][[1, 3]], own[leaf][[1, 3]])
+    reordered = nn.ModuleDict({"fc": nn.Linear(4, 3)})
+    same = plan_transfer(
+        source, reordered, adapters={"fc.*": "class-rows"}, classes=(classes[0], classes[0][::-1])
+    )
+    same.apply(reordered, source)
+    assert torch.equal(reordered.state_dict()["fc.bias"], old["fc.bias"].flip(0))
+    for wrong, told in (
+        ((["a", "b", "c"], ["x", "y", "z", "w"]), "no class of the target is one of the source's"),
+        ((["a", "a", "c"], ["a", "y", "z", "w"]), "the class 'a' is named twice"),
+        ((["a", "b", "c"], ["a", "b"]), "was given 2 classes of the target"),
+    ):
+        with pytest.raises((Invalid, Incompatible), match=told):
+            plan_transfer(source, target, adapters={"fc.*": "class-rows"}, classes=wrong)
+    with pytest.raises(Incompatible, match="needs the classes of both sides"):
+        plan_transfer(source, target, adapters={"fc.*": "class-rows"})
 
-    old, fresh = torch.arange(6.0).reshape(3, 2), torch.full((3, 2), -1.0)
-    found = class_rows(old, ["cat", "dog", "cow"], ["cow", "fox", "cat"], fresh)
-    assert found.tolist() == [[4, 5], [-1, -1], [0, 1]]
+
+@pytest.mark.parametrize(
+    ("layer", "image"),
+    [(nn.Linear(6, 6), (5, 6)), (nn.Conv2d(6, 6, 3, padding=1), (2, 6, 8, 8))],
+    ids=["linear", "conv"],
+)
+def test_a_new_square_layer_after_a_relu_can_begin_as_the_identity(
+    layer: nn.Module, image: tuple[int, ...]
+) -> None:
+    import copy
+
+    first = nn.Linear(6, 6) if len(image) == 2 else nn.Conv2d(6, 6, 1)
+    source = nn.ModuleDict({"body": nn.Sequential(first, nn.ReLU())})
+    deeper = nn.ModuleDict(
+        {"body": nn.Sequential(copy.deepcopy(first), nn.ReLU(), nn.Dropout(0.0), layer, nn.ReLU())}
+    )
+    plan = plan_transfer(source, deeper, adapters={"body.3.*": "identity"})
+    assert {step.target: step.action for step in plan.steps if step.adapter} == {
+        "body.3.weight": "make",
+        "body.3.bias": "make",
+    }
+    assert len(plan.loaded) == 2
+    assert not plan.notes
+    TransferPlan.from_json(plan.to_json()).apply(deeper, source)
+    x = torch.randn(image)
+    assert torch.equal(deeper["body"](x), source["body"](x))
+    deeper["body"][1] = nn.Sigmoid()
+    with pytest.raises(Incompatible, match="cannot begin as the identity: before it stands Sigmoid"):
+        plan_transfer(source, deeper, adapters={"body.3.*": "identity"})
+
+
+def test_an_identity_needs_a_square_and_says_when_the_relu_is_not_known() -> None:
+    source = nn.ModuleDict({"a": nn.Linear(2, 2)})
+    wide = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 3)})
+    with pytest.raises(Incompatible, match=r"the adapter identity makes square weights .* not \[3, 2\]"):
+        plan_transfer(source, wide, adapters={"b.*": "identity"})
+    square = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    plan = plan_transfer(source, square, adapters={"b.*": "identity"})
+    assert "exact after a ReLU only; none is known before it" in str(plan)
+
+
+def test_position_embeddings_fit_another_grid() -> None:
+    source, target = {"p": torch.randn(1, 1 + 16, 8)}, nn.Module()
+    target.register_parameter("p", nn.Parameter(torch.zeros(1, 1 + 64, 8)))
+    plan_transfer(source, target, adapters={"p": "positions"}).apply(target, source)
+    assert torch.equal(target.p[:, 0], source["p"][:, 0])
+    assert 0.5 < float(target.p.detach()[:, 1:].std() / source["p"][:, 1:].std()) < 1.2
+    odd = nn.Module()
+    odd.register_parameter("p", nn.Parameter(torch.zeros(1, 1 + 60, 8)))
+    with pytest.raises(Incompatible, match="one class token and a square grid, not"):
+        plan_transfer(source, odd, adapters={"p": "positions"})
 
 
 # -- 11, 12: ties and buffers --------------------------------------------------------------------------------
@@ -306,6 +400,41 @@ def test_counters_that_old_files_lack_are_harmless() -> None:
     assert plan.coverage == 1.0
 
 
+# -- 13: what is not loaded -------------------------------------------------------------------------------------
+
+
+def test_what_is_not_loaded_keeps_its_own_values_which_must_be_some() -> None:
+    source, target = LeNet5(), LeNet6()
+    plan = plan_transfer(source, target, expect=MEANT, freeze="loaded")
+    listed = {step.target for step in plan.steps if step.action == "keep"}
+    assert listed == {"fc.5.weight", "fc.5.bias", "fc.7.weight", "fc.7.bias"}
+    lines = {tuple(line.split()[:2]) for line in str(plan).splitlines()}
+    assert {("keep", name) for name in listed} <= lines
+    with torch.no_grad():
+        target.fc[7].bias[0] = float("nan")
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    with pytest.raises(Invalid, match=r"fc\.7\.bias is not loaded, and holds NaN .* initialise it first"):
+        plan.apply(target, source)
+    assert all(torch.equal(before[n], t) for n, t in target.state_dict().items() if n != "fc.7.bias")
+    with pytest.raises(Invalid, match="on the meta device; give it memory"):
+        plan.apply(on_meta(LeNet6), source)
+
+
+# -- 7: the versions of layers ---------------------------------------------------------------------------------
+
+
+def test_metadata_follows_renamed_keys() -> None:
+    source = nn.ModuleDict({"old": nn.BatchNorm1d(3), "fc": nn.Linear(3, 3)})
+    target = nn.ModuleDict({"new": nn.BatchNorm1d(3), "fc": nn.Linear(3, 3)})
+    plan = plan_transfer(source, target, rename=["old.*=new.*"])
+    state = plan.state_dict(target, source)
+    assert list(state) == [step.target for step in plan.loaded]
+    assert state._metadata["new"] == source.state_dict()._metadata["old"] == {"version": 2}
+    assert "old" not in state._metadata
+    target.load_state_dict(state)
+    assert torch.equal(target["fc"].weight, source["fc"].weight)
+
+
 # -- 14: a plan is data --------------------------------------------------------------------------------------
 
 
@@ -337,6 +466,10 @@ def test_a_plan_is_saved_edited_and_replayed(registry: Registry, tmp_path: Path)
         (lambda d: d["steps"][0].update(typo=1), Invalid, "typo"),
         (lambda d: d.update(schema=9), Invalid, "has schema 9, this version knows 1"),
         (lambda d: d["steps"][0].pop("source"), Invalid, "needs a source and a target"),
+        (lambda d: d["steps"][0].update(action="make"), Invalid, "needs a target and the adapter identity"),
+        (lambda d: d.update(freeze=["cnv.*"]), Invalid, "'cnv.*' matches nothing; it is a typo"),
+        (lambda d: d.update(freeze=["*"]), Invalid, "leaves no parameter to train"),
+        (lambda d: d.update(min_coverage=0.99), Incompatible, "less than the 99.00 % of min_coverage"),
     ],
 )
 def test_a_plan_that_was_edited_wrongly_changes_nothing(
