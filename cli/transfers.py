@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,6 +39,7 @@ def _registry(root: str | None) -> Registry | None:
     "--rename", "rules", multiple=True, metavar="OLD=NEW", help="Rename names of A: 'backbone.*=*'."
 )
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave names out.")
+@click.option("--plan", "file", type=click.Path(), metavar="FILE", help="Show a plan from A to B too.")
 @click.option(
     "--format",
     "form",
@@ -53,6 +55,7 @@ def diff(
     values: bool,
     rules: tuple[str, ...],
     exclude: tuple[str, ...],
+    file: str | None,
     form: Literal["text", "json", "md", "html"],
     output: str | None,
     root: str | None,
@@ -63,10 +66,16 @@ def diff(
     A and B are each a reference, a file, torchvision:NAME, or the name of a network. The exit status is 0 if they are identical, 1 if they differ, 2 if one cannot be read.
     """
     from registry.diffing import diff as compare
+    from registry.plans import TransferPlan
     from registry.store.errors import RegistryError
 
     try:
-        report = compare(a, b, registry=_registry(root), values=values, rename=rules, exclude=exclude)
+        plan = TransferPlan.load(file) if file else None
+        report = compare(
+            a, b, registry=_registry(root), values=values, rename=rules, exclude=exclude, plan=plan
+        )
+        if file:
+            report = report.model_copy(update={"command": f"{report.command} {shlex.join(['--plan', file])}"})
         text = _rendered(report, "json" if as_json else form)
         _write(text, output)
     except RegistryError as error:
@@ -84,7 +93,11 @@ def _rendered(report: DiffReport, form: str) -> str:
         return report.model_dump_json(by_alias=True, indent=2) + "\n"
     if form == "md":
         return reports.as_markdown(report)
-    return reports.as_html(report) if form == "html" else reports.as_text(report) + "\n"
+    if form == "html":
+        from registry import pages
+
+        return pages.as_html(report)
+    return reports.as_text(report) + "\n"
 
 
 def _write(text: str, output: str | None) -> None:
@@ -100,7 +113,8 @@ def _write(text: str, output: str | None) -> None:
 @command(
     "plan",
     "registry plan lenet5@best lenet6 --everything --freeze loaded -o plan.json\n"
-    "registry plan resnet.pth resnet18 --expect 'fc.*=skip' --freeze loaded",
+    "registry plan resnet.pth resnet18 --expect 'fc.*=skip' --freeze loaded\n"
+    "registry plan resnet.pth resnet18 --adapt 'fc.*=class-rows' --classes c.json",
 )
 @click.argument("source", type=Reference())
 @click.argument("target", type=Reference())
@@ -115,10 +129,20 @@ def _write(text: str, output: str | None) -> None:
 @click.option(
     "--rename", "rules", multiple=True, metavar="OLD=NEW", help="Rename names of SOURCE: 'backbone.*=*'."
 )
-@click.option("--freeze", metavar="loaded|PATTERN", help="Freeze what is loaded, or names.")
+@click.option(
+    "--adapt",
+    multiple=True,
+    callback=pairs,
+    metavar="PATTERN=ADAPTER",
+    help="Make names fit: 'conv1.*=channels-sum'.",
+)
+@click.option(
+    "--classes", type=click.Path(), metavar="FILE", help='For class-rows: {"source": [...], "target": [...]}.'
+)
+@click.option("--freeze", metavar="loaded|PATTERN", help="Freeze what is loaded, names, or first:N layers.")
 @click.option(
     "--min-coverage",
-    type=float,
+    type=click.FloatRange(0, 1),
     default=0.0,
     metavar="SHARE",
     help="Share of the parameters that must be loaded.",
@@ -135,6 +159,8 @@ def plan(
     expect: dict[str, str],
     everything: bool,
     rules: tuple[str, ...],
+    adapt: dict[str, str],
+    classes: str | None,
     freeze: str | None,
     min_coverage: float,
     allow_cast: bool,
@@ -156,6 +182,8 @@ def plan(
         expect=expect,
         everything=everything,
         rename=rules,
+        adapters=adapt,
+        classes=_classes(classes),
         freeze=freeze,
         min_coverage=min_coverage,
         allow_cast=allow_cast,
@@ -173,6 +201,19 @@ def plan(
             say(f"wrote {output}")
 
 
+def _classes(path: str | None) -> tuple[list[str], list[str]] | None:
+    """The names of classes on both sides, from a JSON file."""
+    if path is None:
+        return None
+    from registry.documents import read_document
+
+    found = read_document(Path(path))
+    sides = [found.get(key) for key in ("source", "target")]
+    if not all(isinstance(side, list) and all(isinstance(name, str) for name in side) for side in sides):
+        raise Invalid(f'{path}: expected {{"source": [names of classes], "target": [names of classes]}}')
+    return sides[0], sides[1]  # type: ignore[return-value]
+
+
 @command(
     "transfer",
     "registry transfer lenet5@best lenet6 --name lenet6\nregistry transfer lenet5@best lenet6 --plan plan.json --name lenet6",
@@ -182,7 +223,7 @@ def plan(
 @click.option(
     "--plan", "file", type=click.Path(), metavar="FILE", help="A plan; without one, what fits is loaded."
 )
-@click.option("--freeze", metavar="loaded|PATTERN", help="Freeze what is loaded, or names.")
+@click.option("--freeze", metavar="loaded|PATTERN", help="Freeze what is loaded, names, or first:N layers.")
 @click.option("--name", required=True, metavar="MODEL", help="The model that gets a new version.")
 def transfer(
     source: str,
@@ -349,7 +390,17 @@ def advise(
     target = model or checkpoint.provenance.get("builder", checkpoint.model)
     made = plan_transfer(checkpoint.name, target, everything=True, registry=registry)
     loaded, all_of_them = made.parameters
-    found = judge(samples=samples, similar=similar == "yes", trainable=all_of_them, head=all_of_them - loaded)
+    parameters = [step for step in made.steps if step.target and not step.buffer]
+    layers = [(step.target or "").rpartition(".")[0] for step in parameters]
+    last = sum(s.elements for s, layer in zip(parameters, layers, strict=True) if layer == layers[-1])
+    found = judge(
+        samples=samples,
+        similar=similar == "yes",
+        trainable=all_of_them,
+        head=all_of_them - loaded or last,
+        layers=len(set(layers)),
+        is_new=loaded < all_of_them,
+    )
     if as_json:
         print_json({**found._asdict(), "caveats": CAVEATS, "plan": made.summary})
         return
@@ -357,7 +408,8 @@ def advise(
     say(f"  because {found.why}")
     say(f"  {made.summary} of {target} from {checkpoint.name}")
     say(f"  {samples:,} samples; {found.per_sample_all:,.1f} parameters a sample when all are trained,")
-    say(f"  {found.per_sample_head:,.1f} when what was loaded is frozen")
+    frozen = "what was loaded" if loaded < all_of_them else "all but the last layer"
+    say(f"  {found.per_sample_head:,.1f} when {frozen} is frozen")
     say(f"  try: registry train {target} --from {checkpoint.name} {found.option}".rstrip())
     for caveat in CAVEATS:
         say(f"- {caveat}")

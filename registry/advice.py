@@ -12,7 +12,7 @@ _CASES = {
         "small and similar",
         "freeze what is loaded and train the new head",
         "fine-tuning everything on few samples overfits, and the old features fit",
-        "--freeze loaded",
+        "--freeze {head}",
     ),
     (False, True): (
         "large and similar",
@@ -24,7 +24,7 @@ _CASES = {
         "small and different",
         "keep the early layers as they are and train a small network on top",
         "late features belong to the old task; sources disagree here: another pretrained model or more data may help more",
-        "--freeze 'conv.*'",
+        "--freeze first:{early}",
     ),
     (False, False): (
         "large and different",
@@ -55,17 +55,22 @@ class Advice(NamedTuple):
     per_sample_head: float
 
 
-def advise(*, samples: int, similar: bool, trainable: int, head: int) -> Advice:
+def advise(
+    *, samples: int, similar: bool, trainable: int, head: int, layers: int, is_new: bool = True
+) -> Advice:
     """Which of the four cases it is.
 
     Args:
         samples: images or examples to train on.
         similar: your judgement.
         trainable: parameters that are trained when all are.
-        head: parameters that are trained when what was loaded is frozen.
+        head: parameters that are trained when the rest is frozen.
+        layers: how many layers have parameters.
+        is_new: whether the head is what was not loaded, or else the last layer.
     """
     small = samples / max(1, trainable) < SMALL / 1_000
     case, advice, why, option = _CASES[small, similar]
+    option = option.format(head="loaded" if is_new else "first:-1", early=max(1, layers // 2))
     return Advice(
         *(case, advice, why, option, samples, trainable, head),
         per_sample_all=trainable / max(1, samples),

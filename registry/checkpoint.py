@@ -165,7 +165,7 @@ class Checkpoint:
 
         from registry import components
         from registry import rng as generators
-        from registry.freezing import freeze
+        from registry.freezing import freeze_again
         from registry.store.loading import naming
 
         for name in live:
@@ -185,7 +185,7 @@ class Checkpoint:
         if rng:
             for name in networks:
                 if frozen := self.provenance.get("frozen", {}).get(name):
-                    freeze(live[name], frozen)
+                    freeze_again(live[name], frozen)
         if "rng" in states:
             generators.restore(states["rng"])
 

@@ -14,7 +14,9 @@ from torch import nn
 
 from registry.ancestry import ancestors
 from registry.documents import differences
+from registry.freezing import frozen_names
 from registry.matching import LOADABLE, Category, Pair, aligned, match
+from registry.plans import FrozenPart, TransferPlan
 from registry.sides import Entry, Side, Source, side_of
 
 if TYPE_CHECKING:
@@ -126,6 +128,8 @@ class DiffReport(_Part):
     changes: tuple[Change, ...] = ()
     modules: tuple[ModuleChange, ...] = ()
     related: bool = False
+    plan: TransferPlan | None = None
+    frozen: tuple[FrozenPart, ...] = ()
     suggestions: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     command: str = ""
@@ -153,7 +157,7 @@ class DiffReport(_Part):
         return as_text(self)
 
     def _repr_html_(self) -> str:
-        from registry.reports import as_html
+        from registry.pages import as_html
 
         return as_html(self, whole=False)
 
@@ -167,6 +171,7 @@ def diff(
     rename: Iterable[str] = (),
     exclude: Iterable[str] = (),
     component: str = "model",
+    plan: TransferPlan | None = None,
 ) -> DiffReport:
     """Compare two models. Structure alone is read from manifests and headers; no tensor is touched.
 
@@ -177,15 +182,19 @@ def diff(
         rename: rules for the names of `a`, such as `backbone.*=*`.
         exclude: glob patterns of names to leave out.
         component: the component of checkpoints and files.
+        plan: a plan from `a` to `b`, to be shown with the report.
 
     Raises:
         NotFound, Invalid, Unsupported: if a side cannot be read.
+        Incompatible: if the plan was made for other sides.
         Conflict: if rules bring two names to one.
     """
     rules = list(rename)
     patterns = list(exclude)
     left = side_of(a, registry, component=component)
     right = side_of(b, registry, component=component)
+    if plan is not None:
+        plan.check(left, right)
     pairs = match(left, right, rename=rules, exclude=patterns)
     rows = tuple(_row(pair, left, right) for pair in pairs)
     related = _related(left, right, registry)
@@ -216,6 +225,8 @@ def diff(
         changes=changes,
         modules=tuple(_rolled_up(changes, pairs)),
         related=related,
+        plan=plan,
+        frozen=tuple(_frozen(left, right, plan)),
         suggestions=tuple(suggestions(left, right, pairs)),
         warnings=tuple(warnings),
         command=_command(left, right, values, rules, patterns),
@@ -289,6 +300,20 @@ def _related(left: Side, right: Side, registry: Registry | None) -> bool:
     if not left.checkpoint or not right.checkpoint or registry is None:
         return False
     return bool(ancestors(registry, left.checkpoint.name) & ancestors(registry, right.checkpoint.name))
+
+
+def _frozen(left: Side, right: Side, plan: TransferPlan | None) -> Iterator[FrozenPart]:
+    """What is frozen on each side, as recorded or as it stands, and what the plan freezes."""
+    for side in (left, right):
+        if side.checkpoint:
+            names = side.checkpoint.provenance.get("frozen", {}).get("model", ())
+        else:
+            names = frozen_names(side.module) if side.module else ()
+        sizes = {entry.name: entry.elements for entry in side.entries.values() if entry.kind != "buffer"}
+        if names:
+            yield FrozenPart.of(side.label, sizes, set(names))
+    if plan and (part := plan.frozen_part):
+        yield part
 
 
 # -- values --------------------------------------------------------------------------------------------------

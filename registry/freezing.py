@@ -81,6 +81,12 @@ def freeze(
     return Frozen(frozen, norms, tuple(notes), trainable)
 
 
+def freeze_again(model: nn.Module, names: Sequence[str]) -> None:
+    """Freeze what a checkpoint recorded as frozen, unless it is already, as in a network that was wrapped since."""
+    if not set(names) <= set(frozen_names(model)):
+        freeze(model, names)
+
+
 def check(model: nn.Module, patterns: str | Iterable[str]) -> tuple[Freeze, dict[int, nn.Parameter]]:
     """Whether a freeze makes sense, before anything is changed: the rule, and the parameters by their ids.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -57,6 +57,28 @@ class Step(BaseModel):
         return self.elements * len(self.rows.pairs) // self.rows.of if self.rows else self.elements
 
 
+class FrozenPart(BaseModel):
+    """What is frozen somewhere: names of parameters, their elements, and the elements of the others."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    where: str
+    names: tuple[str, ...]
+    elements: int
+    trainable: int
+
+    @classmethod
+    def of(cls, where: str, sizes: Mapping[str, int], frozen: Container[str]) -> FrozenPart:
+        """
+        Args:
+            sizes: elements of each parameter by name.
+            frozen: names of those that are frozen, and of anything else.
+        """
+        names = tuple(name for name in sizes if name in frozen)
+        elements = sum(sizes[name] for name in names)
+        return cls(where=where, names=names, elements=elements, trainable=sum(sizes.values()) - elements)
+
+
 class TransferPlan(BaseModel):
     """Which tensors of a source go where in a target: made, printed, edited, saved and replayed.
 
@@ -98,6 +120,15 @@ class TransferPlan(BaseModel):
         """Share of the elements of the target's parameters that are loaded."""
         loaded, all_of_them = self.parameters
         return loaded / all_of_them if all_of_them else 0.0
+
+    @property
+    def frozen_part(self) -> FrozenPart | None:
+        """What is frozen after the copy."""
+        if not self.freeze:
+            return None
+        sizes = {step.target: step.elements for step in self.steps if step.target and not step.buffer}
+        covers = freezing.Freeze(self.freeze).covers
+        return FrozenPart.of("the plan", sizes, {name for name in sizes if covers(name)})
 
     @property
     def summary(self) -> str:
@@ -186,7 +217,7 @@ class TransferPlan(BaseModel):
         right = side_of(model)
         if not right.has_values:
             raise Invalid(f"{right.label} is on the meta device; give it memory and values first")
-        self._check(left, right)
+        self.check(left, right)
         copies = list(self._values(left, right))
         _check_finite(copies, left, self.allow_nan)
         _check_kept(self.steps, right)
@@ -215,7 +246,7 @@ class TransferPlan(BaseModel):
             Incompatible, Invalid, Corrupt: as for `apply`.
         """
         left, right = side_of(source if source is not None else self.source, registry), side_of(model)
-        self._check(left, right)
+        self.check(left, right)
         found: OrderedDict[str, torch.Tensor] = OrderedDict()
         metadata: OrderedDict[str, Any] = OrderedDict()
         for step, value in self._values(left, right):
@@ -238,7 +269,12 @@ class TransferPlan(BaseModel):
             assert value is not None
             yield step, value.detach()
 
-    def _check(self, left: Side, right: Side) -> None:
+    def check(self, left: Side, right: Side) -> None:
+        """Whether the plan fits its two sides as they are now.
+
+        Raises:
+            Incompatible, Unsupported: saying what does not fit.
+        """
         if right.structure != self.target_digest:
             raise Incompatible(
                 f"the plan was made for another {self.target}: names, shapes or dtypes of this network differ; "

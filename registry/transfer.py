@@ -78,6 +78,8 @@ def plan_transfer(
             raise Invalid(
                 f"expect[{pattern!r}] is {quoted(str(meaning))}, expected {', '.join(EXPECTATIONS)}"
             )
+    if not 0 <= min_coverage <= 1:
+        raise Invalid(f"min_coverage is {min_coverage}, expected a share from 0 to 1")
     left, right = side_of(source, registry), side_of(target, registry)
     if left.module is not None and left.module is right.module and left.checkpoint is None:
         raise Invalid("source and target are the same network")

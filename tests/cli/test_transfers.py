@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -171,6 +172,27 @@ def test_advice(run: Run, root: Path, samples: int, similar: str, case: str) -> 
     assert f"{66_946 / samples:,.1f} parameters a sample" in done.out
 
 
+def test_advice_is_a_command_that_works(run: Run, root: Path) -> None:
+    own = run("advise", "lenet5", "--samples", 50, "--similar", "yes")
+    assert "loaded 10 of 10 tensors" in own.out
+    assert "17.0 when all but the last layer is frozen" in own.out
+    assert "--freeze first:-1" in own.out
+    other = run("advise", "lenet5", "--samples", 50, "--similar", "no", "--model", "lenet6")
+    assert "--freeze first:3" in other.out
+    for advice in (own, other):
+        (line,) = [line for line in advice.out.splitlines() if line.startswith("  try: registry ")]
+        done = run(
+            *line.removeprefix("  try: registry ").split(),
+            "--epochs",
+            1,
+            "--set",
+            "samples=20",
+            "--name",
+            "x",
+        )
+        assert done.status == 0, done.err
+
+
 # -- torchvision ---------------------------------------------------------------------------------------------
 
 
@@ -252,24 +274,137 @@ def test_a_head_that_is_none() -> None:
         replace_head(LeNet5(), 3, "fc.0")
 
 
+FORMS = ("text", "json", "md", "html")
+
+
 # -- a browser -----------------------------------------------------------------------------------------------
 
 
+def browse(root: Path, page: str, script: str, *options: str) -> str:
+    """Open a page in a headless browser, run a script in it, and return the text that it leaves."""
+    (root / "seen.html").write_text(
+        page.replace("</body>", f"<script>document.title=String({script})</script></body>")
+    )
+    command = [
+        str(BROWSER),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={root}/c",
+        *options,
+    ]
+    done = subprocess.run(
+        [*command, "--dump-dom", (root / "seen.html").as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    match = re.search(r"<title>([^<]*)</title>", done.stdout)
+    assert match, done.stdout[:500] + done.stderr
+    return match[1]
+
+
+@pytest.fixture
+def page(run: Run, root: Path) -> str:
+    """A report with every section, of networks with a hostile name in them."""
+    run("plan", "lenet5:v2", "lenet6:v1", "--everything", "--freeze", "loaded", "-o", "plan.json")
+    run("transfer", "lenet5:v2", "lenet6:v1", "--plan", "plan.json", "--name", "student")
+    run("diff", "lenet5:v2", "student", "--values", "--format", "html", "-o", "first.html")
+    run(
+        "diff",
+        "lenet5:v2",
+        "lenet6:v1",
+        "--values",
+        "--plan",
+        "plan.json",
+        "--format",
+        "html",
+        "-o",
+        "d.html",
+    )
+    return (root / "d.html").read_text()
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome is installed")
-def test_the_page_filters_in_a_browser(run: Run, root: Path) -> None:
-    run("transfer", "lenet5:v1", "lenet6", "--name", "student")
-    run("diff", "lenet5:v1", "student", "--values", "--format", "html", "-o", "d.html")
-    page = (root / "d.html").read_text()
-    click = "<script>document.getElementById('only').click()</script></body>"
-    (root / "clicked.html").write_text(page.replace("</body>", click))
-    seen = {}
-    for name in ("d", "clicked"):
-        command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={root}/c"]
-        address = (root / f"{name}.html").as_uri()
-        done = subprocess.run(
-            [*command, "--dump-dom", address], capture_output=True, text=True, timeout=120, check=False
-        )
-        match = re.search(r'id="shown"[^>]*>([^<]*)<', done.stdout)
-        assert match, done.stdout[:500]
-        seen[name] = match[1]
-    assert seen == {"d": "12 of 12 names shown", "clicked": "4 of 12 names shown"}
+def test_the_page_in_a_browser(page: str, root: Path) -> None:
+    def shown(script: str) -> str:
+        return browse(root, page, f"({script}, document.getElementById('shown').textContent)")
+
+    def click(selector: str) -> str:
+        return f"document.querySelector({selector!r}).click()"
+
+    assert shown("0") == "12 of 12 names shown"
+    assert shown(click('[data-status="ONLY_B"]')) == "10 of 12 names shown"
+    assert shown(click("#only")) == "12 of 12 names shown"  # as every value differs
+    headings = browse(root, page, "[...document.querySelectorAll('h1,h2')].map(h => h.textContent).join('|')")
+    assert headings.split("|") == [
+        *("COMPATIBLE with 4 exceptions", "Summary", "Warnings", "Names", "Modules", "Change by module"),
+        *("Metrics", "Values", "Plan", "Frozen", "Again"),
+    ]
+    folded = "[...document.querySelectorAll('details')].filter(d => d.open).length"
+    assert int(browse(root, page, folded)) > 0
+    assert browse(root, page, f"(document.querySelector('summary').click(), {folded})") != browse(
+        root, page, folded
+    )
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome is installed")
+def test_the_page_on_a_phone_in_the_dark_and_read_aloud(page: str, root: Path) -> None:
+    inside = page.replace("</body>", "").replace("</html>", "")
+    frame = f'<iframe width="360" height="640" srcdoc="{html.escape(inside)}"></iframe><p></p></body>'
+    wide = (
+        "(f => [f.documentElement.scrollWidth, f.defaultView.innerWidth])"
+        "(document.querySelector('iframe').contentDocument)"
+    )
+    waiting = "<script>addEventListener('load', () => document.title = String(WIDE))</script>".replace(
+        "WIDE", wide
+    )
+    width, screen = browse(root, f"<!DOCTYPE html><title></title><body>{waiting}{frame}", "''").split(",")
+    assert int(width) <= int(screen) == 360
+    colours = "getComputedStyle(document.body).backgroundColor"
+    light, dark = (
+        browse(root, page, colours, f"--blink-settings=preferredColorScheme={scheme}") for scheme in (1, 0)
+    )
+    assert (light, dark) == ("rgb(255, 255, 255)", "rgb(20, 23, 26)")
+    nameless = """[document.documentElement.lang, document.querySelectorAll('main,h1').length,
+        [...document.querySelectorAll('input')].filter(i => !i.labels.length).length,
+        [...document.querySelectorAll('th')].filter(t => !t.scope).length,
+        [...document.querySelectorAll('svg')].filter(s => !s.getAttribute('aria-label')).length,
+        [...document.querySelectorAll('.scroll')].filter(s => !s.getAttribute('aria-label')).length,
+        document.querySelectorAll('[aria-live]').length]"""
+    assert browse(root, page, nameless) == "en,2,0,0,0,0,1"
+
+
+def test_a_report_shows_a_plan_and_what_is_frozen(run: Run, root: Path) -> None:
+    run("plan", "lenet5", "lenet6", "--everything", "--freeze", "loaded", "-o", "plan.json")
+    run("train", "lenet6", "--from", "lenet5", "--freeze", "conv.*", "--epochs", 1, "--name", "tuned")
+    text = run("diff", "lenet5", "tuned", "--format", "text").out
+    assert re.search(r"tuned:v1 +4 +2,572 +64,374", text)
+    both = {
+        form: run("diff", "lenet5", "lenet6", "--plan", "plan.json", "--format", form).out for form in FORMS
+    }
+    for out in both.values():
+        assert "fc.7.weight" in out
+        assert "6,090" in out.replace("6090", "6,090")
+    assert "loads 8 of 12 tensors" in both["text"]
+    assert json.loads(both["json"])["plan"]["freeze"]
+    assert json.loads(both["json"])["frozen"][0]["trainable"] == 6_090
+    other = run("diff", "lenet5:v1", "lenet6", "--plan", "plan.json")
+    assert (other.status, "made from lenet5:v2 with other values" in other.err) == (2, True)
+
+
+def test_plans_with_adapters(run: Run, root: Path) -> None:
+    torch.save(nn.Sequential(nn.Flatten(), nn.Linear(784, 3)).state_dict(), "a.pt")
+    torch.save(nn.Sequential(nn.Flatten(), nn.Linear(784, 2)).state_dict(), "b.pt")
+    (root / "c.json").write_text('{"source": ["cat", "dog", "cow"], "target": ["cow", "fox"]}')
+    words = ["plan", "a.pt", "b.pt", "--adapt", "1.*=class-rows"]
+    done = run(*words, "--classes", "c.json", "--json")
+    assert done.json["steps"][0]["rows"] == {"pairs": [[2, 0]], "of": 2}
+    assert "50.00 % of parameters" in run(*words, "--classes", "c.json").out
+    (root / "c.json").write_text('{"source": "cat"}')
+    assert 'expected {"source": [names of classes]' in run(*words, "--classes", "c.json").err
+    assert (
+        "there is no adapter 'x'; there are channels-sum"
+        in run("plan", "a.pt", "b.pt", "--adapt", "1.*=x").err
+    )

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from registry import check_optimizer, freeze, frozen_proof, param_groups, remap_optimizer, unfreeze
+from registry import Registry, check_optimizer, freeze, frozen_proof, param_groups, remap_optimizer, unfreeze
 from registry.freezing import Thawed, frozen_names
-from registry.store.errors import Incompatible, Invalid
+from registry.store.errors import Incompatible, Invalid, Unsupported
 
 
 class Net(nn.Module):
@@ -136,6 +138,87 @@ def test_a_freeze_that_makes_no_sense_changes_nothing(patterns: str, told: str) 
         unfreeze(net, "nothing.*")
 
 
+@pytest.mark.parametrize(
+    ("which", "frozen"),
+    [
+        ("first:1", ["body.0.weight", "body.0.bias"]),
+        ("first:2", ["body.0.weight", "body.0.bias", "body.1.weight", "body.1.bias"]),
+        ("first:-1", ["body.0.weight", "body.0.bias", "body.1.weight", "body.1.bias"]),
+    ],
+)
+def test_freezing_by_depth(which: str, frozen: list[str]) -> None:
+    net = Net()
+    assert list(freeze(net, which).parameters) == frozen
+
+
+@pytest.mark.parametrize("which", ["first:0", "first:3", "first:-3", "first:x"])
+def test_a_depth_that_the_network_does_not_have(which: str) -> None:
+    with pytest.raises(Invalid, match="is no number of the 3 layers; write first:3, or first:-1"):
+        freeze(Net(), which)
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    """A process group of one."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_freezing_comes_before_wrapping(one_process: None, tmp_path: Path) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    from registry import plan_transfer
+
+    sharded = Net()
+    fully_shard(sharded)
+    wrapped: list[tuple[nn.Module, str]] = [
+        (nn.parallel.DistributedDataParallel(Net()), "wrapped in DistributedDataParallel; freeze before"),
+        (FullyShardedDataParallel(Net(), device_id=torch.device("cpu")), "FullyShardedDataParallel; freeze"),
+        (sharded, r"body\.0\.weight is sharded; freeze before the network is sharded"),
+    ]
+    for net, told in wrapped:
+        for act in (freeze, unfreeze):
+            with pytest.raises(Unsupported, match=told):
+                act(net, "*head*")
+        assert all(p.requires_grad for p in net.parameters())
+    for net, _ in wrapped[1:]:
+        with pytest.raises(Unsupported, match="before"):
+            plan_transfer(Net(), net)
+    plan = plan_transfer(Net(), wrapped[0][0], freeze="body.*")
+    source = Net()
+    before = {name: tensor.clone() for name, tensor in wrapped[0][0].state_dict().items()}
+    with pytest.raises(Unsupported, match="freeze before wrapping"):
+        plan.apply(wrapped[0][0], source)
+    assert all(torch.equal(before[n], t) for n, t in wrapped[0][0].state_dict().items())
+    net = Net()
+    freeze(net, "body.*")
+    optimizer = decaying([p for p in net.parameters() if p.requires_grad])
+    registry = Registry(tmp_path / "r")
+    with registry.run("x") as run:
+        run.save(model=net, optimizer=optimizer)
+    parallel = nn.parallel.DistributedDataParallel(net)
+    registry["x"].restore(model=parallel, optimizer=optimizer)
+    with frozen_proof(parallel):
+        train(parallel, optimizer)
+
+
+def test_what_was_frozen_is_frozen_again_when_training_goes_on(tmp_path: Path) -> None:
+    registry, net = Registry(tmp_path / "r"), Net()
+    freeze(net, "body.*")
+    optimizer = decaying(net.head.parameters())
+    with registry.run("x") as run:
+        run.save(model=net, optimizer=optimizer)
+    other = Net()
+    again = decaying(other.head.parameters())
+    registry["x"].restore(model=other)
+    assert frozen_names(other) == ()  # for inference, nothing needs to be
+    registry["x"].restore(model=other, optimizer=again)
+    assert frozen_names(other) == frozen_names(net)
+    with frozen_proof(other, again):
+        train(other, again)
+
+
 def test_freezing_one_of_two_tied_names_freezes_both_and_says_so() -> None:
     net = nn.ModuleDict({"embed": nn.Embedding(5, 3), "head": nn.Linear(3, 5), "x": nn.Linear(1, 1)})
     net["head"].weight = net["embed"].weight
@@ -177,6 +260,17 @@ def thawed(net: Net, optimizer: torch.optim.Optimizer) -> None:
     train(net, optimizer)
 
 
+def tied(net: Net, optimizer: torch.optim.Optimizer) -> None:
+    net.other = nn.Linear(1, 1, bias=False)
+    net.other.weight = nn.Parameter(net.body[0].weight.detach())  # the same memory
+    with torch.no_grad():
+        net.other.weight.add_(1)
+
+
+def swapped(net: Net, optimizer: torch.optim.Optimizer) -> None:
+    net.body[0] = nn.Conv2d(1, 4, 3)
+
+
 def replaced(net: Net, optimizer: torch.optim.Optimizer) -> None:
     net.body[0] = nn.Identity()
 
@@ -188,6 +282,8 @@ def replaced(net: Net, optimizer: torch.optim.Optimizer) -> None:
         (stale, r"body.0.weight \(it is in the optimizer, with a stale gradient\)"),
         (statistics, r"body.1.running_mean \(its BatchNorm was in training mode\)"),
         (thawed, r"body.0.weight \(it was thawed\)"),
+        (tied, r"body.0.weight \(it shares memory with other.weight, which is trainable\)"),
+        (swapped, r"body.0.weight \(it was replaced or removed\)"),
         (replaced, r"body.0.weight \(it was replaced or removed\)"),
     ],
 )

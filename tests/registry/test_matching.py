@@ -403,7 +403,8 @@ def test_numbers_are_merged_only_where_everything_else_is_equal() -> None:
 
 def test_reports_come_in_every_form_and_are_harmless() -> None:
     from registry.diffing import DiffReport
-    from registry.reports import as_html, as_markdown, as_text
+    from registry.pages import as_html
+    from registry.reports import as_markdown, as_text
 
     hostile = "<script>alert(1)</script>|`x`\x1b[31m"
     report = diff({hostile: torch.ones(1), "ok": torch.ones(2)}, {"ok": torch.ones(2), "n": torch.ones(3)})

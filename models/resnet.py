@@ -1,0 +1,55 @@
+"""ResNet18 of torchvision for another number of classes, the usual start of a transfer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from registry import Config, freeze, register_model
+from registry.models.classifiers import replace_head
+
+
+class ResNet18Config(Config):
+    """What the network leaves open."""
+
+    classes: int = Field(default=10, ge=2)
+    channels: int = Field(default=3, ge=1)
+    frozen: bool = False
+
+
+@register_model("resnet18", config=ResNet18Config)
+class ResNet18(nn.Module):
+    """torchvision's ResNet18 with a last layer of `classes` rows, and all the rest frozen if asked to.
+
+    Its parameters have torchvision's names, so that torchvision's weights fit.
+    """
+
+    def __init__(self, config: ResNet18Config | None = None) -> None:
+        from torchvision.models import resnet18
+
+        super().__init__()
+        self.config = config or ResNet18Config()
+        network = resnet18(weights=None)
+        if self.config.channels != 3:
+            network.conv1 = nn.Conv2d(self.config.channels, 64, 7, 2, 3, bias=False)
+        replace_head(network, self.config.classes, "fc")
+        for name, part in network.named_children():
+            self.add_module(name, part)
+        if self.config.frozen:
+            freeze(self, "first:-1")
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        """Logits, or loss and logits.
+
+        Args:
+            x: images, float32 [batch, channels, height, width], at least 32 by 32.
+            labels: classes, int64 [batch].
+        """
+        for name, part in self.named_children():
+            x = part(torch.flatten(x, 1) if name == "fc" else x)
+        logits = x
+        return logits if labels is None else (functional.cross_entropy(logits, labels), logits)
