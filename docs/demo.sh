@@ -101,7 +101,7 @@ children=()
 
 say "9. LeNet6 has one more layer. What of LeNet5 fits?"
 run registry diff lenet5@best lenet6 || true
-run registry plan lenet5@best lenet6 --expect 'fc.5.*=skip' --expect 'fc.7.*=new' --freeze loaded
+run registry plan lenet5@best lenet6 --expect 'fc.5.*=skip' --expect 'fc.7.*=new' --freeze loaded -o plan.json
 
 say "10. Train LeNet6 on 200 digits only: from scratch, fine-tuned from LeNet5, and with LeNet5's part frozen."
 few=(--epochs 5 --set samples=200 --set lr=0.003)
@@ -114,9 +114,10 @@ done
 run registry compare lenet6-scratch lenet6-finetuned lenet6-frozen
 run registry verify-frozen lenet6-frozen:v1 lenet6-frozen
 run registry lineage lenet6-frozen:v1
+registry diff lenet5@best lenet6 --plan plan.json --format html -o "$reports/plan.html" >/dev/null || true
 registry diff lenet6-finetuned:v1 lenet6-finetuned --values --format html -o "$reports/diff.html" >/dev/null || true
 registry compare lenet6-scratch lenet6-finetuned lenet6-frozen --format html -o "$reports/compare.html" >/dev/null
-printf '\nreports to open in a browser:\n  %s\n  %s\n' "$reports/diff.html" "$reports/compare.html"
+printf '\nreports to open in a browser:\n  %s\n  %s\n  %s\n' "$reports/plan.html" "$reports/diff.html" "$reports/compare.html"
 
 say "11. Files in and out: hand the weights to somebody, take a checkpoint in. What is equal is not stored again."
 run registry export lenet5@best lenet5.pt

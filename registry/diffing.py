@@ -219,7 +219,7 @@ def diff(
         target=_count(trainable),
         counts={c: _count([row for row in rows if row.category == c]) for c in _present(rows)},
         rows=rows,
-        architecture=tuple(_architecture(left.module, right.module)),
+        architecture=tuple(_architecture(left.network, right.network)),
         config=_fields(left.config, right.config) if _are_alike(left, right) else (),
         metrics=_fields(left.metrics, right.metrics),
         changes=changes,

@@ -35,7 +35,7 @@ font:16px/1.5 system-ui,sans-serif}h1{font-size:1.5rem;margin:.5rem 0}h2{font-si
 .dim{color:var(--dim)}table{border-collapse:collapse;width:100%}.scroll{overflow-x:auto}
 th,td{text-align:left;padding:.3rem .6rem;border-bottom:1px solid var(--line);vertical-align:top}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}code,pre{font-family:ui-monospace,monospace;font-size:.9em}
-pre{background:var(--card);padding:.7rem;overflow-x:auto;border-radius:6px}code{overflow-wrap:anywhere}
+pre{background:var(--card);padding:.7rem;overflow-x:auto;border-radius:6px}code{overflow-wrap:anywhere}td code{display:inline-block;min-width:5rem}svg{max-width:100%;height:auto}
 .s{font-weight:600;white-space:nowrap}.ok{color:var(--ok)}.warn{color:var(--warn)}.bad{color:var(--bad)}
 .filters{display:flex;flex-wrap:wrap;gap:.4rem 1rem;margin:.5rem 0}label{cursor:pointer;padding:.2rem 0}
 details{margin:.1rem 0 .1rem 1rem;border-left:1px solid var(--line);padding-left:.6rem}summary{cursor:pointer;padding:.15rem 0}
@@ -98,7 +98,7 @@ def as_html(report: DiffReport, *, whole: bool = True) -> str:
         parts.append(_html_chart(report))
     if report.architecture:
         layers = "".join(
-            f"<tr><td><code>{_e(d.path)}</code></td><td><code>{_e(d.a or '')}</code></td><td><code>{_e(d.b or '')}</code></td></tr>"
+            f"<tr><td><code>{_e(d.path or '(network)')}</code></td><td><code>{_e(d.a or '')}</code></td><td><code>{_e(d.b or '')}</code></td></tr>"
             for d in report.architecture
         )
         parts.append(_html_table("Architecture", ("layer", report.a.label, report.b.label), layers))
@@ -118,7 +118,10 @@ def as_html(report: DiffReport, *, whole: bool = True) -> str:
         )
         parts.append(
             _html_table(
-                "Values", ("name", "change", "relative", "cosine", "largest", "elements changed"), cells
+                "Values",
+                ("name", "change", "relative", "cosine", "largest", "elements changed"),
+                cells,
+                numbers=5,
             )
         )
     if report.plan:
@@ -129,7 +132,7 @@ def as_html(report: DiffReport, *, whole: bool = True) -> str:
             f"<tr>{_code(where)}{''.join(f'<td class=n>{_e(count)}</td>' for count in counts)}</tr>"
             for where, *counts in frozen_rows(report)
         )
-        parts.append(_html_table("Frozen", FROZEN_HEAD, rows))
+        parts.append(_html_table("Frozen", FROZEN_HEAD, rows, numbers=3))
     if report.command:
         parts.append(f"<h2>Again</h2><pre>{_e(report.command)}</pre>")
     parts.append("</main>")
@@ -146,8 +149,12 @@ def as_html(report: DiffReport, *, whole: bool = True) -> str:
     )
 
 
-def _html_table(title: str, head: Sequence[str], rows: str, above: str = "") -> str:
-    cells = "".join(f'<th scope="col">{_e(text)}</th>' for text in head)
+def _html_table(title: str, head: Sequence[str], rows: str, above: str = "", numbers: int = 0) -> str:
+    """A table whose last columns hold numbers."""
+    first = len(head) - numbers
+    cells = "".join(
+        f'<th scope="col"{" class=n" if i >= first else ""}>{_e(text)}</th>' for i, text in enumerate(head)
+    )
     text = f"<p>{_e(above)}</p>" if above else ""
     return (
         f'<h2>{title}</h2>{text}<div class="scroll" role="region" aria-label="{title}" tabindex="0"><table><thead>'

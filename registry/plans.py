@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -319,8 +319,11 @@ def _check_finite(copies: list[tuple[Step, torch.Tensor]], left: Side, allowed: 
     floats = [
         (step, value) for step, value in copies if value.is_floating_point() and value.dtype.itemsize > 1
     ]
-    sums = [value.sum(dtype=torch.promote_types(value.dtype, torch.float32)).double() for _, value in floats]
-    if sums and bool(torch.stack([one.cpu() for one in sums]).isfinite().all()):
+    sums: dict[object, list[torch.Tensor]] = defaultdict(list)
+    for _, value in floats:
+        wide = torch.float32 if value.dtype.itemsize == 2 else value.dtype
+        sums[wide, value.device].append(value.sum(dtype=wide))
+    if all(bool(torch.stack(several).isfinite().all()) for several in sums.values()):
         return
     for step, value in floats:
         if not bool(value.isfinite().all()):  # a sum may also overflow

@@ -210,11 +210,12 @@ class Registry:
         values: bool = False,
         rename: Iterable[str] = (),
         exclude: Iterable[str] = (),
+        plan: TransferPlan | None = None,
     ) -> DiffReport:
         """Compare two models by name, shape, dtype and value; see `registry.diffing.diff`."""
         from registry.diffing import diff
 
-        return diff(a, b, registry=self, values=values, rename=rename, exclude=exclude)
+        return diff(a, b, registry=self, values=values, rename=rename, exclude=exclude, plan=plan)
 
     def from_pretrained(
         self, make: Any, source: Source, *, freeze: bool | str | Sequence[str] = False, **given: Any

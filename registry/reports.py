@@ -167,7 +167,7 @@ def as_text(report: DiffReport) -> str:
     if rows:
         lines += ["", "what differs", *(f"  {line}" for line in _aligned(rows))]
     if report.architecture:
-        layers = [(d.path, d.a or "-", "->", d.b or "-") for d in report.architecture]
+        layers = [(d.path or "(network)", d.a or "-", "->", d.b or "-") for d in report.architecture]
         lines += ["", "architecture", *(f"  {line}" for line in _aligned(layers))]
     for title, fields in (("configuration", report.config), ("metrics", report.metrics)):
         if fields:
@@ -237,7 +237,7 @@ def as_markdown(report: DiffReport) -> str:
     if rows:
         lines += ["## What differs", "", *table(("status", "name", "shape", ""), rows)]
     if report.architecture:
-        layers = [(d.path, d.a or "", d.b or "") for d in report.architecture]
+        layers = [(d.path or "(network)", d.a or "", d.b or "") for d in report.architecture]
         lines += ["## Architecture", "", *table(("layer", report.a.label, report.b.label), layers)]
     for title, fields in (("Configuration", report.config), ("Metrics", report.metrics)):
         if fields:

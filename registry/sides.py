@@ -19,7 +19,7 @@ from registry import components
 from registry.importing import FORMS, read_checkpoint_file
 from registry.store.digest import digest as digest_of
 from registry.store.digest import tensor_digest
-from registry.store.errors import Invalid, NotFound, Unsupported
+from registry.store.errors import Invalid, NotFound, RegistryError, Unsupported
 from registry.store.manifest import slots_of
 from registry.store.text import printable, quoted
 from registry.store.tree import Leaf, tensor_paths
@@ -137,6 +137,22 @@ class Side:
         if not self.has_values or (self.module is not None and self.checkpoint is None):
             return None
         return digest_of("".join(f"{name} {self.digest(name)}\n" for name in sorted(self.entries)).encode())
+
+    @functools.cached_property
+    def network(self) -> nn.Module | None:
+        """The live network, or the one that a checkpoint's registered builder makes, without values."""
+        if self.module is not None or self.checkpoint is None:
+            return self.module
+        from registry import builders
+
+        about = self.checkpoint.provenance
+        if "builder" not in about:
+            return None
+        try:
+            make = builders.builder(about["builder"])
+            return on_meta(lambda: make.build(about.get("network")))
+        except RegistryError:  # its builder is not known here, or takes another configuration by now
+            return None
 
     @property
     def config(self) -> Mapping[str, Any]:

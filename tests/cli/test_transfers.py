@@ -340,7 +340,7 @@ def test_the_page_in_a_browser(page: str, root: Path) -> None:
     headings = browse(root, page, "[...document.querySelectorAll('h1,h2')].map(h => h.textContent).join('|')")
     assert headings.split("|") == [
         *("COMPATIBLE with 4 exceptions", "Summary", "Warnings", "Names", "Modules", "Change by module"),
-        *("Metrics", "Values", "Plan", "Frozen", "Again"),
+        *("Architecture", "Metrics", "Values", "Plan", "Frozen", "Again"),
     ]
     folded = "[...document.querySelectorAll('details')].filter(d => d.open).length"
     assert int(browse(root, page, folded)) > 0
