@@ -244,6 +244,9 @@ def transfer(
     from registry.plans import TransferPlan
     from registry.transfer import plan_transfer
 
+    checkpoints = [_id(registry, text) for text in (source, target)]
+    if checkpoints[0] and checkpoints[0] == checkpoints[1]:
+        raise Invalid(f"source and target are the same checkpoint, {registry.resolve(source).name}")
     torch.manual_seed(0)
     network, builder = _network(registry, target)
     if file:
@@ -260,6 +263,14 @@ def transfer(
         print_json({"plan": made.model_dump(by_alias=True), **version_document(registry.resolve(saved.name))})
         return
     say(f"{saved.name}: {made.summary} from {made.source}")
+
+
+def _id(registry: Registry, text: str) -> str | None:
+    """The id of a checkpoint, if a text names one."""
+    try:
+        return registry.resolve(text).id
+    except (NotFound, Invalid):
+        return None
 
 
 def _network(registry: Registry, target: str) -> tuple[Any, str]:
@@ -382,13 +393,18 @@ def advise(
     reference: str, samples: int, similar: str, model: str | None, registry: Registry, as_json: bool
 ) -> None:
     """Say whether to fine-tune or to freeze, by a rule of thumb."""
+    from registry import builders
     from registry.advice import CAVEATS
     from registry.advice import advise as judge
+    from registry.sides import on_meta
     from registry.transfer import plan_transfer
 
     checkpoint = registry[reference]
     target = model or checkpoint.provenance.get("builder", checkpoint.model)
-    made = plan_transfer(checkpoint.name, target, everything=True, registry=registry)
+    config = checkpoint.provenance.get("network") if model is None else None
+    known = target in builders.names()
+    network = on_meta(lambda: builders.builder(target).build(config)) if known else target
+    made = plan_transfer(checkpoint.name, network, everything=True, registry=registry)
     loaded, all_of_them = made.parameters
     parameters = [step for step in made.steps if step.target and not step.buffer]
     layers = [(step.target or "").rpartition(".")[0] for step in parameters]

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from registry import components
 from registry.store.digest import tensor_digest
@@ -145,13 +146,16 @@ def _first(pattern: str, parameters: Sequence[str]) -> list[str]:
 def refuse_wrapped(model: nn.Module) -> None:
     """
     Raises:
-        Unsupported: if the network is wrapped for several processes, or its parameters are sharded or flat.
+        Unsupported: if the network is wrapped for several processes, or its parameters are sharded, flat, or not
+            initialised yet.
     """
     for part in model.modules():
         kind = type(part).__name__
         if kind in ("DistributedDataParallel", "FullyShardedDataParallel"):
             raise Unsupported(f"the network is wrapped in {kind}; freeze before wrapping it")
     for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise Unsupported(f"{name} is not initialised yet; run one batch through the network first")
         if hasattr(parameter, "device_mesh"):
             raise Unsupported(f"{name} is sharded; freeze before the network is sharded")
 

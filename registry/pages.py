@@ -13,6 +13,7 @@ from registry.reports import (
     MEANING,
     PLAN_HEAD,
     frozen_rows,
+    loads,
     name_of,
     opening,
     plan_rows,
@@ -126,7 +127,7 @@ def as_html(report: DiffReport, *, whole: bool = True) -> str:
         )
     if report.plan:
         rows = "".join(f"<tr>{''.join(map(_code, row))}</tr>" for row in plan_rows(report.plan))
-        parts.append(_html_table("Plan", PLAN_HEAD, rows, report.plan.summary))
+        parts.append(_html_table("Plan", PLAN_HEAD, rows, loads(report.plan)))
     if report.frozen:
         rows = "".join(
             f"<tr>{_code(where)}{''.join(f'<td class=n>{_e(count)}</td>' for count in counts)}</tr>"

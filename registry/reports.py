@@ -247,7 +247,7 @@ def as_markdown(report: DiffReport) -> str:
         changes = [(c.name, f"{c.norm:.4g}", f"{c.relative:.3g}", f"{c.changed:.1%}") for c in report.changes]
         lines += ["## Values", "", *table(("name", "change", "relative", "elements changed"), changes)]
     if report.plan:
-        lines += ["## Plan", "", report.plan.summary, "", *table(PLAN_HEAD, plan_rows(report.plan))]
+        lines += ["## Plan", "", loads(report.plan), "", *table(PLAN_HEAD, plan_rows(report.plan))]
     if report.frozen:
         lines += ["## Frozen", "", *table(FROZEN_HEAD, frozen_rows(report))]
     for title, texts in (("Suggestions", report.suggestions), ("Warnings", report.warnings)):
@@ -268,7 +268,7 @@ def plan_text(plan: TransferPlan) -> str:
     """A plan for people: what is loaded, what is not and why, what is frozen."""
     lines = [
         f"plan: {plan.source} -> {plan.target}",
-        plan.summary.replace("loaded", "loads", 1),
+        loads(plan),
         *plan.notes,
         "",
     ]
@@ -277,6 +277,11 @@ def plan_text(plan: TransferPlan) -> str:
     if part := plan.frozen_part:
         lines += ["", f"freezes {len(part.names)} parameters; {part.trainable:,} elements stay trainable"]
     return "\n".join(printable_lines(lines))
+
+
+def loads(plan: TransferPlan) -> str:
+    """What a plan would load, in one line."""
+    return plan.summary.replace("loaded", "loads", 1)
 
 
 def plan_rows(plan: TransferPlan) -> list[tuple[str, str, str, str]]:

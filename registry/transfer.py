@@ -83,6 +83,8 @@ def plan_transfer(
     left, right = side_of(source, registry), side_of(target, registry)
     if left.module is not None and left.module is right.module and left.checkpoint is None:
         raise Invalid("source and target are the same network")
+    if left.checkpoint and right.checkpoint and left.checkpoint.id == right.checkpoint.id:
+        raise Invalid(f"source and target are the same checkpoint, {left.label}")
     apart = [pattern for pattern, meaning in wanted.items() if meaning in ("new", "unused")]
     apart += [pattern for pattern, name in (adapters or {}).items() if not needs_source(name)]
     pairs = match(left, right, rename=rules, apart=apart)
@@ -289,6 +291,13 @@ def _meaning(pair: Pair) -> str:
 def _why_nothing(left: Side, right: Side, pairs: Sequence[Pair]) -> str:
     """The reason that nothing fits, as far as it can be found."""
     names = list(left.entries)
+    keys = {}
+    for name in names:
+        container, _, bare = name.rpartition("/")
+        if container and bare in right.entries:
+            keys[container] = "".join(f"[{key!r}]" for key in container.split("/"))
+    if keys:
+        return f"the names fit inside another container; give source{' or source'.join(keys.values())}"
     first = names[0].partition(".")[0]
     if all(name.startswith(f"{first}.") for name in names):
         rest = [name.partition(".")[2] for name in names]

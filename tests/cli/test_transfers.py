@@ -96,6 +96,14 @@ def test_plan_transfer_and_lineage(run: Run, root: Path) -> None:
     assert len(registry.runs.find("student")) == 1
 
 
+def test_source_and_target_must_differ(run: Run, root: Path) -> None:
+    for words in (["plan", "lenet5", "lenet5@best"], ["transfer", "lenet5", "lenet5:v2", "--name", "x"]):
+        done = run(*words)
+        assert (done.status, done.out) == (1, "")
+        assert done.err == "registry: source and target are the same checkpoint, lenet5:v2\n"
+    assert run("show", "x").status == 1
+
+
 def test_what_is_frozen_is_verified(run: Run, root: Path) -> None:
     registry = Registry(root / "r")
     from registry import freeze

@@ -157,6 +157,13 @@ def test_a_depth_that_the_network_does_not_have(which: str) -> None:
         freeze(Net(), which)
 
 
+def test_what_is_not_initialised_cannot_be_frozen() -> None:
+    net = nn.ModuleDict({"a": nn.LazyLinear(3), "b": nn.Linear(2, 2)})
+    with pytest.raises(Unsupported, match=r"a\.weight is not initialised yet; run one batch"):
+        freeze(net, "b.*")
+    assert net["b"].weight.requires_grad
+
+
 @pytest.fixture
 def one_process(tmp_path: Path) -> Iterator[None]:
     """A process group of one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -321,7 +322,21 @@ def test_sides_of_every_kind_agree(tmp_path: Path) -> None:
         run.save(model=net)
     torch.save({"epoch": 1, "model_state_dict": net.state_dict()}, tmp_path / "a.pt")
     safetensors.torch.save_file(net.state_dict(), tmp_path / "a.safetensors")
-    sides = ["lenet5:v1", tmp_path / "a.pt", str(tmp_path / "a.safetensors"), net, (LeNet5(), "lenet5")]
+    names = list(net.state_dict())
+    (tmp_path / "shards").mkdir()
+    for i, part in enumerate((names[:4], names[4:])):
+        tensors = {name: net.state_dict()[name] for name in part}
+        safetensors.torch.save_file(tensors, tmp_path / "shards" / f"{i}.safetensors")
+    index = {"weight_map": {name: f"{int(name in names[4:])}.safetensors" for name in names}}
+    (tmp_path / "shards" / "model.safetensors.index.json").write_text(json.dumps(index))
+    sides = [
+        tmp_path / "shards" / "model.safetensors.index.json",
+        "lenet5:v1",
+        tmp_path / "a.pt",
+        str(tmp_path / "a.safetensors"),
+        net,
+        (LeNet5(), "lenet5"),
+    ]
     for a in sides:
         for b in sides:
             assert registry.diff(a, b).verdict == "IDENTICAL"
@@ -375,6 +390,49 @@ def test_values_are_measured_in_double_precision() -> None:
     big = {"w": torch.full((10,), 1e30)}
     (change,) = diff(big, {"w": torch.full((10,), 3e30)}, values=True).changes
     assert change.relative == pytest.approx(2.0)
+
+
+def test_the_change_of_a_module_is_that_of_its_tensors() -> None:
+    a = {"m.w": torch.zeros(2), "m.b": torch.tensor([3.0]), "n.w": torch.ones(1)}
+    b = {"m.w": torch.tensor([2.0, 1.0]), "m.b": torch.tensor([5.0]), "n.w": torch.ones(1)}
+    (module,) = diff(a, b, values=True).modules
+    assert (module.module, module.tensors, module.norm) == ("m", 2, 3.0)
+    assert module.relative == 1.0
+
+
+def test_large_tensors_are_measured_whole_and_every_dtype_is() -> None:
+    torch.manual_seed(0)
+    a = torch.randn(1_000_003)
+    b = a + torch.randn_like(a) * 0.01
+    b[::2] = a[::2]
+    (change,) = diff({"w": a}, {"w": b}, values=True).changes
+    step = (b - a).double()
+    assert change.norm == pytest.approx(float(step.norm()), rel=1e-6)
+    assert change.changed == pytest.approx(float((step != 0).double().mean()))
+    cosine = torch.cosine_similarity(a.double(), b.double(), dim=0)
+    assert change.cosine == pytest.approx(float(cosine), rel=1e-9)
+    for dtype in (
+        torch.bfloat16,
+        torch.float16,
+        torch.float8_e4m3fn,
+        torch.int8,
+        torch.bool,
+        torch.complex64,
+    ):
+        one, other = torch.tensor([1, 0, 1]).to(dtype), torch.tensor([1, 1, 1]).to(dtype)
+        (change,) = diff({"w": one}, {"w": other}, values=True).changes
+        assert (change.norm, change.largest) == (1.0, 1.0), dtype
+        assert not diff({"w": one}, {"w": one.clone()}, values=True).changes
+
+
+def test_configurations_and_metrics_are_compared_beside(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "r")
+    for name, lr, accuracy in (("a", 0.1, 0.5), ("b", 0.2, 0.75)):
+        with registry.run(name, config={"lr": lr, "epochs": 3}) as run:
+            run.save(model=LeNet5(), metrics={"accuracy": accuracy})
+    report = registry.diff("a", "b")
+    assert [(f.key, f.a, f.b) for f in report.config] == [("lr", 0.1, 0.2)]
+    assert [(f.key, f.a, f.b) for f in report.metrics] == [("accuracy", 0.5, 0.75)]
 
 
 def test_values_are_interpreted_only_where_the_lineage_ties_the_sides(tmp_path: Path) -> None:

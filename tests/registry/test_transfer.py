@@ -78,6 +78,11 @@ def layer(**given: Any) -> dict[str, torch.Tensor]:
             {"backbone.a.weight": torch.randn(3, 4)},
             r"all 1 source names start with backbone\.; --rename 'backbone",
         ),
+        ({"x": {"y": {"a.weight": torch.randn(3, 4)}}}, r"another container; give source\['x'\]\['y'\]"),
+        (
+            {f"module.{i}.b": torch.ones(3) for i in range(9)},
+            "the target with a.weight; another architecture",
+        ),
         ({"a.weight": torch.randn(4, 3)}, "1 shapes are transposed, such as a.weight"),
         ({"a.weight": torch.randn(7, 7)}, r"every shape differs, a.weight is \[3, 4\] against \[7, 7\]"),
         (
