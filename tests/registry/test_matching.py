@@ -226,6 +226,13 @@ def test_blocks_of_a_deeper_resnet_are_flagged() -> None:
     assert found["layer2.0.conv1.weight"] == "MATCH"  # the only one with a stride
 
 
+def test_no_alignment_is_offered_where_several_fit() -> None:
+    deeper = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Linear(4, 4))
+    report = diff(nn.Sequential(nn.Linear(4, 4)), deeper)
+    assert report.counts[Category.POSITIONAL].names == 1
+    assert not report.suggestions
+
+
 def test_an_alignment_is_offered_where_only_one_fits() -> None:
     a, b = layers((4, 5), (5, 6)), layers((3, 4), (4, 5), (5, 6))
     report = diff(a, b)
