@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import click
 
 import registry
-from registry.cli import configs, files, naming, reading, runs, shell, training, transfers, upkeep
+from registry.cli import caches, configs, files, naming, reading, runs, shell, training, transfers, upkeep
 from registry.cli.options import example_text
 from registry.store.errors import RegistryError
 from registry.store.text import printable
@@ -85,6 +85,7 @@ for command in (
     *(transfers.compare, transfers.advise),
     *(reading.list_, reading.show, runs.history, runs.best, runs.lineage),
     *(runs.runs, runs.log, runs.board, reading.status),
+    caches.cache,
     *(naming.alias, naming.tag, naming.note, naming.rm),
     *(upkeep.verify, upkeep.gc, upkeep.rebuild),
     *(configs.config, shell.completion),

@@ -180,7 +180,7 @@ def _show_facts(registry: Registry, version: Version) -> None:
         ],
         *[(f"source.{k}", v) for k, v in (record.get("source") or {}).items() if isinstance(v, str | int)],
         *[(f"meta.{key}", value) for key, value in flatten(record.get("meta", {})).items()],
-        *_made(record.get("provenance", {})),
+        *_made(record.get("provenance", {}), registry),
         *[(f"config.{key}", value) for key, value in flatten(record.get("config") or {}).items()],
         *[("note", f"{time_of(written)}  {text}") for written, text in version.notes],
     ]
@@ -194,14 +194,14 @@ def _known(registry: Registry, parent: str) -> str:
     return name_of(registry.catalog, parent) or parent
 
 
-def _made(provenance: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def _made(provenance: Mapping[str, Any], registry: Registry) -> list[tuple[str, Any]]:
     """How a checkpoint was made, one fact a line."""
     git = provenance.get("git")
     code = f"{git['commit'][:12]}{' with changes' if git.get('dirty') else ''}" if git else None
     kinds = [f"{name}: {kind}" for name, kind in provenance.get("kinds", {}).items()]
     software = [f"{name} {provenance[name]}" for name in ("python", "torch") if name in provenance]
     return [
-        ("dataset", provenance.get("dataset")),
+        ("dataset", _data(provenance, registry)),
         ("after", f"{provenance['seconds']:.1f} s" if "seconds" in provenance else None),
         ("classes", kinds),
         ("command", " ".join(provenance.get("command", []))),
@@ -209,6 +209,13 @@ def _made(provenance: Mapping[str, Any]) -> list[tuple[str, Any]]:
         ("software", [*software, provenance["system"]] if software else None),
         ("devices", provenance.get("devices")),
     ]
+
+
+def _data(provenance: Mapping[str, Any], registry: Registry) -> str | None:
+    """The digest of the data set, and the cached function that made it."""
+    ids = [provenance["dataset"]] if "dataset" in provenance else list(provenance.get("artifacts", ()))
+    made = {one.id: one.function for one in registry.artifacts.find()} if ids else {}
+    return ", ".join(f"{made[id]} {id}" if id in made else id for id in ids) or None
 
 
 @command("status", "registry status")

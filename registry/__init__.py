@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from registry.builders import register_model as register_model
+    from registry.caching import cached as cached
     from registry.checkpoint import Checkpoint as Checkpoint
     from registry.config import Config as Config
     from registry.config import ModelConfig as ModelConfig
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from registry.logs import setup_logging as setup_logging
     from registry.plans import TransferPlan as TransferPlan
     from registry.registry import Registry as Registry
+    from registry.results import register_result as register_result
     from registry.resumable import ResumableLoader as ResumableLoader
     from registry.run import Run as Run
     from registry.store.errors import RegistryError as RegistryError
@@ -41,6 +43,7 @@ _HOMES = {
     "ResumableLoader": "registry.resumable",
     "Run": "registry.run",
     "TransferPlan": "registry.plans",
+    "cached": "registry.caching",
     "check_optimizer": "registry.freezing",
     "diff": "registry.diffing",
     "freeze": "registry.freezing",
@@ -48,6 +51,7 @@ _HOMES = {
     "param_groups": "registry.freezing",
     "plan_transfer": "registry.transfer",
     "register_model": "registry.builders",
+    "register_result": "registry.results",
     "remap_optimizer": "registry.freezing",
     "setup_logging": "registry.logs",
     "unfreeze": "registry.freezing",
@@ -62,6 +66,7 @@ __all__ = [
     "ResumableLoader",
     "Run",
     "TransferPlan",
+    "cached",
     "check_optimizer",
     "diff",
     "freeze",
@@ -69,6 +74,7 @@ __all__ = [
     "param_groups",
     "plan_transfer",
     "register_model",
+    "register_result",
     "remap_optimizer",
     "setup_logging",
     "unfreeze",

@@ -279,8 +279,8 @@ class Catalog:
             yield {"op": "tag", "id": id, "tag": name}
         for id, written, text in rows("SELECT id, written, text FROM notes"):
             yield {"op": "note", "id": id, "at": written, "text": text}
-        for key, id, created in rows("SELECT key, id, created FROM artifacts"):
-            yield {"op": "artifact", "key": key, "id": id, "at": created}
+        for key, id, created, record in rows("SELECT key, id, created, record FROM artifacts"):
+            yield {"op": "artifact", "key": key, "id": id, "at": created, "record": json.loads(record)}
 
     # -- reading -----------------------------------------------------------------------------------------
 

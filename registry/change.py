@@ -101,7 +101,8 @@ class Change:
             broken = {
                 location.pack
                 for location in elsewhere
-                if not self._store.pack_is_whole(location.pack, location.pack_size)
+                if location.pack in self._store.distrusted
+                or not self._store.pack_is_whole(location.pack, location.pack_size)
             }
             if strict and any(location.pack not in broken for location in elsewhere):
                 raise Stale("tensors of this save were stored meanwhile")
@@ -289,16 +290,16 @@ class Change:
                 record["name"],
                 record["model"],
                 record["at"],
-                json.dumps(record["record"], separators=(",", ":")),
+                _compact(record["record"]),
             ),
         )
 
     def _artifact(self, record: Mapping[str, Any]) -> None:
         self._use_unless_used(record["id"], self._store.manifest(record["id"]))
         self.connection.execute(
-            "INSERT INTO artifacts (key, id, created) VALUES (?, ?, ?) "
-            "ON CONFLICT (key) DO UPDATE SET id = excluded.id, created = excluded.created",
-            (record["key"], record["id"], record["at"]),
+            "INSERT INTO artifacts (key, id, created, record) VALUES (?, ?, ?, ?) ON CONFLICT (key) DO UPDATE "
+            "SET id = excluded.id, created = excluded.created, record = excluded.record",
+            (record["key"], record["id"], record["at"], _compact(record.get("record", {}))),
         )
 
     def _drop_artifact(self, record: Mapping[str, Any]) -> None:
@@ -325,6 +326,10 @@ _OPERATIONS: dict[str, Callable[[Change, Mapping[str, Any]], None]] = {
     "artifact": Change._artifact,
     "drop-artifact": Change._drop_artifact,
 }
+
+
+def _compact(record: Any) -> str:
+    return json.dumps(record, separators=(",", ":"))
 
 
 def summary(manifest: Manifest) -> dict[str, dict[str, int]]:

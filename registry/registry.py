@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import registry
 from registry.catalog import Catalog
@@ -22,6 +22,8 @@ from registry.versions import Version, best_version, list_names
 if TYPE_CHECKING:
     from torch import nn
 
+    from registry.artifacts import Artifacts
+    from registry.change import Change
     from registry.checkpoint import Checkpoint
     from registry.config import Config
     from registry.diffing import DiffReport
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from registry.store.saving import State
     from registry.store.store import Store
     from registry.verification import Verification
+
+Result = TypeVar("Result")
 
 FORMAT = 1
 SETTINGS = "registry.toml"
@@ -116,6 +120,24 @@ class Registry:
                 f"{self.root} has format {found}, torch-registry {registry.__version__} reads format {FORMAT}; "
                 "upgrade with: pip install -U torch-registry"
             )
+
+    # -- artifacts ---------------------------------------------------------------------------------------
+
+    @property
+    def artifacts(self) -> Artifacts:
+        """The results of cached functions."""
+        from registry.artifacts import Artifacts
+
+        return Artifacts(self)
+
+    def cached(self, function: Callable[..., Any] | None = None, **options: Any) -> Any:
+        """Keep a function's results in this registry, as a decorator or without one; see `registry.caching.cached`.
+
+        registry.cached(key=["size"])(function)
+        """
+        from registry.caching import cached
+
+        return cached(function, **options, registry=self)
 
     # -- training ----------------------------------------------------------------------------------------
 
@@ -271,7 +293,6 @@ class Registry:
             Unsupported: if a value cannot be stored, naming its path and type; nothing is written.
             StorageError: if the disk is full or refuses; no version is made.
         """
-        from registry.change import Stale
         from registry.store.saving import State as Encoded
 
         check_name(model, "model")
@@ -298,6 +319,40 @@ class Registry:
         record = {key: value for key, value in record.items() if value not in (None, {}, [])}
         record["torch-registry"] = registry.__version__
         state = components if isinstance(components, Encoded) else self.store.encode(components)
+
+        def publish(change: Change, id: str) -> int:
+            version = change.next_version(model)
+            change.apply({"op": "publish", "id": id, "model": model, "version": version})
+            if best_by:
+                change.point_to_best(model, best_by.metric, smallest=best_by.smallest)
+            return version
+
+        _, version = self.commit(state, record, publish, what=model, progress=progress)
+        return self[f"{model}:v{version}"]
+
+    def commit(
+        self,
+        state: State,
+        record: dict[str, Any],
+        publish: Callable[[Change, str], Result],
+        *,
+        what: str,
+        progress: Progress = silent,
+    ) -> tuple[str, Result]:
+        """Store trees and make them known in one transaction, again while other processes remove what they rely on.
+
+        Args:
+            publish: makes the manifest known in the transaction that it is given.
+            what: what to call it in an error.
+
+        Returns:
+            The manifest's digest, and what `publish` returned.
+
+        Raises:
+            StorageError: if the disk is full or refuses; nothing is made known.
+        """
+        from registry.change import Stale
+
         for attempt in range(_ATTEMPTS):
             alone = attempt == _ATTEMPTS - 1  # the last time nobody else may change anything meanwhile
             stored = None if alone else self.store.put(state, record, progress=progress)
@@ -305,18 +360,14 @@ class Registry:
                 with self.catalog.change() as change:
                     stored = stored or self.store.put(state, record, progress=progress)
                     change.use(stored.digest, stored.manifest, stored.pack, strict=attempt < _ATTEMPTS // 2)
-                    version = change.next_version(model)
-                    change.apply({"op": "publish", "id": stored.digest, "model": model, "version": version})
-                    if best_by:
-                        change.point_to_best(model, best_by.metric, smallest=best_by.smallest)
-                break
+                    result = publish(change, stored.digest)
+                return stored.digest, result
             except Stale:
                 if stored and stored.pack:
                     self.discard_pack(stored.pack.digest)
-                record["created"] = now()
-        else:
-            raise Conflict(f"{model}: other processes kept changing the registry during the save; repeat it")
-        return self[f"{model}:v{version}"]
+                if "created" in record:
+                    record["created"] = now()
+        raise Conflict(f"{what}: other processes kept changing the registry during the save; repeat it")
 
     def discard_pack(self, digest: str) -> None:
         """Remove a pack file that no catalog row names."""

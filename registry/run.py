@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 
 from registry import builders, components, provenance, rng
+from registry.caching import used_artifacts
 from registry.config import Config
 from registry.freezing import frozen_names
 from registry.logs import run_log
@@ -84,7 +85,7 @@ class Run:
         self._stalled = 0.0
         about = {
             "config": self._values,
-            "dataset": dataset,
+            **self._data(),
             "resumed": resumed.id if resumed else None,
             **provenance.of_process(),
         }
@@ -263,12 +264,19 @@ class Run:
             "builder": builder or self.model,
             "network": builders.config_of(model) if model is not None else None,
             "config_digest": self._config.digest() if isinstance(self._config, Config) else None,
-            "dataset": self._dataset,
+            **self._data(),
             "seconds": round(time.monotonic() - self._started, 3),
             "devices": provenance.devices(tensors),
             **provenance.of_process(),
         }
         return {key: value for key, value in found.items() if value not in (None, {}, [])}
+
+    def _data(self) -> dict[str, Any]:
+        """The data set that was named, or else the artifacts that the program has used; the only one is the data set."""
+        if self._dataset:
+            return {"dataset": self._dataset}
+        used = used_artifacts(self.registry.root)
+        return {"dataset": used[0] if len(used) == 1 else None, "artifacts": used}
 
     def _publish(self, state: State, fields: Mapping[str, Any], about: Mapping[str, Any]) -> Checkpoint:
         before = self._last or self.resumed

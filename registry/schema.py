@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sqlite3
 
-VERSION = 1
+VERSION = 2
 
 TABLES = """
 CREATE TABLE state (
@@ -78,7 +78,8 @@ CREATE INDEX lineage_by_parent ON lineage (parent);
 CREATE TABLE artifacts (
     key TEXT PRIMARY KEY,
     id TEXT NOT NULL REFERENCES manifests (id),
-    created TEXT NOT NULL
+    created TEXT NOT NULL,
+    record TEXT NOT NULL DEFAULT '{}'
 );
 CREATE INDEX artifacts_by_id ON artifacts (id);
 CREATE TABLE packs (
@@ -104,7 +105,7 @@ CREATE TABLE doomed (
 )
 """
 
-MIGRATIONS: dict[int, str] = {}
+MIGRATIONS: dict[int, str] = {2: "ALTER TABLE artifacts ADD COLUMN record TEXT NOT NULL DEFAULT '{}'"}
 """SQL that takes the schema from the version before the key to the key."""
 
 UNUSED = "NOT EXISTS (SELECT 1 FROM uses u WHERE u.pack = packs.number)"

@@ -22,6 +22,9 @@ class Conflict(RegistryError):
 class Corrupt(RegistryError):
     """Stored bytes are not what was written: a flipped byte, a missing pack, an edited manifest."""
 
+    pack: str | None = None
+    """The pack that is damaged, where it is one."""
+
 
 class Incompatible(RegistryError):
     """Two things that should fit do not: names, shapes or dtypes differ."""

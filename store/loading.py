@@ -108,11 +108,13 @@ def _check(packs: Path, item: Wanted, data: memoryview, actual: str | None = Non
 
 def damaged(packs: Path, item: Wanted) -> Corrupt:
     end = item.location.start + item.size
-    return Corrupt(
+    error = Corrupt(
         f"{item.name}: the bytes {item.location.start} to {end} of pack "
         f"{pack_path(packs, item.location.pack).name} are not what was saved; "
         "restore the pack from a backup, or load another version"
     )
+    error.pack = item.location.pack
+    return error
 
 
 def in_parallel(jobs: Sequence[Job], work: Callable[[Job], None], sizes: Sequence[int]) -> None:

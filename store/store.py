@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import fnmatch
 import os
@@ -53,6 +54,8 @@ class Store:
         self.root = Path(root)
         self.packs, self.manifests, self.tmp = (self.root / name for name in FOLDERS)
         self.index: Index = index or FolderIndex(self.packs)
+        self.distrusted: set[str] = set()
+        """Packs that were found damaged; what is saved again is written again, and heals them."""
         self._recent: tuple[tuple[object, ...], Manifest] | None = None
 
     def __repr__(self) -> str:
@@ -103,6 +106,8 @@ class Store:
                 packs.append(write_new(state, self._intact, self.tmp, self.packs, progress))
 
             durable.twice_on_io_error(write)
+            if packs[-1]:
+                self.distrusted.discard(packs[-1].digest)  # a pack of this name was written anew
             manifest = Manifest(dict(record or {}), state.components, state.tensors())
             return Stored(self.write_manifest(manifest), manifest, packs[-1])
 
@@ -187,7 +192,7 @@ class Store:
         from registry.store import loading
         from registry.store.tree import decode
 
-        with loading.naming(label or digest[:12]):
+        with loading.naming(label or digest[:12]), self._noting_damage():
             manifest = self._recent_manifest(digest)
             documents = self._chosen(manifest, only)
             wanted = self._locate(manifest, documents)
@@ -218,7 +223,7 @@ class Store:
         from registry.store import loading
         from registry.store.tree import is_plain, memory_of, tensor_paths, torch_type, unfillable
 
-        with loading.naming(label or digest[:12]), torch.no_grad():
+        with loading.naming(label or digest[:12]), self._noting_damage(), torch.no_grad():
             manifest = self._recent_manifest(digest)
             slots: dict[str, int] = {}
             ambiguous = {path for path, slot in manifest.slots if slots.setdefault(path, slot) != slot}
@@ -311,10 +316,19 @@ class Store:
         except FileNotFoundError:
             return False
 
+    @contextlib.contextmanager
+    def _noting_damage(self) -> Iterator[None]:
+        try:
+            yield
+        except Corrupt as error:
+            if error.pack:
+                self.distrusted.add(error.pack)
+            raise
+
     def _intact(self, digests: Collection[str]) -> Collection[str]:
         located = self.index.locate(digests)
         packs = {location.pack: location.pack_size for location in located.values()}
-        whole = {pack for pack, size in packs.items() if self.pack_is_whole(pack, size)}
+        whole = {pack for pack, size in packs.items() if self.pack_is_whole(pack, size)} - self.distrusted
         return {digest for digest, location in located.items() if location.pack in whole}
 
     def _chosen(self, manifest: Manifest, only: str | Sequence[str] | None) -> Mapping[str, Any]:

@@ -1,0 +1,130 @@
+"""The results of cached functions: cache list, show, rm, clear."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from registry.cli.options import command, example_text, seconds
+from registry.cli.output import counted, print_facts, print_json, print_table, say, size, time_of
+
+if TYPE_CHECKING:
+    from registry.artifacts import Artifact
+    from registry.registry import Registry
+
+
+@click.group(
+    "cache", epilog=example_text("registry cache list\nregistry cache clear --older-than 30d --unused")
+)
+def cache() -> None:
+    """Show and clear cached datasets.
+
+    What a function under @cached returned is kept as an artifact, by a key of all that it depends on.
+    """
+
+
+@command("list", "registry cache list")
+def list_(registry: Registry, as_json: bool) -> None:
+    """List artifacts, the newest first."""
+    found = registry.artifacts.find()
+    if as_json:
+        print_json([_document(one) for one in found])
+        return
+    if not found:
+        say("# nothing is cached; put @cached from registry above a function that prepares data")
+        return
+    rows = [
+        [
+            *(one.key[:12], one.function, size(one.size), time_of(one.created)),
+            *(_ago(one.used), ", ".join(one.runs) or "-"),
+        ]
+        for one in found
+    ]
+    print_table(["KEY", "FUNCTION", "SIZE", "CREATED", "USED", "BY RUNS"], rows)
+
+
+@command("show", "registry cache show 3f2a91c04b7e")
+@click.argument("key")
+def show(key: str, registry: Registry, as_json: bool) -> None:
+    """Show what an artifact was made from, and what it holds."""
+    one = registry.artifacts[key]
+    if as_json:
+        print_json(_document(one))
+        return
+    record = one.record
+    files = [
+        (f"file.{name}", f"{file['path']}  {file['digest'][:12]}")
+        for name, found in record.get("files", {}).items()
+        for file in found
+    ]
+    print_facts(
+        [
+            ("function", one.function),
+            ("key", one.key),
+            ("dataset", one.id),
+            ("version", record.get("version")),
+            *[(f"parameter.{name}", value) for name, value in record.get("parameters", {}).items()],
+            *files,
+            ("holds", f"{counted(one.tensors, 'tensor')}, {size(one.size)}"),
+            ("took", f"{record['seconds']:.3f} s" if "seconds" in record else None),
+            ("created", time_of(one.created)),
+            ("used", _ago(one.used)),
+            ("runs", ", ".join(one.runs) or None),
+        ]
+    )
+
+
+@command("rm", "registry cache rm 3f2a91c04b7e")
+@click.argument("keys", nargs=-1, required=True, metavar="KEY...")
+def rm(keys: tuple[str, ...], registry: Registry, as_json: bool) -> None:
+    """Forget artifacts; they are computed again when needed.
+
+    Their bytes are freed by the next registry gc.
+    """
+    chosen = [registry.artifacts[key] for key in keys]
+    registry.artifacts.remove(one.key for one in chosen)
+    _tell(chosen, as_json)
+
+
+@command("clear", "registry cache clear --older-than 30d --unused")
+@click.option(
+    "--older-than",
+    callback=lambda ctx, param, text: None if text is None else seconds(ctx, param, text),
+    metavar="TIME",
+    help="Only what was not used for so long, such as 30d.",
+)
+@click.option("--unused", is_flag=True, help="Only what no run was trained on.")
+def clear(older_than: float | None, unused: bool, registry: Registry, as_json: bool) -> None:
+    """Forget all artifacts, or those that are old or unused.
+
+    Their bytes are freed by the next registry gc.
+    """
+    _tell(registry.artifacts.clear(older_than=older_than, unused=unused), as_json)
+
+
+def _tell(gone: list[Artifact], as_json: bool) -> None:
+    if as_json:
+        print_json([_document(one) for one in gone])
+        return
+    for one in gone:
+        say(f"{one.key[:12]}  {one.function}  {size(one.size)}")
+    say(f"# {counted(len(gone), 'artifact')} forgotten; registry gc frees the space")
+
+
+def _document(one: Artifact) -> dict[str, Any]:
+    return {**one._asdict(), "function": one.function}
+
+
+def _ago(used: float) -> str:
+    """How long ago something was, roughly."""
+    passed = max(0.0, time.time() - used)
+    for length, unit in ((86_400, "day"), (3_600, "hour"), (60, "minute")):
+        if passed >= length:
+            return f"{counted(int(passed // length), unit)} ago"
+    return "just now"
+
+
+for one in (list_, show, rm, clear):
+    cache.add_command(one)

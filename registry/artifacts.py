@@ -1,0 +1,172 @@
+"""Artifacts: results of cached functions in the registry, by key."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from registry.journal import now
+from registry.store.errors import Conflict, Invalid, NotFound
+from registry.store.text import quoted
+
+if TYPE_CHECKING:
+    from registry.keys import Key
+    from registry.registry import Registry
+
+COMPONENT = "result"
+_TOUCH_SECONDS = 600.0
+
+
+class Artifact(NamedTuple):
+    """A stored result.
+
+    Attributes:
+        key: digest of what it depends on.
+        id: digest of its content, which a run records as its dataset.
+        used: when it was last loaded, in seconds since the epoch, to ten minutes.
+        size: bytes of its tensors.
+        runs: names of the runs that were trained on it.
+        record: the function, its parameters, digests of its files, and the seconds that it took.
+    """
+
+    key: str
+    id: str
+    created: str
+    used: float
+    size: int
+    tensors: int
+    runs: tuple[str, ...]
+    record: Mapping[str, Any]
+
+    @property
+    def function(self) -> str:
+        return str(self.record.get("function", "?"))
+
+
+class Artifacts:
+    """The artifacts of a registry."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    def find(self) -> list[Artifact]:
+        """All of them, the newest first."""
+        rows = self._registry.catalog.query(
+            "SELECT a.key, a.id, a.created, m.size, m.tensors, a.record FROM artifacts a "
+            "JOIN manifests m ON m.id = a.id "
+            "ORDER BY a.created DESC, a.key"
+        )
+        users = self._users()
+        return [self._artifact(users, *row) for row in rows]
+
+    def __getitem__(self, prefix: str) -> Artifact:
+        """The artifact whose key or id begins with some hex digits.
+
+        Raises:
+            NotFound, Conflict: if there is none, or several.
+        """
+        if not prefix or set(prefix) - set("0123456789abcdef"):
+            raise Invalid(f"{quoted(prefix)} is no key; registry cache list shows them")
+        found = [one for one in self.find() if one.key.startswith(prefix) or one.id.startswith(prefix)]
+        if not found:
+            raise NotFound(f"there is no artifact {quoted(prefix)}; registry cache list shows what there is")
+        if len(found) > 1:
+            raise Conflict(f"{quoted(prefix)} is the beginning of {len(found)} artifacts; give more digits")
+        return found[0]
+
+    def id_for(self, key: str) -> str | None:
+        """The id of the artifact under a key."""
+        rows = self._registry.catalog.query("SELECT id FROM artifacts WHERE key = ?", [key])
+        return str(rows[0][0]) if rows else None
+
+    def put(self, key: Key, tree: Any, *, version: str | int | None, seconds: float) -> str:
+        """Store a result under its key; returns the artifact's id.
+
+        Raises:
+            Unsupported: if a part of it cannot be stored.
+            StorageError: if the disk is full or refuses.
+        """
+        about = {
+            "function": key.function,
+            "version": version,
+            "parameters": key.parameters,
+            "files": {
+                name: [{"path": str(content.path), "digest": content.digest} for content in found]
+                for name, found in key.contents.items()
+            },
+            "seconds": round(seconds, 6),
+        }
+        about = {name: value for name, value in about.items() if value not in (None, {}, [])}
+        line = {"op": "artifact", "key": key.digest, "at": now(), "record": about}
+        id, _ = self._registry.commit(
+            self._registry.store.encode({COMPONENT: tree}),
+            {"kind": "artifact"},
+            lambda change, id: change.apply({**line, "id": id}),
+            what=key.function,
+        )
+        return id
+
+    def load(self, id: str, *, verify: bool) -> Any:
+        """The tree of an artifact, mapped.
+
+        Raises:
+            NotFound, Corrupt: if it is not there any more, or not what was saved.
+        """
+        store = self._registry.store
+        tree = store.get(id, verify=verify, label=f"artifact {id[:12]}")[COMPONENT]
+        path = store.manifest_path(id)
+        if time.time() - path.stat().st_mtime > _TOUCH_SECONDS and os.access(path, os.W_OK):
+            os.utime(path)  # when it was last of use
+        return tree
+
+    def remove(self, keys: Iterable[str]) -> int:
+        """Forget artifacts by their whole keys; returns how many there were."""
+        count = 0
+        with self._registry.catalog.change() as change:
+            for key in keys:
+                if change.connection.execute("SELECT 1 FROM artifacts WHERE key = ?", (key,)).fetchone():
+                    change.apply({"op": "drop-artifact", "key": key})
+                    count += 1
+        return count
+
+    def clear(self, *, older_than: float | None = None, unused: bool = False) -> list[Artifact]:
+        """Forget all artifacts, or those that were not loaded for so many seconds, or that no run names.
+
+        Returns:
+            What was forgotten; its bytes are freed by the next `gc`.
+        """
+        limit = time.time() - (older_than or 0.0)
+        chosen = [
+            one
+            for one in self.find()
+            if (older_than is None or one.used < limit) and not (unused and one.runs)
+        ]
+        self.remove(one.key for one in chosen)
+        return chosen
+
+    def _artifact(
+        self,
+        users: Mapping[str, tuple[str, ...]],
+        key: str,
+        id: str,
+        created: str,
+        size: int,
+        tensors: int,
+        record: str,
+    ) -> Artifact:
+        try:
+            used = self._registry.store.manifest_path(id).stat().st_mtime
+        except OSError:
+            used = 0.0
+        return Artifact(key, id, created, used, size, tensors, users.get(id, ()), json.loads(record))
+
+    def _users(self) -> dict[str, tuple[str, ...]]:
+        found: dict[str, tuple[str, ...]] = {}
+        for run in self._registry.runs.find():
+            for id in {run.record.get("dataset"), *run.record.get("artifacts", ())}:
+                if id:
+                    found[id] = (*found.get(id, ()), run.name)
+        return found
