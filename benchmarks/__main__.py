@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import catalogs, states, storage, training, transfers
+from benchmarks import caching, catalogs, states, storage, training, transfers
 from benchmarks.measure import Result
 
 Group = Callable[[Path, int], list[Result]]
@@ -24,6 +24,7 @@ GROUPS: dict[str, Group] = {
     "catalog": catalogs.measure,
     "training": training.measure,
     "transfer": transfers.measure,
+    "cache": caching.measure,
 }
 
 

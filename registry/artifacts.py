@@ -6,8 +6,9 @@ import json
 import os
 import time
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from registry.contents import Seen, mark
 from registry.journal import now
 from registry.store.errors import Conflict, Invalid, NotFound
 from registry.store.text import quoted
@@ -109,18 +110,35 @@ class Artifacts:
         )
         return id
 
-    def load(self, id: str, *, verify: bool) -> Any:
+    def load(self, id: str, *, verify: bool | Literal["once"] = "once") -> Any:
         """The tree of an artifact, mapped.
+
+        Args:
+            verify: check every byte against its digest: `True` always, `False` never, `once` unless that was done
+                before and the sizes, times and inodes of its packs are as they were then.
 
         Raises:
             NotFound, Corrupt: if it is not there any more, or not what was saved.
         """
         store = self._registry.store
-        tree = store.get(id, verify=verify, label=f"artifact {id[:12]}")[COMPONENT]
+        once = verify == "once"
+        seen = Seen(self._registry.root, f"packs of {id}") if once else None
+        packs = self._packs(id) if once else {}
+        check = seen.entries != packs if seen else bool(verify)
+        tree = store.get(id, verify=check, label=f"artifact {id[:12]}")[COMPONENT]
+        if seen and check:
+            seen.keep(packs)
         path = store.manifest_path(id)
         if time.time() - path.stat().st_mtime > _TOUCH_SECONDS and os.access(path, os.W_OK):
             os.utime(path)  # when it was last of use
         return tree
+
+    def _packs(self, id: str) -> dict[str, tuple[str, str]]:
+        """The packs of an artifact, and what shows that one has changed."""
+        rows = self._registry.catalog.query(
+            "SELECT p.digest FROM uses u JOIN packs p ON p.number = u.pack WHERE u.id = ?", [id]
+        )
+        return {name: (mark(self._registry.store.pack_path(name)), name) for (name,) in rows}
 
     def remove(self, keys: Iterable[str]) -> int:
         """Forget artifacts by their whole keys; returns how many there were."""

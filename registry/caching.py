@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, cast
 
 from filelock import FileLock, Timeout
 
@@ -40,7 +40,7 @@ def cached(
     files: Sequence[str] | None = None,
     version: str | int | None = None,
     code: bool = False,
-    verify: bool = True,
+    verify: bool | Literal["once"] = "once",
     registry: Registry | Path | str | None = None,
 ) -> Any:
     """Keep the results of a function in a registry, and load them while nothing that they depend on has changed.
@@ -60,7 +60,8 @@ def cached(
             called `..._path` or annotated as `Path` unless given.
         version: change it when the function computes something else.
         code: the function's own source counts too.
-        verify: check every byte of a hit against its digest.
+        verify: check every byte of a hit against its digest: `True` always, `False` never, `once` the first time, and
+            again if the size, the times or the inode of a file in the registry changed since.
         registry: the registry or its folder; the default one at the time of the call unless given.
 
     Returns:
@@ -94,7 +95,7 @@ class _Cached(Generic[P, R]):
         function: Callable[P, R],
         keys: Keys,
         version: str | int | None,
-        verify: bool,
+        verify: bool | Literal["once"],
         registry: Registry | Path | str | None,
     ) -> None:
         self._function = function

@@ -50,20 +50,20 @@ def content_of(path: Path, root: Path) -> Content:
         Unsupported: if it is a device, a socket or a pipe.
         StorageError: if it cannot be read.
     """
-    memory = root / FOLDER / f"{digest(os.fsencode(os.path.abspath(path)))[:32]}.json"
-    known = _remembered(memory)
+    seen = Seen(root, os.path.abspath(path))
+    known = seen.entries
     entries = _entries(path)
     found: dict[str, tuple[str, str]] = {}
-    for name, mark in entries.items():
+    for name, state in entries.items():
         old = known.get(name)
-        found[name] = old if old and old[0] == mark else (mark, _read(path / name if name else path))
+        found[name] = old if old and old[0] == state else (state, _read(path / name if name else path))
     if found != known:
         if _entries(path) != entries:
             what = "the folder" if path.is_dir() else "the file"
             raise Conflict(
                 f"{printable(str(path))}: {what} changed while it was read; repeat when it is complete"
             )
-        _remember(memory, found)
+        seen.keep(found)
     if path.is_dir():
         whole = digest(
             "".join(f"{name}\0{d}\n" for name, (_, d) in sorted(found.items())).encode(
@@ -77,7 +77,7 @@ def content_of(path: Path, root: Path) -> Content:
 
 def _signature(entries: dict[str, str]) -> str:
     return digest(
-        "".join(f"{name}\0{mark}\n" for name, mark in sorted(entries.items())).encode(
+        "".join(f"{name}\0{state}\n" for name, state in sorted(entries.items())).encode(
             "utf-8", "surrogateescape"
         )
     )
@@ -88,8 +88,8 @@ def _entries(path: Path) -> dict[str, str]:
     try:
         status = path.stat()
         if not stat.S_ISDIR(status.st_mode):
-            return {"": _mark(path, status)}
-        return {os.path.relpath(found, path): _mark(found, status) for found, status in _walk(path)}
+            return {"": mark(path, status)}
+        return {os.path.relpath(found, path): mark(found, status) for found, status in _walk(path)}
     except FileNotFoundError as error:
         raise NotFound(f"{printable(str(error.filename or path))}: there is no such file or folder") from None
     except OSError as error:
@@ -108,7 +108,13 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _mark(path: Path, status: os.stat_result) -> str:
+def mark(path: Path, status: os.stat_result | None = None) -> str:
+    """Size, times and inode of a file.
+
+    Raises:
+        Unsupported: if it is no regular file.
+    """
+    status = status or path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise Unsupported(f"{printable(str(path))} is no regular file; its content cannot be part of a key")
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino} {status.st_dev}"
@@ -127,27 +133,41 @@ def _read(path: Path) -> str:
         raise StorageError(f"{printable(str(path))}: {error.strerror}") from error
 
 
-def _remembered(memory: Path) -> dict[str, tuple[str, str]]:
-    try:
-        found = json.loads(memory.read_bytes())
-        return {
-            name: (mark, known)
-            for name, (mark, known) in found.items()
-            if isinstance(mark, str) and isinstance(known, str) and is_digest(known)
+class Seen:
+    """What was found out about some files, kept while sizes, times and inodes stay as they were.
+
+    Args:
+        root: the registry's folder.
+        what: what the files are to each other: the same text finds them again.
+
+    Attributes:
+        entries: by file, what shows a change and the digest.
+    """
+
+    def __init__(self, root: Path, what: str) -> None:
+        self._file = root / FOLDER / f"{digest(os.fsencode(what))[:32]}.json"
+        self.entries = self._read()
+
+    def _read(self) -> dict[str, tuple[str, str]]:
+        try:
+            found = json.loads(self._file.read_bytes())
+            return {
+                name: (state, known)
+                for name, (state, known) in found.items()
+                if isinstance(state, str) and isinstance(known, str) and is_digest(known)
+            }
+        except (OSError, ValueError, AttributeError, TypeError):
+            return {}  # it only saves time
+
+    def keep(self, found: dict[str, tuple[str, str]]) -> None:
+        """Keep what was found, but not of files that have changed just now: their times would not show the next change."""
+        now = time.time_ns()
+        settled = {
+            name: entry
+            for name, entry in found.items()
+            if now - max(map(int, entry[0].split()[1:3])) > _RECENT * 1e9
         }
-    except (OSError, ValueError, AttributeError, TypeError):
-        return {}  # it only saves time
-
-
-def _remember(memory: Path, found: dict[str, tuple[str, str]]) -> None:
-    """Keep digests of files that have not changed just now; a time stamp would not show the next change."""
-    now = time.time_ns()
-    settled = {
-        name: entry
-        for name, entry in found.items()
-        if now - max(map(int, entry[0].split()[1:3])) > _RECENT * 1e9
-    }
-    if settled and os.access(memory.parent.parent, os.W_OK):
-        with storage_errors(memory):
-            make_folder(memory.parent)
-            write_file(memory, json.dumps(settled).encode())
+        if settled and os.access(self._file.parent.parent, os.W_OK):
+            with storage_errors(self._file):
+                make_folder(self._file.parent)
+                write_file(self._file, json.dumps(settled).encode())

@@ -7,6 +7,7 @@ a manifest nor a million objects to hash.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -210,9 +211,10 @@ def _unpack_tensors(tree: Mapping[str, Any]) -> Any:
     if "shape" in tree:
         return _list(row.reshape(tree["count"], *tree["shape"]).unbind(0), tree)
     shapes = _shapes(tree)
-    sizes = [int(np.prod(shape)) for shape in shapes]
-    parts = row.split(sizes)
-    return _list([part if len(s) == 1 else part.view(s) for part, s in zip(parts, shapes, strict=True)], tree)
+    parts = row.split([math.prod(shape) for shape in shapes])
+    if all(len(shape) == 1 for shape in shapes):
+        return _list(parts, tree)
+    return _list([part.view(shape) for part, shape in zip(parts, shapes, strict=True)], tree)
 
 
 def _unpack_arrays(tree: Mapping[str, Any]) -> Any:
@@ -220,13 +222,17 @@ def _unpack_arrays(tree: Mapping[str, Any]) -> Any:
     if tree.get("shape"):
         return _list(list(row.reshape(tree["count"], *tree["shape"])), tree)
     shapes = _shapes(tree) if "ranks" in tree else [()] * tree["count"]
-    ends = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
+    ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
     return _list([part.reshape(s) for part, s in zip(np.split(row, ends), shapes, strict=True)], tree)
 
 
 def _shapes(tree: Mapping[str, Any]) -> list[tuple[int, ...]]:
-    sizes = iter(tree["sizes"].tolist())
-    return [tuple(next(sizes) for _ in range(rank)) for rank in tree["ranks"].tolist()]
+    ranks, sizes = tree["ranks"], tree["sizes"].tolist()
+    if len(ranks) and (ranks == ranks[0]).all():
+        rank = int(ranks[0])
+        return list(zip(*(sizes[i::rank] for i in range(rank)), strict=True)) if rank else [()] * len(ranks)
+    following = iter(sizes)
+    return [tuple(next(following) for _ in range(rank)) for rank in ranks.tolist()]
 
 
 def _unpack_dict(tree: Mapping[str, Any]) -> Any:

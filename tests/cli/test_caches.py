@@ -50,7 +50,7 @@ def test_list_show_rm_and_clear(run: Run, root: Path) -> None:
     assert run("cache", "clear", "--older-than", "30d").out.startswith("# 0 artifacts")
     assert run("cache", "rm", key[:8]).out.startswith(key[:12])
     assert run("cache", "list", "--json").json == []
-    assert "1 pack" in run("gc", "--grace", "0").out
+    assert "2 packs" in run("gc", "--grace", "0").out
 
 
 @pytest.mark.parametrize(

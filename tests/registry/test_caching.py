@@ -447,6 +447,31 @@ def test_a_hit_can_be_written_to_without_harm(calls: Calls) -> None:
     assert calls.count == 1
 
 
+def test_a_hit_is_verified_once_always_or_never(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, calls: Calls
+) -> None:
+    from registry import contents
+    from registry.store import loading
+
+    verify = loading.verify
+    monkeypatch.setattr(loading, "verify", lambda *given: (calls(), verify(*given))[1])
+    monkeypatch.setattr(contents, "_RECENT", -1.0)
+    for how, expected in (("once", 1), (True, 3), (False, 0)):
+        found = cached(lambda: torch.arange(100.0), verify=how, version=str(how))
+        found()
+        calls.count = 0
+        for _ in range(3):
+            found()
+        assert calls.count == expected, how
+    once = cached(lambda: torch.arange(100.0), version="once")
+    once()
+    for pack in (registry.root / "packs").rglob("*.safetensors"):
+        os.utime(pack)
+    calls.count = 0
+    once()
+    assert calls.count == 1
+
+
 def test_an_exception_stores_nothing(calls: Calls, registry: Registry) -> None:
     @cached
     def f() -> int:

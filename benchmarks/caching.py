@@ -1,0 +1,91 @@
+"""The cache against joblib.Memory, torch.save and torch.load, and no cache, for three kinds of results."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import joblib
+import torch
+
+from benchmarks.measure import Contender, Result, take_turns
+from registry import Registry
+
+Make = Callable[[], Any]
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    """500 MB in 20 tensors, with a little work: a row's mean is taken away."""
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for i in range(20):
+        raw = torch.randn(2_500, 2_500, generator=generator)
+        found[f"part {i}"] = raw - raw.mean(1, keepdim=True)
+    return found
+
+
+def small_tensors() -> list[torch.Tensor]:
+    """100,000 tensors of 1 to 64 numbers."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.rand(1 + i % 64, generator=generator) for i in range(100_000)]
+
+
+def strings() -> list[str]:
+    """1,000,000 strings of 3 to 33 characters, of words that are cut and put together."""
+    return [f"{i:x}-{'abcdefghijklmnopqrstuvwxyz'[: i % 27]}" for i in range(1_000_000)]
+
+
+def measure(folder: Path, rounds: int) -> list[Result]:
+    """Ratios of a hit and of a miss for each kind of result."""
+    cases: dict[str, Make] = {
+        "500 MB of tensors": tensors,
+        "100,000 small tensors": small_tensors,
+        "1,000,000 strings": strings,
+    }
+    return [
+        result
+        for name, make in cases.items()
+        for result in _case(name, make, folder / name.split()[0], rounds)
+    ]
+
+
+def _case(name: str, make: Make, folder: Path, rounds: int) -> list[Result]:
+    folder.mkdir()
+    memory = joblib.Memory(folder / "joblib", verbose=0)
+    file = folder / "result.pt"
+    registry = Registry(folder / "registry")
+    ours, theirs = registry.cached(make), memory.cache(make)
+
+    began = time.perf_counter()
+    ours()
+    miss = time.perf_counter() - began
+    began = time.perf_counter()
+    theirs()
+    miss_joblib = time.perf_counter() - began
+    began = time.perf_counter()
+    torch.save(make(), file)
+    miss_torch = time.perf_counter() - began
+    contenders: dict[str, Contender] = {
+        "hit": (lambda: None, ours),
+        "joblib": (lambda: None, theirs),
+        "torch": (lambda: None, lambda: torch.load(file, weights_only=True)),
+        "none": (lambda: None, make),
+    }
+    t = take_turns(contenders, rounds)
+    fastest = min(t["joblib"], t["torch"], t["none"])
+    others = ", ".join(f"{t[key]:.3f} s {label}" for key, label in _LABELS.items())
+    misses = f"{miss:.2f} s against {miss_joblib:.2f} s joblib.Memory, {miss_torch:.2f} s torch.save"
+    return [
+        Result(
+            f"{name}: hit against the fastest other",
+            t["hit"] / fastest,
+            1.0,
+            f"{t['hit']:.3f} s against {others}",
+        ),
+        Result(f"{name}: miss against joblib.Memory, once", miss / miss_joblib, None, misses),
+    ]
+
+
+_LABELS = {"joblib": "joblib.Memory", "torch": "torch.load", "none": "computing"}
