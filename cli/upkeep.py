@@ -30,8 +30,9 @@ def verify(references: tuple[str, ...], registry: Registry, as_json: bool) -> in
     for problem in found.problems:
         used = f" (needed by {', '.join(problem.checkpoints)})" if problem.checkpoints else ""
         warn(f"{problem.message}{used}")
+    artifacts = f"{counted(found.artifacts, 'artifact')}, " if found.artifacts else ""
     checked = (
-        f"{counted(found.checkpoints, 'checkpoint')}, {counted(found.tensors, 'stored tensor')}, "
+        f"{counted(found.checkpoints, 'checkpoint')}, {artifacts}{counted(found.tensors, 'stored tensor')}, "
         f"{size(found.bytes)} in {counted(found.packs, 'pack')}"
     )
     say(f"{checked}: {counted(len(found.problems), 'problem') if found.problems else 'all as saved'}")

@@ -119,7 +119,38 @@ registry diff lenet6-finetuned:v1 lenet6-finetuned --values --format html -o "$r
 registry compare lenet6-scratch lenet6-finetuned lenet6-frozen --format html -o "$reports/compare.html" >/dev/null
 printf '\nreports to open in a browser:\n  %s\n  %s\n  %s\n' "$reports/plan.html" "$reports/diff.html" "$reports/compare.html"
 
-say "11. Files in and out: hand the weights to somebody, take a checkpoint in. What is equal is not stored again."
+say "11. Data that is prepared once: a miss computes, a hit maps the result from the store."
+cat > prepare.py <<'PYTHON'
+import logging
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from registry import cached
+
+logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stdout)
+
+
+@cached(key=["size"])
+def enlarged(folder: Path, size: int) -> dict[str, torch.Tensor]:
+    found = {}
+    for file in sorted(folder.glob("*.png")):
+        image = torch.frombuffer(bytearray(Image.open(file).convert("L").tobytes()), dtype=torch.uint8)
+        pixels = image.reshape(1, 1, 28, 28).float() / 255
+        found[file.stem] = torch.nn.functional.interpolate(pixels, size=(size, size), mode="bicubic")
+    return found
+
+
+print(*enlarged(Path("images"), size=2048))
+PYTHON
+mkdir images && cp this-is-a-*.png images/
+run python prepare.py
+run python prepare.py
+run registry cache list
+
+say "12. Files in and out: hand the weights to somebody, take a checkpoint in. What is equal is not stored again."
 run registry export lenet5@best lenet5.pt
 run registry import lenet5.pt --name from-a-colleague
 run registry status

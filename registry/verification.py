@@ -32,6 +32,7 @@ class Verification:
     tensors: int
     bytes: int
     problems: tuple[Problem, ...]
+    artifacts: int = 0
 
 
 def verify(registry: Registry, references: Iterable[str] = (), progress: Progress = silent) -> Verification:
@@ -47,7 +48,12 @@ def verify(registry: Registry, references: Iterable[str] = (), progress: Progres
     if not chosen:
         check.catalog()
     return Verification(
-        check.checkpoints, check.pack_count, check.tensor_count, check.byte_count, tuple(check.problems)
+        check.checkpoints,
+        check.pack_count,
+        check.tensor_count,
+        check.byte_count,
+        tuple(check.problems),
+        check.artifacts,
     )
 
 
@@ -57,7 +63,7 @@ class _Check:
         self._store = registry.store
         self._chosen = chosen
         self.problems: list[Problem] = []
-        self.checkpoints = self.pack_count = self.tensor_count = self.byte_count = 0
+        self.checkpoints = self.artifacts = self.pack_count = self.tensor_count = self.byte_count = 0
         self._names: dict[str, list[tuple[str, str]]] = {}
         """Checkpoint and path of each tensor by digest."""
 
@@ -66,7 +72,10 @@ class _Check:
         named = dict(query("SELECT id, model || ':v' || version FROM versions"))
         named |= {id: f"artifact {key}" for id, key in query("SELECT id, key FROM artifacts")}
         for id in self._chosen or named:
-            self.checkpoints += 1
+            if named.get(id, "").startswith("artifact "):
+                self.artifacts += 1
+            else:
+                self.checkpoints += 1
             try:
                 manifest = self._store.manifest(id)
             except RegistryError as error:

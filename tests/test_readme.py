@@ -43,7 +43,7 @@ def test_the_first_session_can_be_typed_as_it_stands(
             done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
             assert done.stderr == ""
             assert without_what_varies(done.stdout) == without_what_varies(expected)
-    assert kinds == ["console", "console", "python", "python", "console"]
+    assert kinds == ["console", "console", "python", "python", "python", "console"]
     assert re.match(
         r"Checkpoint\(name=mine:v[12], id=[0-9a-f]{12}, epoch=[12], loss=0\.\d+\)\n"
         r"loaded 8 of 12 tensors, 90\.90 % of parameters\n",
@@ -51,7 +51,7 @@ def test_the_first_session_can_be_typed_as_it_stands(
     )
 
 
-@pytest.mark.parametrize("page", ["training.md", "transfer.md"])
+@pytest.mark.parametrize("page", ["training.md", "transfer.md", "caching.md"])
 def test_the_examples_of_a_page_run_from_top_to_bottom(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,3 +71,4 @@ def test_every_command_of_the_program_is_reachable_from_the_readme() -> None:
     assert "(docs/configs.md)" in README
     assert "(docs/training.md)" in README
     assert "(docs/transfer.md)" in README
+    assert "(docs/caching.md)" in README
