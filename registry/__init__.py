@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from registry.checkpoint import Checkpoint as Checkpoint
     from registry.config import Config as Config
     from registry.config import ModelConfig as ModelConfig
+    from registry.devices import get_devices as get_devices
+    from registry.devices import parallelize as parallelize
     from registry.diffing import diff as diff
     from registry.freezing import check_optimizer as check_optimizer
     from registry.freezing import freeze as freeze
@@ -48,7 +50,9 @@ _HOMES = {
     "diff": "registry.diffing",
     "freeze": "registry.freezing",
     "frozen_proof": "registry.freezing",
+    "get_devices": "registry.devices",
     "param_groups": "registry.freezing",
+    "parallelize": "registry.devices",
     "plan_transfer": "registry.transfer",
     "register_model": "registry.builders",
     "register_result": "registry.results",
@@ -71,6 +75,8 @@ __all__ = [
     "diff",
     "freeze",
     "frozen_proof",
+    "get_devices",
+    "parallelize",
     "param_groups",
     "plan_transfer",
     "register_model",

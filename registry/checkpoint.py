@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from registry.store.text import printable
@@ -10,6 +11,8 @@ from registry.versions import Version
 
 if TYPE_CHECKING:
     from registry.store.store import Store
+
+_logger = logging.getLogger(__name__)
 
 
 class Checkpoint:
@@ -21,6 +24,11 @@ class Checkpoint:
     def __init__(self, store: Store, version: Version) -> None:
         self._store = store
         self._version = version
+
+    @property
+    def row(self) -> Version:
+        """What the catalog has of it."""
+        return self._version
 
     @property
     def id(self) -> str:
@@ -153,7 +161,8 @@ class Checkpoint:
 
         Args:
             rng: restore the random number generators too; by default if an optimizer is among the objects, which
-                means that training goes on. What was frozen is frozen again then.
+                means that training goes on. What was frozen is frozen again then. Of several processes each gets
+                its own, if as many as now saved the checkpoint.
             verify: check every byte against its digest.
 
         Raises:
@@ -180,6 +189,7 @@ class Checkpoint:
         states = self.load(networks, verify=verify) if networks else {}
         if others:  # which keep the tensors that they are given
             states |= self.load(others, copy=True, verify=verify)
+            states |= self._of_this_rank(others, verify)
         with naming(self.name):
             components.restore(states, live, self.provenance.get("kinds", {}))
         if rng:
@@ -188,6 +198,23 @@ class Checkpoint:
                     freeze_again(live[name], frozen)
         if "rng" in states:
             generators.restore(states["rng"])
+
+    def _of_this_rank(self, names: Collection[str], verify: bool) -> dict[str, Any]:
+        """What this process has of its own where several train together, in place of the leading one's."""
+        from registry import ranks, rng
+
+        before, now, rank = self.provenance.get("processes", 1), ranks.count(), ranks.mine()
+        if before != now and "rng" in names:
+            _logger.warning(
+                "%s was saved by %d processes and goes on with %d: from here on the training is another one",
+                *(self.name, before, now),
+            )
+        if not rank:
+            return {}
+        if before != now:
+            return {"rng": rng.capture()} if "rng" in names else {}
+        own = self.load(f"ranks/{rank}", copy=True, verify=verify)["ranks"][str(rank)]
+        return {name: own[name] for name in names if name in own}
 
     @property
     def extra(self) -> Mapping[str, Any]:

@@ -163,8 +163,9 @@ class Registry:
         keep_last: int | None = None,
         keep_best: int | None = None,
         keep_optimizer: int | None = None,
+        timeout: float = 1_800.0,
     ) -> Run:
-        """A training session, for use in a `with` statement.
+        """A training session, for use in a `with` statement. Processes that train together all call this.
 
             with registry.run("lenet5", config=config, monitor="accuracy") as run:
                 run.save(model=model, optimizer=optimizer, epoch=1, metrics={"accuracy": 0.97})
@@ -182,6 +183,7 @@ class Registry:
             keep_last, keep_best: keep that many of the run's newest versions, and of its best ones; others are
                 removed, but never one with an alias, a tag or a descendant. Without either all stay.
             keep_optimizer: older versions than that many keep their weights and lose everything else.
+            timeout: seconds that processes which train together wait for one another.
 
         Raises:
             Invalid: if a name or a rule is malformed.
@@ -202,6 +204,7 @@ class Registry:
             resumed=resumed,
             plan=plan,
             retention=retention,
+            timeout=timeout,
         )
 
     def build(self, reference: str, *, component: str = "model") -> nn.Module:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from registry import rng
+from registry import ranks, rng
 from registry.store.errors import Incompatible, Unsupported
 
 
@@ -22,9 +22,14 @@ class ResumableLoader:
     Without workers, batches that were taken are skipped by their indices alone. With workers they are loaded
     again and dropped, since each worker's random numbers depend on what it has loaded.
 
+    Where several processes train together, each records its own position; give the `DataLoader` a
+    `DistributedSampler`, and tell it the epoch with `set_epoch` before each `for`.
+
     Raises:
         Unsupported: for `persistent_workers`, whose random state no checkpoint can hold.
     """
+
+    per_rank = True
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         if loader.num_workers and loader.persistent_workers:
@@ -64,14 +69,22 @@ class ResumableLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and the random state at the beginning of the epoch."""
-        return {"taken": self._taken, "start": self._start, "generators": self._generator_states()}
+        state = {"taken": self._taken, "start": self._start, "generators": self._generator_states()}
+        return state | ({"processes": ranks.count()} if ranks.count() > 1 else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on at a recorded position with the next iteration.
 
         Raises:
-            Incompatible: if this loader has other generators of its own than the recorded one.
+            Incompatible: if this loader has other generators of its own than the recorded one, or another number
+                of processes goes on in the middle of an epoch.
         """
+        before = state.get("processes", 1)
+        if before != ranks.count() and state["start"] is not None:
+            raise Incompatible(
+                f"{before} processes were in the middle of an epoch, which {ranks.count()} cannot go on with; start "
+                f"{before}, or resume from the end of an epoch"
+            )
         if len(state["generators"]) != len(self._generators()):
             raise Incompatible(
                 f"the recorded loader has {len(state['generators'])} generators of its own, this one "

@@ -1,4 +1,7 @@
-"""A run: one training session with its log file, TensorBoard events, provenance and checkpoints."""
+"""A run: one training session with its log file, TensorBoard events, provenance and checkpoints.
+
+Where several processes train together, each has the run; the leading one writes, and all agree on how it went.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,11 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
 
@@ -21,6 +24,7 @@ from registry.config import Config
 from registry.freezing import frozen_names
 from registry.logs import run_log
 from registry.plans import TransferPlan, plan_document
+from registry.ranks import Ranks
 from registry.reference import check_name
 from registry.retention import Retention
 from registry.runs import LOG, PROCESS
@@ -36,8 +40,9 @@ if TYPE_CHECKING:
     from registry.checkpoint import Checkpoint
     from registry.registry import Registry
     from registry.store.saving import State
+    from registry.versions import Version
 
-_RESERVED = ("rng", "extra")
+_RESERVED = ("rng", "extra", "ranks")
 
 _logger = logging.getLogger(__name__)
 
@@ -47,6 +52,9 @@ class Run:
 
     While it is open, what the program logs goes to its log file too, and SIGTERM ends the program only after the
     save that is in flight. Leaving the context waits for that save, and records how the run ended.
+
+    Processes that train together (`torchrun`) make the run together, and call `save` and `wait` together. The
+    leading one writes checkpoints, events and the log; what `writer` is told on the others goes nowhere.
     """
 
     def __init__(
@@ -61,6 +69,7 @@ class Run:
         resumed: Checkpoint | None,
         plan: TransferPlan | None,
         retention: Retention,
+        timeout: float,
     ) -> None:
         self.registry = registry
         self.model = check_name(model, "model")
@@ -83,14 +92,19 @@ class Run:
         self._open = contextlib.ExitStack()
         self._started = time.monotonic()
         self._stalled = 0.0
+        self._ranks = Ranks(timeout)
         about = {
             "config": self._values,
             **self._data(),
+            **self._together(),
             "resumed": resumed.id if resumed else None,
             **provenance.of_process(),
         }
         self._about = {key: value for key, value in about.items() if value not in (None, {}, [])}
-        self.name = registry.runs.begin(self.model, name, self._about)
+        self.name = self._ranks.leader(
+            lambda: registry.runs.begin(self.model, name, self._about),
+            f"the beginning of a run of {self.model}",
+        )
         self.folder = registry.root / "runs" / self.name
 
     @property
@@ -107,6 +121,8 @@ class Run:
     def writer(self) -> SummaryWriter:
         """TensorBoard's own writer, on the run's folder."""
         if self._writer is None:
+            if not self._ranks.leads:
+                return cast("SummaryWriter", _Mute())
             from torch.utils.tensorboard import SummaryWriter
 
             make_folder(self.folder)
@@ -120,9 +136,10 @@ class Run:
 
     def __enter__(self) -> Self:
         with storage_errors(self.folder), contextlib.ExitStack() as stack:
-            make_folder(self.folder)
-            write_file(self.folder / PROCESS, _this_process().encode(), folder=self.folder)
-            stack.enter_context(run_log(self.log_file))
+            if self._ranks.leads:
+                make_folder(self.folder)
+                write_file(self.folder / PROCESS, _this_process().encode(), folder=self.folder)
+                stack.enter_context(run_log(self.log_file))
             stack.enter_context(_sigterm_as_exit())
             self._open = stack.pop_all()
         _logger.info("run %s began", self.name)
@@ -139,7 +156,10 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self.wait()
+            if error is None:
+                self.wait()
+            elif self._in_flight is not None and self._ranks.leads:  # the others may not be here any more
+                self._in_flight.result()
         except RegistryError as failed:
             if error is None:
                 error = failed
@@ -150,11 +170,13 @@ class Run:
             _logger.info("run %s %s", self.name, state)
             if self._writer is not None:
                 self._writer.close()
-            with contextlib.suppress(FileNotFoundError):
-                (self.folder / PROCESS).unlink()
             self._saver.submit(self.registry.catalog.close)  # its own connection
             self._saver.shutdown()
-            self.registry.runs.end(self.name, state)
+            if self._ranks.leads:
+                with contextlib.suppress(FileNotFoundError):
+                    (self.folder / PROCESS).unlink()
+                self.registry.runs.end(self.name, state)
+            self._ranks.close()
             self._open.close()
 
     # -- saving ----------------------------------------------------------------------------------------------
@@ -182,14 +204,17 @@ class Run:
             wait: return when the version is durable. Otherwise return as soon as the state is copied to host
                 memory; hashing and writing go on behind the training, at most one save at a time.
             live: components by name: anything with `state_dict()` and `load_state_dict()`, such as
-                `model=model, optimizer=optimizer, ema=ema`.
+                `model=model, optimizer=optimizer, ema=ema`. Of several processes each records its own random
+                state, and its own state of components with a true attribute `per_rank`; everything else is the
+                leading one's.
 
         Returns:
-            The checkpoint; None with `wait=False`.
+            The checkpoint, in each process; None with `wait=False`.
 
         Raises:
             Invalid, Unsupported: if something cannot be recorded, naming it; nothing is written.
             StorageError: if the disk refuses, also for the save before that did not wait.
+            Conflict: if one of several processes does not come to the save in time, naming it.
         """
         began = time.monotonic()
         try:
@@ -206,7 +231,7 @@ class Run:
         """
         if self._in_flight is not None:
             pending, self._in_flight = self._in_flight, None
-            self._last = pending.result()
+            self._last = self._everywhere(pending.result, f"{self.name}: the save before")
         return self._last
 
     def _save(
@@ -224,26 +249,68 @@ class Run:
                 raise Invalid(f"{name!r} is not the name of a component of yours; choose another")
         if not live:
             raise Invalid("there is nothing to save; name components, such as save(model=model)")
-        trees = {name: components.capture(name, component) for name, component in live.items()}
-        trees["rng"] = rng.capture()
-        if extra:
-            trees["extra"] = dict(extra)
-        state = self.registry.store.encode(trees)
         fields = {
             "epoch": epoch,
             "step": step,
             "loss": _plain_number(loss, "loss"),
             "metrics": {key: _plain_number(value, f"metric {key}") for key, value in (metrics or {}).items()},
         }
-        about = self._record(live, state)
+        what = f"{self.name}: a save"
+        own = self._ranks.gather(lambda: self._own(live), what)
         if wait:
-            self._last = self._publish(state, fields, about)
+            self._last = self._everywhere(
+                lambda: self._publish(*self._encoded(live, own, extra), fields), what
+            )
             return self._last
-        if self._arena is None:
-            self._arena = Arena()
-        copied = self._arena.snapshot(state)
-        self._in_flight = self._saver.submit(self._publish, copied, fields, about)
+
+        def begin() -> None:
+            if self._arena is None:
+                self._arena = Arena()
+            state, about = self._encoded(live, own, extra)
+            copied = self._arena.snapshot(state)
+            self._in_flight = self._saver.submit(self._publish, copied, about, fields)
+
+        self._in_flight = Future()  # of the leading process
+        try:
+            self._ranks.leader(begin, what)
+        except BaseException:
+            self._in_flight = None
+            raise
         return None
+
+    def _own(self, live: Mapping[str, Any]) -> dict[str, Any]:
+        """What differs between the processes of a training."""
+        parts = {name: part for name, part in live.items() if getattr(part, "per_rank", False)}
+        captured = {name: components.capture(name, part) for name, part in parts.items()}
+        return {"rng": rng.capture(), **captured}
+
+    def _encoded(
+        self, live: Mapping[str, Any], own: Sequence[dict[str, Any]], extra: Mapping[str, Any] | None
+    ) -> tuple[State, dict[str, Any]]:
+        shared = {name: part for name, part in live.items() if name not in own[0]}
+        trees = {name: components.capture(name, part) for name, part in shared.items()} | own[0]
+        if len(own) > 1:
+            trees["ranks"] = {str(rank): part for rank, part in enumerate(own) if rank}
+        if extra:
+            trees["extra"] = dict(extra)
+        state = self.registry.store.encode(trees)
+        return state, self._record(live, state)
+
+    def _everywhere(self, step: Callable[[], Checkpoint], what: str) -> Checkpoint:
+        """The checkpoint that the leading process has made, in each process."""
+        from registry.checkpoint import Checkpoint
+
+        if self._ranks.count == 1:
+            return step()
+
+        def row() -> Version:
+            made = step().row
+            return made._replace(metrics=dict(made.metrics))
+
+        return Checkpoint(self.registry.store, self._ranks.leader(row, what))
+
+    def _together(self) -> dict[str, Any]:
+        return {"processes": self._ranks.count} if self._ranks.count > 1 else {}
 
     def _record(self, live: Mapping[str, Any], state: State) -> dict[str, Any]:
         model = live.get("model")
@@ -265,6 +332,7 @@ class Run:
             "network": builders.config_of(model) if model is not None else None,
             "config_digest": self._config.digest() if isinstance(self._config, Config) else None,
             **self._data(),
+            **self._together(),
             "seconds": round(time.monotonic() - self._started, 3),
             "devices": provenance.devices(tensors),
             **provenance.of_process(),
@@ -278,7 +346,7 @@ class Run:
         used = used_artifacts(self.registry.root)
         return {"dataset": used[0] if len(used) == 1 else None, "artifacts": used}
 
-    def _publish(self, state: State, fields: Mapping[str, Any], about: Mapping[str, Any]) -> Checkpoint:
+    def _publish(self, state: State, about: Mapping[str, Any], fields: Mapping[str, Any]) -> Checkpoint:
         before = self._last or self.resumed
         lineage = []
         if self.resumed and not self._last:
@@ -299,6 +367,13 @@ class Run:
         )
         self._retention.apply(self.registry, self.name, saved)
         return saved
+
+
+class _Mute:
+    """Stands in for a `SummaryWriter` where nothing is to be written: takes everything, and does nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
 
 
 def _plain_number(value: Any, what: str) -> Any:
