@@ -208,6 +208,7 @@ def _made(provenance: Mapping[str, Any], registry: Registry) -> list[tuple[str, 
         ("git", code),
         ("software", [*software, provenance["system"]] if software else None),
         ("devices", provenance.get("devices")),
+        ("processes", provenance.get("processes")),
     ]
 
 

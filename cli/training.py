@@ -14,9 +14,10 @@ import click
 from registry.cli.options import Reference, command
 from registry.cli.output import number, print_facts, print_json, print_table, say, version_document, warn
 from registry.store.errors import Incompatible, Invalid, NotFound
-from registry.store.text import quoted
 
 if TYPE_CHECKING:
+    import torch
+
     from registry.checkpoint import Checkpoint
     from registry.models.data import Data
     from registry.models.training import TrainConfig
@@ -44,7 +45,11 @@ _DATA = (
 )
 @click.option("--freeze", metavar="loaded|PATTERN", help="Freeze what was loaded, or names.")
 @click.option("--name", metavar="NAME", help="The model to save under. [default: MODEL]")
-@click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps. [default: cpu]")
+@click.option(
+    *("--devices", "--device"),
+    metavar="DEVICES",
+    help="cpu, mps, cuda:1, how many (2), or which (0,3). [default: cpu]",
+)
 @click.option("--keep-last", type=int, metavar="N", help="Keep the run's N newest versions.")
 @click.option("--keep-best", type=int, metavar="N", help="Keep the run's N most accurate versions.")
 @click.option("--keep-optimizer", type=int, metavar="N", help="Older versions keep their weights alone.")
@@ -60,7 +65,7 @@ def train(
     source: str | None,
     freeze: str | None,
     name: str | None,
-    device: str | None,
+    devices: str | None,
     keep_last: int | None,
     keep_best: int | None,
     keep_optimizer: int | None,
@@ -69,8 +74,9 @@ def train(
 ) -> None:
     """Train a network and record every epoch.
 
-    MODEL is the name of a network: lenet5, lenet6, or one that an installed package provides. Ctrl-C saves at the next batch and says how to resume.
+    MODEL is the name of a network: lenet5, lenet6, or one that an installed package provides. Ctrl-C saves at the next batch and says how to resume. In several processes: torchrun --nproc-per-node=2 -m registry.cli train MODEL.
     """
+    from registry.devices import get_devices
     from registry.models.data import load
     from registry.models.training import train as run_training
 
@@ -85,7 +91,10 @@ def train(
     content = load(settings.data, data_dir, download=download, seed=settings.seed)
     keep = {"keep_last": keep_last, "keep_best": keep_best, "keep_optimizer": keep_optimizer}
     place = name or (resumed.model if resumed else settings.model)
-    with _shown_training(quiet=as_json) as progress:
+    chosen = get_devices(devices or "cpu")
+    with _several_processes(chosen[0]) as leads, _shown_training(quiet=as_json or not leads) as progress:
+        if devices and leads and not as_json:
+            say(f"training on {', '.join(map(str, chosen))}")
         try:
             run = run_training(
                 registry,
@@ -95,13 +104,16 @@ def train(
                 resume=resumed,
                 source=source,
                 freeze=freeze,
-                device=_device(device),
+                devices=chosen,
                 progress=progress,
                 **keep,
             )
         except (KeyboardInterrupt, SystemExit):
-            _say_how_to_resume(registry, place)
+            if leads:
+                _say_how_to_resume(registry, place)
             raise
+    if not leads:
+        return
     last = run.wait()
     best = registry[f"{place}@best"]
     if as_json:
@@ -151,17 +163,24 @@ def _settings(
     return TrainConfig.from_dict(document, source=source).override(*assignments)
 
 
-def _device(name: str | None) -> Any:
-    import torch
+@contextlib.contextmanager
+def _several_processes(device: torch.device) -> Iterator[bool]:
+    """Join the processes that torchrun started with this one; yields whether this one speaks for all."""
+    from registry import ranks
 
+    if ranks.started() == 1 or ranks.count() > 1:
+        yield ranks.mine() == 0
+        return
+    import torch
+    import torch.distributed as dist
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        device = torch.device(name or "cpu")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        count = torch.cuda.device_count()
-        there = ["cpu", *(f"cuda:{i}" for i in range(count))]
-        raise NotFound(f"--device {quoted(str(name))} is not there; there are {', '.join(there)}") from None
-    return device
+        yield ranks.mine() == 0
+    finally:
+        dist.destroy_process_group()
 
 
 def _say_how_to_resume(registry: Registry, model: str) -> None:

@@ -7,17 +7,18 @@ import random
 import signal
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, Literal, Self
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler, Subset
 
-from registry import Config, Registry, ResumableLoader, Run, freezing
+from registry import Config, Registry, ResumableLoader, Run, freezing, parallelize, ranks
 from registry.builders import builder
 from registry.checkpoint import Checkpoint
 from registry.models.data import Data, few
@@ -38,7 +39,7 @@ class TrainConfig(Config):
     model: str = "lenet5"
     data: str = "digits"
     epochs: int = Field(default=10, ge=1)
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: int = Field(default=32, ge=1)  # in each process
     optimizer: Literal["adam", "adamw", "sgd"] = "adamw"
     lr: float = Field(default=2e-3, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
@@ -60,42 +61,60 @@ def train(
     resume: Checkpoint | None = None,
     source: Source | None = None,
     freeze: str | None = None,
-    device: torch.device | str = "cpu",
+    devices: Sequence[torch.device] = (torch.device("cpu"),),
     progress: Progress = lambda done, total, loss, accuracy: None,
     **retention: Any,
 ) -> Run:
     """Train a network, and record every epoch.
 
-    Training that is interrupted records where it is, so that it can be resumed at the very batch.
+    Training that is interrupted records where it is, so that it can be resumed at the very batch. Under `torchrun`
+    each process takes its share of the data; the leading one records the means over all of them.
 
     Args:
         name: the model to save under; the network's own name unless given.
         resume: a checkpoint to go on from, bit for bit.
         source: where the first weights come from: whatever fits of a reference, a file or `torchvision:NAME`.
         freeze: `loaded`, or a pattern of names.
+        devices: what `get_devices` gave; several of them share each batch.
         retention: `keep_last`, `keep_best`, `keep_optimizer` of `Registry.run`.
 
     Raises:
-        Incompatible: if the checkpoint to resume was trained on other data or is complete.
+        Incompatible: if the checkpoint to resume was trained on other data or is complete, or there are more
+            processes than samples.
         KeyboardInterrupt: after the state was saved.
     """
     if config.samples is not None:
         data = few(data, config.samples)
+    count, rank, device = ranks.count(), ranks.mine(), devices[0]
+    samples = len(data.train)  # type: ignore[arg-type]
+    if samples < count:
+        raise Incompatible(
+            f"{data.name} has {samples} samples to train on, too few for {count} processes; start fewer"
+        )
     _seed(config.seed)
-    network = builder(config.model).build({"channels": data.channels, "classes": len(data.classes)})
+    network: nn.Module = builder(config.model).build(
+        {"channels": data.channels, "classes": len(data.classes)}
+    )
     plan = None
     if source is not None:
         plan = plan_transfer(source, network, everything=True, freeze=freeze, registry=registry)
         plan.apply(network, registry=registry)
-        _logger.info("%s from %s", plan.summary, plan.source)
+        if rank == 0:
+            _logger.info("%s from %s", plan.summary, plan.source)
     elif freeze:
         freezing.freeze(network, freeze)
     elif resume and (frozen := resume.provenance.get("frozen", {}).get("model")):
         freezing.freeze(network, frozen)
-    network.to(device)
-    optimizer = _optimizer(config, network)
+    plain, network = network, parallelize(network, devices, exact=True)
+    optimizer = _optimizer(config, plain)
+    sampler: DistributedSampler[Any] | None = None
+    if count > 1:
+        _seed(config.seed + rank)  # the networks are equal by now
+        sampler = DistributedSampler(data.train, seed=config.seed)
     loader = ResumableLoader(
-        DataLoader(data.train, config.batch_size, shuffle=True, num_workers=config.workers)
+        DataLoader(
+            data.train, config.batch_size, shuffle=not sampler, sampler=sampler, num_workers=config.workers
+        )
     )
     total = config.epochs * len(loader)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(config, total))
@@ -137,52 +156,62 @@ def train(
                 **everything, epoch=epoch, step=step, loss=loss, metrics=measured, extra=extra, wait=wait
             )
 
+        if rank == 0:
+            where = ", ".join(map(str, devices))
+            _logger.info("training on %s; processes: %d", where, count, extra={"detail": True})
         with warnings.catch_warnings(), _random_state_kept():
             warnings.simplefilter("ignore")  # of the tracer
-            run.writer.add_graph(network, torch.zeros(1, data.channels, 28, 28, device=device))
+            run.writer.add_graph(plain, torch.zeros(1, data.channels, 28, 28, device=device))
         loss_value = float("nan")
         with _Interrupts() as interrupts:
             while epoch < config.epochs and not (config.patience and stale >= config.patience):
                 network.train()
+                if sampler:
+                    sampler.set_epoch(epoch)
                 for images, labels in loader:
                     images, labels = images.to(device), labels.to(device)
                     loss, logits = network(images, labels)
+                    loss = loss.mean()  # of the devices
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
                     rate = scheduler.get_last_lr()[0]
                     scheduler.step()
                     step += 1
-                    loss_value = loss.item()
-                    accuracy = (logits.argmax(1) == labels).float().mean().item()
+                    accuracy = (logits.argmax(1) == labels).float().mean()
+                    loss_value, accuracy, signals = _over_ranks(loss, accuracy, interrupts.pending or 0)
+                    interrupts.pending = int(signals) or None
                     progress(step, total, loss_value, accuracy)
                     if loader.position % every == 0 or loader.position == len(loader):
                         run.writer.add_scalar("Training/Accuracy", accuracy, step)
                         run.writer.add_scalar("Training/Loss", loss_value, step)
                         run.writer.add_scalar("Training/Learning Rate", rate, step)
-                        _logger.info(
-                            "Epochs[%d/%d] -- batch[%d/%d] -- Acc: %.3f -- loss: %.4f",
-                            *(epoch + 1, config.epochs, loader.position, len(loader)),
-                            *(accuracy, loss_value),
-                            extra={"detail": loader.position < len(loader)},
-                        )
+                        if rank == 0:
+                            _logger.info(
+                                "Epochs[%d/%d] -- batch[%d/%d] -- Acc: %.3f -- loss: %.4f",
+                                *(epoch + 1, config.epochs, loader.position, len(loader)),
+                                *(accuracy, loss_value),
+                                extra={"detail": loader.position < len(loader)},
+                            )
                     if interrupts.pending and loader.position < len(loader):
                         save(loss_value, wait=True)
                         interrupts.deliver()
                 epoch += 1
-                test_loss, test_accuracy, logits = evaluate(network, data.test, config.batch_size)
+                test_loss, test_accuracy = _test(plain, data.test, config.batch_size)
                 best, stale = (test_accuracy, 0) if test_accuracy > best else (best, stale + 1)
-                _logger.info(
-                    "Epochs[%d/%d] -- Testing Acc: %.4f -- loss: %.4f",
-                    *(epoch, config.epochs, test_accuracy, test_loss),
-                )
+                if rank == 0:
+                    _logger.info(
+                        "Epochs[%d/%d] -- Testing Acc: %.4f -- loss: %.4f",
+                        *(epoch, config.epochs, test_accuracy, test_loss),
+                    )
                 run.writer.add_scalar("Testing/Accuracy", test_accuracy, epoch)
                 run.writer.add_scalar("Testing/Loss", test_loss, epoch)
                 save(loss_value, accuracy=test_accuracy, test_loss=test_loss)
-                for parameter_name, parameter in network.named_parameters():
+                for parameter_name, parameter in plain.named_parameters():
                     run.writer.add_histogram(f"Weights/{parameter_name}", parameter, epoch)
                 interrupts.deliver()
-        _draw(run, config, data, network, best)
+        if rank == 0:
+            _draw(run, config, data, plain, best)
     return run
 
 
@@ -203,6 +232,32 @@ def evaluate(network: nn.Module, data: Any, batch_size: int = 256) -> tuple[floa
     network.train(training)
     count = sum(map(len, outputs))
     return losses / count, right / count, torch.cat(outputs)
+
+
+def _test(network: nn.Module, data: Any, batch_size: int) -> tuple[float, float]:
+    """Mean loss and accuracy over a data set, of which each process takes its share."""
+    count = ranks.count()
+    if count == 1:
+        return evaluate(network, data, batch_size)[:2]
+    for buffer in network.buffers():  # all test the network that the leading process saves
+        dist.broadcast(buffer, 0)
+    share = range(ranks.mine(), len(data), count)
+    loss, accuracy = evaluate(network, Subset(data, share), batch_size)[:2] if share else (0.0, 0.0)
+    device = next(network.parameters()).device
+    sums = torch.tensor([loss * len(share), accuracy * len(share)], dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return tuple((sums / len(data)).tolist())
+
+
+def _over_ranks(loss: Tensor, accuracy: Tensor, signal: int) -> tuple[float, float, float]:
+    """The means of a loss and an accuracy over all processes, and a signal that any of them was sent."""
+    if ranks.count() == 1:
+        return loss.item(), accuracy.item(), signal
+    mine = torch.stack([loss.detach().float(), accuracy, accuracy.new_tensor(signal)])
+    all_of_them = [torch.empty_like(mine) for _ in range(ranks.count())]
+    dist.all_gather(all_of_them, mine)
+    losses, accuracies, signals = torch.stack(all_of_them).T
+    return losses.mean().item(), accuracies.mean().item(), signals.max().item()
 
 
 class _random_state_kept:

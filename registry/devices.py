@@ -62,7 +62,7 @@ def parallelize(
         devices: those of `get_devices`, which is asked for them if they are left out.
         exact: let resumed training be bit for bit that which was not interrupted, also with more than two
             processes. `DistributedDataParallel` otherwise sums gradients in another order after its first step than
-            in it; this costs a walk over the graph in each step (its `find_unused_parameters`).
+            in it; with more than two, this costs a walk over the graph in each step (`find_unused_parameters`).
     """
     devices = get_devices() if devices is None else list(devices)
     model.to(devices[0])
@@ -70,7 +70,9 @@ def parallelize(
         if not any(parameter.requires_grad for parameter in model.parameters()):
             return model  # there are no gradients to share
         ids = devices if devices[0].type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=ids, find_unused_parameters=exact)
+        return DistributedDataParallel(
+            model, device_ids=ids, find_unused_parameters=exact and ranks.count() > 2
+        )
     if len(devices) == 1:
         return model
     _logger.warning(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from datetime import datetime
@@ -23,7 +24,8 @@ def setup_logging(
 ) -> Path:
     """Send the records of all modules to a file of the day, and to the console.
 
-    Calling it again replaces what the earlier call set up; handlers of others stay.
+    Calling it again replaces what the earlier call set up; handlers of others stay. Of the processes that torchrun
+    starts the first one writes; the others put their warnings and errors, which name them, on the console.
 
     Args:
         name: the file is `<name>_<date>.txt`, appended to; at midnight the next day's file begins.
@@ -52,13 +54,18 @@ def setup_logging(
         raise StorageError(
             f"{where}: the log cannot be written ({error.strerror}); choose another directory"
         ) from error
-    handlers = [file] if file_only else [file, _Console(sys.stderr)]
+    handlers: list[logging.Handler] = [file] if file_only else [file, _Console(sys.stderr)]
+    form, rank = _FORMAT, os.environ.get("RANK", "0")
+    if rank != "0":
+        file.close()
+        handlers = [_Console(sys.stderr)]
+        number, form = max(number, logging.WARNING), f"[rank {printable(rank)}] {_FORMAT}"
     root = logging.getLogger()
     for old in [handler for handler in root.handlers if isinstance(handler, _DayFile | _Console)]:
         root.removeHandler(old)
         old.close()
     for handler in handlers:
-        handler.setFormatter(_OneRecord(_FORMAT, "%Y-%m-%d %H:%M:%S"))
+        handler.setFormatter(_OneRecord(form, "%Y-%m-%d %H:%M:%S"))
         root.addHandler(handler)
     root.setLevel(number)
     logging.captureWarnings(True)

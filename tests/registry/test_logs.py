@@ -163,3 +163,20 @@ def test_warnings_of_libraries_are_logged_and_nothing_heavy_is_loaded(tmp_path: 
     assert "old function" in written
     assert all(line.strip() for line in written.splitlines())
     assert "old function" in done.stderr
+
+
+def test_of_several_processes_the_first_one_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    path = setup_logging(directory=tmp_path)
+    logging.getLogger("a").info("quiet")
+    logging.getLogger("a").warning("loud")
+    assert path.read_text() == ""
+    shown = capsys.readouterr().err
+    assert "quiet" not in shown
+    assert re.fullmatch(r"\[rank 3\] " + LINE, shown.strip())
+    monkeypatch.setenv("RANK", "0")
+    setup_logging(directory=tmp_path)
+    logging.getLogger("a").info("heard")
+    assert "heard" in path.read_text()
