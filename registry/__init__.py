@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from registry.results import register_result as register_result
     from registry.resumable import ResumableLoader as ResumableLoader
     from registry.run import Run as Run
+    from registry.sharded import RegistryReader as RegistryReader
+    from registry.sharded import RegistryWriter as RegistryWriter
     from registry.store.errors import RegistryError as RegistryError
     from registry.transfer import plan_transfer as plan_transfer
 
@@ -42,6 +44,8 @@ _HOMES = {
     "ModelConfig": "registry.config",
     "Registry": "registry.registry",
     "RegistryError": "registry.store.errors",
+    "RegistryReader": "registry.sharded",
+    "RegistryWriter": "registry.sharded",
     "ResumableLoader": "registry.resumable",
     "Run": "registry.run",
     "TransferPlan": "registry.plans",
@@ -67,6 +71,8 @@ __all__ = [
     "ModelConfig",
     "Registry",
     "RegistryError",
+    "RegistryReader",
+    "RegistryWriter",
     "ResumableLoader",
     "Run",
     "TransferPlan",

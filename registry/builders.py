@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
-from registry.components import plain_module
+from registry.components import class_of, plain_module
 from registry.config import Config
 from registry.reference import check_name
 from registry.store.errors import Conflict, Invalid, NotFound
@@ -103,7 +103,7 @@ def names() -> list[str]:
 
 def name_for(model: Any) -> str | None:
     """The name under which a network's class is registered."""
-    kind = type(plain_module(model))
+    kind = class_of(model)
     return next((found.name for found in _builders.values() if found.make is kind), None)
 
 

@@ -81,18 +81,18 @@ class Change:
         if id and (row is None or row[0] != id):
             self.apply({"op": "alias", "model": model, "alias": "best", "id": id})
 
-    def use(self, id: str, manifest: Manifest, pack: PackInfo | None, *, strict: bool) -> None:
-        """Register a manifest and the new pack that came with it.
+    def use(self, id: str, manifest: Manifest, packs: Sequence[PackInfo], *, strict: bool) -> None:
+        """Register a manifest and the new packs that came with it.
 
         Args:
-            strict: also ask that no tensor of the new pack was stored by somebody else meanwhile.
+            strict: also ask that no tensor of the new packs was stored by somebody else meanwhile.
 
         Raises:
             Stale: if a pack that the manifest relies on is not there any more.
         """
         self._manifests[id] = manifest
         digests = {tensor.digest for tensor in manifest.tensors}
-        if pack is not None:
+        for pack in packs:
             elsewhere = [
                 location
                 for location in locate(self.connection, {tensor.digest for tensor in pack.tensors}).values()
@@ -108,10 +108,10 @@ class Change:
                 raise Stale("tensors of this save were stored meanwhile")
             self.add_pack(pack, replace=broken)
         located = locate(self.connection, digests)
-        packs = {location.pack: location.pack_size for location in located.values()}
+        relied_on = {location.pack: location.pack_size for location in located.values()}
         if len(located) < len(digests) or not self._store.has(id):
             raise Stale("tensors or the manifest of this save were removed meanwhile")
-        for name, size in packs.items():
+        for name, size in relied_on.items():
             if not self._store.pack_is_whole(name, size):
                 raise Stale("a pack that this save relied on was removed meanwhile")
         total = sum(tensor.size for tensor in {tensor.digest: tensor for tensor in manifest.tensors}.values())
@@ -119,7 +119,7 @@ class Change:
             "INSERT INTO manifests (id, size, tensors) VALUES (?, ?, ?) ON CONFLICT (id) DO NOTHING",
             (id, total, len(manifest.tensors)),
         )
-        for name in packs:
+        for name in relied_on:
             self.connection.execute(
                 "INSERT INTO uses (id, pack) SELECT ?, number FROM packs WHERE digest = ? "
                 "ON CONFLICT (id, pack) DO NOTHING",
@@ -191,7 +191,7 @@ class Change:
         self._use_unless_used(id, manifest)
         about = manifest.record
         execute("DELETE FROM versions WHERE model = ? AND version = ?", (model, version))
-        shown = {key: about[key] for key in about if key not in ("epoch", "step", "loss", "metrics")}
+        shown = {key: about[key] for key in about if key not in ("epoch", "step", "loss", "metrics", "dcp")}
         shown["components"] = summary(manifest)
         if _number(about.get("loss")) != about.get("loss"):
             shown["loss_is_nan"] = True
@@ -218,7 +218,7 @@ class Change:
         if not self.connection.execute("SELECT 1 FROM manifests WHERE id = ?", (id,)).fetchone():
             self._read_unknown_packs(manifest)
             try:
-                self.use(id, manifest, None, strict=False)
+                self.use(id, manifest, (), strict=False)
             except Stale:
                 raise NotFound(f"checkpoint {id[:12]} lacks tensors") from None
 
@@ -335,16 +335,16 @@ def _compact(record: Any) -> str:
 def summary(manifest: Manifest) -> dict[str, dict[str, int]]:
     """Names, elements and bytes of tensors in each component; a tied tensor counts once."""
     found = {name: {"tensors": 0, "elements": 0, "bytes": 0} for name in manifest.components}
-    seen: set[tuple[str, int]] = set()
-    for path, slot in manifest.slots:
+    seen: set[tuple[object, ...]] = set()
+    for path, info, shards in manifest.listed:
         component = path.partition("/")[0]
         entry = found[component]
         entry["tensors"] += 1
-        if (component, slot) not in seen:
-            seen.add((component, slot))
-            tensor = manifest.tensors[slot]
-            entry["elements"] += tensor.elements
-            entry["bytes"] += tensor.size
+        key = (component, *(slot for _, slot in shards))
+        if key not in seen:
+            seen.add(key)
+            entry["elements"] += info.elements
+            entry["bytes"] += info.size
     return found
 
 

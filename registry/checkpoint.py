@@ -209,7 +209,7 @@ class Checkpoint:
                 "%s was saved by %d processes and goes on with %d: from here on the training is another one",
                 *(self.name, before, now),
             )
-        if not rank:
+        if not rank or "ranks" not in self.components:
             return {}
         if before != now:
             return {"rng": rng.capture()} if "rng" in names else {}
@@ -222,11 +222,12 @@ class Checkpoint:
         return self.load("extra")["extra"] if "extra" in self.components else {}
 
     def parameters(self) -> Iterator[tuple[str, str, tuple[int, ...], str]]:
-        """Path, dtype, shape and digest of every tensor, without reading one."""
-        manifest = self._store.manifest(self.id)
-        for path, slot in manifest.slots:
-            tensor = manifest.tensors[slot]
-            yield path, tensor.dtype, tensor.shape, tensor.digest
+        """Path, dtype, shape and digest of every tensor, without reading one.
+
+        The digest of a tensor that several processes stored in shards is that of the list of its shards.
+        """
+        for path, info, _ in self._store.manifest(self.id).listed:
+            yield path, info.dtype, info.shape, info.digest
 
     def __repr__(self) -> str:
         return f"Checkpoint({', '.join(f'{key}={value}' for key, value in self._facts())})"

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from registry.store.errors import Incompatible, Invalid, NotFound
+from registry.store.errors import Incompatible, Invalid, NotFound, Unsupported
 from registry.store.text import quoted
 
 _SHOWN = 3
@@ -40,7 +40,7 @@ def capture(name: str, component: Any) -> Any:
     if isinstance(component, Mapping):
         return component
     if isinstance(component, nn.Module):
-        return _plain_state(component)
+        return _not_sharded(name, _plain_state(component))
     if isinstance(component, torch.utils.data.DataLoader) and not hasattr(component, "state_dict"):
         raise Invalid(
             f"{name}: a DataLoader does not know its position; wrap it: ResumableLoader(loader) from registry"
@@ -52,6 +52,15 @@ def capture(name: str, component: Any) -> Any:
     return component.state_dict()
 
 
+def _not_sharded(name: str, state: OrderedDict[str, Any]) -> OrderedDict[str, Any]:
+    if any(hasattr(value, "device_mesh") for value in state.values()):
+        raise Unsupported(
+            f"{name} is sharded over processes; each saves its own part with "
+            "dcp.save(state, storage_writer=run.sharded(...)), see docs/distributed.md"
+        )
+    return state
+
+
 def live_state(module: nn.Module) -> OrderedDict[str, Any]:
     """The state of a network under the names of the plain module, with its own parameters and buffers in it."""
     return _plain_state(module, keep_vars=True)
@@ -59,7 +68,17 @@ def live_state(module: nn.Module) -> OrderedDict[str, Any]:
 
 def kind_of(component: Any) -> str:
     """The class of a component, which is recorded to explain what does not fit later."""
-    return type(plain_module(component)).__qualname__
+    return class_of(component).__qualname__
+
+
+def class_of(component: Any) -> type:
+    """The class of a component, as it was before it was wrapped or sharded."""
+    kind = type(plain_module(component))
+    if any(
+        base.__name__ == "FSDPModule" for base in kind.__bases__
+    ):  # which FSDP puts before the network's own
+        return kind.__bases__[-1]
+    return kind
 
 
 def plain_module(component: Any) -> Any:
@@ -80,6 +99,10 @@ def restore(states: Mapping[str, Any], components: Mapping[str, Any], kinds: Map
     Raises:
         Incompatible: saying what differs; nothing was changed.
     """
+    states = {
+        name: _by_parameter(state) if isinstance(components.get(name), torch.optim.Optimizer) else state
+        for name, state in states.items()
+    }
     for name, component in components.items():
         _check(name, component, states[name], kinds.get(name))
     undo: dict[str, Callable[[], object]] = {}
@@ -160,6 +183,14 @@ def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, state: Any, ki
                         f"{list(parameter.shape)}"
                     )
     _raise(name, problems)
+
+
+def _by_parameter(state: Any) -> Any:
+    """An optimizer's state under the keys that its groups name: `dcp.save` turns numbers into text."""
+    if not isinstance(state, Mapping) or not isinstance(state.get("state"), Mapping):
+        return state
+    known = {str(key): key for group in state.get("param_groups", ()) for key in group["params"]}
+    return {**state, "state": {known.get(str(key), key): value for key, value in state["state"].items()}}
 
 
 def _raise(name: str, problems: list[str]) -> None:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from registry.sides import Source
     from registry.status import Status
     from registry.store.saving import State
-    from registry.store.store import Store
+    from registry.store.store import Store, Written
     from registry.verification import Verification
 
 Result = TypeVar("Result")
@@ -255,7 +255,7 @@ class Registry:
     def save(
         self,
         model: str,
-        components: Mapping[str, Any] | State,
+        components: Mapping[str, Any] | State | Written,
         *,
         epoch: int | None = None,
         step: int | None = None,
@@ -269,6 +269,7 @@ class Registry:
         parent: str | None = None,
         provenance: Mapping[str, Any] | None = None,
         best_by: Monitor | None = None,
+        dcp: Mapping[str, Any] | None = None,
         progress: Progress = silent,
     ) -> Checkpoint:
         """Save named state trees as the next version of a model.
@@ -279,7 +280,7 @@ class Registry:
         Args:
             model: name of the model family.
             components: state trees by component name, such as `{"model": net.state_dict()}`, or what
-                `store.encode` made of them.
+                `store.encode` or `store.add` made of them.
             loss, metrics: plain numbers; NaN is recorded and never counts as best.
             config: the hyperparameters, as plain values.
             meta: anything else, as plain values.
@@ -288,6 +289,7 @@ class Registry:
             run: the training session that saves it; see `run`.
             parent: name of the checkpoint that training went on from.
             provenance: how it was made, as plain values.
+            dcp: how a flat state dict is laid out in the trees; see `registry.sharded`.
             best_by: move the alias `best` to the version with the best value of this metric.
             progress: told the bytes done and the bytes in all.
 
@@ -297,9 +299,11 @@ class Registry:
             StorageError: if the disk is full or refuses; no version is made.
         """
         from registry.store.saving import State as Encoded
+        from registry.store.store import Written
 
         check_name(model, "model")
-        for component in components.components if isinstance(components, Encoded) else components:
+        state = components if isinstance(components, Encoded | Written) else None
+        for component in state.components if state else components:  # type: ignore[union-attr]
             check_name(component, "component")
         record: dict[str, Any] = {
             "kind": "checkpoint",
@@ -318,10 +322,12 @@ class Registry:
             "run": run,
             "parent": parent,
             "provenance": provenance,
+            "dcp": dcp,
         }
         record = {key: value for key, value in record.items() if value not in (None, {}, [])}
         record["torch-registry"] = registry.__version__
-        state = components if isinstance(components, Encoded) else self.store.encode(components)
+        if state is None:
+            state = self.store.encode(components)  # type: ignore[arg-type]
 
         def publish(change: Change, id: str) -> int:
             version = change.next_version(model)
@@ -335,7 +341,7 @@ class Registry:
 
     def commit(
         self,
-        state: State,
+        state: State | Written,
         record: dict[str, Any],
         publish: Callable[[Change, str], Result],
         *,
@@ -355,19 +361,24 @@ class Registry:
             StorageError: if the disk is full or refuses; nothing is made known.
         """
         from registry.change import Stale
+        from registry.store.store import Written
 
+        again = not isinstance(state, Written)  # what other processes wrote cannot be written again here
         for attempt in range(_ATTEMPTS):
             alone = attempt == _ATTEMPTS - 1  # the last time nobody else may change anything meanwhile
             stored = None if alone else self.store.put(state, record, progress=progress)
             try:
                 with self.catalog.change() as change:
                     stored = stored or self.store.put(state, record, progress=progress)
-                    change.use(stored.digest, stored.manifest, stored.pack, strict=attempt < _ATTEMPTS // 2)
+                    strict = again and attempt < _ATTEMPTS // 2
+                    change.use(stored.digest, stored.manifest, stored.packs, strict=strict)
                     result = publish(change, stored.digest)
                 return stored.digest, result
             except Stale:
-                if stored and stored.pack:
-                    self.discard_pack(stored.pack.digest)
+                for pack in stored.packs if stored else ():
+                    self.discard_pack(pack.digest)
+                if not again:
+                    break
                 if "created" in record:
                     record["created"] = now()
         raise Conflict(f"{what}: other processes kept changing the registry during the save; repeat it")

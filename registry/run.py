@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from registry.checkpoint import Checkpoint
     from registry.registry import Registry
+    from registry.sharded import RegistryWriter
     from registry.store.saving import State
     from registry.versions import Version
 
@@ -249,12 +250,7 @@ class Run:
                 raise Invalid(f"{name!r} is not the name of a component of yours; choose another")
         if not live:
             raise Invalid("there is nothing to save; name components, such as save(model=model)")
-        fields = {
-            "epoch": epoch,
-            "step": step,
-            "loss": _plain_number(loss, "loss"),
-            "metrics": {key: _plain_number(value, f"metric {key}") for key, value in (metrics or {}).items()},
-        }
+        fields = self._fields(epoch, step, loss, metrics)
         what = f"{self.name}: a save"
         own = self._ranks.gather(lambda: self._own(live), what)
         if wait:
@@ -278,6 +274,11 @@ class Run:
             raise
         return None
 
+    @staticmethod
+    def _fields(epoch: Any, step: Any, loss: Any, metrics: Mapping[str, Any] | None) -> dict[str, Any]:
+        values = {key: _plain_number(value, f"metric {key}") for key, value in (metrics or {}).items()}
+        return {"epoch": epoch, "step": step, "loss": _plain_number(loss, "loss"), "metrics": values}
+
     def _own(self, live: Mapping[str, Any]) -> dict[str, Any]:
         """What differs between the processes of a training."""
         parts = {name: part for name, part in live.items() if getattr(part, "per_rank", False)}
@@ -294,7 +295,8 @@ class Run:
         if extra:
             trees["extra"] = dict(extra)
         state = self.registry.store.encode(trees)
-        return state, self._record(live, state)
+        tensors = [leaf.source for leaf in state.leaves if isinstance(leaf.source, torch.Tensor)]
+        return state, self._record(live, tensors)
 
     def _everywhere(self, step: Callable[[], Checkpoint], what: str) -> Checkpoint:
         """The checkpoint that the leading process has made, in each process."""
@@ -312,10 +314,9 @@ class Run:
     def _together(self) -> dict[str, Any]:
         return {"processes": self._ranks.count} if self._ranks.count > 1 else {}
 
-    def _record(self, live: Mapping[str, Any], state: State) -> dict[str, Any]:
+    def _record(self, live: Mapping[str, Any], tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
         model = live.get("model")
         builder = self._builder or (builders.name_for(model) if model is not None else None)
-        tensors = [leaf.source for leaf in state.leaves if isinstance(leaf.source, torch.Tensor)]
         found = {
             "kinds": {name: components.kind_of(component) for name, component in live.items()},
             "buffers": {
@@ -347,6 +348,12 @@ class Run:
         return {"dataset": used[0] if len(used) == 1 else None, "artifacts": used}
 
     def _publish(self, state: State, about: Mapping[str, Any], fields: Mapping[str, Any]) -> Checkpoint:
+        saved = self.registry.save(self.model, state, **fields, **self._origin(about))
+        self._retention.apply(self.registry, self.name, saved)
+        return saved
+
+    def _origin(self, about: Mapping[str, Any]) -> dict[str, Any]:
+        """What the next version records of where it comes from."""
         before = self._last or self.resumed
         lineage = []
         if self.resumed and not self._last:
@@ -354,19 +361,42 @@ class Run:
         if self._plan and not self._last:
             lineage.append({"kind": "transferred-from", "parent": self._plan.source_id or self._plan.source})
             about = {**about, "plan": plan_document(self._plan)}
-        saved = self.registry.save(
-            self.model,
-            state,
-            **fields,
-            config=self._values or None,
-            lineage=lineage,
-            run=self.name,
-            parent=before.name if before else None,
-            provenance=about,
-            best_by=self._retention.monitor,
-        )
-        self._retention.apply(self.registry, self.name, saved)
-        return saved
+        return {
+            "config": self._values or None,
+            "lineage": lineage,
+            "run": self.name,
+            "parent": before.name if before else None,
+            "provenance": about,
+            "best_by": self._retention.monitor,
+        }
+
+    def sharded(
+        self,
+        *,
+        epoch: int | None = None,
+        step: int | None = None,
+        loss: float | None = None,
+        metrics: Mapping[str, float] | None = None,
+        network: torch.nn.Module | None = None,
+    ) -> RegistryWriter:
+        """A writer for `dcp.save`, by which each process saves its part of the run's next version.
+
+            dcp.save({"model": ..., "optimizer": ...}, storage_writer=run.sharded(epoch=1, loss=0.4))
+
+        Args:
+            epoch, step, loss, metrics: as for `save`.
+            network: lets `Registry.build` find the builder and the configuration.
+        """
+        from registry.sharded import RegistryWriter
+
+        fields = self._fields(epoch, step, loss, metrics)
+        about = self._record({"model": network} if network is not None else {}, [])
+
+        def saved(checkpoint: Checkpoint) -> None:
+            self._last = checkpoint
+            self._retention.apply(self.registry, self.name, checkpoint)
+
+        return RegistryWriter(self.registry, self.model, saved=saved, **fields, **self._origin(about))
 
 
 class _Mute:

@@ -20,7 +20,6 @@ from registry.importing import FORMS, read_checkpoint_file
 from registry.store.digest import digest as digest_of
 from registry.store.digest import tensor_digest
 from registry.store.errors import Invalid, NotFound, RegistryError, Unsupported
-from registry.store.manifest import slots_of
 from registry.store.text import printable, quoted
 from registry.store.tree import Leaf, tensor_paths
 
@@ -77,6 +76,7 @@ class Side:
         module: nn.Module | None = None,
         checkpoint: Checkpoint | None = None,
         digests: Mapping[str, str] | None = None,
+        shards: Mapping[str, str] | None = None,
         metadata: Any = None,
         notes: Iterable[str] = (),
         derived: Iterable[str] = (),
@@ -90,6 +90,7 @@ class Side:
         self.metadata = metadata
         self._tensor = tensor
         self._digests = dict(digests or {})
+        self._shards = dict(shards or {})
 
     @property
     def has_values(self) -> bool:
@@ -121,6 +122,8 @@ class Side:
         """
         if not (self.has_values and other.has_values):
             return None
+        if name in self._shards and self._shards[name] == other._shards.get(its_name):
+            return True
         if name in self._digests or its_name in other._digests:
             return self.digest(name) == other.digest(its_name)
         return torch.equal(_bits(self.tensor(name)), _bits(other.tensor(its_name)))
@@ -256,12 +259,15 @@ def _stored(registry: Registry, reference: str, component: str) -> Side:
     buffers = set(checkpoint.provenance.get("buffers", {}).get(component, ()))
     known = "buffers" in checkpoint.provenance
     entries, digests = [], {}
-    for path, slot in slots_of({component: manifest.components[component]}):
+    shards = {}
+    for path, info, parts in manifest.entries({component: manifest.components[component]}):
         name = path.partition("/")[2]
-        info = manifest.tensors[slot]
         kind = ("buffer" if name in buffers else "parameter") if known else None
-        entries.append(Entry(name, info.dtype, info.shape, kind, slot))
-        digests[name] = info.digest
+        entries.append(Entry(name, info.dtype, info.shape, kind, parts))
+        if parts[0][0] is None:
+            digests[name] = info.digest
+        else:  # the digest of the values would need them
+            shards[name] = info.digest
     if not entries:
         raise Invalid(f"{checkpoint.name} holds no tensors in {component}")
 
@@ -269,7 +275,12 @@ def _stored(registry: Registry, reference: str, component: str) -> Side:
     def loaded() -> dict[str, torch.Tensor]:
         return _flat(checkpoint.load(component)[component])
 
-    return Side(checkpoint.name, entries, lambda name: loaded()[name], checkpoint=checkpoint, digests=digests)
+    return Side(
+        *(checkpoint.name, entries, lambda name: loaded()[name]),
+        checkpoint=checkpoint,
+        digests=digests,
+        shards=shards,
+    )
 
 
 def _file(path: Path, component: str) -> Side:

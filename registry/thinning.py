@@ -34,7 +34,7 @@ def thin(registry: Registry, reference: str) -> Checkpoint:
         if not change.connection.execute("SELECT 1 FROM versions WHERE id = ?", (version.id,)).fetchone():
             return registry[version.name]
         try:
-            change.use(id, reduced, None, strict=False)
+            change.use(id, reduced, (), strict=False)
         except Stale:
             return registry[version.name]
         change.apply({"op": "remove", "id": version.id})

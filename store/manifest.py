@@ -11,11 +11,11 @@ import functools
 import json
 import math
 import struct
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from registry.store.digest import is_digest
+from registry.store.digest import digest, is_digest
 from registry.store.dtypes import ELEMENT_TYPES, byte_count
 from registry.store.errors import Corrupt, Unsupported
 from registry.store.text import quoted
@@ -43,6 +43,24 @@ class TensorInfo(NamedTuple):
         return byte_count(self.dtype, self.shape)
 
 
+class Listed(NamedTuple):
+    """A name of a state tree and the tensor that it stands for.
+
+    Attributes:
+        info: of the whole tensor; the digest of one in shards is that of the list of them.
+        shards: offsets and position of each part, if it was stored in parts by several processes; else its position
+            alone, without offsets.
+    """
+
+    path: str
+    info: TensorInfo
+    shards: tuple[tuple[tuple[int, ...] | None, int], ...]
+
+    @property
+    def is_whole(self) -> bool:
+        return self.shards[0][0] is None
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The components of a checkpoint or artifact, and the record that its owner keeps with them."""
@@ -53,8 +71,25 @@ class Manifest:
 
     @functools.cached_property
     def slots(self) -> Sequence[tuple[str, int]]:
-        """The `component/name` path and the position of every tensor; a tied one comes under each name."""
+        """The `component/name` path and the position of every tensor; a tied one comes under each name.
+
+        A tensor in shards comes once for each of them.
+        """
         return list(slots_of(self.components))
+
+    @functools.cached_property
+    def listed(self) -> Sequence[Listed]:
+        """Every name, with the tensor that it stands for."""
+        return list(self.entries(self.components))
+
+    def entries(self, components: Mapping[str, Any]) -> Iterator[Listed]:
+        """The names in some of the components' documents."""
+        for path, node in _tensors_of(components):
+            if "$shards" in node:
+                yield _in_shards(path, node, self.tensors)
+            else:
+                slot = next(iter(node.values()))
+                yield Listed(path, self.tensors[slot], ((None, slot),))
 
     def render(self) -> bytes:
         """The manifest's bytes.
@@ -73,7 +108,10 @@ class Manifest:
     def reduced(self, names: Collection[str], record: Mapping[str, Any]) -> Manifest:
         """A manifest of some of the components alone, with another record."""
         places: dict[int, int] = {}
-        components = {name: _renumbered(self.components[name], places) for name in names}
+        components = {
+            name: renumbered(self.components[name], lambda slot: places.setdefault(slot, len(places)))
+            for name in names
+        }
         return Manifest(record, components, [self.tensors[slot] for slot in places])
 
     def select(self, patterns: Sequence[str]) -> dict[str, Any]:
@@ -119,6 +157,9 @@ def parse(data: bytes) -> Manifest:
     for path, slot in manifest.slots:
         if type(slot) is not int or not 0 <= slot < len(tensors):
             raise Corrupt(f"the manifest refers at {quoted(path)} to a tensor that it does not list")
+    for path, node in _tensors_of(components):
+        if "$shards" in node:
+            _in_shards(path, node, manifest.tensors)
     return manifest
 
 
@@ -174,18 +215,75 @@ def _is_shape(shape: Any) -> bool:
 
 
 def slots_of(components: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """Path and position of every tensor in components' documents."""
+    """Path and position of every tensor in components' documents, and of every shard of one."""
+    for path, node in _tensors_of(components):
+        for slot in _slots(path, node):
+            yield path, slot
+
+
+def _tensors_of(components: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Path and node of everything in components' documents that refers to tensors."""
     stack = [*components.items()][::-1]
     while stack:
         path, node = stack.pop()
         if isinstance(node, dict):
-            tag = next(iter(node), "")
-            if tag in _TAG_OF_SLOT and not isinstance(node[tag], str):
-                yield path, node[tag]
+            if _is_reference(node):
+                yield path, node
             else:
                 stack += reversed([(f"{path}/{key}", child) for key, child in _children(node)])
         elif isinstance(node, list):
             stack += reversed([(f"{path}/{i}", child) for i, child in enumerate(node)])
+
+
+def _is_reference(node: Mapping[str, Any]) -> bool:
+    tag = next(iter(node), "")
+    return (tag in _TAG_OF_SLOT and not isinstance(node[tag], str)) or tag == "$shards"
+
+
+def _slots(path: str, node: Mapping[str, Any]) -> list[int]:
+    tag = next(iter(node))
+    if tag != "$shards":
+        return [node[tag]]
+    shape, shards = node.get("shape"), node[tag]
+    well_formed = isinstance(shards, list) and len(shards) > 0 and _is_shape(shape)
+    if well_formed and all(isinstance(shard, list) and len(shard) == 2 for shard in shards):
+        return [slot for _, slot in shards]
+    raise Corrupt(f"the manifest holds malformed shards at {quoted(path)}")
+
+
+def _in_shards(path: str, node: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> Listed:
+    """A tensor in shards, which must be of one type, apart from each other, and all of it."""
+    shape = tuple(node["shape"])
+    shards = [(offsets, tensors[slot], slot) for offsets, slot in node["$shards"]]
+    dtypes = {info.dtype for _, info, _ in shards}
+    fits = len(dtypes) == 1 and all(
+        _is_shape(offsets)
+        and len(offsets) == len(info.shape) == len(shape)
+        and all(o + n <= size for o, n, size in zip(offsets, info.shape, shape, strict=True))
+        for offsets, info, _ in shards
+    )
+    if fits:
+        filled = [(offsets, info.shape) for offsets, info, _ in shards if info.elements]
+        fits = sum(info.elements for _, info, _ in shards) == math.prod(shape) and _are_apart(filled)
+    if not fits:
+        raise Corrupt(
+            f"the manifest's shards at {quoted(path)} do not make up a tensor of shape {list(shape)}"
+        )
+    parts = tuple((tuple(offsets), slot) for offsets, _, slot in shards)
+    digests = [[offsets, info.digest] for offsets, info, _ in shards]
+    dtype = dtypes.pop()
+    text = json.dumps([dtype, shape, digests], separators=(",", ":"))
+    return Listed(path, TensorInfo(dtype, shape, digest(text.encode())), parts)
+
+
+def _are_apart(boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> bool:
+    """Whether no two of some boxes (offsets and sizes) share an element."""
+    for i, (offsets, sizes) in enumerate(boxes):
+        for other_offsets, other_sizes in boxes[:i]:
+            pairs = zip(offsets, sizes, other_offsets, other_sizes, strict=True)
+            if all(o < p + m and p < o + n for o, n, p, m in pairs):
+                return False
+    return True
 
 
 def _children(node: Any) -> list[tuple[Any, Any]]:
@@ -205,16 +303,22 @@ def _children(node: Any) -> list[tuple[Any, Any]]:
     return _children(body) if tag in ("$counter", "$tuple") else []
 
 
-def _renumbered(node: Any, places: dict[int, int]) -> Any:
-    """A document with positions counted in the order of their first use."""
+def renumbered(node: Any, number: Callable[[int], int]) -> Any:
+    """A document that refers to other positions.
+
+    Args:
+        number: gives the new position for an old one; called in the order of use.
+    """
     if isinstance(node, list):
-        return [_renumbered(item, places) for item in node]
+        return [renumbered(item, number) for item in node]
     if not isinstance(node, dict):
         return node
     tag = next(iter(node), "")
     if tag in _TAG_OF_SLOT and not isinstance(node[tag], str):
-        return {tag: places.setdefault(node[tag], len(places))}
-    return {key: _renumbered(child, places) for key, child in node.items()}
+        return {tag: number(node[tag])}
+    if tag == "$shards":
+        return {tag: [[offsets, number(slot)] for offsets, slot in node[tag]], "shape": node["shape"]}
+    return {key: renumbered(child, number) for key, child in node.items()}
 
 
 _NOTHING: Any = object()

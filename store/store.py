@@ -20,7 +20,7 @@ from registry.store.dtypes import byte_count
 from registry.store.durable import storage_errors
 from registry.store.errors import Corrupt, Incompatible, Invalid, NotFound
 from registry.store.location import Index, Location
-from registry.store.manifest import MAX_SIZE, Manifest, parse, record_document, slots_of
+from registry.store.manifest import MAX_SIZE, Listed, Manifest, TensorInfo, parse, record_document, slots_of
 from registry.store.pack import PackInfo, open_regular, pack_path, read_pack_info
 from registry.store.text import quoted
 
@@ -35,11 +35,30 @@ FOLDERS = ("packs", "manifests", "tmp")
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What a put left behind: the manifest, its digest, and the pack with the tensors that were new."""
+    """What a put left behind: the manifest, its digest, and the packs with the tensors that were new."""
 
     digest: str
     manifest: Manifest
-    pack: PackInfo | None
+    packs: Sequence[PackInfo]
+
+    @property
+    def pack(self) -> PackInfo | None:
+        """The only pack, as of a put by one process; None if nothing was new."""
+        return self.packs[0] if self.packs else None
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Trees whose tensors are stored already, as by several processes, and that still lack a manifest.
+
+    Attributes:
+        components: documents by name, which refer to tensors by position.
+        packs: those that hold what was new.
+    """
+
+    components: Mapping[str, Any]
+    tensors: Sequence[TensorInfo]
+    packs: Sequence[PackInfo]
 
 
 class Store:
@@ -74,7 +93,7 @@ class Store:
 
     def put(
         self,
-        components: Mapping[str, Any] | State,
+        components: Mapping[str, Any] | State | Written,
         record: Mapping[str, Any] | None = None,
         *,
         progress: Callable[[int, int], None] = lambda done, total: None,
@@ -82,7 +101,8 @@ class Store:
         """Store named trees: durably, each distinct tensor once.
 
         Args:
-            components: trees of plain values and tensors (see `docs/FORMAT.md`), by name.
+            components: trees of plain values and tensors (see `docs/FORMAT.md`), by name, or what `encode` or `add`
+                made of them.
             record: plain values that the manifest carries along.
             progress: told the bytes done and the bytes in all.
 
@@ -93,10 +113,29 @@ class Store:
             Unsupported: if a value cannot be represented; nothing is written.
             StorageError: if the system refuses; at most an orphan file is left, which `gc` removes.
         """
-        from registry.store.saving import State, write_new
+        from registry.store.saving import State
 
-        state = components if isinstance(components, State) else self.encode(components)
         record_document(record or {})  # refused before a byte is written
+        if isinstance(components, Written):
+            written = components
+        else:
+            state = components if isinstance(components, State) else self.encode(components)
+            pack = self.add(state, progress=progress)
+            written = Written(state.components, state.tensors(), [pack] if pack else [])
+        with storage_errors(self.root):
+            manifest = Manifest(dict(record or {}), written.components, written.tensors)
+            return Stored(self.write_manifest(manifest), manifest, written.packs)
+
+    def add(
+        self, state: State, *, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> PackInfo | None:
+        """Store the tensors of a state, for a manifest that is written later.
+
+        Returns:
+            The pack with those that were new, if any were.
+        """
+        from registry.store.saving import write_new
+
         with storage_errors(self.root):
             for folder in (self.packs, self.manifests, self.tmp):
                 durable.make_folder(folder)
@@ -108,8 +147,7 @@ class Store:
             durable.twice_on_io_error(write)
             if packs[-1]:
                 self.distrusted.discard(packs[-1].digest)  # a pack of this name was written anew
-            manifest = Manifest(dict(record or {}), state.components, state.tensors())
-            return Stored(self.write_manifest(manifest), manifest, packs[-1])
+            return packs[-1]
 
     def write_manifest(self, manifest: Manifest) -> str:
         """Write a manifest, durably, and return its digest.
@@ -221,16 +259,18 @@ class Store:
         import torch
 
         from registry.store import loading
-        from registry.store.tree import is_plain, memory_of, tensor_paths, torch_type, unfillable
+        from registry.store.tree import box, is_plain, memory_of, tensor_paths, torch_type, unfillable
 
         with loading.naming(label or digest[:12]), self._noting_damage(), torch.no_grad():
             manifest = self._recent_manifest(digest)
-            slots: dict[str, int] = {}
-            ambiguous = {path for path, slot in manifest.slots if slots.setdefault(path, slot) != slot}
+            stored: dict[str, Listed] = {}
+            ambiguous = {
+                one.path for one in manifest.listed if stored.setdefault(one.path, one).shards != one.shards
+            }
             live = tensor_paths(targets)
             problems = []
             for path, tensor in live.items():
-                if path not in slots:
+                if path not in stored:
                     problems.append(f"{path} is not in the checkpoint")
                     continue
                 if path in ambiguous:
@@ -239,7 +279,7 @@ class Store:
                 if reason := unfillable(tensor):
                     problems.append(f"{path} is {reason}")
                     continue
-                info = manifest.tensors[slots[path]]
+                info = stored[path].info
                 if info.shape != tuple(tensor.shape):
                     problems.append(f"{path} has shape {list(tensor.shape)}, stored is {list(info.shape)}")
                 elif torch_type(info.dtype) != tensor.dtype:
@@ -247,12 +287,18 @@ class Store:
             if problems:
                 more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
                 raise Incompatible("; ".join(problems[:3]) + more)
-            places = {path: i for i, path in enumerate(live)}
-            wanted = self._wanted(manifest, [(places[path], slots[path], path) for path in live])
+            tensors: list[torch.Tensor] = []
+            chosen = []
+            for path, tensor in live.items():
+                target = tensor.detach() if tensor.requires_grad else tensor
+                for offsets, slot in stored[path].shards:
+                    chosen.append((len(tensors), slot, path))
+                    shape = manifest.tensors[slot].shape
+                    tensors.append(target if offsets is None else box(target, offsets, shape))
+            wanted = self._wanted(manifest, chosen)
             mapped = loading.Mapped(self.packs)
             if verify:
                 loading.verify(self.packs, wanted, mapped)
-            tensors = [tensor.detach() if tensor.requires_grad else tensor for tensor in live.values()]
             direct = []
             for item in wanted:
                 if item.size and is_plain(tensors[item.slot]):
@@ -260,6 +306,27 @@ class Store:
                 else:
                     tensors[item.slot].copy_(mapped.tensor(item))
             loading.read_into(self.packs, direct, lambda item: memory_of(tensors[item.slot], item.info.dtype))
+
+    def tensors_at(
+        self, digest: str, slots: Mapping[int, str], *, verify: bool = True, label: str = ""
+    ) -> dict[int, torch.Tensor]:
+        """Tensors of a manifest by position, mapped copy-on-write.
+
+        Args:
+            slots: the positions, and what to call each in an error.
+
+        Raises:
+            Corrupt: as for `get`.
+        """
+        from registry.store import loading
+
+        with loading.naming(label or digest[:12]), self._noting_damage():
+            manifest = self._recent_manifest(digest)
+            wanted = self._wanted(manifest, [(slot, slot, name) for slot, name in slots.items()])
+            mapped = loading.Mapped(self.packs)
+            if verify:
+                loading.verify(self.packs, wanted, mapped)
+            return {item.slot: mapped.tensor(item) for item in wanted}
 
     def has(self, digest: str) -> bool:
         """Whether a manifest of this digest is stored."""

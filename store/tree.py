@@ -276,6 +276,8 @@ def _decode(document: Any, tensor_at: Callable[[int], torch.Tensor]) -> Any:
     match tag:
         case "$tensor":
             return tensor_at(body)
+        case "$shards":
+            return _whole(document["shape"], [(offsets, tensor_at(slot)) for offsets, slot in body])
         case "$array":
             return tensor_at(body).numpy()
         case "$bytes":
@@ -304,6 +306,24 @@ def _decode(document: Any, tensor_at: Callable[[int], torch.Tensor]) -> Any:
                 ordered._metadata = _decode(document["metadata"], tensor_at)  # type: ignore[attr-defined]
             return ordered
     raise Corrupt(f"the manifest holds the unknown tag {quoted(tag)}")
+
+
+def _whole(shape: Sequence[int], parts: Sequence[tuple[Sequence[int], torch.Tensor]]) -> torch.Tensor:
+    """A tensor of its own from the parts of one that several processes stored."""
+    whole = torch.empty(shape, dtype=parts[0][1].dtype)
+    for offsets, part in parts:
+        target = box(whole, offsets, part.shape)
+        if part.itemsize == 1:  # not all of these types can be copied, but their bytes can
+            target, part = target.view(torch.uint8), part.view(torch.uint8)
+        target.copy_(part)
+    return whole
+
+
+def box(tensor: torch.Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+    """A view of a part of a tensor."""
+    for dim, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
+        tensor = tensor.narrow(dim, offset, size)
+    return tensor
 
 
 def _sizes(body: Any) -> list[int]:
