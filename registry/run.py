@@ -390,7 +390,8 @@ class Run:
         from registry.sharded import RegistryWriter
 
         fields = self._fields(epoch, step, loss, metrics)
-        about = self._record({"model": network} if network is not None else {}, [])
+        tensors = list(network.parameters()) if network is not None else []
+        about = self._record({"model": network} if network is not None else {}, tensors)
 
         def saved(checkpoint: Checkpoint) -> None:
             self._last = checkpoint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,7 @@ def test_the_first_session_can_be_typed_as_it_stands(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("REGISTRY_ROOT", raising=False)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which torchrun would set, with a warning
     names: dict[str, object] = {}
     kinds = []
     for kind, text in BLOCK.findall(README):
@@ -43,7 +45,7 @@ def test_the_first_session_can_be_typed_as_it_stands(
             done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
             assert done.stderr == ""
             assert without_what_varies(done.stdout) == without_what_varies(expected)
-    assert kinds == ["console", "console", "python", "python", "python", "console"]
+    assert kinds == ["console", "console", "python", "python", "python", "console", "console"]
     assert re.match(
         r"Checkpoint\(name=mine:v[12], id=[0-9a-f]{12}, epoch=[12], loss=0\.\d+\)\n"
         r"loaded 8 of 12 tensors, 90\.90 % of parameters\n",
@@ -65,6 +67,42 @@ def test_the_examples_of_a_page_run_from_top_to_bottom(
         exec(compile(block, page, "exec", dont_inherit=True), names)
 
 
+@pytest.mark.slow
+def test_the_page_on_several_processes_shows_what_happens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("REGISTRY_ROOT", raising=False)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which torchrun would set, with a warning
+    text = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text()
+    commands = 0
+    for kind, block in BLOCK.findall(text):
+        if kind == "python":
+            if name := re.match(r"# (\w+\.py)\n", block):
+                (tmp_path / name[1]).write_text(block)
+            else:
+                exec(compile(block, "distributed.md", "exec", dont_inherit=True), {})
+            continue
+        for command, expected in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
+            done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+            assert done.returncode == (1 if " diff " in command else 0), done.stderr
+            told = without_what_varies(re.sub(r"\d\.\d{3,}", "0.5", done.stdout))
+            assert told == without_what_varies(re.sub(r"\d\.\d{3,}", "0.5", expected))
+            commands += 1
+    assert commands == 7
+    two = [line for line in text.splitlines() if "--node-rank" in line]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    small = [line.replace("node-0", "127.0.0.1").replace("per-node=8", "per-node=1") for line in two]
+    here = [line.replace("29500", port) for line in small]
+    started = [subprocess.Popen(line, shell=True, stderr=subprocess.PIPE, text=True) for line in here]
+    for process in started:
+        _, told = process.communicate(timeout=120)
+        assert process.returncode == 0, told
+
+
 def test_every_command_of_the_program_is_reachable_from_the_readme() -> None:
     assert "(docs/cli.md)" in README
     assert "(docs/FORMAT.md)" in README
@@ -72,3 +110,4 @@ def test_every_command_of_the_program_is_reachable_from_the_readme() -> None:
     assert "(docs/training.md)" in README
     assert "(docs/transfer.md)" in README
     assert "(docs/caching.md)" in README
+    assert "(docs/distributed.md)" in README

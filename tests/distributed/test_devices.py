@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from registry import get_devices, parallelize
+from registry import Registry, RegistryReader, RegistryWriter, get_devices, parallelize
 from registry.store.errors import Invalid, NotFound, RegistryError
 
 CPU = [torch.device("cpu")]
@@ -128,3 +130,43 @@ def test_a_network_on_a_real_device_learns() -> None:
         warnings.simplefilter("ignore")
         net(torch.ones(8, 2, device=devices[0])).mean().backward()
     assert all(parameter.grad is not None for parameter in net.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("wait", [True, False])
+def test_training_on_a_real_device_resumes_exactly(tmp_path: Path, wait: bool) -> None:
+    device = get_devices()[0]
+    registry = Registry(tmp_path)
+
+    def fresh() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        net = parallelize(nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1)), [device])
+        return net, torch.optim.AdamW(net.parameters(), 0.1)
+
+    def step(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        net(torch.randn(16, 4, device=device)).square().mean().backward()  # and dropout, on the device
+        optimizer.step()
+
+    net, optimizer = fresh()
+    with registry.run("net") as run:
+        step(net, optimizer)
+        run.save(model=net, optimizer=optimizer, wait=wait)
+        step(net, optimizer)
+    other, its_optimizer = fresh()
+    registry["net"].restore(model=other, optimizer=its_optimizer)
+    step(other, its_optimizer)
+    for ours, theirs in zip(net.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.gpu
+def test_a_sharded_checkpoint_of_a_real_device(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    state = {"model": {"w": torch.randn(100, 10, device="cuda")}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(state, storage_writer=RegistryWriter(registry, "net"))
+        target = {"model": {"w": torch.zeros(100, 10, device="cuda")}}
+        dcp.load(target, storage_reader=RegistryReader(registry, "net"))
+    assert torch.equal(target["model"]["w"], state["model"]["w"])

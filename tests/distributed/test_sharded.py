@@ -390,7 +390,7 @@ def test_what_cannot_be_saved_or_loaded_is_said(tmp_path: Path) -> None:
         save({"$a": {"w": torch.ones(1)}})
     with pytest.raises(CheckpointException, match="Invalid: 'w' stands beside 'extra'"):
         save({"w": torch.ones(1), "extra": {"w": 1}})
-    with pytest.raises(Unsupported, match="^use_collectives=False"):
+    with pytest.raises(Unsupported, match=r"^use_collectives=False"):
         alone(
             lambda: dcp.save({"a": 1}, storage_writer=RegistryWriter(registry, "net"), use_collectives=False)
         )

@@ -15,6 +15,7 @@ import torch
 import torchvision
 
 from registry import Registry
+from registry.store.store import Written
 
 SOURCE = Path(__file__).with_name("format_reader.py")
 
@@ -100,6 +101,28 @@ def test_the_reader_understands_every_tag_and_type(tmp_path: Path, reader: Modul
         "counter": {"a": 2},
         "ordered": {"b": 1, "a": 2},
     }
+
+
+def test_the_reader_puts_shards_together(tmp_path: Path, reader: ModuleType) -> None:
+    registry = Registry(tmp_path)
+    whole = torch.arange(24.0).reshape(4, 6)
+    parts = {"a": whole[:3, :2], "b": whole[:3, 2:], "c": whole[3:]}
+    state = registry.store.encode({"x": parts})
+    pack = registry.store.add(state)
+    assert pack is not None
+    slots = {name: node["$tensor"] for name, node in state.components["x"].items()}
+    shards = [[[0, 0], slots["a"]], [[0, 2], slots["b"]], [[3, 0], slots["c"]]]
+    trees = {"model": {"w": {"$shards": shards, "shape": [4, 6]}}}
+    checkpoint = registry.save("net", Written(trees, state.tensors(), [pack]))
+    _, read = reader.read(tmp_path, checkpoint.id)
+    assert same(read["model"]["w"], whole)
+    assert torch.equal(checkpoint.state_dict()["w"], whole)
+    into = torch.zeros(4, 6)
+    checkpoint.load_into(model={"w": into})
+    assert torch.equal(into, whole)
+    turned = torch.zeros(6, 4).T  # not contiguous
+    checkpoint.load_into(model={"w": turned})
+    assert torch.equal(turned, whole)
 
 
 def test_the_reader_refuses_a_flipped_byte(tmp_path: Path, reader: ModuleType) -> None:
