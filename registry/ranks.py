@@ -44,6 +44,10 @@ def local_count() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or count())
 
 
+_made = 0
+"""How many `Ranks` this process has made, which is the same in all of them."""
+
+
 class Ranks:
     """The processes of a training, which call the same methods in the same order.
 
@@ -52,6 +56,9 @@ class Ranks:
 
     Args:
         timeout: seconds to wait for the others.
+
+    Raises:
+        Conflict: if a process does not make these `Ranks` in time, naming it.
     """
 
     def __init__(self, timeout: float = TIMEOUT) -> None:
@@ -59,7 +66,10 @@ class Ranks:
         self.rank = mine()
         self._timeout = timedelta(seconds=timeout)
         self._meetings = 0
-        self._group: Any = dist.new_group(timeout=self._timeout, backend="gloo") if self.count > 1 else None
+        self._group: Any = None
+        if self.count > 1:
+            self._gather_all()
+            self._group = dist.new_group(timeout=self._timeout, backend="gloo")
 
     @property
     def leads(self) -> bool:
@@ -79,7 +89,11 @@ class Ranks:
             return step()
         self._meet(what)
         outcome = [_Outcome.of(step) if self.leads else None]
-        self._talk(what, lambda: dist.broadcast_object_list(outcome, src=0, group=self._group))
+        self._talk(
+            what,
+            lambda: dist.broadcast_object_list(outcome, src=0, group=self._group),
+            lambda: [] if self.leads else ["0"],
+        )
         assert outcome[0] is not None
         return outcome[0].get()  # type: ignore[no-any-return]
 
@@ -104,19 +118,35 @@ class Ranks:
             with contextlib.suppress(RuntimeError, ValueError):  # the program has given up all groups already
                 dist.destroy_process_group(group)
 
+    def _gather_all(self) -> None:
+        global _made
+        place = self._sign(f"{_made}")
+        _made += 1
+        everybody = [str(rank) for rank in range(self.count)]
+        self._talk(
+            "a run in several processes, each of which has to begin it",
+            lambda: place.wait(everybody, self._timeout),
+            lambda: self._absent(place),
+        )
+
     def _meet(self, what: str) -> None:
         """Wait until all are here, so that what follows is quick, and an absence is told at once."""
-        place = _noticeboard(f"{self._group.group_name}/{self._meetings}")
+        place = self._sign(f"{self._group.group_name}/{self._meetings}")
         self._meetings += 1
-        place.set(str(self.rank), "here")
 
         def wait() -> None:
             dist.monitored_barrier(self._group, timeout=self._timeout, wait_all_ranks=True)
 
-        def absent() -> list[str]:
-            return [str(rank) for rank in range(self.count) if not place.check([str(rank)])]
+        self._talk(what, wait, lambda: self._absent(place))
 
-        self._talk(what, wait, absent)
+    def _sign(self, topic: str) -> Store:
+        """Say that this process has come; returns the list of those that have."""
+        place = PrefixStore(f"registry/{topic}", _get_default_store())
+        place.set(str(self.rank), "here")
+        return place
+
+    def _absent(self, place: Store) -> list[str]:
+        return [str(rank) for rank in range(self.count) if not place.check([str(rank)])]
 
     def _talk(self, what: str, speak: Callable[[], object], absent: Callable[[], list[str]] = list) -> None:
         try:
@@ -158,8 +188,3 @@ class _Outcome:
         if error is not None and not isinstance(error, RegistryError):  # which another process may not know
             error = RuntimeError(f"{type(error).__name__}: {error}")
         return {"_value": self._value, "_error": error}
-
-
-def _noticeboard(topic: str) -> Store:
-    """A part of the key-value store by which the processes found one another."""
-    return PrefixStore(f"registry/{topic}", _get_default_store())

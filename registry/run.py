@@ -102,10 +102,13 @@ class Run:
             **provenance.of_process(),
         }
         self._about = {key: value for key, value in about.items() if value not in (None, {}, [])}
-        self.name = self._ranks.leader(
-            lambda: registry.runs.begin(self.model, name, self._about),
-            f"the beginning of a run of {self.model}",
-        )
+        try:
+            self.name = self._ranks.leader(
+                lambda: registry.runs.begin(self.model, name, self._about), f"a run of {self.model}"
+            )
+        except BaseException:
+            self._ranks.close()
+            raise
         self.folder = registry.root / "runs" / self.name
 
     @property
@@ -143,6 +146,11 @@ class Run:
                 stack.enter_context(run_log(self.log_file))
             stack.enter_context(_sigterm_as_exit())
             self._open = stack.pop_all()
+        if self._ranks.leads:
+            self._introduce()
+        return self
+
+    def _introduce(self) -> None:
         _logger.info("run %s began", self.name)
         config = self._config if isinstance(self._config, Config) else Config()
         config.log(_logger)
@@ -151,7 +159,6 @@ class Run:
                 _logger.info("# %s = %s", key, value)
         if self.resumed:
             _logger.info("resumed from %s", self.resumed.name)
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -168,7 +175,8 @@ class Run:
             _logger.error("the last save failed: %s", failed)
         finally:
             state = "finished" if error is None else _ending(error)
-            _logger.info("run %s %s", self.name, state)
+            if self._ranks.leads:
+                _logger.info("run %s %s", self.name, state)
             if self._writer is not None:
                 self._writer.close()
             self._saver.submit(self.registry.catalog.close)  # its own connection

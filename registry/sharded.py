@@ -11,6 +11,7 @@ state dict is where in the trees, and which shards make up each tensor.
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 import uuid
@@ -87,6 +88,7 @@ class RegistryWriter(StorageWriter):
         saved: Callable[[Checkpoint], object] | None = None,
         **about: Any,
     ) -> None:
+        inspect.signature(registry.save).bind("", {}, **about)  # a keyword that it does not have is told now
         self.registry = registry
         self.model = check_name(model, "model") if model is not None else None
         self.checkpoint: Checkpoint | None = None
@@ -94,10 +96,8 @@ class RegistryWriter(StorageWriter):
         self._saved = saved
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {
-            "_saved": None,
-            "checkpoint": None,
-        }  # for a process that saves in the background
+        """For `async_save` in a process of its own, which cannot call back into this one."""
+        return self.__dict__ | {"_saved": None, "checkpoint": None}
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin another save; an id names its model."""
@@ -154,7 +154,8 @@ class RegistryWriter(StorageWriter):
         try:
             tree = _Tree(metadata, results)
             written = Written(tree.components, [info for share in shares for info in share.tensors], packs)
-            provenance = {"processes": len(results), **self._about.get("provenance", {})}
+            together = {"processes": len(results)} if len(results) > 1 else {}
+            provenance = {**together, **(self._about.get("provenance") or {})}
             about = {**self._about, "provenance": provenance, RECORD: tree.record}
             saved = self.registry.save(self.model, written, **about)
         except BaseException:

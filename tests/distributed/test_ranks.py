@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from together import start, together
 
 from registry.ranks import Ranks, count, mine
@@ -75,7 +76,16 @@ def test_a_value_or_an_error_of_one_reaches_all() -> None:
 
 
 def one_is_late(how: str) -> object:
-    ranks = Ranks(timeout=3)
+    rank = dist.get_rank()
+    if how == "never" and rank == 1:
+        time.sleep(6)
+        os._exit(0)
+    try:
+        ranks = Ranks(timeout=3)
+    except RegistryError as error:
+        Path(os.environ["TOLD"], str(rank)).write_text(f"{type(error).__name__}: {error}")
+        time.sleep(1)
+        os._exit(0)
     ranks.gather(lambda: None, "to begin")
     if ranks.rank == 1:
         if how == "dead":
@@ -92,12 +102,13 @@ def one_is_late(how: str) -> object:
     os._exit(0)
 
 
-@pytest.mark.parametrize("how", ["dead", "slow"])
+@pytest.mark.parametrize("how", ["dead", "slow", "never"])
 def test_who_does_not_come_is_named(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOLD", str(tmp_path))
     for process in start(3, one_is_late, how):
         process.wait()
-    expected = (
-        "Conflict: net/run-1: a save: rank 1 did not come within 3 s, or has ended; its own messages say why"
+    what = (
+        "a run in several processes, each of which has to begin it" if how == "never" else "net/run-1: a save"
     )
+    expected = f"Conflict: {what}: rank 1 did not come within 3 s, or has ended; its own messages say why"
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"0": expected, "2": expected}
