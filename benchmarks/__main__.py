@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import caching, catalogs, states, storage, training, transfers
+from benchmarks import caching, catalogs, sharded, states, storage, training, transfers
 from benchmarks.measure import Result
 
 Group = Callable[[Path, int], list[Result]]
@@ -25,6 +25,7 @@ GROUPS: dict[str, Group] = {
     "training": training.measure,
     "transfer": transfers.measure,
     "cache": caching.measure,
+    "sharded": sharded.measure,
 }
 
 

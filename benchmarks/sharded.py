@@ -1,0 +1,73 @@
+"""`torch.distributed.checkpoint` on the registry against its own files, in one process."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from benchmarks.measure import Contender, Result, take_turns
+from benchmarks.states import Tree, flat, resnet50_with_adam
+from registry import Registry, RegistryReader, RegistryWriter
+
+
+def measure(folder: Path, rounds: int) -> list[Result]:
+    """Ratios of saving and loading the state of a ResNet50 with Adam's moments."""
+    warnings.simplefilter("ignore")  # dcp says that it is alone
+    state = resnet50_with_adam()
+    files, root = folder / "files", folder / "registry"
+    live: Tree = {key: _zeros(tree) for key, tree in state.items()}
+
+    def forget() -> None:
+        shutil.rmtree(files, ignore_errors=True)
+        shutil.rmtree(root, ignore_errors=True)
+        Registry(root)
+
+    def save() -> Any:
+        return dcp.save(state, storage_writer=RegistryWriter(Registry(root), "net"))
+
+    def save_files() -> Any:
+        return dcp.save(state, storage_writer=dcp.FileSystemWriter(files))
+
+    def first(writer: Callable[[], Any]) -> Callable[[], None]:
+        return lambda: (forget(), writer())[0]  # type: ignore[func-returns-value]
+
+    saves: dict[str, Contender] = {
+        "files": (forget, save_files),
+        "new": (forget, save),
+        "unchanged": (first(save), save),
+    }
+    t = take_turns(saves, rounds)
+    forget()
+    save()
+    save_files()
+    registry = Registry(root)
+    loads: dict[str, Contender] = {
+        "load files": (lambda: None, lambda: dcp.load(live, storage_reader=dcp.FileSystemReader(files))),
+        "load": (lambda: None, lambda: dcp.load(live, storage_reader=RegistryReader(registry, "net"))),
+    }
+    t |= take_turns(loads, rounds)
+    assert all(torch.equal(a, b) for a, b in zip(flat(live).values(), flat(state).values(), strict=True))
+
+    def ratio(what: str, ours: str, peer: str) -> Result:
+        detail = f"{t[ours] * 1e3:.0f} ms against {t[peer] * 1e3:.0f} ms of torch's own files"
+        return Result(f"DCP: {what}", t[ours] / t[peer], None, detail)
+
+    return [
+        ratio("save, all new", "new", "files"),
+        ratio("save, unchanged", "unchanged", "files"),
+        ratio("load, verified", "load", "load files"),
+    ]
+
+
+def _zeros(tree: Any) -> Any:
+    if isinstance(tree, torch.Tensor):
+        return torch.zeros_like(tree)
+    if isinstance(tree, dict):
+        return {key: _zeros(item) for key, item in tree.items()}
+    return [_zeros(item) for item in tree] if isinstance(tree, list) else tree
