@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from benchmarks.measure import Contender, Result, take_turns
-from benchmarks.states import Tree, flat, resnet50_with_adam
+from benchmarks.states import Tree, flat, resnet50_with_adam, zeroed
 from registry import Registry, RegistryReader, RegistryWriter
 
 
@@ -21,7 +21,7 @@ def measure(folder: Path, rounds: int) -> list[Result]:
     warnings.simplefilter("ignore")  # dcp says that it is alone
     state = resnet50_with_adam()
     files, root = folder / "files", folder / "registry"
-    live: Tree = {key: _zeros(tree) for key, tree in state.items()}
+    live: Tree = {key: zeroed(tree) for key, tree in state.items()}
 
     def forget() -> None:
         shutil.rmtree(files, ignore_errors=True)
@@ -63,11 +63,3 @@ def measure(folder: Path, rounds: int) -> list[Result]:
         ratio("save, unchanged", "unchanged", "files"),
         ratio("load, verified", "load", "load files"),
     ]
-
-
-def _zeros(tree: Any) -> Any:
-    if isinstance(tree, torch.Tensor):
-        return torch.zeros_like(tree)
-    if isinstance(tree, dict):
-        return {key: _zeros(item) for key, item in tree.items()}
-    return [_zeros(item) for item in tree] if isinstance(tree, list) else tree

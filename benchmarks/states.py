@@ -66,3 +66,12 @@ def with_new_head(state: Tree) -> Tree:
             model[name] = torch.randn_like(model[name])
             budget -= model[name].numel()
     return {**state, "model": model}
+
+
+def zeroed(tree: Any) -> Any:
+    """A tree of the same names and shapes, of zeros."""
+    if isinstance(tree, torch.Tensor):
+        return torch.zeros_like(tree)
+    if isinstance(tree, dict):
+        return {key: zeroed(item) for key, item in tree.items()}
+    return [zeroed(item) for item in tree] if isinstance(tree, list) else tree

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from benchmarks.measure import Contender, Result, take_turns
-from benchmarks.states import Tree, flat, with_new_head
+from benchmarks.states import Tree, flat, with_new_head, zeroed
 from registry import Registry
 
 
@@ -70,7 +70,7 @@ def _loading(name: str, state: Tree, folder: Path, rounds: int) -> list[Result]:
     Registry(root).save("model", state)
     torch.save(state, folder / "peer.pt")
     checkpoint = Registry(root)["model"]
-    live = {key: _empty(tree) for key, tree in state.items()}
+    live = {key: zeroed(tree) for key, tree in state.items()}
     targets, sources = list(flat(live).values()), list(flat(state).values())
 
     def torch_load() -> object:
@@ -109,14 +109,6 @@ def _loading(name: str, state: Tree, folder: Path, rounds: int) -> list[Result]:
 def _ratio(what: str, times: dict[str, float], ours: str, peer: str, goal: float) -> Result:
     detail = f"{times[ours] * 1e3:.0f} ms against {times[peer] * 1e3:.0f} ms of {peer}"
     return Result(what, times[ours] / times[peer], goal, detail)
-
-
-def _empty(tree: Any) -> Any:
-    if isinstance(tree, torch.Tensor):
-        return torch.zeros_like(tree)
-    if isinstance(tree, dict):
-        return {key: _empty(item) for key, item in tree.items()}
-    return [_empty(item) for item in tree] if isinstance(tree, list) else tree
 
 
 def _update(tree: Any) -> Any:
