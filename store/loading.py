@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -119,23 +119,33 @@ def damaged(packs: Path, item: Wanted) -> Corrupt:
 
 def in_parallel(jobs: Sequence[Job], work: Callable[[Job], None], sizes: Sequence[int]) -> None:
     """Run work over jobs on all cores, the largest first; the first error wins and stops the rest."""
-    ordered = iter(sorted(range(len(jobs)), key=sizes.__getitem__, reverse=True))
+    places = sorted(range(len(jobs)), key=sizes.__getitem__, reverse=True)
+    in_order((jobs[i] for i in places), work, sum(sizes))
+
+
+def in_order(jobs: Iterator[Job], work: Callable[[Job], None], size: int) -> None:
+    """Run work over jobs on all cores, as they come; the first error wins and stops the rest.
+
+    Args:
+        size: bytes of all of them.
+    """
     lock = threading.Lock()
     stop = threading.Event()
+    end = object()
 
     def worker() -> None:
         while not stop.is_set():
-            with lock:
-                i = next(ordered, None)
-            if i is None:
-                return
             try:
-                work(jobs[i])
+                with lock:
+                    job: Any = next(jobs, end)
+                if job is end:
+                    return
+                work(job)
             except BaseException:
                 stop.set()
                 raise
 
-    if sum(sizes) < _CHUNK or _THREADS == 1:
+    if size < _CHUNK or _THREADS == 1:
         worker()
         return
     with ThreadPoolExecutor(_THREADS - 1, "registry-load") as pool:
@@ -172,9 +182,9 @@ def read_into(packs: Path, items: Iterable[Wanted], memory: Callable[[Wanted], m
         place = (item.location.pack, item.location.start)
         if first.setdefault(place, item) is not item:
             repeated.append((item, first[place]))
-    reads = list(_reads([first[place] for place in sorted(first)], memory))
+    ordered = [first[place] for place in sorted(first)]
     with _Files(packs) as files:
-        in_parallel(reads, files.read, [read.size for read in reads])
+        in_order(_reads(ordered, memory), files.read, sum(item.size for item in ordered))
     for item, source in repeated:
         memory(item)[:] = memory(source)
 

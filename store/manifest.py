@@ -82,6 +82,16 @@ class Manifest:
         """Every name, with the tensor that it stands for."""
         return list(self.entries(self.components))
 
+    @functools.cached_property
+    def named(self) -> Mapping[str, Listed | None]:
+        """What each path stands for; None for a path that stands for several tensors."""
+        found: dict[str, Listed | None] = {}
+        for one in self.listed:
+            other = found.setdefault(one.path, one)
+            if other is not None and other.shards != one.shards:
+                found[one.path] = None
+        return found
+
     def entries(self, components: Mapping[str, Any]) -> Iterator[Listed]:
         """The names in some of the components' documents."""
         for path, node in _tensors_of(components):
@@ -154,10 +164,10 @@ def parse(data: bytes) -> Manifest:
         manifest = Manifest(_untagged(record), components, [_tensor_info(item) for item in tensors])
     except RecursionError:
         raise Corrupt("the manifest is nested too deep") from None
-    for path, slot in manifest.slots:
-        if type(slot) is not int or not 0 <= slot < len(tensors):
-            raise Corrupt(f"the manifest refers at {quoted(path)} to a tensor that it does not list")
     for path, node in _tensors_of(components):
+        for slot in _slots(path, node):
+            if type(slot) is not int or not 0 <= slot < len(tensors):
+                raise Corrupt(f"the manifest refers at {quoted(path)} to a tensor that it does not list")
         if "$shards" in node:
             _in_shards(path, node, manifest.tensors)
     return manifest

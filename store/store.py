@@ -264,22 +264,20 @@ class Store:
         with loading.naming(label or digest[:12]), self._noting_damage(), torch.no_grad():
             manifest = self._recent_manifest(digest)
             stored: dict[str, Listed] = {}
-            ambiguous = {
-                one.path for one in manifest.listed if stored.setdefault(one.path, one).shards != one.shards
-            }
             live = tensor_paths(targets)
             problems = []
             for path, tensor in live.items():
-                if path not in stored:
-                    problems.append(f"{path} is not in the checkpoint")
+                one = manifest.named.get(path)
+                if one is None:
+                    known = path in manifest.named
+                    what = "names several tensors of the checkpoint" if known else "is not in the checkpoint"
+                    problems.append(f"{path} {what}")
                     continue
-                if path in ambiguous:
-                    problems.append(f"{path} names several tensors of the checkpoint")
-                    continue
+                stored[path] = one
                 if reason := unfillable(tensor):
                     problems.append(f"{path} is {reason}")
                     continue
-                info = stored[path].info
+                info = one.info
                 if info.shape != tuple(tensor.shape):
                     problems.append(f"{path} has shape {list(tensor.shape)}, stored is {list(info.shape)}")
                 elif torch_type(info.dtype) != tensor.dtype:
