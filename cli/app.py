@@ -87,7 +87,7 @@ for command in (
     *(runs.runs, runs.log, runs.board, reading.status),
     caches.cache,
     *(naming.alias, naming.tag, naming.note, naming.rm),
-    *(upkeep.verify, upkeep.gc, upkeep.rebuild),
+    *(upkeep.verify, upkeep.gc, upkeep.compact, upkeep.rebuild),
     *(configs.config, shell.completion),
 ):
     app.add_command(command)

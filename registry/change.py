@@ -20,6 +20,8 @@ from registry.store.text import quoted
 from registry.versions import best_id
 
 _BATCH = 500
+USERS = "SELECT u.id FROM uses u JOIN packs p ON p.number = u.pack WHERE p.digest = ?"
+"""The manifests that rely on a pack."""
 
 
 class Stale(RegistryError):
@@ -32,11 +34,12 @@ def locate(connection: sqlite3.Connection, digests: Collection[str]) -> dict[str
     for start in range(0, len(wanted), _BATCH):
         part = wanted[start : start + _BATCH]
         rows = connection.execute(
-            "SELECT t.digest, p.digest, t.start, p.size FROM tensors t JOIN packs p ON p.number = t.pack "
+            "SELECT t.digest, p.digest, t.start, p.size, t.base, t.coded FROM tensors t "
+            "JOIN packs p ON p.number = t.pack "
             f"WHERE t.digest IN ({','.join('?' * len(part))})",
             part,
         )
-        found.update({digest: Location(pack, offset, size) for digest, pack, offset, size in rows})
+        found.update({row[0]: Location(*row[1:]) for row in rows})
     return found
 
 
@@ -108,7 +111,8 @@ class Change:
                 raise Stale("tensors of this save were stored meanwhile")
             self.add_pack(pack, replace=broken)
         located = locate(self.connection, digests)
-        relied_on = {location.pack: location.pack_size for location in located.values()}
+        bases = self._bases(located)
+        relied_on = {place.pack: place.pack_size for place in (*located.values(), *bases.values())}
         if len(located) < len(digests) or not self._store.has(id):
             raise Stale("tensors or the manifest of this save were removed meanwhile")
         for name, size in relied_on.items():
@@ -127,8 +131,28 @@ class Change:
             )
             self.connection.execute("UPDATE packs SET condemned = NULL WHERE digest = ?", (name,))
 
-    def add_pack(self, pack: PackInfo, *, replace: Collection[str]) -> None:
-        """Register a pack; its tensors keep an earlier location unless that is in a pack to `replace`."""
+    def _bases(self, located: Mapping[str, Location]) -> dict[str, Location]:
+        """Where the tensors lie that others are stored as differences from.
+
+        Raises:
+            Stale: if one is not there.
+        """
+        found: dict[str, Location] = {}
+        wanted = {place.base for place in located.values() if place.base}
+        while wanted:
+            new = locate(self.connection, wanted)
+            if len(new) < len(wanted):
+                raise Stale("a tensor that others are differences from was removed meanwhile")
+            found.update(new)
+            wanted = {place.base for place in new.values() if place.base} - set(found)
+        return found
+
+    def add_pack(self, pack: PackInfo, *, replace: Collection[str], damaged: bool = True) -> None:
+        """Register a pack; its tensors keep an earlier location unless that is in a pack to `replace`.
+
+        Args:
+            damaged: whether those to replace are; if not, gc leaves them to who reads them for a while.
+        """
         execute = self.connection.execute
         execute(
             "INSERT INTO packs (number, digest, size) SELECT COALESCE(MAX(number), 0) + 1, ?, ? FROM packs "
@@ -137,8 +161,13 @@ class Change:
         )
         execute("DELETE FROM doomed WHERE digest = ?", (pack.digest,))
         (number,) = execute("SELECT number FROM packs WHERE digest = ?", (pack.digest,)).fetchone()
-        rows = [(tensor.digest, number, tensor.start) for tensor in pack.tensors]
-        insert = "INSERT INTO tensors (digest, pack, start) VALUES (?, ?, ?) ON CONFLICT (digest) DO NOTHING"
+        rows = [(one.digest, number, one.start, one.base, one.coded) for one in pack.tensors]
+        insert = (
+            "INSERT INTO tensors (digest, pack, start, base, coded) VALUES (?, ?, ?, ?, ?) "
+            "ON CONFLICT (digest) DO UPDATE SET pack = excluded.pack, start = excluded.start, "
+            "base = excluded.base, coded = excluded.coded "
+        )
+        better = "(tensors.base IS NOT NULL AND excluded.base IS NULL)"  # it needs no other tensor
         if replace:
             for broken in replace:
                 execute(
@@ -150,20 +179,51 @@ class Change:
             old = [
                 row[0] for row in execute(f"SELECT number FROM packs WHERE digest IN ({marks})", [*replace])
             ]
-            insert = (
-                "INSERT INTO tensors (digest, pack, start) VALUES (?, ?, ?) ON CONFLICT (digest) DO UPDATE "
-                "SET pack = excluded.pack, start = excluded.start "
-                f"WHERE tensors.pack IN ({','.join(map(str, old))})"
-            )
-        self.connection.executemany(insert, rows)
-        for broken in replace:
-            self._drop_if_empty(broken)
+            in_old = f"pack IN ({','.join(map(str, old))})"
+            better += f" OR tensors.{in_old} OR tensors.base IN (SELECT digest FROM tensors AS other WHERE {in_old})"
+        self.connection.executemany(f"{insert} WHERE {better}", rows)
+        if damaged:
+            for broken in replace:
+                self._drop_if_empty(broken)
+
+    def can_replace(self, old: str, new: PackInfo, users: Collection[str]) -> bool:
+        """Whether a pack that was made from another one can still take its place.
+
+        Args:
+            users: ids of the manifests that relied on the old one when the new one was made.
+        """
+        execute = self.connection.execute
+        if {row[0] for row in execute(USERS, (old,))} != users:
+            return False
+        bases = {tensor.base for tensor in new.tensors if tensor.base}
+        located = locate(self.connection, bases)
+        own = {tensor.digest: tensor for tensor in new.tensors}
+        for base in bases:
+            place = located.get(base)
+            if place is None or (base in own and own[base].base) or (place.base and base not in own):
+                return False
+            if not self._store.pack_is_whole(place.pack, place.pack_size):
+                return False
+        differences = [tensor.digest for tensor in new.tensors if tensor.base]
+        known = locate(self.connection, differences)
+        return not any(
+            known[digest].base is None
+            and execute("SELECT 1 FROM tensors WHERE base = ? LIMIT 1", (digest,)).fetchone()
+            for digest in differences
+            if digest in known
+        )
 
     def replace_pack(self, old: str, new: PackInfo) -> None:
         """Let everything that relies on one pack rely on another, which holds all of it that is still needed."""
-        self.add_pack(new, replace={old})
+        self.add_pack(new, replace={old}, damaged=False)
         execute = self.connection.execute
         execute("DELETE FROM uses WHERE pack = (SELECT number FROM packs WHERE digest = ?)", (old,))
+        execute(
+            "INSERT INTO uses (id, pack) SELECT u.id, b.pack FROM packs p JOIN uses u ON u.pack = p.number "
+            "JOIN tensors t ON t.pack = p.number JOIN tensors b ON b.digest = t.base WHERE p.digest = ? "
+            "ON CONFLICT (id, pack) DO NOTHING",
+            (new.digest,),
+        )
 
     def _drop_if_empty(self, pack: str) -> None:
         """Forget a damaged pack once all of its tensors are stored elsewhere."""

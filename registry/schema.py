@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sqlite3
 
-VERSION = 2
+VERSION = 3
 
 TABLES = """
 CREATE TABLE state (
@@ -91,9 +91,12 @@ CREATE TABLE packs (
 CREATE TABLE tensors (
     digest TEXT PRIMARY KEY,
     pack INTEGER NOT NULL REFERENCES packs (number) ON DELETE CASCADE,
-    start BIGINT NOT NULL
+    start BIGINT NOT NULL,
+    base TEXT,
+    coded BIGINT
 );
 CREATE INDEX tensors_by_pack ON tensors (pack);
+CREATE INDEX tensors_by_base ON tensors (base);
 CREATE TABLE uses (
     id TEXT NOT NULL REFERENCES manifests (id) ON DELETE CASCADE,
     pack INTEGER NOT NULL REFERENCES packs (number),
@@ -105,7 +108,11 @@ CREATE TABLE doomed (
 )
 """
 
-MIGRATIONS: dict[int, str] = {2: "ALTER TABLE artifacts ADD COLUMN record TEXT NOT NULL DEFAULT '{}'"}
+MIGRATIONS: dict[int, str] = {
+    2: "ALTER TABLE artifacts ADD COLUMN record TEXT NOT NULL DEFAULT '{}'",
+    3: "ALTER TABLE tensors ADD COLUMN base TEXT; ALTER TABLE tensors ADD COLUMN coded BIGINT; "
+    "CREATE INDEX tensors_by_base ON tensors (base)",
+}
 """SQL that takes the schema from the version before the key to the key."""
 
 UNUSED = "NOT EXISTS (SELECT 1 FROM uses u WHERE u.pack = packs.number)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from registry.change import Stale, locate
+from registry.change import USERS, Stale, locate
 
 if TYPE_CHECKING:
     from registry.checkpoint import Checkpoint
@@ -60,33 +60,33 @@ def _only_for_training(name: str, tree: Any) -> bool:
 
 def _compact(registry: Registry, pack: str) -> None:
     """Copy what is needed of a pack to a new one, if most of it is not; gc takes the old one later."""
-    users = _users(registry, pack)
+    users = users_of(registry, pack)
     if len(users) > _MAX_USERS:
         return
     manifests = [registry.store.manifest(id) for id in users]
-    needed, size = _needed(registry, pack, manifests)
+    needed, size = needed_of(registry, pack, manifests)
     (total,) = registry.catalog.query("SELECT size FROM packs WHERE digest = ?", [pack])[0]
     if not needed or size > total * (1 - _WASTE):
         return
     copied: PackInfo = registry.store.copy_to_new_pack(needed)
     with registry.catalog.change() as change:
-        rows = change.connection.execute(_USERS, (pack,)).fetchall()
-        if {row[0] for row in rows} == users:
+        if change.can_replace(pack, copied, users):
             change.replace_pack(pack, copied)
             return
     registry.discard_pack(copied.digest)
 
 
-_USERS = "SELECT u.id FROM uses u JOIN packs p ON p.number = u.pack WHERE p.digest = ?"
+def users_of(registry: Registry, pack: str) -> set[str]:
+    """Ids of the manifests that rely on a pack."""
+    return {id for (id,) in registry.catalog.query(USERS, [pack])}
 
 
-def _users(registry: Registry, pack: str) -> set[str]:
-    return {id for (id,) in registry.catalog.query(_USERS, [pack])}
-
-
-def _needed(registry: Registry, pack: str, manifests: Collection[Manifest]) -> tuple[set[str], int]:
-    """Digests and bytes of the tensors that manifests have in a pack."""
+def needed_of(registry: Registry, pack: str, manifests: Collection[Manifest]) -> tuple[set[str], int]:
+    """Digests and bytes of the tensors in a pack that manifests have, or that those they have are differences from."""
     sizes = {tensor.digest: tensor.size for manifest in manifests for tensor in manifest.tensors}
     located = locate(registry.catalog.connection(), sizes)
-    needed = {digest for digest, location in located.items() if location.pack == pack}
-    return needed, sum(sizes[digest] for digest in needed)
+    sizes |= {place.base: sizes[digest] for digest, place in located.items() if place.base}
+    located |= registry.store.bases(located)
+    needed = {digest for digest, place in located.items() if place.pack == pack}
+    taken = {digest: located[digest].coded or sizes.get(digest, 0) for digest in needed}
+    return needed, sum(taken.values())

@@ -115,20 +115,44 @@ class _Check:
             self.problems.append(Problem(f"pack {error}", tuple(sorted(affected)), str(path)))
             return
         inside = {tensor.digest: tensor for tensor in info.tensors}
+        differences: list[str] = []
         with memoryview(mapping) as data:
             end = info.size if not info.tensors else info.tensors[0].start
             for tensor in info.tensors:
                 self._filler(path, data, end, tensor.start)
+                end = tensor.start + tensor.size
+                self.tensor_count += 1
+                if tensor.base:
+                    if placed.get(tensor.digest) == tensor.start:
+                        differences.append(tensor.digest)
+                    continue
                 with data[tensor.start : tensor.start + tensor.size] as part:
                     if tensor_digest(tensor.dtype, tensor.shape, part) != tensor.digest:
                         self._damaged(tensor.digest, f"its bytes in {path} are not what was saved")
-                end = tensor.start + tensor.size
-                self.tensor_count += 1
+        self._differences(differences)
         for tensor_name, start in placed.items():
             if tensor_name not in inside or inside[tensor_name].start != start:
                 self._damaged(
                     tensor_name, f"{path} does not hold it where the catalog says; run: registry rebuild"
                 )
+
+    def _differences(self, digests: list[str]) -> None:
+        """Check tensors that are stored as differences, by making them."""
+        if not digests:
+            return
+        from registry.store import loading
+
+        store = self._store
+        try:
+            items = store.wanted(digests)
+        except RegistryError as error:
+            self.problems.append(Problem(str(error)))
+            return
+        for item in items:
+            try:
+                loading.verify(store.packs, [item], loading.Mapped(store.packs))
+            except RegistryError as error:
+                self._damaged(item.info.digest, str(error).removeprefix(f"{item.name}: "))
 
     def _filler(self, path: Path, data: memoryview, start: int, end: int) -> None:
         if any(data[start:end]):

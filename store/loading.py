@@ -17,7 +17,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from registry.store.differences import Decoding
 from registry.store.digest import tensor_digest
+from registry.store.dtypes import ELEMENT_TYPES
 from registry.store.durable import storage_errors
 from registry.store.errors import Corrupt, RegistryError
 from registry.store.location import Location
@@ -37,13 +39,18 @@ _REMAP = 1 << 20  # a second use of the same stored tensor is mapped again from 
 
 
 class Wanted(NamedTuple):
-    """A tensor to load: a key for the caller, what it is, where it lies, its name for messages, its bytes."""
+    """A tensor to load: a key for the caller, what it is, where it lies, its name for messages, its bytes.
+
+    Attributes:
+        base: the tensor that it is stored as a difference from, if it is.
+    """
 
     slot: int
     info: TensorInfo
     location: Location
     name: str
     size: int
+    base: Wanted | None = None
 
 
 class Mapped:
@@ -53,6 +60,42 @@ class Mapped:
         self._packs = packs
         self._maps: dict[tuple[str, int], mmap.mmap] = {}
         self._uses: dict[tuple[str, int], int] = {}
+        self._decoded: dict[str, mmap.mmap] = {}
+
+    def decode(self, items: Iterable[Wanted]) -> None:
+        """Turn differences back into tensors, which must be done before they are asked for.
+
+        Raises:
+            Corrupt: naming the tensor and the pack, if that is not possible.
+        """
+        coded = {item.info.digest: item for item in items if item.base and item.size}
+        coded = {digest: item for digest, item in coded.items() if digest not in self._decoded}
+        if not coded:
+            return
+        self.decode(item.base for item in coded.values() if item.base)
+        jobs, sizes = [], []
+        for digest, item in coded.items():
+            self._decoded[digest] = memory = _anonymous(item.size)
+            decoding = self._decoding(item, memoryview(memory)[: item.size])
+            jobs += [(item, decoding, i) for i in range(decoding.chunks)]
+            sizes += [item.size // decoding.chunks] * decoding.chunks
+        in_parallel(jobs, self._decode_chunk, sizes)
+
+    def _decoding(self, item: Wanted, out: memoryview) -> Decoding:
+        assert item.base is not None
+        try:
+            return Decoding(
+                self.stored(item), self.bytes(item.base), ELEMENT_TYPES[item.info.dtype].size, out
+            )
+        except Corrupt as error:
+            raise damaged(self._packs, item) from error
+
+    def _decode_chunk(self, job: tuple[Wanted, Decoding, int]) -> None:
+        item, decoding, i = job
+        try:
+            decoding.work(i)
+        except Corrupt as error:
+            raise damaged(self._packs, item) from error
 
     def tensor(self, wanted: Wanted) -> torch.Tensor:
         """The tensor; each call gives memory of its own, also when two names hold equal tensors."""
@@ -65,11 +108,22 @@ class Mapped:
             return self._view(wanted, 0).clone()
         return self._view(wanted, use)
 
+    def stored(self, wanted: Wanted) -> memoryview:
+        """The bytes of a tensor as they are in the pack."""
+        place = wanted.location
+        size = wanted.size if place.coded is None else place.coded
+        return memoryview(self._map(place, 0))[place.start : place.start + size]
+
     def bytes(self, wanted: Wanted) -> memoryview:
-        start = wanted.location.start
-        return memoryview(self._map(wanted.location, 0))[start : start + wanted.size]
+        """The bytes of a tensor, to be read only."""
+        if wanted.base:
+            return memoryview(self._decoded[wanted.info.digest])[: wanted.size]
+        return self.stored(wanted)
 
     def _view(self, wanted: Wanted, use: int) -> torch.Tensor:
+        if wanted.base:
+            tensor = view(self._decoded[wanted.info.digest], wanted.info, 0)
+            return tensor.clone() if use else tensor
         return view(self._map(wanted.location, use), wanted.info, wanted.location.start)
 
     def _map(self, location: Location, use: int) -> mmap.mmap:
@@ -96,6 +150,7 @@ def verify(packs: Path, items: Sequence[Wanted], mapped: Mapped) -> None:
     Raises:
         Corrupt: naming the tensor and the pack.
     """
+    mapped.decode(items)
     distinct = list({item.info.digest: item for item in items if item.size}.values())
     sizes = [item.size for item in distinct]
     in_parallel(distinct, lambda item: _check(packs, item, mapped.bytes(item)), sizes)
@@ -107,7 +162,7 @@ def _check(packs: Path, item: Wanted, data: memoryview, actual: str | None = Non
 
 
 def damaged(packs: Path, item: Wanted) -> Corrupt:
-    end = item.location.start + item.size
+    end = item.location.start + (item.size if item.location.coded is None else item.location.coded)
     error = Corrupt(
         f"{item.name}: the bytes {item.location.start} to {end} of pack "
         f"{pack_path(packs, item.location.pack).name} are not what was saved; "
@@ -228,17 +283,23 @@ def owned(packs: Path, items: Sequence[Wanted], *, check: bool) -> dict[int, tor
     tensors: dict[int, torch.Tensor] = {}
     for arena, placed in _arenas(items):
         for item, offset in placed:
-            buffers[item.slot] = arena[offset : offset + item.size]
+            buffers[item.slot] = memoryview(arena)[offset : offset + item.size]
             tensors[item.slot] = view(arena, item.info, offset)
-    read_into(packs, [item for item in items if item.size], lambda item: buffers[item.slot])
+    read_into(packs, [item for item in items if item.size and not item.base], lambda item: buffers[item.slot])
+    if any(item.base for item in items):
+        mapped = Mapped(packs)
+        mapped.decode(items)
+        for item in items:
+            if item.base:
+                buffers[item.slot][:] = mapped.bytes(item)
     if check:
         sizes = [item.size for item in items]
         in_parallel(items, lambda item: _check(packs, item, buffers[item.slot]), sizes)
     return tensors
 
 
-def _arenas(items: Sequence[Wanted]) -> list[tuple[memoryview, list[tuple[Wanted, int]]]]:
-    arenas: list[tuple[memoryview, list[tuple[Wanted, int]]]] = []
+def _arenas(items: Sequence[Wanted]) -> list[tuple[mmap.mmap, list[tuple[Wanted, int]]]]:
+    arenas: list[tuple[mmap.mmap, list[tuple[Wanted, int]]]] = []
     placed: list[tuple[Wanted, int]] = []
     size = 0
     for item in items:
@@ -252,12 +313,12 @@ def _arenas(items: Sequence[Wanted]) -> list[tuple[memoryview, list[tuple[Wanted
     return arenas
 
 
-def _anonymous(size: int) -> memoryview:
+def _anonymous(size: int) -> mmap.mmap:
     mapping = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel built without huge pages
             mapping.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(mapping)
+    return mapping
 
 
 class _Files:

@@ -7,11 +7,18 @@ from typing import NamedTuple, Protocol
 
 
 class Location(NamedTuple):
-    """A tensor's place: its pack, the first byte in it, and the size of the whole pack."""
+    """A tensor's place: its pack, the first byte in it, and the size of the whole pack.
+
+    Attributes:
+        base: digest of the tensor that the bytes there are a difference from; None where they are the tensor's own.
+        coded: how many bytes the difference takes.
+    """
 
     pack: str
     start: int
     pack_size: int
+    base: str | None = None
+    coded: int | None = None
 
 
 class Index(Protocol):

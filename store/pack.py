@@ -30,16 +30,24 @@ _BUFFER = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class PackedTensor:
-    """Where a tensor lies in a pack; `start` counts bytes from the start of the file."""
+    """Where a tensor lies in a pack; `start` counts bytes from the start of the file.
+
+    Attributes:
+        base: digest of the tensor that it is stored as a difference from, if it is.
+        coded: how many bytes that takes.
+    """
 
     digest: str
     dtype: str
     shape: tuple[int, ...]
     start: int
+    base: str | None = None
+    coded: int | None = None
 
     @property
     def size(self) -> int:
-        return byte_count(self.dtype, self.shape)
+        """Bytes in the pack."""
+        return byte_count(self.dtype, self.shape) if self.coded is None else self.coded
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +63,16 @@ class PackWriter:
     Args:
         tmp: folder on the same file system as the packs.
         candidates: dtype and shape of every tensor that may be added, which bounds the header's size.
+        coded: whether some may be added as differences.
 
     Raises:
         Unsupported: if there are so many that the header would be larger than a reader takes.
     """
 
-    def __init__(self, tmp: Path, candidates: Iterable[tuple[str, Sequence[int]]]) -> None:
-        bound = 64 + sum(_entry_bound(dtype, shape) for dtype, shape in candidates)
+    def __init__(
+        self, tmp: Path, candidates: Iterable[tuple[str, Sequence[int]]], *, coded: bool = False
+    ) -> None:
+        bound = 64 + sum(_entry_bound(dtype, shape, coded=coded) for dtype, shape in candidates)
         self._head = header.padded(bound)
         if self._head - 8 > header.MAX_HEADER:
             raise Unsupported(
@@ -77,18 +88,26 @@ class PackWriter:
         self._opaque: dict[str, str] = {}
 
     def add(self, digest: str, dtype: str, shape: Sequence[int], data: memoryview) -> None:
-        gap = -self._position % ALIGNMENT
-        if gap:
-            self._entry(f"pad.{len(self._entries)}", "U8", (gap,), gap)
-            self._write(memoryview(bytes(gap)))
+        self._fill()
         code = ELEMENT_TYPES[dtype].code
         self._tensors.append(PackedTensor(digest, dtype, tuple(shape), self._position))
         if code is None:
-            self._opaque[digest] = f"{dtype} {','.join(map(str, shape))}"
+            self._opaque[digest] = _type_and_shape(dtype, shape)
             self._entry(digest, "U8", (len(data),), len(data))
         else:
             self._entry(digest, code, shape, len(data))
         self._write(data)
+
+    def add_difference(
+        self, digest: str, dtype: str, shape: Sequence[int], base: str, coded: memoryview
+    ) -> None:
+        """Add a tensor as its difference from another one."""
+        name = f"{digest}.{base}"
+        self._fill()
+        self._tensors.append(PackedTensor(digest, dtype, tuple(shape), self._position, base, len(coded)))
+        self._opaque[name] = _type_and_shape(dtype, shape)
+        self._entry(name, "U8", (len(coded),), len(coded))
+        self._write(coded)
 
     def finish(self, packs: Path) -> PackInfo:
         """Publish the pack below `packs`, durably."""
@@ -102,6 +121,12 @@ class PackWriter:
 
     def discard(self) -> None:
         self._file.discard()
+
+    def _fill(self) -> None:
+        gap = -self._position % ALIGNMENT
+        if gap:
+            self._entry(f"pad.{len(self._entries)}", "U8", (gap,), gap)
+            self._write(memoryview(bytes(gap)))
 
     def _entry(self, name: str, code: str, shape: Sequence[int], size: int) -> None:
         start = self._position - self._head
@@ -123,9 +148,15 @@ class PackWriter:
             self._buffer = bytearray()
 
 
-def _entry_bound(dtype: str, shape: Sequence[int]) -> int:
+def _type_and_shape(dtype: str, shape: Sequence[int]) -> str:
+    return f"{dtype} {','.join(map(str, shape))}"
+
+
+def _entry_bound(dtype: str, shape: Sequence[int], *, coded: bool = False) -> int:
     """Bytes of header that a tensor takes at most, its filler entry and opaque type included."""
     dimensions = sum(len(str(n)) + 1 for n in shape)
+    if coded:
+        return _entry_bound(dtype, shape) + 3 * 65 + len(_type_and_shape(dtype, shape)) + len('"":"",')
     entry = 64 + len('"":{"dtype":"F8_E4M3FNUZ","shape":[],"data_offsets":[,]},') + dimensions + 2 * 15
     filler = len('"pad.1000000":{"dtype":"U8","shape":[63],"data_offsets":[,]},') + 2 * 15
     opaque = 64 + len('"":"float4_e2m1fn_x2 ",') + dimensions if ELEMENT_TYPES[dtype].code is None else 0
@@ -156,6 +187,14 @@ def read_pack_info(path: Path) -> PackInfo:
         raise Corrupt(f"{path}: the header is not the one that the file's name covers")
     tensors = []
     for entry in parsed.entries:
+        digest, dot, base = entry.name.partition(".")
+        if dot and is_digest(digest) and is_digest(base):
+            dtype, shape = _opaque(parsed.metadata.get(entry.name, ""))
+            if dtype not in ELEMENT_TYPES or entry.code != "U8":
+                raise Corrupt(f"{path}: tensor {entry.name} has a malformed type")
+            size_there = entry.end - entry.start
+            tensors.append(PackedTensor(digest, dtype, shape, entry.start, base, size_there))
+            continue
         if not is_digest(entry.name):
             continue
         dtype, shape = BY_CODE.get(entry.code, ""), entry.shape

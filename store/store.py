@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from registry.store import durable
 from registry.store.digest import digest as digest_of
 from registry.store.digest import is_digest
-from registry.store.dtypes import byte_count
 from registry.store.durable import storage_errors
 from registry.store.errors import Corrupt, Incompatible, Invalid, NotFound
 from registry.store.location import Index, Location
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from registry.store.loading import Wanted
     from registry.store.saving import State
 
+_MAX_CHAIN = 8
 FOLDERS = ("packs", "manifests", "tmp")
 
 
@@ -165,38 +165,36 @@ class Store:
         durable.write_file(self.manifest_path(digest), data, folder=self.tmp, read_only=True)
         return digest
 
-    def copy_to_new_pack(self, digests: Collection[str]) -> PackInfo:
+    def copy_to_new_pack(self, digests: Collection[str], bases: Mapping[str, str] | None = None) -> PackInfo:
         """Copy stored tensors to a pack of their own, verified, so that the packs they are in can go.
+
+        Args:
+            bases: by digest, the stored tensor of the same dtype and shape that one may be stored as a difference from;
+                it is, where that saves a tenth.
 
         Raises:
             Corrupt: if a byte is not what was saved.
         """
-        from registry.store.digest import tensor_digest
-        from registry.store.pack import PackWriter, map_file
+        from registry.store.recoding import copy_to_new_pack
+
+        with storage_errors(self.root):
+            return copy_to_new_pack(self, digests, bases or {})
+
+    def wanted(self, digests: Collection[str]) -> list[Wanted]:
+        """Stored tensors by digest alone, in the order of their places; their types are those in the packs."""
+        from registry.store.loading import Wanted
 
         located = self.index.locate(digests)
-        with storage_errors(self.root):
-            wanted: list[tuple[str, str, tuple[int, ...], Location]] = []
-            for name in {location.pack for location in located.values()}:
-                for tensor in read_pack_info(self.pack_path(name)).tensors:
-                    place = located.get(tensor.digest)
-                    if place and place.pack == name:
-                        wanted.append((tensor.digest, tensor.dtype, tensor.shape, place))
-            maps = {
-                place.pack: memoryview(map_file(self.pack_path(place.pack), place.pack_size))
-                for *_, place in wanted
-            }
-            writer = PackWriter(self.tmp, [(dtype, shape) for _, dtype, shape, _ in wanted])
-            try:
-                for digest, dtype, shape, place in wanted:
-                    data = maps[place.pack][place.start : place.start + byte_count(dtype, shape)]
-                    if tensor_digest(dtype, shape, data) != digest:
-                        raise Corrupt(f"pack {place.pack}: tensor {digest} is not what was saved")
-                    writer.add(digest, dtype, shape, data)
-                return writer.finish(self.packs)
-            except BaseException:
-                writer.discard()
-                raise
+        bases = self.bases(located)
+        found: list[Wanted] = []
+        for name in {place.pack for place in located.values()}:
+            for tensor in read_pack_info(self.pack_path(name)).tensors:
+                place = located.get(tensor.digest)
+                if place and (place.pack, place.start) == (name, tensor.start):
+                    info = TensorInfo(tensor.dtype, tensor.shape, tensor.digest)
+                    base = self._base(info, place, bases, tensor.digest) if place.base else None
+                    found.append(Wanted(len(found), info, place, tensor.digest, info.size, base))
+        return found
 
     def get(
         self,
@@ -239,6 +237,7 @@ class Store:
                 tensors = loading.owned(self.packs, wanted, check=verify)
             else:
                 mapped = loading.Mapped(self.packs)
+                mapped.decode(wanted)
                 tensors = {item.slot: mapped.tensor(item) for item in wanted}
                 if verify:
                     loading.verify(self.packs, wanted, mapped)
@@ -295,11 +294,12 @@ class Store:
                     tensors.append(target if offsets is None else box(target, offsets, shape))
             wanted = self._wanted(manifest, chosen)
             mapped = loading.Mapped(self.packs)
+            mapped.decode(wanted)
             if verify:
                 loading.verify(self.packs, wanted, mapped)
             direct = []
             for item in wanted:
-                if item.size and is_plain(tensors[item.slot]):
+                if item.size and not item.base and is_plain(tensors[item.slot]):
                     direct.append(item)
                 else:
                     tensors[item.slot].copy_(mapped.tensor(item))
@@ -322,6 +322,7 @@ class Store:
             manifest = self._recent_manifest(digest)
             wanted = self._wanted(manifest, [(slot, slot, name) for slot, name in slots.items()])
             mapped = loading.Mapped(self.packs)
+            mapped.decode(wanted)
             if verify:
                 loading.verify(self.packs, wanted, mapped)
             return {item.slot: mapped.tensor(item) for item in wanted}
@@ -392,9 +393,26 @@ class Store:
 
     def _intact(self, digests: Collection[str]) -> Collection[str]:
         located = self.index.locate(digests)
-        packs = {location.pack: location.pack_size for location in located.values()}
+        bases = self.bases(located)
+        packs = {place.pack: place.pack_size for place in (*located.values(), *bases.values())}
         whole = {pack for pack, size in packs.items() if self.pack_is_whole(pack, size)} - self.distrusted
-        return {digest for digest, location in located.items() if location.pack in whole}
+
+        def intact(place: Location | None) -> bool:
+            if place is None or place.pack not in whole:
+                return False
+            return place.base is None or intact(bases.get(place.base))
+
+        return {digest for digest, place in located.items() if intact(place)}
+
+    def bases(self, located: Mapping[str, Location]) -> dict[str, Location]:
+        """Where the tensors lie that others are stored as differences from, by digest."""
+        found: dict[str, Location] = {}
+        wanted = {place.base for place in located.values() if place.base}
+        while wanted:
+            new = self.index.locate(wanted)
+            found.update(new)
+            wanted = {place.base for place in new.values() if place.base} - set(found)
+        return found
 
     def _chosen(self, manifest: Manifest, only: str | Sequence[str] | None) -> Mapping[str, Any]:
         if only is None:
@@ -421,14 +439,30 @@ class Store:
         from registry.store.loading import Wanted
 
         located = self.index.locate({manifest.tensors[slot].digest for _, slot, _ in chosen})
+        bases = self.bases(located)
         wanted = []
         for key, slot, path in chosen:
             info = manifest.tensors[slot]
             location = located.get(info.digest)
             if location is None:
                 raise Corrupt(f"{path}: no pack holds tensor {info.digest}; run: registry verify")
-            wanted.append(Wanted(key, info, location, path, info.size))
+            base = self._base(info, location, bases, path) if location.base else None
+            wanted.append(Wanted(key, info, location, path, info.size, base))
         return wanted
+
+    def _base(
+        self, info: TensorInfo, place: Location, bases: Mapping[str, Location], path: str, depth: int = 0
+    ) -> Wanted:
+        """What a tensor is a difference from, and what that is, if it is one too."""
+        from registry.store.loading import Wanted
+
+        assert place.base is not None
+        its_place = bases.get(place.base)
+        if its_place is None or depth > _MAX_CHAIN:
+            raise Corrupt(f"{path}: no pack holds tensor {place.base}, which it is a difference from")
+        its_info = TensorInfo(info.dtype, info.shape, place.base)
+        further = self._base(its_info, its_place, bases, path, depth + 1) if its_place.base else None
+        return Wanted(-1, its_info, its_place, path, info.size, further)
 
 
 class FolderIndex:
@@ -456,7 +490,10 @@ class FolderIndex:
                 info = read_pack_info(pack_path(self._packs, name))
                 self._read.add(name)
                 for tensor in info.tensors:
-                    self._located.setdefault(tensor.digest, Location(name, tensor.start, info.size))
+                    place = Location(name, tensor.start, info.size, tensor.base, tensor.coded)
+                    known = self._located.setdefault(tensor.digest, place)
+                    if known.base and not place.base:  # what needs no other tensor is better
+                        self._located[tensor.digest] = place
 
     @staticmethod
     def names(packs: Path) -> list[str]:

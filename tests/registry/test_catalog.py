@@ -97,7 +97,7 @@ def test_any_text_comes_back_from_notes_and_facts(registry: Registry, note: str,
 def test_a_newer_schema_is_refused(registry: Registry) -> None:
     registry.catalog.connection().execute("UPDATE state SET value = 99 WHERE key = 'schema'")
     registry.catalog.close()
-    with pytest.raises(Unsupported, match=r"has schema 99, this version knows up to 2; upgrade"):
+    with pytest.raises(Unsupported, match=r"has schema 99, this version knows up to 3; upgrade"):
         registry["net"]
 
 
@@ -105,20 +105,20 @@ def test_an_older_schema_is_brought_forward_once_and_whole(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry.catalog.close()
-    monkeypatch.setattr(schema, "VERSION", 3)
+    monkeypatch.setattr(schema, "VERSION", 4)
     monkeypatch.setitem(
-        schema.MIGRATIONS, 3, "ALTER TABLE runs ADD COLUMN host TEXT; SELECT nonsense FROM nowhere"
+        schema.MIGRATIONS, 4, "ALTER TABLE runs ADD COLUMN host TEXT; SELECT nonsense FROM nowhere"
     )
     with pytest.raises(Exception, match="no such table"):
         registry["net"]
     columns = "SELECT COUNT(*) FROM pragma_table_info('runs')"
     with sqlite3.connect(registry.catalog.path) as connection:
         assert connection.execute(columns).fetchone() == (4,)
-        assert connection.execute("SELECT value FROM state WHERE key = 'schema'").fetchone() == (2,)
+        assert connection.execute("SELECT value FROM state WHERE key = 'schema'").fetchone() == (3,)
     connection.close()
     monkeypatch.setitem(
         schema.MIGRATIONS,
-        3,
+        4,
         "ALTER TABLE runs ADD COLUMN host TEXT; CREATE INDEX runs_by_host ON runs (host)",
     )
     assert registry["net"].name == "net:v3"
@@ -131,8 +131,8 @@ def test_two_processes_may_bring_a_schema_forward_at_once(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry.catalog.close()
-    monkeypatch.setattr(schema, "VERSION", 3)
-    monkeypatch.setitem(schema.MIGRATIONS, 3, "ALTER TABLE runs ADD COLUMN host TEXT")
+    monkeypatch.setattr(schema, "VERSION", 4)
+    monkeypatch.setitem(schema.MIGRATIONS, 4, "ALTER TABLE runs ADD COLUMN host TEXT")
     migrate = schema.migrate
 
     def overtaken(connection: sqlite3.Connection) -> None:

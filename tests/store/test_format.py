@@ -22,7 +22,11 @@ SOURCE = Path(__file__).with_name("format_reader.py")
 
 @pytest.fixture(scope="module")
 def reader() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("format_reader", SOURCE)
+    return load(SOURCE)
+
+
+def load(source: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(source.stem, source)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -123,6 +127,29 @@ def test_the_reader_puts_shards_together(tmp_path: Path, reader: ModuleType) -> 
     turned = torch.zeros(6, 4).T  # not contiguous
     checkpoint.load_into(model={"w": turned})
     assert torch.equal(turned, whole)
+
+
+def test_with_a_few_more_lines_the_reader_knows_differences(
+    tmp_path: Path, reader: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = load(SOURCE.with_name("format_reader_differences.py"))
+    registry, saved = Registry(tmp_path), []
+    torch.manual_seed(0)
+    weight = torch.randn(40, 3_500) * 0.02
+    for _ in range(4):
+        weight = weight + 1e-5 * torch.randn_like(weight)
+        saved.append({"w": weight, "half": weight.bfloat16(), "double": weight.double(), "n": torch.ones(2)})
+        registry.save("net", {"model": saved[-1]})
+    registry.compact()
+    registry.collect_garbage(grace=0)
+    plain = reader.packed
+    monkeypatch.setattr(
+        reader, "packed", lambda root: [*plain(root), *more.differences(root, dict(plain(root)))]
+    )
+    for number, state in enumerate(saved, 1):
+        _, read = reader.read(tmp_path, registry[f"net:v{number}"].id)
+        assert all(same(read["model"][name], tensor) for name, tensor in state.items())
+    assert len([*more.differences(tmp_path, dict(plain(tmp_path)))]) == 6
 
 
 def test_the_reader_refuses_a_flipped_byte(tmp_path: Path, reader: ModuleType) -> None:

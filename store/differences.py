@@ -1,0 +1,141 @@
+"""Lossless coding of a tensor as its difference from another one of the same type and shape.
+
+The elements of both are taken as whole numbers without a sign; their differences, small ones of either sign made
+small, are split into planes of equally significant bytes. Where training moved weights a little the high planes are
+almost all zero, and zstd takes them down to next to nothing. `docs/FORMAT.md` describes the bytes.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import zstandard
+
+from registry.store.errors import Corrupt
+
+ITEM_SIZES = (2, 4, 8)
+CHUNK = 1 << 17
+"""Elements that are coded at a time: what is worked on fits a processor's cache."""
+
+_HEAD = struct.Struct("<II")
+_SIGNED = {2: np.int16, 4: np.int32, 8: np.int64}
+_UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
+_WORTH_IT = 0.98  # of a plane's bytes, below which its compressed form is kept
+_local = threading.local()
+
+Run = Callable[[Sequence[Any], Callable[[Any], None]], None]
+"""Calls a function for each of some jobs, on as many threads as it likes."""
+
+
+def encode(data: memoryview, base: memoryview, item_size: int, run: Run) -> bytes:
+    """The bytes that stand for `data` where `base` is at hand; they may be more than those of `data`.
+
+    Args:
+        data, base: contiguous bytes, of the same length.
+        item_size: bytes of an element: 2, 4 or 8.
+        run: does the work, chunk by chunk.
+    """
+    new, old = (np.frombuffer(part, _UNSIGNED[item_size]) for part in (data, base))
+    starts = range(0, len(new), CHUNK)
+    planes: list[list[bytes]] = [[] for _ in starts]
+
+    def work(i: int) -> None:
+        part = slice(i * CHUNK, (i + 1) * CHUNK)
+        planes[i] = _planes(new[part], old[part], item_size)
+
+    run(range(len(starts)), work)
+    lengths = np.array([len(plane) for chunk in planes for plane in chunk], "<u4")
+    coded = [plane for chunk in planes for plane in chunk]
+    return b"".join([_HEAD.pack(CHUNK, len(starts)), lengths.tobytes(), *coded])
+
+
+class Decoding:
+    """Bytes that `encode` made, to be turned back chunk by chunk.
+
+    Args:
+        coded: the bytes.
+        base: those that the difference was taken from.
+        out: where the original bytes go; as long as `base`.
+
+    Raises:
+        Corrupt: if the bytes are malformed.
+    """
+
+    def __init__(self, coded: memoryview, base: memoryview, item_size: int, out: memoryview) -> None:
+        self._item_size = item_size
+        self._old = np.frombuffer(base, _UNSIGNED[item_size])
+        self._new = np.frombuffer(out, _UNSIGNED[item_size])
+        if len(coded) < _HEAD.size:
+            raise Corrupt("a difference is cut short")
+        self._chunk, self.chunks = _HEAD.unpack(coded[: _HEAD.size])
+        table = _HEAD.size + 4 * self.chunks * item_size
+        expected = -(-len(self._old) // self._chunk) if self._chunk else -1
+        if self.chunks != expected or len(coded) < table or len(self._new) != len(self._old):
+            raise Corrupt("a difference is malformed")
+        self._lengths = np.frombuffer(coded[_HEAD.size : table], "<u4").astype(np.int64)
+        self._ends = table + np.cumsum(self._lengths)
+        if (int(self._ends[-1]) if len(self._ends) else table) != len(coded):
+            raise Corrupt("a difference is cut short")
+        self._coded = coded
+
+    def work(self, i: int) -> None:
+        """Turn a chunk back.
+
+        Raises:
+            Corrupt: if it is malformed.
+        """
+        old = self._old[i * self._chunk : (i + 1) * self._chunk]
+        kind = _UNSIGNED[self._item_size]
+        total: Any = None
+        for plane in range(self._item_size):
+            place = i * self._item_size + plane
+            length, end = int(self._lengths[place]), int(self._ends[place])
+            if not length:
+                continue
+            raw = self._plane(self._coded[end - length : end], len(old)).astype(kind)
+            if plane:
+                raw <<= kind(8 * plane)
+            total = raw if total is None else np.bitwise_or(total, raw, out=total)
+        new = self._new[i * self._chunk : (i + 1) * self._chunk]
+        if total is None:
+            new[:] = old
+            return
+        sign = (-(total & kind(1)).astype(_SIGNED[self._item_size])).view(kind)
+        np.add((total >> kind(1)) ^ sign, old, out=new)
+
+    @staticmethod
+    def _plane(coded: memoryview, count: int) -> Any:
+        if len(coded) == count:
+            return np.frombuffer(coded, np.uint8)
+        try:
+            if zstandard.frame_content_size(coded) != count:  # asked before memory is reserved for it
+                raise Corrupt("a plane of a difference has another length than it should")
+            return np.frombuffer(_codecs()[1].decompress(coded, max_output_size=count), np.uint8)
+        except zstandard.ZstdError as error:
+            raise Corrupt(f"a plane of a difference cannot be decompressed: {error}") from None
+
+
+def _planes(new: Any, old: Any, item_size: int) -> list[bytes]:
+    kind = _UNSIGNED[item_size]
+    difference = (new - old).view(_SIGNED[item_size])
+    folded = ((difference << 1) ^ (difference >> (8 * item_size - 1))).view(kind)
+    planes = []
+    for plane in range(item_size):
+        part = (folded >> kind(8 * plane)).astype(np.uint8)
+        if not part.any():
+            planes.append(b"")
+            continue
+        packed = _codecs()[0].compress(part)
+        planes.append(packed if len(packed) < _WORTH_IT * len(part) else part.tobytes())
+    return planes
+
+
+def _codecs() -> tuple[zstandard.ZstdCompressor, zstandard.ZstdDecompressor]:
+    """Those of this thread."""
+    if not hasattr(_local, "codecs"):
+        _local.codecs = zstandard.ZstdCompressor(level=1), zstandard.ZstdDecompressor()
+    return _local.codecs  # type: ignore[no-any-return]

@@ -1,0 +1,89 @@
+"""Copying stored tensors into a new pack, as they are or as differences from others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from registry.store import differences, loading
+from registry.store.digest import tensor_digest
+from registry.store.dtypes import ELEMENT_TYPES
+from registry.store.pack import PackInfo, PackWriter
+
+if TYPE_CHECKING:
+    from registry.store.loading import Mapped, Wanted
+    from registry.store.store import Store
+
+SMALLEST = 4 << 10
+"""Bytes of a tensor from which on a difference is tried."""
+
+_WORTH_IT = 0.9
+
+
+def copy_to_new_pack(store: Store, digests: Collection[str], bases: Mapping[str, str]) -> PackInfo:
+    """See `Store.copy_to_new_pack`."""
+    wanted = store.wanted(digests)
+    stored_bases = {item.info.digest: item for item in store.wanted({*bases.values()})}
+    mapped = loading.Mapped(store.packs)
+    sound: set[str] = set()
+    writer = PackWriter(store.tmp, [(item.info.dtype, item.info.shape) for item in wanted], coded=True)
+    try:
+        for item in wanted:
+            base = stored_bases.get(bases.get(item.info.digest, ""))
+            if item.base:
+                _copy_difference(store, item, mapped, writer)
+                continue
+            data = mapped.bytes(item)
+            _check(store, item, data)
+            if base is not None and not base.base and _can_differ(item, base):
+                if base.info.digest not in sound:
+                    _check(store, base, mapped.bytes(base))
+                    sound.add(base.info.digest)
+                if coded := _difference(item, data, mapped.bytes(base)):
+                    info = item.info
+                    writer.add_difference(
+                        info.digest, info.dtype, info.shape, base.info.digest, memoryview(coded)
+                    )
+                    continue
+            writer.add(item.info.digest, item.info.dtype, item.info.shape, data)
+        return writer.finish(store.packs)
+    except BaseException:
+        writer.discard()
+        raise
+
+
+def _copy_difference(store: Store, item: Wanted, mapped: Mapped, writer: PackWriter) -> None:
+    """Copy a difference as it is, once it is seen to give what was saved."""
+    loading.verify(store.packs, [item], loading.Mapped(store.packs))
+    info, place = item.info, item.location
+    assert place.base is not None
+    writer.add_difference(info.digest, info.dtype, info.shape, place.base, mapped.stored(item))
+
+
+def _can_differ(item: Wanted, base: Wanted) -> bool:
+    info = item.info
+    size = ELEMENT_TYPES[info.dtype].size
+    alike = (info.dtype, info.shape) == (base.info.dtype, base.info.shape)
+    return alike and size in differences.ITEM_SIZES and item.size >= SMALLEST
+
+
+def _difference(item: Wanted, data: memoryview, base: memoryview) -> bytes | None:
+    """The difference of a tensor from its base, seen to give it back; None if that saves too little."""
+    size = ELEMENT_TYPES[item.info.dtype].size
+    coded = differences.encode(data, base, size, _run)
+    if len(coded) > _WORTH_IT * len(data):
+        return None
+    back = bytearray(len(data))
+    decoding = differences.Decoding(memoryview(coded), base, size, memoryview(back))
+    _run(range(decoding.chunks), decoding.work)
+    assert tensor_digest(item.info.dtype, item.info.shape, memoryview(back)) == item.info.digest
+    return coded
+
+
+def _run(jobs: Sequence[Any], work: Callable[[Any], None]) -> None:
+    loading.in_parallel(jobs, work, [differences.CHUNK] * len(jobs))
+
+
+def _check(store: Store, item: Wanted, data: memoryview) -> None:
+    if tensor_digest(item.info.dtype, item.info.shape, data) != item.info.digest:
+        raise loading.damaged(store.packs, item)

@@ -1,0 +1,68 @@
+"""SIGKILL at every durable step of a compaction: every version stays whole."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support import Stepwise, check_whole, copy, in_child, kill_me, save
+
+from registry import Registry
+from registry.store import durable
+
+SAVED = {f"net:v{number}": number for number in range(1, 6)}
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("golden") / "r"
+    registry = Registry(root)
+    for number in SAVED.values():
+        save(registry, number)
+    registry.catalog.close()
+    return root
+
+
+def compact(registry: Registry) -> None:
+    (done,) = registry.compact()
+    assert done.packs == 3
+
+
+def compact_and_collect(registry: Registry) -> None:
+    compact(registry)
+    registry.collect_garbage(grace=0)
+
+
+@pytest.mark.parametrize("change", [compact, compact_and_collect])
+def test_a_compaction_killed_at_any_of_our_steps(
+    golden: Path, tmp_path: Path, change: Callable[[Registry], None]
+) -> None:
+    steps = 0
+    for step in range(1_000):
+        for moment in ("before", "half"):
+            root = copy(golden, tmp_path / "r")
+
+            def at(count: int, when: str, path: Path, step: int = step, moment: str = moment) -> None:
+                if (count, when) == (step, moment):
+                    kill_me()
+
+            def run(at: Callable[[int, str, Path], None] = at, root: Path = root) -> None:
+                durable.disk = Stepwise(at)
+                change(Registry(root, create=False))
+
+            status = in_child(run)
+            if status == 0:
+                break
+            assert status == -signal.SIGKILL
+            steps += 1
+            check_whole(root, SAVED, {})
+            registry = Registry(root, create=False)
+            registry.compact()  # and it can be done again
+            check_whole(root, SAVED, {})
+        else:
+            continue
+        if moment == "before":
+            break
+    assert steps > 10

@@ -1,0 +1,274 @@
+"""Compaction: every bit comes back, the usual load stays plain, and nothing that others need goes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from registry import Registry
+from registry.store.errors import Corrupt, NotFound
+from registry.store.store import Store, Written
+
+VERSIONS = 20
+State = dict[str, dict[str, torch.Tensor]]
+
+
+def states(count: int = VERSIONS) -> Iterator[State]:
+    """A training: weights that move a little, moments, a half of them in bf16, and what never changes."""
+    torch.manual_seed(0)
+    weights = {f"layer{i}.weight": torch.randn(64, 64) * 0.02 for i in range(4)}
+    frozen = torch.randn(5_000)
+    for step in range(count):
+        weights = {name: value + 1e-5 * torch.randn_like(value) for name, value in weights.items()}
+        rest = {
+            "steps": torch.tensor(step),
+            "half": weights["layer0.weight"].bfloat16(),
+            "double": weights["layer1.weight"].double(),
+            "frozen": frozen,
+            "grows": torch.full((1_500 + step,), float(step)),
+            "mask": torch.ones(5_000, dtype=torch.bool),
+        }
+        yield {"model": weights | rest, "extra": {"note": torch.ones(3) * step}}
+
+
+def saved(root: Path, count: int = VERSIONS) -> tuple[Registry, list[State]]:
+    registry, all_of_them = Registry(root), list(states(count))
+    for state in all_of_them:
+        registry.save("net", state)
+    return registry, all_of_them
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+
+
+def coded(registry: Registry, reference: str) -> set[str]:
+    """Paths of a version that are stored as differences."""
+    named = {path: digest for path, _, _, digest in registry[reference].parameters()}
+    located = registry.catalog.locate(named.values())
+    return {path for path, digest in named.items() if located[digest].base}
+
+
+def check(registry: Registry, expected: list[State]) -> None:
+    for number, state in enumerate(expected, 1):
+        checkpoint = registry[f"net:v{number}"]
+        assert same(checkpoint.load(), state)
+        assert same(checkpoint.load(copy=True), state)
+        assert same(checkpoint.load(verify=False), state)
+        into = {name: torch.zeros_like(value) for name, value in state["model"].items()}
+        checkpoint.load_into(model=into)
+        assert same(into, state["model"])
+    assert registry.verify().problems == ()
+
+
+def test_every_bit_comes_back_and_less_is_stored(tmp_path: Path) -> None:
+    registry, expected = saved(tmp_path)
+    registry.set_alias("net:v5", "production")
+    before = registry.status().stored
+    (planned,) = registry.compact(dry_run=True)
+    assert planned.after is None
+    assert registry.status().stored == before
+    seen: list[tuple[int, int]] = []
+    (done,) = registry.compact(["net"], progress=lambda *given: seen.append(given))
+    assert (done.versions, done.packs, done.before) == (planned.versions, planned.packs, planned.before)
+    assert done.after is not None
+    assert done.after < 0.65 * done.before
+    assert seen[-1] == (done.before, done.before)
+    plain = [number for number in range(1, VERSIONS + 1) if not coded(registry, f"net:v{number}")]
+    assert plain == [1, 5, 9, 17, 20]  # anchors, the alias, the newest
+    assert coded(registry, "net:v2") == {
+        *(f"model/layer{i}.weight" for i in range(4)),
+        *("model/half", "model/double"),
+    }
+    check(registry, expected)
+    collected = registry.collect_garbage(grace=0)
+    assert collected.bytes == done.before
+    assert registry.status().stored == before - done.before + done.after
+    check(Registry(tmp_path), expected)
+
+
+def test_what_is_compact_stays_so_and_later_versions_follow(tmp_path: Path) -> None:
+    registry, expected = saved(tmp_path, 10)
+    registry.compact()
+    first = {n: coded(registry, f"net:v{n}") for n in range(1, 11)}
+    assert all(one.packs == 0 for one in registry.compact())
+    more = list(states(24))[10:]
+    for state in more:
+        registry.save("net", state)
+    registry.compact()
+    assert {n: coded(registry, f"net:v{n}") for n in range(1, 9)} == {n: first[n] for n in range(1, 9)}
+    assert coded(registry, "net:v12")
+    assert not coded(registry, "net:v24")
+    registry.collect_garbage(grace=0)
+    check(registry, expected + more)
+
+
+def test_a_difference_that_is_saved_again_costs_nothing(tmp_path: Path) -> None:
+    registry, expected = saved(tmp_path, 5)
+    registry.compact()
+    registry.collect_garbage(grace=0)
+    packs = set(registry.store.pack_digests())
+    registry.save("copy", expected[2])
+    assert set(registry.store.pack_digests()) == packs
+    registry.remove([f"net:v{n}" for n in range(1, 6)])
+    registry.collect_garbage(grace=0)
+    assert same(registry["copy"].load(), expected[2])  # with what it is a difference from
+    assert registry.verify().problems == ()
+
+
+def test_an_anchor_may_be_removed_or_thinned(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    expected = list(states(6))
+    for state in expected:
+        moments = {name: value * 2 for name, value in state["model"].items() if name.startswith("layer")}
+        optimizer = {"state": moments, "param_groups": [{"lr": 0.1}]}
+        registry.save("net", {**state, "optimizer": optimizer})
+    registry.compact()
+    registry.collect_garbage(grace=0)
+    registry.thin("net:v1")
+    registry.thin("net:v3")
+    registry.collect_garbage(grace=0)
+    assert coded(registry, "net:v3")
+    registry.remove(["net:v1"])
+    registry.collect_garbage(grace=0)
+    registry.collect_garbage(grace=0)
+    for number, state in enumerate(expected[1:], 2):
+        assert same(registry[f"net:v{number}"].load(["model", "extra"]), state)
+    assert registry["net:v2"].load("optimizer")["optimizer"]["param_groups"] == [{"lr": 0.1}]
+    assert registry.verify().problems == ()
+
+
+@pytest.mark.parametrize("collected", [True, False])
+def test_a_catalog_is_rebuilt_and_a_store_needs_none(tmp_path: Path, collected: bool) -> None:
+    registry, expected = saved(tmp_path, 12)
+    registry.compact()
+    if collected:
+        registry.collect_garbage(grace=0)
+    ids = [registry[f"net:v{n}"].id for n in range(1, 13)]
+    alone = Store(tmp_path)
+    assert all(same(alone.get(id), state) for id, state in zip(ids, expected, strict=True))
+    registry.catalog.close()
+    (tmp_path / "catalog.sqlite").unlink()
+    again = Registry(tmp_path, create=False)
+    again.rebuild()
+    assert bool(coded(again, "net:v2")) == collected  # what is there as it is needs nothing else
+    check(again, expected)
+    again.collect_garbage(grace=0)
+    check(again, expected)
+
+
+def damage(registry: Registry, digest: str, offset: int = 0) -> None:
+    place = registry.catalog.locate([digest])[digest]
+    path = registry.store.pack_path(place.pack)
+    data = bytearray(path.read_bytes())
+    data[place.start + offset] ^= 255
+    path.chmod(0o644)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("where", ["difference", "table", "base"])
+def test_damage_is_found_named_and_healed(tmp_path: Path, where: str) -> None:
+    registry, expected = saved(tmp_path, 4)
+    registry.compact()
+    registry.collect_garbage(grace=0)
+    version = "net:v1" if where == "base" else "net:v3"
+    named = {path: digest for path, _, _, digest in registry[version].parameters()}
+    damage(registry, named["model/layer2.weight"], 200 if where == "difference" else 9)
+    with pytest.raises(Corrupt, match=r"net:v3: model/layer2\.weight: the bytes .* are not what was saved"):
+        registry["net:v3"].load()
+    into = {name: torch.zeros_like(value) for name, value in expected[2]["model"].items()}
+    with pytest.raises(Corrupt):
+        registry["net:v3"].load_into(model=into)
+    assert not any(value.any() for value in into.values())
+    problems = registry.verify().problems
+    assert any("net:v3" in problem.checkpoints for problem in problems)
+    again = Registry(tmp_path)
+    with pytest.raises(Corrupt):
+        again[version].load()
+    again.save("net", expected[0])
+    again.save("net", expected[2])  # what was found damaged is written again
+    assert same(again["net:v3"].load(), expected[2])
+
+
+def test_a_version_that_comes_meanwhile_is_not_harmed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry, expected = saved(tmp_path, 4)
+    real = Store.copy_to_new_pack
+    calls = []
+
+    def interrupted(self: Store, digests: Any, bases: Any = None) -> Any:
+        new = real(self, digests, bases)
+        if not calls:
+            Registry(tmp_path).save("other", expected[1])  # relies on the pack that is being rewritten
+        calls.append(1)
+        return new
+
+    monkeypatch.setattr(Store, "copy_to_new_pack", interrupted)
+    registry.compact(["net"])
+    assert len(calls) == 2
+    check(registry, expected)
+    assert same(registry["other"].load(), expected[1])
+    registry.collect_garbage(grace=0)
+    check(registry, expected)
+    assert same(registry["other"].load(), expected[1])
+
+
+def test_shards_become_differences_too(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    wholes = [state["model"]["layer0.weight"] for state in states(4)]
+    for whole in wholes:
+        encoded = registry.store.encode({"x": [whole[:24], whole[24:]]})
+        pack = registry.store.add(encoded)
+        assert pack is not None
+        slots = [node["$tensor"] for node in encoded.components["x"]]
+        tree = {"w": {"$shards": [[[0, 0], slots[0]], [[24, 0], slots[1]]], "shape": [64, 64]}}
+        registry.save("net", Written({"model": tree}, encoded.tensors(), [pack]))
+    (done,) = registry.compact()
+    assert done.versions == 2
+    for number, whole in enumerate(wholes, 1):
+        assert torch.equal(registry[f"net:v{number}"].state_dict()["w"], whole)
+
+
+def test_on_the_command_line(tmp_path: Path) -> None:
+    registry, expected = saved(tmp_path / "r", 6)
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "registry.cli", "--root", str(tmp_path / "r"), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert run("compact", "--dry-run").stdout.startswith("net: 4 versions in 4 packs, ")
+    wrong = run("compact", "nett")
+    assert (wrong.returncode, "did you mean 'net'" in wrong.stderr) == (1, True)
+    assert "cannot be the name of a model" in run("compact", "net:v3").stderr
+    done = run("compact", "net")
+    assert done.returncode == 0, done.stderr
+    assert "became" in done.stdout
+    assert "registry gc frees the space" in done.stdout
+    assert run("compact").stdout == "net: nothing to compact\n"
+    document = json.loads(run("compact", "--json").stdout)
+    assert document == {
+        "dry_run": False,
+        "models": [{"model": "net", "versions": 0, "packs": 0, "before": 0, "after": 0}],
+    }
+    run("gc", "--grace", "0")
+    exported = run("export", "net:v3", str(tmp_path / "v3.safetensors"))
+    assert exported.returncode == 0, exported.stderr
+    assert same(
+        dict(sorted(load_file(tmp_path / "v3.safetensors").items())),
+        dict(sorted(expected[2]["model"].items())),
+    )
+    assert run("diff", "net:v2", "net:v3").returncode == 1
+    assert run("verify").returncode == 0
+    with pytest.raises(NotFound):
+        registry.compact(["nothing"])

@@ -1,0 +1,43 @@
+"""What format_reader.py needs besides for compacted checkpoints; shares no code with the package either."""
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import zstandard
+
+SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+CODES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
+
+
+def decoded(coded, base, size):
+    chunk, count = struct.unpack("<II", coded[:8])
+    kind, old = np.dtype(f"<u{size}"), np.frombuffer(base, f"<u{size}")
+    lengths = np.frombuffer(coded[8 : 8 + 4 * count * size], "<u4").reshape(count, size)
+    at, new = 8 + lengths.nbytes, []
+    for i in range(count):
+        part, folded = old[i * chunk : (i + 1) * chunk], 0
+        for plane, length in enumerate(map(int, lengths[i])):
+            data, at = coded[at : at + length], at + length
+            if length not in (0, len(part)):
+                data = zstandard.ZstdDecompressor().decompress(data)
+            if length:
+                folded = folded | (np.frombuffer(data, np.uint8).astype(kind) << kind.type(8 * plane))
+        folded = np.zeros(len(part), kind) | folded
+        new.append(((folded >> kind.type(1)) ^ (np.zeros_like(folded) - (folded & kind.type(1)))) + part)
+    return np.frombuffer(np.concatenate(new).tobytes(), np.uint8)
+
+
+def differences(root, plain):
+    """Digest, type in a pack and bytes of the tensors that are stored as differences."""
+    for path in Path(root, "packs").glob("*/*.safetensors"):
+        data = np.memmap(path, mode="r")
+        base = 8 + struct.unpack("<Q", data[:8].tobytes())[0]
+        header = json.loads(data[8:base].tobytes())
+        for name, entry in header.items():
+            digest, _, other = name.partition(".")
+            if len(name) == 129:
+                kind = header["__metadata__"][name].split()[0]
+                coded = data[base:][slice(*entry["data_offsets"])].tobytes()
+                yield digest, (CODES[kind], decoded(coded, plain[other][1].tobytes(), SIZES[kind]))
