@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import caching, catalogs, sharded, states, storage, training, transfers
+from benchmarks import caching, catalogs, compaction, sharded, states, storage, training, transfers
 from benchmarks.measure import Result
 
 Group = Callable[[Path, int], list[Result]]
@@ -26,6 +26,7 @@ GROUPS: dict[str, Group] = {
     "transfer": transfers.measure,
     "cache": caching.measure,
     "sharded": sharded.measure,
+    "compact": compaction.measure,
 }
 
 
