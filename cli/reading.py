@@ -226,12 +226,14 @@ def status(registry: Registry, as_json: bool) -> None:
     if as_json:
         print_json({**found._asdict(), "saved": found.saved})
         return
-    shared = f" ({found.saved / found.logical:.0%} saved by sharing)" if found.logical else ""
+    ways = "sharing and differences" if found.differences else "sharing"
+    shared = f" ({found.saved / found.logical:.0%} saved by {ways})" if found.logical else ""
+    coded = f", {found.differences:,} of them as differences" if found.differences else ""
     print_facts(
         [
             ("registry", found.root),
             ("holds", f"{counted(found.models, 'model')}, {counted(found.versions, 'version')}"),
-            ("tensors", f"{found.tensors:,} distinct, in {counted(found.packs, 'pack')}"),
+            ("tensors", f"{found.tensors:,} distinct, in {counted(found.packs, 'pack')}{coded}"),
             ("artifacts", found.artifacts or None),
             ("size", f"{size(found.stored)} instead of {size(found.logical)}{shared}"),
             ("unneeded", f"{size(found.unused)}; free it with: registry gc" if found.unused else None),

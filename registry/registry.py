@@ -538,7 +538,7 @@ class Registry:
     ) -> list[Compacted]:
         """Store older versions as differences from a neighbour, bit for bit; `collect_garbage` frees the space.
 
-        The newest version of each model, those with an alias, and one in eight stay as they are.
+        The newest version of each model, those with an alias, and one in sixteen stay as they are.
 
         Args:
             models: all of them unless given.

@@ -25,6 +25,8 @@ class Status(NamedTuple):
     """What the versions and artifacts would take as separate files."""
     stored: int
     """What the packs take."""
+    differences: int
+    """Tensors that are stored as differences."""
     unused: int
     """What gc can free."""
     free: int
@@ -32,7 +34,7 @@ class Status(NamedTuple):
 
     @property
     def saved(self) -> int:
-        """What sharing saved."""
+        """What sharing and differences saved."""
         return max(self.logical - self.stored, 0)
 
 
@@ -44,11 +46,22 @@ def status(registry: Registry) -> Status:
     ((artifacts,),) = query("SELECT COUNT(*) FROM artifacts")
     ((tensors,),) = query("SELECT COUNT(*) FROM tensors")
     ((packs, stored),) = query("SELECT COUNT(*), COALESCE(SUM(size), 0) FROM packs")
+    ((differences,),) = query("SELECT COUNT(*) FROM tensors WHERE base IS NOT NULL")
     ((unused,),) = query(f"SELECT COALESCE(SUM(size), 0) FROM packs WHERE {UNUSED}")
     try:
         free = shutil.disk_usage(registry.root).free
     except OSError as error:
         raise StorageError(f"{registry.root}: {error.strerror}") from error
     return Status(
-        str(registry.root), models, versions, artifacts, tensors, packs, logical, stored, unused, free
+        root=str(registry.root),
+        models=models,
+        versions=versions,
+        artifacts=artifacts,
+        tensors=tensors,
+        packs=packs,
+        logical=logical,
+        stored=stored,
+        differences=differences,
+        unused=unused,
+        free=free,
     )

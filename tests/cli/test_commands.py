@@ -157,6 +157,7 @@ def test_status_sums_up(filled: Registry, run: Run) -> None:
             "packs",
             "logical",
             "stored",
+            "differences",
             "unused",
             "free",
         ),
