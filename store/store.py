@@ -397,10 +397,10 @@ class Store:
         packs = {place.pack: place.pack_size for place in (*located.values(), *bases.values())}
         whole = {pack for pack, size in packs.items() if self.pack_is_whole(pack, size)} - self.distrusted
 
-        def intact(place: Location | None) -> bool:
-            if place is None or place.pack not in whole:
+        def intact(place: Location | None, depth: int = 0) -> bool:
+            if place is None or place.pack not in whole or depth > _MAX_CHAIN:
                 return False
-            return place.base is None or intact(bases.get(place.base))
+            return place.base is None or intact(bases.get(place.base), depth + 1)
 
         return {digest for digest, place in located.items() if intact(place)}
 

@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from registry import Registry
-from registry.store.errors import Corrupt, NotFound
+from registry.store import durable
+from registry.store.errors import Corrupt, NotFound, StorageError
+from registry.store.pack import PackWriter
 from registry.store.store import Store, Written
 
 VERSIONS = 20
@@ -222,6 +224,40 @@ def test_a_version_that_comes_meanwhile_is_not_harmed(
     registry.collect_garbage(grace=0)
     check(registry, expected)
     assert same(registry["other"].load(), expected[1])
+
+
+def test_a_difference_from_itself_is_refused(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    tensor = torch.arange(4_000.0)
+    stored = store.put({"model": {"w": tensor}})
+    (digest,) = {info.digest for info in stored.manifest.tensors}
+    assert stored.pack is not None
+    store.pack_path(stored.pack.digest).unlink()
+    writer = PackWriter(store.tmp, [("float32", (4_000,))], coded=True)
+    writer.add_difference(digest, "float32", (4_000,), digest, memoryview(bytes(8)))
+    writer.finish(store.packs)
+    with pytest.raises(Corrupt, match="which it is a difference from"):
+        Store(tmp_path).get(stored.digest)
+    again = Store(tmp_path)
+    assert again.put({"model": {"w": tensor}}).pack is not None  # it does not count as stored
+    assert torch.equal(again.get(stored.digest)["model"]["w"], tensor)
+
+
+def test_a_full_disk_leaves_all_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry, expected = saved(tmp_path, 4)
+    packs = set(registry.store.pack_digests())
+
+    def full(fd: int, path: Path, data: memoryview) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable.disk, "write", full)
+        with pytest.raises(StorageError, match="no space left"):
+            registry.compact()
+    assert set(registry.store.pack_digests()) == packs
+    assert not list((tmp_path / "tmp").iterdir())
+    check(registry, expected)
+    assert registry.compact()[0].packs == 2
 
 
 def test_shards_become_differences_too(tmp_path: Path) -> None:
