@@ -143,6 +143,7 @@ def test_an_anchor_may_be_removed_or_thinned(tmp_path: Path) -> None:
     assert coded(registry, "net:v3")
     registry.remove(["net:v1"])
     registry.collect_garbage(grace=0)
+    registry.thin("net:v4")  # which looks at the pack of what it is a difference from
     registry.collect_garbage(grace=0)
     for number, state in enumerate(expected[1:], 2):
         assert same(registry[f"net:v{number}"].load(["model", "extra"]), state)
@@ -163,7 +164,8 @@ def test_a_catalog_is_rebuilt_and_a_store_needs_none(tmp_path: Path, collected: 
     (tmp_path / "catalog.sqlite").unlink()
     again = Registry(tmp_path, create=False)
     again.rebuild()
-    assert bool(coded(again, "net:v2")) == collected  # what is there as it is needs nothing else
+    found = [coded(again, f"net:v{n}") != set() for n in range(2, 12)]
+    assert found == [collected] * 10  # what is there as it is needs nothing else
     check(again, expected)
     again.collect_garbage(grace=0)
     check(again, expected)
@@ -258,6 +260,58 @@ def test_a_full_disk_leaves_all_as_it_was(tmp_path: Path, monkeypatch: pytest.Mo
     assert not list((tmp_path / "tmp").iterdir())
     check(registry, expected)
     assert registry.compact()[0].packs == 2
+
+
+def test_what_a_difference_needs_stays_though_nothing_else_needs_it(tmp_path: Path) -> None:
+    registry, expected = Registry(tmp_path), []
+    for state in states(4):
+        weights = {name: value for name, value in state["model"].items() if name.startswith("layer")}
+        expected.append({"model": weights})  # the versions have nothing in common
+        registry.save("net", expected[-1])
+    registry.compact()
+    registry.remove(["net:v1"])
+    registry.collect_garbage(grace=0)
+    registry.collect_garbage(grace=0)
+    for number in (2, 3, 4):
+        assert same(registry[f"net:v{number}"].load(), expected[number - 1])
+
+
+def test_what_comes_to_be_needed_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry, moments = Registry(tmp_path), []
+    for state in states(4):
+        moments.append({"m": torch.randn(20_000)})
+        optimizer = {"state": moments[-1], "param_groups": []}
+        registry.save("net", {**state, "optimizer": optimizer})
+    monkeypatch.setattr("registry.thinning._WASTE", 1.0)
+    registry.thin("net:v2")  # nobody needs its moments now, but they are still there
+    of_v2 = {path: digest for path, _, _, digest in registry["net:v2"].parameters()}
+    real = Store.copy_to_new_pack
+
+    def interrupted(self: Store, digests: Any, bases: Any = None) -> Any:
+        new = real(self, digests, bases)
+        if of_v2["model/layer0.weight"] in digests:
+            Registry(tmp_path).save("other", {"optimizer": moments[1]})
+        return new
+
+    monkeypatch.setattr(Store, "copy_to_new_pack", interrupted)
+    registry.compact(["net"])
+    for _ in range(2):
+        registry.collect_garbage(grace=0)
+    assert same(registry["other"].load()["optimizer"], moments[1])
+    assert registry.verify().problems == ()
+
+
+def test_what_others_are_differences_from_stays_plain(tmp_path: Path) -> None:
+    registry, expected = saved(tmp_path, 4)
+    registry.compact()
+    far = list(states(6))
+    for state in (far[5], expected[0], far[4]):  # the anchor of one model is in the middle of another
+        registry.save("other", state)
+    registry.compact(["other"])
+    registry.collect_garbage(grace=0)
+    check(registry, expected)
+    for number, state in enumerate((far[5], expected[0], far[4]), 1):
+        assert same(registry[f"other:v{number}"].load(), state)
 
 
 def test_shards_become_differences_too(tmp_path: Path) -> None:
