@@ -459,14 +459,14 @@ def _refuse(source: Path, target: Path) -> None:
 
 
 def test_every_rank_gets_the_same_error(tmp_path: Path) -> None:
-    results = together(4, bad_on_every_rank, tmp_path)
-    assert results == [results[0]] * 4
+    results = together(3, bad_on_every_rank, tmp_path)
+    assert results == [results[0]] * 3
     odd, broken, missing, shape, plain, absent, fine = results[0]
     assert "mine: a value of type builtins.object" in odd
     assert broken.startswith("[1] ")
     assert "the disk reports an I/O error" in broken
     assert "Missing key in checkpoint state_dict: model.nothing" in missing
-    assert missing.startswith("[0, 1, 2, 3] ")
+    assert missing.startswith("[0, 1, 2] ")
     assert "Size mismatch" in shape
     assert plain.startswith("Incompatible: plain-0:v1 was not written by dcp.save")
     assert absent.startswith("NotFound: ")
@@ -512,16 +512,16 @@ def killed_in_a_save(root: str, who: str) -> None:
 
 @pytest.mark.parametrize("who", [0, 2])
 def test_a_process_killed_in_a_save_leaves_the_earlier_checkpoint(tmp_path: Path, who: int) -> None:
-    processes = start(4, killed_in_a_save, tmp_path, who)
+    processes = start(3, killed_in_a_save, tmp_path, who)
     for process in processes:
         process.wait()
-    assert [process.status != 0 for process in processes] == [True] * 4
+    assert [process.status != 0 for process in processes] == [True] * 3
     registry = Registry(tmp_path, create=False)
     before = {path: digest for path, _, _, digest in registry["net"].parameters()}
     assert registry["net"].name == "net:v1"
     assert registry.verify().problems == ()
     registry.collect_garbage(grace=0)
-    assert len(list(registry.store.pack_digests())) == 4
+    assert len(list(registry.store.pack_digests())) == 3
     assert not list((tmp_path / "tmp").iterdir())
     assert before == {path: digest for path, _, _, digest in registry["net"].parameters()}
 

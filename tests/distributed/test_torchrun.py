@@ -32,23 +32,23 @@ def torchrun(root: Path, *words: str) -> subprocess.Popen[str]:
 
 def test_training_in_two_processes(tmp_path: Path) -> None:
     Registry(tmp_path)
-    done = torchrun(tmp_path, "lenet5", "--epochs", "4", "--name", "whole", *COMMON)
+    done = torchrun(tmp_path, "lenet5", "--epochs", "20", "--name", "whole", *COMMON)
     out, err = done.communicate(timeout=120)
     assert done.returncode == 0, err
     assert out.count("whole/run-1 finished: the best is whole:v") == 1
-    assert (out + err).count("Testing Acc") == 4  # only one of them speaks
+    assert (out + err).count("Testing Acc") == 20  # only one of them speaks
     registry = Registry(tmp_path, create=False)
     log = (tmp_path / "runs" / "whole" / "run-1" / "run.log").read_text()
     assert "training on cpu; processes: 2" in log
     assert "batch[3/3]" in log  # 192 samples in two shares of 96
     last = registry["whole"]
-    assert (last.epoch, last.step, last.provenance["processes"]) == (4, 12, 2)
+    assert (last.epoch, last.step, last.provenance["processes"]) == (20, 60, 2)
 
     # interrupted at a batch, and resumed
-    running = torchrun(tmp_path, "lenet5", "--epochs", "4", "--name", "half", *COMMON)
+    running = torchrun(tmp_path, "lenet5", "--epochs", "20", "--name", "half", *COMMON)
     log_file = tmp_path / "runs" / "half" / "run-1" / "run.log"
     deadline = time.monotonic() + 60
-    while not (log_file.exists() and "Epochs[1/4] -- batch[1/3]" in log_file.read_text()):
+    while not (log_file.exists() and "Epochs[1/20] -- batch[1/3]" in log_file.read_text()):
         assert time.monotonic() < deadline
         assert running.poll() is None
         time.sleep(0.002)
@@ -57,13 +57,13 @@ def test_training_in_two_processes(tmp_path: Path) -> None:
     assert running.returncode != 0
     assert err.count("Go on with: registry train --resume half:v") == 1
     assert registry.runs["half/run-1"].state == "interrupted"
-    assert (registry["half"].step or 0) < 12
+    assert (registry["half"].step or 0) < 60
     done = torchrun(tmp_path, "--resume", "half", "--json")
     out, err = done.communicate(timeout=120)
     assert done.returncode == 0, err
-    assert json.loads(out)["latest"]["epoch"] == 4
+    assert json.loads(out)["latest"]["epoch"] == 20
     resumed = registry["half"]
-    assert resumed.step == 12
+    assert resumed.step == 60
 
     def state(reference: str) -> dict[str, str]:
         parts = ("model/", "optimizer/", "rng/", "ranks/")

@@ -78,7 +78,7 @@ def test_two_ids_with_the_same_beginning_are_a_conflict(registry: Registry) -> N
             )
     with pytest.raises(Conflict, match=r"is the beginning of several ids: net:v2 .*net:v1"):
         registry[first.id[:8]]
-    assert registry[first.id[:12]].name == "net:v1"
+    assert registry[first.id[:40]].name == "net:v1"
 
 
 def test_a_model_may_be_called_like_an_id(registry: Registry) -> None:
