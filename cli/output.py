@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,6 @@ import click
 from registry.store.text import printable
 
 if TYPE_CHECKING:
-    from registry.progress import Progress
     from registry.versions import Version
 
 _PATIENCE = 1.0
@@ -174,22 +173,26 @@ def version_document(version: Version) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def progress(label: str) -> Iterator[Progress]:
-    """A callback for long work; a bar appears on a terminal's error stream after a second."""
+def progress(label: str) -> Iterator[Callable[..., None]]:
+    """A callback for long work; a bar appears on a terminal's error stream after a second.
+
+    It takes what is done, what there is in all, and optionally what was saved so far, all of them in bytes.
+    """
     if not sys.stderr.isatty():
-        yield lambda done, total: None
+        yield lambda done, total, saved=0: None
         return
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
         bar: list[Any] = []
 
-        def report(done: int, total: int) -> None:
+        def report(done: int, total: int, saved: int = 0) -> None:
             if not bar and time.monotonic() - started < _PATIENCE:
                 return
             if not bar:
                 bar.append(stack.enter_context(_bar()))
                 bar.append(bar[0].add_task(label, total=total))
-            bar[0].update(bar[1], completed=done, total=total)
+            description = f"{label}, {size(saved)} saved" if saved else label
+            bar[0].update(bar[1], completed=done, total=total, description=description)
 
         yield report
 

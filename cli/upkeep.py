@@ -79,7 +79,7 @@ def gc(dry_run: bool, grace: float, registry: Registry, as_json: bool) -> None:
 def compact(models: tuple[str, ...], dry_run: bool, registry: Registry, as_json: bool) -> None:
     """Store older versions as differences, bit for bit.
 
-    Of each MODEL, or of all, the newest version, those with an alias and one in sixteen stay as they are; the others
+    Of each MODEL, or of all, the newest version, those with an alias and one in some forty stay as they are; the others
     become differences from one of them, where that saves a tenth. Loading turns them back and checks every digest.
     """
     with progress("compacting") as report:

@@ -1,16 +1,16 @@
 """Compaction: older versions of a model are stored as differences from a neighbour, bit for bit.
 
-Of the versions of a model one in sixteen is an anchor and stays as it is; those between are stored as differences from
-the anchor before them, name by name. The newest version, those with an alias, and artifacts stay plain too, so that
-the usual load is not slowed. A load turns differences back, and checks the digests of what was saved.
+A few of the versions of a model are anchors and stay as they are; those up to twenty before and after an anchor are
+stored as differences from it, name by name. The newest version, those with an alias, and artifacts stay plain too, so
+that the usual load is not slowed. A load turns differences back, and checks the digests of what was saved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from registry.progress import Progress, silent
 from registry.reference import check_name
 from registry.store.dtypes import ELEMENT_TYPES
 from registry.store.manifest import Manifest, TensorInfo
@@ -20,12 +20,14 @@ from registry.versions import Version, find_versions
 if TYPE_CHECKING:
     from registry.registry import Registry
 
-REACH = 15
-"""How many versions after an anchor are stored as differences from it.
+REACH = 20
+"""How many versions before and after an anchor are stored as differences from it.
 
-One that is farther away gives larger differences, and fewer versions that stay plain: in the series of
-`benchmarks/compaction.py` 12 took less than 7, and 19 less than 12.
+The farther away it is the larger a difference, and the fewer versions stay plain. In the series of
+`benchmarks/series.py` a difference over 20 versions takes 29 to 40 % of the bytes, and over 7 versions 27 to 37 %.
 """
+
+_MANIFESTS = 128  # that are held in memory at a time
 
 _WORTH_IT = 0.9  # of a pack's bytes, above which it stays as it is
 _FLOATS = ("float", "bfloat")
@@ -47,29 +49,35 @@ class Compacted(NamedTuple):
     after: int | None
 
 
+Progress = Callable[[int, int, int], None]
+"""Called with the bytes that were looked at, the bytes in all, and the bytes saved so far."""
+
+
 def compact(
-    registry: Registry, models: Sequence[str] = (), *, dry_run: bool = False, progress: Progress = silent
+    registry: Registry, models: Sequence[str], *, dry_run: bool, progress: Progress
 ) -> list[Compacted]:
     """See `Registry.compact`."""
     for model in models:
         registry.resolve(check_name(model, "model"))
-    kept = _plain(registry)
+    staying, bases = _staying(registry)
+    kept = bases | {tensor.digest for id in staying for tensor in registry.store.manifest(id).tensors}
     names = list(dict.fromkeys(models)) or [
         name for (name,) in registry.catalog.query("SELECT DISTINCT model FROM versions ORDER BY model")
     ]
-    plans = [_plan(registry, model, kept) for model in names]
+    plans = [_plan(registry, model, staying, bases, kept) for model in names]
     total = sum(plan.size for plan in plans)
-    done = 0
+    done = saved = 0
     found = []
     for plan in plans:
         packs = before = after = 0
         for pack, size in plan.packs.items():
-            bases = {digest: base for digest, base in plan.bases[pack].items() if digest not in kept}
-            new = None if dry_run or not bases else _rewrite(registry, pack, size, bases, plan.manifest)
+            pairs = {digest: base for digest, base in plan.bases[pack].items() if digest not in kept}
+            new = None if dry_run or not pairs else _rewrite(registry, pack, size, pairs, plan.manifest)
             if dry_run or new is not None:
                 packs, before, after = packs + 1, before + size, after + (new or 0)
             done += size
-            progress(done, total)
+            saved += 0 if new is None else size - new
+            progress(done, total, saved)
         versions = len(plan.versions) if packs else 0
         found.append(Compacted(plan.model, versions, packs, before, None if dry_run else after))
     return found
@@ -89,61 +97,75 @@ class _Plan(NamedTuple):
         return sum(self.packs.values())
 
 
-def _plain(registry: Registry) -> set[str]:
-    """Digests of the tensors that stay as they are, whatever else is done."""
-    query = registry.catalog.query
-    ids = query(
+def _staying(registry: Registry) -> tuple[set[str], set[str]]:
+    """Ids of the versions and artifacts that stay as they are, and digests that there are differences from."""
+    ids = registry.catalog.query(
         "SELECT v.id FROM versions v WHERE v.version = (SELECT MAX(o.version) FROM versions o WHERE o.model = v.model) "
         "UNION SELECT id FROM aliases UNION SELECT id FROM artifacts"
     )
-    kept = {digest for (digest,) in query("SELECT DISTINCT base FROM tensors WHERE base IS NOT NULL")}
-    for (id,) in ids:
-        kept.update(tensor.digest for tensor in registry.store.manifest(id).tensors)
-    return kept
+    bases = registry.catalog.query("SELECT DISTINCT base FROM tensors WHERE base IS NOT NULL")
+    return {id for (id,) in ids}, {digest for (digest,) in bases}
 
 
-def _plan(registry: Registry, model: str, kept: set[str]) -> _Plan:
+def _plan(
+    registry: Registry, model: str, staying: Collection[str], bases: Collection[str], kept: set[str]
+) -> _Plan:
     """Choose anchors, which are added to what is kept, and find what can become a difference from them."""
-    manifests: dict[str, Manifest] = {}
-
-    def manifest(id: str) -> Manifest:
-        if id not in manifests:
-            manifests[id] = registry.store.manifest(id)
-        return manifests[id]
-
+    manifest = functools.lru_cache(_MANIFESTS)(registry.store.manifest)
     versions = find_versions(registry.catalog, "v.model = ?", [model], order="v.version")
-    coded = _coded(registry, versions, manifest)
+    plain, based = [], []
+    for position, version in enumerate(versions):
+        digests = {tensor.digest for tensor in manifest(version.id).tensors}
+        if any(place.base for place in registry.catalog.locate(digests).values()):
+            continue  # it is a difference already
+        plain.append(position)
+        if not digests.isdisjoint(bases):
+            based.append(position)
+    anchors = _anchors(plain, based, [i for i in plain if versions[i].id in staying])
+    for position in {*anchors.values()}:
+        kept.update(tensor.digest for tensor in manifest(versions[position].id).tensors)
     candidates: dict[str, str] = {}
     chosen: list[str] = []
-    anchor: dict[tuple[str, int], TensorInfo] = {}
-    since = REACH
-    for version in versions:
-        if version.id in coded:
-            since += 1
-            continue
-        tensors = dict(_named(manifest(version.id)))
-        if since >= REACH:
-            anchor, since = tensors, 0
-            kept.update(tensor.digest for tensor in tensors.values())
-            continue
-        since += 1
+    for position, nearest in anchors.items():
+        anchor = dict(_named(manifest(versions[nearest].id)))
         pairs = {
             tensor.digest: anchor[name].digest
-            for name, tensor in tensors.items()
+            for name, tensor in _named(manifest(versions[position].id))
             if name in anchor and _alike(tensor, anchor[name])
         }
         pairs = {digest: base for digest, base in pairs.items() if digest != base and digest not in kept}
         if pairs:
-            chosen.append(version.id)
+            chosen.append(versions[position].id)
             for digest, base in pairs.items():
                 candidates.setdefault(digest, base)
     packs: dict[str, int] = {}
-    bases: dict[str, dict[str, str]] = {}
+    pairs_of: dict[str, dict[str, str]] = {}
     for digest, place in registry.catalog.locate(candidates).items():
         if not place.base:
             packs[place.pack] = place.pack_size
-            bases.setdefault(place.pack, {})[digest] = candidates[digest]
-    return _Plan(model, chosen, packs, bases, manifest)
+            pairs_of.setdefault(place.pack, {})[digest] = candidates[digest]
+    return _Plan(model, chosen, packs, pairs_of, manifest)
+
+
+def _anchors(plain: Sequence[int], based: Collection[int], staying: Collection[int]) -> dict[int, int]:
+    """For each position that is to become a difference the position of its anchor.
+
+    There are differences from some (`based`) already: these are preferred, as they stay anyhow. Then come those that
+    stay for now (`staying`), and only where there is none of either within reach another one is chosen.
+    """
+    anchors = {*based}
+
+    def nearest(position: int, among: Collection[int]) -> int | None:
+        near = [other for other in among if abs(other - position) <= REACH]
+        return min(near, key=lambda other: (abs(other - position), other), default=None)
+
+    free = [position for position in plain if position not in anchors and position not in staying]
+    for position in reversed(free):
+        if nearest(position, anchors) is None:
+            found = nearest(position, staying)
+            anchors.add(next(p for p in free if p >= position - REACH) if found is None else found)
+    chosen = {position: nearest(position, anchors) for position in free if position not in anchors}
+    return {position: anchor for position, anchor in chosen.items() if anchor is not None}
 
 
 def _coded(registry: Registry, versions: Sequence[Version], manifest: Callable[[str], Manifest]) -> set[str]:

@@ -14,12 +14,14 @@ import torch
 from safetensors.torch import load_file
 
 from registry import Registry
+from registry.compacting import REACH
 from registry.store import durable
 from registry.store.errors import Corrupt, NotFound, StorageError
 from registry.store.pack import PackWriter
 from registry.store.store import Store, Written
 
 VERSIONS = 20
+GENERATOR = torch.Generator().manual_seed(0)
 State = dict[str, dict[str, torch.Tensor]]
 
 
@@ -80,14 +82,14 @@ def test_every_bit_comes_back_and_less_is_stored(tmp_path: Path) -> None:
     (planned,) = registry.compact(dry_run=True)
     assert planned.after is None
     assert registry.status().stored == before
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[int, int, int]] = []
     (done,) = registry.compact(["net"], progress=lambda *given: seen.append(given))
     assert (done.versions, done.packs, done.before) == (planned.versions, planned.packs, planned.before)
     assert done.after is not None
     assert done.after < 0.65 * done.before
-    assert seen[-1] == (done.before, done.before)
+    assert seen[-1] == (done.before, done.before, done.before - done.after)
     plain = [number for number in range(1, VERSIONS + 1) if not coded(registry, f"net:v{number}")]
-    assert plain == [1, 5, 17, 20]  # anchors, the alias, the newest
+    assert plain == [5, 20]  # the alias and the newest, which are anchors too
     assert coded(registry, "net:v2") == {
         *(f"model/layer{i}.weight" for i in range(4)),
         *("model/half", "model/double"),
@@ -97,6 +99,24 @@ def test_every_bit_comes_back_and_less_is_stored(tmp_path: Path) -> None:
     assert collected.bytes == done.before
     assert registry.status().stored == before - done.before + done.after
     check(Registry(tmp_path), expected)
+
+
+def test_one_version_in_many_stays_plain(tmp_path: Path) -> None:
+    def plain(registry: Registry, count: int) -> list[int]:
+        return [number for number in range(1, count + 1) if not coded(registry, f"net:v{number}")]
+
+    count = 2 * (2 * REACH + 1)
+    at_once, every_time = Registry(tmp_path / "a"), Registry(tmp_path / "b")
+    expected = [{"model": {"w": torch.randn(1_500, generator=GENERATOR) * 1e-5 + 1}} for _ in range(count)]
+    for number, state in enumerate(expected, 1):
+        at_once.save("net", state)
+        every_time.save("net", state)
+        every_time.compact()
+        assert len(plain(every_time, number)) <= 2 + number // REACH
+    at_once.compact()
+    assert plain(at_once, count) == [1, count - 2 * REACH - 1, count]
+    for registry in (at_once, every_time):
+        check(registry, expected)
 
 
 def test_what_is_compact_stays_so_and_later_versions_follow(tmp_path: Path) -> None:
@@ -137,15 +157,15 @@ def test_an_anchor_may_be_removed_or_thinned(tmp_path: Path) -> None:
         registry.save("net", {**state, "optimizer": optimizer})
     registry.compact()
     registry.collect_garbage(grace=0)
-    registry.thin("net:v1")
+    registry.thin("net:v6")
     registry.thin("net:v3")
     registry.collect_garbage(grace=0)
     assert coded(registry, "net:v3")
-    registry.remove(["net:v1"])
+    registry.remove(["net:v6"])
     registry.collect_garbage(grace=0)
     registry.thin("net:v4")  # which looks at the pack of what it is a difference from
     registry.collect_garbage(grace=0)
-    for number, state in enumerate(expected[1:], 2):
+    for number, state in enumerate(expected[:5], 1):
         assert same(registry[f"net:v{number}"].load(["model", "extra"]), state)
     assert registry["net:v2"].load("optimizer")["optimizer"]["param_groups"] == [{"lr": 0.1}]
     assert registry.verify().problems == ()
@@ -185,7 +205,7 @@ def test_damage_is_found_named_and_healed(tmp_path: Path, where: str) -> None:
     registry, expected = saved(tmp_path, 4)
     registry.compact()
     registry.collect_garbage(grace=0)
-    version = "net:v1" if where == "base" else "net:v3"
+    version = "net:v4" if where == "base" else "net:v3"
     named = {path: digest for path, _, _, digest in registry[version].parameters()}
     damage(registry, named["model/layer2.weight"], 200 if where == "difference" else 9)
     with pytest.raises(Corrupt, match=r"net:v3: model/layer2\.weight: the bytes .* are not what was saved"):
@@ -199,7 +219,7 @@ def test_damage_is_found_named_and_healed(tmp_path: Path, where: str) -> None:
     again = Registry(tmp_path)
     with pytest.raises(Corrupt):
         again[version].load()
-    again.save("net", expected[0])
+    again.save("net", expected[3])
     again.save("net", expected[2])  # what was found damaged is written again
     assert same(again["net:v3"].load(), expected[2])
 
@@ -220,7 +240,7 @@ def test_a_version_that_comes_meanwhile_is_not_harmed(
 
     monkeypatch.setattr(Store, "copy_to_new_pack", interrupted)
     registry.compact(["net"])
-    assert len(calls) == 2
+    assert len(calls) == 3
     check(registry, expected)
     assert same(registry["other"].load(), expected[1])
     registry.collect_garbage(grace=0)
@@ -259,7 +279,7 @@ def test_a_full_disk_leaves_all_as_it_was(tmp_path: Path, monkeypatch: pytest.Mo
     assert set(registry.store.pack_digests()) == packs
     assert not list((tmp_path / "tmp").iterdir())
     check(registry, expected)
-    assert registry.compact()[0].packs == 2
+    assert registry.compact()[0].packs == 3
 
 
 def test_what_a_difference_needs_stays_though_nothing_else_needs_it(tmp_path: Path) -> None:
@@ -269,10 +289,10 @@ def test_what_a_difference_needs_stays_though_nothing_else_needs_it(tmp_path: Pa
         expected.append({"model": weights})  # the versions have nothing in common
         registry.save("net", expected[-1])
     registry.compact()
-    registry.remove(["net:v1"])
+    registry.remove(["net:v4"])
     registry.collect_garbage(grace=0)
     registry.collect_garbage(grace=0)
-    for number in (2, 3, 4):
+    for number in (1, 2, 3):
         assert same(registry[f"net:v{number}"].load(), expected[number - 1])
 
 
@@ -305,12 +325,12 @@ def test_what_others_are_differences_from_stays_plain(tmp_path: Path) -> None:
     registry, expected = saved(tmp_path, 4)
     registry.compact()
     far = list(states(6))
-    for state in (far[5], expected[0], far[4]):  # the anchor of one model is in the middle of another
+    for state in (far[5], expected[3], far[4]):  # the anchor of one model is in the middle of another
         registry.save("other", state)
     registry.compact(["other"])
     registry.collect_garbage(grace=0)
     check(registry, expected)
-    for number, state in enumerate((far[5], expected[0], far[4]), 1):
+    for number, state in enumerate((far[5], expected[3], far[4]), 1):
         assert same(registry[f"other:v{number}"].load(), state)
 
 
@@ -325,7 +345,7 @@ def test_shards_become_differences_too(tmp_path: Path) -> None:
         tree = {"w": {"$shards": [[[0, 0], slots[0]], [[24, 0], slots[1]]], "shape": [64, 64]}}
         registry.save("net", Written({"model": tree}, encoded.tensors(), [pack]))
     (done,) = registry.compact()
-    assert done.versions == 2
+    assert done.versions == 3
     for number, whole in enumerate(wholes, 1):
         assert torch.equal(registry[f"net:v{number}"].state_dict()["w"], whole)
 
@@ -337,7 +357,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "registry.cli", "--root", str(tmp_path / "r"), *words]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
-    assert run("compact", "--dry-run").stdout.startswith("net: 4 versions in 4 packs, ")
+    assert run("compact", "--dry-run").stdout.startswith("net: 5 versions in 5 packs, ")
     wrong = run("compact", "nett")
     assert (wrong.returncode, "did you mean 'net'" in wrong.stderr) == (1, True)
     assert "cannot be the name of a model" in run("compact", "net:v3").stderr
