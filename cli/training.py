@@ -53,6 +53,9 @@ _DATA = (
 @click.option("--keep-last", type=int, metavar="N", help="Keep the run's N newest versions.")
 @click.option("--keep-best", type=int, metavar="N", help="Keep the run's N most accurate versions.")
 @click.option("--keep-optimizer", type=int, metavar="N", help="Older versions keep their weights alone.")
+@click.option(
+    "--compact", is_flag=True, help="Store older versions as differences when the run has finished."
+)
 def train(
     model: str | None,
     data: str | None,
@@ -69,6 +72,7 @@ def train(
     keep_last: int | None,
     keep_best: int | None,
     keep_optimizer: int | None,
+    compact: bool,
     registry: Registry,
     as_json: bool,
 ) -> None:
@@ -106,6 +110,7 @@ def train(
                 freeze=freeze,
                 devices=chosen,
                 progress=progress,
+                compact=compact,
                 **keep,
             )
         except (KeyboardInterrupt, SystemExit):

@@ -63,7 +63,7 @@ def train(
     freeze: str | None = None,
     devices: Sequence[torch.device] = (torch.device("cpu"),),
     progress: Progress = lambda done, total, loss, accuracy: None,
-    **retention: Any,
+    **options: Any,
 ) -> Run:
     """Train a network, and record every epoch.
 
@@ -76,7 +76,7 @@ def train(
         source: where the first weights come from: whatever fits of a reference, a file or `torchvision:NAME`.
         freeze: `loaded`, or a pattern of names.
         devices: what `get_devices` gave; several of them share each batch.
-        retention: `keep_last`, `keep_best`, `keep_optimizer` of `Registry.run`.
+        options: `keep_last`, `keep_best`, `keep_optimizer` and `compact` of `Registry.run`.
 
     Raises:
         Incompatible: if the checkpoint to resume was trained on other data or is complete, or there are more
@@ -147,7 +147,7 @@ def train(
         plan=plan,
         monitor="accuracy",
         mode="max",
-        **retention,
+        **options,
     ) as run:
 
         def save(loss: float, wait: bool = False, **measured: float) -> None:

@@ -164,6 +164,7 @@ class Registry:
         keep_last: int | None = None,
         keep_best: int | None = None,
         keep_optimizer: int | None = None,
+        compact: bool = False,
         timeout: float = 1_800.0,
     ) -> Run:
         """A training session, for use in a `with` statement. Processes that train together all call this.
@@ -184,6 +185,7 @@ class Registry:
             keep_last, keep_best: keep that many of the run's newest versions, and of its best ones; others are
                 removed, but never one with an alias, a tag or a descendant. Without either all stay.
             keep_optimizer: older versions than that many keep their weights and lose everything else.
+            compact: once the run has finished, store the model's older versions as differences; see `compact`.
             timeout: seconds that processes which train together wait for one another.
 
         Raises:
@@ -205,6 +207,7 @@ class Registry:
             resumed=resumed,
             plan=plan,
             retention=retention,
+            compact=compact,
             timeout=timeout,
         )
 

@@ -70,6 +70,7 @@ class Run:
         resumed: Checkpoint | None,
         plan: TransferPlan | None,
         retention: Retention,
+        compact: bool,
         timeout: float,
     ) -> None:
         self.registry = registry
@@ -80,6 +81,7 @@ class Run:
         self._values = config.to_dict() if isinstance(config, Config) else dict(config or {})
         self._builder = builder
         self._retention = retention
+        self._compact = compact
         if name is not None:
             check_name(name, "run")
         if dataset is not None and not is_digest(dataset):
@@ -186,7 +188,18 @@ class Run:
                     (self.folder / PROCESS).unlink()
                 self.registry.runs.end(self.name, state)
             self._ranks.close()
+            if self._compact and self._ranks.leads and error is None:
+                self._store_differences()
             self._open.close()
+
+    def _store_differences(self) -> None:
+        try:
+            (done,) = self.registry.compact([self.model])
+            self.registry.collect_garbage()
+        except RegistryError as failed:  # every version is as it was
+            _logger.warning("%s was not compacted: %s", self.model, failed)
+        else:
+            _logger.info("compacted %d versions: %d bytes became %d", done.versions, done.before, done.after)
 
     # -- saving ----------------------------------------------------------------------------------------------
 

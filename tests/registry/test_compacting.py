@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from registry import Registry
+from registry.cli import output
 from registry.compacting import REACH
 from registry.store import durable
 from registry.store.errors import Corrupt, NotFound, StorageError
@@ -348,6 +350,50 @@ def test_shards_become_differences_too(tmp_path: Path) -> None:
     assert done.versions == 3
     for number, whole in enumerate(wholes, 1):
         assert torch.equal(registry[f"net:v{number}"].state_dict()["w"], whole)
+
+
+def test_a_run_compacts_when_it_has_finished_and_only_if_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(root: Path, compact: bool = True) -> Registry:
+        registry, model = Registry(root), torch.nn.Linear(100, 50)
+        with registry.run("net", compact=compact) as run:
+            for number in range(1, 5):
+                with torch.no_grad():
+                    model.weight += 1e-5 * torch.randn_like(model.weight)
+                run.save(model=model)
+                assert not coded(registry, f"net:v{number}")
+        return registry
+
+    plain, small = train(tmp_path / "plain", compact=False), train(tmp_path / "small")
+    assert not coded(plain, "net:v1")
+    assert coded(small, "net:v1")
+    assert "compacted 3 versions" in (tmp_path / "small/runs/net/run-1/run.log").read_text()
+    with small.run("other", compact=True) as run, pytest.raises(KeyboardInterrupt):
+        raise KeyboardInterrupt
+    assert run.name == "other/run-1"
+
+    def failing(*_: Any, **__: Any) -> None:
+        raise StorageError("no space left on the disk")
+
+    monkeypatch.setattr(Registry, "compact", failing)
+    failed = train(tmp_path / "failed")  # nothing is raised: the versions are there
+    assert failed.runs["net/run-1"].state == "finished"
+    assert "net was not compacted: no space left" in (tmp_path / "failed/runs/net/run-1/run.log").read_text()
+
+
+def test_the_bar_shows_what_was_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(output, "_PATIENCE", 0.0)
+    monkeypatch.setattr(shown, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TERM", "xterm")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", shown)
+        with output.progress("compacting") as report:
+            report(1_000_000, 2_000_000, 300_000)
+            report(2_000_000, 2_000_000, 700_000)
+    assert "compacting, 700 kB saved" in shown.getvalue()
 
 
 def test_on_the_command_line(tmp_path: Path) -> None:

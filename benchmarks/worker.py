@@ -1,0 +1,366 @@
+"""One peer in a process of its own: reads commands as lines of JSON, does and times them, answers in lines of JSON.
+
+It runs in the peer's environment, where only the peer, torch and the standard library are at hand. Every timed save
+ends with the bytes on the disk: what a peer has not flushed itself is flushed for it, within its time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Tree = Any
+
+
+class Peer:
+    """Saves states under numbers into a folder and loads them again."""
+
+    def open(self, folder: Path) -> None:
+        """Begin in an empty folder."""
+        self.folder = folder
+
+    def save(self, state: Tree, number: int) -> None:
+        raise NotImplementedError
+
+    def load(self, number: int) -> Tree:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Remove what is only a working copy, before the bytes on the disk are counted."""
+
+
+class Torch(Peer):
+    mmap = False
+
+    def save(self, state: Tree, number: int) -> None:
+        torch.save(state, self.folder / f"{number}.pt")
+
+    def load(self, number: int) -> Tree:
+        return torch.load(self.folder / f"{number}.pt", weights_only=True, mmap=self.mmap)
+
+
+class TorchMapped(Torch):
+    mmap = True
+
+
+class Safetensors(Peer):
+    """Its format holds named tensors; the rest of a state goes into the header as text."""
+
+    def save(self, state: Tree, number: int) -> None:
+        from safetensors.torch import save_file
+
+        rest = json.dumps(_without_tensors(state))
+        save_file(_flat(state), self.folder / f"{number}.safetensors", metadata={"rest": rest})
+
+    def load(self, number: int) -> Tree:
+        from safetensors.torch import load_file
+
+        return load_file(self.folder / f"{number}.safetensors")
+
+
+class DistributedCheckpoint(Peer):
+    def save(self, state: Tree, number: int) -> None:
+        import torch.distributed.checkpoint as dcp
+
+        dcp.save(state, checkpoint_id=self.folder / str(number), no_dist=True)
+        self._like = state
+
+    def load(self, number: int) -> Tree:
+        import torch.distributed.checkpoint as dcp
+
+        state = _map(self._like, torch.empty_like)
+        dcp.load(state, checkpoint_id=self.folder / str(number), no_dist=True)
+        return state
+
+
+class Joblib(Peer):
+    def save(self, state: Tree, number: int) -> None:
+        import joblib
+
+        joblib.dump(state, self.folder / f"{number}.joblib")
+
+    def load(self, number: int) -> Tree:
+        import joblib
+
+        return joblib.load(self.folder / f"{number}.joblib")
+
+
+class DVC(Peer):
+    """A file of `torch.save`, added to DVC's cache, and checked out of it; its small `.dvc` files would be in git."""
+
+    def open(self, folder: Path) -> None:
+        from dvc.repo import Repo
+
+        super().open(folder)
+        self._repo = Repo.init(str(folder), no_scm=True)
+        self._pointers: dict[int, bytes] = {}
+
+    def save(self, state: Tree, number: int) -> None:
+        file = self.folder / "model.pt"
+        torch.save(state, file)
+        self._repo.add(str(file))
+        self._pointers[number] = Path(f"{file}.dvc").read_bytes()
+
+    def load(self, number: int) -> Tree:
+        file = self.folder / "model.pt"
+        file.unlink(missing_ok=True)
+        Path(f"{file}.dvc").write_bytes(self._pointers[number])
+        self._repo.checkout(force=True)
+        return torch.load(file, weights_only=True)
+
+    def close(self) -> None:
+        (self.folder / "model.pt").unlink(missing_ok=True)
+
+
+class MLflow(Peer):
+    """`mlflow.pytorch.log_state_dict` into a run, in a database and a folder on this machine."""
+
+    def open(self, folder: Path) -> None:
+        import mlflow
+
+        super().open(folder)
+        while mlflow.active_run():
+            mlflow.end_run()
+        mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+        experiment = mlflow.create_experiment("benchmark", artifact_location=(folder / "artifacts").as_uri())
+        self._run = mlflow.start_run(experiment_id=experiment).info.run_id
+
+    def save(self, state: Tree, number: int) -> None:
+        import mlflow.pytorch
+
+        mlflow.pytorch.log_state_dict(state, f"checkpoint-{number}")
+
+    def load(self, number: int) -> Tree:
+        import mlflow.pytorch
+
+        return mlflow.pytorch.load_state_dict(f"runs:/{self._run}/checkpoint-{number}", weights_only=True)
+
+
+class Coral(Peer):
+    """Named arrays in commits, of one dimension at least; the rest of a state is left out, as it holds nothing else."""
+
+    def open(self, folder: Path) -> None:
+        from coral import Repository
+
+        super().open(folder)
+        self._repository = Repository(folder, init=True)
+        self._commits: dict[int, str] = {}
+
+    def save(self, state: Tree, number: int) -> None:
+        import numpy
+        from coral import WeightTensor
+        from coral.core.weight_tensor import WeightMetadata
+
+        weights = {}
+        for name, tensor in _flat(state).items():
+            array = numpy.atleast_1d(tensor.numpy())
+            metadata = WeightMetadata(name=name, shape=array.shape, dtype=array.dtype)
+            weights[name] = WeightTensor(data=array, metadata=metadata)
+        self._repository.stage_weights(weights)
+        self._commits[number] = self._repository.commit(f"checkpoint {number}").commit_hash
+        self._shapes = {name: tensor.shape for name, tensor in _flat(state).items()}
+
+    def load(self, number: int) -> Tree:
+        found = self._repository.get_all_weights(self._commits[number])
+        return {
+            name: torch.from_numpy(weight.data).reshape(self._shapes[name]) for name, weight in found.items()
+        }
+
+
+class TorchRegistry(Peer):
+    """Mapped and verified, as `load` is by default."""
+
+    copy = False
+
+    def open(self, folder: Path) -> None:
+        from registry import Registry
+
+        super().open(folder)
+        self._registry = Registry(folder)
+
+    def save(self, state: Tree, number: int) -> None:
+        self._registry.save("net", state)
+
+    def load(self, number: int) -> Tree:
+        return self._registry[f"net:v{number}"].load(copy=self.copy)
+
+
+class TorchRegistryOwned(TorchRegistry):
+    """Verified, in memory of its own."""
+
+    copy = True
+
+
+class TorchRegistryCompacted(TorchRegistry):
+    """Compacted before the bytes are counted."""
+
+    def close(self) -> None:
+        self._registry.compact()
+        self._registry.collect_garbage(grace=0)
+
+
+PEERS: dict[str, type[Peer]] = {
+    "torch": Torch,
+    "torch mmap": TorchMapped,
+    "safetensors": Safetensors,
+    "dcp": DistributedCheckpoint,
+    "joblib": Joblib,
+    "dvc": DVC,
+    "mlflow": MLflow,
+    "coral": Coral,
+    "registry": TorchRegistry,
+    "registry owned": TorchRegistryOwned,
+    "registry compacted": TorchRegistryCompacted,
+}
+
+
+class Worker:
+    """Does what the commands say, one after the other."""
+
+    def __init__(self, peer: Peer) -> None:
+        self.peer = peer
+        self.state: Tree = None
+        self.number = 0
+
+    def do(self, command: dict[str, Any]) -> dict[str, Any]:
+        return getattr(self, f"do_{command.pop('do')}")(**command)
+
+    def do_open(self, folder: str) -> dict[str, Any]:
+        shutil.rmtree(folder, ignore_errors=True)
+        Path(folder).mkdir(parents=True)
+        self.number = 0
+        self._synced: dict[Path, int] = {}
+        self.peer.open(Path(folder))
+        return {}
+
+    def do_state(self, file: str) -> dict[str, Any]:
+        """Hold the state that a file of `torch.save` has."""
+        self.state = None
+        self.state = torch.load(file, weights_only=True)
+        return {}
+
+    def do_save(self) -> dict[str, Any]:
+        self.number += 1
+
+        def save() -> None:
+            self.peer.save(self.state, self.number)
+            self._sync()
+
+        return _measured(save)[1]
+
+    def do_load(self, update: bool, check: bool) -> dict[str, Any]:
+        """Load what was saved last, change all of it in place if asked, and compare it with what was saved."""
+
+        def load() -> Tree:
+            tree = self.peer.load(self.number)
+            if update:
+                for tensor in _flat(tree).values():
+                    if tensor.is_floating_point():
+                        tensor.mul_(0.9)
+            return tree
+
+        tree, found = _measured(load)
+        return found | {"differs": _difference(tree, self.state) if check and not update else ""}
+
+    def do_close(self) -> dict[str, Any]:
+        """The bytes that the folder holds."""
+        began = time.perf_counter()
+        self.peer.close()
+        seconds = time.perf_counter() - began
+        files = [Path(top, name) for top, _, names in os.walk(self.peer.folder) for name in names]
+        return {"bytes": sum(file.lstat().st_blocks * 512 for file in files), "seconds": seconds}
+
+    def _sync(self) -> None:
+        for top, _, names in os.walk(self.peer.folder):
+            for name in names:
+                file = Path(top, name)
+                changed = file.lstat().st_mtime_ns
+                if self._synced.get(file) != changed:
+                    fd = os.open(file, os.O_RDONLY)
+                    os.fsync(fd)
+                    os.close(fd)
+                    self._synced[file] = changed
+
+
+def _measured(action: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
+    """What an action returns; its seconds, and the bytes of memory that it took at its peak."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _memory("VmRSS")
+    began = time.perf_counter()
+    found = action()
+    seconds = time.perf_counter() - began
+    return found, {"seconds": seconds, "memory": max(0, _memory("VmHWM") - before)}
+
+
+def _memory(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {field} in /proc/self/status")
+
+
+def _flat(tree: Tree, path: str = "") -> dict[str, torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        return {path: tree}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return {name: t for key, item in items for name, t in _flat(item, f"{path}/{key}".strip("/")).items()}
+
+
+def _map(tree: Tree, change: Callable[[torch.Tensor], torch.Tensor]) -> Tree:
+    if isinstance(tree, torch.Tensor):
+        return change(tree)
+    if isinstance(tree, dict):
+        return {key: _map(item, change) for key, item in tree.items()}
+    return [_map(item, change) for item in tree] if isinstance(tree, list) else tree
+
+
+def _without_tensors(tree: Tree) -> Tree:
+    if isinstance(tree, torch.Tensor):
+        return None
+    if isinstance(tree, dict):
+        return {str(key): _without_tensors(item) for key, item in tree.items()}
+    return [_without_tensors(item) for item in tree] if isinstance(tree, list) else tree
+
+
+def _difference(found: Tree, state: Tree) -> str:
+    """What has not come back bit for bit; nothing if all has."""
+    loaded = _flat(found)
+    differing = []
+    for name, tensor in _flat(state).items():
+        other = loaded.get(name)
+        if other is None or (other.dtype, other.shape) != (tensor.dtype, tensor.shape):
+            return f"{name} does not come back"
+        if not torch.equal(other, tensor):
+            differing.append(float((other.double() - tensor.double()).abs().max()))
+    return f"{len(differing)} tensors come back changed, by up to {max(differing):.1g}" if differing else ""
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what a peer prints is not an answer
+    try:
+        worker = Worker(PEERS[sys.argv[1]]())
+        for line in sys.stdin:
+            answers.write(json.dumps(worker.do(json.loads(line))) + "\n")
+    except Exception as error:
+        traceback.print_exc()
+        answers.write(json.dumps({"error": f"{type(error).__name__}: {error}"}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
