@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import joblib
 import torch
 
-from benchmarks.measure import Contender, Result, take_turns
+from benchmarks.measure import Contender, Result, Scale, Section, ratio, spoken, take_turns
 from registry import Registry
 
 Make = Callable[[], Any]
@@ -37,18 +39,17 @@ def strings() -> list[str]:
     return [f"{i:x}-{'abcdefghijklmnopqrstuvwxyz'[: i % 27]}" for i in range(1_000_000)]
 
 
-def measure(folder: Path, rounds: int) -> list[Result]:
+def measure(folder: Path, scale: Scale) -> Section:
     """Ratios of a hit and of a miss for each kind of result."""
     cases: dict[str, Make] = {
         "500 MB of tensors": tensors,
         "100,000 small tensors": small_tensors,
         "1,000,000 strings": strings,
     }
-    return [
-        result
-        for name, make in cases.items()
-        for result in _case(name, make, folder / name.split()[0], rounds)
-    ]
+    if scale.quick:
+        del cases["1,000,000 strings"]
+    found = [_case(name, make, folder / name.split()[0], scale.rounds) for name, make in cases.items()]
+    return Section([result for case in found for result in case])
 
 
 def _case(name: str, make: Make, folder: Path, rounds: int) -> list[Result]:
@@ -74,16 +75,14 @@ def _case(name: str, make: Make, folder: Path, rounds: int) -> list[Result]:
         "none": (lambda: None, make),
     }
     t = take_turns(contenders, rounds)
-    fastest = min(t["joblib"], t["torch"], t["none"])
-    others = ", ".join(f"{t[key]:.3f} s {label}" for key, label in _LABELS.items())
-    misses = f"{miss:.2f} s against {miss_joblib:.2f} s joblib.Memory, {miss_torch:.2f} s torch.save"
+    fastest = min(_LABELS, key=lambda name: median(t[name]))
+    others = ", ".join(f"{spoken(median(t[key]))} of {label}" for key, label in _LABELS.items())
+    misses = (
+        f"{spoken(miss)} against {spoken(miss_joblib)} of joblib.Memory, {spoken(miss_torch)} of torch.save"
+    )
+    hit = ratio(f"{name}: hit against the fastest other", t, "hit", fastest, 1.0)
     return [
-        Result(
-            f"{name}: hit against the fastest other",
-            t["hit"] / fastest,
-            1.0,
-            f"{t['hit']:.3f} s against {others}",
-        ),
+        replace(hit, detail=f"{spoken(median(t['hit']))} against {others}"),
         Result(f"{name}: miss against joblib.Memory, once", miss / miss_joblib, None, misses),
     ]
 

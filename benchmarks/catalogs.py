@@ -6,14 +6,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import torch
 
-from benchmarks.measure import Contender, Result, take_turns
+from benchmarks.measure import Contender, Result, Scale, Section, absolute, ratio, spoken, take_turns
 from registry import Registry
 from registry.store import durable
 
-FEW, MANY = 10, 10_000
+FEW = 10
 _COMMANDS = ("--help", "list", "list net", "show net", "show net --params", "status")
 
 
@@ -27,19 +28,21 @@ class _Unsynced(durable.Disk):
         pass
 
 
-def measure(folder: Path, rounds: int) -> list[Result]:
+def measure(folder: Path, scale: Scale) -> Section:
     """How saving and the commands scale."""
-    few, many = _filled(folder / "few", FEW), _filled(folder / "many", MANY)
-    return [_saving(few, many, rounds), *_commands(folder, rounds)]
+    count = 1_000 if scale.quick else 10_000
+    few, many = filled(folder / "few", FEW), filled(folder / "many", count)
+    return Section([_saving(few, many, count, scale.rounds), *_commands(folder, count, scale.rounds)])
 
 
-def _filled(root: Path, count: int) -> Registry:
+def filled(root: Path, count: int) -> Registry:
+    """A registry of that many small checkpoints."""
     registry = Registry(root)
     disk, durable.disk = durable.disk, _Unsynced()
     registry.catalog.connection().execute("PRAGMA synchronous = OFF")
     try:
         for i in range(count):
-            _save(registry, i)
+            save(registry, i)
     finally:
         durable.disk = disk
         registry.catalog.connection().execute("PRAGMA synchronous = FULL")
@@ -47,35 +50,34 @@ def _filled(root: Path, count: int) -> Registry:
     return registry
 
 
-def _save(registry: Registry, i: int) -> None:
+def save(registry: Registry, i: int) -> None:
+    """A checkpoint of 110 numbers."""
     state = {"model": {"fc.weight": torch.full((10, 10), float(i)), "fc.bias": torch.zeros(10)}}
-    registry.save("net", state, epoch=i, loss=1 / (i + 1), metrics={"accuracy": i / MANY})
+    registry.save("net", state, epoch=i, loss=1 / (i + 1), metrics={"accuracy": 1 - 1 / (i + 1)})
 
 
-def _saving(few: Registry, many: Registry, rounds: int) -> Result:
-    counter = iter(range(MANY, 1 << 30))
+def _saving(few: Registry, many: Registry, count: int, rounds: int) -> Result:
+    counter = iter(range(count, 1 << 30))
 
-    def save(registry: Registry) -> Contender:
-        return (lambda: None, lambda: _save(registry, next(counter)))
+    def saving(registry: Registry) -> Contender:
+        return (lambda: None, lambda: save(registry, next(counter)))
 
-    t = take_turns({"few": save(few), "many": save(many)}, rounds * 30)
-    detail = f"{t['many'] * 1e3:.1f} ms with {MANY:,}, {t['few'] * 1e3:.1f} ms with {FEW}"
-    return Result("a small save, 10,000 checkpoints against 10", t["many"] / t["few"], 1.25, detail)
+    t = take_turns({"few": saving(few), "many": saving(many)}, rounds * 30)
+    return ratio(f"a small save, {count:,} checkpoints against {FEW}", t, "many", "few", 1.25, f"{FEW}")
 
 
-def _commands(folder: Path, rounds: int) -> list[Result]:
+def _commands(folder: Path, count: int, rounds: int) -> list[Result]:
     contenders: dict[str, Contender] = {"bare": (lambda: None, lambda: _run("-c", "pass"))}
     for command in _COMMANDS:
         arguments = ["-m", "registry.cli", "--root", str(folder / "many"), *command.split()]
         contenders[command] = (lambda: None, lambda arguments=arguments: _run(*arguments))  # type: ignore[misc]
-    t = take_turns(contenders, rounds * 3)
+    t = take_turns(contenders, rounds * 2)
     return [
-        Result(
-            f"registry {command}, over bare Python",
-            t[command] - t["bare"],
-            0.12,
-            f"{t[command] * 1e3:.0f} ms against {t['bare'] * 1e3:.0f} ms of python -c pass",
-            unit=" s",
+        absolute(
+            f"registry {command}, {count:,} checkpoints, over bare Python",
+            [ours - bare for ours, bare in zip(t[command], t["bare"], strict=True)],
+            0.1,
+            f"{spoken(median(t[command]))} against {spoken(median(t['bare']))} of python -c pass",
         )
         for command in _COMMANDS
     ]

@@ -1,147 +1,205 @@
-"""Compaction of real training series against plain copies of every file, and the speed of its coding.
+"""The coding of compaction: its speed, and what other lossless codings take of the same bytes.
 
-A ResNet18 is trained on digits for a while, and then four times 20 checkpoints are taken: a new head on a frozen
-network, and fine-tuning of all of it by AdamW, at two learning rates, and with weights kept in bfloat16.
+The bytes are those of a ResNet18 that AdamW fine-tunes on digits, seven checkpoints after the one that they are coded
+against.
 """
 
 from __future__ import annotations
 
-import copy
+import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
-from torch.nn import functional
+import zstandard
 
-from benchmarks.measure import Result
-from registry import Registry
-from registry.models import data
-from registry.models.resnet import ResNet18, ResNet18Config
+from benchmarks.measure import Result, Scale, Section, Table, middle_half
+from benchmarks.series import digit_batches, fine_tuned, trained
 from registry.store import differences
 from registry.store.loading import in_parallel
 
-CHECKPOINTS = 20
-STEPS = 3
-BATCH = 32
+Array = Any
+Code = Callable[[Array, Array, Array], bytes]
+"""Codes elements of a checkpoint, given those of the anchor and of the checkpoint before the anchor."""
 
-Series = Callable[[], Iterator[dict[str, Any]]]
-
-
-def measure(folder: Path, rounds: int) -> list[Result]:
-    """Bytes of each series after `gc`, the copies being 1, and seconds that a gigabyte takes."""
-    batches = _batches()
-    network = ResNet18(ResNet18Config(channels=1))
-    _train(network, torch.optim.AdamW(network.parameters(), 1e-3), batches, 40)
-
-    def frozen() -> Iterator[dict[str, Any]]:
-        model = copy.deepcopy(network)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.startswith("fc."))
-        model.eval()  # its BatchNorm layers stay as they are
-        yield from _fine_tuned(model, torch.optim.AdamW(model.fc.parameters(), 1e-3), batches)
-
-    def fine_tuned(rate: float, dtype: torch.dtype | None = None) -> Series:
-        def series() -> Iterator[dict[str, Any]]:
-            model = copy.deepcopy(network)
-            optimizer = torch.optim.AdamW(model.parameters(), rate)
-            for state in _fine_tuned(model, optimizer, batches):
-                if dtype:
-                    weights = {
-                        k: v.to(dtype) if v.is_floating_point() else v for k, v in state["model"].items()
-                    }
-                    state = {"model": weights}
-                yield state
-
-        return series
-
-    cases: list[tuple[str, Series, float | None]] = [
-        ("new head on a frozen network", frozen, 1 / 19),
-        ("AdamW at 1e-4, float32", fine_tuned(1e-4), None),
-        ("AdamW at 1e-5, float32", fine_tuned(1e-5), 1 / 1.5),
-        ("AdamW at 1e-5, weights in bfloat16", fine_tuned(1e-5, torch.bfloat16), 1 / 6.6),
-    ]
-    found = [_size(name, series, goal, folder / f"series{i}") for i, (name, series, goal) in enumerate(cases)]
-    return found + _speed(network, batches, rounds)
+DISTANCE = 7
 
 
-def _size(name: str, series: Series, goal: float | None, folder: Path) -> Result:
-    registry = Registry(folder)
-    copies = 0
-    last: dict[str, Any] = {}
-    for last in series():
-        copies += registry.save("net", last).size
-    shared = registry.status().stored
-    began = time.perf_counter()
-    registry.compact()
-    seconds = time.perf_counter() - began
-    registry.collect_garbage(grace=0)
-    stored = registry.status().stored
-    assert not registry.verify().problems
-    detail = (
-        f"{copies / 1e6:,.0f} MB as copies, {shared / 1e6:,.0f} MB shared, {stored / 1e6:,.1f} MB compacted in "
-        f"{seconds:.1f} s: {copies / stored:.2f} times smaller"
-    )
-    return Result(f"compact: {name}", stored / copies, goal, detail)
+def measure(_: Path, scale: Scale) -> Section:
+    """Seconds that coding and decoding a gigabyte takes, and a table of codings."""
+    batches = digit_batches()
+    states = list(islice(_copies(fine_tuned(trained(batches), batches, 1e-5)()), DISTANCE + 2))
+    new, old, older = states[-1], states[1], states[0]
+    kinds = {
+        "weights": [_joined(state, "weights") for state in (new, old, older)],
+        "weights in bfloat16": [_joined(state, "weights").to(torch.bfloat16) for state in (new, old, older)],
+        "first moments": [_joined(state, "exp_avg") for state in (new, old, older)],
+        "second moments": [_joined(state, "exp_avg_sq") for state in (new, old, older)],
+    }
+    return Section(_speed(*kinds["weights"][:2], scale.rounds), tables=[_comparison(kinds, scale)])
 
 
-def _speed(network: nn.Module, batches: Sequence[Any], rounds: int) -> list[Result]:
-    """Seconds that coding and decoding the weights takes for each gigabyte."""
-    model = copy.deepcopy(network)
-    _train(model, torch.optim.AdamW(model.parameters(), 1e-5), batches, STEPS)
-    both = (_bytes(model), _bytes(network))
-    new, old = memoryview(both[0]), memoryview(both[1])
-    back = bytearray(len(new))
+def _copies(states: Any) -> Any:
+    for state in states:
+        yield {
+            "weights": [v.clone() for v in state["model"].values() if v.is_floating_point()],
+            **{
+                name: [moments[name].clone() for moments in state["optimizer"]["state"].values()]
+                for name in ("exp_avg", "exp_avg_sq")
+            },
+        }
 
-    def run(jobs: Sequence[Any], work: Callable[[Any], None]) -> None:
-        in_parallel(jobs, work, [differences.CHUNK] * len(jobs))
 
+def _joined(state: Mapping[str, Sequence[torch.Tensor]], name: str) -> torch.Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in state[name]])
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.view(torch.uint8).numpy())
+
+
+def _run(jobs: Sequence[Any], work: Callable[[Any], None]) -> None:
+    in_parallel(jobs, work, [differences.CHUNK] * len(jobs))
+
+
+def _speed(new: torch.Tensor, old: torch.Tensor, rounds: int) -> list[Result]:
+    data, base = _bytes(new), _bytes(old)
+    back = bytearray(len(data))
     coding, decoding = [], []
     for _ in range(rounds + 1):
         began = time.perf_counter()
-        coded = differences.encode(new, old, 4, run)
+        coded = differences.encode(data, base, 4, _run)
         coding.append(time.perf_counter() - began)
         began = time.perf_counter()
-        task = differences.Decoding(memoryview(coded), old, 4, memoryview(back))
-        run(range(task.chunks), task.work)
+        task = differences.Decoding(memoryview(coded), base, 4, memoryview(back))
+        _run(range(task.chunks), task.work)
         decoding.append(time.perf_counter() - began)
-    assert back == both[0]
-    size = len(new) / 1e9
+    assert back == data
+    size = len(data) / 1e9
 
     def result(what: str, times: list[float], goal: float) -> Result:
-        seconds = min(times[1:]) / size
-        return Result(f"compact: {what} a gigabyte", seconds, goal, f"{1 / seconds:.2f} GB/s", unit="s")
+        seconds = [t / size for t in times[1:]]
+        median = statistics.median(seconds)
+        low, high = middle_half(seconds)
+        return Result(f"{what} a gigabyte", median, goal, f"{1 / median:.2f} GB/s", "s", low, high)
 
-    return [result("encode", coding, 1 / 0.8), result("decode", decoding, 1.0)]
-
-
-def _bytes(model: nn.Module) -> bytes:
-    flat = torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
-    return flat.numpy().tobytes()
+    return [result("compaction: coding", coding, 1 / 0.8), result("compaction: decoding", decoding, 1.0)]
 
 
-def _fine_tuned(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[Any]
-) -> Iterator[dict[str, Any]]:
-    for number in range(CHECKPOINTS):
-        _train(model, optimizer, batches[number:] + batches[:number], STEPS)
-        yield {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+# -- other codings ---------------------------------------------------------------------------------------------
 
 
-def _train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[Any], steps: int) -> None:
-    for step in range(steps):
-        images, labels = batches[step % len(batches)]
-        loss = functional.cross_entropy(model(images), labels)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+@dataclass(frozen=True, slots=True)
+class _Coding:
+    name: str
+    code: Code
 
 
-def _batches() -> list[Any]:
-    torch.manual_seed(0)
-    found = data.load("digits", None, seed=0)
-    pad = lambda images: functional.pad(images, (2, 2, 2, 2))  # noqa: E731 - a ResNet18 takes 32 pixels
-    loader = torch.utils.data.DataLoader(found.train, BATCH, shuffle=True, drop_last=True)
-    return [(pad(images), labels) for images, labels in loader]
+def _xor(new: Array, old: Array, _: Array) -> Array:
+    return new ^ old
+
+
+def _difference(new: Array, old: Array, _: Array) -> Array:
+    signed = (new - old).view(f"i{new.itemsize}")
+    return ((signed << 1) ^ (signed >> (8 * new.itemsize - 1))).view(new.dtype)
+
+
+def _extrapolated(new: Array, old: Array, older: Array) -> Array:
+    """From where the anchor would be if it had gone on as before: in whole numbers, so that it can be undone."""
+    return _difference(new, old + (old - older) * new.dtype.type(DISTANCE), old)
+
+
+def _planes(values: Array) -> list[bytes]:
+    return [plane.tobytes() for plane in values.view(np.uint8).reshape(-1, values.itemsize).T]
+
+
+def _bit_planes(values: Array) -> list[bytes]:
+    bits = np.unpackbits(values.view(np.uint8).reshape(-1, values.itemsize), axis=1)
+    return [np.packbits(plane).tobytes() for plane in bits.T]
+
+
+def _zstd(level: int) -> Callable[[bytes], bytes]:
+    return lambda data: zstandard.ZstdCompressor(level=level).compress(data)
+
+
+def _huffman(data: bytes) -> bytes:
+    coder = zlib.compressobj(1, strategy=zlib.Z_HUFFMAN_ONLY)
+    return coder.compress(data) + coder.flush()
+
+
+def _entropy(data: bytes) -> bytes:
+    """As many bytes as an ideal coder takes that looks at one byte at a time."""
+    counts = np.bincount(np.frombuffer(data, np.uint8), minlength=256)
+    shares = counts[counts > 0] / len(data)
+    return bytes(int(-(shares * np.log2(shares)).sum() * len(data) / 8))
+
+
+_Step = Callable[[Array, Array, Array], Array]
+
+
+def _coding(
+    name: str, step: _Step | None, split: Callable[[Array], list[bytes]], pack: Callable[[bytes], bytes]
+) -> _Coding:
+    def code(new: Array, old: Array, older: Array) -> bytes:
+        values = new if step is None else step(new, old, older)
+        return b"".join(min(pack(part), part, key=len) for part in split(values))
+
+    return _Coding(name, code)
+
+
+def _whole(values: Array) -> list[bytes]:
+    return [values.tobytes()]
+
+
+CODINGS = (
+    _coding("no anchor, zstd 1", None, _whole, _zstd(1)),
+    _coding("no anchor, byte planes, zstd 1", None, _planes, _zstd(1)),
+    _coding("exclusive or, zstd 1", _xor, _whole, _zstd(1)),
+    _coding("exclusive or, byte planes, zstd 1", _xor, _planes, _zstd(1)),
+    _coding("difference, zstd 1", _difference, _whole, _zstd(1)),
+    _coding("difference, byte planes, zstd 1 (ours)", _difference, _planes, _zstd(1)),
+    _coding("difference, byte planes, zstd 3", _difference, _planes, _zstd(3)),
+    _coding("difference, byte planes, zstd 9", _difference, _planes, _zstd(9)),
+    _coding("difference, byte planes, Huffman only", _difference, _planes, _huffman),
+    _coding("difference, bit planes, zstd 1", _difference, _bit_planes, _zstd(1)),
+    _coding("difference from an extrapolation, byte planes, zstd 1", _extrapolated, _planes, _zstd(1)),
+    _coding("difference, byte planes, an ideal coder (only a bound)", _difference, _planes, _entropy),
+)
+
+
+def _comparison(kinds: Mapping[str, Sequence[torch.Tensor]], scale: Scale) -> Table:
+    most = 16 if scale.quick else 64
+    rows = []
+    for coding in CODINGS:
+        parts, total, seconds = [], 0, 0.0
+        for tensors in kinds.values():
+            unsigned = f"u{tensors[0].element_size()}"
+            arrays = [np.frombuffer(_bytes(tensor), unsigned) for tensor in tensors]
+            chunks = len(arrays[0]) // differences.CHUNK
+            chosen = np.unique(np.linspace(0, chunks - 1, most, dtype=int))
+            sizes: list[int] = []
+
+            def work(
+                i: int, arrays: Any = arrays, sizes: list[int] = sizes, code: Code = coding.code
+            ) -> None:
+                part = slice(i * differences.CHUNK, (i + 1) * differences.CHUNK)
+                sizes.append(len(code(*(array[part] for array in arrays))))
+
+            began = time.perf_counter()
+            _run([int(i) for i in chosen], work)
+            seconds += time.perf_counter() - began
+            size = len(chosen) * differences.CHUNK * arrays[0].itemsize
+            total += size
+            parts.append(f"{sum(sizes) / size:.1%}")
+        rows.append([coding.name, *parts, f"{total / 1e9 / seconds:.2f} GB/s"])
+    return Table(
+        f"other codings: what is left of a checkpoint {DISTANCE} after its anchor, and how fast they code (plain numpy)",
+        ["", *kinds, "coding"],
+        rows,
+    )

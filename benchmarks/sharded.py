@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
-from benchmarks.measure import Contender, Result, take_turns
+from benchmarks.measure import Contender, Result, Scale, Section, ratio, take_turns
 from benchmarks.states import Tree, flat, resnet50_with_adam, zeroed
 from registry import Registry, RegistryReader, RegistryWriter
 
 
-def measure(folder: Path, rounds: int) -> list[Result]:
+def measure(folder: Path, scale: Scale) -> Section:
     """Ratios of saving and loading the state of a ResNet50 with Adam's moments."""
     warnings.simplefilter("ignore")  # dcp says that it is alone
     state = resnet50_with_adam()
@@ -42,7 +42,7 @@ def measure(folder: Path, rounds: int) -> list[Result]:
         "new": (forget, save),
         "unchanged": (first(save), save),
     }
-    t = take_turns(saves, rounds)
+    t = take_turns(saves, scale.rounds)
     forget()
     save()
     save_files()
@@ -51,15 +51,16 @@ def measure(folder: Path, rounds: int) -> list[Result]:
         "load files": (lambda: None, lambda: dcp.load(live, storage_reader=dcp.FileSystemReader(files))),
         "load": (lambda: None, lambda: dcp.load(live, storage_reader=RegistryReader(registry, "net"))),
     }
-    t |= take_turns(loads, rounds)
+    t |= take_turns(loads, scale.rounds)
     assert all(torch.equal(a, b) for a, b in zip(flat(live).values(), flat(state).values(), strict=True))
 
-    def ratio(what: str, ours: str, peer: str) -> Result:
-        detail = f"{t[ours] * 1e3:.0f} ms against {t[peer] * 1e3:.0f} ms of torch's own files"
-        return Result(f"DCP: {what}", t[ours] / t[peer], None, detail)
+    def against(what: str, ours: str, peer: str) -> Result:
+        return ratio(f"DCP: {what}", t, ours, peer, None, "torch's own files")
 
-    return [
-        ratio("save, all new", "new", "files"),
-        ratio("save, unchanged", "unchanged", "files"),
-        ratio("load, verified", "load", "load files"),
-    ]
+    return Section(
+        [
+            against("save, all new", "new", "files"),
+            against("save, unchanged", "unchanged", "files"),
+            against("load, verified", "load", "load files"),
+        ]
+    )

@@ -1,4 +1,4 @@
-"""Saving and loading against torch.save, torch.load, safetensors and a plain copy of memory."""
+"""Saving and loading against torch.save, torch.load, safetensors, and against writing, hashing and copying alone."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from benchmarks.measure import Contender, Result, take_turns
+from benchmarks.floors import hash_all, plain_write
+from benchmarks.measure import Contender, Result, Scale, Section, ratio, take_turns
 from benchmarks.states import Tree, flat, with_new_head, zeroed
 from registry import Registry
 
 
-def measure(name: str, state: Tree, folder: Path, rounds: int) -> list[Result]:
+def measure(name: str, state: Tree, folder: Path, scale: Scale) -> Section:
     """All ratios for one state."""
-    return _saving(name, state, folder, rounds) + _loading(name, state, folder, rounds)
+    return Section(_saving(name, state, folder, scale.rounds) + _loading(name, state, folder, scale.rounds))
 
 
 def _saving(name: str, state: Tree, folder: Path, rounds: int) -> list[Result]:
@@ -50,17 +51,25 @@ def _saving(name: str, state: Tree, folder: Path, rounds: int) -> list[Result]:
     contenders: dict[str, Contender] = {
         "torch.save": (lambda: _forget(folder / "peer.pt"), torch_save),
         "safetensors": (lambda: _forget(folder / "peer.safetensors"), safetensors_save),
+        "a plain write": (
+            lambda: _forget(folder / "plain"),
+            lambda: plain_write([*tensors.values()], folder / "plain"),
+        ),
+        "hashing alone": (lambda: None, lambda: hash_all([*tensors.values()])),
         "new": (fresh, save(state)),
         "unchanged": (with_first_save, save(state)),
         "new head": (with_first_save, save(changed)),
     }
     t = take_turns(contenders, rounds)
     _forget(folder / "peer.safetensors")
+    _forget(folder / "plain")
     return [
-        _ratio(f"{name}: save, all new", t, "new", "torch.save", 0.60),
-        _ratio(f"{name}: save, all new", t, "new", "safetensors", 1.00),
-        _ratio(f"{name}: save, unchanged", t, "unchanged", "torch.save", 0.20),
-        _ratio(f"{name}: save, 1 % new", t, "new head", "torch.save", 0.25),
+        ratio(f"{name}: save, all new", t, "new", "torch.save", 0.60),
+        ratio(f"{name}: save, all new", t, "new", "safetensors", 1.00),
+        ratio(f"{name}: save, unchanged", t, "unchanged", "torch.save", 0.20),
+        ratio(f"{name}: save, 1 % new", t, "new head", "torch.save", 0.25),
+        ratio(f"{name}: save, all new", t, "new", "a plain write", 1.15),
+        ratio(f"{name}: save, unchanged", t, "unchanged", "hashing alone", 1.20),
     ]
 
 
@@ -92,6 +101,7 @@ def _loading(name: str, state: Tree, folder: Path, rounds: int) -> list[Result]:
         "verified": (nothing, lambda: checkpoint.load()),
         "torch.load + update": (nothing, torch_load_update),
         "owned + update": (nothing, lambda: _update(checkpoint.load(copy=True, verify=False))),
+        "hashing alone": (nothing, lambda: hash_all(sources)),
         "memcpy": (nothing, copy),
         "into a live model": (nothing, lambda: checkpoint.load_into(verify=False, **live)),
     }
@@ -99,16 +109,12 @@ def _loading(name: str, state: Tree, folder: Path, rounds: int) -> list[Result]:
     _forget(root)
     _forget(folder / "peer.pt")
     return [
-        _ratio(f"{name}: load, mapped", t, "mapped", "torch.load", 0.10),
-        _ratio(f"{name}: load, mapped and verified", t, "verified", "torch.load", 0.50),
-        _ratio(f"{name}: load, owned, then updated", t, "owned + update", "torch.load + update", 0.75),
-        _ratio(f"{name}: load into a live model", t, "into a live model", "memcpy", 1.50),
+        ratio(f"{name}: load, mapped", t, "mapped", "torch.load", 0.10),
+        ratio(f"{name}: load, mapped and verified", t, "verified", "torch.load", 0.50),
+        ratio(f"{name}: load, mapped and verified", t, "verified", "hashing alone", 1.20),
+        ratio(f"{name}: load, owned, then updated", t, "owned + update", "torch.load + update", 0.75),
+        ratio(f"{name}: load into a live model", t, "into a live model", "memcpy", 1.50),
     ]
-
-
-def _ratio(what: str, times: dict[str, float], ours: str, peer: str, goal: float) -> Result:
-    detail = f"{times[ours] * 1e3:.0f} ms against {times[peer] * 1e3:.0f} ms of {peer}"
-    return Result(what, times[ours] / times[peer], goal, detail)
 
 
 def _update(tree: Any) -> Any:

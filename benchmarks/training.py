@@ -13,22 +13,24 @@ import torch.distributed.checkpoint as dcp
 import torchvision
 from torch import nn
 
-from benchmarks.measure import Contender, Result, take_turns
+from benchmarks.measure import Contender, Result, Scale, Section, ratio, take_turns
 from benchmarks.states import flat, gpt2_small_with_adam
 from registry import Registry
 from registry.models import data
 from registry.models.training import TrainConfig, train
 
 
-def measure(folder: Path, rounds: int) -> list[Result]:
+def measure(folder: Path, scale: Scale) -> Section:
     """All of it, on a ResNet50 and a network of GPT-2 small's shape, both with Adam, and on the digits."""
-    found = [_share(folder)]
-    for name, model in {"ResNet50 + Adam": _resnet50(), "GPT-2 small + Adam": _gpt2_small()}.items():
+    found = [_share(folder, 2 if scale.quick else 8)]
+    networks = {"ResNet50 + Adam": _resnet50} | ({} if scale.quick else {"GPT-2 small + Adam": _gpt2_small})
+    for name, build in networks.items():
+        model = build()
         optimizer = _trained(model)
-        found += _stall(name, model, optimizer, folder / name, rounds)
-        found.append(_restore(name, model, optimizer, folder / name, rounds))
+        found += _stall(name, model, optimizer, folder / name, scale.rounds)
+        found.append(_restore(name, model, optimizer, folder / name, scale.rounds))
         shutil.rmtree(folder / name)
-    return found
+    return Section(found)
 
 
 def _resnet50() -> nn.Module:
@@ -93,8 +95,8 @@ def _stall(
         finish()
     what = f"{name}: stall of a save that does not wait"
     return [
-        _ratio(what, t["save"], t["copy"], 1.2, "one copy of the state"),
-        _ratio(what, t["save"], t["async_save"], None, "DCP's async_save"),
+        ratio(what, t, "save", "copy", 1.2, "one copy of the state"),
+        ratio(what, t, "save", "async_save", None, "DCP's async_save"),
     ]
 
 
@@ -117,23 +119,17 @@ def _restore(
         "verified": (lambda: None, lambda: checkpoint.restore(model=model, optimizer=optimizer)),
     }
     t = take_turns(contenders, rounds)
-    return _ratio(
-        f"{name}: restore, verified", t["verified"], t["torch"], 1.0, "torch.load + load_state_dict"
-    )
+    return ratio(f"{name}: restore, verified", t, "verified", "torch", 1.0, "torch.load + load_state_dict")
 
 
-def _share(folder: Path) -> Result:
+def _share(folder: Path, epochs: int) -> Result:
     digits = data.load("digits")
     registry = Registry(folder / "digits")
-    train(registry, TrainConfig(epochs=2), digits)  # to warm up
+    train(registry, TrainConfig(epochs=1), digits)  # to warm up
     began = time.perf_counter()
-    run = train(registry, TrainConfig(epochs=8), digits)
+    run = train(registry, TrainConfig(epochs=epochs), digits)
     total = time.perf_counter() - began
     detail = f"{run.seconds_saving * 1e3:.0f} ms of {total:.1f} s"
     return Result(
         "LeNet5 on digits: share of the time spent saving", run.seconds_saving / total, 0.02, detail
     )
-
-
-def _ratio(what: str, ours: float, peer: float, goal: float | None, name: str) -> Result:
-    return Result(what, ours / peer, goal, f"{ours * 1e3:.0f} ms against {peer * 1e3:.0f} ms of {name}")

@@ -8,14 +8,15 @@ import torch
 import torchvision
 from torch import nn
 
-from benchmarks.measure import Contender, Result, take_turns
+from benchmarks.measure import Contender, Result, Scale, Section, absolute, ratio, take_turns
 from benchmarks.states import gpt2_small_with_adam
 from registry import Registry, diff, plan_transfer
 
 
-def measure(folder: Path, rounds: int) -> list[Result]:
+def measure(folder: Path, scale: Scale) -> Section:
     """All ratios and times of transfer."""
-    return [*_diffs(folder, rounds), _planning(rounds), *_applying(rounds)]
+    rounds = scale.rounds
+    return Section([*_diffs(folder, rounds), _planning(rounds), *_applying(rounds)])
 
 
 def _diffs(folder: Path, rounds: int) -> list[Result]:
@@ -40,15 +41,11 @@ def _diffs(folder: Path, rounds: int) -> list[Result]:
     }
     t = take_turns(contenders, rounds)
     size = sum(tensor.nbytes for tensor in tensors.values()) / 1e9
-    detail = f"{t['structure'] * 1e3:.0f} ms for {len(tensors)} names, {size:.1f} GB, none of it read"
     return [
-        Result("structural diff of two checkpoints", t["structure"], 0.1, detail, "s"),
-        Result(
-            "value diff against one pass of torch.equal",
-            t["values"] / t["equal"],
-            2.0,
-            f"{t['values']:.2f} s against {t['equal']:.2f} s",
+        absolute(
+            f"structural diff, {len(tensors):,} names, {size:.1f} GB, none of it read", t["structure"], 0.1
         ),
+        ratio("value diff", t, "values", "equal", 2.0, "one pass of torch.equal"),
     ]
 
 
@@ -58,7 +55,7 @@ def _planning(rounds: int) -> Result:
             nn.ModuleDict({f"layer{i}": nn.Linear(2, 2) for i in range(5_000)}) for _ in range(2)
         )
     t = take_turns({"plan": (lambda: None, lambda: plan_transfer(source, target))}, rounds)
-    return Result("planning for 10,000 names", t["plan"], 0.5, f"{t['plan'] * 1e3:.0f} ms", "s")
+    return absolute("planning for 10,000 names", t["plan"], 0.5)
 
 
 def _applying(rounds: int) -> list[Result]:
@@ -72,12 +69,7 @@ def _applying(rounds: int) -> list[Result]:
         "trusted": (lambda: None, lambda: trusted.apply(target, source)),
     }
     t = take_turns(contenders, rounds)
-    peer = t["load_state_dict"]
-
-    def detail(name: str) -> str:
-        return f"{t[name] * 1e3:.0f} ms against {peer * 1e3:.0f} ms of load_state_dict"
-
     return [
-        Result("plan.apply, values checked to be finite", t["apply"] / peer, 1.3, detail("apply")),
-        Result("plan.apply, values not checked", t["trusted"] / peer, None, detail("trusted")),
+        ratio("plan.apply, values checked to be finite", t, "apply", "load_state_dict", 1.3),
+        ratio("plan.apply, values not checked", t, "trusted", "load_state_dict", None),
     ]

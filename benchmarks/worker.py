@@ -131,8 +131,6 @@ class MLflow(Peer):
         import mlflow
 
         super().open(folder)
-        while mlflow.active_run():
-            mlflow.end_run()
         mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
         experiment = mlflow.create_experiment("benchmark", artifact_location=(folder / "artifacts").as_uri())
         self._run = mlflow.start_run(experiment_id=experiment).info.run_id
@@ -146,6 +144,11 @@ class MLflow(Peer):
         import mlflow.pytorch
 
         return mlflow.pytorch.load_state_dict(f"runs:/{self._run}/checkpoint-{number}", weights_only=True)
+
+    def close(self) -> None:
+        import mlflow
+
+        mlflow.end_run()
 
 
 class Coral(Peer):
@@ -344,8 +347,8 @@ def _difference(found: Tree, state: Tree) -> str:
         if other is None or (other.dtype, other.shape) != (tensor.dtype, tensor.shape):
             return f"{name} does not come back"
         if not torch.equal(other, tensor):
-            differing.append(float((other.double() - tensor.double()).abs().max()))
-    return f"{len(differing)} tensors come back changed, by up to {max(differing):.1g}" if differing else ""
+            differing.append(name)
+    return f"{len(differing)} tensors come back changed" if differing else ""
 
 
 def main() -> None:

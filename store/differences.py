@@ -122,13 +122,17 @@ class Decoding:
 def _planes(new: Any, old: Any, item_size: int) -> list[bytes]:
     kind = _UNSIGNED[item_size]
     difference = (new - old).view(_SIGNED[item_size])
-    folded = ((difference << 1) ^ (difference >> (8 * item_size - 1))).view(kind)
+    sign = difference >> (8 * item_size - 1)
+    difference <<= 1
+    difference ^= sign
+    folded = difference.view(kind)
+    largest = int(folded.max())
     planes = []
     for plane in range(item_size):
-        part = (folded >> kind(8 * plane)).astype(np.uint8)
-        if not part.any():
+        if not largest >> (8 * plane):
             planes.append(b"")
             continue
+        part = (folded >> kind(8 * plane)).astype(np.uint8)
         packed = _codecs()[0].compress(part)
         planes.append(packed if len(packed) < _WORTH_IT * len(part) else part.tobytes())
     return planes

@@ -1,0 +1,192 @@
+"""The report: a page with tables and plots, and the same figures as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import Curve, Result, Section, Table, spoken
+
+_PLOT = "benchmarks-growth.svg"
+_COLOURS = ("#1f5fbf", "#d9541e", "#2a9d5c", "#8a4fbf", "#c79a00", "#4a4a4a", "#c2447a")
+
+
+def machine() -> dict[str, str]:
+    """What the figures were measured on."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    packages = ("torch", "torchvision", "safetensors", "joblib", "numpy", "blake3", "zstandard")
+    return {
+        "processor": f"{_processor()}, {os.cpu_count()} cores",
+        "memory": f"{memory:.0f} GiB",
+        "system": f"{platform.system()} {platform.release().split('-')[0]}, Python {platform.python_version()}",
+        "packages": ", ".join(f"{name} {version(name).split('+')[0]}" for name in packages),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def line(result: Result) -> str:
+    """A result as a line for a terminal."""
+    goal = "" if result.goal is None else f"goal {_number(result.goal, result.unit)} {_verdict(result)}"
+    return f"{result.what:60} {_number(result.value, result.unit):>8}  {_spread(result):15} {goal:18} {result.detail}"
+
+
+def document(sections: Mapping[str, Section], command: str) -> dict[str, Any]:
+    """Everything that was measured, for `json.dumps`."""
+    return {
+        "command": command,
+        "machine": machine(),
+        "sections": {
+            name: {
+                "results": [{**asdict(result), "holds": result.holds} for result in section.results],
+                "curves": [
+                    {**asdict(curve), "fixed": curve.fixed, "each": curve.each, "power": curve.power}
+                    for curve in section.curves
+                ],
+                "tables": [asdict(table) for table in section.tables],
+                "notes": section.notes,
+            }
+            for name, section in sections.items()
+        },
+    }
+
+
+def write(folder: Path, sections: Mapping[str, Section], titles: Mapping[str, str], command: str) -> Path:
+    """Write `benchmarks.md`, `benchmarks.json` and the plot; the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(document(sections, command), indent=1, ensure_ascii=False)
+    (folder / "benchmarks.json").write_text(text + "\n")
+    curves = [curve for section in sections.values() for curve in section.curves]
+    if curves:
+        _plot(curves, folder / _PLOT)
+    page = folder / "benchmarks.md"
+    page.write_text(_page(sections, titles, command))
+    return page
+
+
+def _page(sections: Mapping[str, Section], titles: Mapping[str, str], command: str) -> str:
+    about = machine()
+    goals = [result for section in sections.values() for result in section.results if result.goal is not None]
+    parts = [
+        "# Benchmarks",
+        f"Written by `{command}`; the same figures as JSON are in [benchmarks.json](benchmarks.json). Contenders take "
+        "turns in one run after a round to warm up. A ratio is the median of the ratios of each round, our time over "
+        "the other's, so that 0.5 is half the time; beside it stands where the middle half of the rounds lies. Every "
+        "save ends with its bytes on the disk (fsync). Machines are shared and noisy: compare within a table, not "
+        "between machines.",
+        _markdown(Table("", ["", ""], [[name, value] for name, value in about.items()])),
+        f"{sum(result.holds for result in goals)} of {len(goals)} goals hold.",
+    ]
+    for name, section in sections.items():
+        parts.append(f"## {titles[name]}\n\n`python -m benchmarks {name}`")
+        if section.results:
+            parts.append(_markdown(_results(section.results)))
+        for table in section.tables:
+            parts += [f"**{table.title[:1].upper()}{table.title[1:]}**", _markdown(table)]
+        if section.curves:
+            parts += [f"![seconds as work grows]({_PLOT})", _markdown(_fits(section.curves))]
+        parts += [note[:1].upper() + note[1:] for note in section.notes]
+    return "\n\n".join(parts) + "\n"
+
+
+def _results(results: Sequence[Result]) -> Table:
+    return Table(
+        "",
+        ["", "median", "middle half", "goal", "", "in figures"],
+        [
+            [
+                result.what,
+                _number(result.value, result.unit),
+                _spread(result),
+                "" if result.goal is None else _number(result.goal, result.unit),
+                _verdict(result),
+                result.detail,
+            ]
+            for result in results
+        ],
+    )
+
+
+def _fits(curves: Sequence[Curve]) -> Table:
+    rows = []
+    for curve in curves:
+        points = ", ".join(f"{size:,.0f}: {spoken(seconds)}" for size, seconds in curve.points)
+        each = f"{spoken(curve.fixed)} + {_each(curve.each)} a {curve.unit.rstrip('s')}"
+        rows.append([curve.what, curve.unit, points, each, f"{curve.power:.2f}"])
+    return Table("", ["", "of", "medians", "fitted line", "power of the last step"], rows)
+
+
+def _each(seconds: float) -> str:
+    return (
+        f"{seconds * 1e9:.0f} ns"
+        if seconds < 1e-6
+        else f"{seconds * 1e6:.1f} µs"
+        if seconds < 1e-3
+        else spoken(seconds)
+    )
+
+
+def _markdown(table: Table) -> str:
+    rows = [table.columns, ["---"] * len(table.columns), *table.rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
+def _number(value: float, unit: str) -> str:
+    if unit == "x":
+        return f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
+    return spoken(value) if unit == "s" else f"{value:.2f} {unit}"
+
+
+def _spread(result: Result) -> str:
+    if result.low is None or result.high is None:
+        return ""
+    return f"{_number(result.low, result.unit)} to {_number(result.high, result.unit)}"
+
+
+def _verdict(result: Result) -> str:
+    return "" if result.goal is None else "holds" if result.holds else "missed"
+
+
+def _plot(curves: Sequence[Curve], path: Path) -> None:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    units = list(dict.fromkeys(curve.unit for curve in curves))
+    names = list(dict.fromkeys(curve.what for curve in curves))
+    colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
+    with mpl.rc_context({"svg.hashsalt": "benchmarks", "font.size": 9}):
+        figure = Figure(figsize=(4 * len(units), 3.9), layout="constrained")
+        for axes, unit in zip(
+            figure.subplots(1, len(units), sharey=True, squeeze=False)[0], units, strict=True
+        ):
+            for curve in curves:
+                if curve.unit == unit:
+                    sizes, seconds = zip(*curve.points, strict=True)
+                    axes.plot(sizes, seconds, "o-", ms=3, lw=1.4, color=colours[curve.what], label=curve.what)
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.set_xlabel(unit)
+            axes.grid(which="major", color="#e4e4e4", lw=0.6)
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.axes[0].set_ylabel("seconds")
+        shown = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
+        figure.legend(
+            shown.values(), shown.keys(), loc="outside lower center", ncols=len(shown), frameon=False
+        )
+        figure.patch.set_facecolor("white")
+        figure.savefig(path, metadata={"Date": None})

@@ -1,0 +1,174 @@
+"""Bytes on the disk of real training series: a ResNet18 that was trained on digits for a while, and then goes on.
+
+Each series has 20 checkpoints: a new head on a frozen network, fine-tuning of all of it by AdamW at two learning rates,
+and the weights of such a fine-tuning in bfloat16.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from benchmarks.measure import Result, Scale, Section, Table
+from benchmarks.peers import COMPACTED, OURS, PEERS, TORCH, Peer, PeerFailed, Worker
+from registry.models import data
+from registry.models.resnet import ResNet18, ResNet18Config
+
+CHECKPOINTS = 20
+STEPS = 3
+BATCH = 32
+
+Series = Callable[[], Iterator[dict[str, Any]]]
+
+
+def measure(folder: Path, scale: Scale) -> Section:
+    """Bytes of each series, of every peer; copies of each file are what they are measured against."""
+    count = 6 if scale.quick else CHECKPOINTS
+    batches = digit_batches()
+    network = trained(batches)
+    series: dict[str, tuple[Series, float | None]] = {
+        "new head, frozen network": (frozen(network, batches), 1 / 19),
+        "AdamW 1e-4, fp32": (fine_tuned(network, batches, 1e-4), None),
+        "AdamW 1e-5, fp32": (fine_tuned(network, batches, 1e-5), 1 / 1.5),
+        "AdamW 1e-5, bf16 weights": (fine_tuned(network, batches, 1e-5, torch.bfloat16), 1 / 6.6),
+    }
+    peers = (OURS, COMPACTED, TORCH) if scale.quick else (OURS, COMPACTED, *_others())
+    if scale.quick:
+        series = {name: series[name] for name in list(series)[::3]}
+    sizes: dict[tuple[str, Peer], int | str] = {}
+    results = []
+    for name, (states, goal) in series.items():
+        files = _write(folder, states, count)
+        for peer in peers:
+            sizes[name, peer] = _size(peer, files, folder / "store")
+        for file in files:
+            file.unlink()
+        copies, ours, plain = sizes[name, TORCH], sizes[name, COMPACTED], sizes[name, OURS]
+        if isinstance(copies, int) and isinstance(ours, int) and isinstance(plain, int):
+            detail = f"{copies / 1e6:,.0f} MB as copies, {plain / 1e6:,.0f} MB shared, {ours / 1e6:,.0f} MB compacted"
+            results.append(
+                Result(
+                    f"{count} checkpoints, {name}: {copies / ours:.2f} times smaller",
+                    ours / copies,
+                    None if scale.quick else goal,
+                    detail,
+                )
+            )
+    rows = [[peer.name, *(_shown(sizes[name, peer]) for name in series)] for peer in peers]
+    reasons = {
+        f"{peer.name}, {name}: {size}" for (name, peer), size in sizes.items() if isinstance(size, str)
+    }
+    table = Table(f"bytes on the disk of {count} checkpoints of a ResNet18", ["", *series], rows)
+    return Section(results, tables=[table], notes=sorted(reasons))
+
+
+def _others() -> tuple[Peer, ...]:
+    """Peers that store in a way of their own; two ways to load are one way to store."""
+    return tuple(peer for peer in PEERS if peer.key not in ("registry", "registry owned", "torch mmap"))
+
+
+def _shown(size: int | str) -> str:
+    return f"{size / 1e6:,.0f} MB" if isinstance(size, int) else "cannot"
+
+
+def _write(folder: Path, states: Series, count: int) -> list[Path]:
+    files = []
+    for number, state in zip(range(count), states(), strict=False):
+        files.append(folder / f"{number}.pt")
+        torch.save(state, files[-1])
+    return files
+
+
+def _size(peer: Peer, files: Sequence[Path], folder: Path) -> int | str:
+    """Bytes that a peer takes for all of them, or why it cannot."""
+    try:
+        with Worker(peer, 600.0) as worker:
+            worker.ask("open", folder=str(folder))
+            for file in files:
+                worker.ask("state", file=str(file))
+                worker.ask("save")
+            return int(worker.ask("close")["bytes"])
+    except PeerFailed as failed:
+        return str(failed)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# -- the training ----------------------------------------------------------------------------------------------
+
+
+def digit_batches() -> list[Any]:
+    """Batches of 32 real handwritten digits, as the network takes them."""
+    torch.manual_seed(0)
+    found = data.load("digits", None, seed=0)
+    loader = torch.utils.data.DataLoader(found.train, BATCH, shuffle=True, drop_last=True)
+    return [(functional.pad(images, (2, 2, 2, 2)), labels) for images, labels in loader]
+
+
+def trained(batches: Sequence[Any]) -> nn.Module:
+    """A ResNet18 after 40 steps."""
+    network = ResNet18(ResNet18Config(channels=1))
+    _train(network, torch.optim.AdamW(network.parameters(), 1e-3), batches, 40)
+    return network
+
+
+def frozen(network: nn.Module, batches: Sequence[Any]) -> Series:
+    """Only the last layer is trained; BatchNorm layers stay as they are."""
+
+    def series() -> Iterator[dict[str, Any]]:
+        model = copy.deepcopy(network)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith("fc."))
+        model.eval()
+        head: Any = model.fc
+        yield from _checkpoints(model, torch.optim.AdamW(head.parameters(), 1e-3), batches)
+
+    return series
+
+
+def fine_tuned(
+    network: nn.Module, batches: Sequence[Any], rate: float, weights_as: torch.dtype | None = None
+) -> Series:
+    """Everything is trained; weights, and the optimizer's state unless the weights are cast."""
+
+    def series() -> Iterator[dict[str, Any]]:
+        model = copy.deepcopy(network)
+        for state in _checkpoints(model, torch.optim.AdamW(model.parameters(), rate), batches):
+            if weights_as is None:
+                yield state
+                continue
+            yield {
+                "model": {
+                    name: value.to(weights_as) if value.is_floating_point() else value
+                    for name, value in state["model"].items()
+                }
+            }
+
+    return series
+
+
+def _checkpoints(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[Any]
+) -> Iterator[dict[str, Any]]:
+    number = 0
+    while True:
+        start = number % len(batches)
+        _train(model, optimizer, [*batches[start:], *batches[:start]], STEPS)
+        yield {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        number += 1
+
+
+def _train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[Any], steps: int) -> None:
+    for step in range(steps):
+        images, labels = batches[step % len(batches)]
+        loss = functional.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
