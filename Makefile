@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TYPES := build/types
 
-.PHONY: help test check demo bench docs constraints clean
+.PHONY: help test check demo bench bench-full docs constraints clean
 
 help:
 	@echo "make test         install into .venv and run the whole suite"
 	@echo "make check        format, lint, types, links"
 	@echo "make demo         train, kill, resume, look at it in TensorBoard, and use the best"
-	@echo "make bench        measure against torch.save and safetensors, as ratios"
+	@echo "make bench        measure against what people use now, in three minutes; docs/benchmarks.md explains"
+	@echo "make bench-full   all of it, in three quarters of an hour; writes docs/benchmarks.md"
 	@echo "make docs         write docs/cli.md from the commands' own help"
 	@echo "make constraints  pin the versions that are installed now"
 	@echo "make clean        remove .venv and build files"
@@ -42,7 +43,10 @@ demo: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash docs/demo.sh
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks --quick --write build/benchmarks
+
+bench-full: $(READY)
+	$(BIN)/python -m benchmarks --write docs
 
 docs: $(READY)
 	$(BIN)/python docs/make_cli_docs.py

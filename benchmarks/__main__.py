@@ -1,4 +1,4 @@
-"""Measure everything side by side and print it beside the goals; ends with status 1 if a goal does not hold."""
+"""Measure everything side by side, and print it beside the goals."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ GROUPS: dict[str, tuple[str, Group]] = {
     "peers": ("What people use now, side by side", peers.measure),
     "resnet50": (
         "Saving and loading a ResNet50 with Adam: 307 MB",
-        lambda folder, scale: storage.measure("ResNet50 + Adam", states.resnet50_with_adam(), folder, scale),
+        lambda folder, scale: storage.measure(
+            "ResNet50 + Adam", states.resnet50_with_adam(), folder, scale if scale.quick else scale.twice()
+        ),
     ),
     "gpt2": (
         "Saving and loading a network of GPT-2 small's shape with Adam: 1.5 GB",
@@ -49,7 +51,7 @@ GROUPS: dict[str, tuple[str, Group]] = {
     "cache": ("Cached results", caching.measure),
     "sharded": ("torch.distributed.checkpoint on the registry", sharded.measure),
 }
-QUICK = ("peers", "resnet50", "series", "coding", "growth", "catalog")
+QUICK = ("peers", "resnet50", "series", "growth", "catalog")
 
 
 def main() -> int:
@@ -62,6 +64,7 @@ def main() -> int:
         "--write", metavar="FOLDER", help="write benchmarks.md, benchmarks.json and a plot there"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--strict", action="store_true", help="end with status 1 if a goal is missed")
     options = parser.parse_args()
     scale = Scale(options.rounds or (3 if options.quick else 7), options.quick)
     names = options.groups or (QUICK if options.quick else [*GROUPS])
@@ -84,7 +87,10 @@ def main() -> int:
         )
         print(f"\nwrote {page}", file=sys.stderr)
     print(f"took {time.monotonic() - began:.0f} s", file=sys.stderr)
-    return int(not all(result.holds for section in sections.values() for result in section.results))
+    return int(
+        options.strict
+        and not all(result.holds for section in sections.values() for result in section.results)
+    )
 
 
 def _print(section: Section) -> None:

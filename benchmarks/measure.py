@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+
+import numpy
 
 Contender = tuple[Callable[[], object], Callable[[], object]]
 """What prepares a round (not timed), and what is timed."""
@@ -25,6 +28,10 @@ class Scale:
 
     rounds: int = 7
     quick: bool = False
+
+    def twice(self) -> Scale:
+        """With twice the rounds, for what is short and noisy."""
+        return Scale(2 * self.rounds, self.quick)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +74,10 @@ class Curve:
 
     @property
     def power(self) -> float:
-        import math
-
         (n, t), (more, longer) = self.points[-2:]
         return math.log(longer / t) / math.log(more / n)
 
     def _line(self) -> tuple[float, float]:
-        import numpy
-
         sizes, seconds = zip(*self.points, strict=True)
         slope, start = numpy.polyfit(sizes, seconds, 1, w=1 / numpy.array(seconds))
         return float(slope), float(start)

@@ -30,7 +30,7 @@ Series = Callable[[], Iterator[dict[str, Any]]]
 
 def measure(folder: Path, scale: Scale) -> Section:
     """Bytes of each series, of every peer; copies of each file are what they are measured against."""
-    count = 6 if scale.quick else CHECKPOINTS
+    count = 4 if scale.quick else CHECKPOINTS
     batches = digit_batches()
     network = trained(batches)
     series: dict[str, tuple[Series, float | None]] = {

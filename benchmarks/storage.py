@@ -48,11 +48,18 @@ def _saving(name: str, state: Tree, folder: Path, rounds: int) -> list[Result]:
         Registry(root).save("model", state)
         os.sync()
 
+    def without(name: str) -> Callable[[], None]:
+        def prepare() -> None:
+            _forget(folder / name)
+            os.sync()
+
+        return prepare
+
     contenders: dict[str, Contender] = {
-        "torch.save": (lambda: _forget(folder / "peer.pt"), torch_save),
-        "safetensors": (lambda: _forget(folder / "peer.safetensors"), safetensors_save),
+        "torch.save": (without("peer.pt"), torch_save),
+        "safetensors": (without("peer.safetensors"), safetensors_save),
         "a plain write": (
-            lambda: _forget(folder / "plain"),
+            without("plain"),
             lambda: plain_write([*tensors.values()], folder / "plain"),
         ),
         "hashing alone": (lambda: None, lambda: hash_all([*tensors.values()])),
