@@ -63,7 +63,9 @@ def measure(folder: Path, scale: Scale) -> Section:
             )
     rows = [[peer.name, *(_shown(sizes[name, peer]) for name in series)] for peer in peers]
     reasons = {
-        f"{peer.name}, {name}: {size}" for (name, peer), size in sizes.items() if isinstance(size, str)
+        f"{peer.name} cannot, {name}: {size}"
+        for (name, peer), size in sizes.items()
+        if isinstance(size, str) and not size.endswith("not exact")
     }
     table = Table(f"bytes on the disk of {count} checkpoints of a ResNet18", ["", *series], rows)
     return Section(results, tables=[table], notes=sorted(reasons))
@@ -75,7 +77,9 @@ def _others() -> tuple[Peer, ...]:
 
 
 def _shown(size: int | str) -> str:
-    return f"{size / 1e6:,.0f} MB" if isinstance(size, int) else "cannot"
+    if isinstance(size, int):
+        return f"{size / 1e6:,.0f} MB"
+    return size if size.endswith("not exact") else "cannot"
 
 
 def _write(folder: Path, states: Series, count: int) -> list[Path]:
@@ -94,6 +98,8 @@ def _size(peer: Peer, files: Sequence[Path], folder: Path) -> int | str:
             for file in files:
                 worker.ask("state", file=str(file))
                 worker.ask("save")
+            if worker.ask("load", update=False, check=True)["differs"]:
+                return f"{worker.ask('close')['bytes'] / 1e6:,.0f} MB, not exact"
             return int(worker.ask("close")["bytes"])
     except PeerFailed as failed:
         return str(failed)

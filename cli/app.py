@@ -5,22 +5,50 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, NoReturn
 
 import click
 
 import registry
-from registry.cli import caches, configs, files, naming, reading, runs, shell, training, transfers, upkeep
 from registry.cli.options import example_text
 from registry.store.errors import RegistryError
 from registry.store.text import printable
 
+_MODULES = (
+    ("files", "init import_ export"),
+    ("training", "train eval_ predict"),
+    ("transfers", "diff plan transfer verify_frozen compare advise"),
+    ("reading", "list_ show"),
+    ("runs", "history best lineage runs log board"),
+    ("reading", "status"),
+    ("caches", "cache"),
+    ("naming", "alias tag note rm"),
+    ("upkeep", "verify gc compact rebuild"),
+    ("configs", "config"),
+    ("shell", "completion"),
+)
+_COMMANDS = {
+    function.rstrip("_").replace("_", "-"): (module, function)
+    for module, functions in _MODULES
+    for function in functions.split()
+}
+
 
 class App(click.Group):
-    """A group that prints a `RegistryError` in one line and lists its commands in the order of their use."""
+    """A group that prints a `RegistryError` in one line, and loads of its commands only the one that is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
+        """In the order of their use."""
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """A command of that name, if there is one."""
+        if cmd_name not in _COMMANDS:
+            return None
+        module, function = _COMMANDS[cmd_name]
+        command: click.Command = getattr(import_module(f"registry.cli.{module}"), function)
+        return command
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         kwargs["standalone_mode"] = False
@@ -76,18 +104,3 @@ def app(ctx: click.Context, root: str | None, debug: bool) -> None:
     first digits of its id.
     """
     ctx.obj = root
-
-
-for command in (
-    *(files.init, files.import_, files.export),
-    *(training.train, training.eval_, training.predict),
-    *(transfers.diff, transfers.plan, transfers.transfer, transfers.verify_frozen),
-    *(transfers.compare, transfers.advise),
-    *(reading.list_, reading.show, runs.history, runs.best, runs.lineage),
-    *(runs.runs, runs.log, runs.board, reading.status),
-    caches.cache,
-    *(naming.alias, naming.tag, naming.note, naming.rm),
-    *(upkeep.verify, upkeep.gc, upkeep.compact, upkeep.rebuild),
-    *(configs.config, shell.completion),
-):
-    app.add_command(command)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from datetime import datetime
@@ -288,6 +286,8 @@ def board(sources: tuple[str, ...], host: str, port: int, registry: Registry, as
     _check_port(host, port)
     with contextlib.ExitStack() as stack:
         if chosen:
+            import tempfile
+
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="registry-board-")))
             _link(registry.root / "runs", chosen, folder)
         address = _launch(folder, host, port)
@@ -327,6 +327,8 @@ def _launch(folder: Path, host: str, port: int) -> str:
 
 
 def _check_port(host: str, port: int) -> None:
+    import socket
+
     def is_free(number: int) -> bool:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,8 @@ from registry.cli.output import number, print_facts, print_json, print_table, sa
 from registry.store.errors import Incompatible, Invalid, NotFound
 
 if TYPE_CHECKING:
+    import logging
+
     import torch
 
     from registry.checkpoint import Checkpoint
@@ -200,6 +201,8 @@ def _say_how_to_resume(registry: Registry, model: str) -> None:
 @contextlib.contextmanager
 def _shown_training(*, quiet: bool) -> Iterator[Any]:
     """Show the training's log lines, and on a terminal a bar below them; yields the bar's callback."""
+    import logging
+
     logger = logging.getLogger("registry.models.training")
     logger.setLevel(logging.INFO)
     with contextlib.ExitStack() as stack:
@@ -208,22 +211,22 @@ def _shown_training(*, quiet: bool) -> Iterator[Any]:
         if sys.stderr.isatty() and not quiet:
             report, line = _bar(stack)
         if not quiet:
-            handler = _Lines(line)
+            handler = _handler(line)
             logger.addHandler(handler)
             stack.callback(logger.removeHandler, handler)
         yield report
 
 
-class _Lines(logging.Handler):
+def _handler(line: Callable[[str], None]) -> logging.Handler:
     """Passes messages on without time and place, and without the details within an epoch: the log has them."""
+    import logging
 
-    def __init__(self, line: Any) -> None:
-        super().__init__(logging.INFO)
-        self._line = line
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if not getattr(record, "detail", False):
+                line(record.getMessage())
 
-    def emit(self, record: logging.LogRecord) -> None:
-        if not getattr(record, "detail", False):
-            self._line(record.getMessage())
+    return Lines(logging.INFO)
 
 
 def _bar(stack: contextlib.ExitStack) -> tuple[Any, Any]:

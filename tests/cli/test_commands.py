@@ -385,7 +385,7 @@ def test_long_work_shows_a_bar_after_a_second_on_a_terminal(
         def __getattr__(self, name: str) -> Any:
             return getattr(sys.__stderr__, name)
 
-    shown: list[int] = []
+    shown: list[tuple[int, str]] = []
 
     class Bar:
         def __enter__(self) -> Bar:
@@ -397,17 +397,18 @@ def test_long_work_shows_a_bar_after_a_second_on_a_terminal(
         def add_task(self, label: str, total: int) -> int:
             return 0
 
-        def update(self, task: int, completed: int, total: int) -> None:
-            shown.append(completed)
+        def update(self, task: int, completed: int, total: int, description: str) -> None:
+            shown.append((completed, description))
 
     clock = iter([0.0, 0.5, 1.5, 2.5, 3.5])
     monkeypatch.setattr(output, "_bar", Bar)
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     with output.progress("working") as report:
-        for done in range(3):
-            report(done, 3)
-    assert shown == [1, 2]
+        report(0, 3)
+        report(1, 3)
+        report(2, 3, 700_000)
+    assert shown == [(1, "working"), (2, "working, 700 kB saved")]
 
 
 def test_loading_from_the_registry_that_commands_filled(filled: Registry, run: Run) -> None:

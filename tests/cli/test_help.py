@@ -19,7 +19,10 @@ ROOT = Path(__file__).parents[2]
 def commands(command: click.Command = app, path: tuple[str, ...] = ()) -> Iterator[tuple[str, click.Command]]:
     yield " ".join(("registry", *path)), command
     if isinstance(command, click.Group):
-        for name, below in command.commands.items():
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            below = command.get_command(context, name)
+            assert below is not None
             yield from commands(below, (*path, name))
 
 
@@ -43,7 +46,9 @@ def test_the_help_ends_in_an_example_that_can_be_typed(path: str) -> None:
         group: click.Command = app
         context = click.Context(app)
         while isinstance(group, click.Group):
-            group = group.commands[words.pop(0)]
+            below = group.get_command(context, words.pop(0))
+            assert below is not None
+            group = below
         for parameter in group.params:
             parameter.type = click.STRING if isinstance(parameter.type, click.Path) else parameter.type
         group.make_context(path, words, parent=context)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
@@ -15,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 
 from registry import Registry
-from registry.cli import output
 from registry.compacting import REACH
 from registry.store import durable
 from registry.store.errors import Corrupt, NotFound, StorageError
@@ -380,20 +378,6 @@ def test_a_run_compacts_when_it_has_finished_and_only_if_asked(
     failed = train(tmp_path / "failed")  # nothing is raised: the versions are there
     assert failed.runs["net/run-1"].state == "finished"
     assert "net was not compacted: no space left" in (tmp_path / "failed/runs/net/run-1/run.log").read_text()
-
-
-def test_the_bar_shows_what_was_saved(monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = io.StringIO()
-    monkeypatch.setattr(output, "_PATIENCE", 0.0)
-    monkeypatch.setattr(shown, "isatty", lambda: True)
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setenv("TERM", "xterm")
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "stderr", shown)
-        with output.progress("compacting") as report:
-            report(1_000_000, 2_000_000, 300_000)
-            report(2_000_000, 2_000_000, 700_000)
-    assert "compacting, 700 kB saved" in shown.getvalue()
 
 
 def test_on_the_command_line(tmp_path: Path) -> None:
