@@ -7,9 +7,11 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy
 
+T = TypeVar("T")
 Contender = tuple[Callable[[], object], Callable[[], object]]
 """What prepares a round (not timed), and what is timed."""
 
@@ -103,10 +105,11 @@ class Section:
 
 
 def take_turns(contenders: Mapping[str, Contender], rounds: int) -> Times:
-    """Seconds of each contender, measured in turns after one round to warm up."""
+    """Seconds of each contender, measured in turns after one round to warm up; each round another one begins."""
     times: Times = {name: [] for name in contenders}
     for i in range(rounds + 1):
-        for name, (prepare, run) in contenders.items():
+        for name in rotated([*contenders], i):
+            prepare, run = contenders[name]
             prepare()
             start = time.perf_counter()
             kept = run()
@@ -115,6 +118,12 @@ def take_turns(contenders: Mapping[str, Contender], rounds: int) -> Times:
             if i:
                 times[name].append(elapsed)
     return times
+
+
+def rotated(items: Sequence[T], by: int) -> list[T]:
+    """The same items from another one on: what one leaves behind (memory, a busy disk) does not always meet the same."""
+    by %= max(len(items), 1)
+    return [*items[by:], *items[:by]]
 
 
 def ratio(

@@ -23,7 +23,7 @@ from typing import Any, Self
 import torch
 import torchvision
 
-from benchmarks.measure import Result, Scale, Section, Table, middle_half, spoken
+from benchmarks.measure import Result, Scale, Section, Table, middle_half, rotated, spoken
 from benchmarks.states import resnet50_with_adam, with_new_head
 
 ENVIRONMENTS = Path(__file__).parent.parent / "build" / "peers"
@@ -92,7 +92,7 @@ def measure(folder: Path, scale: Scale) -> Section:
     size = files["state"].stat().st_size
     what = "ResNet18" if scale.quick else "ResNet50 + Adam"
     rounds = 3 if scale.quick else min(scale.rounds, 5)
-    limit, patience = (60.0, 4.0) if scale.quick else (300.0, 120.0)
+    limit, patience = (60.0, 4.0) if scale.quick else (300.0, 40.0)
     found: dict[Peer, dict[str, list[dict[str, Any]]]] = {}
     failures: dict[Peer, str] = {}
     workers: dict[Peer, Worker] = {}
@@ -104,7 +104,7 @@ def measure(folder: Path, scale: Scale) -> Section:
             except PeerFailed as failed:
                 failures[peer] = str(failed)
         for number in range(rounds + 1):
-            for peer, worker in [*workers.items()]:
+            for peer, worker in rotated([*workers.items()], number):
                 if spent.get(peer, 0.0) > patience:
                     continue  # a slow one takes fewer turns
                 began = time.monotonic()

@@ -85,7 +85,7 @@ def _page(sections: Mapping[str, Section], titles: Mapping[str, str], command: s
     parts = [
         "# Benchmarks",
         f"Written by `{command}`; the same figures as JSON are in [benchmarks.json](benchmarks.json). Contenders take "
-        "turns in one run after a round to warm up. A ratio is the median of the ratios of each round, our time over "
+        "turns in one run after a round to warm up, and each round another one begins. A ratio is the median of the ratios of each round, our time over "
         "the other's, so that 0.5 is half the time; beside it stands where the middle half of the rounds lies. Every "
         "save ends with its bytes on the disk (fsync). Machines are shared and noisy: compare within a table, not "
         "between machines.",

@@ -380,6 +380,52 @@ def test_a_run_compacts_when_it_has_finished_and_only_if_asked(
     assert "net was not compacted: no space left" in (tmp_path / "failed/runs/net/run-1/run.log").read_text()
 
 
+MEMORY = """
+import sys, threading, time
+from pathlib import Path
+import torch
+from registry import Registry
+
+def anonymous():
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
+
+def filled(root, tensors, size):
+    registry = Registry(root)
+    for number in range(3):
+        registry.save("net", {"model": {f"w{i}": torch.full((size,), 1 + 1e-5 * number + i) for i in range(tensors)}})
+    return registry
+
+filled(Path(sys.argv[1]) / "small", 2, 100_000).compact()  # loads what it needs
+registry = filled(Path(sys.argv[1]) / "large", 12, 2_000_000)
+peak, done = 0, False
+
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.001)
+
+before = anonymous()
+watcher = threading.Thread(target=watch)
+watcher.start()
+(found,) = registry.compact()
+done = True
+watcher.join()
+print(found.before, peak - before)
+"""
+
+
+def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    rewritten, taken = map(int, done.stdout.split())
+    largest = 8_000_000
+    assert rewritten > 20 * largest
+    assert taken < 4 * largest
+
+
 def test_on_the_command_line(tmp_path: Path) -> None:
     registry, expected = saved(tmp_path / "r", 6)
 

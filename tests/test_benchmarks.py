@@ -1,0 +1,228 @@
+"""The benchmark suite itself: its arithmetic, its peers' processes, and the page that it writes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import __main__ as program
+from benchmarks import compaction, floors, growth, peers, report, worker
+from benchmarks.measure import Curve, Result, Scale, Section, Table, ratio, spoken, take_turns
+from benchmarks.peers import Peer, PeerFailed, Worker
+
+LOSSY = """
+import sys, time
+sys.path.insert(0, {folder!r})
+import worker
+
+class Lossy(worker.Torch):
+    def load(self, number):
+        tree = super().load(number)
+        tree["model"]["w"] += 1
+        return tree
+
+class Slow(worker.Torch):
+    def save(self, state, number):
+        time.sleep(60)
+
+class Dying(worker.Torch):
+    def save(self, state, number):
+        sys.exit(3)
+
+class Failing(worker.Torch):
+    def save(self, state, number):
+        print("this goes to nobody")
+        raise ValueError("no such luck")
+
+worker.PEERS |= {{"lossy": Lossy, "slow": Slow, "dying": Dying, "failing": Failing}}
+worker.main()
+"""
+
+
+def state() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    moments = {0: {"step": torch.tensor(3.0), "exp_avg": torch.rand(400, generator=generator)}}
+    return {
+        "model": {"w": torch.rand(400, generator=generator), "n": torch.tensor(2)},
+        "optimizer": {"state": moments, "param_groups": [{"lr": 0.1, "params": [0]}]},
+    }
+
+
+@pytest.fixture
+def own_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(LOSSY.format(folder=str(peers.WORKER.parent)))
+    monkeypatch.setattr(peers, "WORKER", script)
+    monkeypatch.setattr(peers, "ENVIRONMENTS", tmp_path / "environments")
+
+
+def test_a_ratio_is_the_median_of_those_of_each_round() -> None:
+    found = ratio("x", {"ours": [1.0, 2.0, 30.0], "peer": [2.0, 4.0, 20.0]}, "ours", "peer", 0.5)
+    assert (found.value, found.low, found.high, found.holds) == (0.5, 0.5, 1.0, True)
+    assert found.detail == "2.0 s against 4.0 s of peer"
+    assert not Result("x", 0.51, 0.5, "").holds
+    assert [spoken(s) for s in (5e-6, 0.0042, 0.042, 4.2)] == ["5 µs", "4.2 ms", "42 ms", "4.2 s"]
+
+
+def test_contenders_take_turns_after_a_round_to_warm_up() -> None:
+    calls: list[str] = []
+    times = take_turns(
+        {name: (lambda: None, lambda name=name: calls.append(name)) for name in "ab"},  # type: ignore[misc]
+        rounds=2,
+    )
+    assert "".join(calls) == "abbaab"
+    assert [len(times[name]) for name in "ab"] == [2, 2]
+
+
+def test_a_curve_knows_what_is_fixed_and_what_each_costs() -> None:
+    curve = Curve("load", "tensors", [(n, 2e-3 + 5e-6 * n) for n in (10, 1_000, 100_000)])
+    assert curve.fixed == pytest.approx(2e-3)
+    assert curve.each == pytest.approx(5e-6)
+    assert Curve("gc", "tensors", [(10, 1.0), (100, 100.0)]).power == pytest.approx(2)
+
+
+def test_what_a_peer_changes_is_noticed() -> None:
+    saved = {"a": torch.zeros(2), "b": [torch.ones(3)]}
+    assert worker._difference({"a": torch.zeros(2), "b/0": torch.ones(3)}, saved) == ""
+    assert (
+        worker._difference({"a": torch.ones(2), "b/0": torch.ones(3)}, saved) == "1 tensors come back changed"
+    )
+    assert worker._difference({"a": torch.zeros(2)}, saved) == "b/0 does not come back"
+    assert worker._difference({"a": torch.zeros(2).double(), "b/0": torch.ones(3)}, saved) != ""
+
+
+def test_the_floors_do_what_they_say(tmp_path: Path) -> None:
+    tensors = [torch.arange(5), torch.rand(3, 4), torch.tensor(1.0)]
+    floors.plain_write(tensors, tmp_path / "plain")
+    assert (tmp_path / "plain").read_bytes() == b"".join(t.numpy().tobytes() for t in tensors)
+    floors.hash_all(tensors)
+
+
+@pytest.mark.usefixtures("own_worker")
+def test_peers_side_by_side_and_those_that_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = tuple(peer for peer in peers.PEERS if peer.pinned is None)
+    assert {peer.key for peer in ours} >= {"registry", "torch", "torch mmap", "safetensors", "dcp", "joblib"}
+    others = [Peer(key, key, "torch") for key in ("lossy", "dying", "failing")]
+    missing = Peer("dvc", "missing", "nothing-of-this-name", "0.0")
+
+    def refuse(peer: Peer) -> Path:
+        raise PeerFailed(f"pip: no {peer.package}")
+
+    monkeypatch.setattr(peers, "environment", refuse)
+    monkeypatch.setattr(peers, "PEERS", (*ours, *others, missing))
+    monkeypatch.setattr(peers, "resnet50_with_adam", state)
+    section = peers.measure(tmp_path, Scale(rounds=1))
+    times, room, used = section.tables
+    names = [peer.name for peer in (*ours, others[0])]
+    assert [row[0] for row in times.rows] == names
+    assert [row[0] for row in room.rows] == names
+    told = {row[0]: row[2] for row in used.rows}
+    assert told["missing"] == "pip: no nothing-of-this-name"
+    assert told["failing"] == "save: ValueError: no such luck"
+    assert told["dying"].startswith("save ended with status 3")
+    assert [note for note in section.notes if "exact" in note] == [
+        "lossy is not exact: 1 tensors come back changed."
+    ]
+    assert len(section.results) == 5
+
+
+@pytest.mark.usefixtures("own_worker")
+def test_a_peer_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+    torch.save(state(), tmp_path / "state.pt")
+    with Worker(Peer("slow", "slow", "torch"), 60.0) as slow:
+        slow.ask("open", folder=str(tmp_path / "store"))
+        slow.ask("state", file=str(tmp_path / "state.pt"))
+        slow._limit = 0.5
+        with pytest.raises(PeerFailed, match=r"save ended with status -9, or took more than"):
+            slow.ask("save")
+
+
+def test_an_environment_is_made_once_and_only_if_pip_succeeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With pip and venv replaced: what is installed for real takes minutes, and `make bench` does it."""
+    calls: list[list[str]] = []
+    answers = iter([1, 0])
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        calls.append(command)
+        return subprocess.CompletedProcess(command, next(answers), "", "WARNING: a\nERROR: no such version")
+
+    def create(folder: Path, **_: Any) -> None:
+        (folder / "lib/python3/site-packages").mkdir(parents=True, exist_ok=True)
+
+    monkeypatch.setattr(peers, "ENVIRONMENTS", tmp_path)
+    monkeypatch.setattr(peers.venv, "create", create)
+    monkeypatch.setattr(peers.subprocess, "run", run)
+    peer = Peer("dvc", "DVC", "dvc", "9.9")
+    with pytest.raises(PeerFailed, match="pip: ERROR: no such version"):
+        peers.environment(peer)
+    python = peers.environment(peer)
+    assert peers.environment(peer) == python == tmp_path / "dvc-9.9/bin/python"
+    assert len(calls) == 2
+    assert calls[1][-1] == "dvc==9.9"
+    (link,) = tmp_path.glob("dvc-9.9/lib/*/site-packages/*.pth")
+    assert (Path(link.read_text().strip()) / "torch").is_dir()
+
+
+def test_growth_is_measured_at_each_size(tmp_path: Path) -> None:
+    def content(size: int) -> Any:
+        return growth._content(size, growth._many_tensors)
+
+    curves = growth._curves((5, 10), "tensors", content, tmp_path, 1)
+    curves += growth._curves((2, 4), "checkpoints", growth._checkpoints, tmp_path, 1)
+    assert {curve.what for curve in curves} >= {
+        "save, all new",
+        "load, verified",
+        "diff",
+        "list",
+        "verify",
+        "gc",
+    }
+    assert all(seconds > 0 for curve in curves for _, seconds in curve.points)
+    assert [size for size, _ in curves[0].points] == [5, 10]
+
+
+def test_every_coding_of_the_comparison_is_applied_to_every_kind() -> None:
+    new = torch.arange(400_000, dtype=torch.float32)
+    table = compaction._comparison({"ramp": [new, new, new]}, Scale(quick=True))
+    assert [row[0] for row in table.rows] == [coding.name for coding in compaction.CODINGS]
+    shares = {row[0]: float(row[1].rstrip("%")) for row in table.rows}
+    assert shares["difference, byte planes, zstd 1 (ours)"] < 1 < shares["no anchor, zstd 1"]
+
+
+def test_the_page_has_every_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = Section(
+        [Result("save", 0.5, 0.6, "1 s", low=0.4, high=0.7), Result("load", 0.05, 0.01, "2 s")],
+        [Curve("verify", "tensors", [(10, 0.1), (100, 1.0)])],
+        [Table("a table", ["", "b|c"], [["d", "e"]])],
+        ["coral is not exact"],
+    )
+    monkeypatch.setattr(program, "GROUPS", {"fake": ("A section", lambda folder, scale: section)})
+    command = ["benchmarks", "--folder", str(tmp_path), "--write", str(tmp_path / "out"), "fake"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert program.main() == 0
+    assert "missed" in capsys.readouterr().out
+    page = (tmp_path / "out/benchmarks.md").read_text()
+    assert "| save | 0.50 | 0.40 to 0.70 | 0.60 | holds | 1 s |" in page
+    assert "| load | 0.050 |  | 0.010 | missed | 2 s |" in page
+    assert "|  | b\\|c |" in page
+    assert "1 of 2 goals hold" in page
+    assert "Coral is not exact" in page
+    assert "`python -m benchmarks fake`" in page
+    assert "<svg" in (tmp_path / "out/benchmarks-growth.svg").read_text()
+    figures = json.loads((tmp_path / "out/benchmarks.json").read_text())
+    assert figures["sections"]["fake"]["results"][1]["holds"] is False
+    assert figures["sections"]["fake"]["curves"][0]["power"] == pytest.approx(1)
+    assert set(report.machine()) == set(figures["machine"])
+    monkeypatch.setattr(sys, "argv", [*command, "--strict", "--json"])
+    assert program.main() == 1
+    assert json.loads(capsys.readouterr().out)["command"] == "python -m benchmarks fake"
