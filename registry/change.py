@@ -43,6 +43,10 @@ def locate(connection: sqlite3.Connection, digests: Collection[str]) -> dict[str
     return found
 
 
+class Taken(RegistryError):
+    """Another version has the id already: equal values, saved at the same instant. Never reaches users."""
+
+
 class Change:
     """One transaction: applies records to the tables and remembers them for the journal."""
 
@@ -67,9 +71,18 @@ class Change:
         method(self, record)
         self.records.append(record)
 
-    def next_version(self, model: str) -> int:
+    def publish(self, id: str, model: str) -> int:
+        """Make a manifest the next version of a model.
+
+        Raises:
+            Taken: if it is a version already.
+        """
+        if self.connection.execute("SELECT 1 FROM versions WHERE id = ?", (id,)).fetchone():
+            raise Taken(f"{id[:12]} is a version already")
         row = self.connection.execute("SELECT next_version FROM models WHERE name = ?", (model,)).fetchone()
-        return int(row[0]) if row else 1
+        version = int(row[0]) if row else 1
+        self.apply({"op": "publish", "id": id, "model": model, "version": version})
+        return version
 
     def point_to_best(self, model: str, metric: str, *, smallest: bool) -> None:
         """Move the alias `best` to the version with the best value; NaN never wins, of equals the earlier does."""

@@ -15,7 +15,7 @@ from registry.reference import check_name
 from registry.store.dtypes import ELEMENT_TYPES
 from registry.store.manifest import Manifest, TensorInfo
 from registry.thinning import needed_of, users_of
-from registry.versions import Version, find_versions
+from registry.versions import find_versions
 
 if TYPE_CHECKING:
     from registry.registry import Registry
@@ -166,18 +166,6 @@ def _anchors(plain: Sequence[int], based: Collection[int], staying: Collection[i
             anchors.add(next(p for p in free if p >= position - REACH) if found is None else found)
     chosen = {position: nearest(position, anchors) for position in free if position not in anchors}
     return {position: anchor for position, anchor in chosen.items() if anchor is not None}
-
-
-def _coded(registry: Registry, versions: Sequence[Version], manifest: Callable[[str], Manifest]) -> set[str]:
-    """Versions that are stored as differences already, which cannot be anchors."""
-    if not registry.catalog.query("SELECT 1 FROM tensors WHERE base IS NOT NULL LIMIT 1"):
-        return set()
-    found = set()
-    for version in versions:
-        located = registry.catalog.locate({tensor.digest for tensor in manifest(version.id).tensors})
-        if any(place.base for place in located.values()):
-            found.add(version.id)
-    return found
 
 
 def _named(manifest: Manifest) -> Iterator[tuple[tuple[str, int], TensorInfo]]:

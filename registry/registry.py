@@ -334,8 +334,7 @@ class Registry:
             state = self.store.encode(components)  # type: ignore[arg-type]
 
         def publish(change: Change, id: str) -> int:
-            version = change.next_version(model)
-            change.apply({"op": "publish", "id": id, "model": model, "version": version})
+            version = change.publish(id, model)
             if best_by:
                 change.point_to_best(model, best_by.metric, smallest=best_by.smallest)
             return version
@@ -364,7 +363,7 @@ class Registry:
         Raises:
             StorageError: if the disk is full or refuses; nothing is made known.
         """
-        from registry.change import Stale
+        from registry.change import Stale, Taken
         from registry.store.store import Written
 
         again = not isinstance(state, Written)  # what other processes wrote cannot be written again here
@@ -378,6 +377,8 @@ class Registry:
                     change.use(stored.digest, stored.manifest, stored.packs, strict=strict)
                     result = publish(change, stored.digest)
                 return stored.digest, result
+            except Taken:
+                record["created"] = now()
             except Stale:
                 for pack in stored.packs if stored else ():
                     self.discard_pack(pack.digest)

@@ -56,6 +56,18 @@ def test_versions_count_up_for_each_model_and_are_never_given_again(registry: Re
     assert registry["net@latest"].name == "net:v4"
 
 
+def test_equal_values_saved_at_the_same_instant_are_two_versions(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by two processes: the record tells versions of the same values apart by the time."""
+    times = iter(["2026-11-25T03:29:44.000001Z"] * 2 + ["2026-11-25T03:29:44.000002Z"])
+    monkeypatch.setattr("registry.registry.now", lambda: next(times))
+    state = {"model": {"weight": torch.ones(3)}}
+    assert [registry.save("net", state).name for _ in range(2)] == ["net:v1", "net:v2"]
+    assert registry["net:v1"].id != registry["net:v2"].id
+    assert registry["net:v2"].created == "2026-11-25T03:29:44.000002Z"
+
+
 def test_at_least_six_digits_of_an_id_name_a_checkpoint(registry: Registry) -> None:
     first = save(registry, 1).id
     assert registry[first[:6]].id == first
