@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import catalogs
 from benchmarks.measure import Contender, Curve, Scale, Section, take_turns
+from benchmarks.states import new_registry
 from registry import Registry
 
 Tensors = dict[str, torch.Tensor]
@@ -61,8 +62,7 @@ def _content(size: int, make: Callable[[int], Tensors]) -> Callable[[Path], dict
         empty = folder / "new"
 
         def fresh() -> None:
-            shutil.rmtree(empty, ignore_errors=True)
-            Registry(empty)
+            new_registry(empty)
 
         def save_new() -> object:
             return Registry(empty).save("net", {"model": state})

@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from benchmarks.measure import Contender, Result, Scale, Section, ratio, take_turns
-from benchmarks.states import Tree, flat, resnet50_with_adam, zeroed
+from benchmarks.states import Tree, flat, new_registry, resnet50_with_adam, zeroed
 from registry import Registry, RegistryReader, RegistryWriter
 
 
@@ -25,8 +25,7 @@ def measure(folder: Path, scale: Scale) -> Section:
 
     def forget() -> None:
         shutil.rmtree(files, ignore_errors=True)
-        shutil.rmtree(root, ignore_errors=True)
-        Registry(root)
+        new_registry(root)
 
     def save() -> Any:
         return dcp.save(state, storage_writer=RegistryWriter(Registry(root), "net"))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
+
+from registry import Registry
+from registry.store.remembered import remembered
 
 Tree = dict[str, Any]
 
@@ -55,6 +60,13 @@ def flat(tree: Any, path: str = "") -> dict[str, torch.Tensor]:
         return {path: tree}
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     return {name: t for key, item in items for name, t in flat(item, f"{path}/{key}".strip("/")).items()}
+
+
+def new_registry(root: Path) -> Registry:
+    """An empty registry, as in a process that has saved nothing yet: no digest of a tensor is remembered."""
+    shutil.rmtree(root, ignore_errors=True)
+    remembered.forget()
+    return Registry(root)
 
 
 def with_new_head(state: Tree) -> Tree:

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.floors import hash_all, plain_write
 from benchmarks.measure import Contender, Result, Scale, Section, ratio, take_turns
-from benchmarks.states import Tree, flat, with_new_head, zeroed
+from benchmarks.states import Tree, flat, new_registry, with_new_head, zeroed
 from registry import Registry
 
 
@@ -39,13 +39,11 @@ def _saving(name: str, state: Tree, folder: Path, rounds: int) -> list[Result]:
         return lambda: Registry(root).save("model", tree)
 
     def fresh() -> None:
-        _forget(root)
-        Registry(root)
+        new_registry(root)
         os.sync()
 
     def with_first_save() -> None:
-        _forget(root)
-        Registry(root).save("model", state)
+        new_registry(root).save("model", state)
         os.sync()
 
     def without(name: str) -> Callable[[], None]:
@@ -82,8 +80,7 @@ def _saving(name: str, state: Tree, folder: Path, rounds: int) -> list[Result]:
 
 def _loading(name: str, state: Tree, folder: Path, rounds: int) -> list[Result]:
     root = folder / "registry"
-    _forget(root)
-    Registry(root).save("model", state)
+    new_registry(root).save("model", state)
     torch.save(state, folder / "peer.pt")
     checkpoint = Registry(root)["model"]
     live = {key: zeroed(tree) for key, tree in state.items()}

@@ -189,8 +189,10 @@ class TorchRegistry(Peer):
 
     def open(self, folder: Path) -> None:
         from registry import Registry
+        from registry.store.remembered import remembered
 
         super().open(folder)
+        remembered.forget()  # another round's state may lie where this one's does
         self._registry = Registry(folder)
 
     def save(self, state: Tree, number: int) -> None:

@@ -107,12 +107,12 @@ class Change:
             Stale: if a pack that the manifest relies on is not there any more.
         """
         self._manifests[id] = manifest
-        digests = {tensor.digest for tensor in manifest.tensors}
+        needed = {tensor.digest for tensor in manifest.tensors}
+        found = locate(self.connection, needed.union(*(pack.places for pack in packs)))
         for pack in packs:
+            own = pack.places
             elsewhere = [
-                location
-                for location in locate(self.connection, {tensor.digest for tensor in pack.tensors}).values()
-                if location.pack != pack.digest
+                found[digest] for digest in own if digest in found and found[digest].pack != pack.digest
             ]
             broken = {
                 location.pack
@@ -123,10 +123,11 @@ class Change:
             if strict and any(location.pack not in broken for location in elsewhere):
                 raise Stale("tensors of this save were stored meanwhile")
             self.add_pack(pack, replace=broken)
-        located = locate(self.connection, digests)
+            found.update(locate(self.connection, own) if elsewhere else own)
+        located = {digest: found[digest] for digest in needed if digest in found}
         bases = self._bases(located)
         relied_on = {place.pack: place.pack_size for place in (*located.values(), *bases.values())}
-        if len(located) < len(digests) or not self._store.has(id):
+        if len(located) < len(needed) or not self._store.has(id):
             raise Stale("tensors or the manifest of this save were removed meanwhile")
         for name, size in relied_on.items():
             if not self._store.pack_is_whole(name, size):
@@ -265,7 +266,7 @@ class Change:
         about = manifest.record
         execute("DELETE FROM versions WHERE model = ? AND version = ?", (model, version))
         shown = {key: about[key] for key in about if key not in ("epoch", "step", "loss", "metrics", "dcp")}
-        shown["components"] = summary(manifest)
+        shown["components"] = manifest.contents
         if _number(about.get("loss")) != about.get("loss"):
             shown["loss_is_nan"] = True
         execute(
@@ -403,22 +404,6 @@ _OPERATIONS: dict[str, Callable[[Change, Mapping[str, Any]], None]] = {
 
 def _compact(record: Any) -> str:
     return json.dumps(record, separators=(",", ":"))
-
-
-def summary(manifest: Manifest) -> dict[str, dict[str, int]]:
-    """Names, elements and bytes of tensors in each component; a tied tensor counts once."""
-    found = {name: {"tensors": 0, "elements": 0, "bytes": 0} for name in manifest.components}
-    seen: set[tuple[object, ...]] = set()
-    for path, info, shards in manifest.listed:
-        component = path.partition("/")[0]
-        entry = found[component]
-        entry["tensors"] += 1
-        key = (component, *(slot for _, slot in shards))
-        if key not in seen:
-            seen.add(key)
-            entry["elements"] += info.elements
-            entry["bytes"] += info.size
-    return found
 
 
 def _number(value: Any) -> float | None:

@@ -185,7 +185,7 @@ def _flat(tree: Any, component: str) -> dict[str, Leaf]:
         if not isinstance(name, str) or name == "__metadata__":
             raise Unsupported(f"{where}: a safetensors file cannot hold this name; export to a .pt file")
         header.check_name(name)
-        leaf = Leaf.of(str(value.dtype).removeprefix("torch."), tuple(value.shape), value)
+        leaf = Leaf.of(value)
         leaves[name] = leaf
         _code_and_shape(leaf, where)
     return leaves

@@ -263,7 +263,7 @@ def _digests(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
     for name in names:
         if name in state:
             tensor = state[name].detach()
-            leaf = Leaf.of(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tensor)
+            leaf = Leaf.of(tensor)
             found[name] = tensor_digest(leaf.dtype, leaf.shape, leaf.buffer())
     return found
 

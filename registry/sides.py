@@ -111,7 +111,7 @@ class Side:
         """The digest of a name's values, computed at most once; None where there are no values."""
         if name not in self._digests and self.has_values:
             entry = self.entries[name]
-            leaf = Leaf.of(entry.dtype, entry.shape, self.tensor(name).detach())
+            leaf = Leaf.of(self.tensor(name).detach())
             self._digests[name] = tensor_digest(entry.dtype, entry.shape, leaf.buffer())
         return self._digests.get(name)
 

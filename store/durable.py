@@ -19,10 +19,10 @@ from registry.store.errors import StorageError
 
 Buffer = bytes | bytearray | memoryview
 
-WRITEBACK = 16 << 20
+WRITEBACK = 4 << 20
 """Bytes after which a long write asks the kernel to start writing back, so that the final fsync is short."""
 
-_CHUNK = 8 << 20
+_CHUNK = 4 << 20
 _SYNC_FILE_RANGE_WRITE = 2
 
 

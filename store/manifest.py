@@ -92,6 +92,21 @@ class Manifest:
                 found[one.path] = None
         return found
 
+    @functools.cached_property
+    def contents(self) -> Mapping[str, Mapping[str, int]]:
+        """Names, elements and bytes of tensors in each component; a tied tensor counts once."""
+        found = {}
+        for name, document in self.components.items():
+            nodes = list(_references(document))
+            slots = {slot for node in nodes for slot in _slots(name, node)}
+            infos = [self.tensors[slot] for slot in slots]
+            found[name] = {
+                "tensors": len(nodes),
+                "elements": sum(info.elements for info in infos),
+                "bytes": sum(info.size for info in infos),
+            }
+        return found
+
     def entries(self, components: Mapping[str, Any]) -> Iterator[Listed]:
         """The names in some of the components' documents."""
         for path, node in _tensors_of(components):
@@ -111,7 +126,7 @@ class Manifest:
             "format": FORMAT,
             "record": record_document(self.record),
             "components": self.components,
-            "tensors": [[tensor.dtype, list(tensor.shape), tensor.digest] for tensor in self.tensors],
+            "tensors": self.tensors,
         }
         return json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
 
@@ -243,6 +258,23 @@ def _tensors_of(components: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, 
                 stack += reversed([(f"{path}/{key}", child) for key, child in _children(node)])
         elif isinstance(node, list):
             stack += reversed([(f"{path}/{i}", child) for i, child in enumerate(node)])
+
+
+def _references(document: Any) -> Iterator[dict[str, Any]]:
+    """The nodes of a component's document that refer to tensors."""
+    stack = [document]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, dict):
+            tag = next(iter(node), "")
+            if not tag.startswith("$"):
+                stack += node.values()
+            elif _is_reference(node):
+                yield node
+            else:
+                stack += [child for _, child in _children(node)]
+        elif isinstance(node, list):
+            stack += node
 
 
 def _is_reference(node: Mapping[str, Any]) -> bool:

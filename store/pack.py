@@ -7,11 +7,12 @@ zero bytes fill the gaps.
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
 import re
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from registry.store.digest import is_digest
 from registry.store.dtypes import BY_CODE, ELEMENT_TYPES, byte_count
 from registry.store.durable import NewFile, storage_errors
 from registry.store.errors import Corrupt, Invalid, Unsupported
+from registry.store.location import Location
 
 ALIGNMENT = 64
 _FORMAT = "torch-registry pack 1"
@@ -50,11 +52,19 @@ class PackedTensor:
         return byte_count(self.dtype, self.shape) if self.coded is None else self.coded
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PackInfo:
     digest: str
     size: int
     tensors: tuple[PackedTensor, ...]
+
+    @functools.cached_property
+    def places(self) -> Mapping[str, Location]:
+        """Where each tensor lies, by digest."""
+        return {
+            tensor.digest: Location(self.digest, tensor.start, self.size, tensor.base, tensor.coded)
+            for tensor in self.tensors
+        }
 
 
 class PackWriter:

@@ -1,6 +1,6 @@
 """The save pipeline: hash, look up, write.
 
-Threads hash tensors ahead of the writer (BLAKE3 releases the GIL). The writer starts with the first batch that
+Threads hash tensors ahead of the writer (the hashes release the GIL). The writer starts with the first batch that
 holds a new tensor, so that a small save gets an exactly sized header and an unchanged one writes no pack at all.
 """
 
@@ -14,13 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from registry.store.digest import tensor_digest
 from registry.store.manifest import TensorInfo
 from registry.store.pack import PackInfo, PackWriter
+from registry.store.remembered import remembered
 from registry.store.tree import Leaf
 
-BATCH = 16 << 20
+FIRST_BATCH = 4 << 20
 """Bytes to hash before looking up which of them are new, and writing those."""
+BATCH = 16 << 20
+"""The same, once the writer is at work."""
 AHEAD = 48 << 20
 """Bytes that are hashed and not yet written, from which on hashing leaves a core to the writer."""
 
@@ -131,7 +133,7 @@ class _Hashing:
         self._progress = threading.Condition(lock)
         self._room = threading.Condition(lock)
         self._claimed = self._copied = self._ahead = 0
-        self._batch = BATCH
+        self._batch = FIRST_BATCH
         self._writing = False
         self._finished: dict[int, list[_Hashed]] = {}
         self._in_order = 0
@@ -211,8 +213,10 @@ class _Hashing:
     def _hash(self, slot: int) -> _Hashed:
         leaf = self._state.leaves[slot]
         data = leaf.buffer()
-        threads = None if leaf.size >= _ALL_CORES else 1
-        digest = self._state.digests[slot] or tensor_digest(leaf.dtype, leaf.shape, data, threads=threads)
+        digest = self._state.digests[slot]
+        if digest is None:
+            threads = None if leaf.size >= _ALL_CORES else 1
+            digest = remembered.digest(leaf.address, leaf.dtype, leaf.shape, data, threads=threads)
         return _Hashed(slot, digest, leaf, None if leaf.is_plain else data)
 
     def _claim(self, thread: int) -> int | None:

@@ -489,11 +489,10 @@ class FolderIndex:
             if name not in self._read:
                 info = read_pack_info(pack_path(self._packs, name))
                 self._read.add(name)
-                for tensor in info.tensors:
-                    place = Location(name, tensor.start, info.size, tensor.base, tensor.coded)
-                    known = self._located.setdefault(tensor.digest, place)
+                for digest, place in info.places.items():
+                    known = self._located.setdefault(digest, place)
                     if known.base and not place.base:  # what needs no other tensor is better
-                        self._located[tensor.digest] = place
+                        self._located[digest] = place
 
     @staticmethod
     def names(packs: Path) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from registry.store.dtypes import ELEMENT_TYPES, byte_count
+from registry.store.dtypes import ELEMENT_TYPES
 from registry.store.errors import Corrupt, Incompatible, Unsupported
 from registry.store.text import quoted
 
@@ -38,6 +38,7 @@ class Leaf(NamedTuple):
         source: a torch tensor, a numpy array or bytes.
         size: bytes of the tensor.
         is_plain: whether `buffer` is a view of the caller's own memory, not a copy.
+        address: of the first value in memory.
     """
 
     dtype: str
@@ -45,14 +46,12 @@ class Leaf(NamedTuple):
     source: Any
     size: int
     is_plain: bool
+    address: int = 0
 
     @classmethod
-    def of(cls, dtype: str, shape: tuple[int, ...], source: Any) -> Leaf:
-        if isinstance(source, torch.Tensor):
-            plain = is_plain(source)
-        else:
-            plain = isinstance(source, bytes) or bool(source.flags.c_contiguous)
-        return cls(dtype, shape, source, byte_count(dtype, shape), plain)
+    def of(cls, tensor: torch.Tensor) -> Leaf:
+        kind, shape, size = _TORCH_TYPES[tensor.dtype], tuple(tensor.shape), tensor.nbytes
+        return cls(kind, shape, tensor, size, is_plain(tensor), tensor.data_ptr() if size else 0)
 
     def buffer(self) -> memoryview:
         """The contiguous little-endian bytes."""
@@ -126,7 +125,7 @@ class _Encoder:
     def _bytes(self, value: bytes, path: Path) -> Any:
         if len(value) <= _INLINE_BYTES:
             return {"$bytes": value.hex()}
-        return {"$bytes": self._add(Leaf.of("uint8", (len(value),), value))}
+        return {"$bytes": self._add(Leaf("uint8", (len(value),), value, len(value), True))}
 
     def _list(self, value: list[Any], path: Path) -> Any:
         return [self.encode(item, (*path, i)) for i, item in enumerate(value)]
@@ -165,16 +164,16 @@ class _Encoder:
         return {"$dict": [[self.encode(k, (*path, "key")), self.encode(v, (*path, k))] for k, v in pairs]}
 
     def _tensor(self, tensor: torch.Tensor, path: Path) -> int:
-        problem = _refusal(tensor)
-        if problem:
+        if problem := _refusal(tensor):
             raise Unsupported(f"{_shown(path)}: {problem}")
-        kind, shape = _TORCH_TYPES[tensor.dtype], tuple(tensor.shape)
-        leaf = Leaf.of(kind, shape, tensor)
-        if tensor.numel() == 0:
+        leaf = Leaf.of(tensor)
+        if not leaf.size:
             return self._add(leaf)
-        device = "cpu" if tensor.is_cpu else tensor.device
-        view = (kind, shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
-        return self._add(leaf, (device, tensor.data_ptr(), *view))
+        view: tuple[object, ...] = (leaf.address, leaf.dtype, leaf.shape)
+        if not leaf.is_plain:
+            device = "cpu" if tensor.is_cpu else tensor.device
+            view = (*view, device, tensor.stride(), tensor.is_conj(), tensor.is_neg())
+        return self._add(leaf, view)
 
     def _array(self, array: np.ndarray[Any, Any], path: Path) -> int:
         if type(array) not in (np.ndarray, np.memmap):
@@ -185,11 +184,12 @@ class _Encoder:
         name = array.dtype.name
         if name not in _NUMPY_TYPES or not array.dtype.isnative:
             raise Unsupported(f"{_shown(path)}: a numpy array of dtype {array.dtype.str}; convert it first")
-        leaf = Leaf.of(name, array.shape, array)
+        plain = bool(array.flags.c_contiguous)
         if array.size == 0:
-            return self._add(leaf)
-        where = array.__array_interface__["data"][0]
-        return self._add(leaf, ("numpy", where, array.shape, array.strides, name))
+            return self._add(Leaf(name, array.shape, array, 0, plain))
+        address = array.__array_interface__["data"][0]
+        leaf = Leaf(name, array.shape, array, array.nbytes, plain, address)
+        return self._add(leaf, ("numpy", address, array.shape, array.strides, name))
 
     def _add(self, leaf: Leaf, identity: tuple[object, ...] | None = None) -> int:
         if identity is not None:
@@ -224,11 +224,11 @@ def _refusal(tensor: torch.Tensor) -> str | None:
         return "a nested tensor; store its parts with .unbind()"
     if tensor.layout != torch.strided:
         return f"a tensor of layout {tensor.layout}; convert it with .to_dense()"
-    if tensor.is_quantized:
-        return "a quantized tensor; store .int_repr() with its scale and zero point"
     if tensor.is_meta:
         return "a tensor on the meta device, which has no values"
     if tensor.dtype not in _TORCH_TYPES:
+        if tensor.is_quantized:
+            return "a quantized tensor; store .int_repr() with its scale and zero point"
         return f"a tensor of dtype {tensor.dtype}"
     if tensor.numel() and not _has_memory(tensor):
         return "a tensor whose memory was freed, as of a sharded parameter, or that a transform made"

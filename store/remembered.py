@@ -1,0 +1,82 @@
+"""Digests remembered: bytes that are still what they were when they were last hashed need not be hashed again.
+
+Training saves the same tensors over and over, and those that are frozen do not change. XXH3 reads them several times
+as fast as BLAKE3 does; its 128 bits are no cryptographic digest, so they never leave this process: with a seed that
+nobody knows they only tell whether the bytes at one place in memory are those whose digest was computed there before.
+Every byte is read at every save.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import NamedTuple
+
+import xxhash
+
+from registry.store.digest import tensor_digest
+
+SMALLEST = 4 << 10
+"""Bytes below which hashing costs less than remembering."""
+
+_MOST = 1 << 17  # entries, some 300 bytes each
+
+Place = tuple[int, str, tuple[int, ...]]
+"""Where a tensor lies in memory, its dtype and its shape."""
+
+
+class _Entry(NamedTuple):
+    digest: str
+    fingerprint: bytes | None
+    """None for a tensor that had changed when it was last seen, and is expected to change again."""
+
+
+class Remembered:
+    """Digests of tensors by their places; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._entries: dict[Place, _Entry] = {}
+        self._seed = secrets.randbits(64)
+
+    def digest(
+        self,
+        address: int,
+        dtype: str,
+        shape: tuple[int, ...],
+        data: memoryview,
+        *,
+        threads: int | None = None,
+    ) -> str:
+        """As `tensor_digest`, of a tensor that may be the same as when it was last seen at its place.
+
+        Args:
+            address: where its values lie in memory.
+        """
+        if len(data) < SMALLEST:
+            return tensor_digest(dtype, shape, data, threads=threads)
+        place = (address, dtype, shape)
+        before = self._entries.get(place)
+        fingerprint = None
+        if before is None or before.fingerprint is not None:
+            # taken first: values that change while they are hashed are not taken for those that were
+            fingerprint = xxhash.xxh3_128_digest(data, seed=self._seed)
+            if before is not None and before.fingerprint == fingerprint:
+                return before.digest
+        digest = tensor_digest(dtype, shape, data, threads=threads)
+        if before is not None and before.digest == digest:
+            self._entries.pop(place, None)  # it changes no longer
+        else:
+            self._keep(place, _Entry(digest, None if before else fingerprint))
+        return digest
+
+    def forget(self) -> None:
+        """Hash everything anew."""
+        self._entries.clear()
+
+    def _keep(self, place: Place, entry: _Entry) -> None:
+        if len(self._entries) >= _MOST:
+            self._entries.clear()
+        self._entries[place] = entry
+
+
+remembered = Remembered()
+"""What this process remembers."""
