@@ -99,12 +99,13 @@ class Mapped:
 
     def tensor(self, wanted: Wanted) -> torch.Tensor:
         """The tensor; each call gives memory of its own, also when two names hold equal tensors."""
-        info, location = wanted.info, wanted.location
-        if info.size == 0:
-            return view(memoryview(b""), info, 0)
-        use = self._uses.get((location.pack, location.start), 0)
-        self._uses[location.pack, location.start] = use + 1
-        if use and info.size < _REMAP:
+        location = wanted.location
+        if wanted.size == 0:
+            return view(memoryview(b""), wanted.info, 0)
+        place = (location.pack, location.start)
+        use = self._uses.get(place, 0)
+        self._uses[place] = use + 1
+        if use and wanted.size < _REMAP:
             return self._view(wanted, 0).clone()
         return self._view(wanted, use)
 
@@ -154,6 +155,19 @@ def verify(packs: Path, items: Sequence[Wanted], mapped: Mapped) -> None:
     distinct = list({item.info.digest: item for item in items if item.size}.values())
     sizes = [item.size for item in distinct]
     in_parallel(distinct, lambda item: _check(packs, item, mapped.bytes(item)), sizes)
+
+
+@contextlib.contextmanager
+def verifying(packs: Path, items: Sequence[Wanted], mapped: Mapped) -> Iterator[None]:
+    """As `verify`, while the body runs; what is found is raised behind it."""
+    if sum(item.size for item in items) < _CHUNK:
+        yield
+        verify(packs, items, mapped)
+        return
+    with ThreadPoolExecutor(1, "registry-verify") as pool:
+        verification = pool.submit(verify, packs, items, mapped)
+        yield
+        verification.result()
 
 
 def _check(packs: Path, item: Wanted, data: memoryview, actual: str | None = None) -> None:

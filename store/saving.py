@@ -27,7 +27,7 @@ AHEAD = 48 << 20
 """Bytes that are hashed and not yet written, from which on hashing leaves a core to the writer."""
 
 RUN = 2 << 20
-"""Bytes of neighbouring tensors that a thread hashes at a time."""
+"""Bytes of small tensors that a thread hashes at a time."""
 
 COPIES_IN_FLIGHT = 32 << 20
 """Bytes of host copies (of device tensors and views that are not contiguous) that may wait for the writer."""
@@ -112,9 +112,9 @@ class _Hashed(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """Neighbours that a thread hashes at a time: their bytes, and how many of them must be copied for it."""
+    """Tensors that a thread hashes at a time: their bytes, and how many of them must be copied for it."""
 
-    slots: range
+    slots: Sequence[int]
     size: int
     copied: int
 
@@ -122,8 +122,7 @@ class _Run(NamedTuple):
 class _Hashing:
     """Threads that hash a state's tensors, and bound the copies that they have to make.
 
-    A thread claims a run of neighbours at a time, as handing over single small tensors costs more than hashing
-    them.
+    A thread claims a run of small tensors at a time, as handing over single ones costs more than hashing them.
     """
 
     def __init__(self, state: State) -> None:
@@ -144,7 +143,7 @@ class _Hashing:
         self._error: BaseException | None = None
 
     def batches(self) -> Generator[list[_Hashed]]:
-        """Hashed tensors in the order of the state, in batches worth a look-up and a write."""
+        """Hashed tensors, in batches worth a look-up and a write."""
         threads = [
             threading.Thread(target=self._work, args=(i,), name="registry-hash", daemon=True)
             for i in range(min(_THREADS, len(self._runs)))
@@ -243,13 +242,19 @@ class _Hashing:
 
 
 def _runs(leaves: Sequence[Leaf]) -> Iterator[_Run]:
-    """Neighbours of about the size of a run together; a larger tensor is alone."""
-    start = size = copied = 0
-    for slot, leaf in enumerate(leaves):
-        if slot > start and size + leaf.size > RUN:
-            yield _Run(range(start, slot), size, copied)
-            start, size, copied = slot, 0, 0
+    """The largest tensors first, each alone; small ones by the dozen.
+
+    Large ones keep the interpreter lock free for long, so that the writer is soon at work.
+    """
+    slots: list[int] = []
+    size = copied = 0
+    for slot in sorted(range(len(leaves)), key=lambda slot: -leaves[slot].size):
+        leaf = leaves[slot]
+        if slots and size + leaf.size > RUN:
+            yield _Run(slots, size, copied)
+            slots, size, copied = [], 0, 0
+        slots.append(slot)
         size += leaf.size
         copied += 0 if leaf.is_plain else leaf.size
-    if leaves:
-        yield _Run(range(start, len(leaves)), size, copied)
+    if slots:
+        yield _Run(slots, size, copied)

@@ -238,9 +238,11 @@ class Store:
             else:
                 mapped = loading.Mapped(self.packs)
                 mapped.decode(wanted)
-                tensors = {item.slot: mapped.tensor(item) for item in wanted}
-                if verify:
-                    loading.verify(self.packs, wanted, mapped)
+                checking = (
+                    loading.verifying(self.packs, wanted, mapped) if verify else contextlib.nullcontext()
+                )
+                with checking:
+                    tensors = {item.slot: mapped.tensor(item) for item in wanted}
             return {name: decode(document, tensors.__getitem__) for name, document in documents.items()}
 
     def load_into(
