@@ -11,7 +11,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from benchmarks.floors import hash_all, plain_write
+from benchmarks.floors import hash_all, plain_write, touch_free_memory
 from benchmarks.measure import Contender, Result, Scale, Section, ratio, take_turns
 from benchmarks.states import Tree, flat, new_registry, with_new_head, zeroed
 from registry import Registry
@@ -35,12 +35,18 @@ def _saving(name: str, state: Tree, folder: Path, rounds: int) -> list[Result]:
         safetensors.torch.save_file(tensors, folder / "peer.safetensors")
         _sync(folder / "peer.safetensors")
 
+    size = sum(tensor.nbytes for tensor in tensors.values())
+
+    def settle() -> None:
+        os.sync()
+        touch_free_memory(folder, size)
+
     def save(tree: Tree) -> Callable[[], object]:
         return lambda: Registry(root).save("model", tree)
 
     def fresh() -> None:
         new_registry(root)
-        os.sync()
+        settle()
 
     def with_first_save() -> None:
         new_registry(root).save("model", state)
@@ -49,7 +55,7 @@ def _saving(name: str, state: Tree, folder: Path, rounds: int) -> list[Result]:
     def without(name: str) -> Callable[[], None]:
         def prepare() -> None:
             _forget(folder / name)
-            os.sync()
+            settle()
 
         return prepare
 
