@@ -128,6 +128,10 @@ def _zstd(level: int) -> Callable[[bytes], bytes]:
     return lambda data: zstandard.ZstdCompressor(level=level).compress(data)
 
 
+def _ours(data: bytes) -> bytes:
+    return differences.compressor().compress(data)
+
+
 def _huffman(data: bytes) -> bytes:
     coder = zlib.compressobj(1, strategy=zlib.Z_HUFFMAN_ONLY)
     return coder.compress(data) + coder.flush()
@@ -163,7 +167,8 @@ CODINGS = (
     _coding("exclusive or, zstd 1", _xor, _whole, _zstd(1)),
     _coding("exclusive or, byte planes, zstd 1", _xor, _planes, _zstd(1)),
     _coding("difference, zstd 1", _difference, _whole, _zstd(1)),
-    _coding("difference, byte planes, zstd 1 (ours)", _difference, _planes, _zstd(1)),
+    _coding("difference, byte planes, zstd with few and long matches (ours)", _difference, _planes, _ours),
+    _coding("difference, byte planes, zstd 1", _difference, _planes, _zstd(1)),
     _coding("difference, byte planes, zstd 3", _difference, _planes, _zstd(3)),
     _coding("difference, byte planes, zstd 9", _difference, _planes, _zstd(9)),
     _coding("difference, byte planes, Huffman only", _difference, _planes, _huffman),

@@ -24,6 +24,18 @@ CHUNK = 1 << 17
 _HEAD = struct.Struct("<II")
 _SIGNED = {2: np.int16, 4: np.int32, 8: np.int64}
 _UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
+_PARAMETERS = zstandard.ZstdCompressionParameters(
+    strategy=zstandard.STRATEGY_FAST,
+    window_log=17,
+    hash_log=8,
+    chain_log=6,
+    search_log=1,
+    min_match=7,
+    target_length=0,
+)
+"""Few and long matches: what a plane holds is runs and uneven frequencies, and short matches by chance cost both time
+and bytes."""
+
 _WORTH_IT = 0.98  # of a plane's bytes, below which its compressed form is kept
 _local = threading.local()
 
@@ -132,14 +144,19 @@ def _planes(new: Any, old: Any, item_size: int) -> list[bytes]:
         if not largest >> (8 * plane):
             planes.append(b"")
             continue
-        part = (folded >> kind(8 * plane)).astype(np.uint8)
+        part = (folded >> kind(8 * plane) if plane else folded).astype(np.uint8)
         packed = _codecs()[0].compress(part)
         planes.append(packed if len(packed) < _WORTH_IT * len(part) else part.tobytes())
     return planes
 
 
+def compressor() -> zstandard.ZstdCompressor:
+    """What planes are compressed with; any zstd decompressor reads it."""
+    return zstandard.ZstdCompressor(compression_params=_PARAMETERS)
+
+
 def _codecs() -> tuple[zstandard.ZstdCompressor, zstandard.ZstdDecompressor]:
     """Those of this thread."""
     if not hasattr(_local, "codecs"):
-        _local.codecs = zstandard.ZstdCompressor(level=1), zstandard.ZstdDecompressor()
+        _local.codecs = compressor(), zstandard.ZstdDecompressor()
     return _local.codecs  # type: ignore[no-any-return]
