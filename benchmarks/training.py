@@ -22,6 +22,7 @@ from registry.models.training import TrainConfig, train
 
 def measure(folder: Path, scale: Scale) -> Section:
     """All of it, on a ResNet50 and a network of GPT-2 small's shape, both with Adam, and on the digits."""
+    warnings.simplefilter("ignore")  # dcp says, in threads of its own, that it is alone
     found = [_share(folder, 2 if scale.quick else 8)]
     networks = {"ResNet50 + Adam": _resnet50} | ({} if scale.quick else {"GPT-2 small + Adam": _gpt2_small})
     for name, build in networks.items():
@@ -82,9 +83,7 @@ def _stall(
 
         def theirs() -> None:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                pending.append(dcp.async_save(state, checkpoint_id=folder / "dcp", no_dist=True))
+            pending.append(dcp.async_save(state, checkpoint_id=folder / "dcp", no_dist=True))
 
         contenders: dict[str, Contender] = {
             "copy": (finish, copy),
