@@ -23,6 +23,7 @@ from typing import Any, Self
 import torch
 import torchvision
 
+from benchmarks.floors import touch_free_memory
 from benchmarks.measure import Result, Scale, Section, Table, middle_half, rotated, spoken
 from benchmarks.states import resnet50_with_adam, with_new_head
 
@@ -126,14 +127,16 @@ def measure(folder: Path, scale: Scale) -> Section:
 
 
 def _one_round(worker: Worker, folder: Path, files: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    def save() -> dict[str, Any]:
+        os.sync()
+        touch_free_memory(folder.parent, files["state"].stat().st_size)
+        return worker.ask("save")
+
     worker.ask("open", folder=str(folder))
     worker.ask("state", file=str(files["state"]))
-    answers = {"new": worker.ask("save")}
-    os.sync()
-    answers["unchanged"] = worker.ask("save")
+    answers = {"new": save(), "unchanged": save()}
     worker.ask("state", file=str(files["new head"]))
-    os.sync()
-    answers["new head"] = worker.ask("save")
+    answers["new head"] = save()
     os.sync()
     answers["load"] = worker.ask("load", update=False, check=True)
     answers["load, update"] = worker.ask("load", update=True, check=False)
