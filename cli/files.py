@@ -134,14 +134,17 @@ def _import_network(
     for tag in tags:
         check_name(tag, "tag")
     file = Path(weights_file) if weights_file else None
+    before = registry.status().stored
     checkpoint = import_torchvision(registry, files[0], model, weights=weights, file=file, seed=seed)
     for tag in tags:
         registry.set_tag(checkpoint.name, tag)
     version = registry.resolve(checkpoint.name)
+    written = registry.status().stored - before
     if as_json:
-        print_json({"imported": [{"file": files[0], **version_document(version)}]})
+        print_json({"imported": [{"file": files[0], "written": written, **version_document(version)}]})
     else:
-        say(f"{version.name}  {version.id[:12]}  {counted(version.tensors, 'tensor')}, {size(version.size)}")
+        about = f"{counted(version.tensors, 'tensor')}, {size(version.size)}, {size(written)} new"
+        say(f"{version.name}  {version.id[:12]}  {about}")
 
 
 def _fields(meta: Mapping[str, str]) -> dict[str, Any]:

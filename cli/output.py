@@ -177,6 +177,9 @@ def progress(label: str) -> Iterator[Callable[..., None]]:
     """A callback for long work; a bar appears on a terminal's error stream after a second.
 
     It takes what is done, what there is in all, and optionally what was saved so far, all of them in bytes.
+
+    Args:
+        label: plain text, which may hold a name from outside.
     """
     if not sys.stderr.isatty():
         yield lambda done, total, saved=0: None
@@ -186,12 +189,14 @@ def progress(label: str) -> Iterator[Callable[..., None]]:
         bar: list[Any] = []
 
         def report(done: int, total: int, saved: int = 0) -> None:
+            from rich.markup import escape
+
             if not bar and time.monotonic() - started < _PATIENCE:
                 return
+            description = escape(printable(label)) + (f", {size(saved)} saved" if saved else "")
             if not bar:
                 bar.append(stack.enter_context(_bar()))
-                bar.append(bar[0].add_task(label, total=total))
-            description = f"{label}, {size(saved)} saved" if saved else label
+                bar.append(bar[0].add_task(description, total=total))
             bar[0].update(bar[1], completed=done, total=total, description=description)
 
         yield report

@@ -153,6 +153,8 @@ run registry cache list
 say "12. Files in and out: hand the weights to somebody, take a checkpoint in. What is equal is not stored again."
 run registry export lenet5@best lenet5.pt
 run registry import lenet5.pt --name from-a-colleague
+run registry list
+run registry show from-a-colleague
 run registry status
 run registry verify
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from registry.catalog import parsed
 from registry.contents import Seen, mark
 from registry.journal import now
 from registry.store.errors import Conflict, Invalid, NotFound
@@ -179,7 +179,7 @@ class Artifacts:
             used = self._registry.store.manifest_path(id).stat().st_mtime
         except OSError:
             used = 0.0
-        return Artifact(key, id, created, used, size, tensors, users.get(id, ()), json.loads(record))
+        return Artifact(key, id, created, used, size, tensors, users.get(id, ()), parsed(record))
 
     def _users(self) -> dict[str, tuple[str, ...]]:
         found: dict[str, tuple[str, ...]] = {}

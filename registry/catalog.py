@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from registry import schema
 from registry.journal import Journal
-from registry.store.errors import Corrupt, Invalid, NotFound, StorageError, Unsupported
+from registry.store.errors import Corrupt, Invalid, NotFound, RegistryError, StorageError, Unsupported
 from registry.store.text import quoted
 
 if TYPE_CHECKING:
@@ -49,14 +49,18 @@ class Catalog:
 
     def create(self) -> None:
         """Create an empty catalog, unless there is one, or another process makes it at this moment."""
-        from registry.store import durable
-
-        with durable.storage_errors(self.path):
-            durable.append(self.path, b"")  # by the umask; SQLite would keep a group from writing
+        self._touch()
         connection = self._connect(create=True)
         with contextlib.closing(connection), self._errors(), _transaction(connection):
             if not connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():
                 schema.create(connection)
+
+    def _touch(self) -> None:
+        """Make an empty file unless there is one, by the umask; SQLite would keep a group from writing."""
+        from registry.store import durable
+
+        with durable.storage_errors(self.path):
+            durable.append(self.path, b"")
 
     def connection(self) -> sqlite3.Connection:
         """This thread's connection in this process."""
@@ -195,7 +199,8 @@ class Catalog:
     def rebuild(self, packs: Iterable[PackInfo], adopted: Sequence[Mapping[str, Any]]) -> None:
         """Make the tables anew and fill them from packs, journal and manifests, in one transaction.
 
-        What was in the file before does not matter, as long as SQLite can read it.
+        What was in the file before does not matter, as long as SQLite can read it. A file without tables, which is left
+        where this fails in place of a lost one, is no catalog. What cannot be applied is left out.
 
         Args:
             packs: every pack in the store.
@@ -204,6 +209,7 @@ class Catalog:
         from registry.change import Change
         from registry.store.durable import storage_errors
 
+        self._touch()
         connection = self._connect(create=True)
         with (
             contextlib.closing(connection),
@@ -217,14 +223,15 @@ class Catalog:
             change = Change(connection, self._store())
             for pack in packs:
                 change.add_pack(pack, replace=())
-            self._catch_up(change)
+            self._catch_up(change, leave_out=(NotFound, Corrupt))
             if adopted:
                 for record in adopted:
-                    change.apply(record)
+                    with contextlib.suppress(NotFound, Corrupt):
+                        change.apply(record)
                 self.journal.append(adopted)
                 self._set_applied(connection, self.journal.size())
 
-    def _catch_up(self, change: Change) -> None:
+    def _catch_up(self, change: Change, leave_out: tuple[type[RegistryError], ...] = (NotFound,)) -> None:
         applied = self._applied(change.connection)
         size = self.journal.size()
         if size == applied:
@@ -237,7 +244,9 @@ class Catalog:
             self.journal.drop_torn_end(applied)
             for line in self.journal.read(applied):
                 if line.record is not None:
-                    with contextlib.suppress(NotFound):  # its manifest is gone: rolled back, or removed later
+                    with contextlib.suppress(
+                        *leave_out
+                    ):  # its manifest is gone: rolled back, or removed later
                         change.apply(line.record)
         self._set_applied(change.connection, self.journal.size())
 
@@ -268,7 +277,7 @@ class Catalog:
         """Journal records that would bring back what the catalog holds."""
         rows = connection.execute
         for name, model, started, record in rows("SELECT name, model, started, record FROM runs"):
-            yield {"op": "run", "name": name, "model": model, "at": started, "record": json.loads(record)}
+            yield {"op": "run", "name": name, "model": model, "at": started, "record": parsed(record)}
         for id, model, version in rows("SELECT id, model, version FROM versions ORDER BY model, version"):
             yield {"op": "publish", "id": id, "model": model, "version": version}
         for name, version in rows("SELECT name, next_version FROM models"):
@@ -280,7 +289,7 @@ class Catalog:
         for id, written, text in rows("SELECT id, written, text FROM notes"):
             yield {"op": "note", "id": id, "at": written, "text": text}
         for key, id, created, record in rows("SELECT key, id, created, record FROM artifacts"):
-            yield {"op": "artifact", "key": key, "id": id, "at": created, "record": json.loads(record)}
+            yield {"op": "artifact", "key": key, "id": id, "at": created, "record": parsed(record)}
 
     # -- reading -----------------------------------------------------------------------------------------
 
@@ -295,6 +304,20 @@ class Catalog:
 
         with self._errors():
             return locate(self.connection(), digests)
+
+
+def parsed(record: str) -> Any:
+    """A record that a table holds as JSON.
+
+    Raises:
+        Corrupt: if it is damaged.
+    """
+    try:
+        return json.loads(record)
+    except ValueError as error:
+        raise Corrupt(
+            f"the catalog holds a damaged record ({error}); recreate it with: registry rebuild"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ def locate(connection: sqlite3.Connection, digests: Collection[str]) -> dict[str
     return found
 
 
-class Taken(RegistryError):
+class Taken(Stale):
     """Another version has the id already: equal values, saved at the same instant. Never reaches users."""
 
 
@@ -61,6 +61,7 @@ class Change:
 
         Raises:
             Unsupported: if a newer version wrote it.
+            Corrupt: if it, or the manifest that it names, lacks what it should have.
         """
         method = _OPERATIONS.get(record.get("op", ""))
         if method is None:
@@ -68,7 +69,12 @@ class Change:
                 f"the journal holds the operation {quoted(str(record.get('op')))}, which a newer version wrote; upgrade "
                 "with: pip install -U torch-registry"
             )
-        method(self, record)
+        try:
+            method(self, record)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise Corrupt(
+                f"a journal line or manifest is malformed ({error!r}): {quoted(json.dumps(record))}"
+            ) from None
         self.records.append(record)
 
     def publish(self, id: str, model: str) -> int:

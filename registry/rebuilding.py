@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from registry.catalog import BUSY_SECONDS
 from registry.catalog import NAME as CATALOG
 from registry.progress import Progress, silent
 from registry.store import durable
 from registry.store.durable import storage_errors
-from registry.store.errors import Corrupt, NotFound
+from registry.store.errors import Corrupt, NotFound, StorageError
 from registry.store.pack import PackInfo, read_pack_info
 
 if TYPE_CHECKING:
@@ -58,16 +59,16 @@ def rebuild(registry: Registry, *, adopt: bool = False, progress: Progress = sil
         set_aside = _set_aside_unreadable(catalog.path)
         if set_aside or not catalog.path.exists():
             catalog.close()
-            catalog.create()
         catalog.rebuild(packs, adopted)
     ((versions,),) = catalog.query("SELECT COUNT(*) FROM versions")
     ((models,),) = catalog.query("SELECT COUNT(DISTINCT model) FROM versions")
-    published = {line.record["id"] for line in lines if line.record and line.record.get("op") == "publish"}
-    removed = {line.record["id"] for line in lines if line.record and line.record.get("op") == "remove"}
+    published = {record.get("id", "") for record in (*records, *adopted) if record.get("op") == "publish"}
+    removed = {record.get("id", "") for record in records if record.get("op") == "remove"}
     present = {id for (id,) in catalog.query("SELECT id FROM versions")}
     for id in sorted(published - removed - present):
         damaged.append(f"checkpoint {id[:12]}: its manifest or tensors are missing")
-    return Rebuilt(models, versions, len(packs), len(adopted), tuple(damaged), set_aside)
+    taken_in = sum(record["id"] in present for record in adopted)
+    return Rebuilt(models, versions, len(packs), taken_in, tuple(damaged), set_aside)
 
 
 def _readable_packs(registry: Registry, damaged: list[str], progress: Progress) -> Iterable[PackInfo]:
@@ -108,14 +109,18 @@ def _set_aside_unreadable(path: Path) -> str | None:
     if not path.exists():
         return None
     try:
-        with contextlib.closing(sqlite3.connect(path)) as connection:
+        with contextlib.closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as connection:
             if connection.execute("PRAGMA integrity_check").fetchone()[0] == "ok":
                 return None
-    except sqlite3.DatabaseError:
-        pass
+    except sqlite3.DatabaseError as error:
+        if "locked" in str(error):
+            raise StorageError(
+                f"{path}: another process keeps the catalog locked; repeat when it has ended"
+            ) from error
     aside = path.with_name(f"{CATALOG}.damaged-{int(time.time())}")
     durable.disk.rename(path, aside)
     journal = path.with_name(f"{CATALOG}-journal")
     if journal.exists():
         durable.disk.rename(journal, aside.with_name(f"{aside.name}-journal"))
+    durable.disk.sync_folder(path.parent)
     return aside.name

@@ -377,12 +377,11 @@ class Registry:
                     change.use(stored.digest, stored.manifest, stored.packs, strict=strict)
                     result = publish(change, stored.digest)
                 return stored.digest, result
-            except Taken:
-                record["created"] = now()
-            except Stale:
-                for pack in stored.packs if stored else ():
+            except Stale as error:
+                stays = isinstance(error, Taken) and not again
+                for pack in stored.packs if stored and not stays else ():
                     self.discard_pack(pack.digest)
-                if not again:
+                if not (again or stays):
                     break
                 if "created" in record:
                     record["created"] = now()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from registry.catalog import parsed
 from registry.journal import now
 from registry.resolving import hint
 from registry.store.errors import Conflict, NotFound
@@ -113,7 +113,7 @@ class Runs:
         while name and name not in found:
             found.append(name)
             rows = self._catalog.query("SELECT record FROM runs WHERE name = ?", [name])
-            resumed = json.loads(rows[0][0]).get("resumed") if rows else None
+            resumed = parsed(rows[0][0]).get("resumed") if rows else None
             before = self._catalog.query("SELECT run FROM versions WHERE id = ?", [resumed])
             name = before[0][0] if before and before[0][0] else ""
         return found
@@ -133,4 +133,4 @@ class Runs:
 
 def _info(row: tuple[Any, ...]) -> RunInfo:
     name, model, started, record = row
-    return RunInfo(name, model, started, json.loads(record))
+    return RunInfo(name, model, started, parsed(record))

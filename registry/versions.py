@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from registry.catalog import parsed
 
 if TYPE_CHECKING:
     from registry.catalog import Catalog
@@ -60,7 +61,7 @@ def find_versions(
         + ("" if limit is None else f" LIMIT {limit:d}"),
         parameters,
     )
-    rows = [(*row[:9], json.loads(row[9])) for row in rows]
+    rows = [(*row[:9], parsed(row[9])) for row in rows]
     ids = [row[0] for row in rows]
     aliases = _attached(catalog, "SELECT id, name FROM aliases WHERE id IN ({}) ORDER BY name", ids)
     tags = _attached(catalog, "SELECT id, name FROM tags WHERE id IN ({}) ORDER BY name", ids)
@@ -134,7 +135,9 @@ def rank_versions(
         where += " AND v.loss IS NOT NULL"
         order = f"v.loss {direction}"
     else:
-        where += " AND v.id IN (SELECT id FROM metrics WHERE name = ? AND value IS NOT NULL)"
+        where += (
+            " AND EXISTS (SELECT 1 FROM metrics h WHERE h.id = v.id AND h.name = ? AND h.value IS NOT NULL)"
+        )
         parameters.append(metric)
         order = f"(SELECT value FROM metrics t WHERE t.id = v.id AND t.name = ?) {direction}"
     ((total,),) = catalog.query(f"SELECT COUNT(*) FROM versions v WHERE {where}", parameters)

@@ -199,7 +199,13 @@ def render(entries: Iterable[tuple[str, str, Iterable[int], int, int]], metadata
 
 
 def framed(text: bytes, size: int) -> bytes:
-    """The length, the JSON, and spaces up to `size` bytes in all."""
+    """The length, the JSON, and spaces up to `size` bytes in all.
+
+    Raises:
+        ValueError: if it does not fit.
+    """
+    if len(text) > size - 8:
+        raise ValueError(f"a header of {len(text)} bytes does not fit into {size - 8}")
     return (size - 8).to_bytes(8, "little") + text.ljust(size - 8, b" ")
 
 

@@ -97,6 +97,15 @@ class Mapped:
         except Corrupt as error:
             raise damaged(self._packs, item) from error
 
+    def open(self, items: Iterable[Wanted]) -> None:
+        """Map the packs of some tensors.
+
+        Raises:
+            Corrupt: if one is missing or has another size than the catalog says.
+        """
+        for location in {item.location.pack: item.location for item in items if item.size}.values():
+            self._map(location, 0)
+
     def tensor(self, wanted: Wanted) -> torch.Tensor:
         """The tensor; each call gives memory of its own, also when two names hold equal tensors."""
         location = wanted.location
@@ -145,8 +154,11 @@ def view(buffer: mmap.mmap | memoryview, info: TensorInfo, offset: int) -> torch
     return flat if len(shape) == 1 else flat.view(shape)
 
 
-def verify(packs: Path, items: Sequence[Wanted], mapped: Mapped) -> None:
+def verify(packs: Path, items: Sequence[Wanted], mapped: Mapped, stop: threading.Event | None = None) -> None:
     """Check the digests of mapped tensors, each stored tensor once.
+
+    Args:
+        stop: ends it early, with what was not checked unchecked.
 
     Raises:
         Corrupt: naming the tensor and the pack.
@@ -154,7 +166,7 @@ def verify(packs: Path, items: Sequence[Wanted], mapped: Mapped) -> None:
     mapped.decode(items)
     distinct = list({item.info.digest: item for item in items if item.size}.values())
     sizes = [item.size for item in distinct]
-    in_parallel(distinct, lambda item: _check(packs, item, mapped.bytes(item)), sizes)
+    in_parallel(distinct, lambda item: _check(packs, item, mapped.bytes(item)), sizes, stop)
 
 
 @contextlib.contextmanager
@@ -164,10 +176,15 @@ def verifying(packs: Path, items: Sequence[Wanted], mapped: Mapped) -> Iterator[
         yield
         verify(packs, items, mapped)
         return
+    stop = threading.Event()
     with ThreadPoolExecutor(1, "registry-verify") as pool:
-        verification = pool.submit(verify, packs, items, mapped)
-        yield
-        verification.result()
+        verification = pool.submit(verify, packs, items, mapped, stop)
+        try:
+            yield
+            verification.result()
+        except BaseException:  # Ctrl-C, say
+            stop.set()
+            raise
 
 
 def _check(packs: Path, item: Wanted, data: memoryview, actual: str | None = None) -> None:
@@ -186,20 +203,28 @@ def damaged(packs: Path, item: Wanted) -> Corrupt:
     return error
 
 
-def in_parallel(jobs: Sequence[Job], work: Callable[[Job], None], sizes: Sequence[int]) -> None:
-    """Run work over jobs on all cores, the largest first; the first error wins and stops the rest."""
+def in_parallel(
+    jobs: Sequence[Job],
+    work: Callable[[Job], None],
+    sizes: Sequence[int],
+    stop: threading.Event | None = None,
+) -> None:
+    """As `in_order`, the largest first."""
     places = sorted(range(len(jobs)), key=sizes.__getitem__, reverse=True)
-    in_order((jobs[i] for i in places), work, sum(sizes))
+    in_order((jobs[i] for i in places), work, sum(sizes), stop)
 
 
-def in_order(jobs: Iterator[Job], work: Callable[[Job], None], size: int) -> None:
+def in_order(
+    jobs: Iterator[Job], work: Callable[[Job], None], size: int, stop: threading.Event | None = None
+) -> None:
     """Run work over jobs on all cores, as they come; the first error wins and stops the rest.
 
     Args:
         size: bytes of all of them.
+        stop: ends it early, with jobs left undone.
     """
     lock = threading.Lock()
-    stop = threading.Event()
+    stop = stop or threading.Event()
     end = object()
 
     def worker() -> None:

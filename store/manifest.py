@@ -97,7 +97,7 @@ class Manifest:
         """Names, elements and bytes of tensors in each component; a tied tensor counts once."""
         found = {}
         for name, document in self.components.items():
-            nodes = list(_references(document))
+            nodes = [node for _, node in _tensors_of({name: document})]
             slots = {slot for node in nodes for slot in _slots(name, node)}
             infos = [self.tensors[slot] for slot in slots]
             found[name] = {
@@ -258,23 +258,6 @@ def _tensors_of(components: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, 
                 stack += reversed([(f"{path}/{key}", child) for key, child in _children(node)])
         elif isinstance(node, list):
             stack += reversed([(f"{path}/{i}", child) for i, child in enumerate(node)])
-
-
-def _references(document: Any) -> Iterator[dict[str, Any]]:
-    """The nodes of a component's document that refer to tensors."""
-    stack = [document]
-    while stack:
-        node = stack.pop()
-        if isinstance(node, dict):
-            tag = next(iter(node), "")
-            if not tag.startswith("$"):
-                stack += node.values()
-            elif _is_reference(node):
-                yield node
-            else:
-                stack += [child for _, child in _children(node)]
-        elif isinstance(node, list):
-            stack += node
 
 
 def _is_reference(node: Mapping[str, Any]) -> bool:

@@ -60,10 +60,10 @@ class PackInfo:
 
     @functools.cached_property
     def places(self) -> Mapping[str, Location]:
-        """Where each tensor lies, by digest."""
+        """Where each tensor lies, by digest; of one that is there twice, where it needs no other tensor."""
         return {
             tensor.digest: Location(self.digest, tensor.start, self.size, tensor.base, tensor.coded)
-            for tensor in self.tensors
+            for tensor in sorted(self.tensors, key=lambda tensor: tensor.base is None)
         }
 
 

@@ -49,33 +49,35 @@ class Remembered:
         """As `tensor_digest`, of a tensor that may be the same as when it was last seen at its place.
 
         Args:
-            address: where its values lie in memory.
+            address: where its values lie in memory; 0 if that tells nothing.
         """
-        if len(data) < SMALLEST:
+        if not address or len(data) < SMALLEST:
             return tensor_digest(dtype, shape, data, threads=threads)
         place = (address, dtype, shape)
         before = self._entries.get(place)
         fingerprint = None
         if before is None or before.fingerprint is not None:
-            # taken first: values that change while they are hashed are not taken for those that were
-            fingerprint = xxhash.xxh3_128_digest(data, seed=self._seed)
+            fingerprint = self._fingerprint(data)
             if before is not None and before.fingerprint == fingerprint:
                 return before.digest
         digest = tensor_digest(dtype, shape, data, threads=threads)
-        if before is not None and before.digest == digest:
-            self._entries.pop(place, None)  # it changes no longer
-        else:
-            self._keep(place, _Entry(digest, None if before else fingerprint))
+        if before is not None:
+            if before.digest == digest:
+                self._entries.pop(place, None)  # it changes no longer
+            else:
+                self._entries[place] = _Entry(digest, None)
+        elif self._fingerprint(data) == fingerprint:  # else another thread changed it while it was hashed
+            if len(self._entries) >= _MOST:
+                self._entries.clear()
+            self._entries[place] = _Entry(digest, fingerprint)
         return digest
 
     def forget(self) -> None:
         """Hash everything anew."""
         self._entries.clear()
 
-    def _keep(self, place: Place, entry: _Entry) -> None:
-        if len(self._entries) >= _MOST:
-            self._entries.clear()
-        self._entries[place] = entry
+    def _fingerprint(self, data: memoryview) -> bytes:
+        return xxhash.xxh3_128_digest(data, seed=self._seed)
 
 
 remembered = Remembered()

@@ -32,6 +32,9 @@ RUN = 2 << 20
 COPIES_IN_FLIGHT = 32 << 20
 """Bytes of host copies (of device tensors and views that are not contiguous) that may wait for the writer."""
 
+MANY = 1 << 16
+"""Tensors from which on all are hashed before the first is written: room in the header is kept for each that may be new."""
+
 _ALL_CORES = 32 << 20  # a tensor this large is hashed by all cores at once, not to end alone
 _THREADS = min(os.cpu_count() or 1, 4)
 
@@ -67,6 +70,13 @@ def write_new(
     Returns:
         The published pack, or None if every tensor was known. Fills in `state.digests`.
     """
+    if len(state.leaves) > MANY:
+        _hash(state)
+    possible = set(range(len(state.leaves)))  # that may be new, and are not in a batch yet
+    digests = {digest for digest in state.digests if digest}
+    if None not in state.digests and digests:
+        stored = known(digests)
+        possible = {slot for slot, digest in enumerate(state.digests) if digest not in stored}
     writer: PackWriter | None = None
     total = sum(leaf.size for leaf in state.leaves)
     done = 0
@@ -84,12 +94,10 @@ def write_new(
                         seen.add(item.digest)
                         new.append(item)
                 hashing.release(rest, writing=bool(new))
+                possible.difference_update(item.slot for item in batch)
                 for item in new:
                     if writer is None:
-                        unhashed = (
-                            leaf for leaf, d in zip(state.leaves, state.digests, strict=True) if d is None
-                        )
-                        candidates = [*(one.leaf for one in new), *unhashed]
+                        candidates = [*(one.leaf for one in new), *(state.leaves[slot] for slot in possible)]
                         writer = PackWriter(tmp, [(leaf.dtype, leaf.shape) for leaf in candidates])
                     data = item.leaf.buffer() if item.data is None else item.data
                     writer.add(item.digest, item.leaf.dtype, item.leaf.shape, data)
@@ -101,6 +109,14 @@ def write_new(
         if writer:
             writer.discard()
         raise
+
+
+def _hash(state: State) -> None:
+    """Find all digests of a state, and write nothing."""
+    hashing = _Hashing(state)
+    with contextlib.closing(hashing.batches()) as batches:
+        for batch in batches:
+            hashing.release(batch, writing=False)
 
 
 class _Hashed(NamedTuple):

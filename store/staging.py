@@ -45,8 +45,8 @@ class Arena:
             self._layout = layout
         with torch.no_grad():
             torch._foreach_copy_(self._parts, tensors, non_blocking=on_cuda)
-        if on_cuda:
-            torch.cuda.synchronize()
+        for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+            torch.cuda.synchronize(device)
         return self._parts
 
     def _lay_out(self, tensors: list[torch.Tensor], *, pinned: bool) -> None:

@@ -111,6 +111,7 @@ class Store:
 
         Raises:
             Unsupported: if a value cannot be represented; nothing is written.
+            Corrupt: if shards that `add` stored do not make up whole tensors; no manifest is written.
             StorageError: if the system refuses; at most an orphan file is left, which `gc` removes.
         """
         from registry.store.saving import State
@@ -122,8 +123,10 @@ class Store:
             state = components if isinstance(components, State) else self.encode(components)
             pack = self.add(state, progress=progress)
             written = Written(state.components, state.tensors(), [pack] if pack else [])
+        manifest = Manifest(dict(record or {}), written.components, written.tensors)
+        if written is components:
+            _ = manifest.listed  # the shards that several processes wrote must make up whole tensors
         with storage_errors(self.root):
-            manifest = Manifest(dict(record or {}), written.components, written.tensors)
             return Stored(self.write_manifest(manifest), manifest, written.packs)
 
     def add(
@@ -297,6 +300,7 @@ class Store:
             wanted = self._wanted(manifest, chosen)
             mapped = loading.Mapped(self.packs)
             mapped.decode(wanted)
+            mapped.open(wanted)
             if verify:
                 loading.verify(self.packs, wanted, mapped)
             direct = []

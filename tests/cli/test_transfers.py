@@ -206,7 +206,7 @@ def test_advice_is_a_command_that_works(run: Run, root: Path) -> None:
 
 def test_networks_of_torchvision_come_in(run: Run, root: Path) -> None:
     done = run("import", "torchvision:resnet18", "--random", 3, "--name", "resnet")
-    assert re.match(r"resnet:v1  [0-9a-f]{12}  122 tensors, 46\.7 MB\n", done.out)
+    assert re.match(r"resnet:v1  [0-9a-f]{12}  122 tensors, 46\.7 MB, 46\.\d MB new\n", done.out)
     torch.manual_seed(3)
     network = torchvision.models.resnet18()
     torch.save(network.state_dict(), "resnet18.pth")

@@ -15,8 +15,9 @@ import pytest
 import torch
 from support import check_whole, copy, dump, files, is_state, save
 
-from registry import Registry
-from registry.store.errors import Corrupt, NotFound, RegistryError, Unsupported
+from registry import Registry, rebuilding
+from registry.change import Change
+from registry.store.errors import Corrupt, NotFound, RegistryError, StorageError, Unsupported
 
 SAVED = {"net:v1": 1, "net:v2": 2}
 
@@ -345,6 +346,83 @@ def test_catalog_and_journal_both_lost_still_give_every_checkpoint(root: Path) -
     assert registry.rebuild().adopted == 2
     registry.catalog.close()
     check_whole(root, SAVED)
+
+
+def test_where_catalog_journal_and_a_pack_are_lost_the_rest_comes_back(root: Path) -> None:
+    registry = Registry(root)
+    pack_of(registry, "model/own", "net:v2")[0].unlink()
+    registry.catalog.close()
+    (root / "manifests" / "journal.jsonl").unlink()
+    (root / "catalog.sqlite").unlink()
+    found = registry.rebuild()
+    assert (found.versions, found.adopted, len(found.damaged)) == (1, 1, 1)
+    assert "its manifest or tensors are missing" in found.damaged[0]
+    registry.catalog.close()
+    check_whole(root, {"net:v1": 1})
+
+
+def test_a_rebuild_that_fails_leaves_no_empty_catalog(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which gc would take for one in which nothing is needed any more."""
+    (root / "catalog.sqlite").unlink()
+    registry = Registry(root)
+    with monkeypatch.context() as patched:
+        patched.setattr(Change, "add_pack", lambda *_, **__: exec("raise MemoryError"))
+        with pytest.raises(MemoryError):
+            registry.rebuild()
+    before = files(root / "packs"), files(root / "manifests")
+    with pytest.raises(Corrupt, match="registry rebuild"):
+        Registry(root).collect_garbage(grace=0)
+    assert (files(root / "packs"), files(root / "manifests")) == before
+    registry.rebuild()
+    registry.catalog.close()
+    check_whole(root, SAVED)
+
+
+def test_a_catalog_that_another_process_holds_is_not_taken_for_a_damaged_one(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rebuilding, "BUSY_SECONDS", 0.1)
+    with contextlib.closing(sqlite3.connect(root / "catalog.sqlite", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(StorageError, match="locked"):
+            Registry(root).rebuild()
+        other.execute("ROLLBACK")
+    assert not list(root.glob("*damaged*"))
+    check_whole(root, SAVED)
+
+
+@pytest.mark.parametrize("line", [{"op": "publish"}, {"op": "alias", "model": "net"}, {"op": "tag", "id": 3}])
+def test_a_malformed_journal_line_is_named_and_left_out_by_a_rebuild(
+    root: Path, line: dict[str, object]
+) -> None:
+    registry = Registry(root)
+    registry.catalog.close()
+    registry.catalog.journal.append([line])
+    with pytest.raises(RegistryError, match=r"malformed|no checkpoint"):
+        registry.catalog.catch_up()
+    registry.catalog.close()
+    registry.rebuild()
+    registry.catalog.close()
+    check_whole(root, SAVED)
+
+
+@pytest.mark.parametrize("table", ["versions", "runs"])
+def test_a_damaged_record_in_the_catalog_is_named(root: Path, table: str) -> None:
+    registry = Registry(root)
+    with registry.run("net") as run:
+        run.save(model=torch.nn.Linear(1, 1))
+    registry.catalog.connection().execute(f"UPDATE {table} SET record = '[' || record")
+    with pytest.raises(Corrupt, match="registry rebuild"):
+        registry["net"] if table == "versions" else registry.runs.find()
+
+
+def test_loading_into_a_live_model_changes_nothing_when_a_pack_is_gone(root: Path) -> None:
+    registry = Registry(root)
+    pack_of(registry, "model/own", "net:v2")[0].unlink()
+    live = {"shared": torch.zeros(4_000)[::2], "own": torch.zeros(50, 30)}  # a view with gaps is filled first
+    with pytest.raises(Corrupt, match="missing"):
+        registry["net:v2"].load_into(model=live, verify=False)
+    assert not live["shared"].any()
 
 
 def test_what_an_older_journal_does_not_know_is_adopted_on_request(root: Path) -> None:

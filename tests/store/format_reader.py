@@ -34,7 +34,7 @@ def read(root, id):
         code, data = where[digest]
         line = f"{kind} [{','.join(map(str, shape))}]\n".encode()
         assert blake3(line + data.tobytes()).hexdigest() == digest
-        raw = {"complex128": "<c16", "complex32": "<u4"}.get(kind, KINDS.get(code, "u1"))
+        raw = {"complex128": "<c16", "complex32": "<u4", "bcomplex32": "<u4"}.get(kind, KINDS.get(code, "u1"))
         return np.frombuffer(data.tobytes(), dtype=raw).reshape(shape)
 
     def value(node):

@@ -75,12 +75,13 @@ def test_the_reader_finds_a_real_training_state(tmp_path: Path, reader: ModuleTy
 
 
 def test_the_reader_understands_every_tag_and_type(tmp_path: Path, reader: ModuleType) -> None:
-    tied = torch.randn(3)
+    tied, brain = torch.randn(3), torch.ones(4, dtype=torch.bfloat16)
     extra = {
         "tied": [tied, tied],
         "types": [torch.ones(2, 3).to(kind) for kind in (torch.bfloat16, torch.float16, torch.complex128)],
         "eight": torch.ones(4).to(torch.float8_e4m3fn),
         "half complex": torch.ones(3, dtype=torch.complex32),
+        **({"brain complex": brain.view(torch.bcomplex32)} if hasattr(torch, "bcomplex32") else {}),
         "empty": torch.empty(0, 7),
         "single": torch.tensor(True),
         "array": np.arange(6, dtype=np.int16).reshape(2, 3),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from registry.store import saving
+from registry.store import durable, header, saving
 from registry.store.errors import Unsupported
 from registry.store.store import Store
 
@@ -144,6 +145,51 @@ def test_more_tensors_than_a_pack_has_room_for_are_refused_before_a_byte_is_writ
     digest = store.put({"model": list(parts)}).digest  # nothing of it is new
     assert all(half.pack is not None for half in halves)
     assert Store(tmp_path).get(digest)["model"][-1] == parts[-1]
+
+
+def test_many_tensors_that_are_stored_already_take_no_room_in_the_header(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(header, "MAX_HEADER", 64 << 10)
+    monkeypatch.setattr(saving, "MANY", 100)
+    store = Store(tmp_path)
+    halves = [list(torch.arange(start, start + 150).split(1)) for start in (0, 150)]
+    for half in halves:
+        store.put({"model": {str(i): part for i, part in enumerate(half)}})
+    everything = {str(i): part for i, part in enumerate(halves[0] + halves[1])}
+    with pytest.raises(Unsupported, match="stack small tensors"):
+        store.put({"model": {name: part + 1_000 for name, part in everything.items()}})
+    stored = store.put({"model": everything | {"large": torch.ones(2_000_000)}})
+    assert stored.pack is not None
+    assert len(stored.pack.tensors) == 1
+    assert len(store.get(stored.digest)["model"]) == 301
+
+
+class FailingOnce(durable.Disk):
+    """Reports an I/O error at the first sync of a large file: a pack is then written again from memory."""
+
+    failed = False
+
+    def sync(self, fd: int, path: Path) -> None:
+        if not self.failed and os.fstat(fd).st_size > 1 << 20:
+            self.failed = True
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        super().sync(fd, path)
+
+
+def test_a_pack_that_is_written_a_second_time_has_room_for_all_of_its_header(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Digests are known by then; the tensors are still new."""
+    disk = FailingOnce()
+    monkeypatch.setattr(durable, "disk", disk)
+    monkeypatch.setattr(saving, "COPIES_IN_FLIGHT", 1 << 20)  # several batches, also when nothing is hashed
+    tree = {f"w{i}": torch.randn(100, 128).T for i in range(200)}  # not contiguous: copied to be read
+    store = Store(tmp_path)
+    stored = store.put({"model": tree})
+    assert disk.failed
+    loaded = Store(tmp_path).get(stored.digest)["model"]
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tree.items())
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o002, 0o027, 0o077])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torchvision
 
+from registry.store import loading
 from registry.store.errors import Corrupt, Incompatible, Invalid, NotFound
-from registry.store.store import Store
+from registry.store.store import Store, Written
 
 TREE = {
     "model": {
@@ -173,3 +176,53 @@ def test_a_wrong_byte_is_handed_out_only_on_request(store: Store) -> None:
         with pytest.raises(Corrupt):
             store.get(stored.digest, copy=copy)
         assert store.get(stored.digest, copy=copy, verify=False)["w"].any()
+
+
+@pytest.mark.parametrize(
+    ("parts", "offsets"),
+    [
+        ([torch.ones(2, 3), torch.ones(2, 3, dtype=torch.float64)], [[0, 0], [2, 0]]),
+        ([torch.ones(2, 3), torch.zeros(2, 3)], [[0, 0], [1, 0]]),
+        ([torch.ones(2, 3)], [[0, 0]]),
+    ],
+    ids=["two types", "an overlap", "a hole"],
+)
+def test_shards_that_make_up_no_tensor_are_refused_when_they_are_saved(
+    store: Store, parts: list[torch.Tensor], offsets: list[list[int]]
+) -> None:
+    state = store.encode({"x": parts})
+    pack = store.add(state)
+    assert pack is not None
+    shards = [[offset, slot] for slot, offset in enumerate(offsets)]
+    trees = {"model": {"w": {"$shards": shards, "shape": [4, 3]}}}
+    with pytest.raises(Corrupt, match="do not make up a tensor"):
+        store.put(Written(trees, state.tensors(), [pack]))
+    assert list(store) == []
+
+
+def test_a_load_that_is_interrupted_stops_verifying(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = store.put({"model": {str(i): torch.full((50_000,), float(i)) for i in range(100)}}).digest
+    begun, ended = threading.Event(), threading.Event()
+    checked = []
+
+    class Pool(loading.ThreadPoolExecutor):
+        def shutdown(self, *given: Any, **named: Any) -> None:
+            if self._thread_name_prefix == "registry-verify":
+                ended.set()
+            super().shutdown(*given, **named)
+
+    def check(*given: Any) -> None:
+        begun.set()
+        ended.wait()
+        checked.append(given)
+
+    def interrupt(*_: Any) -> None:
+        begun.wait()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loading, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(loading, "_check", check)
+    monkeypatch.setattr(loading.Mapped, "tensor", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        store.get(digest)
+    assert len(checked) < 50
