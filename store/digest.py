@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from blake3 import blake3
 
+ALL_CORES: int = blake3.AUTO
 _PARALLEL = 1 << 20  # below this, starting threads costs more than they save
 _HEX = re.compile(r"[0-9a-f]{64}\Z")
 
@@ -15,7 +16,7 @@ Buffer = bytes | bytearray | memoryview
 
 def digest(data: Buffer) -> str:
     """Digest of plain bytes."""
-    threads = blake3.AUTO if len(data) > _PARALLEL else 1
+    threads = ALL_CORES if len(data) > _PARALLEL else 1
     return blake3(data, max_threads=threads).hexdigest()
 
 
@@ -35,8 +36,13 @@ def tensor_digest(dtype: str, shape: Sequence[int], data: Buffer, *, threads: in
         threads: threads to hash with; all cores for large tensors unless given.
     """
     if threads is None:
-        threads = blake3.AUTO if len(data) > _PARALLEL else 1
-    return blake3(preamble(dtype, shape), max_threads=threads).update(data).hexdigest()
+        threads = ALL_CORES if len(data) > _PARALLEL else 1
+    return tensor_hasher(dtype, shape, threads).update(data).hexdigest()
+
+
+def tensor_hasher(dtype: str, shape: Sequence[int], threads: int) -> blake3:
+    """What gives a tensor's digest once its bytes are fed to it."""
+    return blake3(preamble(dtype, shape), max_threads=threads)
 
 
 def is_digest(text: object) -> bool:

@@ -13,11 +13,13 @@ from typing import NamedTuple
 
 import xxhash
 
-from registry.store.digest import tensor_digest
+from registry.store.digest import tensor_digest, tensor_hasher
 
 SMALLEST = 4 << 10
 """Bytes below which hashing costs less than remembering."""
 
+_PART = 1 << 20
+_LARGE_PART = 8 << 20  # which several cores share
 _MOST = 1 << 17  # entries, some 300 bytes each
 
 Place = tuple[int, str, tuple[int, ...]]
@@ -44,7 +46,7 @@ class Remembered:
         shape: tuple[int, ...],
         data: memoryview,
         *,
-        threads: int | None = None,
+        threads: int = 1,
     ) -> str:
         """As `tensor_digest`, of a tensor that may be the same as when it was last seen at its place.
 
@@ -55,18 +57,34 @@ class Remembered:
             return tensor_digest(dtype, shape, data, threads=threads)
         place = (address, dtype, shape)
         before = self._entries.get(place)
-        fingerprint = None
-        if before is None or before.fingerprint is not None:
-            fingerprint = self._fingerprint(data)
-            if before is not None and before.fingerprint == fingerprint:
-                return before.digest
+        if before is None:
+            return self._first(place, data, threads)
+        if before.fingerprint and before.fingerprint == self._fingerprint(data):
+            return before.digest
         digest = tensor_digest(dtype, shape, data, threads=threads)
-        if before is not None:
-            if before.digest == digest:
-                self._entries.pop(place, None)  # it changes no longer
-            else:
-                self._entries[place] = _Entry(digest, None)
-        elif self._fingerprint(data) == fingerprint:  # else another thread changed it while it was hashed
+        if before.digest == digest:
+            self._entries.pop(place, None)  # it changes no longer
+        else:
+            self._entries[place] = _Entry(digest, None)
+        return digest
+
+    def _first(self, place: Place, data: memoryview, threads: int) -> str:
+        """The digest of a tensor that is expected to stay, and is remembered.
+
+        It is read part by part, while each is in the processor's cache. What another thread changes meanwhile is not
+        remembered: the fingerprint is taken on both sides of the digest.
+        """
+        _, dtype, shape = place
+        hasher = tensor_hasher(dtype, shape, threads)
+        before, behind = (xxhash.xxh3_128(seed=self._seed) for _ in range(2))
+        size = _PART if threads == 1 else _LARGE_PART
+        for start in range(0, len(data), size):
+            part = data[start : start + size]
+            before.update(part)
+            hasher.update(part)
+            behind.update(part)
+        digest, fingerprint = hasher.hexdigest(), before.digest()
+        if behind.digest() == fingerprint:
             if len(self._entries) >= _MOST:
                 self._entries.clear()
             self._entries[place] = _Entry(digest, fingerprint)

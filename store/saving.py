@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from registry.store.digest import ALL_CORES
 from registry.store.manifest import TensorInfo
 from registry.store.pack import PackInfo, PackWriter
 from registry.store.remembered import remembered
@@ -35,7 +36,7 @@ COPIES_IN_FLIGHT = 32 << 20
 MANY = 1 << 16
 """Tensors from which on all are hashed before the first is written: room in the header is kept for each that may be new."""
 
-_ALL_CORES = 32 << 20  # a tensor this large is hashed by all cores at once, not to end alone
+_LARGE = 32 << 20  # a tensor this large is hashed by all cores at once, not to end alone
 _THREADS = min(os.cpu_count() or 1, 4)
 
 
@@ -230,7 +231,7 @@ class _Hashing:
         data = leaf.buffer()
         digest = self._state.digests[slot]
         if digest is None:
-            threads = None if leaf.size >= _ALL_CORES else 1
+            threads = ALL_CORES if leaf.size >= _LARGE else 1
             digest = remembered.digest(leaf.address, leaf.dtype, leaf.shape, data, threads=threads)
         return _Hashed(slot, digest, leaf, None if leaf.is_plain else data)
 
