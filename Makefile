@@ -13,7 +13,7 @@ help:
 	@echo "make check        format, lint, types, links"
 	@echo "make demo         train, kill, resume, look at it in TensorBoard, and use the best"
 	@echo "make bench        measure against what people use now, in three minutes; docs/benchmarks.md explains"
-	@echo "make bench-full   all of it, in three quarters of an hour; writes docs/benchmarks.md"
+	@echo "make bench-full   all of it, in half an hour; writes docs/benchmarks.md"
 	@echo "make docs         write docs/cli.md from the commands' own help"
 	@echo "make constraints  pin the versions that are installed now"
 	@echo "make clean        remove .venv and build files"

@@ -1,4 +1,4 @@
-"""What no checkpoint tool can beat: writing the bytes as they are, hashing them, copying them."""
+"""What the rest is measured against: writing the bytes as they are, hashing all of them, copying them."""
 
 from __future__ import annotations
 

@@ -87,8 +87,9 @@ def _page(sections: Mapping[str, Section], titles: Mapping[str, str], command: s
         f"Written by `{command}`; the same figures as JSON are in [benchmarks.json](benchmarks.json). Contenders take "
         "turns in one run after a round to warm up, and each round another one begins. A ratio is the median of the ratios of each round, our time over "
         "the other's, so that 0.5 is half the time; beside it stands where the middle half of the rounds lies. Every "
-        "save ends with its bytes on the disk (fsync), and free memory is touched before it. Machines are shared and noisy: compare within a table, not "
-        "between machines.",
+        "save ends with its bytes on the disk (fsync). A virtual machine's host takes back memory that lies free, and gives "
+        "it again slowly: what is compared with `torch.save` and `torch.load` has its memory touched before its turn. "
+        "Machines are shared and noisy: compare within a table, not between machines.",
         _markdown(Table("", ["", ""], [[name, value] for name, value in about.items()])),
         f"{sum(result.holds for result in goals)} of {len(goals)} goals hold.",
     ]

@@ -102,20 +102,25 @@ def _loading(name: str, state: Tree, folder: Path, rounds: int) -> list[Result]:
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
 
-    def nothing() -> None:
-        pass
+    def twice(load: Callable[[], object]) -> Contender:
+        """A load that is timed the second time in a row: what memory it needs was touched the first time."""
 
-    contenders: dict[str, Contender] = {
-        "torch.load": (nothing, torch_load),
-        "mapped": (nothing, lambda: checkpoint.load(verify=False)),
-        "verified": (nothing, lambda: checkpoint.load()),
-        "torch.load + update": (nothing, torch_load_update),
-        "owned + update": (nothing, lambda: _update(checkpoint.load(copy=True, verify=False))),
-        "hashing alone": (nothing, lambda: hash_all(sources)),
-        "memcpy": (nothing, copy),
-        "into a live model": (nothing, lambda: checkpoint.load_into(verify=False, **live)),
+        def prepare() -> None:
+            load()
+
+        return prepare, load
+
+    loads: dict[str, Callable[[], object]] = {
+        "torch.load": torch_load,
+        "mapped": lambda: checkpoint.load(verify=False),
+        "verified": lambda: checkpoint.load(),
+        "torch.load + update": torch_load_update,
+        "owned + update": lambda: _update(checkpoint.load(copy=True, verify=False)),
+        "hashing alone": lambda: hash_all(sources),
+        "memcpy": copy,
+        "into a live model": lambda: checkpoint.load_into(verify=False, **live),
     }
-    t = take_turns(contenders, rounds)
+    t = take_turns({name: twice(load) for name, load in loads.items()}, rounds)
     _forget(root)
     _forget(folder / "peer.pt")
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -107,6 +108,7 @@ class _Sweep:
         unused = self._catalog.query(
             f"SELECT digest, size, condemned FROM packs WHERE {UNUSED} ORDER BY number"
         )
+        told = set()
         for digest, size, condemned in unused:
             since = self._now if condemned is None else condemned
             if not self._is_due(since, size):
@@ -114,13 +116,17 @@ class _Sweep:
             if not self._dry_run and not self._forget(digest):
                 continue
             self._count("packs", self._store.pack_path(digest), size)
+            told.add(digest)
         if self._dry_run:
             return
         for (digest,) in self._catalog.query("SELECT digest FROM doomed"):
+            path = self._store.pack_path(digest)
             with self._catalog.change() as change:
                 row = change.connection.execute("SELECT 1 FROM packs WHERE digest = ?", (digest,)).fetchone()
-                if not row:
-                    durable.unlink(self._store.pack_path(digest))
+                if not row and os.path.lexists(path):
+                    if digest not in told:  # damaged and replaced, or left by a gc that was killed
+                        self._count("packs", path, path.lstat().st_size)
+                    durable.unlink(path)
                 change.connection.execute("DELETE FROM doomed WHERE digest = ?", (digest,))
 
     def _forget(self, digest: str) -> bool:

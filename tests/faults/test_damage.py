@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import check_whole, copy, dump, files, is_state, save
+from support import check_whole, copy, dump, files, is_state, save, state
 
 from registry import Registry, rebuilding
 from registry.change import Change
@@ -156,6 +156,24 @@ def test_a_damaged_pack_is_found_and_healed_by_saving_again(root: Path, name: st
     for stray in root.glob("packs/*/*.x"):
         stray.unlink()
     check_whole(root, {**SAVED, "net:v3": 2})
+
+
+def test_gc_tells_of_a_damaged_pack_that_another_has_replaced(root: Path) -> None:
+    registry = Registry(root)
+    pack, start, _ = pack_of(registry, "model/own", "net:v2")
+    change_byte(pack, start)
+    with pytest.raises(Corrupt):
+        registry["net:v2"].load()
+    tree = state(2)
+    tree["model"]["more"] = torch.ones(3)
+    registry.save("net", tree)
+    told: list[tuple[Path, int]] = []
+    size = pack.stat().st_size
+    found = registry.collect_garbage(grace=0, tell=lambda path, size: told.append((path, size)))
+    assert told == [(pack, size)]
+    assert (found.packs, found.bytes) == (1, size)
+    assert not pack.exists()
+    assert is_state(registry["net:v2"].load(), 2)
 
 
 def test_a_missing_manifest_is_named(root: Path) -> None:
