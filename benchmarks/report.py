@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -64,6 +64,20 @@ def document(sections: Mapping[str, Section], command: str) -> dict[str, Any]:
             for name, section in sections.items()
         },
     }
+
+
+def section(document: Mapping[str, Any]) -> Section:
+    """A section of what `document` gave."""
+    return Section(
+        [Result(**_fields(Result, one)) for one in document["results"]],
+        [Curve(**_fields(Curve, one)) for one in document["curves"]],
+        [Table(**_fields(Table, one)) for one in document["tables"]],
+        document["notes"],
+    )
+
+
+def _fields(kind: type[Any], document: Mapping[str, Any]) -> dict[str, Any]:
+    return {field.name: document[field.name] for field in fields(kind)}
 
 
 def write(folder: Path, sections: Mapping[str, Section], titles: Mapping[str, str], command: str) -> Path:
