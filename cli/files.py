@@ -183,7 +183,8 @@ def export(
     from registry.exporting import export as write
 
     checkpoint = registry[reference]
-    path = write(checkpoint, Path(file), component=component, force=force)
+    with progress(f"exporting {checkpoint.name}") as report:
+        path = write(checkpoint, Path(file), component=component, force=force, progress=report)
     count = path.stat().st_size
     if as_json:
         print_json({"name": checkpoint.name, "file": str(path), "size": count})

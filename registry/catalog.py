@@ -114,6 +114,8 @@ class Catalog:
             connection.execute("PRAGMA foreign_keys = ON")
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA trusted_schema = OFF")
+            if mode != "ro":  # another program may have left the file with a write-ahead log
+                connection.execute("PRAGMA journal_mode = DELETE")
         return connection
 
     def _schema(self, connection: sqlite3.Connection) -> int | None:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from registry.progress import Progress, silent
 from registry.store import header
 from registry.store.dtypes import ELEMENT_TYPES
 from registry.store.durable import Buffer, NewFile, storage_errors
@@ -37,6 +38,7 @@ def export(
     component: str | None = None,
     force: bool = False,
     verify: bool = True,
+    progress: Progress = silent,
 ) -> Path:
     """Write a checkpoint to a file, whole or not at all.
 
@@ -50,6 +52,7 @@ def export(
         component: write this component alone; a `.safetensors` file holds `model` unless told otherwise.
         force: replace a file that is there.
         verify: check the digests of what is read.
+        progress: called with bytes of tensors, written and in all.
 
     Returns:
         `path`, as a Path.
@@ -74,11 +77,14 @@ def export(
     if suffix == ".safetensors":
         name = component or "model"
         leaves = _flat(checkpoint.state_dict(name, verify=verify), name)
-        with _new_file(path, force) as file:
+        total = sum(leaf.size for leaf in leaves.values())
+        with _new_file(path, force, total, progress) as file:
             _write_safetensors(file, leaves, _metadata(checkpoint, name))
     else:
         tree = _tree(checkpoint, component, verify)
-        with _new_file(path, force) as file:
+        contents = checkpoint.record["components"]
+        total = sum(held["bytes"] for name, held in contents.items() if component in (None, name))
+        with _new_file(path, force, total, progress) as file:
             write_torch_file(tree, file.write)
     return path
 
@@ -103,19 +109,24 @@ def _check_target(path: Path, force: bool) -> None:
 
 
 class _Output:
-    """A new file, and its first bytes for the check that the disk kept them."""
+    """A new file, its first bytes for the check that the disk kept them, and word of how far it is."""
 
-    def __init__(self, file: NewFile) -> None:
+    def __init__(self, file: NewFile, total: int, progress: Progress) -> None:
         self._file = file
+        self._total = total
+        self._progress = progress
+        self._done = 0
         self.head = b""
 
     def write(self, data: Buffer) -> None:
         self.head += bytes(memoryview(data).cast("B")[: max(_HEAD - len(self.head), 0)])
         self._file.write(data)
+        self._done += memoryview(data).nbytes
+        self._progress(min(self._done, self._total), self._total)
 
 
 @contextlib.contextmanager
-def _new_file(path: Path, force: bool) -> Iterator[_Output]:
+def _new_file(path: Path, force: bool, total: int, progress: Progress) -> Iterator[_Output]:
     """A file beside its target that takes the target's name when the block ends well, and goes otherwise."""
     target = Path(os.path.realpath(path))
     with storage_errors(path):
@@ -125,7 +136,7 @@ def _new_file(path: Path, force: bool) -> Iterator[_Output]:
             error.filename = str(target.parent)  # what refuses is the folder, not our temporary name
             raise
         try:
-            output = _Output(file)
+            output = _Output(file, total, progress)
             yield output
             _check_target(path, force)
             file.publish(target, output.head, read_only=False)

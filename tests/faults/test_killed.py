@@ -7,6 +7,7 @@ import random
 import re
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -193,3 +194,51 @@ def test_saves_under_load_killed_at_random(tmp_path: Path) -> None:
             acknowledged |= interrupted
         registry.catalog.close()
     assert len(acknowledged) > 3
+
+
+def test_processes_killed_from_outside_at_any_time(tmp_path: Path) -> None:
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    root = tmp_path / "r"
+    Registry(root).catalog.close()
+    acknowledged: dict[str, int] = {}
+    for turn in range(5):
+        reading, writing = os.pipe()
+
+        def work(first: int, writing: int = writing) -> None:
+            registry = Registry(root, create=False)
+            for number in range(first, first + 1_000):
+                os.write(writing, f"saving {number}\n".encode())
+                os.write(writing, f"{save(registry, number, f'net{number % 2}')} {number}\n".encode())
+
+        def collect() -> None:
+            registry = Registry(root, create=False)
+            while True:
+                registry.collect_garbage(grace=0)
+
+        children = [fork(lambda first=10_000 * turn + 1_000 * i: work(first)) for i in range(3)]
+        children.append(fork(collect))
+        os.close(writing)
+        with os.fdopen(reading) as lines:
+            told = [lines.readline() for _ in range(6)]  # all are at work
+            time.sleep(chance.uniform(0.0, 0.4))
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+            assert [wait(child) for child in children] == [-signal.SIGKILL] * len(children)
+            told += lines
+        begun = {int(number) for what, number in map(str.split, told) if what == "saving"}
+        done = {name: int(number) for name, number in map(str.split, told) if name != "saving"}
+        assert done
+        acknowledged |= done
+        registry = Registry(root, create=False)
+        unheard = {
+            version.name: version for version in all_versions(registry) if version.name not in acknowledged
+        }
+        finished = {name: version.epoch or 0 for name, version in unheard.items()}
+        registry.catalog.close()
+        assert set(finished.values()) <= begun - set(done.values())
+        assert len(finished) <= 3
+        acknowledged |= finished
+        check_whole(root, acknowledged)
+    assert len(acknowledged) > 5

@@ -72,8 +72,20 @@ def savers(root: Path, model_of: Callable[[int], str]) -> dict[str, int]:
         return {name: int(number) for name, number in map(str.split, lines)}
 
 
+@pytest.fixture
+def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where flock silently does nothing (some network file systems), nothing changes: we call none, nor do children."""
+    import fcntl
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a lock was taken")
+
+    for name in ("flock", "lockf"):
+        monkeypatch.setattr(fcntl, name, refuse)
+
+
 @pytest.mark.parametrize("models", [1, PROCESSES])
-def test_processes_save_and_load_while_gc_runs(tmp_path: Path, models: int) -> None:
+def test_processes_save_and_load_while_gc_runs(tmp_path: Path, models: int, no_locks: None) -> None:
     root = tmp_path / "r"
     Registry(root).catalog.close()
     saved = savers(root, lambda process: f"net{process % models}")
@@ -117,17 +129,7 @@ def test_a_save_that_is_overtaken_again_and_again_ends_alone(
     check_whole(registry.root, {"net:v1": 1})
 
 
-def test_no_lock_of_files_is_ever_taken_but_by_sqlite(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where flock does nothing (some network file systems), nothing changes: we call none."""
-    import fcntl
-
-    def refuse(*_: object) -> None:
-        raise AssertionError("a lock was taken")
-
-    for name in ("flock", "lockf"):
-        monkeypatch.setattr(fcntl, name, refuse)
+def test_no_change_takes_a_lock_of_files_but_sqlites(tmp_path: Path, no_locks: None) -> None:
     registry = Registry(tmp_path / "r")
     save(registry, 1)
     registry.remove(["net:v1"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import time
 from collections.abc import Callable
@@ -37,6 +38,15 @@ def test_the_database_is_set_up_to_survive(registry: Registry) -> None:
     assert registry.catalog.query("PRAGMA busy_timeout")[0][0] >= 10_000
     with pytest.raises(sqlite3.IntegrityError, match="FOREIGN KEY"):
         registry.catalog.connection().execute("INSERT INTO tags (id, name) VALUES ('nothing', 'x')")
+
+
+def test_a_write_ahead_log_that_another_program_switched_on_is_switched_off(registry: Registry) -> None:
+    registry.catalog.close()
+    with contextlib.closing(sqlite3.connect(registry.catalog.path)) as other:
+        assert other.execute("PRAGMA journal_mode = WAL").fetchone() == ("wal",)
+    assert registry["net:v3"].loss == 2.0
+    assert registry.catalog.query("PRAGMA journal_mode") == [("delete",)]
+    assert registry.catalog.path.read_bytes()[18:20] == b"\1\1"  # as the file itself says
 
 
 def plans(registry: Registry, use: object) -> list[str]:

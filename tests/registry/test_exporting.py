@@ -357,6 +357,19 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path, registry: Registry
     assert os.listdir(tmp_path) == ["registry"]
 
 
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+def test_progress_is_told_in_bytes_of_tensors(tmp_path: Path, registry: Registry, name: str) -> None:
+    tree = {"model": {f"w{i}": torch.full((1 << 18,), float(i)) for i in range(4)}, "extra": torch.ones(5)}
+    checkpoint = registry.save("net", tree)
+    told: list[tuple[int, int]] = []
+    export(checkpoint, tmp_path / name, component="model", progress=lambda *t: told.append(t))
+    assert {total for _, total in told} == {4 << 20}
+    done = [done for done, _ in told]
+    assert done == sorted(done)
+    assert done[-1] == 4 << 20
+    assert any(1 << 20 <= at < 2 << 20 for at in done)
+
+
 _EXPORT_LARGE = """
 import resource, sys
 from pathlib import Path
