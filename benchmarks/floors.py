@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from blake3 import blake3
+
+from benchmarks.measure import Contender
 
 _EARLY = 16 << 20  # bytes after which the disk is told to begin
 _BATCH = 1 << 20
@@ -49,6 +51,21 @@ def touch_free_memory(folder: Path, size: int) -> None:
         for _ in range(0, size, _EARLY):
             file.write(nothing)
     scratch.unlink()
+
+
+def second_in_a_row(load: Callable[[], object]) -> Contender:
+    """A load that is timed the second time in a row: the memory that it needs was touched the first time.
+
+    It has gone back to the system meanwhile, as who loads once has to ask for it.
+    """
+
+    def prepare() -> None:
+        load()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+    return prepare, load
 
 
 def hash_all(tensors: Sequence[torch.Tensor]) -> None:

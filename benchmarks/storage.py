@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from benchmarks.floors import hash_all, plain_write, touch_free_memory
+from benchmarks.floors import hash_all, plain_write, second_in_a_row, touch_free_memory
 from benchmarks.measure import Contender, Result, Scale, Section, ratio, take_turns
 from benchmarks.states import Tree, flat, new_registry, with_new_head, zeroed
 from registry import Registry
@@ -103,20 +102,6 @@ def _loading(name: str, state: Tree, folder: Path, rounds: int) -> list[Result]:
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
 
-    def twice(load: Callable[[], object]) -> Contender:
-        """A load that is timed the second time in a row: the memory that it needs was touched the first time.
-
-        It has gone back to the system meanwhile, as who loads once has to ask for it.
-        """
-
-        def prepare() -> None:
-            load()
-            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-            if trim is not None:
-                trim(0)
-
-        return prepare, load
-
     loads: dict[str, Callable[[], object]] = {
         "torch.load": torch_load,
         "mapped": lambda: checkpoint.load(verify=False),
@@ -127,7 +112,7 @@ def _loading(name: str, state: Tree, folder: Path, rounds: int) -> list[Result]:
         "memcpy": copy,
         "into a live model": lambda: checkpoint.load_into(verify=False, **live),
     }
-    t = take_turns({name: twice(load) for name, load in loads.items()}, rounds)
+    t = take_turns({name: second_in_a_row(load) for name, load in loads.items()}, rounds)
     _forget(root)
     _forget(folder / "peer.pt")
     return [

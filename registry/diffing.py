@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 _CHUNK = 1 << 18
+_Doubles = numpy.ndarray[Any, numpy.dtype[numpy.float64]]
 Verdict = Literal["IDENTICAL", "SAME STRUCTURE", "COMPATIBLE", "INCOMPATIBLE"]
 
 
@@ -335,24 +336,28 @@ class _Room:
     """Memory for a chunk of two tensors in float64, which stays in the processor's cache."""
 
     def __init__(self) -> None:
-        self.before, self.step = (torch.empty(_CHUNK, dtype=torch.float64) for _ in range(2))
-        self.moved = torch.empty(_CHUNK, dtype=torch.bool)
+        self.before, self.step = (numpy.empty(_CHUNK) for _ in range(2))
+        self.moved = numpy.empty(_CHUNK, dtype=numpy.bool_)
 
 
 def _change(name: str, a: torch.Tensor, b: torch.Tensor, room: _Room) -> Change | None:
-    """The change of one tensor, chunk by chunk; None if there is none."""
+    """The change of one tensor, chunk by chunk; None if there is none.
+
+    By numpy: torch would wake its other threads for each of these small steps, which can take longer than the step.
+    """
     one, other = (_real(t) for t in (a, b))
     moved = before = cross = largest = 0.0
     changed = bad_a = bad_b = 0
     for x, y in zip(torch.split(one, _CHUNK), torch.split(other, _CHUNK), strict=True):
-        wide = room.before[: len(x)].copy_(x)
-        step = room.step[: len(x)].copy_(y).sub_(wide)
-        squares, size = float(step.dot(step)), float(wide.dot(wide))
+        wide, step = _widened(x, room.before), _widened(y, room.step)
+        with numpy.errstate(all="ignore"):  # what is not finite is seen below
+            step -= wide
+            squares, size = float(step.dot(step)), float(wide.dot(wide))
         if not math.isfinite(squares) or not math.isfinite(size):
-            good = x.isfinite() & y.isfinite()
+            good = (x.isfinite() & y.isfinite()).numpy()
             bad_a += int((~x.isfinite()).sum())
             bad_b += int((~y.isfinite()).sum())
-            changed += int(((x != y) & ~(x.isnan() & y.isnan()) & ~good).sum())
+            changed += int(((x != y) & ~(x.isnan() & y.isnan())).numpy()[~good].sum())
             wide, step = wide[good], step[good]
             squares, size = float(step.dot(step)), float(wide.dot(wide))
         before += size
@@ -360,10 +365,8 @@ def _change(name: str, a: torch.Tensor, b: torch.Tensor, room: _Room) -> Change 
             continue
         moved += squares
         cross += float(wide.dot(step))
-        low, high = torch.aminmax(step)
-        largest = max(largest, float(high), -float(low))
-        differs = room.moved[: len(step)].numpy()  # numpy counts several times as fast
-        changed += int(numpy.count_nonzero(numpy.not_equal(step.numpy(), 0, out=differs)))
+        largest = max(largest, float(step.max()), -float(step.min()))
+        changed += int(numpy.count_nonzero(numpy.not_equal(step, 0, out=room.moved[: len(step)])))
     if not (changed or bad_a or bad_b):
         return None
     after = before + 2 * cross + moved
@@ -380,9 +383,19 @@ def _change(name: str, a: torch.Tensor, b: torch.Tensor, room: _Room) -> Change 
     )
 
 
+def _widened(part: torch.Tensor, room: _Doubles) -> _Doubles:
+    """A chunk in float64, in the memory given."""
+    wide = room[: len(part)]
+    if part.dtype is torch.bfloat16:  # which numpy lacks
+        torch.from_numpy(wide).copy_(part)
+    else:
+        numpy.copyto(wide, part.numpy())
+    return wide
+
+
 def _real(tensor: torch.Tensor) -> torch.Tensor:
     """The elements in a row; of complex numbers, both parts; of types that torch cannot compute with, wider ones."""
-    flat = tensor.detach().cpu().reshape(-1)
+    flat = tensor.detach().cpu().resolve_neg().reshape(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat.resolve_conj()).reshape(-1)
     narrow = flat.is_floating_point() and flat.dtype.itemsize == 1
