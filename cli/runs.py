@@ -43,7 +43,7 @@ def runs(model: str | None, registry: Registry, as_json: bool) -> None:
         elif not as_json:
             say("No runs yet; start one with: registry train lenet5")
             return
-    counts = dict(registry.catalog.query("SELECT run, COUNT(*) FROM versions GROUP BY run"))
+    counts = registry.runs.counts()
     states = [_state(registry, info) for info in found]
     if as_json:
         rows: list[dict[str, Any]] = [
@@ -90,17 +90,11 @@ def history(model: str, limit: int, registry: Registry, as_json: bool) -> None:
 
     PARENT is the version that training went on from, OWN what was written for the version alone.
     """
-    from registry.versions import list_versions
+    from registry.versions import list_versions, own_sizes
 
     model = registry.resolve(model).model
     versions, total = list_versions(registry.catalog, model, limit=limit or None)
-    own = dict(
-        registry.catalog.query(
-            "SELECT first, SUM(size) FROM (SELECT p.size AS size, (SELECT v.id FROM uses u JOIN versions v "
-            "ON v.id = u.id WHERE u.pack = p.number ORDER BY v.created LIMIT 1) AS first FROM packs p) owned "
-            "GROUP BY first"
-        )
-    )
+    own = own_sizes(registry.catalog, model, min((v.version for v in versions), default=1))
     if as_json:
         rows = [
             {
@@ -191,14 +185,12 @@ def _sources(registry: Registry, version: Version, seen: tuple[str, ...] = ()) -
 
 
 def _children(registry: Registry, version: Version) -> list[dict[str, Any]]:
-    rows = registry.catalog.query(
-        "SELECT child, kind FROM lineage WHERE parent = ? ORDER BY child", [version.id]
-    )
-    found = []
-    for child, kind in rows:
-        if (one := _by_id(registry, child)) is not None:
-            found.append({"kind": kind, **_node(one), "from": _children(registry, one)})
-    return found
+    from registry.ancestry import children
+
+    return [
+        {"kind": kind, **_node(child), "from": _children(registry, child)}
+        for child, kind in children(registry, version)
+    ]
 
 
 def _by_id(registry: Registry, id: str) -> Version | None:

@@ -1,13 +1,14 @@
-"""Ancestry: which checkpoints one came from."""
+"""Ancestry: which checkpoints one came from, and which came from it."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from registry.versions import name_of
+from registry.versions import find_versions, name_of
 
 if TYPE_CHECKING:
     from registry.registry import Registry
+    from registry.versions import Version
 
 
 def ancestors(registry: Registry, name: str) -> set[str]:
@@ -31,3 +32,15 @@ def ancestors(registry: Registry, name: str) -> set[str]:
         above = (name_of(registry.catalog, edge["parent"]) for edge in version.record.get("lineage", []))
         waiting += [parent for parent in above if parent]
     return found
+
+
+def children(registry: Registry, version: Version) -> list[tuple[Version, str]]:
+    """The versions that came from one by an edge of the lineage, and the kind of the edge."""
+    edges = registry.catalog.query(
+        "SELECT child, kind FROM lineage WHERE parent = ? ORDER BY child, kind", [version.id]
+    )
+    found = find_versions(
+        registry.catalog, "v.id IN (SELECT child FROM lineage WHERE parent = ?)", [version.id]
+    )
+    by_id = {child.id: child for child in found}
+    return [(by_id[child], kind) for child, kind in edges]

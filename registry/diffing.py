@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 _CHUNK = 1 << 18
+_BLOCK = 1 << 13
 _Doubles = numpy.ndarray[Any, numpy.dtype[numpy.float64]]
 Verdict = Literal["IDENTICAL", "SAME STRUCTURE", "COMPATIBLE", "INCOMPATIBLE"]
 
@@ -343,7 +344,7 @@ class _Room:
 def _change(name: str, a: torch.Tensor, b: torch.Tensor, room: _Room) -> Change | None:
     """The change of one tensor, chunk by chunk; None if there is none.
 
-    By numpy: torch would wake its other threads for each of these small steps, which can take longer than the step.
+    On one thread, by numpy: to wake another one for each of these small steps can take longer than the step.
     """
     one, other = (_real(t) for t in (a, b))
     moved = before = cross = largest = 0.0
@@ -352,19 +353,19 @@ def _change(name: str, a: torch.Tensor, b: torch.Tensor, room: _Room) -> Change 
         wide, step = _widened(x, room.before), _widened(y, room.step)
         with numpy.errstate(all="ignore"):  # what is not finite is seen below
             step -= wide
-            squares, size = float(step.dot(step)), float(wide.dot(wide))
+            squares, size = _dot(step, step), _dot(wide, wide)
         if not math.isfinite(squares) or not math.isfinite(size):
             good = (x.isfinite() & y.isfinite()).numpy()
             bad_a += int((~x.isfinite()).sum())
             bad_b += int((~y.isfinite()).sum())
             changed += int(((x != y) & ~(x.isnan() & y.isnan())).numpy()[~good].sum())
             wide, step = wide[good], step[good]
-            squares, size = float(step.dot(step)), float(wide.dot(wide))
+            squares, size = _dot(step, step), _dot(wide, wide)
         before += size
         if squares == 0.0:
             continue
         moved += squares
-        cross += float(wide.dot(step))
+        cross += _dot(wide, step)
         largest = max(largest, float(step.max()), -float(step.min()))
         changed += int(numpy.count_nonzero(numpy.not_equal(step, 0, out=room.moved[: len(step)])))
     if not (changed or bad_a or bad_b):
@@ -391,6 +392,13 @@ def _widened(part: torch.Tensor, room: _Doubles) -> _Doubles:
     else:
         numpy.copyto(wide, part.numpy())
     return wide
+
+
+def _dot(a: _Doubles, b: _Doubles) -> float:
+    """The scalar product, in blocks that are too short for the linear algebra library to use its threads."""
+    whole = len(a) // _BLOCK * _BLOCK
+    blocks = a[:whole].reshape(-1, 1, _BLOCK) @ b[:whole].reshape(-1, _BLOCK, 1)
+    return float(blocks.sum()) + float(a[whole:].dot(b[whole:]))
 
 
 def _real(tensor: torch.Tensor) -> torch.Tensor:

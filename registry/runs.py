@@ -107,6 +107,11 @@ class Runs:
         rows = self._catalog.query(f"{_ROWS}{where} ORDER BY started DESC, name DESC", given)
         return [_info(row) for row in rows]
 
+    def counts(self) -> dict[str, int]:
+        """How many versions each run has, by its name; those that have none are left out."""
+        query = "SELECT run, COUNT(*) FROM versions WHERE run IS NOT NULL GROUP BY run"
+        return dict(self._catalog.query(query))
+
     def chain(self, name: str) -> list[str]:
         """A run and those that it was resumed from."""
         found: list[str] = []

@@ -92,6 +92,22 @@ def _attached(catalog: Catalog, sql: str, ids: Sequence[str]) -> dict[str, list[
     return found
 
 
+def own_sizes(catalog: Catalog, model: str, since: int = 1) -> dict[str, int]:
+    """Bytes of the packs that were written for each version of a model, by id; who shares all it has is left out.
+
+    Args:
+        since: the number of the first version that is asked for.
+    """
+    rows = catalog.query(
+        "SELECT first, SUM(size) FROM (SELECT p.size AS size, (SELECT v.id FROM uses u JOIN versions v "
+        "ON v.id = u.id WHERE u.pack = p.number ORDER BY v.created LIMIT 1) AS first FROM packs p "
+        "WHERE p.number IN (SELECT u.pack FROM versions v JOIN uses u ON u.id = v.id "
+        "WHERE v.model = ? AND v.version >= ?)) owned GROUP BY first",
+        [model, since],
+    )
+    return dict(rows)
+
+
 def name_of(catalog: Catalog, id: str) -> str | None:
     """The name of the version with an id."""
     rows = catalog.query("SELECT model, version FROM versions WHERE id = ?", [id])

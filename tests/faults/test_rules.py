@@ -105,6 +105,12 @@ def test_layers_point_one_way(path: Path) -> None:
                 assert parts[1:2] == ["store"], f"{path}:{node.lineno} imports {name}"
 
 
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_only_the_registry_asks_the_catalog(path: Path) -> None:
+    asked = [(line, call) for line, call in calls(path) if call in (".query", ".execute", ".executemany")]
+    assert path.parent.name == "registry" or asked == []
+
+
 def test_the_walk_sees_what_it_looks_for(tmp_path: Path) -> None:
     path = tmp_path / "x.py"
     path.write_text(
