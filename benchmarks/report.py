@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.measure import Curve, Result, Section, Table, spoken
 
 _PLOT = "benchmarks-growth.svg"
-_COLOURS = ("#1f5fbf", "#d9541e", "#2a9d5c", "#8a4fbf", "#c79a00", "#4a4a4a", "#c2447a")
+_COLOURS = ("#1f5fbf", "#d9541e", "#2a9d5c", "#8a4fbf", "#c79a00", "#4a4a4a", "#c2447a", "#1899a8", "#8c6d46")
 
 
 def machine() -> dict[str, str]:
@@ -195,10 +195,11 @@ def _plot(curves: Sequence[Curve], path: Path) -> None:
                     axes.plot(sizes, seconds, "o-", ms=3, lw=1.4, color=colours[curve.what], label=curve.what)
             axes.set_xscale("log")
             axes.set_yscale("log")
+            axes.xaxis.set_major_formatter(lambda size, _: f"{size:,.0f}")
+            axes.yaxis.set_major_formatter(lambda seconds, _: spoken(seconds))
             axes.set_xlabel(unit)
             axes.grid(which="major", color="#e4e4e4", lw=0.6)
             axes.spines[["top", "right"]].set_visible(False)
-        figure.axes[0].set_ylabel("seconds")
         shown = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
         figure.legend(
             shown.values(), shown.keys(), loc="outside lower center", ncols=len(shown), frameon=False
