@@ -15,6 +15,7 @@ import sysconfig
 import threading
 import time
 import venv
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -99,9 +100,11 @@ def measure(folder: Path, scale: Scale) -> Section:
     workers: dict[Peer, Worker] = {}
     spent: dict[Peer, float] = {}
     try:
-        for peer in PEERS:
+        with ThreadPoolExecutor(len(PEERS)) as pool:  # they are installed side by side
+            starting = {peer: pool.submit(Worker, peer, limit) for peer in PEERS}
+        for peer, future in starting.items():
             try:
-                workers[peer] = Worker(peer, limit)
+                workers[peer] = future.result()
             except PeerFailed as failed:
                 failures[peer] = str(failed)
         for number in range(rounds + 1):
