@@ -43,4 +43,4 @@ def children(registry: Registry, version: Version) -> list[tuple[Version, str]]:
         registry.catalog, "v.id IN (SELECT child FROM lineage WHERE parent = ?)", [version.id]
     )
     by_id = {child.id: child for child in found}
-    return [(by_id[child], kind) for child, kind in edges]
+    return [(by_id[child], kind) for child, kind in edges if child in by_id]
