@@ -341,6 +341,7 @@ class _Room:
         self.moved = numpy.empty(_CHUNK, dtype=numpy.bool_)
 
 
+@numpy.errstate(all="ignore")  # what is not finite is counted
 def _change(name: str, a: torch.Tensor, b: torch.Tensor, room: _Room) -> Change | None:
     """The change of one tensor, chunk by chunk; None if there is none.
 
@@ -351,9 +352,8 @@ def _change(name: str, a: torch.Tensor, b: torch.Tensor, room: _Room) -> Change 
     changed = bad_a = bad_b = 0
     for x, y in zip(torch.split(one, _CHUNK), torch.split(other, _CHUNK), strict=True):
         wide, step = _widened(x, room.before), _widened(y, room.step)
-        with numpy.errstate(all="ignore"):  # what is not finite is seen below
-            step -= wide
-            squares, size = _dot(step, step), _dot(wide, wide)
+        step -= wide
+        squares, size = _dot(step, step), _dot(wide, wide)
         if not math.isfinite(squares) or not math.isfinite(size):
             good = (x.isfinite() & y.isfinite()).numpy()
             bad_a += int((~x.isfinite()).sum())

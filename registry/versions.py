@@ -99,11 +99,12 @@ def own_sizes(catalog: Catalog, model: str, since: int = 1) -> dict[str, int]:
         since: the number of the first version that is asked for.
     """
     rows = catalog.query(
-        "SELECT first, SUM(size) FROM (SELECT p.size AS size, (SELECT v.id FROM uses u JOIN versions v "
+        "SELECT o.first, SUM(o.size) FROM (SELECT p.size AS size, (SELECT v.id FROM uses u JOIN versions v "
         "ON v.id = u.id WHERE u.pack = p.number ORDER BY v.created LIMIT 1) AS first FROM packs p "
         "WHERE p.number IN (SELECT u.pack FROM versions v JOIN uses u ON u.id = v.id "
-        "WHERE v.model = ? AND v.version >= ?)) owned GROUP BY first",
-        [model, since],
+        "WHERE v.model = ? AND v.version >= ?)) o JOIN versions w ON w.id = o.first "
+        "WHERE w.model = ? AND w.version >= ? GROUP BY o.first",
+        [model, since, model, since],
     )
     return dict(rows)
 

@@ -22,6 +22,7 @@ from PIL import Image
 
 from registry import Registry
 from registry.models import data
+from registry.versions import own_sizes
 
 PROGRAM = [sys.executable, "-m", "registry.cli"]
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -235,6 +236,9 @@ def test_looking_back(run: Run, root: Path) -> None:
     ]
     packs = sum(path.stat().st_size for path in (root / "packs").rglob("*.safetensors"))
     assert sum(one["own"] for one in history) == packs
+    assert run("history", "lenet5", "--limit", "1", "--json").json["versions"] == history[:1]
+    sizes = own_sizes(registry.catalog, "lenet5", since=3)  # what v3 shares with earlier ones is theirs
+    assert sizes == {registry["lenet5:v3"].id: history[0]["own"]}
     best = run("best", "lenet5", "--by", "accuracy", "--json").json
     assert best["name"] == registry["lenet5@best"].name
     lowest = run("best", "lenet5", "--by", "loss").out

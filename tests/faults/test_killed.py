@@ -44,6 +44,14 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture
+def chance() -> random.Random:
+    """Another one in each run; a failing test shows its seed."""
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    return random.Random(seed)
+
+
 def killed_at(change: Change, root: Path, step: int, moment: str) -> int:
     """Run a change in a child that kills itself at a step; its exit status."""
 
@@ -161,10 +169,7 @@ def test_a_change_killed_at_any_step_of_the_catalog(golden: Path, tmp_path: Path
         check_whole(root, saved, maybe)
 
 
-def test_saves_under_load_killed_at_random(tmp_path: Path) -> None:
-    seed = random.randrange(1 << 30)
-    print(f"seed {seed}")
-    chance = random.Random(seed)
+def test_saves_under_load_killed_at_random(tmp_path: Path, chance: random.Random) -> None:
     root = tmp_path / "r"
     Registry(root).catalog.close()
     acknowledged: dict[str, int] = {}
@@ -196,10 +201,7 @@ def test_saves_under_load_killed_at_random(tmp_path: Path) -> None:
     assert len(acknowledged) > 3
 
 
-def test_processes_killed_from_outside_at_any_time(tmp_path: Path) -> None:
-    seed = random.randrange(1 << 30)
-    print(f"seed {seed}")
-    chance = random.Random(seed)
+def test_processes_killed_from_outside_at_any_time(tmp_path: Path, chance: random.Random) -> None:
     root = tmp_path / "r"
     Registry(root).catalog.close()
     acknowledged: dict[str, int] = {}
@@ -221,7 +223,7 @@ def test_processes_killed_from_outside_at_any_time(tmp_path: Path) -> None:
         children.append(fork(collect))
         os.close(writing)
         with os.fdopen(reading) as lines:
-            told = [lines.readline() for _ in range(6)]  # all are at work
+            told = [lines.readline() for _ in range(6)]  # saves are going on
             time.sleep(chance.uniform(0.0, 0.4))
             for child in children:
                 os.kill(child, signal.SIGKILL)
@@ -232,10 +234,8 @@ def test_processes_killed_from_outside_at_any_time(tmp_path: Path) -> None:
         assert done
         acknowledged |= done
         registry = Registry(root, create=False)
-        unheard = {
-            version.name: version for version in all_versions(registry) if version.name not in acknowledged
-        }
-        finished = {name: version.epoch or 0 for name, version in unheard.items()}
+        present = {version.name: version.epoch or 0 for version in all_versions(registry)}
+        finished = {name: number for name, number in present.items() if name not in acknowledged}
         registry.catalog.close()
         assert set(finished.values()) <= begun - set(done.values())
         assert len(finished) <= 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -397,6 +398,11 @@ def test_values_are_measured_in_double_precision() -> None:
     big = {"w": torch.full((10,), 1e30)}
     (change,) = diff(big, {"w": torch.full((10,), 3e30)}, values=True).changes
     assert change.relative == pytest.approx(2.0)
+    with warnings.catch_warnings():  # squares that overflow are no news
+        warnings.simplefilter("error")
+        huge = torch.full((10_000,), 1e200, dtype=torch.float64)
+        (change,) = diff({"w": huge}, {"w": 2 * huge}, values=True).changes
+    assert (change.changed, change.largest) == (1.0, 1e200)
 
 
 def test_the_change_of_a_module_is_that_of_its_tensors() -> None:
