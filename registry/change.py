@@ -213,7 +213,7 @@ class Change:
             users: ids of the manifests that relied on the old one when the new one was made.
         """
         execute = self.connection.execute
-        if {row[0] for row in execute(USERS, (old,))} != users:
+        if new.digest == old or {row[0] for row in execute(USERS, (old,))} != users:
             return False
         bases = {tensor.base for tensor in new.tensors if tensor.base}
         located = locate(self.connection, bases)

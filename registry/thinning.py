@@ -69,6 +69,8 @@ def _compact(registry: Registry, pack: str) -> None:
     if not needed or size > total * (1 - _WASTE):
         return
     copied: PackInfo = registry.store.copy_to_new_pack(needed)
+    if copied.digest == pack:  # it holds nothing else, in the same order
+        return
     with registry.catalog.change() as change:
         if change.can_replace(pack, copied, users):
             change.replace_pack(pack, copied)

@@ -20,7 +20,7 @@ NOBODY = 65_534
 def root(tmp_path: Path) -> Path:
     """A registry that everybody may read."""
     for folder in (tmp_path, *tmp_path.parents):
-        if folder.stat().st_uid == os.geteuid() and folder != Path("/"):
+        if folder.stat().st_uid == os.geteuid() and "pytest" in str(folder):
             folder.chmod(0o755)
     registry = Registry(tmp_path / "r")
     save(registry, 1)
