@@ -213,6 +213,8 @@ class Change:
             users: ids of the manifests that relied on the old one when the new one was made.
         """
         execute = self.connection.execute
+        if not self._store.pack_is_whole(new.digest, new.size):  # gc, to which it was nobody's, has taken it
+            return False
         if new.digest == old or {row[0] for row in execute(USERS, (old,))} != users:
             return False
         bases = {tensor.base for tensor in new.tensors if tensor.base}

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from support import Stepwise, all_versions, copy, is_state, save, state
 
@@ -89,3 +90,70 @@ def test_thinning_after_compaction_keeps_all(tmp_path: Path) -> None:
             registry.thin(f"emb:v{n}")
     collect_twice(registry)
     check_all_load(registry, names)
+
+
+# -- another process at any moment ---------------------------------------------------------------------------
+
+
+def beside(root: Path, change: Callable[[Registry], object], other: Callable[[Registry], object], step: int) -> int:
+    """Run a change, and something else as by another process behind one of its durable steps; how many it has.
+
+    Steps on the log itself are passed over: others wait for the transaction that they belong to.
+    """
+    plain = durable.disk
+
+    def at(count: int, when: str, path: Path) -> None:
+        if (count, when) == (step, "after") and "journal" not in path.name:
+            durable.disk = plain
+            registry = Registry(root, create=False)
+            other(registry)
+            registry.catalog.close()
+
+    durable.disk = steps = Stepwise(at)
+    try:
+        registry = Registry(root, create=False)
+        change(registry)
+        registry.catalog.close()
+    finally:
+        durable.disk = plain
+    return steps.count
+
+
+CHANGES: dict[str, Callable[[Registry], object]] = {
+    "compact": lambda registry: registry.compact(["net"]),
+    "thin": lambda registry: registry.thin("net:v2"),
+    "save": lambda registry: save(registry, 6),
+    "save what is there": lambda registry: save(registry, 2),
+}
+
+
+def golden(root: Path, count: int = 5) -> dict[str, int]:
+    registry = Registry(root)
+    saved = {}
+    for number in range(1, count + 1):
+        tree = state(number)
+        tree["optimizer"] |= {"state": {0: torch.full((40_000,), float(number))}, "param_groups": []}
+        saved[registry.save("net", tree, epoch=number).name] = number
+    registry.catalog.close()
+    return saved
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_gc_without_grace_at_any_step_of_a_change_loses_nothing(tmp_path: Path, name: str) -> None:
+    saved = golden(tmp_path / "golden")
+    step = 0
+    while True:
+        root = copy(tmp_path / "golden", tmp_path / "r")
+        count = beside(root, CHANGES[name], lambda other: other.collect_garbage(grace=0), step)
+        registry = Registry(root, create=False)
+        collect_garbage(registry, grace=0, now=time.time() + 9_000)
+        for version, number in saved.items():
+            assert torch.equal(registry[version].load("model/own")["model"]["own"], state(number)["model"]["own"])
+            if (name, version) != ("thin", "net:v2"):
+                assert registry[version].load()["optimizer"]["steps"] == [number]
+        assert [problem.message for problem in registry.verify().problems] == []
+        registry.catalog.close()
+        step += 1
+        if step > count:
+            break
+    assert step > 5
