@@ -201,6 +201,14 @@ class Change:
             ]
             in_old = f"pack IN ({','.join(map(str, old))})"
             better += f" OR tensors.{in_old} OR tensors.base IN (SELECT digest FROM tensors AS other WHERE {in_old})"
+        for start in range(0, len(rows), _BATCH):  # who needs a tensor that moves needs the pack that it moves to
+            part = rows[start : start + _BATCH]
+            execute(
+                "INSERT INTO uses (id, pack) SELECT DISTINCT u.id, ? FROM tensors t JOIN uses u ON u.pack = t.pack "
+                f"WHERE t.base IS NOT NULL AND t.digest IN ({','.join('?' * len(part))}) "
+                "ON CONFLICT (id, pack) DO NOTHING",
+                (number, *(row[0] for row in part)),
+            )
         self.connection.executemany(f"{insert} WHERE {better}", rows)
         if damaged:
             for broken in replace:
@@ -309,7 +317,7 @@ class Change:
         digests = {tensor.digest for tensor in manifest.tensors}
         if len(locate(self.connection, digests)) == len(digests):
             return
-        known = {row[0] for row in self.connection.execute("SELECT digest FROM packs")}
+        known = {row[0] for row in self.connection.execute("SELECT digest FROM packs UNION SELECT digest FROM doomed")}
         for name in self._store.pack_digests():
             if name not in known:
                 with contextlib.suppress(Corrupt):

@@ -2,7 +2,8 @@
 
 A change is written here, durably, in the same exclusive transaction that applies it to the catalog. So the
 journal is a redo log: a catalog that is behind it (a crash between the two, a restored backup) catches up, and a
-lost one is rebuilt from it and the manifests. A line is JSON, a tab, and 16 hex digits of the JSON's digest.
+lost one is rebuilt from it and the manifests. A line is JSON, a tab, and 16 hex digits of the JSON's digest. What
+happens wholly or not at all stands in one line.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _CHECK = 16
 
 
 class Line(NamedTuple):
-    """One line of the journal; `record` is None where the line is damaged, `end` is the offset behind it."""
+    """A record of the journal; None where its line is damaged. `end` is the offset behind the line."""
 
     record: dict[str, Any] | None
     end: int
@@ -37,10 +38,10 @@ class Journal:
             return 0
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Add lines, durably; on an error the journal is as before."""
+        """Add what one change did as one line, durably; on an error the journal is as before."""
         from registry.store import durable
 
-        data = b"".join(map(_line, records))
+        data = _line(records[0] if len(records) == 1 else {"op": "all", "records": records})
         if not self._ends_in_newline():
             data = b"\n" + data
         durable.append(self.path, data)
@@ -60,7 +61,7 @@ class Journal:
         self.truncate(start + rest.rfind(b"\n") + 1)
 
     def read(self, start: int = 0) -> Iterator[Line]:
-        """The lines from an offset on; damaged ones are marked, not raised."""
+        """The records from an offset on; lines that are damaged are marked, not raised."""
         try:
             file = self.path.open("rb")
         except FileNotFoundError:
@@ -70,7 +71,8 @@ class Journal:
             for raw in file:
                 start += len(raw)
                 if raw.strip():
-                    yield Line(_parsed(raw), start)
+                    for record in _parsed(raw):
+                        yield Line(record, start)
 
     def _ends_in_newline(self) -> bool:
         size = self.size()
@@ -97,12 +99,18 @@ def _check_of(text: bytes) -> bytes:
     return digest(text)[:_CHECK].encode()
 
 
-def _parsed(raw: bytes) -> dict[str, Any] | None:
+def _parsed(raw: bytes) -> list[dict[str, Any] | None]:
+    """The records of a line; only None if it is damaged."""
     text, tab, check = raw.rstrip(b"\n").rpartition(b"\t")
     if not tab or _check_of(text) != check:
-        return None
+        return [None]
     try:
         record = json.loads(text)
     except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) else None
+        return [None]
+    if not isinstance(record, dict):
+        return [None]
+    records = record.get("records") if record.get("op") == "all" else [record]
+    if not isinstance(records, list) or not all(isinstance(one, dict) for one in records):
+        return [None]
+    return records

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import Stepwise, all_versions, copy, is_state, save, state
+from support import Stepwise, all_versions, copy, in_child, is_state, kill_me, save, state
 
 from registry import Registry
 from registry.garbage import GRACE, collect_garbage
@@ -157,3 +157,102 @@ def test_gc_without_grace_at_any_step_of_a_change_loses_nothing(tmp_path: Path, 
         if step > count:
             break
     assert step > 5
+
+
+# -- recovery ------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_recovery_beside_a_killed_gc_moves_no_tensor_away_from_who_needs_it(tmp_path: Path) -> None:
+    """Packs that gc took out of the catalog, and had no time to remove, and a save cut behind its journal line."""
+    root = tmp_path / "r"
+    registry = Registry(root)
+    names = []
+    for n in range(1, 7):
+        near = torch.arange(3_000.0) + n * 1e-6
+        names.append(registry.save("net", {"model": {"near": near, "own": torch.full((50, 30), float(n))}}).name)
+    registry.compact(["net"])
+
+    class NoUnlink(durable.Disk):
+        def unlink(self, path: Path) -> None:
+            raise Killed
+
+    plain = durable.disk
+    for _ in range(8):
+        durable.disk = NoUnlink()
+        try:
+            collect_garbage(registry, grace=0, now=time.time() + 9_000)
+            break
+        except Killed:
+            pass
+        finally:
+            durable.disk = plain
+    registry.catalog.close()
+
+    def cut() -> None:
+        """Saves, and is killed when its line of the journal is durable."""
+        registry = Registry(root, create=False)
+        durable.disk = Stepwise(
+            lambda count, when, path: kill_me() if when == "after" and "journal" in str(path) else None
+        )
+        registry.save("net", state(50))
+
+    assert in_child(cut) == -9
+    registry = Registry(root, create=False)
+    names.append("net:v7")
+    for grace_periods in (5, 10):
+        for name in names:
+            registry[name].load()
+        assert [problem.message for problem in registry.verify().problems] == []
+        collect_garbage(registry, grace=GRACE, now=time.time() + grace_periods * GRACE)
+    check_all_load(registry, names)
+
+
+# -- a power cut in the middle of an append ------------------------------------------------------------------
+
+
+def named_versions(root: Path) -> None:
+    registry = Registry(root)
+    for number in (1, 2, 3):
+        tree = state(number)
+        tree["optimizer"] |= {"state": {}, "param_groups": []}
+        registry.save("net", tree, epoch=number, metrics={"acc": float(number)})
+    registry.set_alias("net:v1", "prod")
+    registry.set_tag("net:v1", "gold")
+    registry.add_note("net:v1", "keep " + "x" * 700)
+    registry.catalog.close()
+
+
+@pytest.mark.parametrize("name", ["thin", "remove"])
+def test_a_change_that_is_cut_anywhere_happens_whole_or_not(tmp_path: Path, name: str) -> None:
+    before = tmp_path / "before"
+    named_versions(before)
+    after = copy(before, tmp_path / "after")
+    registry = Registry(after)
+    registry.thin("net:v1") if name == "thin" else registry.remove(["net:v2", "net:v3"])
+    registry.catalog.close()
+    log = next(path for path in after.rglob("*") if path.is_file() and "journal" in str(path.relative_to(after)))
+    log = log.relative_to(after)
+    whole, start = (after / log).read_bytes(), (before / log).stat().st_size
+    cuts = {at for at in range(start, len(whole)) if at % 512 == 0 or whole[at - 1] == 10} | {start, len(whole)}
+    assert len(cuts) > 2
+    for cut in sorted(cuts):
+        root = copy(after, tmp_path / "cut")
+        for path in root.glob("catalog.sqlite*"):
+            path.unlink()
+        for path in before.glob("catalog.sqlite*"):
+            (root / path.name).write_bytes(path.read_bytes())
+        (root / log).write_bytes(whole[:cut])
+        registry = Registry(root, create=False)
+        collect_garbage(registry, grace=0, now=time.time() + 9_000)
+        found = {version.name: version for version in all_versions(registry)}
+        removed = {"net:v2", "net:v3"} if name == "remove" and cut == len(whole) else set()
+        assert set(found) == {"net:v1", "net:v2", "net:v3"} - removed
+        first = found["net:v1"]
+        assert (first.aliases, first.tags, len(first.notes)) == (("prod",), ("gold",), 1)
+        for version in found:
+            registry[version].load()
+        registry.catalog.close()
