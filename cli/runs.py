@@ -25,6 +25,7 @@ from registry.cli.output import (
     version_document,
 )
 from registry.runs import LOG, RunInfo
+from registry.store.durable import refuse_links
 from registry.store.errors import Conflict, NotFound
 
 if TYPE_CHECKING:
@@ -243,6 +244,7 @@ def log(source: str, follow: bool, registry: Registry, as_json: bool) -> None:
     """
     info = _run_of(registry, source)
     path = registry.root / "runs" / info.name / LOG
+    refuse_links(registry.root, path)
     if not path.is_file():
         raise NotFound(f"{path}: the log of {info.name} is not there any more")
     if as_json:
@@ -281,6 +283,7 @@ def board(sources: tuple[str, ...], host: str, port: int, registry: Registry, as
             import tempfile
 
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="registry-board-")))
+            refuse_links(registry.root, *(registry.root / "runs" / name for name in chosen))
             _link(registry.root / "runs", chosen, folder)
         address = _launch(folder, host, port)
         tunnel = _tunnel(port)

@@ -11,6 +11,7 @@ import sqlite3
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from registry.reference import check_run_name
 from registry.store.errors import Corrupt, NotFound, RegistryError, Unsupported
 from registry.store.location import Location
 from registry.store.manifest import Manifest
@@ -87,6 +88,12 @@ class Change:
             raise Taken(f"{id[:12]} is a version already")
         row = self.connection.execute("SELECT next_version FROM models WHERE name = ?", (model,)).fetchone()
         version = int(row[0]) if row else 1
+        ((newest,),) = self.connection.execute("SELECT MAX(version) FROM versions WHERE model = ?", (model,))
+        if newest is not None and newest >= version:
+            raise Corrupt(
+                f"the catalog says that the next version of {model} is v{version}, but it has v{newest} already; "
+                "recreate it with: registry rebuild"
+            )
         self.apply({"op": "publish", "id": id, "model": model, "version": version})
         return version
 
@@ -201,7 +208,9 @@ class Change:
             ]
             in_old = f"pack IN ({','.join(map(str, old))})"
             better += f" OR tensors.{in_old} OR tensors.base IN (SELECT digest FROM tensors AS other WHERE {in_old})"
-        for start in range(0, len(rows), _BATCH):  # who needs a tensor that moves needs the pack that it moves to
+        for start in range(
+            0, len(rows), _BATCH
+        ):  # who needs a tensor that moves needs the pack that it moves to
             part = rows[start : start + _BATCH]
             execute(
                 "INSERT INTO uses (id, pack) SELECT DISTINCT u.id, ? FROM tensors t JOIN uses u ON u.pack = t.pack "
@@ -280,7 +289,8 @@ class Change:
         manifest = self._manifests.get(id) or self._store.manifest(id)
         self._use_unless_used(id, manifest)
         about = manifest.record
-        execute("DELETE FROM versions WHERE model = ? AND version = ?", (model, version))
+        if execute("SELECT 1 FROM versions WHERE model = ? AND version = ?", (model, version)).fetchone():
+            raise Corrupt(f"the journal publishes {model}:v{version} twice, under different ids")
         shown = {key: about[key] for key in about if key not in ("epoch", "step", "loss", "metrics", "dcp")}
         shown["components"] = manifest.contents
         if _number(about.get("loss")) != about.get("loss"):
@@ -317,7 +327,10 @@ class Change:
         digests = {tensor.digest for tensor in manifest.tensors}
         if len(locate(self.connection, digests)) == len(digests):
             return
-        known = {row[0] for row in self.connection.execute("SELECT digest FROM packs UNION SELECT digest FROM doomed")}
+        known = {
+            row[0]
+            for row in self.connection.execute("SELECT digest FROM packs UNION SELECT digest FROM doomed")
+        }
         for name in self._store.pack_digests():
             if name not in known:
                 with contextlib.suppress(Corrupt):
@@ -373,6 +386,7 @@ class Change:
             self.connection.execute("INSERT INTO notes (id, written, text) VALUES (?, ?, ?)", values)
 
     def _run(self, record: Mapping[str, Any]) -> None:
+        check_run_name(record["name"])
         self.connection.execute(
             "INSERT INTO runs (name, model, started, record) VALUES (?, ?, ?, ?) "
             "ON CONFLICT (name) DO UPDATE SET record = excluded.record",

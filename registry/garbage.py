@@ -79,6 +79,13 @@ class _Sweep:
 
     def run(self) -> Collected:
         with storage_errors(self._store.root):
+            folders = self._store.packs, self._store.manifests
+            durable.refuse_links(
+                self._store.root,
+                self._store.tmp,
+                *folders,
+                *(path for one in folders for path in one.glob("*")),
+            )
             if not self._dry_run:
                 self._mark()
             self._sweep_packs()

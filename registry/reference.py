@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from registry.store.errors import Invalid
+from registry.store.errors import Corrupt, Invalid
 from registry.store.text import quoted
 
 MAX_NAME = 128
@@ -67,6 +67,23 @@ def check_name(name: str, kind: str) -> str:
             f"{quoted(name)} cannot be the name of {'an' if kind == 'alias' else 'a'} {kind}: use up to {MAX_NAME} "
             "letters, digits, '.', '_' and '-', starting with a letter or digit"
         )
+    return name
+
+
+def check_run_name(name: str) -> str:
+    """Check the full name of a run, which is a path below the folder of runs: a model, a slash and the run's own name.
+
+    Raises:
+        Corrupt: if it is another one, and could lead out of that folder.
+    """
+    try:
+        model, run = name.split("/")
+        check_name(model, "model")
+        check_name(run, "run")
+    except (Invalid, ValueError, AttributeError):
+        raise Corrupt(
+            f"the registry has a run called {quoted(str(name))}, which is not a model's name, '/' and a name"
+        ) from None
     return name
 
 

@@ -29,7 +29,7 @@ from registry.reference import check_name
 from registry.retention import Retention
 from registry.runs import LOG, PROCESS
 from registry.store.digest import is_digest
-from registry.store.durable import host, make_folder, storage_errors, write_file
+from registry.store.durable import host, make_folder, refuse_links, storage_errors, write_file
 from registry.store.errors import Invalid, RegistryError
 from registry.store.staging import Arena
 from registry.store.text import quoted
@@ -143,6 +143,7 @@ class Run:
     def __enter__(self) -> Self:
         with storage_errors(self.folder), contextlib.ExitStack() as stack:
             if self._ranks.leads:
+                refuse_links(self.registry.root, self.log_file, self.folder / PROCESS)
                 make_folder(self.folder)
                 write_file(self.folder / PROCESS, _this_process().encode(), folder=self.folder)
                 stack.enter_context(run_log(self.log_file))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from registry.catalog import parsed
 from registry.journal import now
+from registry.reference import check_run_name
 from registry.resolving import hint
 from registry.store.errors import Conflict, NotFound
 from registry.store.text import quoted
@@ -138,4 +139,4 @@ class Runs:
 
 def _info(row: tuple[Any, ...]) -> RunInfo:
     name, model, started, record = row
-    return RunInfo(name, model, started, parsed(record))
+    return RunInfo(check_run_name(name), model, started, parsed(record))

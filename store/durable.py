@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from registry.store.errors import StorageError
+from registry.store.errors import Corrupt, StorageError
 
 Buffer = bytes | bytearray | memoryview
 
@@ -142,6 +142,22 @@ def is_gone(machine: str, pid: str) -> bool:
     except (PermissionError, OverflowError):
         return False
     return False
+
+
+def refuse_links(root: Path, *paths: Path) -> None:
+    """Check that no path leaves the folder `root`: none of what is on the way below it is a link.
+
+    Raises:
+        Corrupt: naming the link.
+    """
+    for path in paths:
+        place = root
+        for part in path.relative_to(root).parts:
+            place = place / part
+            if place.is_symlink():
+                raise Corrupt(
+                    f"{place}: is a symbolic link, which a registry has none of; nothing was changed"
+                )
 
 
 def make_folder(path: Path) -> None:

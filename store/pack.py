@@ -23,6 +23,7 @@ from registry.store.dtypes import BY_CODE, ELEMENT_TYPES, byte_count
 from registry.store.durable import NewFile, storage_errors
 from registry.store.errors import Corrupt, Invalid, Unsupported
 from registry.store.location import Location
+from registry.store.text import quoted
 
 ALIGNMENT = 64
 _FORMAT = "torch-registry pack 1"
@@ -174,6 +175,13 @@ def _entry_bound(dtype: str, shape: Sequence[int], *, coded: bool = False) -> in
 
 
 def pack_path(packs: Path, digest: str) -> Path:
+    """Where a pack's file is.
+
+    Raises:
+        Corrupt: if that is no digest, and so might name any file.
+    """
+    if not is_digest(digest):
+        raise Corrupt(f"the catalog names a pack {quoted(digest)}, which is no digest; run: registry rebuild")
     return packs / digest[:2] / f"{digest}.safetensors"
 
 

@@ -375,6 +375,10 @@ class Store:
         return iter(FolderIndex.names(self.packs))
 
     def manifest_path(self, digest: str) -> Path:
+        if not is_digest(digest):
+            raise Corrupt(
+                f"the catalog names a manifest {quoted(digest)}, which is no digest; run: registry rebuild"
+            )
         return self.manifests / digest[:2] / f"{digest}.json"
 
     def pack_path(self, digest: str) -> Path:

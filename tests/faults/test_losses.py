@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from support import Stepwise, all_versions, copy, in_child, is_state, kill_me, save, state
+from support import Stepwise, all_versions, copy, files, in_child, is_state, kill_me, save, state
 
 from registry import Registry
 from registry.garbage import GRACE, collect_garbage
 from registry.store import durable
-from registry.store.errors import RegistryError
+from registry.store.errors import Corrupt, RegistryError
 
 
 def collect_twice(registry: Registry) -> None:
@@ -49,7 +52,10 @@ def test_thinning_versions_that_share_a_small_backbone_keeps_all(tmp_path: Path)
 
 def test_equal_saves_then_thin_then_gc_keeps_both(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "r")
-    tree = {"model": {"w": torch.arange(300.0)}, "optimizer": {"state": {0: torch.ones(9)}, "param_groups": []}}
+    tree = {
+        "model": {"w": torch.arange(300.0)},
+        "optimizer": {"state": {0: torch.ones(9)}, "param_groups": []},
+    }
     names = [registry.save("net", tree).name for _ in range(2)]
     registry.thin("net:v1")
     registry.thin("net:v1")
@@ -95,7 +101,9 @@ def test_thinning_after_compaction_keeps_all(tmp_path: Path) -> None:
 # -- another process at any moment ---------------------------------------------------------------------------
 
 
-def beside(root: Path, change: Callable[[Registry], object], other: Callable[[Registry], object], step: int) -> int:
+def beside(
+    root: Path, change: Callable[[Registry], object], other: Callable[[Registry], object], step: int
+) -> int:
     """Run a change, and something else as by another process behind one of its durable steps; how many it has.
 
     Steps on the log itself are passed over: others wait for the transaction that they belong to.
@@ -148,7 +156,9 @@ def test_gc_without_grace_at_any_step_of_a_change_loses_nothing(tmp_path: Path, 
         registry = Registry(root, create=False)
         collect_garbage(registry, grace=0, now=time.time() + 9_000)
         for version, number in saved.items():
-            assert torch.equal(registry[version].load("model/own")["model"]["own"], state(number)["model"]["own"])
+            assert torch.equal(
+                registry[version].load("model/own")["model"]["own"], state(number)["model"]["own"]
+            )
             if (name, version) != ("thin", "net:v2"):
                 assert registry[version].load()["optimizer"]["steps"] == [number]
         assert [problem.message for problem in registry.verify().problems] == []
@@ -173,7 +183,9 @@ def test_recovery_beside_a_killed_gc_moves_no_tensor_away_from_who_needs_it(tmp_
     names = []
     for n in range(1, 7):
         near = torch.arange(3_000.0) + n * 1e-6
-        names.append(registry.save("net", {"model": {"near": near, "own": torch.full((50, 30), float(n))}}).name)
+        names.append(
+            registry.save("net", {"model": {"near": near, "own": torch.full((50, 30), float(n))}}).name
+        )
     registry.compact(["net"])
 
     class NoUnlink(durable.Disk):
@@ -234,10 +246,15 @@ def test_a_change_that_is_cut_anywhere_happens_whole_or_not(tmp_path: Path, name
     registry = Registry(after)
     registry.thin("net:v1") if name == "thin" else registry.remove(["net:v2", "net:v3"])
     registry.catalog.close()
-    log = next(path for path in after.rglob("*") if path.is_file() and "journal" in str(path.relative_to(after)))
+    log = next(
+        path for path in after.rglob("*") if path.is_file() and "journal" in str(path.relative_to(after))
+    )
     log = log.relative_to(after)
     whole, start = (after / log).read_bytes(), (before / log).stat().st_size
-    cuts = {at for at in range(start, len(whole)) if at % 512 == 0 or whole[at - 1] == 10} | {start, len(whole)}
+    cuts = {at for at in range(start, len(whole)) if at % 512 == 0 or whole[at - 1] == 10} | {
+        start,
+        len(whole),
+    }
     assert len(cuts) > 2
     for cut in sorted(cuts):
         root = copy(after, tmp_path / "cut")
@@ -256,3 +273,87 @@ def test_a_change_that_is_cut_anywhere_happens_whole_or_not(tmp_path: Path, name
         for version in found:
             registry[version].load()
         registry.catalog.close()
+
+
+# -- a damaged catalog ---------------------------------------------------------------------------------------
+
+
+def test_a_catalog_with_too_low_a_number_never_overwrites_a_version(tmp_path: Path) -> None:
+    root = tmp_path / "r"
+    registry = Registry(root)
+    for number in range(1, 10):
+        save(registry, number)
+    registry.set_alias("net:v8", "production")
+    registry.catalog.close()
+    with contextlib.closing(sqlite3.connect(root / "catalog.sqlite")) as connection:
+        connection.execute("UPDATE models SET next_version = next_version & ~2")  # 10 becomes 8: one bit
+        connection.commit()
+    registry = Registry(root)
+    with contextlib.suppress(Corrupt):
+        save(registry, 77)
+    registry.rebuild()
+    collect_garbage(registry, grace=0, now=time.time() + 9_000)
+    for number in range(1, 10):
+        assert is_state(registry[f"net:v{number}"].load(), number)
+    assert registry["net:v8"].aliases == ("production",)
+    assert save(registry, 78) in ("net:v10", "net:v11")
+
+
+# -- a folder from somebody else -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("table", ["doomed", "packs"])
+def test_a_forged_digest_deletes_nothing_outside(tmp_path: Path, table: str) -> None:
+    root = tmp_path / "r"
+    registry = Registry(root)
+    save(registry, 1)
+    registry.catalog.close()
+    victim = tmp_path / "home" / "important.safetensors"
+    victim.parent.mkdir()
+    victim.write_bytes(b"precious")
+    with contextlib.closing(sqlite3.connect(root / "catalog.sqlite")) as connection:
+        forged = str(victim).removesuffix(".safetensors")
+        if table == "doomed":
+            connection.execute("INSERT INTO doomed VALUES (?)", (forged,))
+        else:
+            row = (99, forged, 8, 0)
+            connection.execute("INSERT INTO packs (number, digest, size, condemned) VALUES (?, ?, ?, ?)", row)
+        connection.commit()
+    with contextlib.suppress(RegistryError):
+        Registry(root).collect_garbage(grace=0)
+    assert victim.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("place", ["tmp", "packs", "manifests", "packs/ab"])
+def test_gc_follows_no_link(tmp_path: Path, place: str) -> None:
+    root = tmp_path / "r"
+    registry = Registry(root)
+    save(registry, 1)
+    registry.catalog.close()
+    home = tmp_path / "home"
+    home.mkdir()
+    names = ["thesis.tex", f"{'ab' * 32}.safetensors", f"{'ab' * 32}.json"]
+    for name in [*names, f"ab/{names[1]}", f"ab/{names[2]}"]:
+        (home / name).parent.mkdir(exist_ok=True)
+        (home / name).write_text("mine")
+        os.utime(home / name, (time.time() - 99_000,) * 2)
+    before = files(home)
+    target = root / place
+    if target.exists():
+        target.rename(tmp_path / "aside")
+    target.symlink_to(home)
+    with pytest.raises(RegistryError, match="link"):
+        Registry(root).collect_garbage(grace=0)
+    assert files(home) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["../../outside", "net/../../../outside", "net/x/y", "/tmp/x", "net/.hidden", "net"]
+)
+def test_a_run_cannot_be_named_out_of_its_folder(tmp_path: Path, name: str) -> None:
+    registry = Registry(tmp_path / "r")
+    save(registry, 1)
+    record = {"op": "run", "name": name, "model": "net", "at": "2026-01-01T00:00:00.000000Z", "record": {}}
+    with pytest.raises(RegistryError), registry.catalog.change() as change:
+        change.apply(record)
+    assert registry.runs.find() == []
