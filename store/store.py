@@ -357,8 +357,8 @@ class Store:
 
     def _recent_manifest(self, digest: str) -> Manifest:
         """As `manifest`, parsed once for loads of the same one in a row, while its file stays as it was."""
-        path = self.manifest_path(digest)
-        if is_digest(digest) and path.exists():
+        path = self.manifest_path(digest) if is_digest(digest) else None
+        if path and path.exists():
             status = path.lstat()
             state = (digest, status.st_ino, status.st_size, status.st_mtime_ns)
             if self._recent is None or self._recent[0] != state:
