@@ -24,7 +24,7 @@ class _Unsynced(durable.Disk):
     def sync(self, fd: int, path: Path) -> None:
         pass
 
-    def sync_folder(self, path: Path) -> None:
+    def sync_folder(self, path: Path, folder: int) -> None:
         pass
 
 

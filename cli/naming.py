@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from registry.catalog.reference import parse_reference
+from registry.catalog.versions import list_aliases
 from registry.cli.options import Reference, command
 from registry.cli.output import counted, print_json, print_table, say, size, version_document
-from registry.reference import parse_reference
 from registry.store.errors import Conflict
-from registry.versions import list_aliases
 
 if TYPE_CHECKING:
     from registry.registry import Registry

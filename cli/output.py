@@ -16,7 +16,7 @@ import click
 from registry.store.text import printable
 
 if TYPE_CHECKING:
-    from registry.versions import Version
+    from registry.catalog.versions import Version
 
 _PATIENCE = 1.0
 _LEFT = "RUN STATE PARENT CLASS IMAGE OR MODEL NAME LATEST METRICS ALIASES TAGS CREATED ID COMPONENT PATH DTYPE SHAPE DIGEST ALIAS CHECKPOINT"

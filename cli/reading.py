@@ -23,8 +23,8 @@ from registry.cli.output import (
 from registry.store.text import quoted
 
 if TYPE_CHECKING:
+    from registry.catalog.versions import Version
     from registry.registry import Registry
-    from registry.versions import Version
 
 _MANY = 4
 
@@ -48,7 +48,7 @@ def list_(
 
     The newest versions come first. --sort loss puts the smallest loss first; other metrics count as better when larger, unless --smallest.
     """
-    from registry.versions import list_versions, rank_versions
+    from registry.catalog.versions import list_versions, rank_versions
 
     if model is None and not (metric or tag):
         _list_models(registry, as_json)
@@ -75,7 +75,7 @@ def list_(
 
 
 def _list_models(registry: Registry, as_json: bool) -> None:
-    from registry.versions import list_models
+    from registry.catalog.versions import list_models
 
     models = list_models(registry.catalog)
     if as_json:
@@ -189,7 +189,7 @@ def _show_facts(registry: Registry, version: Version) -> None:
 
 def _known(registry: Registry, parent: str) -> str:
     """The name of a version that an edge gives by its id; otherwise the edge's text, such as a file."""
-    from registry.versions import name_of
+    from registry.catalog.versions import name_of
 
     return name_of(registry.catalog, parent) or parent
 

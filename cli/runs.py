@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from registry.catalog.runs import INNER, LOG, RunInfo
 from registry.cli.options import Reference, command
 from registry.cli.output import (
     counted,
@@ -24,13 +25,16 @@ from registry.cli.output import (
     time_of,
     version_document,
 )
-from registry.runs import LOG, RunInfo
-from registry.store.durable import refuse_links
+from registry.store.durable import open_file, opened_folder, storage_errors
 from registry.store.errors import Conflict, NotFound
 
 if TYPE_CHECKING:
+    from registry.catalog.versions import Version
     from registry.registry import Registry
-    from registry.versions import Version
+
+
+_LONGEST_LOG = 256 << 20
+_LONGEST_LINE = 1 << 20
 
 
 @command("runs", "registry runs lenet5")
@@ -91,7 +95,7 @@ def history(model: str, limit: int, registry: Registry, as_json: bool) -> None:
 
     PARENT is the version that training went on from, OWN what was written for the version alone.
     """
-    from registry.versions import list_versions, own_sizes
+    from registry.catalog.versions import list_versions, own_sizes
 
     model = registry.resolve(model).model
     versions, total = list_versions(registry.catalog, model, limit=limit or None)
@@ -186,7 +190,7 @@ def _sources(registry: Registry, version: Version, seen: tuple[str, ...] = ()) -
 
 
 def _children(registry: Registry, version: Version) -> list[dict[str, Any]]:
-    from registry.ancestry import children
+    from registry.catalog.ancestry import children
 
     return [
         {"kind": kind, **_node(child), "from": _children(registry, child)}
@@ -195,7 +199,7 @@ def _children(registry: Registry, version: Version) -> list[dict[str, Any]]:
 
 
 def _by_id(registry: Registry, id: str) -> Version | None:
-    from registry.versions import find_versions
+    from registry.catalog.versions import find_versions
 
     found = find_versions(registry.catalog, "v.id = ?", [id])
     return found[0] if found else None
@@ -244,18 +248,20 @@ def log(source: str, follow: bool, registry: Registry, as_json: bool) -> None:
     """
     info = _run_of(registry, source)
     path = registry.root / "runs" / info.name / LOG
-    refuse_links(registry.root, path)
-    if not path.is_file():
-        raise NotFound(f"{path}: the log of {info.name} is not there any more")
-    if as_json:
-        if follow:
-            raise click.UsageError("--follow does not go with --json, which prints one document")
-        lines = path.read_text("utf-8", "replace").splitlines()
-        print_json({"run": info.name, "file": str(path), "lines": lines})
-        return
-    with path.open(encoding="utf-8", errors="replace") as file:
+    if as_json and follow:
+        raise click.UsageError("--follow does not go with --json, which prints one document")
+    with storage_errors(path):
+        try:
+            fd = open_file(path, os.O_RDONLY, inner=INNER)
+        except FileNotFoundError:
+            raise NotFound(f"{path}: the log of {info.name} is not there any more") from None
+    with os.fdopen(fd, encoding="utf-8", errors="replace") as file:
+        if as_json:
+            lines = file.read(_LONGEST_LOG).splitlines()
+            print_json({"run": info.name, "file": str(path), "lines": lines})
+            return
         while True:
-            while line := file.readline():
+            while line := file.readline(_LONGEST_LINE):
                 say(line.rstrip("\n"))
             sys.stdout.flush()
             over = registry.runs[info.name].state != "running" or registry.runs.is_lost(info)
@@ -283,7 +289,12 @@ def board(sources: tuple[str, ...], host: str, port: int, registry: Registry, as
             import tempfile
 
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="registry-board-")))
-            refuse_links(registry.root, *(registry.root / "runs" / name for name in chosen))
+            for name in chosen:
+                with (
+                    contextlib.suppress(FileNotFoundError),
+                    opened_folder(registry.root / "runs" / name, INNER),
+                ):
+                    pass
             _link(registry.root / "runs", chosen, folder)
         address = _launch(folder, host, port)
         tunnel = _tunnel(port)

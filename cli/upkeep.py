@@ -47,12 +47,13 @@ def verify(references: tuple[str, ...], registry: Registry, as_json: bool) -> in
     show_default=True,
     callback=seconds,
     metavar="TIME",
-    help="How long something unneeded is left alone first: 0, 30m, 1h, 14d.",
+    help="How long a file stays after nothing needs it any more: 0, 30m, 1h, 14d.",
 )
 def gc(dry_run: bool, grace: float, registry: Registry, as_json: bool) -> None:
     """Free the space of what no checkpoint needs.
 
-    What has just become unneeded is marked and waits for --grace, so that a running save can still use it.
+    Files stay for --grace after nothing needs them any more, for those who still read them. Nothing that is needed is
+    ever removed, whatever runs at the same time, and with --grace 0 too.
     """
 
     def tell(path: Path, count: int) -> None:
@@ -103,13 +104,13 @@ def compact(models: tuple[str, ...], dry_run: bool, registry: Registry, as_json:
 
 
 @command("rebuild", "registry rebuild\nregistry rebuild --adopt")
-@click.option("--adopt", is_flag=True, help="Take in checkpoints that the journal does not know.")
+@click.option("--adopt", is_flag=True, help="Take in checkpoints that the log does not know.")
 def rebuild(adopt: bool, registry: Registry, as_json: bool) -> int:
-    """Recreate the catalog from the other files.
+    """Make the catalog anew from the log.
 
-    From the packs, the manifests and the journal, for a catalog that is lost or damaged. After an older journal
-    was restored, --adopt takes in the checkpoints that it does not know. Ends with status 1 if something could
-    not be brought back.
+    For a catalog that is damaged, or after verify found that the log is. What one of the two copies of the log has lost
+    comes from the other. What both have lost is named; with --adopt it is accepted as lost, and the checkpoints that no
+    entry of the log names are taken in. Ends with status 1 if something could not be brought back.
     """
     with progress("rebuilding") as report:
         found = registry.rebuild(adopt=adopt, progress=report)
@@ -120,6 +121,22 @@ def rebuild(adopt: bool, registry: Registry, as_json: bool) -> int:
         warn(line)
     if found.set_aside:
         say(f"the unreadable catalog is kept as {found.set_aside}")
+    if found.healed:
+        say(
+            f"put back from their second copy: {counted(found.healed, 'entry or manifest', 'entries and manifests')}"
+        )
+    for name in found.adopted:
+        model = name.partition(":")[0]
+        say(
+            f"adopted {name}"
+            + (f", which is the latest version of {model} now" if name in found.latest else "")
+        )
+    if found.unnamed:
+        shown = ", ".join(one[:12] for one in found.unnamed[:3])
+        more = f" and {len(found.unnamed) - 3} more" if len(found.unnamed) > 3 else ""
+        say(
+            f"no entry of the log names {shown}{more}; an interrupted save leaves such a checkpoint, --adopt takes it in"
+        )
     say(
         f"rebuilt: {counted(found.models, 'model')}, {counted(found.versions, 'version')}, "
         f"{counted(found.packs, 'pack')}"

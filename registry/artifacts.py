@@ -7,13 +7,17 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from registry.catalog import parsed
+from registry.catalog.commit import publish
+from registry.catalog.entries import now
+from registry.catalog.lookups import batches, marks, parsed
 from registry.contents import Seen, mark
-from registry.journal import now
 from registry.store.errors import Conflict, Invalid, NotFound
+from registry.store.manifest import record_document, untagged
 from registry.store.text import quoted
 
 if TYPE_CHECKING:
+    from registry.catalog.catalog import View
+    from registry.catalog.entries import Record
     from registry.keys import Key
     from registry.registry import Registry
 
@@ -101,14 +105,22 @@ class Artifacts:
             "seconds": round(seconds, 6),
         }
         about = {name: value for name, value in about.items() if value not in (None, {}, [])}
-        line = {"op": "artifact", "key": key.digest, "at": now(), "record": about}
-        id, _ = self._registry.commit(
-            self._registry.store.encode({COMPONENT: tree}),
+        line = {"op": "artifact", "key": key.digest, "at": now(), "record": record_document(about)}
+
+        def records(view: View, artifact_id: str, text: Mapping[str, str]) -> list[Record]:
+            rows = view.query("SELECT id FROM artifacts WHERE key = ?", [key.digest])
+            return [{**line, "id": artifact_id, "was": rows[0][0] if rows else None, **text}]
+
+        registry = self._registry
+        artifact_id, _ = publish(
+            registry.catalog,
+            registry.store,
+            registry.store.encode({COMPONENT: tree}),
             {"kind": "artifact"},
-            lambda change, id: change.apply({**line, "id": id}),
+            records,
             what=key.function,
         )
-        return id
+        return artifact_id
 
     def load(self, id: str, *, verify: bool | Literal["once"] = "once") -> Any:
         """The tree of an artifact, mapped.
@@ -142,13 +154,18 @@ class Artifacts:
 
     def remove(self, keys: Iterable[str]) -> int:
         """Forget artifacts by their whole keys; returns how many there were."""
-        count = 0
-        with self._registry.catalog.change() as change:
-            for key in keys:
-                if change.connection.execute("SELECT 1 FROM artifacts WHERE key = ?", (key,)).fetchone():
-                    change.apply({"op": "drop-artifact", "key": key})
-                    count += 1
-        return count
+        chosen = list(dict.fromkeys(keys))
+
+        def compute(view: View) -> list[Record]:
+            rows = (
+                row
+                for part in batches(chosen)
+                for row in view.query(f"SELECT key, id FROM artifacts WHERE key IN ({marks(part)})", part)
+            )
+            return [{"op": "drop-artifact", "key": key, "was": artifact_id} for key, artifact_id in rows]
+
+        entry = self._registry.catalog.commit(compute)
+        return len(entry.records) if entry else 0
 
     def clear(self, *, older_than: float | None = None, unused: bool = False) -> list[Artifact]:
         """Forget all artifacts, or those that were not loaded for so many seconds, or that no run names.
@@ -179,7 +196,8 @@ class Artifacts:
             used = self._registry.store.manifest_path(id).stat().st_mtime
         except OSError:
             used = 0.0
-        return Artifact(key, id, created, used, size, tensors, users.get(id, ()), parsed(record))
+        about = untagged(parsed(record))
+        return Artifact(key, id, created, used, size, tensors, users.get(id, ()), about)
 
     def _users(self) -> dict[str, tuple[str, ...]]:
         found: dict[str, tuple[str, ...]] = {}

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
+from registry.catalog.reference import check_name
 from registry.components import class_of, plain_module
 from registry.config import Config
-from registry.reference import check_name
 from registry.store.errors import Conflict, Invalid, NotFound
 from registry.store.text import quoted
 

@@ -219,8 +219,8 @@ class _Cached(Generic[P, R]):
         folder = registry.root / LOCKS
         try:
             with storage_errors(folder):
-                make_folder(folder)
-        except StorageError:
+                make_folder(folder, inner=1)
+        except (StorageError, Corrupt):
             return None
         return FileLock(folder / f"{key.digest}.lock", thread_local=False)
 

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from registry.catalog.versions import Version
 from registry.store.text import printable
-from registry.versions import Version
 
 if TYPE_CHECKING:
     from registry.store.store import Store

@@ -6,9 +6,9 @@ import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from registry.catalog.versions import list_versions
 from registry.store.errors import NotFound
 from registry.store.text import printable, quoted
-from registry.versions import list_versions
 
 if TYPE_CHECKING:
     from registry.registry import Registry

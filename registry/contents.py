@@ -13,12 +13,15 @@ from typing import NamedTuple
 from blake3 import blake3
 
 from registry.store.digest import digest, is_digest
-from registry.store.durable import make_folder, storage_errors, write_file
-from registry.store.errors import Conflict, NotFound, StorageError, Unsupported
+from registry.store.durable import make_folder, read_file, storage_errors, write_file
+from registry.store.errors import Conflict, Corrupt, NotFound, StorageError, Unsupported
 from registry.store.text import printable
 
 FOLDER = "digests"
 _AT_ONCE = 8 << 20
+_LARGEST = 256 << 20
+"""Bytes of what is kept about the files of one folder."""
+
 _RECENT = 2.0
 """Seconds after a change in which a file may change again without another time stamp."""
 
@@ -150,13 +153,13 @@ class Seen:
 
     def _read(self) -> dict[str, tuple[str, str]]:
         try:
-            found = json.loads(self._file.read_bytes())
+            found = json.loads(read_file(self._file, _LARGEST, inner=1))
             return {
                 name: (state, known)
                 for name, (state, known) in found.items()
                 if isinstance(state, str) and isinstance(known, str) and is_digest(known)
             }
-        except (OSError, ValueError, AttributeError, TypeError):
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError, Corrupt):
             return {}  # it only saves time
 
     def keep(self, found: dict[str, tuple[str, str]]) -> None:
@@ -169,5 +172,6 @@ class Seen:
         }
         if settled and os.access(self._file.parent.parent, os.W_OK):
             with storage_errors(self._file):
-                make_folder(self._file.parent)
-                write_file(self._file, json.dumps(settled).encode())
+                make_folder(self._file.parent, inner=1)
+                tmp = self._file.parent.parent / "tmp"
+                write_file(self._file, json.dumps(settled).encode(), folder=tmp, inner=1)

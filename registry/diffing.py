@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from registry.ancestry import ancestors
+from registry.catalog.ancestry import ancestors
 from registry.documents import differences
 from registry.freezing import frozen_names
 from registry.matching import LOADABLE, Category, Pair, aligned, match

@@ -131,7 +131,7 @@ def _new_file(path: Path, force: bool, total: int, progress: Progress) -> Iterat
     target = Path(os.path.realpath(path))
     with storage_errors(path):
         try:
-            file = NewFile(target.parent)
+            file = NewFile(target.parent, inner=0)
         except OSError as error:
             error.filename = str(target.parent)  # what refuses is the folder, not our temporary name
             raise
@@ -139,7 +139,8 @@ def _new_file(path: Path, force: bool, total: int, progress: Progress) -> Iterat
             output = _Output(file, total, progress)
             yield output
             _check_target(path, force)
-            file.publish(target, output.head, read_only=False)
+            file.sync(output.head, read_only=False)
+            file.publish(target, inner=0)
         except BaseException:
             file.discard()
             raise

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from registry.reference import check_name
+from registry.catalog.reference import check_name
 from registry.store.errors import Corrupt, Invalid
 from registry.store.text import quoted
 from registry.torch_files import values

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
+from registry.store.durable import open_file
 from registry.store.errors import Invalid, StorageError
 from registry.store.text import printable, quoted
 
@@ -73,11 +74,18 @@ def setup_logging(
 
 
 @contextlib.contextmanager
-def run_log(path: Path) -> Iterator[None]:
+def run_log(path: Path, *, inner: int = 0) -> Iterator[None]:
     """Send the records of all modules, from INFO on, to a file as well, while the context is open.
 
     The console shows what it showed before.
+
+    Args:
+        inner: how many of the folders that the file is in belong to a registry, which has no links.
+
+    Raises:
+        Corrupt: if there is something else than a file.
     """
+    os.close(open_file(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, inner=inner))
     root = logging.getLogger()
     handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(_OneRecord(_FORMAT, "%Y-%m-%d %H:%M:%S"))

@@ -3,49 +3,49 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import registry
-from registry.catalog import Catalog
-from registry.journal import now
+from registry.catalog import naming, settings
+from registry.catalog.catalog import Catalog
+from registry.catalog.entries import now
+from registry.catalog.lookups import best_id
+from registry.catalog.naming import point
+from registry.catalog.reference import MAX_EDGE, check_name, check_text
+from registry.catalog.resolving import resolve
+from registry.catalog.versions import Version, best_version, list_names
 from registry.progress import Progress, silent
-from registry.reference import RESERVED_ALIASES, check_name, check_text
-from registry.resolving import hint, resolve
-from registry.store.errors import Conflict, Invalid, NotFound, StorageError, Unsupported
+from registry.store import durable
+from registry.store.errors import Conflict, Invalid, NotFound
 from registry.store.text import quoted
-from registry.versions import Version, best_version, list_names
 
 if TYPE_CHECKING:
     from torch import nn
 
     from registry.artifacts import Artifacts
-    from registry.change import Change
+    from registry.catalog.catalog import View
+    from registry.catalog.entries import Record
+    from registry.catalog.lookups import Monitor
+    from registry.catalog.runs import Runs
     from registry.checkpoint import Checkpoint
-    from registry.compacting import Compacted
     from registry.config import Config
     from registry.diffing import DiffReport
-    from registry.garbage import Collected
     from registry.plans import TransferPlan
-    from registry.rebuilding import Rebuilt
-    from registry.retention import Monitor
     from registry.run import Run
-    from registry.runs import Runs
     from registry.sides import Source
-    from registry.status import Status
     from registry.store.saving import State
     from registry.store.store import Store, Written
-    from registry.verification import Verification
+    from registry.upkeep.compaction import Compacted
+    from registry.upkeep.garbage import Collected
+    from registry.upkeep.rebuilding import Rebuilt
+    from registry.upkeep.status import Status
+    from registry.upkeep.verification import Verification
 
-Result = TypeVar("Result")
-
-FORMAT = 1
-SETTINGS = "registry.toml"
-_ATTEMPTS = 6
-_AS_WRITTEN = re.compile(r'format = (\d{1,9})\ncreated_by = "[^"\\]*"\n\Z')
+SETTINGS = settings.NAME
 
 
 def default_root() -> Path:
@@ -68,11 +68,11 @@ class Registry:
     def __init__(self, root: Path | str | None = None, *, create: bool = True) -> None:
         self.root = Path(root) if root is not None else default_root()
         self.catalog = Catalog(self.root, lambda: self.store)
-        if not (self.root / SETTINGS).is_file():
+        if not settings.are_there(self.root):
             if not create:
                 raise NotFound(f"there is no registry at {self.root}; make one with: registry init")
             self._create()
-        self._check_format()
+        self.catalog.format = settings.read_format(self.root)
 
     @functools.cached_property
     def store(self) -> Store:
@@ -88,39 +88,19 @@ class Registry:
         return Registry, (str(self.root.absolute()),)
 
     def _create(self) -> None:
-        from registry.store import durable
         from registry.store.store import FOLDERS
 
         holds_something = any(any((self.root / name).glob("*")) for name in ("packs", "manifests"))
-        if (
-            holds_something and not (self.root / SETTINGS).is_file()
-        ):  # which another process may just have made
+        if holds_something and not settings.are_there(self.root):  # Which another process may just have made.
             raise Conflict(
-                f"{self.root} holds a registry without {SETTINGS}; if the file was lost, recreate it with one line: "
-                f"format = {FORMAT}"
+                f"{self.root} holds a registry without {settings.NAME}; if the file was lost, recreate it with one "
+                f"line: format = {settings.FORMAT}"
             )
         with durable.storage_errors(self.root):
             for folder in FOLDERS:
-                durable.make_folder(self.root / folder)
+                durable.make_folder(self.root / folder, inner=1)
             self.catalog.create()
-            text = f'format = {FORMAT}\ncreated_by = "torch-registry {registry.__version__}"\n'
-            durable.write_file(self.root / SETTINGS, text.encode(), folder=self.root / "tmp")
-
-    def _check_format(self) -> None:
-        path = self.root / SETTINGS
-        try:
-            text = path.read_text("utf-8", errors="replace")
-        except OSError as error:
-            raise StorageError(f"{path}: {error.strerror}; ask its owner for access") from error
-        match = _AS_WRITTEN.match(text)
-        found = int(match[1]) if match else _format_in(text, path)
-        if not isinstance(found, int) or found < 1:
-            raise Invalid(f"{path}: format is {quoted(str(found))}, expected the number {FORMAT}")
-        if found > FORMAT:
-            raise Unsupported(
-                f"{self.root} has format {found}, torch-registry {registry.__version__} reads format {FORMAT}; "
-                "upgrade with: pip install -U torch-registry"
-            )
+            settings.create(self.root, f"torch-registry {registry.__version__}")
 
     # -- artifacts ---------------------------------------------------------------------------------------
 
@@ -145,7 +125,7 @@ class Registry:
     @property
     def runs(self) -> Runs:
         """The training sessions that the registry knows."""
-        from registry.runs import Runs
+        from registry.catalog.runs import Runs
 
         return Runs(self.catalog, self.root)
 
@@ -193,8 +173,8 @@ class Registry:
             Conflict: if the model has a run of this name.
             NotFound: if there is no checkpoint to resume.
         """
-        from registry.retention import Retention
         from registry.run import Run
+        from registry.upkeep.retention import Retention
 
         retention = Retention.of(monitor, mode, keep_last, keep_best, keep_optimizer)
         resumed = self[resume] if isinstance(resume, str) else resume
@@ -302,6 +282,9 @@ class Registry:
             Unsupported: if a value cannot be stored, naming its path and type; nothing is written.
             StorageError: if the disk is full or refuses; no version is made.
         """
+        from registry.catalog.commit import publish, publish_version
+        from registry.catalog.versions import version_of
+        from registry.checkpoint import Checkpoint
         from registry.store.saving import State as Encoded
         from registry.store.store import Written
 
@@ -333,67 +316,17 @@ class Registry:
         if state is None:
             state = self.store.encode(components)  # type: ignore[arg-type]
 
-        def publish(change: Change, id: str) -> int:
-            version = change.publish(id, model)
-            if best_by:
-                change.point_to_best(model, best_by.metric, smallest=best_by.smallest)
-            return version
+        def records(view: View, manifest_id: str, text: Mapping[str, str]) -> list[Record]:
+            found = [publish_version(view, model, manifest_id, text)]
+            best = _best_with(view, model, best_by, manifest_id, record) if best_by else None
+            return [*found, *(point(view, model, "best", best) if best else ())]
 
-        _, version = self.commit(state, record, publish, what=model, progress=progress)
-        return self[f"{model}:v{version}"]
-
-    def commit(
-        self,
-        state: State | Written,
-        record: dict[str, Any],
-        publish: Callable[[Change, str], Result],
-        *,
-        what: str,
-        progress: Progress = silent,
-    ) -> tuple[str, Result]:
-        """Store trees and make them known in one transaction, again while other processes remove what they rely on.
-
-        Args:
-            publish: makes the manifest known in the transaction that it is given.
-            what: what to call it in an error.
-
-        Returns:
-            The manifest's digest, and what `publish` returned.
-
-        Raises:
-            StorageError: if the disk is full or refuses; nothing is made known.
-        """
-        from registry.change import Stale, Taken
-        from registry.store.store import Written
-
-        again = not isinstance(state, Written)  # what other processes wrote cannot be written again here
-        for attempt in range(_ATTEMPTS):
-            alone = attempt == _ATTEMPTS - 1  # the last time nobody else may change anything meanwhile
-            stored = None if alone else self.store.put(state, record, progress=progress)
-            try:
-                with self.catalog.change() as change:
-                    stored = stored or self.store.put(state, record, progress=progress)
-                    strict = again and attempt < _ATTEMPTS // 2
-                    change.use(stored.digest, stored.manifest, stored.packs, strict=strict)
-                    result = publish(change, stored.digest)
-                return stored.digest, result
-            except Stale as error:
-                stays = isinstance(error, Taken) and not again
-                for pack in stored.packs if stored and not stays else ():
-                    self.discard_pack(pack.digest)
-                if not (again or stays):
-                    break
-                if "created" in record:
-                    record["created"] = now()
-        raise Conflict(f"{what}: other processes kept changing the registry during the save; repeat it")
-
-    def discard_pack(self, digest: str) -> None:
-        """Remove a pack file that no catalog row names."""
-        from registry.store import durable
-
-        with self.catalog.change() as change:
-            if not change.connection.execute("SELECT 1 FROM packs WHERE digest = ?", (digest,)).fetchone():
-                durable.unlink(self.store.pack_path(digest))
+        saved, made = publish(self.catalog, self.store, state, record, records, what=model, progress=progress)
+        (version,) = (one["version"] for one in made if one["op"] == "publish")
+        try:
+            return self[f"{model}:v{version}"]
+        except NotFound:  # The catalog could not be written, on a full disk, say; the log has it.
+            return Checkpoint(self.store, version_of(saved, model, version, self.store.manifest(saved)))
 
     # -- finding -----------------------------------------------------------------------------------------
 
@@ -439,90 +372,39 @@ class Registry:
     # -- naming ------------------------------------------------------------------------------------------
 
     def set_alias(self, reference: str, alias: str) -> Checkpoint:
-        """Point an alias of the checkpoint's model at the checkpoint.
-
-        Raises:
-            Invalid: if the alias is malformed or kept by the registry (`latest`, `best`).
-        """
-        self._check_alias(alias)
-        version = self.resolve(reference)
-        record = {"op": "alias", "model": version.model, "alias": alias, "id": version.id}
-        self._apply(record)
-        return self[version.name]
+        """Point an alias of the checkpoint's model at the checkpoint; see `registry.catalog.naming.set_alias`."""
+        return self[naming.set_alias(self.catalog, reference, alias).name]
 
     def remove_alias(self, model: str, alias: str) -> None:
         """Take an alias away; the checkpoint stays."""
-        self._check_alias(alias)
-        self.resolve(f"{model}@{alias}")
-        self._apply({"op": "unalias", "model": model, "alias": alias})
-
-    @staticmethod
-    def _check_alias(alias: str) -> None:
-        check_name(alias, "alias")
-        if alias in RESERVED_ALIASES:
-            raise Invalid(f"the alias {quoted(alias)} is kept by the registry; choose another name")
+        naming.remove_alias(self.catalog, model, alias)
 
     def set_tag(self, reference: str, tag: str) -> Checkpoint:
         """Attach a tag to a checkpoint."""
-        version = self.resolve(reference)
-        self._apply({"op": "tag", "id": version.id, "tag": check_name(tag, "tag")})
-        return self[version.name]
+        return self[naming.set_tag(self.catalog, reference, tag).name]
 
     def remove_tag(self, reference: str, tag: str) -> Checkpoint:
         """Take a tag off a checkpoint."""
-        version = self.resolve(reference)
-        if tag not in version.tags:
-            raise NotFound(f"{version.name} has no tag {quoted(tag)}{hint(tag, version.tags)}")
-        self._apply({"op": "untag", "id": version.id, "tag": tag})
-        return self[version.name]
+        return self[naming.remove_tag(self.catalog, reference, tag).name]
 
     def add_note(self, reference: str, text: str) -> Checkpoint:
-        """Attach a note, any text, to a checkpoint."""
-        check_text(text, "note")
-        version = self.resolve(reference)
-        self._apply({"op": "note", "id": version.id, "at": now(), "text": text})
-        return self[version.name]
-
-    def with_descendants(self, ids: Sequence[str]) -> set[str]:
-        """Those of the ids that other checkpoints were resumed or transferred from."""
-        marks = ",".join("?" * len(ids))
-        return {
-            row[0] for row in self.catalog.query(f"SELECT parent FROM lineage WHERE parent IN ({marks})", ids)
-        }
+        """Attach a note, any text, to a checkpoint; see `registry.catalog.naming.add_note`."""
+        return self[naming.add_note(self.catalog, reference, text).name]
 
     def thin(self, reference: str) -> Checkpoint:
-        """Keep only the weights of a version: its other components are dropped, and its id changes.
+        """Keep only the weights of a version, whose id changes; see `registry.upkeep.thinning.thin`."""
+        from registry.upkeep.thinning import thin
 
-        A version that others descend from, or that has no network under the name `model`, stays as it is.
-        `collect_garbage` frees the space.
-        """
-        from registry.thinning import thin
-
-        return thin(self, reference)
+        return self[thin(self.catalog, self.store, reference)]
 
     def remove(
         self, references: Sequence[str], *, force: bool = False, dry_run: bool = False
     ) -> list[Version]:
         """Remove versions from the catalog, all or none; `collect_garbage` frees their space later.
 
-        Args:
-            force: also versions that have an alias or a tag.
-            dry_run: only say which versions it would be.
-
-        Raises:
-            Conflict: if an alias or a tag holds one of them.
+        See `registry.catalog.naming.remove`.
         """
-        versions = [self.resolve(reference) for reference in references]
-        versions = list({version.id: version for version in versions}.values())
-        for version in versions:
-            held = [f"alias {name}" for name in version.aliases] + [f"tag {name}" for name in version.tags]
-            if held and not force:
-                raise Conflict(
-                    f"{version.name} is held by {', '.join(held)}; take that off first, or use --force"
-                )
-        if not dry_run:
-            self._apply(*({"op": "remove", "id": version.id} for version in versions))
-        return versions
+        return naming.remove(self.catalog, references, force=force, dry_run=dry_run)
 
     # -- keeping house -----------------------------------------------------------------------------------
 
@@ -532,9 +414,9 @@ class Registry:
         Returns:
             What was checked, and the problems found: damage is reported, not raised.
         """
-        from registry.verification import verify
+        from registry.upkeep.verification import verify
 
-        return verify(self, references, progress)
+        return verify(self.catalog, self.store, references, progress)
 
     def compact(
         self,
@@ -555,9 +437,9 @@ class Registry:
         Raises:
             Corrupt: if a byte is not what was saved; nothing is lost.
         """
-        from registry.compacting import compact
+        from registry.upkeep.compaction import compact
 
-        return compact(self, models, dry_run=dry_run, progress=progress)
+        return compact(self.catalog, self.store, models, dry_run=dry_run, progress=progress)
 
     def collect_garbage(
         self,
@@ -573,46 +455,44 @@ class Registry:
             dry_run: report what would be removed, and remove nothing.
             tell: called with the path and the bytes of each file that goes.
         """
-        from registry.garbage import collect_garbage
+        from registry.upkeep.garbage import collect_garbage
 
-        return collect_garbage(self, grace=grace, dry_run=dry_run, tell=tell)
+        return collect_garbage(self.catalog, self.store, grace=grace, dry_run=dry_run, tell=tell)
 
     def rebuild(self, *, adopt: bool = False, progress: Progress = silent) -> Rebuilt:
-        """Recreate the catalog from packs, manifests and the journal.
+        """Make the catalog anew from the log, and take in what it has lost; see `registry.upkeep.rebuilding.rebuild`.
 
         Args:
-            adopt: take in checkpoints that the journal does not know, as after an older one was restored.
+            adopt: accept as lost what cannot be read, and take in checkpoints that the log does not know.
         """
-        from registry.rebuilding import rebuild
+        from registry.upkeep.rebuilding import rebuild
 
-        return rebuild(self, adopt=adopt, progress=progress)
+        return rebuild(self.catalog, self.store, adopt=adopt, progress=progress)
 
     def status(self) -> Status:
         """What the registry holds, from the catalog alone."""
-        from registry.status import status
+        from registry.upkeep.status import status
 
-        return status(self)
-
-    def _apply(self, *records: Mapping[str, Any]) -> None:
-        with self.catalog.change() as change:
-            for record in records:
-                change.apply(record)
+        return status(self.root, self.catalog)
 
 
-def _format_in(text: str, path: Path) -> Any:
-    """The format in settings that somebody has edited."""
-    import tomllib
-
-    try:
-        return tomllib.loads(text).get("format")
-    except tomllib.TOMLDecodeError as error:
-        raise Invalid(f"{path}: {error}") from None
+def _best_with(
+    view: View, model: str, by: Monitor, manifest_id: str, record: Mapping[str, Any]
+) -> str | None:
+    """The id of a model's best version once one more is published; NaN never wins, of equals the earlier does."""
+    best = best_id(view.query, model, by.metric, smallest=by.smallest)
+    value = record.get("loss") if by.metric == "loss" else record.get("metrics", {}).get(by.metric)
+    if value is None or math.isnan(value):
+        return best[0] if best else None
+    if best is None or (value < best[1] if by.smallest else value > best[1]):
+        return manifest_id
+    return best[0]
 
 
 def _edge(edge: Mapping[str, str]) -> dict[str, str]:
     if set(edge) != {"kind", "parent"}:
         raise Invalid("lineage: an edge has the keys kind and parent")
-    return {key: check_text(edge[key], f"lineage {key}") for key in ("kind", "parent")}
+    return {key: check_text(edge[key], f"lineage {key}", MAX_EDGE) for key in ("kind", "parent")}
 
 
 def _whole(value: Any, what: str) -> int | None:

@@ -20,28 +20,28 @@ import torch
 
 from registry import builders, components, provenance, rng
 from registry.caching import used_artifacts
+from registry.catalog.reference import check_name
+from registry.catalog.runs import INNER, LOG, PROCESS
 from registry.config import Config
 from registry.freezing import frozen_names
 from registry.logs import run_log
 from registry.plans import TransferPlan, plan_document
 from registry.ranks import Ranks
-from registry.reference import check_name
-from registry.retention import Retention
-from registry.runs import LOG, PROCESS
 from registry.store.digest import is_digest
-from registry.store.durable import host, make_folder, refuse_links, storage_errors, write_file
+from registry.store.durable import host, make_folder, storage_errors, unlink, write_file
 from registry.store.errors import Invalid, RegistryError
 from registry.store.staging import Arena
 from registry.store.text import quoted
+from registry.upkeep.retention import Retention
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+    from registry.catalog.versions import Version
     from registry.checkpoint import Checkpoint
     from registry.registry import Registry
     from registry.sharded import RegistryWriter
     from registry.store.saving import State
-    from registry.versions import Version
 
 _RESERVED = ("rng", "extra", "ranks")
 
@@ -131,7 +131,7 @@ class Run:
                 return cast("SummaryWriter", _Mute())
             from torch.utils.tensorboard import SummaryWriter
 
-            make_folder(self.folder)
+            make_folder(self.folder, inner=INNER)
             self._writer = SummaryWriter(str(self.folder))
         return self._writer
 
@@ -143,10 +143,10 @@ class Run:
     def __enter__(self) -> Self:
         with storage_errors(self.folder), contextlib.ExitStack() as stack:
             if self._ranks.leads:
-                refuse_links(self.registry.root, self.log_file, self.folder / PROCESS)
-                make_folder(self.folder)
-                write_file(self.folder / PROCESS, _this_process().encode(), folder=self.folder)
-                stack.enter_context(run_log(self.log_file))
+                make_folder(self.folder, inner=INNER)
+                tmp = self.registry.root / "tmp"
+                write_file(self.folder / PROCESS, _this_process().encode(), folder=tmp, inner=INNER)
+                stack.enter_context(run_log(self.log_file, inner=INNER))
             stack.enter_context(_sigterm_as_exit())
             self._open = stack.pop_all()
         if self._ranks.leads:
@@ -185,8 +185,7 @@ class Run:
             self._saver.submit(self.registry.catalog.close)  # its own connection
             self._saver.shutdown()
             if self._ranks.leads:
-                with contextlib.suppress(FileNotFoundError):
-                    (self.folder / PROCESS).unlink()
+                unlink(self.folder / PROCESS, inner=INNER)
                 self.registry.runs.end(self.name, state)
             self._ranks.close()
             if self._compact and self._ranks.leads and error is None:
@@ -371,8 +370,13 @@ class Run:
 
     def _publish(self, state: State, about: Mapping[str, Any], fields: Mapping[str, Any]) -> Checkpoint:
         saved = self.registry.save(self.model, state, **fields, **self._origin(about))
-        self._retention.apply(self.registry, self.name, saved)
+        self._retain()
         return saved
+
+    def _retain(self) -> None:
+        """Remove, and thin, what the run's rules no longer keep."""
+        registry = self.registry
+        self._retention.apply(registry.catalog, registry.store, registry.runs.chain(self.name), self.model)
 
     def _origin(self, about: Mapping[str, Any]) -> dict[str, Any]:
         """What the next version records of where it comes from."""
@@ -417,7 +421,7 @@ class Run:
 
         def saved(checkpoint: Checkpoint) -> None:
             self._last = checkpoint
-            self._retention.apply(self.registry, self.name, checkpoint)
+            self._retain()
 
         return RegistryWriter(self.registry, self.model, saved=saved, **fields, **self._origin(about))
 

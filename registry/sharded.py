@@ -43,7 +43,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from registry.reference import check_name, parse_reference
+from registry.catalog.reference import check_name, parse_reference
 from registry.store.errors import Conflict, Corrupt, Incompatible, Invalid, RegistryError, Unsupported
 from registry.store.manifest import Listed, Manifest, TensorInfo, renumbered, slots_of
 from registry.store.pack import PackInfo
@@ -159,8 +159,10 @@ class RegistryWriter(StorageWriter):
             about = {**self._about, "provenance": provenance, RECORD: tree.record}
             saved = self.registry.save(self.model, written, **about)
         except BaseException:
+            named = self.registry.catalog.ledger().packs  # The log may have the version all the same.
             for pack in packs:
-                self.registry.discard_pack(pack.digest)
+                if pack.digest not in named:
+                    self.registry.store.discard_pack(pack.digest)
             raise
         self.checkpoint = saved
         metadata.storage_data = saved.name  # which dcp.save returns in every process

@@ -2,16 +2,22 @@
 
 Nothing else in this package changes a file of the store. The steps go through the module's `disk`, so that a
 test can record them, fail one of them, or rebuild the state that a crash after any of them would leave.
+
+A registry may come from somebody else. So its folders are opened one by one, without following links: an argument
+`inner` says how many of the last folders of a path belong to the registry. The folders before them are the user's own,
+and links among these are followed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import functools
 import os
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,10 +30,15 @@ WRITEBACK = 4 << 20
 
 _CHUNK = 4 << 20
 _SYNC_FILE_RANGE_WRITE = 2
+_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 class Disk:
-    """The durable steps, as the operating system offers them."""
+    """The durable steps, as the operating system offers them.
+
+    `path` and its like say what a step is about. `folder` is the open folder that the file is in, where there is one.
+    """
 
     def write(self, fd: int, path: Path, data: memoryview) -> int:
         return os.write(fd, data)
@@ -38,21 +49,17 @@ class Disk:
     def sync(self, fd: int, path: Path) -> None:
         os.fsync(fd)
 
-    def sync_folder(self, path: Path) -> None:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+    def sync_folder(self, path: Path, folder: int) -> None:
+        os.fsync(folder)
 
-    def rename(self, source: Path, target: Path) -> None:
-        os.replace(source, target)
+    def rename(self, source: Path, target: Path, source_folder: int, target_folder: int) -> None:
+        os.replace(source.name, target.name, src_dir_fd=source_folder, dst_dir_fd=target_folder)
 
-    def unlink(self, path: Path) -> None:
-        os.unlink(path)
+    def unlink(self, path: Path, folder: int) -> None:
+        os.unlink(path.name, dir_fd=folder)
 
-    def mkdir(self, path: Path) -> None:
-        os.mkdir(path)
+    def mkdir(self, path: Path, folder: int) -> None:
+        os.mkdir(path.name, dir_fd=folder)
 
     def truncate(self, fd: int, path: Path, size: int) -> None:
         os.ftruncate(fd, size)
@@ -61,41 +68,175 @@ class Disk:
 disk = Disk()
 
 
+class Moved(Exception):
+    """A file that was being written is not under its name any more. Never reaches users."""
+
+
+@contextlib.contextmanager
+def opened_folder(path: Path, inner: int = 0) -> Iterator[int]:
+    """Open a folder without following links to it.
+
+    Args:
+        inner: how many of the last parts of the path belong to the registry; the folders before them are followed.
+
+    Raises:
+        Corrupt: if one of these is something else than a folder.
+    """
+    parts = path.parts[len(path.parts) - inner :]
+    place = Path(*path.parts[: len(path.parts) - inner])
+    fd = os.open(place, _FOLDER)
+    try:
+        for part in parts:
+            place = place / part
+            below = _open_inner_folder(part, fd, place)
+            os.close(fd)
+            fd = below
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _open_inner_folder(name: str, folder: int, place: Path) -> int:
+    try:
+        return os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+            error.filename = str(place)
+            raise
+        raise Corrupt(
+            f"{place}: is no folder but {_kind(os.stat(name, dir_fd=folder, follow_symlinks=False))}, which a "
+            "registry does not have there; nothing was changed"
+        ) from None
+
+
+def _kind(status: os.stat_result) -> str:
+    kinds = {
+        stat.S_IFLNK: "a symbolic link",
+        stat.S_IFREG: "a file",
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a pipe",
+        stat.S_IFSOCK: "a socket",
+    }
+    return kinds.get(stat.S_IFMT(status.st_mode), "a device")
+
+
+def open_file(path: Path, flags: int, *, inner: int = 0, mode: int = 0o666) -> int:
+    """Open a regular file without following links.
+
+    Args:
+        inner: how many of the folders that it is in belong to the registry.
+
+    Raises:
+        Corrupt: if there is no regular file of this name.
+        FileNotFoundError: if there is nothing.
+    """
+    with opened_folder(path.parent, inner) as folder:
+        try:
+            fd = os.open(path.name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode, dir_fd=folder)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                refuse_odd(os.stat(path.name, dir_fd=folder, follow_symlinks=False), path)
+            error.filename = str(path)
+            raise
+    try:
+        refuse_odd(os.fstat(fd), path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def refuse_odd(status: os.stat_result, path: Path) -> None:
+    """Check that something is a regular file.
+
+    Raises:
+        Corrupt: if it is anything else.
+    """
+    if not stat.S_ISREG(status.st_mode):
+        raise Corrupt(f"{path}: is {_kind(status)}, not a regular file")
+
+
+def read_file(path: Path, limit: int, *, inner: int = 0) -> bytes:
+    """The first bytes of a small file of the registry, up to a limit."""
+    fd = open_file(path, os.O_RDONLY, inner=inner)
+    try:
+        parts = []
+        while limit > 0 and (part := os.read(fd, limit)):
+            parts.append(part)
+            limit -= len(part)
+        return b"".join(parts)
+    finally:
+        os.close(fd)
+
+
+def status_of(path: Path, *, inner: int = 0) -> os.stat_result | None:
+    """What the system knows of a file, links not followed; None if there is nothing."""
+    try:
+        with opened_folder(path.parent, inner) as folder:
+            return os.stat(path.name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+
+
+def names_in(path: Path, *, inner: int = 0) -> list[str]:
+    """The names in a folder, sorted; none if it is not there."""
+    try:
+        with opened_folder(path, inner) as folder:
+            return sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []
+
+
 class NewFile:
     """A file that is being written and does not exist under its own name yet.
 
-    Either `publish` or `discard` ends it; after an error from any method only `discard` may follow.
+    While it is written it is locked, so that others can tell that its writer lives. Either `publish` or `discard` ends
+    it; after an error from any method only `discard` may follow.
+
+    Args:
+        folder: where it lies meanwhile.
+        inner: how many of the last folders of that path belong to the registry.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / f"{host()}-{os.getpid()}-{os.urandom(16).hex()}"
-        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    def __init__(self, folder: Path, *, inner: int = 1) -> None:
+        self._inner = inner
+        while True:
+            self.path = folder / f"{host()}-{os.getpid()}-{os.urandom(16).hex()}"
+            self.fd = open_file(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, inner=inner)
+            lock(self.fd)
+            if self._is_there():  # Nobody took it for a dead writer's before it was locked.
+                break
+            os.close(self.fd)
         self._position = 0
         self._written_back = 0
 
+    def _is_there(self) -> bool:
+        status, own = status_of(self.path, inner=self._inner), os.fstat(self.fd)
+        return status is not None and (status.st_dev, status.st_ino) == (own.st_dev, own.st_ino)
+
     def skip_to(self, offset: int) -> None:
         """Leave the bytes before `offset` for a later `write_at`."""
-        self._position = self._written_back = os.lseek(self._fd, offset, os.SEEK_SET)
+        self._position = self._written_back = os.lseek(self.fd, offset, os.SEEK_SET)
 
     def write(self, data: Buffer) -> None:
         rest = memoryview(data).cast("B")
         while rest:
-            count = disk.write(self._fd, self.path, rest[:_CHUNK])
+            count = disk.write(self.fd, self.path, rest[:_CHUNK])
             rest = rest[count:]
             self._position += count
             if self._position - self._written_back >= WRITEBACK:
-                _start_writeback(self._fd, self._written_back, self._position - self._written_back)
+                _start_writeback(self.fd, self._written_back, self._position - self._written_back)
                 self._written_back = self._position
 
     def write_at(self, data: Buffer, offset: int) -> None:
         rest = memoryview(data).cast("B")
         while rest:
-            count = disk.write_at(self._fd, self.path, rest, offset)
+            count = disk.write_at(self.fd, self.path, rest, offset)
             rest = rest[count:]
             offset += count
 
-    def publish(self, target: Path, head: Buffer, *, read_only: bool = True) -> None:
-        """Make the file durable under its final name, replacing what is there.
+    def sync(self, head: Buffer, *, read_only: bool = True) -> None:
+        """Make the bytes durable.
 
         The size and the first bytes are read back first: a disk that claims to have written and has not is
         found here, while the data is still in memory.
@@ -103,27 +244,92 @@ class NewFile:
         Raises:
             StorageError: if the file does not hold what was written.
         """
-        status = os.fstat(self._fd)
-        if status.st_size != self._position or os.pread(self._fd, len(head), 0) != bytes(head):
+        status = os.fstat(self.fd)
+        if status.st_size != self._position or os.pread(self.fd, len(head), 0) != bytes(head):
             raise StorageError(
                 f"{self.path}: the disk reports success but did not keep what was written "
                 f"({status.st_size} of {self._position} bytes); check the disk, nothing was saved"
             )
         if read_only:
-            os.fchmod(self._fd, stat.S_IMODE(status.st_mode) & ~0o222)
-        disk.sync(self._fd, self.path)
-        os.close(self._fd)
-        self._fd = -1
-        make_folder(target.parent)
-        disk.rename(self.path, target)
-        disk.sync_folder(target.parent)
+            os.fchmod(self.fd, stat.S_IMODE(status.st_mode) & ~0o222)
+        disk.sync(self.fd, self.path)
+
+    def publish(self, target: Path, *, inner: int = 2) -> None:
+        """Give the file, which is durable, its final name, durably; what is there is replaced.
+
+        Args:
+            inner: how many of the last folders of the target's path belong to the registry.
+
+        Raises:
+            Moved: if somebody has removed the file meanwhile.
+        """
+        make_folder(target.parent, inner=inner)
+        with (
+            opened_folder(self.path.parent, self._inner) as source_folder,
+            opened_folder(target.parent, inner) as target_folder,
+        ):
+            if not self._is_there():
+                raise Moved
+            try:
+                disk.rename(self.path, target, source_folder, target_folder)
+            except FileNotFoundError:
+                raise Moved from None
+            disk.sync_folder(target.parent, target_folder)
+        os.close(self.fd)
+        self.fd = -1
 
     def discard(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-        with contextlib.suppress(OSError):
-            disk.unlink(self.path)
+        """Remove the file."""
+        if self.fd >= 0:
+            with contextlib.suppress(OSError):
+                if self._is_there():
+                    unlink(self.path, inner=self._inner)
+            os.close(self.fd)
+            self.fd = -1
+
+
+def lock(fd: int, *, seconds: float = 60.0) -> bool:
+    """Lock an open file for this process; closing it ends the lock.
+
+    Locks spare work and guard against a second catalog; what is promised does not rest on them, as some network file
+    systems have none.
+
+    Args:
+        seconds: how long to wait for another process at most.
+
+    Returns:
+        Whether it is locked now, or locks are not supported there.
+    """
+    end = time.monotonic() + seconds
+    pause = 0.000_5
+    while True:
+        if try_lock(fd):
+            return True
+        if time.monotonic() >= end:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+
+
+def try_lock(fd: int) -> bool:
+    """Lock an open file unless somebody has it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError as error:
+        return error.errno not in _HELD
+
+
+def locks_work(path: Path, *, inner: int = 0) -> bool:
+    """Whether a lock on a file that is locked here keeps others out; on some network file systems none does."""
+    try:
+        fd = open_file(path, os.O_RDONLY, inner=inner)
+    except FileNotFoundError:
+        return True
+    try:
+        return not try_lock(fd)
+    finally:
+        os.close(fd)
 
 
 def host() -> str:
@@ -144,68 +350,63 @@ def is_gone(machine: str, pid: str) -> bool:
     return False
 
 
-def refuse_links(root: Path, *paths: Path) -> None:
-    """Check that no path leaves the folder `root`: none of what is on the way below it is a link.
+def make_folder(path: Path, *, inner: int = 0) -> None:
+    """Create a folder, and durably its entry in the parent, unless it is there.
 
-    Raises:
-        Corrupt: naming the link.
+    Args:
+        inner: how many of the last parts of the path belong to the registry.
     """
-    for path in paths:
-        place = root
-        for part in path.relative_to(root).parts:
-            place = place / part
-            if place.is_symlink():
-                raise Corrupt(
-                    f"{place}: is a symbolic link, which a registry has none of; nothing was changed"
-                )
-
-
-def make_folder(path: Path) -> None:
-    """Create a folder, and durably its entry in the parent, unless it is there."""
-    if path.is_dir():
+    with contextlib.suppress(FileNotFoundError), opened_folder(path, inner):
         return
-    make_folder(path.parent)
-    with contextlib.suppress(FileExistsError):
-        disk.mkdir(path)
-    disk.sync_folder(path.parent)
+    make_folder(path.parent, inner=max(inner - 1, 0))
+    with opened_folder(path.parent, max(inner - 1, 0)) as folder:
+        with contextlib.suppress(FileExistsError):
+            disk.mkdir(path, folder)
+        disk.sync_folder(path.parent, folder)
+    with opened_folder(path, inner):
+        pass
 
 
-def write_file(path: Path, data: bytes, *, folder: Path | None = None, read_only: bool = False) -> None:
+def write_file(
+    path: Path, data: bytes, *, folder: Path | None = None, inner: int = 0, read_only: bool = False
+) -> None:
     """Write a small file whole or not at all; its mode follows the umask.
 
     Args:
-        folder: where the file lies until it is complete. Without it the file is a user's own: it lies beside
-            its target meanwhile, and a symbolic link at `path` is followed, not replaced.
+        folder: a folder of the registry, where the file lies until it is complete. Without it the file is a user's
+            own: it lies beside its target meanwhile, and a symbolic link at `path` is followed, not replaced.
+        inner: how many of the last folders that it is in belong to the registry.
 
     Raises:
         StorageError: if the system refuses, with the earlier file untouched.
     """
     target = path if folder else Path(os.path.realpath(path))
+
+    def write() -> None:
+        file = NewFile(folder or target.parent, inner=1 if folder else 0)
+        try:
+            file.write(data)
+            file.sync(data, read_only=read_only)
+            file.publish(target, inner=inner)
+        except BaseException:
+            file.discard()
+            raise
+
     with storage_errors(path):
-        twice_on_io_error(lambda: _write_once(target, data, folder or target.parent, read_only))
+        again_on_trouble(write)
 
 
-def _write_once(target: Path, data: bytes, folder: Path, read_only: bool) -> None:
-    file = NewFile(folder)
-    try:
-        file.write(data)
-        file.publish(target, data, read_only=read_only)
-    except BaseException:
-        file.discard()
-        raise
-
-
-def append(path: Path, data: bytes) -> None:
+def append(path: Path, data: bytes, *, inner: int = 0) -> None:
     """Add one record to the end of a file, durably; on an error the file is as long as before."""
-    fresh = not path.exists()
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    fresh = status_of(path, inner=inner) is None
+    fd = open_file(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, inner=inner)
     try:
         before = os.fstat(fd).st_size
         try:
             rest = memoryview(data)
             while rest:
                 rest = rest[disk.write(fd, path, rest) :]
-            if os.fstat(fd).st_size != before + len(data):
+            if os.fstat(fd).st_size != before + len(data) or os.pread(fd, len(data), before) != data:
                 raise StorageError(f"{path}: the disk reports success but did not keep what was written")
             disk.sync(fd, path)
         except BaseException:
@@ -216,12 +417,12 @@ def append(path: Path, data: bytes) -> None:
     finally:
         os.close(fd)
     if fresh:
-        disk.sync_folder(path.parent)
+        sync_folder(path.parent, inner=inner)
 
 
-def truncate(path: Path, size: int) -> None:
+def truncate(path: Path, size: int, *, inner: int = 0) -> None:
     """Cut a file back to `size` bytes, durably."""
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    fd = open_file(path, os.O_RDWR, inner=inner)
     try:
         disk.truncate(fd, path, size)
         disk.sync(fd, path)
@@ -229,26 +430,52 @@ def truncate(path: Path, size: int) -> None:
         os.close(fd)
 
 
-def unlink(path: Path) -> bool:
+def rename(source: Path, target: Path, *, inner: int = 0) -> None:
+    """Give a file another name in its folder, durably."""
+    with opened_folder(source.parent, inner) as folder:
+        disk.rename(source, target, folder, folder)
+        disk.sync_folder(source.parent, folder)
+
+
+def sync_folder(path: Path, *, inner: int = 0) -> None:
+    """Make the names in a folder durable."""
+    with opened_folder(path, inner) as folder:
+        disk.sync_folder(path, folder)
+
+
+def unlink(path: Path, *, inner: int = 0) -> bool:
     """Remove a file; false if it was not there."""
     try:
-        disk.unlink(path)
+        with opened_folder(path.parent, inner) as folder:
+            disk.unlink(path, folder)
     except FileNotFoundError:
         return False
     return True
 
 
-def twice_on_io_error(step: Callable[[], None]) -> None:
+def again_on_trouble(step: Callable[[], None]) -> None:
     """Run a step that writes a whole file, and once more from memory if the disk reports an I/O error.
 
-    The kernel drops dirty pages after a failed fsync, so the same descriptor must not be synced again.
+    The kernel drops dirty pages after a failed fsync, so the same descriptor must not be synced again. A file that
+    somebody removes while it is written, as where locks do nothing, is written again too.
     """
     try:
         step()
+    except Moved:
+        _last_try(step)
     except OSError as error:
         if error.errno != errno.EIO:
             raise
+        _last_try(step)
+
+
+def _last_try(step: Callable[[], None]) -> None:
+    try:
         step()
+    except Moved:
+        raise StorageError(
+            "somebody removes temporary files while they are written; end what does it, and repeat"
+        ) from None
 
 
 _ADVICE = {

@@ -26,6 +26,10 @@ class Corrupt(RegistryError):
     """The pack that is damaged, where it is one."""
 
 
+class Missing(Corrupt):
+    """A file of the store that should be there is not."""
+
+
 class Incompatible(RegistryError):
     """Two things that should fit do not: names, shapes or dtypes differ."""
 

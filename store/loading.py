@@ -24,7 +24,7 @@ from registry.store.durable import storage_errors
 from registry.store.errors import Corrupt, RegistryError
 from registry.store.location import Location
 from registry.store.manifest import TensorInfo
-from registry.store.pack import map_file, open_regular, pack_path
+from registry.store.pack import INNER, map_file, open_regular, pack_path
 from registry.store.tree import torch_type
 
 Job = TypeVar("Job")
@@ -51,6 +51,11 @@ class Wanted(NamedTuple):
     name: str
     size: int
     base: Wanted | None = None
+
+    @property
+    def places(self) -> list[Location]:
+        """Where it lies, and what it is a difference from."""
+        return [self.location, *(self.base.places if self.base else ())]
 
 
 class Mapped:
@@ -139,7 +144,7 @@ class Mapped:
     def _map(self, location: Location, use: int) -> mmap.mmap:
         mapping = self._maps.get((location.pack, use))
         if mapping is None:
-            mapping = map_file(pack_path(self._packs, location.pack), location.pack_size)
+            mapping = map_file(pack_path(self._packs, location.pack), location.pack_size, inner=INNER)
             self._maps[location.pack, use] = mapping
         return mapping
 
@@ -392,7 +397,7 @@ class _Files:
         with self._lock:
             if pack not in self._open:
                 path = pack_path(self._packs, pack)
-                file = open_regular(path)
+                file = open_regular(path, inner=INNER)
                 size = os.fstat(file.fileno()).st_size
                 if size != location.pack_size:
                     file.__exit__()
@@ -416,4 +421,7 @@ def naming(label: str) -> Iterator[None]:
     try:
         yield
     except RegistryError as error:
-        raise type(error)(f"{label}: {error}") from error.__cause__
+        named = type(error)(f"{label}: {error}")
+        if isinstance(error, Corrupt) and isinstance(named, Corrupt):
+            named.pack = error.pack
+        raise named from error.__cause__

@@ -22,8 +22,16 @@ class Location(NamedTuple):
 
 
 class Index(Protocol):
-    """Finds stored tensors by digest."""
+    """What a store asks about what it holds."""
 
     def locate(self, digests: Collection[str]) -> dict[str, Location]:
         """The locations of those of the digests that are stored."""
+        ...
+
+    def manifest_text(self, manifest_id: str) -> bytes | None:
+        """A second copy of a manifest that counts; None if there is none."""
+        ...
+
+    def was_removed(self, manifest_id: str) -> bool:
+        """Whether a manifest counted once, and does not any more."""
         ...

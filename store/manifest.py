@@ -176,7 +176,7 @@ def parse(data: bytes) -> Manifest:
     if not isinstance(record, dict) or not isinstance(components, dict) or not isinstance(tensors, list):
         raise Corrupt("the manifest lacks its record, components or tensors")
     try:
-        manifest = Manifest(_untagged(record), components, [_tensor_info(item) for item in tensors])
+        manifest = Manifest(untagged(record), components, [_tensor_info(item) for item in tensors])
     except RecursionError:
         raise Corrupt("the manifest is nested too deep") from None
     for path, node in _tensors_of(components):
@@ -212,9 +212,10 @@ def _tagged(value: Any, path: str) -> Any:
     raise Unsupported(f"{quoted(path)}: a record holds plain values only, not {type(value).__qualname__}")
 
 
-def _untagged(value: Any) -> Any:
+def untagged(value: Any) -> Any:
+    """A record from its JSON."""
     if isinstance(value, list):
-        return [_untagged(item) for item in value]
+        return [untagged(item) for item in value]
     if not isinstance(value, dict):
         return value
     if "$float" in value:
@@ -222,7 +223,7 @@ def _untagged(value: Any) -> Any:
             return struct.unpack(">d", bytes.fromhex(value["$float"]))[0]
         except (struct.error, ValueError, TypeError):
             raise Corrupt("the manifest's record holds a malformed number") from None
-    return {key: _untagged(item) for key, item in value.items()}
+    return {key: untagged(item) for key, item in value.items()}
 
 
 def _tensor_info(item: Any) -> TensorInfo:

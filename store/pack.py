@@ -1,7 +1,7 @@
 """Packs: immutable safetensors files whose tensor names are digests.
 
 A pack is named by the digest of its header, which in turn names the digest of every tensor, so the name covers
-every byte. Tensors start at multiples of 64 bytes; safetensors allows no holes, so entries named `pad.<n>` of
+every byte. A salt in the header makes the name one that no other pack has or had. Tensors start at multiples of 64 bytes; safetensors allows no holes, so entries named `pad.<n>` of
 zero bytes fill the gaps.
 """
 
@@ -11,7 +11,7 @@ import functools
 import mmap
 import os
 import re
-import stat
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +20,17 @@ from registry.store import header
 from registry.store.digest import digest as digest_of
 from registry.store.digest import is_digest
 from registry.store.dtypes import BY_CODE, ELEMENT_TYPES, byte_count
-from registry.store.durable import NewFile, storage_errors
-from registry.store.errors import Corrupt, Invalid, Unsupported
+from registry.store.durable import NewFile, open_file, storage_errors
+from registry.store.errors import Corrupt, Invalid, Missing, Unsupported
 from registry.store.location import Location
 from registry.store.text import quoted
 
 ALIGNMENT = 64
+INNER = 2
+"""Folders that a pack or a manifest is in, below the registry's own: `packs/ab`."""
+
 _FORMAT = "torch-registry pack 1"
+_SALT = 16
 _COALESCE = 64 << 10
 _BUFFER = 1 << 20
 
@@ -83,7 +87,7 @@ class PackWriter:
     def __init__(
         self, tmp: Path, candidates: Iterable[tuple[str, Sequence[int]]], *, coded: bool = False
     ) -> None:
-        bound = 64 + sum(_entry_bound(dtype, shape, coded=coded) for dtype, shape in candidates)
+        bound = 128 + sum(_entry_bound(dtype, shape, coded=coded) for dtype, shape in candidates)
         self._head = header.padded(bound)
         if self._head - 8 > header.MAX_HEADER:
             raise Unsupported(
@@ -123,11 +127,13 @@ class PackWriter:
     def finish(self, packs: Path) -> PackInfo:
         """Publish the pack below `packs`, durably."""
         self._flush()
-        text = header.render(self._entries, {"format": _FORMAT, **self._opaque})
+        about = {"format": _FORMAT, "salt": secrets.token_hex(_SALT), **self._opaque}
+        text = header.render(self._entries, about)
         head = header.framed(text, self._head)
         name = digest_of(head)
         self._file.write_at(head, 0)
-        self._file.publish(pack_path(packs, name), head)
+        self._file.sync(head)
+        self._file.publish(pack_path(packs, name))
         return PackInfo(name, self._position, tuple(self._tensors))
 
     def discard(self) -> None:
@@ -191,7 +197,7 @@ def read_pack_info(path: Path) -> PackInfo:
     Raises:
         Corrupt: if the file is missing, cut short, or its header is not the one that its name covers.
     """
-    with open_regular(path) as file:
+    with open_regular(path, inner=INNER) as file:
         size = os.fstat(file.fileno()).st_size
         try:
             head = file.read(8)
@@ -236,29 +242,21 @@ def _opaque(text: str) -> tuple[str, tuple[int, ...]]:
 class open_regular:
     """Open a file for reading, refusing links, devices and pipes; a context manager with `fileno` and `read`.
 
+    Args:
+        inner: how many of the folders that it is in belong to a registry, which has no links.
+
     Raises:
         Corrupt: if there is no regular file at `path`.
         StorageError: if the system refuses.
     """
 
-    def __init__(self, path: Path) -> None:
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        try:
-            with storage_errors(path):
-                try:
-                    self._fd = os.open(path, flags)
-                except FileNotFoundError:
-                    raise Corrupt(f"{path}: the file is missing") from None
-                except OSError as error:
-                    if os.path.islink(path):
-                        raise Corrupt(f"{path}: is a symbolic link, not a file") from error
-                    raise
-        except Corrupt:
-            self._fd = -1
-            raise
-        if not stat.S_ISREG(os.fstat(self._fd).st_mode):
-            os.close(self._fd)
-            raise Corrupt(f"{path}: is not a regular file")
+    def __init__(self, path: Path, *, inner: int = 0) -> None:
+        self._fd = -1
+        with storage_errors(path):
+            try:
+                self._fd = open_file(path, os.O_RDONLY, inner=inner)
+            except FileNotFoundError:
+                raise Missing(f"{path}: the file is missing") from None
 
     def __enter__(self) -> open_regular:
         return self
@@ -280,13 +278,16 @@ class open_regular:
         return b"".join(parts)
 
 
-def map_file(path: Path, size: int) -> mmap.mmap:
+def map_file(path: Path, size: int, *, inner: int = 0) -> mmap.mmap:
     """Map a file copy-on-write: what is written to the mapping never reaches the file.
+
+    Args:
+        inner: as for `open_regular`.
 
     Raises:
         Corrupt: if the file does not have `size` bytes.
     """
-    with open_regular(path) as file, storage_errors(path):
+    with open_regular(path, inner=inner) as file, storage_errors(path):
         actual = os.fstat(file.fileno()).st_size
         if actual != size:
             raise Corrupt(f"{path}: has {actual} bytes instead of {size}")

@@ -5,22 +5,32 @@ from __future__ import annotations
 import contextlib
 import difflib
 import fnmatch
-import os
+import re
 import stat
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from registry.store import durable
 from registry.store.digest import digest as digest_of
 from registry.store.digest import is_digest
 from registry.store.durable import storage_errors
-from registry.store.errors import Corrupt, Incompatible, Invalid, NotFound
+from registry.store.errors import Corrupt, Incompatible, Invalid, Missing, NotFound, StorageError
 from registry.store.location import Index, Location
-from registry.store.manifest import MAX_SIZE, Listed, Manifest, TensorInfo, parse, record_document, slots_of
-from registry.store.pack import PackInfo, open_regular, pack_path, read_pack_info
+from registry.store.manifest import (
+    MAX_SIZE,
+    Listed,
+    Manifest,
+    TensorInfo,
+    parse,
+    record_document,
+    slots_of,
+    untagged,
+)
+from registry.store.pack import INNER, PackInfo, open_regular, pack_path, read_pack_info
 from registry.store.text import quoted
 
 if TYPE_CHECKING:
@@ -29,17 +39,25 @@ if TYPE_CHECKING:
     from registry.store.loading import Wanted
     from registry.store.saving import State
 
+Result = TypeVar("Result")
+
 _MAX_CHAIN = 8
+_MOST_KEPT = 200_000
+"""Tensors in the indexes of packs that are kept in memory."""
+
+_MOST_MANIFESTS = 256
+_SHARD = re.compile(r"[0-9a-f]{2}\Z")
 FOLDERS = ("packs", "manifests", "tmp")
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What a put left behind: the manifest, its digest, and the packs with the tensors that were new."""
+    """What a put left behind: the manifest, its digest and bytes, and the packs with the tensors that were new."""
 
     digest: str
     manifest: Manifest
     packs: Sequence[PackInfo]
+    text: bytes
 
     @property
     def pack(self) -> PackInfo | None:
@@ -76,6 +94,7 @@ class Store:
         self.distrusted: set[str] = set()
         """Packs that were found damaged; what is saved again is written again, and heals them."""
         self._recent: tuple[tuple[object, ...], Manifest] | None = None
+        self._kept = _Kept()
 
     def __repr__(self) -> str:
         return f"Store({str(self.root)!r})"
@@ -116,18 +135,22 @@ class Store:
         """
         from registry.store.saving import State
 
-        record_document(record or {})  # refused before a byte is written
+        plain = untagged(record_document(record or {}))  # Refused before a byte is written.
         if isinstance(components, Written):
             written = components
         else:
             state = components if isinstance(components, State) else self.encode(components)
             pack = self.add(state, progress=progress)
             written = Written(state.components, state.tensors(), [pack] if pack else [])
-        manifest = Manifest(dict(record or {}), written.components, written.tensors)
+        manifest = Manifest(plain, written.components, written.tensors)
         if written is components:
             _ = manifest.listed  # the shards that several processes wrote must make up whole tensors
         with storage_errors(self.root):
-            return Stored(self.write_manifest(manifest), manifest, written.packs)
+            digest, text = self.write_manifest(manifest)
+        self._kept.add_manifest(digest, manifest)
+        for pack in written.packs:
+            self._kept.add_pack(pack)
+        return Stored(digest, manifest, written.packs, text)
 
     def add(
         self, state: State, *, progress: Callable[[int, int], None] = lambda done, total: None
@@ -141,19 +164,17 @@ class Store:
 
         with storage_errors(self.root):
             for folder in (self.packs, self.manifests, self.tmp):
-                durable.make_folder(folder)
+                durable.make_folder(folder, inner=1)
             packs: list[PackInfo | None] = []
 
             def write() -> None:
                 packs.append(write_new(state, self._intact, self.tmp, self.packs, progress))
 
-            durable.twice_on_io_error(write)
-            if packs[-1]:
-                self.distrusted.discard(packs[-1].digest)  # a pack of this name was written anew
+            durable.again_on_trouble(write)
             return packs[-1]
 
-    def write_manifest(self, manifest: Manifest) -> str:
-        """Write a manifest, durably, and return its digest.
+    def write_manifest(self, manifest: Manifest) -> tuple[str, bytes]:
+        """Write a manifest, durably, and return its digest and its bytes.
 
         Raises:
             Invalid: if it is too large.
@@ -165,8 +186,11 @@ class Store:
                 "stored; put long lists into tensors or arrays"
             )
         digest = digest_of(data)
-        durable.write_file(self.manifest_path(digest), data, folder=self.tmp, read_only=True)
-        return digest
+        self._write_manifest_file(digest, data)
+        return digest, data
+
+    def _write_manifest_file(self, digest: str, data: bytes) -> None:
+        durable.write_file(self.manifest_path(digest), data, folder=self.tmp, inner=INNER, read_only=True)
 
     def copy_to_new_pack(self, digests: Collection[str], bases: Mapping[str, str] | None = None) -> PackInfo:
         """Copy stored tensors to a pack of their own, verified, so that the packs they are in can go.
@@ -183,6 +207,11 @@ class Store:
         with storage_errors(self.root):
             return copy_to_new_pack(self, digests, bases or {})
 
+    def discard_pack(self, digest: str) -> None:
+        """Remove a pack that was written for nothing: nobody else can have come to rely on it, as its name is new."""
+        with storage_errors(self.root):
+            durable.unlink(self.pack_path(digest), inner=INNER)
+
     def wanted(self, digests: Collection[str]) -> list[Wanted]:
         """Stored tensors by digest alone, in the order of their places; their types are those in the packs."""
         from registry.store.loading import Wanted
@@ -191,7 +220,7 @@ class Store:
         bases = self.bases(located)
         found: list[Wanted] = []
         for name in {place.pack for place in located.values()}:
-            for tensor in read_pack_info(self.pack_path(name)).tensors:
+            for tensor in self.pack_info(name).tensors:
                 place = located.get(tensor.digest)
                 if place and (place.pack, place.start) == (name, tensor.start):
                     info = TensorInfo(tensor.dtype, tensor.shape, tensor.digest)
@@ -228,25 +257,26 @@ class Store:
             NotFound: if there is no such manifest, or a pattern selects nothing.
             Corrupt: naming component, tensor and pack, if a byte is not what was saved.
         """
-        from registry.store import loading
         from registry.store.tree import decode
 
-        with loading.naming(label or digest[:12]), self._noting_damage():
+        with self._reading(digest, label):
             manifest = self._recent_manifest(digest)
             documents = self._chosen(manifest, only)
-            wanted = self._locate(manifest, documents)
-            tensors: dict[int, torch.Tensor]
-            if copy:
-                tensors = loading.owned(self.packs, wanted, check=verify)
-            else:
-                mapped = loading.Mapped(self.packs)
-                mapped.decode(wanted)
-                checking = (
-                    loading.verifying(self.packs, wanted, mapped) if verify else contextlib.nullcontext()
-                )
-                with checking:
-                    tensors = {item.slot: mapped.tensor(item) for item in wanted}
+            tensors = self._while_packs_move(
+                lambda: self._locate(manifest, documents),
+                lambda wanted: self._tensors(wanted, copy=copy, verify=verify),
+            )
             return {name: decode(document, tensors.__getitem__) for name, document in documents.items()}
+
+    def _tensors(self, wanted: Sequence[Wanted], *, copy: bool, verify: bool) -> dict[int, torch.Tensor]:
+        from registry.store import loading
+
+        if copy:
+            return loading.owned(self.packs, wanted, check=verify)
+        mapped = loading.Mapped(self.packs)
+        mapped.decode(wanted)
+        with loading.verifying(self.packs, wanted, mapped) if verify else contextlib.nullcontext():
+            return {item.slot: mapped.tensor(item) for item in wanted}
 
     def load_into(
         self, digest: str, targets: Mapping[str, Any], *, verify: bool = True, label: str = ""
@@ -262,10 +292,9 @@ class Store:
         """
         import torch
 
-        from registry.store import loading
-        from registry.store.tree import box, is_plain, memory_of, tensor_paths, torch_type, unfillable
+        from registry.store.tree import box, tensor_paths, torch_type, unfillable
 
-        with loading.naming(label or digest[:12]), self._noting_damage(), torch.no_grad():
+        with self._reading(digest, label), torch.no_grad():
             manifest = self._recent_manifest(digest)
             stored: dict[str, Listed] = {}
             live = tensor_paths(targets)
@@ -297,19 +326,26 @@ class Store:
                     chosen.append((len(tensors), slot, path))
                     shape = manifest.tensors[slot].shape
                     tensors.append(target if offsets is None else box(target, offsets, shape))
-            wanted = self._wanted(manifest, chosen)
-            mapped = loading.Mapped(self.packs)
-            mapped.decode(wanted)
-            mapped.open(wanted)
-            if verify:
-                loading.verify(self.packs, wanted, mapped)
-            direct = []
-            for item in wanted:
-                if item.size and not item.base and is_plain(tensors[item.slot]):
-                    direct.append(item)
-                else:
-                    tensors[item.slot].copy_(mapped.tensor(item))
-            loading.read_into(self.packs, direct, lambda item: memory_of(tensors[item.slot], item.info.dtype))
+            self._while_packs_move(
+                lambda: self._wanted(manifest, chosen), lambda wanted: self._fill(tensors, wanted, verify)
+            )
+
+    def _fill(self, tensors: Sequence[torch.Tensor], wanted: Sequence[Wanted], verify: bool) -> None:
+        from registry.store import loading
+        from registry.store.tree import is_plain, memory_of
+
+        mapped = loading.Mapped(self.packs)
+        mapped.decode(wanted)
+        mapped.open(wanted)
+        if verify:
+            loading.verify(self.packs, wanted, mapped)
+        direct = []
+        for item in wanted:
+            if item.size and not item.base and is_plain(tensors[item.slot]):
+                direct.append(item)
+            else:
+                tensors[item.slot].copy_(mapped.tensor(item))
+        loading.read_into(self.packs, direct, lambda item: memory_of(tensors[item.slot], item.info.dtype))
 
     def tensors_at(
         self, digest: str, slots: Mapping[int, str], *, verify: bool = True, label: str = ""
@@ -322,23 +358,25 @@ class Store:
         Raises:
             Corrupt: as for `get`.
         """
-        from registry.store import loading
-
-        with loading.naming(label or digest[:12]), self._noting_damage():
+        with self._reading(digest, label):
             manifest = self._recent_manifest(digest)
-            wanted = self._wanted(manifest, [(slot, slot, name) for slot, name in slots.items()])
-            mapped = loading.Mapped(self.packs)
-            mapped.decode(wanted)
-            if verify:
-                loading.verify(self.packs, wanted, mapped)
-            return {item.slot: mapped.tensor(item) for item in wanted}
+            chosen = [(slot, slot, name) for slot, name in slots.items()]
+            return self._while_packs_move(
+                lambda: self._wanted(manifest, chosen),
+                lambda wanted: self._tensors(wanted, copy=False, verify=verify),
+            )
 
     def has(self, digest: str) -> bool:
         """Whether a manifest of this digest is stored."""
-        return is_digest(digest) and self.manifest_path(digest).is_file()
+        status = durable.status_of(self.manifest_path(digest), inner=INNER) if is_digest(digest) else None
+        return status is not None and stat.S_ISREG(status.st_mode)
 
-    def manifest(self, digest: str) -> Manifest:
+    def manifest(self, digest: str, *, text_of: Callable[[str], bytes | None] | None = None) -> Manifest:
         """Read a manifest and check it against its digest; needs no torch.
+
+        Args:
+            text_of: gives a second copy, where the file is missing or damaged; by default the index does, and the file
+                is written again.
 
         Raises:
             NotFound: if it is not stored.
@@ -347,59 +385,120 @@ class Store:
         if not is_digest(digest):
             raise Invalid(f"{quoted(digest)} is not a digest of 64 hex digits")
         path = self.manifest_path(digest)
-        if not os.path.lexists(path):
-            raise NotFound(f"{path}: the manifest is missing")
-        with open_regular(path) as file:
-            data = file.read(MAX_SIZE + 1)
-        if digest_of(data) != digest:
-            raise Corrupt(f"{path}: the manifest is not what was saved; restore it from a backup")
+        try:
+            with open_regular(path, inner=INNER) as file:
+                data = file.read(MAX_SIZE + 1)
+            if digest_of(data) != digest:
+                raise Corrupt(f"{path}: the manifest is not what was saved; restore it from a backup")
+        except Corrupt as error:
+            text = (text_of or self.index.manifest_text)(digest)
+            if text is None or digest_of(text) != digest:
+                if isinstance(error, Missing):
+                    raise NotFound(f"{path}: the manifest is missing") from None
+                raise
+            data = text
+            if text_of is None:
+                with contextlib.suppress(StorageError):
+                    self._write_manifest_file(digest, data)
         return parse(data)
+
+    def just_written(self, digest: str) -> Manifest | None:
+        """The manifest of this digest, if it is the last one that was written here."""
+        return self._kept.manifest(digest)
+
+    def tensors_of(
+        self, digest: str, *, text_of: Callable[[str], bytes | None] | None = None
+    ) -> frozenset[str]:
+        """The digests of a manifest's tensors; kept, since a manifest never changes.
+
+        Raises:
+            NotFound, Corrupt: as for `manifest`.
+        """
+        found = self._kept.tensors(digest)
+        if found is None:
+            tensors = (self._kept.manifest(digest) or self.manifest(digest, text_of=text_of)).tensors
+            found = self._kept.add_tensors(digest, frozenset(tensor.digest for tensor in tensors))
+        return found
+
+    def pack_info(self, digest: str) -> PackInfo:
+        """What a pack holds, from its header; kept, since a pack never changes.
+
+        Raises:
+            Corrupt: if the header is not the one that the pack's name covers.
+        """
+        found = self._kept.pack(digest)
+        if found is None:
+            found = read_pack_info(self.pack_path(digest))
+            self._kept.add_pack(found)
+        return found
 
     def _recent_manifest(self, digest: str) -> Manifest:
         """As `manifest`, parsed once for loads of the same one in a row, while its file stays as it was."""
-        path = self.manifest_path(digest) if is_digest(digest) else None
-        if path and path.exists():
-            status = path.lstat()
-            state = (digest, status.st_ino, status.st_size, status.st_mtime_ns)
-            if self._recent is None or self._recent[0] != state:
-                self._recent = state, self.manifest(digest)
-            return self._recent[1]
-        return self.manifest(digest)
+        status = durable.status_of(self.manifest_path(digest), inner=INNER) if is_digest(digest) else None
+        if status is None:
+            return self.manifest(digest)
+        state = (digest, status.st_ino, status.st_size, status.st_mtime_ns)
+        if self._recent is None or self._recent[0] != state:
+            self._recent = state, self.manifest(digest)
+        return self._recent[1]
 
     def __iter__(self) -> Iterator[str]:
         """The digests of all stored manifests, sorted."""
-        return iter(sorted(path.stem for path in self.manifests.glob("??/*.json") if is_digest(path.stem)))
+        return iter(names_of(self.manifests, ".json"))
 
     def pack_digests(self) -> Iterator[str]:
         """The digests of all pack files, sorted."""
-        return iter(FolderIndex.names(self.packs))
+        return iter(names_of(self.packs, ".safetensors"))
 
     def manifest_path(self, digest: str) -> Path:
+        """Where a manifest's file is.
+
+        Raises:
+            Corrupt: if that is no digest, and so might name any file.
+        """
         if not is_digest(digest):
-            raise Corrupt(
-                f"the catalog names a manifest {quoted(digest)}, which is no digest; run: registry rebuild"
-            )
+            raise Corrupt(f"{quoted(digest)} names no manifest, as it is no digest")
         return self.manifests / digest[:2] / f"{digest}.json"
 
     def pack_path(self, digest: str) -> Path:
+        """Where a pack's file is; see `registry.store.pack.pack_path`."""
         return pack_path(self.packs, digest)
 
     def pack_is_whole(self, digest: str, size: int) -> bool:
         """Whether a pack's file is there in its full size."""
-        try:
-            status = self.pack_path(digest).lstat()
-            return stat.S_ISREG(status.st_mode) and status.st_size == size
-        except FileNotFoundError:
-            return False
+        status = durable.status_of(self.pack_path(digest), inner=INNER)
+        return status is not None and stat.S_ISREG(status.st_mode) and status.st_size == size
 
     @contextlib.contextmanager
-    def _noting_damage(self) -> Iterator[None]:
+    def _reading(self, digest: str, label: str) -> Iterator[None]:
+        """Name the checkpoint in what goes wrong, remember damage, and tell damage from removal."""
+        from registry.store.loading import naming
+
+        label = label or digest[:12]
         try:
-            yield
-        except Corrupt as error:
-            if error.pack:
+            with naming(label), storage_errors(self.root):
+                yield
+        except (Corrupt, NotFound) as error:
+            if is_digest(digest) and self.index.was_removed(digest):
+                raise NotFound(f"{label} was removed while it was read") from error
+            if isinstance(error, Corrupt) and error.pack and not isinstance(error, Missing):
                 self.distrusted.add(error.pack)
             raise
+
+    @staticmethod
+    def _while_packs_move(
+        locate: Callable[[], Sequence[Wanted]], use: Callable[[Sequence[Wanted]], Result]
+    ) -> Result:
+        """Use stored tensors, and look again where they lie if a pack is gone that others have replaced meanwhile."""
+        wanted = locate()
+        while True:
+            try:
+                return use(wanted)
+            except Missing:
+                again = locate()
+                if [item.places for item in again] == [item.places for item in wanted]:
+                    raise
+                wanted = again
 
     def _intact(self, digests: Collection[str]) -> Collection[str]:
         located = self.index.locate(digests)
@@ -490,7 +589,7 @@ class FolderIndex:
             return {digest: self._located[digest] for digest in digests if digest in self._located}
 
     def _refresh(self) -> None:
-        present = self.names(self._packs)
+        present = names_of(self._packs, ".safetensors")
         gone = self._read.difference(present)
         if gone:
             self._read.clear()
@@ -504,7 +603,69 @@ class FolderIndex:
                     if known.base and not place.base:  # what needs no other tensor is better
                         self._located[digest] = place
 
-    @staticmethod
-    def names(packs: Path) -> list[str]:
-        stems = (path.name.removesuffix(".safetensors") for path in packs.glob("??/*.safetensors"))
-        return sorted(stem for stem in stems if is_digest(stem))
+    def manifest_text(self, manifest_id: str) -> bytes | None:
+        """There is no second copy."""
+        return None
+
+    def was_removed(self, manifest_id: str) -> bool:
+        """What is in a folder was not removed."""
+        return False
+
+
+class _Kept:
+    """What was read of packs and manifests, which never change; the oldest goes first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._packs: OrderedDict[str, PackInfo] = OrderedDict()
+        self._tensors: OrderedDict[str, frozenset[str]] = OrderedDict()
+        self._manifests: OrderedDict[str, Manifest] = OrderedDict()
+        self._size = 0
+
+    def pack(self, digest: str) -> PackInfo | None:
+        with self._lock:
+            return self._packs.get(digest)
+
+    def add_pack(self, info: PackInfo) -> None:
+        with self._lock:
+            if info.digest not in self._packs:
+                self._packs[info.digest] = info
+                self._size += len(info.tensors)
+                while self._size > _MOST_KEPT and len(self._packs) > 1:
+                    _, oldest = self._packs.popitem(last=False)
+                    self._size -= len(oldest.tensors)
+
+    def tensors(self, digest: str) -> frozenset[str] | None:
+        with self._lock:
+            return self._tensors.get(digest)
+
+    def add_tensors(self, digest: str, tensors: frozenset[str]) -> frozenset[str]:
+        with self._lock:
+            self._tensors[digest] = tensors
+            while len(self._tensors) > _MOST_MANIFESTS:
+                self._tensors.popitem(last=False)
+        return tensors
+
+    def manifest(self, digest: str) -> Manifest | None:
+        with self._lock:
+            return self._manifests.get(digest)
+
+    def add_manifest(self, digest: str, manifest: Manifest) -> None:
+        """Keep a manifest that was just written, until the next one is."""
+        with self._lock:
+            self._manifests.clear()
+            self._manifests[digest] = manifest
+
+
+def names_of(folder: Path, suffix: str) -> list[str]:
+    """The digests that files below a folder of packs or manifests are named by, sorted.
+
+    Raises:
+        Corrupt: if a folder on the way is none.
+    """
+    found = []
+    for part in durable.names_in(folder, inner=1):
+        if _SHARD.match(part):
+            names = durable.names_in(folder / part, inner=INNER)
+            found += [name.removesuffix(suffix) for name in names if name.endswith(suffix)]
+    return sorted(filter(is_digest, found))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import settings
 
+pytest.register_assert_rewrite("support")
 # machines are shared: how long an example takes proves nothing
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")

@@ -21,8 +21,8 @@ from conftest import Run
 from PIL import Image
 
 from registry import Registry
+from registry.catalog.versions import own_sizes
 from registry.models import data
-from registry.versions import own_sizes
 
 PROGRAM = [sys.executable, "-m", "registry.cli"]
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

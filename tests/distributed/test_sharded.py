@@ -31,7 +31,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from registry import Config, Registry, RegistryReader, RegistryWriter, register_model
-from registry.rebuilding import rebuild
 from registry.store import durable
 from registry.store.errors import Corrupt, Incompatible, Invalid, NotFound, RegistryError, Unsupported
 from registry.store.manifest import parse
@@ -211,7 +210,7 @@ def test_it_is_kept_verified_and_rebuilt_as_others_are(sharded: tuple[Path, Any]
     assert registry.verify().problems == ()
     registry.collect_garbage(grace=0)
     (copied / "catalog.sqlite").unlink()
-    rebuild(Registry(copied, create=False))
+    Registry(copied, create=False).rebuild()
     again = Registry(copied, create=False)
     assert whole(dict(again["net:v1"].state_dict())) == expected["model"]
     state: dict[str, Any] = {}
@@ -454,7 +453,7 @@ def bad_on_every_rank(root: str) -> list[str]:
     return found
 
 
-def _refuse(source: Path, target: Path) -> None:
+def _refuse(*_: object) -> None:
     raise OSError(5, "Input/output error")
 
 

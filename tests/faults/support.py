@@ -16,9 +16,11 @@ from typing import Any, NoReturn
 import torch
 
 from registry import Registry
-from registry.garbage import GRACE, collect_garbage
+from registry.catalog import schema
+from registry.catalog.invariants import invariants
+from registry.catalog.versions import Version, find_versions
 from registry.store import durable
-from registry.versions import Version, find_versions
+from registry.upkeep.garbage import GRACE, collect_garbage
 
 Tree = dict[str, Any]
 
@@ -50,9 +52,20 @@ def all_versions(registry: Registry) -> list[Version]:
     return find_versions(registry.catalog, "1 = 1")
 
 
-def dump(registry: Registry) -> list[str]:
-    """Everything the catalog says, in a form that can be compared."""
-    return sorted(json.dumps(record) for record in registry.catalog.dump(registry.catalog.connection()))
+def dump(registry: Registry) -> dict[str, list[str]]:
+    """Everything that follows from the log in the catalog's tables, in a form that can be compared."""
+    tables = {table: registry.catalog.query(f"SELECT * FROM {table}") for table in schema.DERIVED}
+    return {table: sorted(json.dumps(row) for row in rows) for table, rows in tables.items()}
+
+
+def collect(registry: Registry, **options: Any) -> Any:
+    """`collect_garbage`, which takes the time too."""
+    return collect_garbage(registry.catalog, registry.store, **options)
+
+
+def broken_rules(registry: Registry) -> list[str]:
+    """The invariants that do not hold, and where the catalog is not what follows from the log."""
+    return [*invariants(registry.catalog.query, registry.store), *registry.catalog.problems()]
 
 
 def files(root: Path) -> dict[str, bytes]:
@@ -78,9 +91,11 @@ def check_whole(root: Path, saved: Mapping[str, int], maybe: Mapping[str, int] |
             assert is_state(registry[name].load(), allowed[name]), name
 
     check()
+    assert broken_rules(registry) == []
     assert [problem.message for problem in registry.verify().problems] == []
-    collect_garbage(registry, grace=0, now=time.time() + 2 * GRACE)  # when no save is going on any more
+    collect(registry, grace=0, now=time.time() + 2 * GRACE)  # When no save is going on any more.
     check()
+    assert broken_rules(registry) == []
     packs = {digest for (digest,) in registry.catalog.query("SELECT digest FROM packs")}
     assert set(registry.store.pack_digests()) == packs
     assert set(registry.store) == {id for (id,) in registry.catalog.query("SELECT id FROM manifests")}
@@ -93,6 +108,12 @@ def check_whole(root: Path, saved: Mapping[str, int], maybe: Mapping[str, int] |
     assert dump(registry) == before
     check()
     registry.catalog.close()
+
+
+def is_in_a_commit(root: Path) -> bool:
+    """Whether somebody keeps other writers out at this moment."""
+    with open(root / "journal" / "lock", "rb") as file:
+        return durable.try_lock(file.fileno()) is False
 
 
 class Stepwise(durable.Disk):
@@ -128,17 +149,18 @@ class Stepwise(durable.Disk):
     def sync(self, fd: int, path: Path) -> None:
         self._step(path, lambda: super(Stepwise, self).sync(fd, path))
 
-    def sync_folder(self, path: Path) -> None:
-        self._step(path, lambda: super(Stepwise, self).sync_folder(path))
+    def sync_folder(self, path: Path, folder: int) -> None:
+        self._step(path, lambda: super(Stepwise, self).sync_folder(path, folder))
 
-    def rename(self, source: Path, target: Path) -> None:
-        self._step(target, lambda: super(Stepwise, self).rename(source, target))
+    def rename(self, source: Path, target: Path, source_folder: int, target_folder: int) -> None:
+        run = super().rename
+        self._step(target, lambda: run(source, target, source_folder, target_folder))
 
-    def unlink(self, path: Path) -> None:
-        self._step(path, lambda: super(Stepwise, self).unlink(path))
+    def unlink(self, path: Path, folder: int) -> None:
+        self._step(path, lambda: super(Stepwise, self).unlink(path, folder))
 
-    def mkdir(self, path: Path) -> None:
-        self._step(path, lambda: super(Stepwise, self).mkdir(path))
+    def mkdir(self, path: Path, folder: int) -> None:
+        self._step(path, lambda: super(Stepwise, self).mkdir(path, folder))
 
     def truncate(self, fd: int, path: Path, size: int) -> None:
         self._step(path, lambda: super(Stepwise, self).truncate(fd, path, size))

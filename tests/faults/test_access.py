@@ -148,7 +148,7 @@ def test_a_registry_may_be_moved_linked_and_named_relatively(
 def test_a_folder_without_its_settings_is_not_taken_for_a_new_registry(root: Path) -> None:
     (root / "registry.toml").unlink()
     before = files(root)
-    with pytest.raises(RegistryError, match="format = 1"):
+    with pytest.raises(RegistryError, match="format = 2"):
         Registry(root)
     assert files(root) == before
 

@@ -6,17 +6,21 @@ import contextlib
 import json
 import os
 import random
+import re
+import shutil
 import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from support import check_whole, copy, dump, files, is_state, save, state
+from support import broken_rules, check_whole, collect, copy, dump, files, is_state, save, state
 
-from registry import Registry, rebuilding
-from registry.change import Change
+from registry import Registry
+from registry.catalog import entries
+from registry.catalog.change import Change
 from registry.store.errors import Corrupt, NotFound, RegistryError, StorageError, Unsupported
 
 SAVED = {"net:v1": 1, "net:v2": 2}
@@ -105,19 +109,20 @@ def test_a_flipped_byte_anywhere_in_a_pack_is_found(golden: Path, tmp_path: Path
         assert all(pack.name in problem.message for problem in problems)
 
 
-def test_a_flipped_byte_anywhere_in_a_manifest_is_found(golden: Path, tmp_path: Path) -> None:
+def test_a_flipped_byte_anywhere_in_a_manifest_is_found_and_put_back(golden: Path, tmp_path: Path) -> None:
     chance = random.Random(3)
     for _ in range(10):
         root = copy(golden, tmp_path / "r")
         registry = Registry(root)
         path = registry.store.manifest_path(registry["net:v2"].id)
+        before = path.read_bytes()
         change_byte(path, chance.randrange(path.stat().st_size))
         (problem,) = registry.verify().problems
-        assert problem.checkpoints == ("net:v2",)
         assert path.name in problem.message
-        with pytest.raises(Corrupt, match=r"^net:v2: .*the manifest is not what was saved"):
-            registry["net:v2"].load()
-        assert is_state(registry["net:v1"].load(), 1)
+        assert "the log has it, and registry rebuild puts it back" in problem.message
+        assert is_state(registry["net:v2"].load(), 2)
+        assert path.read_bytes() == before
+        assert registry.verify().problems == ()
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -127,10 +132,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda path: path.unlink(), "the file is missing"),
     "a link": (
         lambda path: (path.rename(path.with_suffix(".x")), path.symlink_to(path.with_suffix(".x"))),
-        "link",
+        "is a symbolic link, not a regular file",
     ),
-    "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "is not a regular file"),
-    "a folder": (lambda path: (path.unlink(), path.mkdir()), "is not a regular file"),
+    "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "is a pipe, not a regular file"),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "is a folder, not a regular file"),
 }
 
 
@@ -147,11 +152,13 @@ def test_a_damaged_pack_is_found_and_healed_by_saving_again(root: Path, name: st
         with pytest.raises(Corrupt, match=rf"^net:v2: .*{pack.name}: {message}|^net:v2: .*{message}"):
             load()
     assert is_state(registry["net:v1"].load(), 1)
-    if name == "a folder":
-        return  # somebody put it there; it is theirs to remove
     assert save(registry, 2) == "net:v3"
     assert is_state(registry["net:v3"].load(), 2)
     assert is_state(registry["net:v2"].load(), 2)
+    if name in ("a link", "a pipe", "a folder"):  # Somebody put it there; it is theirs to remove.
+        with pytest.raises(Corrupt, match=message):
+            registry.collect_garbage(grace=0)
+        pack.rmdir() if name == "a folder" else pack.unlink()
     registry.catalog.close()
     for stray in root.glob("packs/*/*.x"):
         stray.unlink()
@@ -176,13 +183,36 @@ def test_gc_tells_of_a_damaged_pack_that_another_has_replaced(root: Path) -> Non
     assert is_state(registry["net:v2"].load(), 2)
 
 
-def test_a_missing_manifest_is_named(root: Path) -> None:
+def test_a_missing_manifest_is_put_back_by_who_reads_it_or_a_rebuild(root: Path) -> None:
     registry = Registry(root)
-    registry.store.manifest_path(registry["net:v2"].id).unlink()
+    path = registry.store.manifest_path(registry["net:v2"].id)
+    path.unlink()
     (problem,) = registry.verify().problems
-    assert problem.checkpoints == ("net:v2",)
-    with pytest.raises(NotFound, match=r"^net:v2: .*the manifest is missing"):
-        registry["net:v2"].load()
+    assert str(path) in problem.message
+    assert is_state(registry["net:v2"].load(), 2)
+    path.unlink()
+    assert registry.rebuild().healed == 1
+    registry.catalog.close()
+    check_whole(root, SAVED)
+
+
+def test_a_manifest_that_neither_its_file_nor_the_log_has_is_named(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that is too large for the log."""
+    registry = Registry(root)
+    with monkeypatch.context() as patch:
+        patch.setattr("registry.catalog.commit.manifest_text", lambda text: {})
+        save(registry, 3)
+    path = registry.store.manifest_path(registry["net:v3"].id)
+    path.unlink()
+    (problem,) = registry.verify().problems
+    assert problem.checkpoints == ("net:v3",)
+    with pytest.raises(NotFound, match=r"^net:v3: .*the manifest is missing"):
+        registry["net:v3"].load()
+    (damaged,) = registry.rebuild().damaged
+    assert damaged.startswith("net:v3: ")
+    assert is_state(registry["net:v2"].load(), 2)
 
 
 def test_a_forged_manifest_of_the_right_digest_is_refused(tmp_path: Path) -> None:
@@ -240,8 +270,8 @@ def test_a_lost_catalog_is_rebuilt_equal(root: Path, name: str) -> None:
     registry.catalog.close()
     LOSSES[name](root / "catalog.sqlite")
     damaged = Registry(root, create=False)
-    with pytest.raises(Corrupt, match="registry rebuild"):
-        damaged["net"]
+    assert damaged["net"].name == "net:v3"  # Whoever finds it damaged makes it anew.
+    assert dump(damaged) == before
     assert damaged.rebuild().damaged == ()
     assert dump(damaged) == before
     assert damaged["net@good"].notes[0][1] == "checked by hand"
@@ -252,7 +282,11 @@ def test_a_lost_catalog_is_rebuilt_equal(root: Path, name: str) -> None:
 MUTILATIONS = {
     "no state": "DROP TABLE state",
     "empty state": "DELETE FROM state",
-    "half a state": "DELETE FROM state WHERE key = 'journal'",
+    "half a state": "DELETE FROM state WHERE key = 'digest'",
+    "a place that is none": "UPDATE state SET value = '-3' WHERE key = 'offset'",
+    "no log": "DELETE FROM log",
+    "a trigger": "CREATE TRIGGER t AFTER INSERT ON runs BEGIN DELETE FROM versions; END",
+    "a view": "CREATE VIEW v AS SELECT * FROM versions",
     "text as schema": "UPDATE state SET value = 'x' WHERE key = 'schema'",
     "no tensors": "DROP TABLE tensors",
     "no packs": "PRAGMA foreign_keys = OFF; DROP TABLE packs",
@@ -269,14 +303,14 @@ def test_a_catalog_with_other_tables_is_rebuilt_equal(root: Path, name: str) -> 
     before = dump(registry)
     tables = "SELECT type, name, sql FROM sqlite_master ORDER BY name"
     intact = registry.catalog.query(tables)
+    assert registry.catalog.problems() == []
     registry.catalog.close()
     with contextlib.closing(sqlite3.connect(root / "catalog.sqlite")) as connection:
         connection.executescript(MUTILATIONS[name])
     mutilated = Registry(root, create=False)
     with contextlib.suppress(Corrupt):  # which says to rebuild, where it does harm
         assert mutilated["net"].name == "net:v2"
-    rebuilt = mutilated.rebuild()
-    assert (rebuilt.damaged, rebuilt.set_aside) == ((), None)
+    assert mutilated.rebuild().damaged == ()
     assert dump(mutilated) == before
     assert mutilated.catalog.query(tables) == intact
     mutilated.catalog.close()
@@ -326,57 +360,163 @@ def test_an_older_catalog_catches_up(root: Path) -> None:
     check_whole(root, {"net:v2": 2, "net:v3": 3})
 
 
-def test_a_damaged_line_of_the_journal_hides_no_other(root: Path) -> None:
-    journal = root / "manifests" / "journal.jsonl"
-    lines = journal.read_bytes().splitlines(keepends=True)
-    alias = next(i for i, line in enumerate(lines) if b'"alias"' in line)
-    lines[alias] = lines[alias].replace(b"good", b"evil")
-    journal.write_bytes(b"".join(lines))
+def log_of(root: Path) -> Path:
+    (path,) = root.glob("journal/*.log")
+    return path
+
+
+def flip(path: Path, what: bytes) -> None:
+    """Damage a file where it has some bytes."""
+    data = path.read_bytes()
+    assert data.count(what) == 1
+    path.write_bytes(data.replace(what, bytes([what[0] ^ 1]) + what[1:]))
+
+
+ENTRIES = {"a version": b'"version":1', "an alias": b'"alias":"good"', "the last one": b"checked by hand"}
+
+
+@pytest.mark.parametrize("what", ENTRIES)
+def test_a_damaged_entry_of_the_log_comes_back_from_the_catalog(root: Path, what: str) -> None:
+    before, log = dump(Registry(root)), log_of(root).read_bytes()
+    flip(log_of(root), ENTRIES[what])
     registry = Registry(root)
-    (problem,) = registry.verify().problems
-    assert "1 line is damaged" in problem.message
-    assert registry["net@good"].name == "net:v1"  # the catalog is not affected
+    assert any("registry rebuild puts it back" in problem for problem in registry.catalog.problems())
+    assert dump(registry) == before
+    assert registry.rebuild().healed == 1
+    assert log_of(root).read_bytes() == log
+    assert dump(registry) == before
     registry.catalog.close()
-    (root / "catalog.sqlite").unlink()
-    assert registry.rebuild().damaged == (f"{journal}: 1 damaged line was skipped",)
-    with pytest.raises(NotFound):
-        registry["net@good"]
-    assert registry["net:v2"].tags == ("paper",)
-    assert all(is_state(registry[name].load(), number) for name, number in SAVED.items())
+    check_whole(root, SAVED)
 
 
-def test_a_lost_journal_is_written_again_from_the_catalog(root: Path) -> None:
+@pytest.mark.parametrize("lost", ["file", "folder", "half"])
+def test_a_lost_log_is_written_again_from_the_catalog(root: Path, lost: str) -> None:
+    before, log = dump(Registry(root)), log_of(root).read_bytes()
+    if lost == "file":
+        log_of(root).unlink()
+    elif lost == "folder":
+        shutil.rmtree(root / "journal")
+    else:
+        log_of(root).write_bytes(log[: len(log) // 2])
     registry = Registry(root)
-    before = dump(registry)
-    (root / "manifests" / "journal.jsonl").unlink()
     registry.set_tag("net:v1", "later")
     registry.remove_tag("net:v1", "later")
     registry.catalog.close()
+    assert log_of(root).read_bytes().startswith(log)
     (root / "catalog.sqlite").unlink()
     assert registry.rebuild().damaged == ()
     assert dump(registry) == before
 
 
-def test_catalog_and_journal_both_lost_still_give_every_checkpoint(root: Path) -> None:
-    (root / "manifests" / "journal.jsonl").unlink()
-    (root / "catalog.sqlite").unlink()
+def damage_both(root: Path, what: bytes) -> None:
+    flip(log_of(root), what)
+    for path in root.glob("catalog.sqlite*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize("what", ["a version", "an alias"])
+def test_what_is_damaged_in_both_copies_is_named_and_nothing_is_changed_before_it_is_accepted(
+    root: Path, what: str
+) -> None:
+    registry = Registry(root)
+    for number in (3, 4):
+        save(registry, number)
+    registry.remove(["net:v4"])
+    registry.catalog.close()
+    damage_both(root, ENTRIES[what])
+    before, before_adoption = files(root), {*root.glob("manifests/*/*.json")}
+    registry = Registry(root)
+    lost = {"net:v1"} if what == "a version" else set()
+    for name, number in {**SAVED, "net:v3": 3}.items():
+        if name not in lost:
+            assert is_state(registry[name].load(), number)
+    assert registry["net"].name == "net:v3"
+    for change in (
+        lambda: save(registry, 9),
+        lambda: registry.set_tag("net:v2", "x"),
+        lambda: registry.remove(["net:v3"]),
+        lambda: registry.collect_garbage(grace=0),
+    ):
+        with pytest.raises(Corrupt, match=r"entry \d+ of the log cannot be read.*rebuild --adopt"):
+            change()
+    for path in {*root.glob("manifests/*/*.json")} - before_adoption:
+        path.unlink()  # Of the save that was refused.
+    found = registry.rebuild()
+    assert any(
+        re.search(r"entry \d+ of the log cannot be read, written .*before 2", text) for text in found.damaged
+    )
+    assert len(found.unnamed) == len(lost)
+    assert before.items() <= files(root).items()
+    registry = Registry(root)
+    adopted = registry.rebuild(adopt=True)
+    assert adopted.adopted == tuple(sorted(lost))  # Under its own number.
+    assert adopted.latest == ()
+    assert broken_rules(registry) == []
+    assert registry["net"].name == "net:v3"
+    with pytest.raises(NotFound):
+        registry["net:v4"]  # What was removed stays removed.
+    if lost:
+        assert registry["net:v1"].aliases == ("good",)
+        assert registry["net:v1"].notes[0][1] == "checked by hand"
+    assert save(registry, 5) == "net:v5"
+    registry.catalog.close()
+    check_whole(root, {**SAVED, "net:v3": 3, "net:v5": 5})
+
+
+def test_a_log_that_is_gone_with_the_catalog_keeps_everything_until_it_is_adopted(root: Path) -> None:
+    shutil.rmtree(root / "journal")
+    for path in root.glob("catalog.sqlite*"):
+        path.unlink()
+    before = files(root / "packs"), files(root / "manifests")
     registry = Registry(root, create=False)
-    assert registry.rebuild().adopted == 2
+    for change in (lambda: registry.collect_garbage(grace=0), lambda: save(registry, 3)):
+        with pytest.raises(Corrupt, match=r"the log is gone.*rebuild --adopt"):
+            change()
+    assert all(
+        old.items() <= files(root / kind).items()
+        for kind, old in zip(("packs", "manifests"), before, strict=True)
+    )
+    registry.store.manifest_path(
+        max(registry.store, key=lambda one: registry.store.manifest_path(one).stat().st_mtime)
+    ).unlink()
+    found = registry.rebuild(adopt=True)
+    assert found.adopted == ("net:v1", "net:v2")
+    assert found.latest == ("net:v2",)
     registry.catalog.close()
     check_whole(root, SAVED)
 
 
-def test_where_catalog_journal_and_a_pack_are_lost_the_rest_comes_back(root: Path) -> None:
+def test_where_catalog_log_and_a_pack_are_lost_the_rest_comes_back(root: Path) -> None:
     registry = Registry(root)
     pack_of(registry, "model/own", "net:v2")[0].unlink()
     registry.catalog.close()
-    (root / "manifests" / "journal.jsonl").unlink()
-    (root / "catalog.sqlite").unlink()
-    found = registry.rebuild()
-    assert (found.versions, found.adopted, len(found.damaged)) == (1, 1, 1)
-    assert "its manifest or tensors are missing" in found.damaged[0]
+    shutil.rmtree(root / "journal")
+    for path in root.glob("catalog.sqlite*"):
+        path.unlink()
+    found = registry.rebuild(adopt=True)
+    assert (found.versions, found.adopted, len(found.unnamed)) == (1, ("net:v1",), 1)
     registry.catalog.close()
+    (orphan,) = (path for path in root.glob("manifests/*/*.json") if path.stem == found.unnamed[0])
+    orphan.unlink()
     check_whole(root, {"net:v1": 1})
+
+
+def test_two_histories_are_told_apart_and_nothing_is_changed(root: Path, tmp_path: Path) -> None:
+    """As where a backup of the log was put back, and a program without the catalog went on from it."""
+    other = copy(root, tmp_path / "other")
+    for place, number in ((root, 3), (other, 4)):
+        registry = Registry(place)
+        save(registry, number)
+        registry.catalog.close()
+    log_of(root).write_bytes(log_of(other).read_bytes())
+    before = files(root)
+    registry = Registry(root)
+    for change in (lambda: save(registry, 9), lambda: registry.rebuild()):
+        with pytest.raises(Corrupt, match=r"different histories from entry \d+ on"):
+            change()
+    assert {path: data for path, data in files(root).items() if "lock" not in path} == {
+        path: data for path, data in before.items() if "lock" not in path
+    }
 
 
 def test_a_rebuild_that_fails_leaves_no_empty_catalog(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,14 +524,12 @@ def test_a_rebuild_that_fails_leaves_no_empty_catalog(root: Path, monkeypatch: p
     (root / "catalog.sqlite").unlink()
     registry = Registry(root)
     with monkeypatch.context() as patched:
-        patched.setattr(Change, "add_pack", lambda *_, **__: exec("raise MemoryError"))
+        patched.setattr(Change, "fill", lambda *_, **__: exec("raise MemoryError"))
         with pytest.raises(MemoryError):
             registry.rebuild()
     before = files(root / "packs"), files(root / "manifests")
-    with pytest.raises(Corrupt, match="registry rebuild"):
-        Registry(root).collect_garbage(grace=0)
+    Registry(root).collect_garbage(grace=0)
     assert (files(root / "packs"), files(root / "manifests")) == before
-    registry.rebuild()
     registry.catalog.close()
     check_whole(root, SAVED)
 
@@ -399,7 +537,7 @@ def test_a_rebuild_that_fails_leaves_no_empty_catalog(root: Path, monkeypatch: p
 def test_a_catalog_that_another_process_holds_is_not_taken_for_a_damaged_one(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rebuilding, "BUSY_SECONDS", 0.1)
+    monkeypatch.setattr("registry.catalog.catalog.BUSY_SECONDS", 0.1)
     with contextlib.closing(sqlite3.connect(root / "catalog.sqlite", isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
         with pytest.raises(StorageError, match="locked"):
@@ -409,19 +547,67 @@ def test_a_catalog_that_another_process_holds_is_not_taken_for_a_damaged_one(
     check_whole(root, SAVED)
 
 
-@pytest.mark.parametrize("line", [{"op": "publish"}, {"op": "alias", "model": "net"}, {"op": "tag", "id": 3}])
-def test_a_malformed_journal_line_is_named_and_left_out_by_a_rebuild(
-    root: Path, line: dict[str, object]
-) -> None:
+def append(root: Path, *several: list[dict[str, Any]]) -> None:
+    """Write entries behind the last one, as another program might."""
+    ledger = Registry(root).catalog.ledger()
+    seq, digest = ledger.seq, ledger.digest
+    with log_of(root).open("ab") as file:
+        for records in several:
+            entry = entries.write(seq + 1, digest, records)
+            file.write(entry.line)
+            seq, digest = entry.seq, entry.digest
+
+
+MALFORMED: list[dict[str, Any]] = [
+    {"op": "publish"},
+    {"op": "alias", "model": "net"},
+    {"op": "tag", "id": 3},
+    {"op": "publish", "id": "../x", "model": "net", "version": 9},
+    {"op": "publish", "id": "0" * 64, "model": "../x", "version": 9},
+    {"op": "publish", "id": "0" * 64, "model": "net", "version": 1 << 70},
+    {"op": "run", "name": "../../x", "model": "net", "at": "2026-01-01T00:00:00.000000Z", "record": {}},
+    {"op": "doom", "packs": ["/etc/passwd"], "manifests": []},
+]
+
+
+@pytest.mark.parametrize("record", MALFORMED, ids=str)
+def test_a_malformed_entry_is_damage(root: Path, record: dict[str, Any]) -> None:
+    append(root, [record], [{"op": "next", "model": "other", "version": 9}])
     registry = Registry(root)
-    registry.catalog.close()
-    registry.catalog.journal.append([line])
-    with pytest.raises(RegistryError, match=r"malformed|no checkpoint"):
-        registry.catalog.catch_up()
-    registry.catalog.close()
-    registry.rebuild()
+    assert registry["net"].name == "net:v2"
+    with pytest.raises(Corrupt, match="cannot be read"):
+        registry.set_tag("net:v1", "x")
+    assert registry.rebuild(adopt=True).damaged == ()
     registry.catalog.close()
     check_whole(root, SAVED)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"op": "tag", "id": "0" * 64, "tag": "x"},
+        {"op": "alias", "model": "net", "alias": "good", "id": "0" * 64, "was": None},
+        {"op": "publish", "id": "0" * 64, "model": "net", "version": 1},
+        {"op": "replace", "old": "0" * 64, "new": "1" * 64},
+        {"op": "unalias", "model": "net", "alias": "good", "was": "0" * 64},
+    ],
+    ids=lambda record: record["op"],
+)
+def test_an_entry_that_contradicts_the_others_has_no_effect_and_is_named(
+    root: Path, record: dict[str, Any]
+) -> None:
+    before = dump(Registry(root))
+    number = {"op": "next", "model": "other", "version": 7}
+    append(root, [number, record])
+    registry = Registry(root)
+    assert dump(registry) == before  # The whole of it, also what would have been right.
+    assert any("has no effect" in problem for problem in registry.catalog.problems())
+    assert save(registry, 3) == "net:v3"
+    registry.rebuild()
+    assert save(registry, 4) == "net:v4"
+    collect(registry, grace=0)
+    for name, number_of in {**SAVED, "net:v3": 3, "net:v4": 4}.items():
+        assert is_state(registry[name].load(), number_of)
 
 
 @pytest.mark.parametrize("table", ["versions", "runs"])
@@ -443,24 +629,25 @@ def test_loading_into_a_live_model_changes_nothing_when_a_pack_is_gone(root: Pat
     assert not live["shared"].any()
 
 
-def test_what_an_older_journal_does_not_know_is_adopted_on_request(root: Path) -> None:
-    journal, catalog = root / "manifests" / "journal.jsonl", root / "catalog.sqlite"
-    old = journal.read_bytes(), catalog.read_bytes()
+def test_what_an_older_log_does_not_know_is_adopted_on_request(root: Path) -> None:
+    old = log_of(root).read_bytes(), (root / "catalog.sqlite").read_bytes()
     registry = Registry(root)
     save(registry, 3)
     registry.catalog.close()
-    journal.write_bytes(old[0])
-    catalog.write_bytes(old[1])
+    log_of(root).write_bytes(old[0])
+    (root / "catalog.sqlite").write_bytes(old[1])
     registry = Registry(root)
-    assert registry.rebuild().adopted == 0
-    assert registry.rebuild(adopt=True).adopted == 1
+    found = registry.rebuild()
+    assert (found.adopted, len(found.unnamed)) == ((), 1)
+    found = registry.rebuild(adopt=True)
+    assert (found.adopted, found.latest, found.unnamed) == (("net:v3",), ("net:v3",), ())
     registry.catalog.close()
     check_whole(root, {**SAVED, "net:v3": 3})
 
 
 def newer_settings(root: Path) -> None:
     (root / "registry.toml").chmod(0o644)
-    (root / "registry.toml").write_text("format = 2\n")
+    (root / "registry.toml").write_text("format = 3\n")
 
 
 def newer_schema(root: Path) -> None:
@@ -470,9 +657,7 @@ def newer_schema(root: Path) -> None:
 
 
 def newer_operation(root: Path) -> None:
-    from registry.journal import Journal
-
-    Journal(root / "manifests").append([{"op": "teleport", "id": "x"}])
+    append(root, [{"op": "teleport", "id": "x"}])
 
 
 @pytest.mark.parametrize("make", [newer_settings, newer_schema, newer_operation])
@@ -494,7 +679,8 @@ def test_what_a_newer_version_wrote_is_refused_and_left_alone(
         if not name.startswith(("packs", "manifests/", "tmp"))
     }
     assert now.items() <= before.items()
-    assert files(root)["manifests/journal.jsonl"] == before["manifests/journal.jsonl"]
+    log = str(log_of(root).relative_to(root))
+    assert files(root)[log] == before[log]
 
 
 def test_settings_that_make_no_sense_are_refused(root: Path) -> None:
@@ -507,12 +693,10 @@ def test_settings_that_make_no_sense_are_refused(root: Path) -> None:
 
 
 def test_garbage_collection_waits_for_its_grace_by_the_clock(root: Path) -> None:
-    from registry.garbage import collect_garbage
-
     registry = Registry(root)
     registry.remove(["net:v2"], force=True)
     now = time.time()
-    assert collect_garbage(registry, grace=3_600, now=now).packs == 0
-    assert collect_garbage(registry, grace=3_600, now=now - 1e6).packs == 0  # the clock went back
-    assert collect_garbage(registry, grace=3_600, now=now + 3_599).packs == 0
-    assert collect_garbage(registry, grace=3_600, now=now + 3_601).packs == 1
+    assert collect(registry, grace=3_600, now=now).packs == 0
+    assert collect(registry, grace=3_600, now=now - 1e6).packs == 0  # The clock went back.
+    assert collect(registry, grace=3_600, now=now + 3_590).packs == 0
+    assert collect(registry, grace=3_600, now=now + 3_610).packs == 1

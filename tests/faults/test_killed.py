@@ -123,10 +123,11 @@ def traced(change: Change, root: Path, inject: str) -> tuple[int, str]:
         registry.catalog.connection()
         os.kill(os.getpid(), signal.SIGSTOP)
         change(registry)
+        registry.catalog.close()
 
     pid = fork(run)
     os.waitpid(pid, os.WUNTRACED)
-    names = [str(root / f"catalog.sqlite{suffix}") for suffix in ("", "-journal")]
+    names = [str(root / f"catalog.sqlite{suffix}") for suffix in ("", "-wal", "-shm")]
     paths = [argument for name in names for argument in ("-P", name)]
     calls = "pwrite64,write,fdatasync,fsync,unlink,ftruncate"
     command = [

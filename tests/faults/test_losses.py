@@ -11,18 +11,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import Stepwise, all_versions, copy, files, in_child, is_state, kill_me, save, state
+from support import (
+    Stepwise,
+    all_versions,
+    collect,
+    copy,
+    files,
+    in_child,
+    is_in_a_commit,
+    is_state,
+    kill_me,
+    save,
+    state,
+)
 
 from registry import Registry
-from registry.garbage import GRACE, collect_garbage
 from registry.store import durable
 from registry.store.errors import Corrupt, RegistryError
+from registry.upkeep.garbage import GRACE
 
 
 def collect_twice(registry: Registry) -> None:
     """Two ordinary collections, more than a grace period apart."""
     for later in (1.1, 2.2):
-        collect_garbage(registry, grace=GRACE, now=time.time() + later * GRACE)
+        collect(registry, grace=GRACE, now=time.time() + later * GRACE)
 
 
 def check_all_load(registry: Registry, names: list[str]) -> None:
@@ -106,12 +118,12 @@ def beside(
 ) -> int:
     """Run a change, and something else as by another process behind one of its durable steps; how many it has.
 
-    Steps on the log itself are passed over: others wait for the transaction that they belong to.
+    Steps inside a commit are passed over, as others wait for its end.
     """
     plain = durable.disk
 
     def at(count: int, when: str, path: Path) -> None:
-        if (count, when) == (step, "after") and "journal" not in path.name:
+        if (count, when) == (step, "after") and not is_in_a_commit(root):
             durable.disk = plain
             registry = Registry(root, create=False)
             other(registry)
@@ -154,7 +166,7 @@ def test_gc_without_grace_at_any_step_of_a_change_loses_nothing(tmp_path: Path, 
         root = copy(tmp_path / "golden", tmp_path / "r")
         count = beside(root, CHANGES[name], lambda other: other.collect_garbage(grace=0), step)
         registry = Registry(root, create=False)
-        collect_garbage(registry, grace=0, now=time.time() + 9_000)
+        collect(registry, grace=0, now=time.time() + 9_000)
         for version, number in saved.items():
             assert torch.equal(
                 registry[version].load("model/own")["model"]["own"], state(number)["model"]["own"]
@@ -189,14 +201,14 @@ def test_recovery_beside_a_killed_gc_moves_no_tensor_away_from_who_needs_it(tmp_
     registry.compact(["net"])
 
     class NoUnlink(durable.Disk):
-        def unlink(self, path: Path) -> None:
+        def unlink(self, path: Path, folder: int) -> None:
             raise Killed
 
     plain = durable.disk
     for _ in range(8):
         durable.disk = NoUnlink()
         try:
-            collect_garbage(registry, grace=0, now=time.time() + 9_000)
+            collect(registry, grace=0, now=time.time() + 9_000)
             break
         except Killed:
             pass
@@ -219,7 +231,7 @@ def test_recovery_beside_a_killed_gc_moves_no_tensor_away_from_who_needs_it(tmp_
         for name in names:
             registry[name].load()
         assert [problem.message for problem in registry.verify().problems] == []
-        collect_garbage(registry, grace=GRACE, now=time.time() + grace_periods * GRACE)
+        collect(registry, grace=GRACE, now=time.time() + grace_periods * GRACE)
     check_all_load(registry, names)
 
 
@@ -246,16 +258,10 @@ def test_a_change_that_is_cut_anywhere_happens_whole_or_not(tmp_path: Path, name
     registry = Registry(after)
     registry.thin("net:v1") if name == "thin" else registry.remove(["net:v2", "net:v3"])
     registry.catalog.close()
-    log = next(
-        path for path in after.rglob("*") if path.is_file() and "journal" in str(path.relative_to(after))
-    )
-    log = log.relative_to(after)
+    log = next(after.glob("journal/*.log")).relative_to(after)
     whole, start = (after / log).read_bytes(), (before / log).stat().st_size
-    cuts = {at for at in range(start, len(whole)) if at % 512 == 0 or whole[at - 1] == 10} | {
-        start,
-        len(whole),
-    }
-    assert len(cuts) > 2
+    cuts = {*range(start, len(whole), 61), start + 1, len(whole) - 1, len(whole)}
+    assert len(cuts) > 8
     for cut in sorted(cuts):
         root = copy(after, tmp_path / "cut")
         for path in root.glob("catalog.sqlite*"):
@@ -264,7 +270,7 @@ def test_a_change_that_is_cut_anywhere_happens_whole_or_not(tmp_path: Path, name
             (root / path.name).write_bytes(path.read_bytes())
         (root / log).write_bytes(whole[:cut])
         registry = Registry(root, create=False)
-        collect_garbage(registry, grace=0, now=time.time() + 9_000)
+        collect(registry, grace=0, now=time.time() + 9_000)
         found = {version.name: version for version in all_versions(registry)}
         removed = {"net:v2", "net:v3"} if name == "remove" and cut == len(whole) else set()
         assert set(found) == {"net:v1", "net:v2", "net:v3"} - removed
@@ -292,7 +298,7 @@ def test_a_catalog_with_too_low_a_number_never_overwrites_a_version(tmp_path: Pa
     with contextlib.suppress(Corrupt):
         save(registry, 77)
     registry.rebuild()
-    collect_garbage(registry, grace=0, now=time.time() + 9_000)
+    collect(registry, grace=0, now=time.time() + 9_000)
     for number in range(1, 10):
         assert is_state(registry[f"net:v{number}"].load(), number)
     assert registry["net:v8"].aliases == ("production",)
@@ -314,10 +320,9 @@ def test_a_forged_digest_deletes_nothing_outside(tmp_path: Path, table: str) -> 
     with contextlib.closing(sqlite3.connect(root / "catalog.sqlite")) as connection:
         forged = str(victim).removesuffix(".safetensors")
         if table == "doomed":
-            connection.execute("INSERT INTO doomed VALUES (?)", (forged,))
+            connection.execute("INSERT INTO doomed VALUES (?, ?)", (forged, "2020-01-01T00:00:00.000000Z"))
         else:
-            row = (99, forged, 8, 0)
-            connection.execute("INSERT INTO packs (number, digest, size, condemned) VALUES (?, ?, ?, ?)", row)
+            connection.execute("INSERT INTO packs VALUES (99, ?, 8, 0, 0)", [forged])
         connection.commit()
     with contextlib.suppress(RegistryError):
         Registry(root).collect_garbage(grace=0)
@@ -354,6 +359,6 @@ def test_a_run_cannot_be_named_out_of_its_folder(tmp_path: Path, name: str) -> N
     registry = Registry(tmp_path / "r")
     save(registry, 1)
     record = {"op": "run", "name": name, "model": "net", "at": "2026-01-01T00:00:00.000000Z", "record": {}}
-    with pytest.raises(RegistryError), registry.catalog.change() as change:
-        change.apply(record)
+    with pytest.raises(RegistryError):
+        registry.catalog.commit(lambda view: [record])
     assert registry.runs.find() == []

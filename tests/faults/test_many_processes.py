@@ -17,6 +17,7 @@ from support import (
     Stepwise,
     all_versions,
     check_whole,
+    collect,
     copy,
     fork,
     in_child,
@@ -28,7 +29,6 @@ from support import (
 )
 
 from registry import Registry
-from registry.garbage import collect_garbage
 from registry.store import durable
 from registry.store.store import Store
 
@@ -74,14 +74,11 @@ def savers(root: Path, model_of: Callable[[int], str]) -> dict[str, int]:
 
 @pytest.fixture
 def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where flock silently does nothing (some network file systems), nothing changes: we call none, nor do children."""
+    """As where flock silently does nothing, on some network file systems."""
     import fcntl
 
-    def refuse(*_: object) -> None:
-        raise AssertionError("a lock was taken")
-
     for name in ("flock", "lockf"):
-        monkeypatch.setattr(fcntl, name, refuse)
+        monkeypatch.setattr(fcntl, name, lambda *_: None)
 
 
 @pytest.mark.parametrize("models", [1, PROCESSES])
@@ -119,7 +116,7 @@ def test_a_save_that_is_overtaken_again_and_again_ends_alone(
     def overtake(store: Store, *given: Any, **named: Any) -> Any:
         stored = put(store, *given, **named)
         if not registry.catalog.connection().in_transaction:
-            overtaken.append(collect_garbage(Registry(registry.root), grace=0, now=time.time() + 10))
+            overtaken.append(collect(Registry(registry.root), grace=0, now=time.time() + 10))
         return stored
 
     monkeypatch.setattr(Store, "put", overtake)
@@ -127,14 +124,6 @@ def test_a_save_that_is_overtaken_again_and_again_ends_alone(
     assert len(overtaken) >= 3
     assert all(found.manifests == 1 for found in overtaken)
     check_whole(registry.root, {"net:v1": 1})
-
-
-def test_no_change_takes_a_lock_of_files_but_sqlites(tmp_path: Path, no_locks: None) -> None:
-    registry = Registry(tmp_path / "r")
-    save(registry, 1)
-    registry.remove(["net:v1"])
-    registry.collect_garbage(grace=0)
-    registry.rebuild()
 
 
 def stopped_at(root: Path, number: int, where: str) -> int:
@@ -176,9 +165,9 @@ def test_a_save_revives_what_gc_has_condemned(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "r")
     save(registry, 1)
     registry.remove(["net:v1"])
-    collect_garbage(registry, grace=3_600)  # marked, and waiting
+    collect(registry, grace=3_600)  # marked, and waiting
     assert save(registry, 1) == "net:v2"
-    collect_garbage(registry, grace=3_600, now=time.time() + 1e6)
+    collect(registry, grace=3_600, now=time.time() + 1e6)
     assert is_state(registry["net:v2"].load(), 1)
     registry.catalog.close()
     check_whole(tmp_path / "r", {"net:v2": 1})
@@ -218,18 +207,47 @@ def test_gc_killed_at_any_step_loses_nothing_and_is_repeated(tmp_path: Path) -> 
     assert step > 3
 
 
-def test_only_temporary_files_of_the_dead_are_removed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("locks", [True, False])
+def test_a_temporary_file_stays_while_its_writer_lives(
+    tmp_path: Path, request: pytest.FixtureRequest, locks: bool
+) -> None:
+    """Whatever its name says; where locks do nothing, for as long as a file may be written at least."""
+    if not locks:
+        request.getfixturevalue("no_locks")
     registry = Registry(tmp_path / "r")
-    dead = fork(lambda: None)
-    wait(dead)
     tmp = registry.store.tmp
-    names = [f"{durable.host()}-{dead}-1", f"{durable.host()}-{os.getpid()}-1", f"elsewhere-{dead}-1", "odd"]
-    for name in names:
-        (tmp / name).write_bytes(b"x")
-    assert registry.collect_garbage(grace=0).temporary == 1
-    assert {path.name for path in tmp.iterdir()} == set(names[1:])
-    assert collect_garbage(registry, grace=0, now=time.time() + 3_599).temporary == 0
-    assert collect_garbage(registry, grace=0, now=time.time() + 3_601).temporary == 3
+    live = durable.NewFile(tmp)
+    dead = tmp / f"{durable.host()}-{os.getpid()}-1"
+    for path in (dead, tmp / "odd"):
+        path.write_bytes(b"x")
+    hour_ago = time.time() - 4_000
+    if not locks:
+        assert registry.collect_garbage(grace=0).temporary == 0
+        os.utime(dead, (hour_ago, hour_ago))
+        assert registry.collect_garbage(grace=0).temporary == 1
+        return
+    os.utime(live.path, (hour_ago, hour_ago))
+    assert registry.collect_garbage(grace=3_600).temporary == 0
+    assert registry.collect_garbage(grace=0).temporary == 2
+    assert [path.name for path in tmp.iterdir()] == [live.path.name]
+    live.discard()
+
+
+def test_a_writer_whose_temporary_file_is_gone_starts_again_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry(tmp_path / "r")
+    taken: list[Path] = []
+
+    def take(count: int, when: str, path: Path) -> None:
+        if path.parent.name == "tmp" and when == "half" and path.parent.parent not in taken:
+            taken.append(path.parent.parent)
+            path.unlink()
+
+    monkeypatch.setattr(durable, "disk", Stepwise(take))
+    assert save(registry, 1) == "net:v1"
+    assert taken
+    check_whole(registry.root, {"net:v1": 1})
 
 
 def test_a_registry_survives_fork_pickling_and_threads(tmp_path: Path) -> None:

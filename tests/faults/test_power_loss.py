@@ -54,7 +54,7 @@ class Recorder(durable.Disk):
         return str(path.relative_to(self.root))
 
     def write(self, fd: int, path: Path, data: memoryview) -> int:
-        append = path.name == "journal.jsonl"
+        append = path.parent.name == "journal"
         offset = os.fstat(fd).st_size if append else os.lseek(fd, 0, os.SEEK_CUR)
         count = super().write(fd, path, data)
         self.note("write", path, offset=offset, data=bytes(data[:count]))
@@ -69,20 +69,20 @@ class Recorder(durable.Disk):
         super().sync(fd, path)
         self.note("sync", path)
 
-    def sync_folder(self, path: Path) -> None:
-        super().sync_folder(path)
+    def sync_folder(self, path: Path, folder: int) -> None:
+        super().sync_folder(path, folder)
         self.note("sync folder", path)
 
-    def rename(self, source: Path, target: Path) -> None:
-        super().rename(source, target)
+    def rename(self, source: Path, target: Path, source_folder: int, target_folder: int) -> None:
+        super().rename(source, target, source_folder, target_folder)
         self.note("rename", source, other=self._relative(target))
 
-    def unlink(self, path: Path) -> None:
-        super().unlink(path)
+    def unlink(self, path: Path, folder: int) -> None:
+        super().unlink(path, folder)
         self.note("unlink", path)
 
-    def mkdir(self, path: Path) -> None:
-        super().mkdir(path)
+    def mkdir(self, path: Path, folder: int) -> None:
+        super().mkdir(path, folder)
         self.note("mkdir", path)
 
     def truncate(self, fd: int, path: Path, size: int) -> None:
@@ -171,7 +171,7 @@ class Model:
 
 def lay_out(target: Path, contents: dict[str, bytes], catalog: dict[str, bytes]) -> None:
     shutil.rmtree(target, ignore_errors=True)
-    for folder in ("packs", "manifests", "tmp"):
+    for folder in ("packs", "manifests", "tmp", "journal"):
         (target / folder).mkdir(parents=True)
     for name, data in {**contents, **catalog}.items():
         (target / name).parent.mkdir(exist_ok=True)

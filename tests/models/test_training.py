@@ -12,11 +12,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import Subset
 
 from registry import Registry, Run
+from registry.catalog.versions import list_versions
 from registry.models import data as data_sets
 from registry.models.data import Data
 from registry.models.training import TrainConfig, evaluate, train
 from registry.store.errors import Incompatible, NotFound
-from registry.versions import list_versions
 
 
 @pytest.fixture(scope="module")

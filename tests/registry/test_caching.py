@@ -763,23 +763,3 @@ def test_an_artifact_that_is_used_is_not_old(registry: Registry) -> None:
     os.utime(path, (time.time() - 40 * 86_400,) * 2)
     f()
     assert registry.artifacts.clear(older_than=30 * 86_400) == []
-
-
-def test_a_catalog_from_before_gets_its_column(tmp_path: Path) -> None:
-    import sqlite3
-
-    from registry import schema
-
-    registry = Registry(tmp_path / "old")
-    registry.catalog.close()
-    with sqlite3.connect(registry.root / "catalog.sqlite") as connection:
-        connection.execute("ALTER TABLE artifacts DROP COLUMN record")
-        connection.execute("DROP INDEX tensors_by_base")
-        for column in ("base", "coded"):
-            connection.execute(f"ALTER TABLE tensors DROP COLUMN {column}")
-        connection.execute("UPDATE state SET value = 1 WHERE key = 'schema'")
-    connection.close()
-    again = Registry(tmp_path / "old")
-    assert again.cached(lambda: 3)() == 3
-    assert len(again.artifacts.find()) == 1
-    assert schema.version(again.catalog.connection()) == schema.VERSION

@@ -333,10 +333,10 @@ def test_a_folder_without_permission_is_named(
 
     real = os.open
 
-    def refuse(path: Any, *options: Any) -> int:
-        if Path(path).parent == tmp_path:
+    def refuse(path: Any, flags: int, *options: Any, **more: Any) -> int:
+        if flags & os.O_CREAT and "registry" not in str(path):
             raise PermissionError(13, "Permission denied", str(path))
-        return real(path, *options)
+        return real(path, flags, *options, **more)
 
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(StorageError, match=rf"{tmp_path}: permission denied"):

@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 
 from registry import Checkpoint, Registry
+from registry.catalog.versions import list_versions, rank_versions
 from registry.store.errors import Conflict, Incompatible, Invalid, NotFound, Unsupported
-from registry.versions import list_versions, rank_versions
 
 
 @pytest.fixture
@@ -60,8 +60,8 @@ def test_equal_values_saved_at_the_same_instant_are_two_versions(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As by two processes: the record tells versions of the same values apart by the time."""
-    times = iter(["2026-11-25T03:29:44.000001Z"] * 2 + ["2026-11-25T03:29:44.000002Z"])
-    monkeypatch.setattr("registry.registry.now", lambda: next(times))
+    monkeypatch.setattr("registry.registry.now", lambda: "2026-11-25T03:29:44.000001Z")
+    monkeypatch.setattr("registry.catalog.commit.now", lambda: "2026-11-25T03:29:44.000002Z")
     state = {"model": {"weight": torch.ones(3)}}
     assert [registry.save("net", state).name for _ in range(2)] == ["net:v1", "net:v2"]
     assert registry["net:v1"].id != registry["net:v2"].id
@@ -81,13 +81,13 @@ def test_at_least_six_digits_of_an_id_name_a_checkpoint(registry: Registry) -> N
 
 def test_two_ids_with_the_same_beginning_are_a_conflict(registry: Registry) -> None:
     first, second = save(registry, 1), save(registry, 2)
-    with registry.catalog.change() as change:
-        change.connection.execute("PRAGMA defer_foreign_keys = ON")
-        forged = first.id[:10] + second.id[10:]
-        for table, column in (("manifests", "id"), ("versions", "id"), ("uses", "id")):
-            change.connection.execute(
-                f"UPDATE {table} SET {column} = ? WHERE {column} = ?", (forged, second.id)
-            )
+    connection = registry.catalog.connection()
+    connection.execute("BEGIN")
+    connection.execute("PRAGMA defer_foreign_keys = ON")
+    forged = first.id[:10] + second.id[10:]
+    for table in ("manifests", "versions", "uses"):
+        connection.execute(f"UPDATE {table} SET id = ? WHERE id = ?", (forged, second.id))
+    connection.execute("COMMIT")
     with pytest.raises(Conflict, match=r"is the beginning of several ids: net:v2 .*net:v1"):
         registry[first.id[:8]]
     assert registry[first.id[:40]].name == "net:v1"

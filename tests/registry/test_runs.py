@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from registry import Checkpoint, Config, Registry, register_model
+from registry.catalog.versions import list_versions
 from registry.store import durable
 from registry.store.errors import Conflict, Incompatible, Invalid, NotFound, StorageError, Unsupported
-from registry.versions import list_versions
 
 
 @pytest.fixture

@@ -30,11 +30,12 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     write_file(tmp_path / "a", data)
     append(tmp_path / "b", data)
     append(tmp_path / "b", data)
-    file = NewFile(tmp_path)
+    file = NewFile(tmp_path, inner=0)
     file.skip_to(50)
     file.write(data)
     file.write_at(data[:50], 0)
-    file.publish(tmp_path / "c", data[:50])
+    file.sync(data[:50])
+    file.publish(tmp_path / "c", inner=0)
     assert (tmp_path / "a").read_bytes() == data
     assert (tmp_path / "b").read_bytes() == data + data
     assert (tmp_path / "c").read_bytes() == data[:50] + data
@@ -85,7 +86,7 @@ def test_a_failed_append_leaves_the_file_as_long_as_before(
 
 
 def test_a_new_file_that_is_given_up_leaves_nothing(tmp_path: Path) -> None:
-    file = NewFile(tmp_path)
+    file = NewFile(tmp_path, inner=0)
     file.write(b"half")
     assert len(list(tmp_path.iterdir())) == 1
     file.discard()

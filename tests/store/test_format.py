@@ -130,6 +130,28 @@ def test_the_reader_puts_shards_together(tmp_path: Path, reader: ModuleType) -> 
     assert torch.equal(turned, whole)
 
 
+def test_with_a_few_more_lines_the_reader_knows_names(tmp_path: Path, reader: ModuleType) -> None:
+    registry = Registry(tmp_path)
+    for number in range(1, 5):
+        optimizer = {"state": {0: torch.full((9_000,), float(number))}, "param_groups": []}
+        registry.save("net", {"model": {"w": torch.full((3,), float(number))}, "optimizer": optimizer})
+    registry.set_alias("net:v1", "good")
+    registry.set_alias("net:v2", "good")
+    registry.set_alias("net:v3", "gone")
+    registry.remove_alias("net", "gone")
+    registry.remove(["net:v3"])
+    registry.thin("net:v1")
+    registry.collect_garbage(grace=0)
+    names, texts, packs = load(SOURCE.with_name("format_reader_log.py")).names(tmp_path)
+    expected = {f"net:v{n}": registry[f"net:v{n}"].id for n in (1, 2, 4)}
+    assert names == {**expected, "net@good": expected["net:v2"]}
+    assert packs == set(registry.store.pack_digests())
+    for name, version_id in expected.items():
+        _, components = reader.read(tmp_path, version_id)
+        assert float(components["model"]["w"][0]) == float(name[-1])
+        assert texts[version_id].encode() == registry.store.manifest_path(version_id).read_bytes()
+
+
 def test_with_a_few_more_lines_the_reader_knows_differences(
     tmp_path: Path, reader: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,25 +6,24 @@ before, and only to versions of the same run and of those that it was resumed fr
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from registry.reference import check_name
-from registry.store.errors import Invalid
+from registry.catalog.lookups import Monitor, Reader, marks
+from registry.catalog.naming import removal
+from registry.catalog.reference import check_name
+from registry.catalog.versions import find_versions, with_descendants
+from registry.store.errors import Invalid, NotFound
 from registry.store.text import quoted
-from registry.versions import find_versions
+from registry.upkeep.garbage import collect_garbage
+from registry.upkeep.thinning import thin
 
 if TYPE_CHECKING:
-    from registry.checkpoint import Checkpoint
-    from registry.registry import Registry
-    from registry.versions import Version
-
-
-class Monitor(NamedTuple):
-    """The metric (or `loss`) by which a version is the best, and whether that is the smallest value."""
-
-    metric: str
-    smallest: bool
+    from registry.catalog.catalog import Catalog, View
+    from registry.catalog.entries import Record
+    from registry.catalog.versions import Version
+    from registry.store.store import Store
 
 
 class Retention(NamedTuple):
@@ -66,30 +65,34 @@ class Retention(NamedTuple):
             by = Monitor(check_name(monitor, "metric"), smallest)
         return cls(by, keep_last, keep_best, keep_optimizer)
 
-    def apply(self, registry: Registry, run: str, saved: Checkpoint) -> None:
-        """Remove, and thin, what the rules no longer keep; `saved` always stays."""
+    def apply(self, catalog: Catalog, store: Store, runs: Sequence[str], model: str) -> None:
+        """Remove, and thin, what the rules no longer keep.
+
+        Args:
+            runs: a run and those that it was resumed from, whose versions the rules are about.
+        """
         if self.keep_last is None and self.keep_best is None and self.keep_optimizer is None:
             return
-        versions = _of_session(registry, run, saved.model)
-        removed = self._superfluous(registry, versions)
-        if removed:
-            registry.remove([version.name for version in removed])
-        if self.keep_optimizer is not None:
-            gone = {version.id for version in removed}
-            left = [version for version in versions if version.id not in gone]
-            for version in left[self.keep_optimizer :]:
-                if "thinned-from" not in version.record:
-                    registry.thin(version.name)
-        if removed or self.keep_optimizer is not None:
-            registry.collect_garbage()
 
-    def _superfluous(self, registry: Registry, versions: Sequence[Version]) -> list[Version]:
-        if self.keep_last is None and self.keep_best is None:
-            return []
+        def compute(view: View) -> list[Record]:
+            return [removal(version) for version in self._superfluous(view, _of(view, runs, model))]
+
+        removed = None
+        if self.keep_last is not None or self.keep_best is not None:
+            removed = catalog.commit(compute)
+        if self.keep_optimizer is not None:
+            for version in _of(catalog, runs, model)[self.keep_optimizer :]:
+                if "thinned-from" not in version.record:
+                    with contextlib.suppress(NotFound):  # Another process has removed it meanwhile.
+                        thin(catalog, store, version.name)
+        if removed or self.keep_optimizer is not None:
+            collect_garbage(catalog, store)
+
+    def _superfluous(self, view: Reader, versions: Sequence[Version]) -> list[Version]:
         kept = {version.id for version in versions[: self.keep_last or 1]}
         kept |= {version.id for version in self._best(versions)}
         kept |= {version.id for version in versions if version.aliases or version.tags}
-        kept |= registry.with_descendants([version.id for version in versions])
+        kept |= with_descendants(view, [version.id for version in versions])
         return [version for version in versions if version.id not in kept]
 
     def _best(self, versions: Sequence[Version]) -> list[Version]:
@@ -104,8 +107,6 @@ class Retention(NamedTuple):
         return [version for _, _, version in sorted(ranked, key=lambda item: item[:2])[: self.keep_best]]
 
 
-def _of_session(registry: Registry, run: str, model: str) -> list[Version]:
-    """Versions of a run and of the runs that it was resumed from, the newest first."""
-    runs = registry.runs.chain(run)
-    marks = ",".join("?" * len(runs))
-    return find_versions(registry.catalog, f"v.model = ? AND v.run IN ({marks})", [model, *runs])
+def _of(catalog: Reader, runs: Sequence[str], model: str) -> list[Version]:
+    """Versions of a model that some runs have saved, the newest first."""
+    return find_versions(catalog, f"v.model = ? AND v.run IN ({marks(runs)})", [model, *runs])

@@ -9,6 +9,9 @@ from registry.store.errors import Corrupt, Invalid
 from registry.store.text import quoted
 
 MAX_NAME = 128
+MAX_EDGE = 2_048
+"""Bytes of the kind, and of the parent, of an edge of the lineage."""
+
 RESERVED_ALIASES = ("latest", "best")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
@@ -87,16 +90,23 @@ def check_run_name(name: str) -> str:
     return name
 
 
-def check_text(text: str, what: str) -> str:
+def check_text(text: str, what: str, longest: int = 1 << 20) -> str:
     """Check free text, such as a note.
 
+    Args:
+        longest: bytes in UTF-8 that it may have.
+
     Raises:
-        Invalid: if it is no text, or holds half a character (a lone surrogate), which no UTF-8 file can.
+        Invalid: if it is no text, too long, or holds half a character (a lone surrogate), which no UTF-8 file can.
     """
     if not isinstance(text, str):
         raise Invalid(f"{what}: must be text, not {type(text).__qualname__}")
     try:
-        text.encode()
+        size = len(text.encode())
     except UnicodeEncodeError:
         raise Invalid(f"{what}: {quoted(text)} is not valid Unicode text") from None
+    if size > longest:
+        raise Invalid(
+            f"{what}: the text has {size:,} bytes, at most {longest:,} are kept; put it into a file"
+        )
     return text

@@ -7,19 +7,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from registry.catalog import parsed
-from registry.journal import now
-from registry.reference import check_run_name
-from registry.resolving import hint
-from registry.store.errors import Conflict, NotFound
+from registry.catalog.entries import now
+from registry.catalog.lookups import Reader, parsed
+from registry.catalog.reference import check_run_name
+from registry.catalog.resolving import hint
+from registry.store import durable
+from registry.store.errors import Conflict, NotFound, RegistryError
+from registry.store.manifest import record_document, untagged
 from registry.store.text import quoted
 
 if TYPE_CHECKING:
-    from registry.catalog import Catalog
+    from registry.catalog.catalog import Catalog, View
+    from registry.catalog.entries import Record
 
 LOG = "run.log"
 PROCESS = "process"
 """A file in a run's folder that names the machine and the process while the run is open."""
+
+INNER = 3
+"""Folders that a file of a run is in, below the registry's own: `runs/<model>/<run>`."""
 
 _NUMBERED = re.compile(r"run-([1-9][0-9]{0,8})\Z")
 _ROWS = "SELECT name, model, started, record FROM runs"
@@ -66,29 +72,37 @@ class Runs:
         Raises:
             Conflict: if the model has a run of this name.
         """
-        with self._catalog.change() as change:
-            rows = change.connection.execute("SELECT name FROM runs WHERE model = ?", (model,))
-            taken = {row[0].partition("/")[2] for row in rows}
+        started = now()
+        record = record_document({**about, "state": "running"})
+
+        def compute(view: View) -> list[Record]:
+            rows = view.query("SELECT name FROM runs WHERE model = ?", [model])
+            taken = {str(row[0]).partition("/")[2] for row in rows}
             if name is None:
                 numbers = [int(match[1]) for text in taken if (match := _NUMBERED.match(text))]
-                name = f"run-{max(numbers, default=0) + 1}"
-            elif name in taken or (self._root / "runs" / model / name).exists():
-                raise Conflict(
-                    f"{model} has a run {quoted(name)} already; choose another name, or leave it out"
-                )
-            full = f"{model}/{name}"
-            record = {**about, "state": "running"}
-            change.apply({"op": "run", "name": full, "model": model, "at": now(), "record": record})
-        return full
+                own = f"run-{max(numbers, default=0) + 1}"
+            else:
+                own = name
+                if name in taken or (self._root / "runs" / model / name).exists():
+                    raise Conflict(
+                        f"{model} has a run {quoted(name)} already; choose another name, or leave it out"
+                    )
+            return [{"op": "run", "name": f"{model}/{own}", "model": model, "at": started, "record": record}]
+
+        entry = self._catalog.commit(compute)
+        assert entry is not None
+        return str(entry.records[0]["name"])
 
     def end(self, name: str, state: str) -> None:
         """Record how a run ended."""
-        info = self[name]
-        record = {**info.record, "state": state, "ended": now()}
-        with self._catalog.change() as change:
-            change.apply(
-                {"op": "run", "name": name, "model": info.model, "at": info.started, "record": record}
-            )
+        ended = now()
+
+        def compute(view: View) -> list[Record]:
+            info = _one(view, name)
+            record = record_document({**info.record, "state": state, "ended": ended})
+            return [{"op": "run", "name": name, "model": info.model, "at": info.started, "record": record}]
+
+        self._catalog.commit(compute)
 
     def __getitem__(self, name: str) -> RunInfo:
         """One run.
@@ -96,11 +110,7 @@ class Runs:
         Raises:
             NotFound: suggesting the nearest name.
         """
-        rows = self._catalog.query(f"{_ROWS} WHERE name = ?", [name])
-        if not rows:
-            names = [row[0] for row in self._catalog.query("SELECT name FROM runs")]
-            raise NotFound(f"there is no run {quoted(name)}{hint(name, names)}")
-        return _info(rows[0])
+        return _one(self._catalog, name)
 
     def find(self, model: str | None = None) -> list[RunInfo]:
         """Runs, of one model or of all, the newest first."""
@@ -126,17 +136,24 @@ class Runs:
 
     def is_lost(self, info: RunInfo) -> bool:
         """Whether a run that never ended belongs to a process of this machine that is gone."""
-        from registry.store.durable import is_gone
-
         if info.state != "running":
             return False
+        path = self._root / "runs" / info.name / PROCESS
         try:
-            machine, pid = (self._root / "runs" / info.name / PROCESS).read_text().split()
-        except (OSError, ValueError):
+            machine, pid = durable.read_file(path, 256, inner=INNER).decode().split()
+        except (OSError, ValueError, RegistryError):
             return False
-        return is_gone(machine, pid)
+        return durable.is_gone(machine, pid)
+
+
+def _one(catalog: Reader, name: str) -> RunInfo:
+    rows = catalog.query(f"{_ROWS} WHERE name = ?", [name])
+    if not rows:
+        names = [row[0] for row in catalog.query("SELECT name FROM runs")]
+        raise NotFound(f"there is no run {quoted(name)}{hint(name, names)}")
+    return _info(rows[0])
 
 
 def _info(row: tuple[Any, ...]) -> RunInfo:
     name, model, started, record = row
-    return RunInfo(check_run_name(name), model, started, parsed(record))
+    return RunInfo(check_run_name(name), model, started, untagged(parsed(record)))

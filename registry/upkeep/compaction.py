@@ -11,14 +11,17 @@ import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from registry.reference import check_name
+from registry.catalog.reference import check_name
+from registry.catalog.resolving import resolve
+from registry.catalog.versions import find_versions
 from registry.store.dtypes import ELEMENT_TYPES
+from registry.store.errors import NotFound
 from registry.store.manifest import Manifest, TensorInfo
-from registry.thinning import needed_of, users_of
-from registry.versions import find_versions
+from registry.upkeep.repacking import needed_of, repack, unless_gone
 
 if TYPE_CHECKING:
-    from registry.registry import Registry
+    from registry.catalog.catalog import Catalog
+    from registry.store.store import Store
 
 REACH = 20
 """How many versions before and after an anchor are stored as differences from it.
@@ -54,17 +57,28 @@ Progress = Callable[[int, int, int], None]
 
 
 def compact(
-    registry: Registry, models: Sequence[str], *, dry_run: bool, progress: Progress
+    catalog: Catalog, store: Store, models: Sequence[str], *, dry_run: bool, progress: Progress
 ) -> list[Compacted]:
-    """See `Registry.compact`."""
+    """Store older versions as differences from a neighbour, bit for bit; `collect_garbage` frees the space.
+
+    The newest version of each model, those with an alias, and one in some forty stay as they are.
+
+    Args:
+        models: all of them unless given.
+        dry_run: only say which packs would be rewritten.
+        progress: told the bytes done, the bytes in all, and the bytes saved so far.
+
+    Raises:
+        Corrupt: if a byte is not what was saved; nothing is lost.
+    """
     for model in models:
-        registry.resolve(check_name(model, "model"))
-    staying, bases = _staying(registry)
-    kept = bases | {tensor.digest for id in staying for tensor in registry.store.manifest(id).tensors}
+        resolve(catalog, check_name(model, "model"))
+    staying, bases = _staying(catalog)
+    kept = bases.union(*(_tensors_of(store, manifest_id) for manifest_id in staying))
     names = list(dict.fromkeys(models)) or [
-        name for (name,) in registry.catalog.query("SELECT DISTINCT model FROM versions ORDER BY model")
+        name for (name,) in catalog.query("SELECT DISTINCT model FROM versions ORDER BY model")
     ]
-    plans = [_plan(registry, model, staying, bases, kept) for model in names]
+    plans = [_plan(catalog, store, model, staying, bases, kept) for model in names]
     total = sum(plan.size for plan in plans)
     done = saved = 0
     found = []
@@ -72,7 +86,7 @@ def compact(
         packs = before = after = 0
         for pack, size in plan.packs.items():
             pairs = {digest: base for digest, base in plan.bases[pack].items() if digest not in kept}
-            new = None if dry_run or not pairs else _rewrite(registry, pack, size, pairs, plan.manifest)
+            new = None if dry_run or not pairs else _rewrite(catalog, store, pack, size, pairs)
             if dry_run or new is not None:
                 packs, before, after = packs + 1, before + size, after + (new or 0)
             done += size
@@ -90,33 +104,45 @@ class _Plan(NamedTuple):
     versions: Sequence[str]
     packs: Mapping[str, int]
     bases: Mapping[str, Mapping[str, str]]
-    manifest: Callable[[str], Manifest]
 
     @property
     def size(self) -> int:
         return sum(self.packs.values())
 
 
-def _staying(registry: Registry) -> tuple[set[str], set[str]]:
+def _staying(catalog: Catalog) -> tuple[set[str], set[str]]:
     """Ids of the versions and artifacts that stay as they are, and digests that there are differences from."""
-    ids = registry.catalog.query(
+    ids = catalog.query(
         "SELECT v.id FROM versions v WHERE v.version = (SELECT MAX(o.version) FROM versions o WHERE o.model = v.model) "
         "UNION SELECT id FROM aliases UNION SELECT id FROM artifacts"
     )
-    bases = registry.catalog.query("SELECT DISTINCT base FROM tensors WHERE base IS NOT NULL")
+    bases = catalog.query("SELECT DISTINCT base FROM tensors WHERE base IS NOT NULL")
     return {id for (id,) in ids}, {digest for (digest,) in bases}
 
 
+def _tensors_of(store: Store, manifest_id: str) -> frozenset[str]:
+    """The tensors of a manifest; none if it was removed meanwhile."""
+    try:
+        return store.tensors_of(manifest_id)
+    except NotFound:
+        return frozenset()
+
+
 def _plan(
-    registry: Registry, model: str, staying: Collection[str], bases: Collection[str], kept: set[str]
+    catalog: Catalog,
+    store: Store,
+    model: str,
+    staying: Collection[str],
+    bases: Collection[str],
+    kept: set[str],
 ) -> _Plan:
     """Choose anchors, which are added to what is kept, and find what can become a difference from them."""
-    manifest = functools.lru_cache(_MANIFESTS)(registry.store.manifest)
-    versions = find_versions(registry.catalog, "v.model = ?", [model], order="v.version")
+    manifest = functools.lru_cache(_MANIFESTS)(_manifest_in(store))
+    versions = find_versions(catalog, "v.model = ?", [model], order="v.version")
     plain, based = [], []
     for position, version in enumerate(versions):
-        digests = {tensor.digest for tensor in manifest(version.id).tensors}
-        if any(place.base for place in registry.catalog.locate(digests).values()):
+        digests = _tensors_of(store, version.id)
+        if any(place.base for place in catalog.locate(digests).values()):
             continue  # it is a difference already
         plain.append(position)
         if not digests.isdisjoint(bases):
@@ -140,11 +166,23 @@ def _plan(
                 candidates.setdefault(digest, base)
     packs: dict[str, int] = {}
     pairs_of: dict[str, dict[str, str]] = {}
-    for digest, place in registry.catalog.locate(candidates).items():
+    for digest, place in catalog.locate(candidates).items():
         if not place.base:
             packs[place.pack] = place.pack_size
             pairs_of.setdefault(place.pack, {})[digest] = candidates[digest]
-    return _Plan(model, chosen, packs, pairs_of, manifest)
+    return _Plan(model, chosen, packs, pairs_of)
+
+
+def _manifest_in(store: Store) -> Callable[[str], Manifest]:
+    """Reads manifests; one that was removed meanwhile has no tensors."""
+
+    def manifest(manifest_id: str) -> Manifest:
+        try:
+            return store.manifest(manifest_id)
+        except NotFound:
+            return Manifest({}, {}, ())
+
+    return manifest
 
 
 def _anchors(plain: Sequence[int], based: Collection[int], staying: Collection[int]) -> dict[int, int]:
@@ -181,27 +219,12 @@ def _alike(a: TensorInfo, b: TensorInfo) -> bool:
     return is_float and (a.dtype, a.shape) == (b.dtype, b.shape)
 
 
-def _rewrite(
-    registry: Registry,
-    pack: str,
-    size: int,
-    bases: Mapping[str, str],
-    manifest: Callable[[str], Manifest],
-) -> int | None:
+def _rewrite(catalog: Catalog, store: Store, pack: str, size: int, bases: Mapping[str, str]) -> int | None:
     """Put a smaller pack in the place of one; its size, or None if it would save too little or others came first."""
-    users = users_of(registry, pack)
-    needed, _ = needed_of(registry, pack, [manifest(id) for id in users])
-    if not needed:
-        return None
-    copied = registry.store.copy_to_new_pack(
-        needed, {digest: base for digest, base in bases.items() if digest in needed}
-    )
-    if copied.digest == pack:
-        return None
-    if copied.size <= _WORTH_IT * size:
-        with registry.catalog.change() as change:
-            if change.can_replace(pack, copied, users):
-                change.replace_pack(pack, copied)
-                return copied.size
-    registry.discard_pack(copied.digest)
+    with unless_gone(catalog, pack):
+        needed = needed_of(catalog.query, store, pack)
+        if needed:
+            chosen = {digest: base for digest, base in bases.items() if digest in needed}
+            new = repack(catalog, store, pack, needed, chosen, at_most=int(_WORTH_IT * size))
+            return new.size if new else None
     return None

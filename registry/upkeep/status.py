@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from registry.schema import UNUSED
+from registry.catalog.schema import UNUSED
 from registry.store.errors import StorageError
 
 if TYPE_CHECKING:
-    from registry.registry import Registry
+    from registry.catalog.catalog import Catalog
 
 
 class Status(NamedTuple):
@@ -38,22 +39,22 @@ class Status(NamedTuple):
         return max(self.logical - self.stored, 0)
 
 
-def status(registry: Registry) -> Status:
+def status(root: Path, catalog: Catalog) -> Status:
     """Sum up what a registry holds, from the catalog alone."""
-    query = registry.catalog.query
+    query = catalog.query
     ((models, versions),) = query("SELECT COUNT(DISTINCT model), COUNT(*) FROM versions")
     ((logical,),) = query("SELECT COALESCE(SUM(size), 0) FROM manifests")
     ((artifacts,),) = query("SELECT COUNT(*) FROM artifacts")
-    ((tensors,),) = query("SELECT COUNT(*) FROM tensors")
+    ((tensors,),) = query("SELECT COUNT(DISTINCT digest) FROM tensors")
     ((packs, stored),) = query("SELECT COUNT(*), COALESCE(SUM(size), 0) FROM packs")
     ((differences,),) = query("SELECT COUNT(*) FROM tensors WHERE base IS NOT NULL")
     ((unused,),) = query(f"SELECT COALESCE(SUM(size), 0) FROM packs WHERE {UNUSED}")
     try:
-        free = shutil.disk_usage(registry.root).free
+        free = shutil.disk_usage(root).free
     except OSError as error:
-        raise StorageError(f"{registry.root}: {error.strerror}") from error
+        raise StorageError(f"{root}: {error.strerror}") from error
     return Status(
-        root=str(registry.root),
+        root=str(root),
         models=models,
         versions=versions,
         artifacts=artifacts,

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from registry.catalog import parsed
-
-if TYPE_CHECKING:
-    from registry.catalog import Catalog
-
-_BATCH = 500
+from registry.catalog.facts import facts_of
+from registry.catalog.lookups import Reader, batches, best_id, marks, parsed
+from registry.store.digest import is_digest
+from registry.store.errors import Corrupt
+from registry.store.manifest import Manifest
 
 
 class Version(NamedTuple):
@@ -47,7 +46,7 @@ class Model(NamedTuple):
 
 
 def find_versions(
-    catalog: Catalog,
+    catalog: Reader,
     where: str,
     parameters: Sequence[Any] = (),
     *,
@@ -61,38 +60,97 @@ def find_versions(
         + ("" if limit is None else f" LIMIT {limit:d}"),
         parameters,
     )
-    rows = [(*row[:9], parsed(row[9])) for row in rows]
+    rows = [_checked(row) for row in rows]
     ids = [row[0] for row in rows]
     aliases = _attached(catalog, "SELECT id, name FROM aliases WHERE id IN ({}) ORDER BY name", ids)
     tags = _attached(catalog, "SELECT id, name FROM tags WHERE id IN ({}) ORDER BY name", ids)
-    notes = _attached(catalog, "SELECT id, written, text FROM notes WHERE id IN ({}) ORDER BY written", ids)
+    notes = _attached(
+        catalog, "SELECT id, written, text FROM notes WHERE id IN ({}) ORDER BY written, rowid", ids
+    )
     metrics = _attached(catalog, "SELECT id, name, value FROM metrics WHERE id IN ({}) ORDER BY name", ids)
     return [
         Version(
-            *(id, model, version, created, epoch, step, _loss(loss, record), size, tensors, record),
-            aliases=tuple(name for (name,) in aliases.get(id, ())),
-            tags=tuple(name for (name,) in tags.get(id, ())),
-            notes=tuple((written, text) for written, text in notes.get(id, ())),
-            metrics={name: math.nan if value is None else value for name, value in metrics.get(id, ())},
+            id=version_id,
+            model=model,
+            version=version,
+            created=created,
+            epoch=epoch,
+            step=step,
+            loss=_loss(loss, record),
+            size=size,
+            tensors=tensors,
+            record=record,
+            aliases=tuple(name for (name,) in aliases.get(version_id, ())),
+            tags=tuple(name for (name,) in tags.get(version_id, ())),
+            notes=tuple((written, text) for written, text in notes.get(version_id, ())),
+            metrics={
+                name: math.nan if value is None else value for name, value in metrics.get(version_id, ())
+            },
         )
-        for id, model, version, created, epoch, step, loss, size, tensors, record in rows
+        for version_id, model, version, created, epoch, step, loss, size, tensors, record in rows
     ]
+
+
+_TYPES: tuple[tuple[type, ...], ...] = (
+    *(
+        (str,),
+        (str,),
+        (int,),
+        (str,),
+        (int, type(None)),
+        (int, type(None)),
+        (float, type(None)),
+        (int,),
+        (int,),
+    ),
+)
+
+
+def _checked(row: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A row, its record read.
+
+    Raises:
+        Corrupt: if a value has another type than the table's.
+    """
+    if not all(map(isinstance, row, _TYPES)) or not is_digest(row[0]):
+        raise Corrupt("the catalog holds a damaged row of a version; recreate it with: registry rebuild")
+    record = parsed(row[9])
+    record.setdefault("components", {})
+    return (*row[:9], record)
+
+
+def version_of(manifest_id: str, model: str, number: int, manifest: Manifest) -> Version:
+    """A version as the catalog will have it, where the catalog cannot show it yet."""
+    facts = facts_of(manifest)
+    sizes = {tensor.digest: tensor.size for tensor in manifest.tensors}
+    return Version(
+        id=manifest_id,
+        model=model,
+        version=number,
+        created=facts.created,
+        epoch=facts.epoch,
+        step=facts.step,
+        loss=_loss(facts.loss, facts.shown),
+        size=sum(sizes.values()),
+        tensors=len(manifest.tensors),
+        record=facts.shown,
+        metrics={name: math.nan if value is None else value for name, value in facts.metrics.items()},
+    )
 
 
 def _loss(value: float | None, record: Mapping[str, Any]) -> float | None:
     return math.nan if record.get("loss_is_nan") else value
 
 
-def _attached(catalog: Catalog, sql: str, ids: Sequence[str]) -> dict[str, list[tuple[Any, ...]]]:
+def _attached(catalog: Reader, sql: str, ids: Sequence[str]) -> dict[str, list[tuple[Any, ...]]]:
     found: dict[str, list[tuple[Any, ...]]] = {}
-    for start in range(0, len(ids), _BATCH):
-        part = ids[start : start + _BATCH]
-        for id, *rest in catalog.query(sql.format(",".join("?" * len(part))), part):
-            found.setdefault(id, []).append(tuple(rest))
+    for part in batches(ids):
+        for version_id, *rest in catalog.query(sql.format(marks(part)), part):
+            found.setdefault(version_id, []).append(tuple(rest))
     return found
 
 
-def own_sizes(catalog: Catalog, model: str, since: int = 1) -> dict[str, int]:
+def own_sizes(catalog: Reader, model: str, since: int = 1) -> dict[str, int]:
     """Bytes of the packs that were written for each version of a model, by id; who shares all it has is left out.
 
     Args:
@@ -109,13 +167,13 @@ def own_sizes(catalog: Catalog, model: str, since: int = 1) -> dict[str, int]:
     return dict(rows)
 
 
-def name_of(catalog: Catalog, id: str) -> str | None:
+def name_of(catalog: Reader, id: str) -> str | None:
     """The name of the version with an id."""
     rows = catalog.query("SELECT model, version FROM versions WHERE id = ?", [id])
     return f"{rows[0][0]}:v{rows[0][1]}" if rows else None
 
 
-def list_models(catalog: Catalog) -> list[Model]:
+def list_models(catalog: Reader) -> list[Model]:
     """Every model that has a version, by name."""
     rows = catalog.query("SELECT model, COUNT(*) FROM versions GROUP BY model ORDER BY model")
     newest = "SELECT model, MAX(version) FROM versions GROUP BY model"
@@ -125,7 +183,7 @@ def list_models(catalog: Catalog) -> list[Model]:
 
 
 def list_versions(
-    catalog: Catalog, model: str | None, *, tag: str | None = None, limit: int | None = None
+    catalog: Reader, model: str | None, *, tag: str | None = None, limit: int | None = None
 ) -> tuple[list[Version], int]:
     """The newest versions, of one model or of all, and how many there are without the limit."""
     where, parameters = _filter(model, tag)
@@ -134,7 +192,7 @@ def list_versions(
 
 
 def rank_versions(
-    catalog: Catalog,
+    catalog: Reader,
     model: str | None,
     metric: str,
     *,
@@ -164,45 +222,25 @@ def rank_versions(
     return found, total
 
 
-def best_version(catalog: Catalog, model: str, metric: str, *, smallest: bool = False) -> Version | None:
+def best_version(catalog: Reader, model: str, metric: str, *, smallest: bool = False) -> Version | None:
     """The version with the best value of a metric (or `loss`), by an index.
 
     NaN never wins, and of two equal values the earlier does.
     """
-    id = best_id(catalog.query, model, metric, smallest=smallest)
-    return find_versions(catalog, "v.id = ?", [id])[0] if id else None
+    best = best_id(catalog.query, model, metric, smallest=smallest)
+    return find_versions(catalog, "v.id = ?", [best[0]])[0] if best else None
 
 
-def best_id(
-    query: Callable[[str, Sequence[Any]], Sequence[Sequence[Any]]],
-    model: str,
-    metric: str,
-    *,
-    smallest: bool,
-) -> str | None:
-    """The id of the version with the best value of a metric (or `loss`).
-
-    Args:
-        query: runs SQL and returns the rows.
-    """
-    direction = "ASC" if smallest else "DESC"
-    if metric == "loss":
-        rows = query(
-            "SELECT id FROM versions WHERE model = ? AND loss IS NOT NULL "
-            f"ORDER BY loss {direction}, version LIMIT 1",
-            [model],
-        )
-    else:
-        rows = query(
-            "SELECT t.id FROM metrics t JOIN versions v ON v.id = t.id "
-            "WHERE t.model = ? AND t.name = ? AND t.value IS NOT NULL "
-            f"ORDER BY t.value {direction}, v.version LIMIT 1",
-            [model, metric],
-        )
-    return rows[0][0] if rows else None
+def with_descendants(catalog: Reader, ids: Sequence[str]) -> set[str]:
+    """Those of the ids that other checkpoints were resumed or transferred from."""
+    found: set[str] = set()
+    for part in batches(ids):
+        rows = catalog.query(f"SELECT DISTINCT parent FROM lineage WHERE parent IN ({marks(part)})", part)
+        found.update(row[0] for row in rows)
+    return found
 
 
-def list_names(catalog: Catalog, prefix: str) -> list[str]:
+def list_names(catalog: Reader, prefix: str) -> list[str]:
     """References that begin with a text, for a shell to complete."""
     mark = next((mark for mark in ":@" if mark in prefix), "")
     model = prefix.partition(mark)[0] if mark else prefix
@@ -217,7 +255,7 @@ def list_names(catalog: Catalog, prefix: str) -> list[str]:
     return [name for name in names if name.startswith(prefix)]
 
 
-def list_aliases(catalog: Catalog) -> list[tuple[str, str, int, str]]:
+def list_aliases(catalog: Reader) -> list[tuple[str, str, int, str]]:
     """Model, alias, version and id of every alias."""
     return [
         (model, name, version, id)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from registry.versions import find_versions, name_of
+from registry.catalog.versions import find_versions, name_of
 
 if TYPE_CHECKING:
+    from registry.catalog.versions import Version
     from registry.registry import Registry
-    from registry.versions import Version
 
 
 def ancestors(registry: Registry, name: str) -> set[str]:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from registry.reference import Reference, parse_reference
+from registry.catalog.lookups import Reader
+from registry.catalog.reference import Reference, parse_reference
+from registry.catalog.versions import Version, find_versions
 from registry.store.errors import Conflict, NotFound
 from registry.store.text import quoted
-from registry.versions import Version, find_versions
-
-if TYPE_CHECKING:
-    from registry.catalog import Catalog
 
 
-def resolve(catalog: Catalog, text: str) -> Version:
+def resolve(catalog: Reader, text: str) -> Version:
     """The version that a reference names.
 
     Raises:
@@ -39,7 +36,7 @@ def resolve(catalog: Catalog, text: str) -> Version:
     raise NotFound(_missing(catalog, reference))
 
 
-def _find(catalog: Catalog, reference: Reference) -> list[Version]:
+def _find(catalog: Reader, reference: Reference) -> list[Version]:
     named = [reference.model, reference.version or reference.alias]
     if reference.version is not None:
         return find_versions(catalog, "v.model = ? AND v.version = ?", named)
@@ -49,7 +46,7 @@ def _find(catalog: Catalog, reference: Reference) -> list[Version]:
     return find_versions(catalog, "v.model = ?", [reference.model], limit=1)
 
 
-def _missing(catalog: Catalog, reference: Reference) -> str:
+def _missing(catalog: Reader, reference: Reference) -> str:
     versions = catalog.query(
         "SELECT version FROM versions WHERE model = ? ORDER BY version DESC LIMIT 5", [reference.model]
     )

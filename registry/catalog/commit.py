@@ -1,0 +1,159 @@
+"""Publishing: store trees, and make them known in one commit, again while other processes remove what they rely on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from registry.catalog.entries import Record, manifest_text, now
+from registry.catalog.lookups import locate
+from registry.progress import Progress, silent
+from registry.store.errors import Conflict, RegistryError
+
+if TYPE_CHECKING:
+    from registry.catalog.catalog import Catalog, View
+    from registry.store.location import Location
+    from registry.store.pack import PackInfo
+    from registry.store.saving import State
+    from registry.store.store import Store, Stored, Written
+
+_ATTEMPTS = 6
+
+
+class Stale(RegistryError):
+    """Something that a save relied on has changed meanwhile; the save looks again. Never reaches users."""
+
+
+class Taken(Stale):
+    """Another version has the id already: equal values, saved at the same instant. Never reaches users."""
+
+
+def publish(
+    catalog: Catalog,
+    store: Store,
+    state: State | Written,
+    record: dict[str, Any],
+    records: Callable[[View, str, Mapping[str, str]], Sequence[Record]],
+    *,
+    what: str,
+    progress: Progress = silent,
+) -> tuple[str, Sequence[Record]]:
+    """Store trees and make them known.
+
+    Args:
+        record: what the manifest carries along; its time is set anew where another version has the same id.
+        records: says what makes the manifest known, from the view inside the commit, its id, and the field that
+            carries its text.
+        what: what to call it in an error.
+
+    Returns:
+        The manifest's digest, and the records of the entry.
+
+    Raises:
+        StorageError: if the disk is full or refuses; nothing is made known.
+        Conflict: if others change the registry again and again.
+    """
+    from registry.store.store import Written
+
+    again = not isinstance(state, Written)  # What other processes wrote cannot be written again here.
+    for attempt in range(_ATTEMPTS):
+        alone = attempt == _ATTEMPTS - 1  # The last time nobody else may change anything meanwhile.
+        stored: Stored | None = None if alone else store.put(state, record, progress=progress)
+
+        def compute(view: View) -> list[Record]:
+            nonlocal stored
+            stored = stored or store.put(state, record, progress=progress)
+            packs = _packs(view, stored, strict=again and attempt < _ATTEMPTS // 2)  # noqa: B023
+            return [*packs, *records(view, stored.digest, manifest_text(stored.text))]
+
+        try:
+            entry = catalog.commit(compute)
+            assert stored is not None
+            if not store.has(stored.digest):  # gc took the file before the commit; the log has the text.
+                store.manifest(stored.digest)
+            return stored.digest, entry.records if entry else ()
+        except Stale as error:
+            stays = isinstance(error, Taken) and not again
+            for pack in stored.packs if stored and not stays else ():
+                store.discard_pack(pack.digest)
+            if not (again or stays):
+                break
+            if "created" in record:
+                record["created"] = now()
+    raise Conflict(f"{what}: other processes kept changing the registry during the save; repeat it")
+
+
+def _packs(view: View, stored: Stored, *, strict: bool) -> list[Record]:
+    """What is to be recorded of the packs that a save wrote, once all that it relies on is there.
+
+    Args:
+        strict: also ask that no tensor of the new packs was stored by somebody else meanwhile.
+
+    Raises:
+        Stale: if something is not there any more.
+    """
+    store = view.store
+    needed = {tensor.digest for tensor in stored.manifest.tensors}
+    own: dict[str, Location] = {}
+    for pack in stored.packs:
+        own |= pack.places
+    found = view.locate(needed | set(own))
+    elsewhere = {place.pack: place.pack_size for digest, place in found.items() if digest in own}
+    broken = {
+        pack
+        for pack, size in elsewhere.items()
+        if pack in store.distrusted or not store.pack_is_whole(pack, size)
+    }
+    if strict and elsewhere.keys() - broken:
+        raise Stale("tensors of this save were stored meanwhile")
+    if (needed - set(found) - set(own)) or not (store.has(stored.digest) or manifest_text(stored.text)):
+        raise Stale("tensors or the manifest of this save were removed meanwhile")
+    relied_on = _with_bases(view, {digest: found[digest] for digest in needed - set(own)})
+    sizes = {place.pack: place.pack_size for place in relied_on.values()}
+    sizes |= {pack.digest: pack.size for pack in stored.packs}
+    if any(not store.pack_is_whole(pack, size) for pack, size in sizes.items()):
+        raise Stale("a pack that this save relied on was removed meanwhile")
+    known = (
+        {pack for (pack,) in view.query("SELECT digest FROM packs WHERE damaged = 1")} if broken else set()
+    )
+    return [
+        *({"op": "damaged", "pack": pack} for pack in sorted(broken - known)),
+        *(pack_record(pack) for pack in stored.packs),
+    ]
+
+
+def _with_bases(view: View, places: Mapping[str, Location]) -> dict[str, Location]:
+    """Places, and those of the tensors that others are stored as differences from.
+
+    Raises:
+        Stale: if one is not there.
+    """
+    found = dict(places)
+    wanted = {place.base for place in places.values() if place.base} - set(found)
+    while wanted:
+        new = locate(view.query, wanted)
+        if len(new) < len(wanted):
+            raise Stale("a tensor that others are differences from was removed meanwhile")
+        found |= new
+        wanted = {place.base for place in new.values() if place.base} - set(found)
+    return found
+
+
+def pack_record(pack: PackInfo) -> Record:
+    """What is to be recorded so that a pack counts."""
+    record: dict[str, Any] = {"op": "pack", "digest": pack.digest, "size": pack.size}
+    if any(tensor.base for tensor in pack.tensors):
+        record["differences"] = True
+    return record
+
+
+def publish_version(view: View, model: str, manifest_id: str, text: Mapping[str, str]) -> Record:
+    """What is to be recorded so that a manifest is the next version of a model.
+
+    Raises:
+        Taken: if it is a version already.
+    """
+    if view.query("SELECT 1 FROM versions WHERE id = ?", [manifest_id]):
+        raise Taken(f"{manifest_id[:12]} is a version already")
+    version = view.next_version(model)
+    return {"op": "publish", "id": manifest_id, "model": model, "version": version, **text}

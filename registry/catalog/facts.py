@@ -1,0 +1,200 @@
+"""Facts: what the catalog shows of a checkpoint, taken from the record in its manifest.
+
+A manifest may come from anywhere. What has another type than it should is left out here, so that nothing which reads
+the catalog meets it, and `verify` names it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from registry.catalog.entries import MAX_NUMBER
+from registry.catalog.reference import MAX_EDGE, check_name, check_run_name
+from registry.store.digest import is_digest
+from registry.store.errors import RegistryError
+from registry.store.manifest import Manifest
+from registry.store.text import quoted
+
+_TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8}(\.[0-9]{1,6})?Z\Z")
+
+
+class Facts(NamedTuple):
+    """What the catalog has of a version.
+
+    Attributes:
+        loss: None for NaN too, which never counts as best.
+        metrics: likewise.
+        lineage: kind and parent of each edge.
+        shown: everything else that is shown, as plain values.
+        problems: what was left out, as it has another type than it should.
+    """
+
+    created: str
+    epoch: int | None
+    step: int | None
+    loss: float | None
+    run: str | None
+    metrics: Mapping[str, float | None]
+    lineage: Sequence[tuple[str, str]]
+    shown: Mapping[str, Any]
+    problems: Sequence[str]
+
+
+UNKNOWN = Facts("", None, None, None, None, {}, (), {"components": {}}, ("the manifest cannot be read",))
+"""Of a manifest that cannot be read."""
+
+
+def facts_of(manifest: Manifest) -> Facts:
+    """What the catalog shows of a checkpoint."""
+    record: dict[str, Any] = {}
+    problems = []
+    for key, value in manifest.record.items():
+        is_right = _FIELDS.get(key)
+        if value is None or is_right is None or is_right(value):
+            record[key] = value
+        else:
+            problems.append(f"{quoted(key)} in its record is malformed")
+    if "provenance" in record:
+        made = record["provenance"]
+        odd = [
+            key for key, is_right in _MADE.items() if made.get(key) is not None and not is_right(made[key])
+        ]
+        problems += [f"{quoted(f'provenance/{key}')} in its record is malformed" for key in odd]
+        record["provenance"] = {key: value for key, value in made.items() if key not in odd}
+    loss = record.get("loss")
+    shown = {
+        key: value
+        for key, value in record.items()
+        if value is not None and key not in ("epoch", "step", "loss", "metrics", "dcp")
+    }
+    shown["components"] = manifest.contents
+    if loss is not None and math.isnan(loss):
+        shown["loss_is_nan"] = True
+    return Facts(
+        created=record.get("created") or "",
+        epoch=record.get("epoch"),
+        step=record.get("step"),
+        loss=number(loss),
+        run=record.get("run"),
+        metrics={name: number(value) for name, value in (record.get("metrics") or {}).items()},
+        lineage=list(dict.fromkeys((edge["kind"], edge["parent"]) for edge in record.get("lineage") or ())),
+        shown=shown,
+        problems=problems,
+    )
+
+
+def number(value: Any) -> float | None:
+    """A number for the catalog; NaN is kept out so that it never sorts as best (the manifest has it exactly)."""
+    try:
+        found = float(value)
+    except (TypeError, OverflowError):
+        return None
+    return None if math.isnan(found) else found
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_NUMBER
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, float) or abs(value) <= 1 << 1000
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(map(_is_text, value))
+
+
+def _is_text_or_texts(value: Any) -> bool:
+    return _is_text(value) or _is_texts(value)
+
+
+def _is_table_of(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, Mapping) and all(map(is_right, value.values()))
+
+
+def _has_form(check: Callable[[str], object]) -> Callable[[Any], bool]:
+    def is_right(value: Any) -> bool:
+        try:
+            check(value)
+        except (RegistryError, TypeError):
+            return False
+        return True
+
+    return is_right
+
+
+def _is_metrics(value: Any) -> bool:
+    is_name = _has_form(lambda name: check_name(name, "metric"))
+    return isinstance(value, Mapping) and all(is_name(k) and _is_number(v) for k, v in value.items())
+
+
+def _is_lineage(value: Any) -> bool:
+    def is_edge(edge: Any) -> bool:
+        return (
+            isinstance(edge, Mapping)
+            and _is_text(edge.get("kind"))
+            and _is_text(edge.get("parent"))
+            and max(len(edge["kind"]), len(edge["parent"])) <= MAX_EDGE
+        )
+
+    return isinstance(value, list | tuple) and all(map(is_edge, value))
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, str) and _TIME.match(value) is not None
+
+
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "kind": _is_text,
+    "model": _is_text,
+    "created": _is_time,
+    "epoch": _is_whole,
+    "step": _is_whole,
+    "loss": _is_number,
+    "metrics": _is_metrics,
+    "config": _is_table,
+    "meta": _is_table,
+    "source": _is_table,
+    "run": _has_form(check_run_name),
+    "parent": _is_text,
+    "provenance": _is_table,
+    "dcp": _is_table,
+    "thinned-from": is_digest,
+    "lineage": _is_lineage,
+    "torch-registry": _is_text,
+}
+"""What the fields of a record must be; others are as their writer likes."""
+
+_MADE: dict[str, Callable[[Any], bool]] = {
+    "kinds": _is_table_of(_is_text),
+    "buffers": _is_table_of(_is_texts),
+    "frozen": _is_table_of(_is_texts),
+    "plan": _is_table,
+    "builder": _is_text,
+    "network": _is_table,
+    "config_digest": _is_text,
+    "dataset": _is_text,
+    "artifacts": _is_texts,
+    "seconds": _is_number,
+    "devices": _is_text_or_texts,
+    "processes": _is_whole,
+    "command": _is_texts,
+    "git": lambda value: isinstance(value, Mapping) and _is_text(value.get("commit")),
+    "python": _is_text,
+    "torch": _is_text,
+    "system": _is_text,
+}
+"""The same for those of its provenance."""

@@ -1,0 +1,248 @@
+"""The history of a registry: the entries of its log in their order, each following from the one before.
+
+The log exists twice, in the folder and as a copy in the catalog. What is damaged in one is read from the other; what is
+damaged in both is a gap, which is named and never guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from registry.catalog.entries import START, Entry
+from registry.catalog.journal import SEGMENT, Journal, Line, Position
+
+
+class Placed(NamedTuple):
+    """An entry, and where it lies in the folder's log; no place if only the catalog's copy has it."""
+
+    entry: Entry
+    start: Position | None
+    end: Position | None
+    in_copy: bool = False
+
+
+class Gap(NamedTuple):
+    """Entries that cannot be read.
+
+    Attributes:
+        first, last: their numbers; `last` is smaller if something lies in the log that is no entry, and none is missing.
+        problem: why.
+        before, after: times of the entries around them, as far as they are known.
+    """
+
+    first: int
+    last: int
+    problem: str
+    before: str = ""
+    after: str = ""
+
+    def __str__(self) -> str:
+        times = [f"{word} {time}" for word, time in (("after", self.before), ("before", self.after)) if time]
+        when = f", written {' and '.join(times)}" if times else ""
+        if self.last < self.first:
+            return f"the log holds something that is no entry before entry {self.first}: {self.problem}"
+        numbers = f"entry {self.first}" if self.first == self.last else f"entries {self.first} to {self.last}"
+        return f"{numbers} of the log cannot be read{when}: {self.problem}"
+
+
+class End(NamedTuple):
+    """Where the folder's log ends.
+
+    Attributes:
+        is_torn: whether a last line stands there that is no entry: a crash cut it short, before it was acknowledged.
+    """
+
+    position: Position
+    is_torn: bool
+
+
+class Fork(NamedTuple):
+    """The folder's log and the catalog's copy go apart from an entry on."""
+
+    seq: int
+    in_log: Entry
+    in_copy: Entry
+
+    def __str__(self) -> str:
+        return (
+            f"the folder's log and the catalog tell different histories from entry {self.seq} on: one was written "
+            f"{self.in_log.at}, the other {self.in_copy.at}, as after a backup of one of them was restored"
+        )
+
+
+def walk(lines: Iterable[Line], seq: int = 0, digest: str = START) -> Iterator[Placed | Gap | End]:
+    """The entries of the folder's log, in order, and where it ends.
+
+    Args:
+        seq, digest: of the entry before the first line.
+    """
+    expected, prev, before = seq + 1, digest, ""
+    known = True
+    problem = ""
+    end: End | None = None
+    for line in lines:
+        entry = line.entry
+        end = End(line.end, False)
+        if line.is_torn:
+            end = End(line.start, True)
+        elif entry is None:
+            problem = problem or line.problem
+        elif entry.seq < expected:
+            problem = problem or f"entry {entry.seq} stands there again"
+        elif entry.seq == expected and known and entry.prev != prev:
+            yield Gap(expected, expected, "it does not follow from the entry before it", before, entry.at)
+            expected, known, before, problem = expected + 1, False, entry.at, ""
+        else:
+            if entry.seq > expected or problem:
+                yield Gap(expected, entry.seq - 1, problem or "it is missing", before, entry.at)
+            yield Placed(entry, line.start, line.end)
+            expected, prev, before, known, problem = entry.seq + 1, entry.digest, entry.at, True, ""
+    if problem:
+        yield Gap(expected, expected, problem, before)
+    if end is not None:
+        yield end
+
+
+def merge(
+    found: Iterable[Placed | Gap | End], copies: Iterable[Entry]
+) -> Iterator[Placed | Gap | End | Fork]:
+    """The entries that the folder's log or the catalog's copy has, in order; what neither has is a gap.
+
+    What the log holds between its entries beside them is passed on as gaps in which none is missing.
+    """
+    log, copy = _Log(found), _Ahead(copies)
+    expected, prev, before = 1, START, ""
+    known = True
+    while True:
+        mine = log.peek()
+        yield from log.odd()
+        copy.skip_to(expected)
+        theirs = copy.peek()
+        if mine is None and theirs is None:
+            break
+        seq = min(one.seq for one in (mine.entry if mine else None, theirs) if one is not None)
+        first = log.take() if mine is not None and mine.entry.seq == seq else None
+        second = copy.take() if theirs is not None and theirs.seq == seq else None
+        at = first.entry.at if first else second.at if second else ""
+        if seq > expected:
+            yield Gap(expected, seq - 1, log.problem(expected, seq - 1), before, at)
+            known = False
+        fits = [one for one in (first and first.entry, second) if one and (not known or one.prev == prev)]
+        if first and second and first.entry.digest != second.digest and len(fits) == 2:
+            yield Fork(seq, first.entry, second)
+            return
+        if first and first.entry in fits:
+            yield first._replace(in_copy=second is not None and second.digest == first.entry.digest)
+        elif second and second in fits:
+            yield Placed(second, None, None, in_copy=True)
+        else:
+            yield Gap(
+                seq, seq, log.problem(seq, seq, "it does not follow from the entry before it"), before, at
+            )
+        known = bool(fits)
+        if known:
+            prev = fits[0].digest
+        before, expected = at, seq + 1
+    if log.has_problem(expected):
+        yield Gap(expected, expected, log.problem(expected, expected), before)
+    if log.end:
+        yield log.end
+
+
+class _Log:
+    """The folder's log, one entry ahead; what is wrong in between is kept."""
+
+    def __init__(self, items: Iterable[Placed | Gap | End]) -> None:
+        self._items = iter(items)
+        self._next: Placed | None = None
+        self._odd: list[Gap] = []
+        self._problems: dict[int, str] = {}
+        self.end: End | None = None
+
+    def peek(self) -> Placed | None:
+        while self._next is None:
+            item = next(self._items, None)
+            if item is None:
+                break
+            if isinstance(item, Placed):
+                self._next = item
+            elif isinstance(item, End):
+                self.end = item
+            elif item.last < item.first:
+                self._odd.append(item)
+            else:
+                self._problems[item.first] = item.problem
+        return self._next
+
+    def take(self) -> Placed | None:
+        taken, self._next = self._next, None
+        return taken
+
+    def odd(self) -> list[Gap]:
+        """What lies between the entries and is none."""
+        found, self._odd = self._odd, []
+        return found
+
+    def has_problem(self, seq: int) -> bool:
+        return seq in self._problems
+
+    def problem(self, first: int, last: int, otherwise: str = "it is missing") -> str:
+        """What is wrong with one of some entries."""
+        found = [seq for seq in self._problems if first <= seq <= last]
+        return self._problems[found[0]] if found else otherwise
+
+
+class _Ahead:
+    """Copies of entries, one ahead."""
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        self._entries = iter(entries)
+        self._next = next(self._entries, None)
+
+    def peek(self) -> Entry | None:
+        return self._next
+
+    def take(self) -> Entry | None:
+        taken, self._next = self._next, next(self._entries, None)
+        return taken
+
+    def skip_to(self, seq: int) -> None:
+        while self._next is not None and self._next.seq < seq:
+            self.take()
+
+
+def heal(journal: Journal, history: Iterable[Placed | Gap | End | Fork]) -> list[int]:
+    """Write the segments anew that lack entries which the catalog's copy has, or hold what is no entry.
+
+    A segment with entries that neither has stays as it is.
+
+    Args:
+        history: all of it, merged.
+
+    Returns:
+        Numbers of the entries that were brought back.
+    """
+    names = set(journal.segments()) | {1}
+    healed: list[int] = []
+    segment, size = 0, 0
+    group: list[Placed] = []
+
+    def finish() -> None:
+        if not group or len(group) != group[-1].entry.seq - segment + 1:
+            return
+        lost = [item.entry.seq for item in group if item.start is None or item.start.segment != segment]
+        if lost or journal.size(segment) != size:
+            journal.rewrite(segment, [item.entry for item in group])
+            healed.extend(lost)
+
+    for item in history:
+        if not isinstance(item, Placed):
+            continue
+        if not segment or item.entry.seq in names or size >= SEGMENT:
+            finish()
+            segment, size, group = item.entry.seq, 0, []
+        size += len(item.entry.line)
+        group.append(item)
+    finish()
+    return healed

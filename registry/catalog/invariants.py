@@ -1,0 +1,149 @@
+"""What holds in every registry, checked over the tables.
+
+`broken_by` looks at what an entry touches, before the entry is written. `invariants` looks at everything: `verify` and
+the tests ask it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from registry.catalog.entries import Entry
+from registry.catalog.lookups import batches, locate, marks
+from registry.catalog.schema import UNUSED
+from registry.store.errors import RegistryError
+
+if TYPE_CHECKING:
+    from registry.catalog.change import Change
+    from registry.store.store import Store
+
+MAX_CHAIN = 8
+"""How deep differences may rest on one another."""
+
+
+def broken_by(change: Change, entry: Entry, store: Store) -> str | None:
+    """The rule that an entry breaks, which has been applied in a transaction that is still open; None if it breaks none.
+
+    It is not made to break what was broken before: what a damaged pack should hold may stay where it should be.
+    """
+    for record in entry.records:
+        if record["op"] in ("publish", "artifact") and (problem := _lacks(change, record["id"], store)):
+            return problem
+        if record["op"] == "publish" and (problem := _number_is_wrong(change, record["model"])):
+            return problem
+        if record["op"] == "replace":
+            (row,) = change.query("SELECT size FROM packs WHERE digest = ?", [record["new"]])
+            if not store.pack_is_whole(record["new"], row[0]):
+                return f"pack {record['new'][:12]} is not there"
+    for digest, tensors, users in change.dropped:
+        lost = tensors - set(locate(change.query, tensors))
+        for manifest_id in users:
+            if change.is_live(manifest_id) and not lost.isdisjoint(change.tensors_of(manifest_id)):
+                return f"manifest {manifest_id[:12]} still needs pack {digest[:12]}"
+        if _is_base(change, lost):
+            return f"differences still need pack {digest[:12]}"
+    return None
+
+
+def _lacks(change: Change, manifest_id: str, store: Store) -> str | None:
+    """What a manifest lacks that counts from now on."""
+    wanted = set(change.tensors_of(manifest_id))
+    depth = 0
+    while wanted:
+        places = locate(change.query, wanted)
+        if len(places) < len(wanted):
+            return f"no pack has a tensor that manifest {manifest_id[:12]} needs"
+        for pack, size in {place.pack: place.pack_size for place in places.values()}.items():
+            if not store.pack_is_whole(pack, size):
+                return f"pack {pack[:12]}, which manifest {manifest_id[:12]} needs, is not there"
+            held = store.pack_info(pack).places
+            if any(held.get(name) != place for name, place in places.items() if place.pack == pack):
+                return f"pack {pack[:12]} does not hold what the catalog says"
+        wanted = {place.base for place in places.values() if place.base}
+        depth += 1
+        if depth > MAX_CHAIN + 1:
+            return f"the differences that manifest {manifest_id[:12]} needs rest on one another too deeply"
+    return None
+
+
+def _number_is_wrong(change: Change, model: str) -> str | None:
+    rows = change.query("SELECT next_version, next_again FROM models WHERE name = ?", [model])
+    ((newest,),) = change.query("SELECT MAX(version) FROM versions WHERE model = ?", [model])
+    if not rows or rows[0][0] != rows[0][1] or newest >= rows[0][0]:
+        return f"the next version of {model} is not known"
+    return None
+
+
+def _is_base(change: Change, digests: set[str] | frozenset[str]) -> bool:
+    return any(
+        change.query(f"SELECT 1 FROM tensors WHERE base IN ({marks(part)}) LIMIT 1", part)
+        for part in batches(digests)
+    )
+
+
+def invariants(query: Callable[..., list[tuple[object, ...]]], store: Store) -> Iterator[str]:
+    """Every rule that is broken, in words."""
+    live = [str(row[0]) for row in query("SELECT id FROM manifests")]
+    counting = f"FROM packs WHERE NOT (damaged = 1 AND {UNUSED})"
+    for digest, number in query(f"SELECT digest, number {counting}"):
+        try:
+            held = {
+                name: (place.start, place.base, place.coded)
+                for name, place in store.pack_info(str(digest)).places.items()
+            }
+        except RegistryError as error:
+            yield str(error)
+            continue
+        rows = query("SELECT digest, start, base, coded FROM tensors WHERE pack = ?", [number])
+        if {str(name): tuple(place) for name, *place in rows} != held:
+            yield f"pack {str(digest)[:12]} does not hold what the catalog says"
+    for digest, _ in query("SELECT p.digest, p.size FROM packs p JOIN doomed d ON d.digest = p.digest"):
+        yield f"pack {str(digest)[:12]} was doomed, and counts"
+    for digest, size in query(f"SELECT digest, size {counting}"):
+        if not store.pack_is_whole(str(digest), int(str(size))):
+            yield f"pack {str(digest)[:12]} is not there in its full size"
+    for manifest_id in live:
+        yield from _manifest_problems(query, manifest_id, store)
+    for name, number, again, newest in query(
+        "SELECT m.name, m.next_version, m.next_again, COALESCE(MAX(v.version), 0) FROM models m "
+        "LEFT JOIN versions v ON v.model = m.name GROUP BY m.name"
+    ):
+        if number != again or int(str(newest)) >= int(str(number)):
+            yield f"the next version of {name} is v{number}, but it has v{newest}"
+    for table, column in (("aliases", "id"), ("tags", "id"), ("notes", "id"), ("metrics", "id")):
+        if query(f"SELECT 1 FROM {table} WHERE {column} NOT IN (SELECT id FROM versions) LIMIT 1"):
+            yield f"the table {table} has rows of a version that is not there"
+    if query("SELECT 1 FROM versions WHERE model NOT IN (SELECT name FROM models) LIMIT 1"):
+        yield "there is a version of a model that is not there"
+    named = "SELECT id FROM versions UNION SELECT id FROM artifacts"
+    if query(f"SELECT 1 FROM manifests WHERE id NOT IN ({named}) LIMIT 1"):
+        yield "a manifest counts that nothing names"
+    if query(f"SELECT 1 FROM ({named}) WHERE id NOT IN (SELECT id FROM manifests) LIMIT 1"):
+        yield "a version or artifact has no manifest"
+
+
+def _manifest_problems(
+    query: Callable[..., list[tuple[object, ...]]], manifest_id: str, store: Store
+) -> Iterator[str]:
+    try:
+        wanted = set(store.tensors_of(manifest_id))
+    except RegistryError as error:
+        yield str(error)
+        return
+    needed: set[str] = set()
+    depth = 0
+    while wanted and depth <= MAX_CHAIN + 1:
+        places = locate(query, wanted)
+        needed |= {place.pack for place in places.values()}
+        if len(places) < len(wanted):
+            yield f"manifest {manifest_id[:12]} lacks {len(wanted) - len(places)} tensors"
+        wanted = {place.base for place in places.values() if place.base}
+        depth += 1
+    if wanted:
+        yield f"the differences that manifest {manifest_id[:12]} needs rest on one another too deeply"
+    rows = query(
+        "SELECT p.digest FROM uses u JOIN packs p ON p.number = u.pack WHERE u.id = ?", [manifest_id]
+    )
+    if {str(row[0]) for row in rows} != needed:
+        yield f"the packs that manifest {manifest_id[:12]} needs are not those that the catalog says"

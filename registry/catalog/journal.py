@@ -1,0 +1,214 @@
+"""The log of a registry in a folder: files of lines, one line for each entry.
+
+A file of the log, a *segment*, is named by the number of its first entry. The last one grows until it is large enough,
+then the next begins. What is read is not trusted: a line is an entry only if its digest fits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from registry.catalog.entries import MAX_LINE, Entry, digest_of_line, parse
+from registry.store import durable
+from registry.store.errors import Corrupt, StorageError, Unsupported
+
+FOLDER = "journal"
+SEGMENT = 16 << 20
+"""Bytes from which on a segment is full, and the next entry begins another."""
+
+_LOCK = "lock"
+_LARGEST = SEGMENT + MAX_LINE
+_NAME = re.compile(r"([0-9]{16})\.log\Z")
+_TAIL = 66
+"""Bytes at the end of a line: a tab, the digest, a line feed."""
+
+
+class Position(NamedTuple):
+    """A place in the log: the number of the first entry of a segment, and the bytes before the place."""
+
+    segment: int
+    offset: int
+
+
+BEGINNING = Position(1, 0)
+
+
+class Line(NamedTuple):
+    """One line of the log.
+
+    Attributes:
+        entry: None if it is damaged.
+        problem: what is wrong with it then.
+        start: where it begins.
+        end: where the next one begins.
+        is_torn: whether it is the last one and its digest does not fit: a crash cut it short.
+    """
+
+    entry: Entry | None
+    problem: str
+    start: Position
+    end: Position
+    is_torn: bool = False
+
+
+class Journal:
+    """The files of the log.
+
+    Args:
+        root: the registry's folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.folder = root / FOLDER
+        self._tmp = root / "tmp"
+
+    def path(self, segment: int) -> Path:
+        return self.folder / f"{segment:016d}.log"
+
+    def create(self) -> None:
+        """Make the folder, and the file that is locked."""
+        durable.make_folder(self.folder, inner=1)
+        with contextlib.suppress(FileExistsError):
+            os.close(durable.open_file(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, inner=1))
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other writers out, those too that have another catalog.
+
+        Raises:
+            StorageError: if another process keeps it for a minute.
+        """
+        try:
+            fd = durable.open_file(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, inner=1)
+        except FileNotFoundError:
+            self.create()
+            fd = durable.open_file(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, inner=1)
+        try:
+            if not durable.lock(fd):
+                raise StorageError(f"{self.folder}: another process has kept the log locked for 60 s; repeat")
+            yield
+        finally:
+            os.close(fd)
+
+    def segments(self) -> list[int]:
+        """The numbers of the segments, sorted.
+
+        Raises:
+            Corrupt: if the folder is none.
+        """
+        matches = map(_NAME.match, durable.names_in(self.folder, inner=1))
+        return [int(match[1]) for match in matches if match and int(match[1])]
+
+    def size(self, segment: int) -> int | None:
+        """Bytes of a segment; None if it is not there."""
+        status = durable.status_of(self.path(segment), inner=1)
+        return None if status is None else status.st_size
+
+    def ends_at(self, position: Position, seq: int) -> bool:
+        """Whether the log ends at a place, behind the entry of a number."""
+        size = self.size(position.segment)
+        if (size or 0) != position.offset or (size is None and seq):
+            return False
+        return position.segment == seq + 1 or self.size(seq + 1) is None
+
+    def digest_before(self, position: Position) -> str | None:
+        """The digest that the line before a place ends with; None if there is no line."""
+        if position.offset < _TAIL:
+            return None
+        with self._opened(position.segment) as fd:
+            tail = os.pread(fd, _TAIL, position.offset - _TAIL)
+        whole = len(tail) == _TAIL and tail[:1] == b"\t" and tail[-1:] == b"\n"
+        return tail[1:-1].decode("ascii", "replace") if whole else None
+
+    def line_at(self, position: Position) -> bytes:
+        """The line that begins at a place; empty if there is none."""
+        with self._opened(position.segment) as fd, os.fdopen(os.dup(fd), "rb") as file:
+            file.seek(position.offset)
+            return file.readline(MAX_LINE + 1)
+
+    def read(self, since: Position = BEGINNING) -> Iterator[Line]:
+        """The lines from a place on; damaged ones are marked, not raised.
+
+        Raises:
+            Unsupported: if a newer version of this package wrote one.
+        """
+        segments = [number for number in self.segments() if number >= since.segment]
+        for segment in segments:
+            first = since.offset if segment == since.segment else 0
+            yield from self._read_segment(segment, first, is_last=segment == segments[-1])
+
+    def _read_segment(self, segment: int, offset: int, *, is_last: bool) -> Iterator[Line]:
+        size = self.size(segment) or 0
+        try:
+            with self._opened(segment) as fd, os.fdopen(os.dup(fd), "rb") as file:
+                file.seek(offset)
+                while offset < size:
+                    start = Position(segment, offset)
+                    raw = file.readline(MAX_LINE + 1) if offset < _LARGEST else b""
+                    offset += len(raw)
+                    if not raw.endswith(b"\n") and offset < size:
+                        problem = f"it is longer than the {MAX_LINE} bytes that an entry may have"
+                        yield Line(None, problem, start, Position(segment, size))
+                        return
+                    yield _line(raw, start, Position(segment, offset), is_last=is_last and offset >= size)
+        except OSError as error:
+            problem = f"it cannot be read ({error.strerror})"
+            yield Line(None, problem, Position(segment, offset), Position(segment, size))
+
+    def append(self, entry: Entry, end: Position) -> Position:
+        """Add an entry behind the last one, durably; on an error the log is as before.
+
+        Args:
+            end: where the log ends.
+
+        Returns:
+            Where it ends now.
+        """
+        if end.offset >= SEGMENT:
+            end = Position(entry.seq, 0)
+        durable.append(self.path(end.segment), entry.line, inner=1)
+        return end._replace(offset=end.offset + len(entry.line))
+
+    def cut(self, end: Position) -> None:
+        """Take away what stands behind a place of the last segment, durably."""
+        durable.truncate(self.path(end.segment), end.offset, inner=1)
+
+    def rewrite(self, segment: int, entries: Iterable[Entry]) -> None:
+        """Write a segment anew, whole or not at all."""
+        file = durable.NewFile(self._tmp)
+        try:
+            for entry in entries:
+                file.write(entry.line)
+            file.sync(b"", read_only=False)
+            file.publish(self.path(segment), inner=1)
+        except BaseException:
+            file.discard()
+            raise
+
+    def remove(self, segments: Sequence[int]) -> None:
+        """Remove whole segments, the last ones first."""
+        for segment in sorted(segments, reverse=True):
+            durable.unlink(self.path(segment), inner=1)
+        durable.sync_folder(self.folder, inner=1)
+
+    @contextlib.contextmanager
+    def _opened(self, segment: int) -> Iterator[int]:
+        fd = durable.open_file(self.path(segment), os.O_RDONLY, inner=1)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+
+def _line(raw: bytes, start: Position, end: Position, *, is_last: bool) -> Line:
+    try:
+        return Line(parse(raw), "", start, end)
+    except Unsupported:
+        raise
+    except Corrupt as error:
+        return Line(None, str(error), start, end, is_torn=is_last and digest_of_line(raw) is None)

@@ -1,0 +1,381 @@
+"""The ledger: what follows from the log, in memory, without a database.
+
+It is written for itself, apart from what keeps the catalog's tables up to date: the two are compared by `verify` and by
+every test, and gc decides by the ledger, so that a catalog that lies cannot make it delete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from registry.catalog.entries import START, Entry, Record
+from registry.catalog.history import End, Gap, Placed
+from registry.catalog.journal import BEGINNING, Position
+from registry.store.errors import RegistryError
+from registry.store.pack import PackInfo
+
+_MISSING: Any = object()
+
+
+class Refused(RegistryError):
+    """A record contradicts what was recorded before it. Never reaches users as it is."""
+
+
+class LivePack(NamedTuple):
+    """A pack that counts.
+
+    Attributes:
+        number: packs are numbered in the order in which the log names them.
+        size: bytes of the file.
+        differences: whether it holds tensors as differences from others.
+        damaged: whether a part of it was found damaged, and written again elsewhere.
+    """
+
+    number: int
+    size: int
+    differences: bool
+    damaged: bool = False
+
+
+class Void(NamedTuple):
+    """An entry that contradicts those before it, and so has no effect."""
+
+    seq: int
+    at: str
+    problem: str
+    ids: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"entry {self.seq} of the log, written {self.at}, has no effect: {self.problem}"
+
+
+class Ledger:
+    """What follows from the entries so far.
+
+    Attributes:
+        seq, digest, end: number and digest of the last entry, and where the log ends.
+        versions: model and number, by id.
+        next: the number that a model's next version gets.
+        missing: numbers that a model has had and that no readable entry accounts for.
+        aliases: the id that a model and a name point at.
+        tags, notes: by id.
+        runs: model, time and record, by name.
+        artifacts: id, time and record, by key.
+        packs: those that count, by digest.
+        doomed: when a pack or a manifest was doomed.
+        released: manifests that nothing names any more, and that are not doomed yet.
+        texts: number of the entry that carries a manifest, and its place in the folder's log, by id.
+        gaps: entries that cannot be read, and that nobody has accepted as lost.
+        voids: entries without effect.
+        skipped: records that were left out, as they refer to what a gap may have had.
+        strays: packs that no entry names, and that count all the same while there are gaps.
+    """
+
+    def __init__(self) -> None:
+        self.seq = 0
+        self.digest = START
+        self.end = BEGINNING
+        self.versions: dict[str, tuple[str, int]] = {}
+        self.next: dict[str, int] = {}
+        self.missing: dict[str, tuple[range, ...]] = {}
+        self.aliases: dict[tuple[str, str], str] = {}
+        self.aliases_of: dict[str, frozenset[str]] = {}
+        self.tags: dict[str, frozenset[str]] = {}
+        self.notes: dict[str, tuple[tuple[str, str], ...]] = {}
+        self.runs: dict[str, tuple[str, str, Record]] = {}
+        self.artifacts: dict[str, tuple[str, str, Record]] = {}
+        self.keys_of: dict[str, frozenset[str]] = {}
+        self.packs: dict[str, LivePack] = {}
+        self._counts = {"packs": 0}
+        self.doomed: dict[str, str] = {}
+        self.released: dict[str, None] = {}
+        self.texts: dict[str, tuple[int, Position | None]] = {}
+        self.gaps: list[Gap] = []
+        self.voids: list[Void] = []
+        self.skipped: list[Record] = []
+        self.strays: dict[str, PackInfo] = {}
+        self._freed: dict[str, tuple[str, int]] = {}
+        self._undo: list[tuple[dict[Any, Any], Any, Any]] = []
+
+    def is_live(self, manifest_id: str) -> bool:
+        """Whether a manifest is that of a version or an artifact."""
+        return manifest_id in self.versions or manifest_id in self.keys_of
+
+    def live_manifests(self) -> list[str]:
+        """The ids of the manifests that versions or artifacts have."""
+        return [*self.versions, *(found for found in self.keys_of if found not in self.versions)]
+
+    @property
+    def pack_count(self) -> int:
+        """How many packs the log has named."""
+        return self._counts["packs"]
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether entries are lost, and nobody has accepted that."""
+        return any(gap.last >= gap.first for gap in self.gaps)
+
+    # -- reading -----------------------------------------------------------------------------------------
+
+    def follow(self, history: Iterable[Any]) -> None:
+        """Take in entries in their order, and note what cannot be read."""
+        for item in history:
+            if isinstance(item, Placed):
+                self.take(item.entry, item.start)
+                if item.end is not None:
+                    self.end = item.end
+            elif isinstance(item, Gap):
+                self.gaps.append(item)
+            elif isinstance(item, End):
+                self.end = item.position
+
+    def take(self, entry: Entry, start: Position | None = None) -> None:
+        """Take in one entry: whole, or not at all if it contradicts those before it.
+
+        Behind a gap, what contradicts may have been right before: records are taken in one by one then, as far as they
+        can be.
+        """
+        self._undo.clear()
+        self._freed.clear()
+        try:
+            for record in entry.records:
+                try:
+                    _OPERATIONS[record["op"]](self, record, entry)
+                except Refused:
+                    if not self.has_gaps:
+                        raise
+                    self.skipped.append(record)
+                else:
+                    if record.get("manifest") is not None:
+                        self._set(self.texts, record["id"], (entry.seq, start))
+        except Refused as error:
+            for table, key, value in reversed(self._undo):
+                if value is _MISSING:
+                    table.pop(key, None)
+                else:
+                    table[key] = value
+            ids = tuple(record["id"] for record in entry.records if record["op"] in ("publish", "artifact"))
+            self.voids.append(Void(entry.seq, entry.at, str(error), ids))
+        self.seq, self.digest = entry.seq, entry.digest
+
+    def _set(self, table: dict[Any, Any], key: Any, value: Any) -> None:
+        self._undo.append((table, key, table.get(key, _MISSING)))
+        if value is _MISSING:
+            table.pop(key, None)
+        else:
+            table[key] = value
+
+    def _drop(self, table: dict[Any, Any], key: Any) -> None:
+        self._set(table, key, _MISSING)
+
+    # -- packs -------------------------------------------------------------------------------------------
+
+    def _pack(self, record: Record, entry: Entry) -> None:
+        digest = record["digest"]
+        _refuse_if(digest in self.packs, f"pack {digest[:12]} is there already")
+        _refuse_if(digest in self.doomed, f"pack {digest[:12]} was doomed")
+        self._set(self._counts, "packs", self.pack_count + 1)
+        pack = LivePack(self.pack_count, record["size"], bool(record.get("differences")))
+        self._set(self.packs, digest, pack)
+
+    def _damaged(self, record: Record, entry: Entry) -> None:
+        pack = self._live_pack(record["pack"])
+        self._set(self.packs, record["pack"], pack._replace(damaged=True))
+
+    def _replace(self, record: Record, entry: Entry) -> None:
+        old, new = record["old"], record["new"]
+        _refuse_if(old == new, f"pack {old[:12]} would take its own place")
+        self._live_pack(old)
+        self._live_pack(new)
+        self._drop(self.packs, old)
+        self._set(self.doomed, old, entry.at)
+
+    def _doom(self, record: Record, entry: Entry) -> None:
+        for digest in record["packs"]:
+            self._live_pack(digest)
+            self._drop(self.packs, digest)
+            self._set(self.doomed, digest, entry.at)
+        for manifest_id in record["manifests"]:
+            _refuse_if(self.is_live(manifest_id), f"manifest {manifest_id[:12]} is needed")
+            self._drop(self.released, manifest_id)
+            self._set(self.doomed, manifest_id, entry.at)
+
+    def _live_pack(self, digest: str) -> LivePack:
+        found = self.packs.get(digest)
+        _refuse_if(found is None, f"there is no pack {digest[:12]}")
+        assert found is not None
+        return found
+
+    # -- versions ----------------------------------------------------------------------------------------
+
+    def _publish(self, record: Record, entry: Entry) -> None:
+        manifest_id, model, version = record["id"], record["model"], record["version"]
+        _refuse_if(manifest_id in self.versions, f"{manifest_id[:12]} is a version already")
+        instead = record.get("instead")
+        if instead is None:
+            self._give_number(model, version, is_adopted=bool(record.get("adopted")))
+        else:
+            freed = self._freed.pop(instead, None)
+            _refuse_if(freed != (model, version), f"{model}:v{version} is not what {instead[:12]} was")
+        self._revive(manifest_id, record)
+        self._set(self.versions, manifest_id, (model, version))
+
+    def _give_number(self, model: str, version: int, *, is_adopted: bool) -> None:
+        following, missing = self.next.get(model, 1), self.missing.get(model, ())
+        is_free = version >= following or (is_adopted and any(version in numbers for numbers in missing))
+        _refuse_if(not is_free, f"{model} has had a version v{version}")
+        if version > following:
+            missing = (*missing, range(following, version))
+        if version < following:
+            parts = (
+                (range(one.start, version), range(version + 1, one.stop)) for one in missing if version in one
+            )
+            others = (one for one in missing if version not in one)
+            missing = (*others, *(part for pair in parts for part in pair if part))
+        self._set(self.missing, model, missing or _MISSING)
+        self._set(self.next, model, max(version + 1, following))
+
+    def _revive(self, manifest_id: str, record: Record) -> None:
+        _refuse_if(
+            manifest_id in self.doomed and "manifest" not in record,
+            f"manifest {manifest_id[:12]} was doomed, and its text is not there",
+        )
+        self._drop(self.released, manifest_id)
+
+    def _release(self, manifest_id: str) -> None:
+        if not self.is_live(manifest_id):
+            self._drop(self.doomed, manifest_id)
+            self._drop(self.texts, manifest_id)
+            self._set(self.released, manifest_id, None)
+
+    def _remove(self, record: Record, entry: Entry) -> None:
+        manifest_id = record["id"]
+        model, version = self._version(manifest_id)
+        aliases = self.aliases_of.get(manifest_id, frozenset())
+        tags = self.tags.get(manifest_id, frozenset())
+        differs = set(record["aliases"]) != aliases or set(record["tags"]) != tags
+        _refuse_if(differs and not self.has_gaps, f"{model}:v{version} has other aliases or tags")
+        for alias in aliases:
+            self._drop(self.aliases, (model, alias))
+        for table in (self.aliases_of, self.tags, self.notes, self.versions):
+            self._drop(table, manifest_id)
+        self._freed[manifest_id] = (model, version)
+        self._release(manifest_id)
+
+    def _version(self, manifest_id: str) -> tuple[str, int]:
+        found = self.versions.get(manifest_id)
+        _refuse_if(found is None, f"there is no version {manifest_id[:12]}")
+        assert found is not None
+        return found
+
+    def _next(self, record: Record, entry: Entry) -> None:
+        model, version = record["model"], record["version"]
+        _refuse_if(version < self.next.get(model, 1), f"{model} has had a version v{version}")
+        self._set(self.next, model, version)
+
+    # -- names -------------------------------------------------------------------------------------------
+
+    def _alias(self, record: Record, entry: Entry) -> None:
+        model, alias, manifest_id = record["model"], record["alias"], record["id"]
+        _refuse_if(self._version(manifest_id)[0] != model, f"{manifest_id[:12]} is no version of {model}")
+        self._unpoint(model, alias, record["was"])
+        self._set(self.aliases, (model, alias), manifest_id)
+        self._set(self.aliases_of, manifest_id, self.aliases_of.get(manifest_id, frozenset()) | {alias})
+
+    def _unalias(self, record: Record, entry: Entry) -> None:
+        self._unpoint(record["model"], record["alias"], record["was"])
+
+    def _unpoint(self, model: str, alias: str, was: str | None) -> None:
+        """Take an alias away, which points where it is said to."""
+        found = self.aliases.get((model, alias))
+        _refuse_if(found != was and not self.has_gaps, f"{model}@{alias} points elsewhere")
+        if found is not None:
+            self._drop(self.aliases, (model, alias))
+            self._set(self.aliases_of, found, self.aliases_of[found] - {alias})
+
+    def _tag(self, record: Record, entry: Entry) -> None:
+        manifest_id = record["id"]
+        self._version(manifest_id)
+        self._set(self.tags, manifest_id, self.tags.get(manifest_id, frozenset()) | {record["tag"]})
+
+    def _untag(self, record: Record, entry: Entry) -> None:
+        manifest_id = record["id"]
+        self._version(manifest_id)
+        self._set(self.tags, manifest_id, self.tags.get(manifest_id, frozenset()) - {record["tag"]})
+
+    def _note(self, record: Record, entry: Entry) -> None:
+        manifest_id = record["id"]
+        self._version(manifest_id)
+        written = (record["at"], record["text"])
+        self._set(self.notes, manifest_id, (*self.notes.get(manifest_id, ()), written))
+
+    def _run(self, record: Record, entry: Entry) -> None:
+        model, at = record["model"], record["at"]
+        before = self.runs.get(record["name"])
+        _refuse_if(before is not None and before[:2] != (model, at), f"there is another run {record['name']}")
+        self._set(self.runs, record["name"], (model, at, record["record"]))
+
+    # -- artifacts ---------------------------------------------------------------------------------------
+
+    def _artifact(self, record: Record, entry: Entry) -> None:
+        key, manifest_id = record["key"], record["id"]
+        before = self._expected_artifact(key, record["was"])
+        self._revive(manifest_id, record)
+        if before is not None:
+            self._unkey(key, before)
+        self._set(self.artifacts, key, (manifest_id, record["at"], record["record"]))
+        self._set(self.keys_of, manifest_id, self.keys_of.get(manifest_id, frozenset()) | {key})
+        if before is not None:
+            self._release(before)
+
+    def _drop_artifact(self, record: Record, entry: Entry) -> None:
+        before = self._expected_artifact(record["key"], record["was"])
+        if before is not None:
+            self._unkey(record["key"], before)
+            self._release(before)
+
+    def _expected_artifact(self, key: str, was: str | None) -> str | None:
+        found = self.artifacts.get(key)
+        manifest_id = found[0] if found else None
+        _refuse_if(manifest_id != was and not self.has_gaps, f"artifact {key[:12]} is another")
+        return manifest_id
+
+    def _unkey(self, key: str, manifest_id: str) -> None:
+        self._drop(self.artifacts, key)
+        self._set(self.keys_of, manifest_id, self.keys_of[manifest_id] - {key} or _MISSING)
+
+    # -- damage ------------------------------------------------------------------------------------------
+
+    def _adopt(self, record: Record, entry: Entry) -> None:
+        accepted = [range(first, last + 1) for first, last in record["gaps"]]
+        self.gaps = [
+            gap
+            for gap in self.gaps
+            if not any(gap.first in numbers and gap.last in numbers for numbers in accepted)
+        ]
+
+
+_OPERATIONS: dict[str, Callable[[Ledger, Record, Entry], None]] = {
+    "pack": Ledger._pack,
+    "damaged": Ledger._damaged,
+    "replace": Ledger._replace,
+    "doom": Ledger._doom,
+    "publish": Ledger._publish,
+    "remove": Ledger._remove,
+    "next": Ledger._next,
+    "alias": Ledger._alias,
+    "unalias": Ledger._unalias,
+    "tag": Ledger._tag,
+    "untag": Ledger._untag,
+    "note": Ledger._note,
+    "run": Ledger._run,
+    "artifact": Ledger._artifact,
+    "drop-artifact": Ledger._drop_artifact,
+    "adopt": Ledger._adopt,
+}
+
+
+def _refuse_if(wrong: bool, problem: str) -> None:
+    if wrong:
+        raise Refused(problem)

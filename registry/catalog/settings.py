@@ -1,0 +1,78 @@
+"""The settings of a registry: one small file that says which format it has."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from registry.store import durable
+from registry.store.errors import Invalid, Unsupported
+from registry.store.text import quoted
+
+FORMAT = 2
+NAME = "registry.toml"
+_LONGEST = 64 << 10
+"""Bytes of the settings that are read."""
+
+_AS_WRITTEN = re.compile(r'format = (\d{1,9})\ncreated_by = "[^"\\]*"\n\Z')
+_FORMAT_LINE = re.compile(r"(?m)^(\s*format\s*=\s*)1(\s*(#.*)?)$")
+
+
+def are_there(root: Path) -> bool:
+    """Whether a folder has settings, and so is a registry."""
+    with durable.storage_errors(root / NAME):
+        return durable.status_of(root / NAME) is not None
+
+
+def create(root: Path, created_by: str) -> None:
+    """Write the settings of a new registry."""
+    text = f'format = {FORMAT}\ncreated_by = "{created_by}"\n'
+    durable.write_file(root / NAME, text.encode(), folder=root / "tmp")
+
+
+def read_format(root: Path) -> int:
+    """The format that a registry has.
+
+    Raises:
+        Invalid: if the settings make no sense.
+        Unsupported: if this program does not know the format.
+        StorageError: if they cannot be read.
+    """
+    path = root / NAME
+    text = _text(path)
+    match = _AS_WRITTEN.match(text)
+    found = int(match[1]) if match else _format_in(text, path)
+    if type(found) is not int or found < 1:
+        raise Invalid(f"{path}: format is {quoted(str(found))}, expected the number {FORMAT}")
+    if found > FORMAT:
+        raise Unsupported(
+            f"{root} has format {found}, this version of torch-registry reads format {FORMAT}; "
+            "upgrade with: pip install -U torch-registry"
+        )
+    return found
+
+
+def switch_format(root: Path) -> None:
+    """Say that a registry has the present format from now on; what else the settings hold stays."""
+    path = root / NAME
+    text = _text(path)
+    changed, count = _FORMAT_LINE.subn(rf"\g<1>{FORMAT}\g<2>", text)
+    if count != 1:
+        raise Invalid(f"{path}: has no line of its own that says format = 1; write one, and repeat")
+    durable.write_file(path, changed.encode(), folder=root / "tmp")
+
+
+def _text(path: Path) -> str:
+    with durable.storage_errors(path):
+        return durable.read_file(path, _LONGEST).decode("utf-8", errors="replace")
+
+
+def _format_in(text: str, path: Path) -> Any:
+    """The format in settings that somebody has edited."""
+    import tomllib
+
+    try:
+        return tomllib.loads(text).get("format")
+    except tomllib.TOMLDecodeError as error:
+        raise Invalid(f"{path}: {error}") from None

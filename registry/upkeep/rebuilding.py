@@ -1,0 +1,201 @@
+"""Rebuilding: make the catalog anew from the log, put back what one of two copies has lost, and name what both have."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from registry.catalog.commit import pack_record
+from registry.catalog.entries import Record, manifest_text
+from registry.catalog.facts import facts_of
+from registry.catalog.reference import check_name
+from registry.catalog.strays import needed_strays, stray_manifests
+from registry.progress import Progress, silent
+from registry.store import durable
+from registry.store.durable import storage_errors
+from registry.store.errors import RegistryError
+from registry.store.manifest import MAX_SIZE
+from registry.store.pack import INNER
+
+if TYPE_CHECKING:
+    from registry.catalog.catalog import Catalog
+    from registry.catalog.ledger import Ledger
+    from registry.store.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuilt:
+    """What a rebuilt catalog holds, and what could not be brought back.
+
+    Attributes:
+        adopted: names of versions that the log does not know, and that were taken in.
+        latest: those of them that are the latest of their model now.
+        healed: how many entries of the log, and manifests, were put back from their second copy.
+        unnamed: ids of manifests that no readable entry of the log names, and that were not taken in.
+        damaged: what could not be brought back, in words.
+        set_aside: the name that an unreadable catalog has now.
+    """
+
+    models: int
+    versions: int
+    packs: int
+    adopted: tuple[str, ...]
+    latest: tuple[str, ...]
+    healed: int
+    unnamed: tuple[str, ...]
+    damaged: tuple[str, ...]
+    set_aside: str | None
+
+
+def rebuild(catalog: Catalog, store: Store, *, adopt: bool = False, progress: Progress = silent) -> Rebuilt:
+    """Make the catalog anew from the log.
+
+    Args:
+        adopt: accept that entries which neither the log nor the catalog's copy has are lost, and take in the manifests
+            that no entry names: under their own numbers where it is certain which these were, else under new ones.
+
+    Raises:
+        Corrupt: if the log and the catalog tell different histories.
+        StorageError: if the folder cannot be written.
+    """
+    with storage_errors(store.root):
+        refolded = catalog.refold()
+        healed = len(refolded.healed) + _heal_manifests(catalog, store, progress)
+        unnamed = _unnamed(store, refolded.ledger)
+        adopted: list[str] = []
+        if adopt and (unnamed or refolded.ledger.has_gaps):
+            entry = catalog.adopt(lambda ledger: _adoption(store, ledger), "taken in by rebuild --adopt")
+            adopted = [f"{one['model']}:v{one['version']}" for one in entry.records if one["op"] == "publish"]
+            unnamed = _unnamed(store, catalog.refold().ledger)
+    ((versions, models, packs),) = catalog.query(
+        "SELECT (SELECT COUNT(*) FROM versions), (SELECT COUNT(DISTINCT model) FROM versions), "
+        "(SELECT COUNT(*) FROM packs)"
+    )
+    newest = dict(catalog.query("SELECT model, MAX(version) FROM versions GROUP BY model"))
+    return Rebuilt(
+        models=models,
+        versions=versions,
+        packs=packs,
+        adopted=tuple(adopted),
+        latest=tuple(name for name in adopted if _is_latest(name, newest)),
+        healed=healed,
+        unnamed=tuple(sorted(unnamed)),
+        damaged=(*refolded.problems, *_damage(catalog, store)),
+        set_aside=refolded.set_aside,
+    )
+
+
+def _is_latest(name: str, newest: Mapping[str, int]) -> bool:
+    model, _, number = name.partition(":v")
+    return newest.get(model) == int(number)
+
+
+def _heal_manifests(catalog: Catalog, store: Store, progress: Progress) -> int:
+    """Write the manifests again whose files are missing or damaged, and whose text the log has; how many."""
+    rows = catalog.query("SELECT id FROM manifests")
+    healed = 0
+    for i, (manifest_id,) in enumerate(rows):
+        try:
+            store.manifest(manifest_id, text_of=lambda _: None)
+        except RegistryError:
+            try:
+                store.manifest(manifest_id)
+                healed += 1
+            except RegistryError:
+                pass  # Named with what is damaged.
+        progress(i + 1, len(rows))
+    return healed
+
+
+def _damage(catalog: Catalog, store: Store) -> Iterator[str]:
+    """What could not be brought back."""
+    yield from catalog.gaps()
+    yield from (str(void) for void in catalog.ledger().voids) if not catalog.gaps() else ()
+    for (digest,) in catalog.query("SELECT digest FROM packs"):
+        try:
+            store.pack_info(digest)
+        except RegistryError as error:
+            yield f"pack {error}"
+    names = dict(catalog.query("SELECT id, model || ':v' || version FROM versions"))
+    for (manifest_id,) in catalog.query("SELECT id FROM manifests"):
+        name = names.get(manifest_id, f"artifact {manifest_id[:12]}")
+        try:
+            tensors = {tensor.digest for tensor in store.manifest(manifest_id).tensors}
+        except RegistryError as error:
+            yield f"{name}: {error}"
+            continue
+        lost = len(tensors) - len(catalog.locate(tensors))
+        if lost:
+            yield f"{name}: no pack has {'1 of its tensors' if lost == 1 else f'{lost} of its tensors'}"
+
+
+def _unnamed(store: Store, ledger: Ledger) -> set[str]:
+    """Manifests of versions that no readable entry names."""
+    found = set()
+    for manifest_id in stray_manifests(store, ledger):
+        try:
+            if store.manifest(manifest_id, text_of=lambda _: None).record.get("kind") == "checkpoint":
+                found.add(manifest_id)
+        except RegistryError:
+            continue
+    return found
+
+
+class _Orphan(NamedTuple):
+    """A version that the log does not know."""
+
+    model: str
+    created: str
+    id: str
+
+
+def _adoption(store: Store, ledger: Ledger) -> Sequence[Record]:
+    """What is to be recorded to take in the versions that no entry names, and the names that entries give them."""
+    packs, whole = needed_strays(store, ledger, _unnamed(store, ledger))
+    orphans = []
+    for manifest_id in whole:
+        manifest = store.manifest(manifest_id, text_of=lambda _: None)
+        with contextlib.suppress(RegistryError):
+            model = check_name(str(manifest.record.get("model")), "model")
+            orphans.append(_Orphan(model, facts_of(manifest).created, manifest_id))
+    numbers = _numbers(ledger, sorted(orphans))
+    publishes: list[Record] = []
+    for orphan in sorted(orphans, key=lambda one: (one.model, numbers[one.id])):
+        text = durable.read_file(store.manifest_path(orphan.id), MAX_SIZE, inner=INNER)
+        publish = {"op": "publish", "id": orphan.id, "model": orphan.model, "version": numbers[orphan.id]}
+        publishes.append({**publish, "adopted": True, **manifest_text(text)})
+    names = _names(ledger, {one.id for one in orphans})
+    return [*map(pack_record, (ledger.strays | packs).values()), *publishes, *names]
+
+
+def _numbers(ledger: Ledger, orphans: Sequence[_Orphan]) -> dict[str, int]:
+    """The numbers under which versions are taken in.
+
+    A model's numbers that no entry accounts for are those of its orphans, in the order of their creation, if there are
+    as many. Otherwise it is not certain which were theirs, and they get new ones.
+    """
+    numbers: dict[str, int] = {}
+    for model in {one.model for one in orphans}:
+        own = [one for one in orphans if one.model == model]
+        following, missing = ledger.next.get(model, 1), ledger.missing.get(model, ())
+        if sum(map(len, missing)) == len(own):
+            found = sorted(number for numbers_in in missing for number in numbers_in)
+        else:
+            found = [*range(following, following + len(own))]
+        numbers |= {one.id: number for one, number in zip(own, found, strict=True)}
+    return numbers
+
+
+def _names(ledger: Ledger, adopted: set[str]) -> Iterator[Record]:
+    """Aliases, tags and notes that readable entries give to versions which are taken in."""
+    pointed: dict[tuple[str, str], Record] = {}
+    for record in ledger.skipped:
+        if record.get("id") in adopted and record["op"] in ("tag", "note"):
+            yield record
+        elif record.get("id") in adopted and record["op"] == "alias":
+            pointed[record["model"], record["alias"]] = record
+    for (model, alias), record in pointed.items():
+        if (model, alias) not in ledger.aliases:
+            yield {**record, "was": None}

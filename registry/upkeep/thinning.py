@@ -1,0 +1,66 @@
+"""Thinning: a version keeps its weights, and gives up what only training on from it would need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from registry.catalog.entries import Record, manifest_text
+from registry.catalog.naming import removal
+from registry.catalog.resolving import resolve
+from registry.catalog.versions import Version, find_versions, with_descendants
+from registry.upkeep.repacking import tidy
+
+if TYPE_CHECKING:
+    from registry.catalog.catalog import Catalog, View
+    from registry.store.store import Store
+
+
+def thin(catalog: Catalog, store: Store, reference: str) -> str:
+    """Keep only the weights of a version: its other components are dropped, and its id changes.
+
+    A version that others descend from, or that has no network under the name `model`, stays as it is.
+    `collect_garbage` frees the space.
+
+    Returns:
+        The name of the version.
+    """
+    version = resolve(catalog, reference)
+    manifest = store.manifest(version.id)
+    kept = [name for name, tree in manifest.components.items() if not _only_for_training(name, tree)]
+    if "model" not in kept or len(kept) == len(manifest.components):
+        return version.name
+    reduced = manifest.reduced(kept, {**manifest.record, "thinned-from": version.id})
+    manifest_id, text = store.write_manifest(reduced)
+
+    def compute(view: View) -> list[Record]:
+        present = find_versions(view, "v.id = ?", [version.id])
+        is_taken = view.query("SELECT 1 FROM versions WHERE id = ?", [manifest_id])
+        if not present or is_taken or with_descendants(view, [version.id]) or not view.store.has(manifest_id):
+            return []
+        return _in_its_place(present[0], manifest_id, manifest_text(text))
+
+    if catalog.commit(compute):
+        places = catalog.locate({tensor.digest for tensor in manifest.tensors})
+        tidy(catalog, store, {place.pack for place in places.values()})
+    return version.name
+
+
+def _in_its_place(version: Version, manifest_id: str, text: Mapping[str, str]) -> list[Record]:
+    """What is to be recorded so that a version has another manifest, and all its names."""
+    publish = {"op": "publish", "id": manifest_id, "model": version.model, "version": version.version}
+    alias = {"op": "alias", "model": version.model, "id": manifest_id, "was": None}
+    return [
+        removal(version),
+        {**publish, "instead": version.id, **text},
+        *({**alias, "alias": name} for name in version.aliases),
+        *({"op": "tag", "id": manifest_id, "tag": name} for name in version.tags),
+        *({"op": "note", "id": manifest_id, "at": at, "text": note} for at, note in version.notes),
+    ]
+
+
+def _only_for_training(name: str, tree: Any) -> bool:
+    """Whether a component is an optimizer's state, or the random state that goes with it."""
+    if isinstance(tree, Mapping) and "$ordered" in tree:
+        tree = tree["$ordered"]
+    return name == "rng" or (isinstance(tree, Mapping) and {"state", "param_groups"} <= set(tree))

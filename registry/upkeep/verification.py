@@ -1,0 +1,277 @@
+"""Verification: read every stored byte and compare it with its digest; and log, catalog, manifests and packs with one another.
+
+What is found is looked at again before it is reported, as other processes may remove and move things meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from registry.catalog.facts import facts_of
+from registry.catalog.lookups import batches, marks
+from registry.catalog.resolving import resolve
+from registry.catalog.schema import UNUSED
+from registry.progress import Progress, silent
+from registry.store.digest import digest as digest_of
+from registry.store.digest import tensor_digest
+from registry.store.errors import Corrupt, Missing, RegistryError
+from registry.store.location import Location
+from registry.store.manifest import MAX_SIZE, parse
+from registry.store.pack import INNER, PackInfo, open_regular, read_pack_info
+
+if TYPE_CHECKING:
+    from registry.catalog.catalog import Catalog
+    from registry.store.manifest import Manifest
+    from registry.store.store import Store
+
+_PART = 8 << 20
+_TRIES = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that is not as it was saved, and the checkpoints that cannot be loaded whole because of it."""
+
+    message: str
+    checkpoints: tuple[str, ...] = ()
+    path: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    checkpoints: int
+    packs: int
+    tensors: int
+    bytes: int
+    problems: tuple[Problem, ...]
+    artifacts: int = 0
+
+
+def verify(
+    catalog: Catalog, store: Store, references: Iterable[str] = (), progress: Progress = silent
+) -> Verification:
+    """Read every stored byte, or those that some checkpoints need, and compare it with its digest.
+
+    Without references also the log, the catalog and what they say of each other.
+
+    Returns:
+        What was checked and every problem found; damage is reported, not raised.
+    """
+    chosen = [resolve(catalog, reference).id for reference in references]
+    check = _Check(catalog, store, chosen)
+    check.manifests()
+    check.packs(progress)
+    if not chosen:
+        check.records()
+    return Verification(
+        checkpoints=check.checkpoints,
+        packs=check.pack_count,
+        tensors=check.tensor_count,
+        bytes=check.byte_count,
+        problems=tuple(check.problems),
+        artifacts=check.artifacts,
+    )
+
+
+class _Check:
+    def __init__(self, catalog: Catalog, store: Store, chosen: list[str]) -> None:
+        self._catalog = catalog
+        self._store = store
+        self._chosen = chosen
+        self.problems: list[Problem] = []
+        self.checkpoints = self.artifacts = self.pack_count = self.tensor_count = self.byte_count = 0
+        self._names: dict[str, list[tuple[str, str]]] = {}
+        """Checkpoint and path of each tensor by digest."""
+
+    # -- manifests ---------------------------------------------------------------------------------------
+
+    def manifests(self) -> None:
+        for manifest_id, name in self._live_names().items():
+            manifest: Manifest | None
+            try:
+                manifest = self._read_manifest(manifest_id)
+            except RegistryError as error:
+                if manifest_id not in self._live_names([manifest_id]):
+                    continue  # It was removed meanwhile.
+                manifest = self._from_log(manifest_id, name, error)
+                if manifest is None:
+                    continue
+            if name.startswith("artifact "):
+                self.artifacts += 1
+            else:
+                self.checkpoints += 1
+                for problem in facts_of(manifest).problems:
+                    self.problems.append(Problem(f"{name}: {problem}", (name,)))
+            for path, slot in manifest.slots:
+                self._names.setdefault(manifest.tensors[slot].digest, []).append((name, path))
+
+    def _live_names(self, ids: Iterable[str] | None = None) -> dict[str, str]:
+        """What each manifest that counts, or each of some, belongs to."""
+        query = self._catalog.query
+        chosen = list(ids) if ids is not None else self._chosen
+        if not chosen and ids is None:
+            named = dict(query("SELECT id, 'artifact ' || key FROM artifacts"))
+            return named | dict(query("SELECT id, model || ':v' || version FROM versions"))
+        named = {}
+        for part in batches(chosen):
+            where = f"WHERE id IN ({marks(part)})"
+            named |= dict(query(f"SELECT id, 'artifact ' || key FROM artifacts {where}", part))
+            named |= dict(query(f"SELECT id, model || ':v' || version FROM versions {where}", part))
+        return named
+
+    def _read_manifest(self, manifest_id: str) -> Manifest:
+        """The manifest as its file has it."""
+        path = self._store.manifest_path(manifest_id)
+        with open_regular(path, inner=INNER) as file:
+            data = file.read(MAX_SIZE + 1)
+        if digest_of(data) != manifest_id:
+            raise Corrupt(f"{path}: the manifest is not what was saved")
+        return parse(data)
+
+    def _from_log(self, manifest_id: str, name: str, error: RegistryError) -> Manifest | None:
+        """The manifest as the log has it; the problem with its file is noted."""
+        text = self._catalog.manifest_text(manifest_id)
+        path = str(self._store.manifest_path(manifest_id))
+        if text is None or digest_of(text) != manifest_id:
+            self.problems.append(Problem(f"{error}; restore it from a backup", (name,), path))
+            return None
+        self.problems.append(Problem(f"{error}; the log has it, and registry rebuild puts it back", (), path))
+        with contextlib.suppress(RegistryError):
+            return parse(text)
+        return None
+
+    # -- packs -------------------------------------------------------------------------------------------
+
+    def packs(self, progress: Progress) -> None:
+        rows = self._pack_rows()
+        total = sum(size for _, size, _ in rows)
+        for digest, size, number in rows:
+            self._pack(digest, size, number)
+            self.pack_count += 1
+            self.byte_count += size
+            progress(self.byte_count, total)
+        for part in batches(self._names):
+            found = {
+                row[0]
+                for row in self._catalog.query(
+                    f"SELECT DISTINCT digest FROM tensors WHERE digest IN ({marks(part)})", part
+                )
+            }
+            for digest in part:
+                if digest not in found and self._is_needed(digest):
+                    self._damaged(digest, "no pack holds it")
+
+    def _pack_rows(self) -> list[tuple[str, int, int]]:
+        rows = self._catalog.query(
+            f"SELECT digest, size, number FROM packs WHERE NOT (damaged = 1 AND {UNUSED}) ORDER BY number"
+        )
+        if self._chosen:
+            needed = {place.pack for place in self._catalog.locate(self._names).values()}
+            rows = [row for row in rows if row[0] in needed]
+        return [(str(digest), int(size), int(number)) for digest, size, number in rows]
+
+    def _counts(self, pack: str) -> bool:
+        return bool(self._catalog.query("SELECT 1 FROM packs WHERE digest = ?", [pack]))
+
+    def _is_needed(self, digest: str) -> bool:
+        """Whether a version that needs a tensor is still there, and no pack has it by now."""
+        names = {name for name, _ in self._names.get(digest, ())}
+        return bool(names & set(self._live_names().values())) and not self._catalog.locate([digest])
+
+    def _pack(self, digest: str, size: int, number: int) -> None:
+        placed = {
+            name: Location(digest, start, size, base, coded)
+            for name, start, base, coded in self._catalog.query(
+                "SELECT digest, start, base, coded FROM tensors WHERE pack = ?", [number]
+            )
+        }
+        path = self._store.pack_path(digest)
+        try:
+            info = read_pack_info(path)
+            if info.size != size:
+                raise Corrupt(f"{path}: has {info.size} bytes instead of {size}")
+            with open_regular(path, inner=INNER) as file:
+                self._contents(info, file.fileno())
+        except RegistryError as error:
+            if self._counts(digest):
+                affected = {name for tensor in placed for name, _ in self._names.get(tensor, ())}
+                self.problems.append(Problem(f"pack {error}", tuple(sorted(affected)), str(path)))
+            return
+        self._differences([tensor.digest for tensor in info.tensors if tensor.base], digest)
+        if placed != info.places and self._counts(digest):
+            self.problems.append(
+                Problem(f"{path} does not hold what the catalog says; run: registry rebuild", (), str(path))
+            )
+
+    def _contents(self, info: PackInfo, fd: int) -> None:
+        """Compare the bytes of a pack with their digests; read, not mapped, since it may shrink meanwhile."""
+        path = self._store.pack_path(info.digest)
+        end = info.size if not info.tensors else info.tensors[0].start
+        for tensor in info.tensors:
+            if any(self._read(fd, end, tensor.start - end)):
+                message = f"pack {path}: the padding at byte {end} is not zero"
+                self.problems.append(Problem(message, (), str(path)))
+            end = tensor.start + tensor.size
+            self.tensor_count += 1
+            if tensor.base:
+                continue
+            data = self._read(fd, tensor.start, tensor.size)
+            if tensor_digest(tensor.dtype, tensor.shape, data) != tensor.digest and self._counts(info.digest):
+                self._damaged(tensor.digest, f"its bytes in {path} are not what was saved")
+
+    @staticmethod
+    def _read(fd: int, start: int, size: int) -> bytearray:
+        data = bytearray(size)
+        done = 0
+        with memoryview(data) as view:
+            while done < size:
+                count = os.preadv(fd, [view[done : done + _PART]], start + done)
+                if count == 0:
+                    break
+                done += count
+        return data
+
+    def _differences(self, digests: list[str], pack: str) -> None:
+        """Check tensors that are stored as differences, by making them."""
+        if not digests:
+            return
+        from registry.store import loading
+
+        store = self._store
+        problem = ""
+        for digest in digests:
+            for _ in range(_TRIES):
+                try:
+                    items = [item for item in store.wanted([digest]) if item.location.pack == pack]
+                    for item in items:
+                        loading.verify(store.packs, [item], loading.Mapped(store.packs))
+                    problem = ""
+                except Missing as error:  # A pack that it rests on may just have been replaced.
+                    problem = str(error)
+                    continue
+                except RegistryError as error:
+                    problem = str(error).removeprefix(f"{digest}: ")
+                break
+            if problem and self._counts(pack):
+                self._damaged(digest, problem)
+
+    def _damaged(self, digest: str, problem: str) -> None:
+        uses = self._names.get(digest, [])
+        if self._chosen and not uses:
+            return
+        if not uses:
+            self.problems.append(Problem(f"tensor {digest[:12]}, which no checkpoint uses: {problem}"))
+        for path in dict.fromkeys(path for _, path in uses):
+            names = tuple(name for name, used in uses if used == path)
+            self.problems.append(Problem(f"{path}: {problem}", names))
+
+    # -- log and catalog ---------------------------------------------------------------------------------
+
+    def records(self) -> None:
+        """Compare the log, the catalog's copy of it, and the tables."""
+        for message in self._catalog.problems():
+            self.problems.append(Problem(message))
