@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -186,12 +187,16 @@ class Checkpoint:
         others = [name for name in live if name not in networks]
         if rng and "rng" in self.components:
             others.append("rng")
-        states = self.load(networks, verify=verify) if networks else {}
-        if others:  # which keep the tensors that they are given
-            states |= self.load(others, copy=True, verify=verify)
-            states |= self._of_this_rank(others, verify)
-        with naming(self.name):
-            components.restore(states, live, self.provenance.get("kinds", {}))
+        with contextlib.ExitStack() as borrowed:
+            states: dict[str, Any] = {}
+            if networks:
+                lent = self._store.borrowed(self.id, networks, verify=verify, label=self.name)
+                states |= borrowed.enter_context(lent)
+            if others:  # which keep the tensors that they are given
+                states |= self.load(others, copy=True, verify=verify)
+                states |= self._of_this_rank(others, verify)
+            with naming(self.name):
+                components.restore(states, live, self.provenance.get("kinds", {}))
         if rng:
             for name in networks:
                 if frozen := self.provenance.get("frozen", {}).get(name):

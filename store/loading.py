@@ -10,30 +10,30 @@ import math
 import mmap
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 
 from registry.store.differences import Decoding
 from registry.store.digest import tensor_digest
 from registry.store.dtypes import ELEMENT_TYPES
-from registry.store.durable import storage_errors
+from registry.store.durable import status_of, storage_errors
 from registry.store.errors import Corrupt, RegistryError
 from registry.store.location import Location
 from registry.store.manifest import TensorInfo
 from registry.store.pack import INNER, map_file, open_regular, pack_path
+from registry.store.parallel import SMALL, in_order, in_parallel
+from registry.store.places import is_local
 from registry.store.tree import torch_type
 
-Job = TypeVar("Job")
-
-_THREADS = min(os.cpu_count() or 1, 16)
 _ARENA = 64 << 20
-_CHUNK = 1 << 20
 _READ = 8 << 20
 _GAP = 4 << 10
+_SETTLED = 100_000_000  # nanoseconds
 _MAX_BUFFERS = 1_000  # the system takes 1,024
 _REMAP = 1 << 20  # a second use of the same stored tensor is mapped again from here on, and copied below
 
@@ -65,6 +65,7 @@ class Mapped:
         self._packs = packs
         self._maps: dict[tuple[str, int], mmap.mmap] = {}
         self._uses: dict[tuple[str, int], int] = {}
+        self._states: dict[str, _FileState | None] = {}
         self._decoded: dict[str, mmap.mmap] = {}
 
     def decode(self, items: Iterable[Wanted]) -> None:
@@ -135,6 +136,13 @@ class Mapped:
             return memoryview(self._decoded[wanted.info.digest])[: wanted.size]
         return self.stored(wanted)
 
+    def is_unchanged(self) -> bool:
+        """Whether the system says that no mapped file has changed since before it was mapped."""
+        return is_local(self._packs) and all(
+            state is not None and state.is_settled and _state_of(pack_path(self._packs, pack)) == state
+            for pack, state in self._states.items()
+        )
+
     def _view(self, wanted: Wanted, use: int) -> torch.Tensor:
         if wanted.base:
             tensor = view(self._decoded[wanted.info.digest], wanted.info, 0)
@@ -144,9 +152,45 @@ class Mapped:
     def _map(self, location: Location, use: int) -> mmap.mmap:
         mapping = self._maps.get((location.pack, use))
         if mapping is None:
-            mapping = map_file(pack_path(self._packs, location.pack), location.pack_size, inner=INNER)
+            path = pack_path(self._packs, location.pack)
+            if location.pack not in self._states:
+                self._states[location.pack] = _state_of(path)
+            mapping = map_file(path, location.pack_size, inner=INNER)
             self._maps[location.pack, use] = mapping
         return mapping
+
+
+class Read(Mapped):
+    """Reads stored bytes instead of mapping them, as a file that shrinks meanwhile would end the process otherwise."""
+
+    def stored(self, wanted: Wanted) -> memoryview:
+        place = wanted.location
+        size = wanted.size if place.coded is None else place.coded
+        data = memoryview(bytearray(size))
+        with _Files(self._packs) as files:
+            files.read(_Read(wanted, place.start, size, [data]))
+        return data
+
+
+class _FileState(NamedTuple):
+    """What the system notes of a file, and changes with its bytes."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+    changed: int
+    is_settled: bool
+    """Whether its times are so old that a change from now on gives others; they count in steps of some milliseconds."""
+
+
+def _state_of(path: Path) -> _FileState | None:
+    status = status_of(path, inner=INNER)
+    if status is None:
+        return None
+    times = status.st_mtime_ns, status.st_ctime_ns
+    is_settled = max(times) < time.time_ns() - _SETTLED
+    return _FileState(status.st_dev, status.st_ino, status.st_size, *times, is_settled)
 
 
 def view(buffer: mmap.mmap | memoryview, info: TensorInfo, offset: int) -> torch.Tensor:
@@ -175,9 +219,35 @@ def verify(packs: Path, items: Sequence[Wanted], mapped: Mapped, stop: threading
 
 
 @contextlib.contextmanager
+def steady(packs: Path, items: Sequence[Wanted], mapped: Mapped) -> Iterator[None]:
+    """Verify mapped tensors that the body copies elsewhere, and see behind it that it copied what was verified.
+
+    That reads every byte twice, and a file may change between. If the system does not vouch that none has, they are
+    verified once more, through a mapping of their own, as users may write to theirs.
+
+    Raises:
+        Corrupt: as `verify`; behind the body it says that what was filled may be wrong.
+    """
+    again = Mapped(packs)
+    again.open(items)
+    verify(packs, items, mapped)
+    yield
+    if mapped.is_unchanged():
+        return
+    try:
+        verify(packs, items, again)
+    except Corrupt as error:
+        changed = Corrupt(
+            f"{error}; it changed while it was copied, so what was filled may be wrong: load it again"
+        )
+        changed.pack = error.pack
+        raise changed from None
+
+
+@contextlib.contextmanager
 def verifying(packs: Path, items: Sequence[Wanted], mapped: Mapped) -> Iterator[None]:
     """As `verify`, while the body runs; what is found is raised behind it."""
-    if sum(item.size for item in items) < _CHUNK:
+    if sum(item.size for item in items) < SMALL:
         yield
         verify(packs, items, mapped)
         return
@@ -206,52 +276,6 @@ def damaged(packs: Path, item: Wanted) -> Corrupt:
     )
     error.pack = item.location.pack
     return error
-
-
-def in_parallel(
-    jobs: Sequence[Job],
-    work: Callable[[Job], None],
-    sizes: Sequence[int],
-    stop: threading.Event | None = None,
-) -> None:
-    """As `in_order`, the largest first."""
-    places = sorted(range(len(jobs)), key=sizes.__getitem__, reverse=True)
-    in_order((jobs[i] for i in places), work, sum(sizes), stop)
-
-
-def in_order(
-    jobs: Iterator[Job], work: Callable[[Job], None], size: int, stop: threading.Event | None = None
-) -> None:
-    """Run work over jobs on all cores, as they come; the first error wins and stops the rest.
-
-    Args:
-        size: bytes of all of them.
-        stop: ends it early, with jobs left undone.
-    """
-    lock = threading.Lock()
-    stop = stop or threading.Event()
-    end = object()
-
-    def worker() -> None:
-        while not stop.is_set():
-            try:
-                with lock:
-                    job: Any = next(jobs, end)
-                if job is end:
-                    return
-                work(job)
-            except BaseException:
-                stop.set()
-                raise
-
-    if size < _CHUNK or _THREADS == 1:
-        worker()
-        return
-    with ThreadPoolExecutor(_THREADS - 1, "registry-load") as pool:
-        others = [pool.submit(worker) for _ in range(_THREADS - 1)]
-        worker()
-        for future in others:
-            future.result()
 
 
 class _Read(NamedTuple):

@@ -13,16 +13,18 @@ import os
 import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from registry.store import header
 from registry.store.digest import digest as digest_of
-from registry.store.digest import is_digest
+from registry.store.digest import is_digest, tensor_hasher
 from registry.store.dtypes import BY_CODE, ELEMENT_TYPES, byte_count
 from registry.store.durable import NewFile, open_file, storage_errors
 from registry.store.errors import Corrupt, Invalid, Missing, Unsupported
 from registry.store.location import Location
+from registry.store.parallel import in_parallel
 from registry.store.text import quoted
 
 ALIGNMENT = 64
@@ -33,6 +35,7 @@ _FORMAT = "torch-registry pack 1"
 _SALT = 16
 _COALESCE = 64 << 10
 _BUFFER = 1 << 20
+_READ = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,18 @@ class PackInfo:
         }
 
 
+class Changed(Exception):
+    """Tensors changed between their hashing and their writing, so that a pack holds others than it should.
+
+    Attributes:
+        digests: what these tensors should have been.
+    """
+
+    def __init__(self, digests: frozenset[str]) -> None:
+        super().__init__(f"{len(digests)} tensors changed")
+        self.digests = digests
+
+
 class PackWriter:
     """Writes one pack, front to back; after an error only `discard` may follow.
 
@@ -101,11 +116,22 @@ class PackWriter:
         self._tensors: list[PackedTensor] = []
         self._entries: list[tuple[str, str, Sequence[int], int, int]] = []
         self._opaque: dict[str, str] = {}
+        self._unsure: list[PackedTensor] = []
 
-    def add(self, digest: str, dtype: str, shape: Sequence[int], data: memoryview) -> None:
+    def add(
+        self, digest: str, dtype: str, shape: Sequence[int], data: memoryview, *, is_sure: bool = True
+    ) -> None:
+        """Add a tensor.
+
+        Args:
+            is_sure: whether the bytes are those of the digest, as nobody else can have changed them since they were
+                hashed; otherwise `finish` checks those that were written.
+        """
         self._fill()
         code = ELEMENT_TYPES[dtype].code
         self._tensors.append(PackedTensor(digest, dtype, tuple(shape), self._position))
+        if not is_sure:
+            self._unsure.append(self._tensors[-1])
         if code is None:
             self._opaque[digest] = _type_and_shape(dtype, shape)
             self._entry(digest, "U8", (len(data),), len(data))
@@ -125,19 +151,52 @@ class PackWriter:
         self._write(coded)
 
     def finish(self, packs: Path) -> PackInfo:
-        """Publish the pack below `packs`, durably."""
+        """Publish the pack below `packs`, durably.
+
+        What is not sure is read back and hashed while the disk is busy.
+
+        Raises:
+            Changed: if a tensor is not that of its digest; nothing is published.
+        """
         self._flush()
         about = {"format": _FORMAT, "salt": secrets.token_hex(_SALT), **self._opaque}
         text = header.render(self._entries, about)
         head = header.framed(text, self._head)
         name = digest_of(head)
         self._file.write_at(head, 0)
-        self._file.sync(head)
+        with ThreadPoolExecutor(1, "registry-check") as pool:
+            check = pool.submit(self._changed) if self._unsure else None
+            self._file.sync(head)
+        if check and (changed := check.result()):
+            raise Changed(frozenset(changed))
         self._file.publish(pack_path(packs, name))
         return PackInfo(name, self._position, tuple(self._tensors))
 
     def discard(self) -> None:
         self._file.discard()
+
+    def _changed(self) -> list[str]:
+        """The digests of the tensors whose bytes in the file are others."""
+        changed: list[str] = []
+
+        def check(tensor: PackedTensor) -> None:
+            if self._digest(tensor) != tensor.digest:
+                changed.append(tensor.digest)
+
+        in_parallel(self._unsure, check, [tensor.size for tensor in self._unsure])
+        return changed
+
+    def _digest(self, tensor: PackedTensor) -> str:
+        """The digest of the bytes that are in the file, read as any other program would read them."""
+        hasher = tensor_hasher(tensor.dtype, tensor.shape, 1)
+        end = tensor.start + tensor.size
+        buffer = bytearray(min(tensor.size, _READ))
+        for start in range(tensor.start, end, _READ):
+            part = memoryview(buffer)[: end - start]
+            if os.preadv(self._file.fd, [part], start) != len(part):
+                return ""
+            hasher.update(part)
+        return hasher.hexdigest()
 
     def _fill(self) -> None:
         gap = -self._position % ALIGNMENT

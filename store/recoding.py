@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from registry.store import differences, loading
 from registry.store.digest import tensor_digest
 from registry.store.dtypes import ELEMENT_TYPES
-from registry.store.pack import PackInfo, PackWriter
+from registry.store.pack import Changed, PackInfo, PackWriter
+from registry.store.parallel import in_parallel
 
 if TYPE_CHECKING:
     from registry.store.loading import Mapped, Wanted
@@ -45,8 +46,13 @@ def copy_to_new_pack(store: Store, digests: Collection[str], bases: Mapping[str,
                         info.digest, info.dtype, info.shape, base.info.digest, memoryview(coded)
                     )
                     continue
-            writer.add(item.info.digest, item.info.dtype, item.info.shape, data)
+            writer.add(item.info.digest, item.info.dtype, item.info.shape, data, is_sure=False)
         return writer.finish(store.packs)
+    except Changed as error:  # the pack that it was copied from, behind the check
+        writer.discard()
+        raise loading.damaged(
+            store.packs, next(one for one in wanted if one.info.digest in error.digests)
+        ) from None
     except BaseException:
         writer.discard()
         raise
@@ -81,7 +87,7 @@ def _difference(item: Wanted, data: memoryview, base: memoryview) -> bytes | Non
 
 
 def _run(jobs: Sequence[Any], work: Callable[[Any], None]) -> None:
-    loading.in_parallel(jobs, work, [differences.CHUNK] * len(jobs))
+    in_parallel(jobs, work, [differences.CHUNK] * len(jobs))
 
 
 def _check(store: Store, item: Wanted, data: memoryview) -> None:

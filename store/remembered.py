@@ -11,6 +11,7 @@ from __future__ import annotations
 import secrets
 from typing import NamedTuple
 
+import numpy as np
 import xxhash
 
 from registry.store.digest import tensor_digest, tensor_hasher
@@ -71,23 +72,24 @@ class Remembered:
     def _first(self, place: Place, data: memoryview, threads: int) -> str:
         """The digest of a tensor that is expected to stay, and is remembered.
 
-        It is read part by part, while each is in the processor's cache. What another thread changes meanwhile is not
-        remembered: the fingerprint is taken on both sides of the digest.
+        It is read part by part, each into memory of this thread, so that the digest and the fingerprint are of the same
+        bytes, whatever other threads do to the tensor meanwhile.
         """
         _, dtype, shape = place
         hasher = tensor_hasher(dtype, shape, threads)
-        before, behind = (xxhash.xxh3_128(seed=self._seed) for _ in range(2))
+        fingerprint = xxhash.xxh3_128(seed=self._seed)
         size = _PART if threads == 1 else _LARGE_PART
+        memory = np.empty(min(size, len(data)), np.uint8)
+        source = np.frombuffer(data, np.uint8)
         for start in range(0, len(data), size):
-            part = data[start : start + size]
-            before.update(part)
-            hasher.update(part)
-            behind.update(part)
-        digest, fingerprint = hasher.hexdigest(), before.digest()
-        if behind.digest() == fingerprint:
-            if len(self._entries) >= _MOST:
-                self._entries.clear()
-            self._entries[place] = _Entry(digest, fingerprint)
+            part = memory[: len(data) - start]
+            np.copyto(part, source[start : start + size])
+            fingerprint.update(part.data)
+            hasher.update(part.data)
+        if len(self._entries) >= _MOST:
+            self._entries.clear()
+        digest = hasher.hexdigest()
+        self._entries[place] = _Entry(digest, fingerprint.digest())
         return digest
 
     def forget(self) -> None:

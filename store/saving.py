@@ -7,6 +7,8 @@ holds a new tensor, so that a small save gets an exactly sized header and an unc
 from __future__ import annotations
 
 import contextlib
+import itertools
+import logging
 import os
 import threading
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
@@ -16,8 +18,8 @@ from typing import Any, NamedTuple, Protocol
 
 from registry.store.digest import ALL_CORES
 from registry.store.manifest import TensorInfo
-from registry.store.pack import PackInfo, PackWriter
-from registry.store.remembered import remembered
+from registry.store.pack import Changed, PackInfo, PackWriter
+from registry.store.remembered import SMALLEST, remembered
 from registry.store.tree import Leaf
 
 FIRST_BATCH = 4 << 20
@@ -35,6 +37,8 @@ COPIES_IN_FLIGHT = 32 << 20
 
 MANY = 1 << 16
 """Tensors from which on all are hashed before the first is written: room in the header is kept for each that may be new."""
+
+_logger = logging.getLogger(__name__)
 
 _LARGE = 32 << 20  # a tensor this large is hashed by all cores at once, not to end alone
 _THREADS = min(os.cpu_count() or 1, 4)
@@ -68,9 +72,30 @@ def write_new(
 ) -> PackInfo | None:
     """Hash a state's tensors and write those that are not known into one pack.
 
+    A tensor that another thread changes meanwhile is saved as it was at one moment, from a copy.
+
     Returns:
         The published pack, or None if every tensor was known. Fills in `state.digests`.
     """
+    for attempt in itertools.count():
+        try:
+            return _write_new(state, known, tmp, packs, progress)
+        except Changed as error:
+            if not attempt:
+                _logger.warning(
+                    "another thread changed %d of %d tensors while they were saved: each is saved as it was at one "
+                    "moment, but not all as they were at the same; let it wait during a save",
+                    *(len(error.digests), len(state.leaves)),
+                )
+            for slot, leaf in enumerate(state.leaves):
+                if leaf.is_live and (attempt or state.digests[slot] in error.digests):
+                    state.leaves[slot], state.digests[slot] = leaf.copied(), None
+    raise AssertionError
+
+
+def _write_new(
+    state: State, known: Known, tmp: Path, packs: Path, progress: Callable[[int, int], None]
+) -> PackInfo | None:
     if len(state.leaves) > MANY:
         _hash(state)
     possible = set(range(len(state.leaves)))  # that may be new, and are not in a batch yet
@@ -100,8 +125,8 @@ def write_new(
                     if writer is None:
                         candidates = [*(one.leaf for one in new), *(state.leaves[slot] for slot in possible)]
                         writer = PackWriter(tmp, [(leaf.dtype, leaf.shape) for leaf in candidates])
-                    data = item.leaf.buffer() if item.data is None else item.data
-                    writer.add(item.digest, item.leaf.dtype, item.leaf.shape, data)
+                    leaf, data = item.leaf, item.leaf.buffer() if item.data is None else item.data
+                    writer.add(item.digest, leaf.dtype, leaf.shape, data, is_sure=item.is_sure)
                     hashing.release([item], writing=True)
                 done += sum(item.leaf.size for item in batch)
                 progress(done, total)
@@ -126,6 +151,8 @@ class _Hashed(NamedTuple):
     leaf: Leaf
     data: memoryview | None
     """The bytes, where they were copied to be hashed; None where they can be had from the leaf for nothing."""
+    is_sure: bool
+    """Whether what will be written is what was hashed, whatever other threads do."""
 
 
 class _Run(NamedTuple):
@@ -229,11 +256,15 @@ class _Hashing:
     def _hash(self, slot: int) -> _Hashed:
         leaf = self._state.leaves[slot]
         data = leaf.buffer()
+        is_copied = _is_copied(leaf)
+        if is_copied and leaf.is_plain:
+            data = memoryview(bytes(data))
         digest = self._state.digests[slot]
+        is_sure = not leaf.is_live or (is_copied and digest is None)
         if digest is None:
             threads = ALL_CORES if leaf.size >= _LARGE else 1
             digest = remembered.digest(leaf.address, leaf.dtype, leaf.shape, data, threads=threads)
-        return _Hashed(slot, digest, leaf, None if leaf.is_plain else data)
+        return _Hashed(slot, digest, leaf, data if is_copied else None, is_sure)
 
     def _claim(self, thread: int) -> int | None:
         """The next run to hash, in order, once there is room for the copies that it may need.
@@ -258,6 +289,11 @@ class _Hashing:
             return None
 
 
+def _is_copied(leaf: Leaf) -> bool:
+    """Whether a tensor's bytes are copied to be hashed: where it takes that, and where it costs nothing."""
+    return not leaf.is_plain or (leaf.is_live and leaf.size < SMALLEST)
+
+
 def _runs(leaves: Sequence[Leaf]) -> Iterator[_Run]:
     """The largest tensors first, each alone; small ones by the dozen.
 
@@ -272,6 +308,6 @@ def _runs(leaves: Sequence[Leaf]) -> Iterator[_Run]:
             slots, size, copied = [], 0, 0
         slots.append(slot)
         size += leaf.size
-        copied += 0 if leaf.is_plain else leaf.size
+        copied += leaf.size if _is_copied(leaf) else 0
     if slots:
         yield _Run(slots, size, copied)

@@ -30,9 +30,9 @@ class Arena:
         leaves = []
         for leaf in state.leaves:
             if _is_copied(leaf):
-                leaves.append(leaf._replace(source=next(copies), is_plain=True))
+                leaves.append(leaf._replace(source=next(copies), is_plain=True, is_live=False))
             elif isinstance(leaf.source, np.ndarray):
-                leaves.append(leaf._replace(source=leaf.source.copy(), is_plain=True))
+                leaves.append(leaf._replace(source=leaf.source.copy(), is_plain=True, is_live=False))
             else:
                 leaves.append(leaf)
         return State(state.components, leaves)

@@ -268,6 +268,33 @@ class Store:
             )
             return {name: decode(document, tensors.__getitem__) for name, document in documents.items()}
 
+    @contextlib.contextmanager
+    def borrowed(
+        self, digest: str, only: str | Sequence[str], *, verify: bool = True, label: str = ""
+    ) -> Iterator[dict[str, Any]]:
+        """Stored trees whose tensors the body copies to where they are needed; as `get`, and read again behind it.
+
+        Raises:
+            Corrupt: as `get`, and if a byte was changed on the disk meanwhile, so that it is not known what was copied.
+        """
+        from registry.store import loading
+        from registry.store.tree import decode
+
+        with self._reading(digest, label), contextlib.ExitStack() as checks:
+            manifest = self._recent_manifest(digest)
+            documents = self._chosen(manifest, only)
+
+            def tensors(wanted: Sequence[Wanted]) -> dict[int, torch.Tensor]:
+                mapped = loading.Mapped(self.packs)
+                mapped.decode(wanted)
+                mapped.open(wanted)
+                if verify:
+                    checks.enter_context(loading.steady(self.packs, wanted, mapped))
+                return {item.slot: mapped.tensor(item) for item in wanted}
+
+            found = self._while_packs_move(lambda: self._locate(manifest, documents), tensors)
+            yield {name: decode(document, found.__getitem__) for name, document in documents.items()}
+
     def _tensors(self, wanted: Sequence[Wanted], *, copy: bool, verify: bool) -> dict[int, torch.Tensor]:
         from registry.store import loading
 
@@ -332,20 +359,14 @@ class Store:
 
     def _fill(self, tensors: Sequence[torch.Tensor], wanted: Sequence[Wanted], verify: bool) -> None:
         from registry.store import loading
-        from registry.store.tree import is_plain, memory_of
 
         mapped = loading.Mapped(self.packs)
         mapped.decode(wanted)
         mapped.open(wanted)
-        if verify:
-            loading.verify(self.packs, wanted, mapped)
-        direct = []
-        for item in wanted:
-            if item.size and not item.base and is_plain(tensors[item.slot]):
-                direct.append(item)
-            else:
-                tensors[item.slot].copy_(mapped.tensor(item))
-        loading.read_into(self.packs, direct, lambda item: memory_of(tensors[item.slot], item.info.dtype))
+        with loading.steady(self.packs, wanted, mapped) if verify else contextlib.nullcontext():
+            for item in wanted:
+                if item.size:
+                    tensors[item.slot].copy_(loading.view(mapped.bytes(item), item.info, 0))
 
     def tensors_at(
         self, digest: str, slots: Mapping[int, str], *, verify: bool = True, label: str = ""

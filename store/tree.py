@@ -39,6 +39,7 @@ class Leaf(NamedTuple):
         size: bytes of the tensor.
         is_plain: whether `buffer` is a view of the caller's own memory, not a copy.
         address: of the first value in memory.
+        is_live: whether other threads may change the values while they are saved.
     """
 
     dtype: str
@@ -47,11 +48,16 @@ class Leaf(NamedTuple):
     size: int
     is_plain: bool
     address: int = 0
+    is_live: bool = True
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Leaf:
         kind, shape, size = _TORCH_TYPES[tensor.dtype], tuple(tensor.shape), tensor.nbytes
         return cls(kind, shape, tensor, size, is_plain(tensor), tensor.data_ptr() if size else 0)
+
+    def copied(self) -> Leaf:
+        """The same with the values as they are now, which nobody else can change."""
+        return self._replace(source=bytes(self.buffer()), is_plain=True, address=0, is_live=False)
 
     def buffer(self) -> memoryview:
         """The contiguous little-endian bytes."""
@@ -125,7 +131,7 @@ class _Encoder:
     def _bytes(self, value: bytes, path: Path) -> Any:
         if len(value) <= _INLINE_BYTES:
             return {"$bytes": value.hex()}
-        return {"$bytes": self._add(Leaf("uint8", (len(value),), value, len(value), True))}
+        return {"$bytes": self._add(Leaf("uint8", (len(value),), value, len(value), True, is_live=False))}
 
     def _list(self, value: list[Any], path: Path) -> Any:
         return [self.encode(item, (*path, i)) for i, item in enumerate(value)]

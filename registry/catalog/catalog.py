@@ -24,6 +24,7 @@ from registry.catalog.journal import BEGINNING, Journal, Position
 from registry.catalog.lookups import locate
 from registry.store import durable
 from registry.store.errors import Corrupt, Invalid, RegistryError, StorageError, Unsupported
+from registry.store.places import is_local
 from registry.store.text import quoted
 
 if TYPE_CHECKING:
@@ -44,11 +45,6 @@ OLD = "catalog.sqlite.format1"
 BUSY_SECONDS = 60
 _PARTS = ("", "-wal", "-shm", "-journal")
 """What SQLite adds to the name of a database for its own files."""
-
-_LOCAL = frozenset(
-    ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "tmpfs", "ramfs", "overlay", "jfs")
-)
-"""File systems of one machine, on which SQLite's write-ahead log works."""
 
 _TRIES = 4
 _LONGEST = 256 << 20
@@ -412,9 +408,9 @@ class Catalog:
         Either way a power cut leaves a consistent catalog. That it may have forgotten the last changes does no harm, as
         the log has them.
         """
-        is_local = file_system(self._root) in _LOCAL
-        connection.execute(f"PRAGMA journal_mode = {'WAL' if is_local else 'DELETE'}")
-        connection.execute(f"PRAGMA synchronous = {'NORMAL' if is_local else 'FULL'}")
+        local = is_local(self._root)  # elsewhere SQLite's write-ahead log does not work
+        connection.execute(f"PRAGMA journal_mode = {'WAL' if local else 'DELETE'}")
+        connection.execute(f"PRAGMA synchronous = {'NORMAL' if local else 'FULL'}")
 
     def _is_sound(self, connection: sqlite3.Connection) -> bool:
         """Whether the tables are those that this program makes.
@@ -1152,20 +1148,3 @@ def _identity_of(path: Path) -> _FileId | None:
     """What tells a file from another one that gets its name."""
     status = durable.status_of(path)
     return None if status is None else _FileId(status.st_dev, status.st_ino)
-
-
-def file_system(path: Path) -> str:
-    """The kind of file system that a folder is on; empty if it cannot be told."""
-    try:
-        place = os.path.realpath(path)
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
-            best, kind = "", ""
-            for line in mounts:
-                left, _, right = line.partition(" - ")
-                point = left.split(" ")[4].encode().decode("unicode_escape", "replace")
-                inside = point == "/" or place == point or place.startswith(point + "/")
-                if inside and len(point) >= len(best):
-                    best, kind = point, right.split(" ")[0]
-        return kind
-    except (OSError, IndexError):
-        return ""

@@ -248,7 +248,7 @@ class _Check:
                 try:
                     items = [item for item in store.wanted([digest]) if item.location.pack == pack]
                     for item in items:
-                        loading.verify(store.packs, [item], loading.Mapped(store.packs))
+                        loading.verify(store.packs, [item], loading.Read(store.packs))
                     problem = ""
                 except Missing as error:  # A pack that it rests on may just have been replaced.
                     problem = str(error)

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from registry import Registry
 from registry.catalog import schema
-from registry.catalog.catalog import file_system
 from registry.catalog.versions import best_version, find_versions, list_models, list_versions
 from registry.store.errors import Invalid, StorageError, Unsupported
 from registry.upkeep.garbage import collect_garbage
@@ -30,13 +29,13 @@ def registry(tmp_path: Path) -> Registry:
     return found
 
 
-@pytest.mark.parametrize(("kind", "mode", "synchronous"), [("ext4", "wal", 1), ("nfs4", "delete", 2)])
+@pytest.mark.parametrize(("local", "mode", "synchronous"), [(True, "wal", 1), (False, "delete", 2)])
 def test_the_database_is_set_up_to_survive(
-    registry: Registry, monkeypatch: pytest.MonkeyPatch, kind: str, mode: str, synchronous: int
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, local: bool, mode: str, synchronous: int
 ) -> None:
     """A write-ahead log only on the file systems of one machine."""
     registry.catalog.close()
-    monkeypatch.setattr("registry.catalog.catalog.file_system", lambda path: kind)
+    monkeypatch.setattr("registry.catalog.catalog.is_local", lambda path: local)
     values = {
         name: registry.catalog.query(f"PRAGMA {name}")[0][0]
         for name in ("journal_mode", "synchronous", "foreign_keys")
@@ -45,13 +44,6 @@ def test_the_database_is_set_up_to_survive(
     assert registry.catalog.query("PRAGMA busy_timeout")[0][0] >= 10_000
     with pytest.raises(sqlite3.IntegrityError, match="FOREIGN KEY"):
         registry.catalog.connection().execute("INSERT INTO tags (id, name) VALUES ('nothing', 'x')")
-
-
-def test_the_kind_of_file_system_is_told(tmp_path: Path) -> None:
-    assert file_system(Path("/proc/self")) == "proc"
-    assert file_system(tmp_path) not in ("", "proc")
-    (tmp_path / "link").symlink_to("/proc")
-    assert file_system(tmp_path / "link" / "self") == "proc"
 
 
 def plans(registry: Registry, use: object) -> list[str]:
