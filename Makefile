@@ -6,10 +6,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TYPES := build/types
 
-.PHONY: help test check demo bench bench-full docs constraints clean
+SOAK_SECONDS ?= 960
+
+.PHONY: help test soak check demo bench bench-full docs constraints clean
 
 help:
 	@echo "make test         install into .venv and run the whole suite"
+	@echo "make soak         the tests that draw their own cases, for an hour; SOAK_SECONDS=60 gives each a minute"
 	@echo "make check        format, lint, types, links"
 	@echo "make demo         train, kill, resume, look at it in TensorBoard, and use the best"
 	@echo "make bench        measure against what people use now, in three minutes; docs/benchmarks.md explains"
@@ -28,6 +31,11 @@ $(READY): pyproject.toml constraints.txt
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+soak: $(READY)
+	rm -rf build/soak
+	SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest -n 2 --dist worksteal tests/faults; \
+		status=$$?; $(BIN)/python tests/faults/soak.py; exit $$status
 
 check: $(READY)
 	$(BIN)/ruff format --check .

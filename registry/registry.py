@@ -99,8 +99,9 @@ class Registry:
         with durable.storage_errors(self.root):
             for folder in FOLDERS:
                 durable.make_folder(self.root / folder, inner=1)
-            self.catalog.create()
-            settings.create(self.root, f"torch-registry {registry.__version__}")
+            created_by = f"torch-registry {registry.__version__}"
+            self.catalog.create(created_by)
+            settings.create(self.root, created_by)
 
     # -- artifacts ---------------------------------------------------------------------------------------
 

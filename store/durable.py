@@ -82,13 +82,13 @@ def opened_folder(path: Path, inner: int = 0) -> Iterator[int]:
     Raises:
         Corrupt: if one of these is something else than a folder.
     """
-    parts = path.parts[len(path.parts) - inner :]
-    place = Path(*path.parts[: len(path.parts) - inner])
+    names = str(path).rsplit("/", inner) if inner else [str(path)]  # strings, as this is called very often
+    place = names.pop(0) or "/" if len(names) > inner else "."
     fd = os.open(place, _FOLDER)
     try:
-        for part in parts:
-            place = place / part
-            below = _open_inner_folder(part, fd, place)
+        for name in names:
+            place = f"{place}/{name}"
+            below = _open_inner_folder(name, fd, place)
             os.close(fd)
             fd = below
         yield fd
@@ -96,12 +96,12 @@ def opened_folder(path: Path, inner: int = 0) -> Iterator[int]:
         os.close(fd)
 
 
-def _open_inner_folder(name: str, folder: int, place: Path) -> int:
+def _open_inner_folder(name: str, folder: int, place: str) -> int:
     try:
         return os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.ENOTDIR):
-            error.filename = str(place)
+            error.filename = place
             raise
         raise Corrupt(
             f"{place}: is no folder but {_kind(os.stat(name, dir_fd=folder, follow_symlinks=False))}, which a "

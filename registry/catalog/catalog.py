@@ -124,12 +124,21 @@ class Catalog:
 
     # -- connections -------------------------------------------------------------------------------------
 
-    def create(self) -> None:
-        """Create an empty log and catalog, unless there is one, or another process makes it at this moment."""
+    def create(self, created_by: str) -> None:
+        """Create a log and a catalog, unless there are some, or another process makes them at this moment.
+
+        The log has a first entry before anything is saved, so that one that was lost can be told from one that is new.
+        """
         self.journal.create()
         with self.journal.locked():
             if durable.status_of(self.path) is None:
                 self._refold("")
+
+        def begin(view: View) -> list[Record]:
+            is_new = not view.query("SELECT 1 FROM log LIMIT 1")
+            return [{"op": "begin", "by": created_by}] if is_new else []
+
+        self.commit(begin)
 
     def connection(self) -> sqlite3.Connection:
         """This thread's connection in this process."""
@@ -213,12 +222,14 @@ class Catalog:
                                 return connection, identity
             except Damaged as error:
                 _logger.warning("%s", error)
-            except BaseException:
+            except BaseException as error:
                 if connection is not None:
-                    connection.close()
+                    _let_go(self.path, connection, identity, os.getpid())
+                if isinstance(error, StorageError) and identity != self._identity():
+                    continue  # It was deleted, or made anew, at this moment.
                 raise
             if connection is not None:
-                connection.close()
+                _let_go(self.path, connection, identity, os.getpid())
             self.refold(why="missing" if identity is None else "damaged")
         raise Corrupt(f"{self.path}: the catalog does not stay as it is made; check the disk")
 
@@ -409,7 +420,15 @@ class Catalog:
         the log has them.
         """
         local = is_local(self._root)  # elsewhere SQLite's write-ahead log does not work
-        connection.execute(f"PRAGMA journal_mode = {'WAL' if local else 'DELETE'}")
+        mode = "wal" if local else "delete"
+        end = time.monotonic() + BUSY_SECONDS
+        while connection.execute("PRAGMA journal_mode").fetchone() != (mode,):
+            try:
+                connection.execute(f"PRAGMA journal_mode = {mode}")
+            except sqlite3.OperationalError as error:  # SQLite does not wait for others here.
+                if "locked" not in str(error) or time.monotonic() > end:
+                    raise
+                time.sleep(0.01)
         connection.execute(f"PRAGMA synchronous = {'NORMAL' if local else 'FULL'}")
 
     def _is_sound(self, connection: sqlite3.Connection) -> bool:
@@ -533,7 +552,12 @@ class Catalog:
         with self._errors(), durable.storage_errors(self.path), self.journal.locked():
             if identity != self._identity(identity):
                 raise Replaced
-            connection.execute("BEGIN IMMEDIATE")
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+            except sqlite3.Error:
+                if identity != self._identity(identity):
+                    raise Replaced from None
+                raise
             try:
                 yield Change(connection, _Material(self._store(), self._text_in(connection)))
             except BaseException:
@@ -649,8 +673,16 @@ class Catalog:
         problems = self.migrate(chooses=True) if self.format == 1 else []
         with durable.storage_errors(self._root):
             self.journal.create()
-            with self.journal.locked():
-                return self._refold(why)._replace(problems=problems)
+            tries = 0
+            while True:
+                try:
+                    with self.journal.locked():
+                        return self._refold(why)._replace(problems=problems)
+                except StorageError as error:  # SQLite fails oddly where its files are deleted under it.
+                    tries += 1
+                    if tries == _TRIES or not isinstance(error.__cause__, sqlite3.Error):
+                        raise
+                    _logger.debug("%s; once more", error)
 
     def _refold(self, why: str) -> Refolded:
         from registry.catalog.change import Change
@@ -952,6 +984,12 @@ class Catalog:
                     raise
                 _logger.warning("%s", error)
                 self.refold(why="damaged")
+            except StorageError:
+                held: _Held | None = getattr(self._local, "held", None)
+                if held is None or held.connection.in_transaction:
+                    raise
+                if held.identity == self._identity(held.identity):
+                    raise
         raise StorageError(f"{self.path}: other processes keep changing the catalog; repeat")
 
     def locate(self, digests: Collection[str]) -> dict[str, Location]:

@@ -423,12 +423,16 @@ class Change:
 
     # -- damage ------------------------------------------------------------------------------------------
 
+    def _begin(self, record: Record, entry: Entry) -> None:
+        """The registry is new."""
+
     def _adopt(self, record: Record, entry: Entry) -> None:
         """What was lost is accepted as lost; a catalog is made anew behind this."""
         self.is_unsure = True
 
 
 _OPERATIONS: dict[str, Callable[[Change, Record, Entry], None]] = {
+    "begin": Change._begin,
     "pack": Change._pack,
     "damaged": Change._damaged,
     "replace": Change._replace,

@@ -260,6 +260,7 @@ def _gaps(value: Any) -> None:
 
 
 _FIELDS: dict[str, dict[str, Callable[[Any], object]]] = {
+    "begin": {"by": _text},
     "pack": {"digest": _digest, "size": _size, "differences": _flag},
     "damaged": {"pack": _digest},
     "replace": {"old": _digest, "new": _digest},

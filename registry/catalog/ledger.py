@@ -347,6 +347,9 @@ class Ledger:
 
     # -- damage ------------------------------------------------------------------------------------------
 
+    def _begin(self, record: Record, entry: Entry) -> None:
+        """The registry is new."""
+
     def _adopt(self, record: Record, entry: Entry) -> None:
         accepted = [range(first, last + 1) for first, last in record["gaps"]]
         self.gaps = [
@@ -357,6 +360,7 @@ class Ledger:
 
 
 _OPERATIONS: dict[str, Callable[[Ledger, Record, Entry], None]] = {
+    "begin": Ledger._begin,
     "pack": Ledger._pack,
     "damaged": Ledger._damaged,
     "replace": Ledger._replace,

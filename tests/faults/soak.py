@@ -66,3 +66,14 @@ def count(stem: str, **numbers: float) -> None:
             total[name] = total.get(name, 0) + number
         file.truncate(0)
         file.write(json.dumps(total, indent=1))
+
+
+def main() -> None:
+    """Say what the tests have tried."""
+    for path in sorted(COUNTS.glob("*.json")):
+        numbers = json.loads(path.read_text())
+        print(f"{path.stem:22} " + ", ".join(f"{number:,.0f} {name}" for name, number in numbers.items()))
+
+
+if __name__ == "__main__":
+    main()
