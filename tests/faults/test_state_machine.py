@@ -42,6 +42,7 @@ from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from support import Stepwise, broken_rules, collect, dump, files, fork, kill_me, wait
+from unsynced import Unsynced
 
 from registry import Registry
 from registry.catalog.lookups import Monitor
@@ -112,18 +113,8 @@ class Operation(NamedTuple):
     words: Sequence[str] | None = None
 
 
-class Unsynced(durable.Disk):
-    """A disk that nobody waits for: a process that is killed loses nothing that it has written."""
-
-    def sync(self, fd: int, path: Path) -> None:
-        pass
-
-    def sync_folder(self, path: Path, folder: int) -> None:
-        pass
-
-
 class Deadly(Stepwise):
-    """Likewise, with a step at which the process is killed."""
+    """A disk that nobody waits for, with a step at which the process is killed."""
 
     def sync(self, fd: int, path: Path) -> None:
         self._step(path, lambda: None)
