@@ -57,8 +57,13 @@ def users_of(query: Query, pack: str) -> set[str]:
 
 
 def needed_of(query: Query, store: Store, pack: str) -> set[str]:
-    """Digests of the tensors that lie in a pack and that manifests need, or differences that these need."""
-    found: set[str] = set()
+    """Digests of the tensors that lie in a pack and that manifests need, or differences in other packs."""
+    rest_here = (
+        "SELECT t.digest FROM packs p JOIN tensors t ON t.pack = p.number "
+        "WHERE p.digest = ? AND EXISTS (SELECT 1 FROM tensors d WHERE d.base = t.digest AND d.pack != p.number)"
+    )
+    bases = {row[0] for row in query(rest_here, [pack])}
+    found = {digest for digest, place in locate(query, bases).items() if place.pack == pack}
     for manifest_id in users_of(query, pack):
         wanted = set(store.tensors_of(manifest_id))
         while wanted:

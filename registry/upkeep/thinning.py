@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from registry.catalog.entries import Record, manifest_text
 from registry.catalog.naming import removal
 from registry.catalog.resolving import resolve
 from registry.catalog.versions import Version, find_versions, with_descendants
+from registry.store.errors import NotFound
 from registry.upkeep.repacking import tidy
 
 if TYPE_CHECKING:
@@ -32,15 +34,21 @@ def thin(catalog: Catalog, store: Store, reference: str) -> str:
         return version.name
     reduced = manifest.reduced(kept, {**manifest.record, "thinned-from": version.id})
     manifest_id, text = store.write_manifest(reduced)
+    carried = manifest_text(text)
 
     def compute(view: View) -> list[Record]:
         present = find_versions(view, "v.id = ?", [version.id])
         is_taken = view.query("SELECT 1 FROM versions WHERE id = ?", [manifest_id])
-        if not present or is_taken or with_descendants(view, [version.id]) or not view.store.has(manifest_id):
+        if not present or is_taken or with_descendants(view, [version.id]):
             return []
-        return _in_its_place(present[0], manifest_id, manifest_text(text))
+        if not carried and not view.store.has(manifest_id):  # gc took the file, and only that has the text.
+            view.store.write_manifest(reduced)
+        return _in_its_place(present[0], manifest_id, carried)
 
     if catalog.commit(compute):
+        if not store.has(manifest_id):  # gc took the file before the commit; the log has the text.
+            with contextlib.suppress(NotFound):  # Another process has removed the version already.
+                store.manifest(manifest_id)
         places = catalog.locate({tensor.digest for tensor in manifest.tensors})
         tidy(catalog, store, {place.pack for place in places.values()})
     return version.name

@@ -86,6 +86,8 @@ class _Check:
         self.checkpoints = self.artifacts = self.pack_count = self.tensor_count = self.byte_count = 0
         self._names: dict[str, list[tuple[str, str]]] = {}
         """Checkpoint and path of each tensor by digest."""
+        self._ids: dict[str, str] = {}
+        """Manifest of each checkpoint, as it was read; thinning gives it another."""
 
     # -- manifests ---------------------------------------------------------------------------------------
 
@@ -106,6 +108,7 @@ class _Check:
                 self.checkpoints += 1
                 for problem in facts_of(manifest).problems:
                     self.problems.append(Problem(f"{name}: {problem}", (name,)))
+            self._ids[name] = manifest_id
             for path, slot in manifest.slots:
                 self._names.setdefault(manifest.tensors[slot].digest, []).append((name, path))
 
@@ -178,9 +181,9 @@ class _Check:
         return bool(self._catalog.query("SELECT 1 FROM packs WHERE digest = ?", [pack]))
 
     def _is_needed(self, digest: str) -> bool:
-        """Whether a version that needs a tensor is still there, and no pack has it by now."""
-        names = {name for name, _ in self._names.get(digest, ())}
-        return bool(names & set(self._live_names().values())) and not self._catalog.locate([digest])
+        """Whether no pack has a tensor by now, while a manifest that needs it still counts."""
+        ids = {self._ids[name] for name, _ in self._names.get(digest, ())}
+        return not self._catalog.locate([digest]) and bool(self._live_names(ids))
 
     def _pack(self, digest: str, size: int, number: int) -> None:
         placed = {
