@@ -116,6 +116,10 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Facts]:
 # -- what contradicts the log --------------------------------------------------------------------------------
 
 
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.numpy().reshape(-1).view("u1"))
+
+
 def publish(manifest_id: str, version: int, **more: Any) -> Record:
     return {"op": "publish", "id": manifest_id, "model": "net", "version": version, **more}
 
@@ -325,7 +329,7 @@ def test_differences_that_rest_on_one_another_too_deeply_are_refused(
 
     def chained(registry: Registry) -> list[Record]:
         tensors = [near(number) for number in range(20, 20 + count)]
-        data = [memoryview(tensor.numpy().reshape(-1).view("u1")) for tensor in tensors]
+        data = [bytes_of(tensor) for tensor in tensors]
         digests = [tensor_digest("float32", (60, 50), part) for part in data]
         writer = PackWriter(registry.store.tmp, [("float32", (60, 50))] * count, coded=True)
         for i in range(count):
@@ -340,6 +344,27 @@ def test_differences_that_rest_on_one_another_too_deeply_are_refused(
         return [pack_record(pack), publish(stored.digest, 5, **entries.manifest_text(stored.text))]
 
     check_refused(root, chained)
+
+
+def test_a_plain_copy_takes_over_from_a_difference(golden: tuple[Path, Facts], tmp_path: Path) -> None:
+    registry = Registry(copy(golden[0], tmp_path / "r"), create=False)
+    query = registry.catalog.query
+    names = {tensor_digest("float32", (60, 50), bytes_of(near(number))): number for number in range(4)}
+    coded = [name for (name,) in query("SELECT digest FROM tensors WHERE base IS NOT NULL") if name in names]
+    assert len(coded) == 3
+    writer = PackWriter(registry.store.tmp, [("float32", (60, 50))] * 3)
+    for name in coded:
+        writer.add(name, "float32", (60, 50), bytes_of(near(names[name])))
+    pack = writer.finish(registry.store.packs)
+    registry.catalog.commit(lambda view: [pack_record(pack)])
+    assert {place.pack for place in registry.catalog.locate(coded).values()} == {pack.digest}
+    assert broken_rules(registry) == []
+    collect(registry, grace=0)
+    assert broken_rules(registry) == []
+    for number in range(4):
+        assert torch.equal(registry[f"near:v{number + 1}"].load()["model"]["w"], near(number))
+    assert query("SELECT 1 FROM tensors WHERE base IS NOT NULL") == []
+    registry.catalog.close()
 
 
 # -- a catalog that lies -------------------------------------------------------------------------------------
@@ -386,6 +411,7 @@ def test_a_catalog_that_lies_makes_nobody_lose_anything(
                 connection.execute(sql)
         connection.commit()
     registry = Registry(root, create=False)
+    assert broken_rules(registry) != []
     with contextlib.suppress(RegistryError):
         collect(registry, grace=0, now=time.time() + 2 * GRACE)
     saved = None
@@ -402,6 +428,25 @@ def test_a_catalog_that_lies_makes_nobody_lose_anything(
     assert broken_rules(registry) == []
     if not saved:
         assert dump(registry)["versions"] == before["versions"]
+    registry.catalog.close()
+
+
+def test_a_number_that_a_catalog_gives_again_is_refused(golden: tuple[Path, Facts], tmp_path: Path) -> None:
+    root = copy(golden[0], tmp_path / "r")
+    registry = Registry(root, create=False)
+    registry.remove(["net:v2"])
+    stored = registry.store.put({"model": {}}, {"kind": "checkpoint"})
+    registry.catalog.close()
+    with contextlib.closing(sqlite3.connect(root / "catalog.sqlite")) as connection:
+        connection.execute("UPDATE models SET next_version = 2, next_again = 2 WHERE name = 'net'")
+        connection.commit()
+    registry = Registry(root, create=False)
+    with pytest.raises(RegistryError):
+        registry.catalog.commit(
+            lambda view: [publish(stored.digest, 2, **entries.manifest_text(stored.text))]
+        )
+    assert save(registry, 6) == "net:v5"
+    assert broken_rules(registry) == []
     registry.catalog.close()
 
 
