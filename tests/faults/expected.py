@@ -3,136 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
+from trees import UNSEEN, Tree, exactly, is_same, tensors_in, ties
 
 from registry import Registry
 from registry.catalog.lookups import Monitor
 from registry.catalog.versions import Version, find_versions
-from registry.store.errors import NotFound
+from registry.store.errors import NotFound, RegistryError, Unsupported
 
-Tree = dict[str, Any]
 Name = tuple[str, int]
 """A model and the number of one of its versions."""
-
-UNSEEN: Any = object()
-"""Stands for a part of a tree that nobody can foretell, such as random state, until it is read for the first time."""
-
-
-# -- trees ---------------------------------------------------------------------------------------------------
-
-
-def _near(family: int, k: int, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor that differs from the others of its family in one row, so that differences are small."""
-    tensor = torch.randn(40, 64, generator=torch.Generator().manual_seed(family))
-    tensor[k % 40] += 0.001 * (k + 1)
-    return tensor.to(dtype)
-
-
-def _odd(k: int) -> Tree:
-    return {
-        "empty": torch.empty(0, 3),
-        "scalar": torch.tensor(k),
-        "half": torch.tensor([1.5, -0.0, math.inf, k]).bfloat16(),
-        "small": torch.tensor([0.5, k]).to(torch.float8_e4m3fn),
-        "flags": torch.tensor([True, False]),
-        "nan": torch.tensor([0x7FC00001 + k, 0x7F800002], dtype=torch.int32).view(torch.float32),
-        "turned": torch.arange(6.0 + k)[:6].reshape(2, 3).T,
-    }
-
-
-def _tied(k: int) -> Tree:
-    weight = torch.full((6, 5), float(k))
-    return {"in": weight, "out": weight, "equal": weight.clone(), "part": weight[2:4]}
-
-
-def _values(k: int) -> Tree:
-    ordered = OrderedDict([("b", (1, [2.5, None])), ("a", True)])
-    complex_one = torch.tensor([1 + 2j, k], dtype=torch.complex128)
-    return {
-        "$odd": k,
-        "c": complex_one,
-        "ordered": ordered,
-        "numbers": {3: -0.0, "nan": math.nan, "large": 2**62 + k},
-    }
-
-
-MODELS = {
-    "plain": lambda k: {"shared": torch.arange(600.0), "own": torch.full((20,), float(k))},
-    "near": lambda k: {"shared": torch.arange(600.0), "emb": _near(0, k, torch.float32)},
-    "near halves": lambda k: {
-        "emb": _near(1, k, torch.bfloat16),
-        "head": _near(2, k // 2, torch.float64)[:20],
-    },
-    "odd": _odd,
-    "tied": _tied,
-    "values": _values,
-}
-"""Makes the component `model` of a tree from a number, by kind."""
-
-
-def tree_of(kind: str, k: int, *, optimizer: bool) -> Tree:
-    """A tree of some kind; trees of two numbers differ, and share what they can."""
-    tree: Tree = {"model": MODELS[kind](k)}
-    if optimizer:
-        group = {"lr": 1e300, "betas": (0.9, 0.999), "params": [0]}
-        state = {0: {"step": torch.tensor(float(k)), "exp_avg": torch.full((700,), -float(k))}}
-        tree["optimizer"] = {"state": state, "param_groups": [group]}
-    return tree
-
-
-def tensors_in(tree: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of a tree, with its path."""
-    if isinstance(tree, torch.Tensor):
-        yield path, tree
-    elif isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield from tensors_in(value, f"{path}/{key}")
-    elif isinstance(tree, list | tuple):
-        for i, value in enumerate(tree):
-            yield from tensors_in(value, f"{path}/{i}")
-
-
-def ties(tree: Any) -> set[frozenset[str]]:
-    """The paths that share memory, by what they share."""
-    found: dict[object, set[str]] = {}
-    for path, tensor in tensors_in(tree):
-        if tensor.numel():
-            place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-            found.setdefault(place, set()).add(path)
-    return {frozenset(paths) for paths in found.values() if len(paths) > 1}
-
-
-def is_same(a: Any, b: Any) -> bool:
-    """Whether two trees are equal to the bit, of the same types, and in the same order."""
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, torch.Tensor):
-        return (a.dtype, a.shape) == (b.dtype, b.shape) and _bytes(a) == _bytes(b)
-    if isinstance(a, Mapping):
-        return list(a) == list(b) and all(is_same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(is_same, a, b))
-    if isinstance(a, float):
-        return _exactly(a) == _exactly(b)
-    return bool(a == b)
-
-
-def _bytes(tensor: torch.Tensor) -> bytes:
-    return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def _exactly(value: Any) -> Any:
-    """A plain value in which NaN equals NaN."""
-    if isinstance(value, Mapping):
-        return {key: _exactly(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_exactly(one) for one in value]
-    return value.hex() if isinstance(value, float) else value
 
 
 # -- the model -----------------------------------------------------------------------------------------------
@@ -188,7 +72,7 @@ class Saved:
             "components": sorted(self.tree),
             "is_thin": self.is_thin,
         }
-        return {key: _exactly(value) for key, value in found.items()}
+        return {key: exactly(value) for key, value in found.items()}
 
 
 def _description(version: Version) -> dict[str, Any]:
@@ -209,7 +93,7 @@ def _description(version: Version) -> dict[str, Any]:
         "components": sorted(record["components"]),
         "is_thin": "thinned-from" in record,
     }
-    return {key: _exactly(value) for key, value in found.items()}
+    return {key: exactly(value) for key, value in found.items()}
 
 
 class Began(NamedTuple):
@@ -302,6 +186,112 @@ class Expected:
             before = [saved.run for saved in self.versions.values() if saved.version_id == resumed]
             run = (before[0] or "") if resumed and before else ""
         return found
+
+
+# -- what becomes of what ------------------------------------------------------------------------------------
+
+
+def point_best(after: Expected, model: str, by: Monitor | None) -> None:
+    best = after.best(model, by) if by else None
+    if best:
+        after.point(best, "best")
+
+
+def training(
+    expected: Expected,
+    model: str,
+    trees: Sequence[Tree],
+    values: Sequence[float],
+    by: Monitor | None,
+    rules: dict[str, Any],
+    resumed: Name | None,
+) -> Iterator[Expected]:
+    """The stages of a run that saves trees and keeps what its rules say."""
+    yield expected
+    state = expected.copy()
+    numbers = [int(name.rpartition("-")[2]) for name in state.runs if name.startswith(f"{model}/")]
+    run = f"{model}/run-{max(numbers, default=0) + 1}"
+    origin = expected.versions[resumed] if resumed else None
+    state.runs[run] = Began("running", origin.version_id if origin else None)
+    yield state
+    parent = f"{resumed[0]}:v{resumed[1]}" if resumed else None
+    lineage = (("resumed-from", str(origin.version_id)),) if origin else ()
+    for tree, value in zip(trees, values, strict=True):
+        state = state.copy()
+        about = {
+            "loss": value,
+            "metrics": {"accuracy": value},
+            "run": run,
+            "parent": parent,
+            "lineage": lineage,
+        }
+        name = state.publish(model, Saved({**tree, "rng": UNSEEN}, **about))
+        parent, lineage = f"{name[0]}:v{name[1]}", ()
+        point_best(state, model, by)
+        yield state
+        for change in retention(state, model, run, by, rules):
+            state = state.copy()
+            change(state)
+            yield state
+    state = state.copy()
+    state.runs[run] = state.runs[run]._replace(state="finished")
+    yield state
+
+
+def retention(
+    state: Expected, model: str, run: str, by: Monitor | None, rules: dict[str, Any]
+) -> Iterator[Callable[[Expected], object]]:
+    """What a run's rules take away behind a save, commit by commit."""
+    chain = state.chain(run)
+    own = [(model, n) for n in state.numbers(model) if state.versions[model, n].run in chain]
+    last, best, optimizer = rules["keep_last"], rules["keep_best"], rules["keep_optimizer"]
+    kept = set(own[-(last or 1) :])
+    if by and best:
+        ranked = [(state.versions[name].value(by.metric), name) for name in own]
+        ranked = sorted((v if by.smallest else -v, name) for v, name in ranked if not math.isnan(v))
+        kept |= {name for _, name in ranked[:best]}
+    kept |= {name for name in own if state.versions[name].aliases or state.versions[name].tags}
+    kept |= {name for name in own if state.has_descendants(name)}
+    superfluous = [name for name in own if name not in kept] if last or best else []
+    if superfluous:
+        yield lambda after: [after.remove(name) for name in superfluous]
+    left = [name for name in own if name not in superfluous]
+    for name in left[::-1][optimizer:] if optimizer else ():
+        if not state.versions[name].is_thin:
+            yield lambda after, name=name: after.thin(name)
+
+
+def file_of(saved: Saved, suffix: str) -> Saved | type[RegistryError]:
+    """What becomes of a version that is exported and imported again, or why it cannot be."""
+    edge = (("imported-from", f"file{suffix}"),)
+    if suffix == ".safetensors":
+        model = saved.tree["model"]
+        plain = all(isinstance(value, torch.Tensor) for value in model.values())
+        if not plain or any(tensor.dtype == torch.complex128 for _, tensor in tensors_in(model)):
+            return Unsupported
+        order = sorted(model, key=lambda name: (-model[name].itemsize, name))
+        return Saved({"model": {name: model[name].clone() for name in order}}, lineage=edge)
+    whole = saved.file
+    if whole is None:
+        about = {"epoch": saved.epoch, "step": saved.step, "loss": saved.loss, "config": saved.config}
+        about["metrics"] = dict(sorted(saved.metrics.items())) or None
+        order = ("epoch", "step", "loss", "metrics", "config")
+        whole = saved.tree | {key: about[key] for key in order if about[key] is not None}
+    parts = {key: whole[key] for key in ("model", "optimizer", "rng") if key in whole}
+    numbers = {key: whole[key] for key in ("epoch", "step", "loss") if key in whole}
+    extra = {
+        key: value
+        for key, value in whole.items()
+        if key not in parts and not (key in numbers and abs(value) < 2**63)
+    }
+    return Saved(
+        parts | ({"extra": extra} if extra else {}),
+        **numbers,
+        metrics=whole.get("metrics", {}),
+        config=whole.get("config"),
+        lineage=edge,
+        file=whole,
+    )
 
 
 # -- the comparison ------------------------------------------------------------------------------------------

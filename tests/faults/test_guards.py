@@ -23,6 +23,7 @@ from support import (
     collect,
     copy,
     dump,
+    files,
     is_in_a_commit,
     is_state,
     save,
@@ -302,14 +303,17 @@ def test_a_pack_that_is_needed_is_not_doomed(golden: tuple[Path, Facts], tmp_pat
     check_refused(root, lambda registry: records)
 
 
+def anchor_of(registry: Registry) -> tuple[str, str]:
+    """The version that the others of its model are stored as differences from, and its pack."""
+    ((base,),) = registry.catalog.query("SELECT DISTINCT base FROM tensors WHERE base IS NOT NULL")
+    (anchor,) = [one.name for one in all_versions(registry) if base in registry.store.tensors_of(one.id)]
+    return anchor, registry.catalog.locate([base])[base].pack
+
+
 def test_a_pack_that_differences_rest_on_is_not_doomed(golden: tuple[Path, Facts], tmp_path: Path) -> None:
     root = copy(golden[0], tmp_path / "r")
     registry = Registry(root, create=False)
-    (base,) = {
-        base for (base,) in registry.catalog.query("SELECT DISTINCT base FROM tensors WHERE base IS NOT NULL")
-    }
-    (anchor,) = [v.name for v in all_versions(registry) if base in registry.store.tensors_of(v.id)]
-    pack = registry.catalog.locate([base])[base].pack
+    anchor, pack = anchor_of(registry)
     registry.remove([anchor])
     registry.catalog.close()
     check_refused(root, lambda registry: [{"op": "doom", "packs": [pack], "manifests": []}])
@@ -389,11 +393,21 @@ LIES = {
     "the next number is twice low": ["UPDATE models SET next_version = 2, next_again = 2"],
     "a pack lies elsewhere": ["UPDATE tensors SET pack = (SELECT MAX(number) FROM packs)"],
     "everything is plain": ["UPDATE tensors SET base = NULL", "UPDATE packs SET differences = 0"],
+    "nothing uses a pack, and everything is plain": ["DELETE FROM uses", "UPDATE tensors SET base = NULL"],
     "everything was released": [
         "INSERT OR IGNORE INTO released SELECT id FROM manifests",
         "DELETE FROM uses",
     ],
 }
+
+
+def path_is_needed(registry: Registry, path: str) -> bool:
+    """Whether a file is that of a pack or a manifest that counts."""
+    query, name = registry.catalog.query, Path(path).stem
+    return bool(
+        query("SELECT 1 FROM packs WHERE digest = ?", [name])
+        + query("SELECT 1 FROM manifests WHERE id = ?", [name])
+    )
 
 
 @pytest.mark.parametrize("lie", LIES)
@@ -402,7 +416,8 @@ def test_a_catalog_that_lies_makes_nobody_lose_anything(
 ) -> None:
     root = copy(golden[0], tmp_path / "r")
     registry = Registry(root, create=False)
-    before = dump(registry)
+    registry.remove([anchor_of(registry)[0]])
+    before, needed = dump(registry), {path for path in files(root) if path_is_needed(registry, path)}
     trees = {version.name: registry[version.name].load(copy=True) for version in all_versions(registry)}
     registry.catalog.close()
     with contextlib.closing(sqlite3.connect(root / "catalog.sqlite")) as connection:
@@ -414,6 +429,7 @@ def test_a_catalog_that_lies_makes_nobody_lose_anything(
     assert broken_rules(registry) != []
     with contextlib.suppress(RegistryError):
         collect(registry, grace=0, now=time.time() + 2 * GRACE)
+    assert needed <= set(files(root))
     saved = None
     with contextlib.suppress(RegistryError):
         saved = save(registry, 6)
@@ -481,6 +497,8 @@ def change_beside_gc(root: Path, change: Callable[[Registry], object], word: str
 
 CHANGES: dict[str, Callable[[Registry], object]] = {
     "save": lambda registry: save(registry, 6),
+    "save what is there": lambda registry: save(registry, 2),
+    "save what was removed": lambda registry: save(registry, 3),
     "put": lambda registry: registry.artifacts.put(
         Key(OTHER, "f", {}, {}), {"a": torch.ones(3)}, version=None, seconds=0.0
     ),
@@ -490,7 +508,7 @@ CHANGES: dict[str, Callable[[Registry], object]] = {
 
 @pytest.mark.parametrize(
     ("name", "word"),
-    [("save", "manifests"), ("save", "packs"), ("put", "manifests"), ("put", "packs"), ("thin", "manifests")],
+    [*((name, "manifests") for name in CHANGES), ("save", "packs"), ("put", "packs")],
 )
 @pytest.mark.parametrize("is_large", [False, True], ids=["in the log", "in its file alone"])
 def test_gc_before_the_commit_takes_nothing_from_a_version(
@@ -505,6 +523,8 @@ def test_gc_before_the_commit_takes_nothing_from_a_version(
     registry = Registry(root)
     optimizer = {"state": {}, "param_groups": [], "moment": torch.ones(5)}
     registry.save("whole", {"model": {"w": torch.ones(4)}, "optimizer": optimizer})
+    if name == "save what was removed":
+        registry.remove(["net:v3"])
     before = {version.name for version in all_versions(registry)}
     registry.catalog.close()
     if is_large:  # As if the manifest were too large for the log.
@@ -518,7 +538,7 @@ def test_gc_before_the_commit_takes_nothing_from_a_version(
     for version in all_versions(registry):
         registry[version.name].load()
     found = {version.name for version in all_versions(registry)}
-    assert found - before == ({"net:v5"} if name == "save" else set())
+    assert found - before == ({"net:v5"} if name.startswith("save") else set())
     if name == "thin":
         assert registry["whole:v1"].components == ("model",)
     registry.catalog.close()
