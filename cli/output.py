@@ -142,8 +142,11 @@ def counted(count: int, thing: str, things: str | None = None) -> str:
 
 
 def time_of(stamp: str) -> str:
-    """A stored time in the local time zone, to the minute."""
-    return f"{datetime.fromisoformat(stamp).astimezone():%Y-%m-%d %H:%M}"
+    """A stored time in the local time zone, to the minute; a question mark for none."""
+    try:
+        return f"{datetime.fromisoformat(stamp).astimezone():%Y-%m-%d %H:%M}"
+    except (ValueError, OverflowError):
+        return "?"
 
 
 def version_document(version: Version) -> dict[str, Any]:

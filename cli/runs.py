@@ -81,7 +81,10 @@ def _state(registry: Registry, info: RunInfo) -> str:
 def _duration(info: RunInfo) -> str:
     if not info.ended:
         return ""
-    seconds = (datetime.fromisoformat(info.ended) - datetime.fromisoformat(info.started)).total_seconds()
+    try:
+        seconds = (datetime.fromisoformat(info.ended) - datetime.fromisoformat(info.started)).total_seconds()
+    except (TypeError, ValueError):
+        return "?"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

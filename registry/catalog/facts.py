@@ -57,8 +57,8 @@ def facts_of(manifest: Manifest) -> Facts:
             record[key] = value
         else:
             problems.append(f"{quoted(key)} in its record is malformed")
-    if "provenance" in record:
-        made = record["provenance"]
+    made = record.get("provenance")
+    if made is not None:
         odd = [
             key for key, is_right in _MADE.items() if made.get(key) is not None and not is_right(made[key])
         ]

@@ -266,6 +266,19 @@ RECORDS: dict[str, dict[str, Any]] = {
     "drop-artifact": {"key": NONE, "was": NONE},
     "adopt": {"gaps": [[1, 2]], "reason": "x"},
 }
+RUN = (
+    "state",
+    "ended",
+    "config",
+    "dataset",
+    "artifacts",
+    "world",
+    "resumed",
+    "command",
+    "git",
+    "devices",
+    "python",
+)
 READING: tuple[Sequence[str], ...] = (
     ["list"],
     ["list", "net"],
@@ -353,6 +366,8 @@ ONCE_WRONG: dict[str, tuple[dict[tuple[str, ...], Any], list[str]]] = {
     "lineage": ({("lineage",): "../../../etc/passwd"}, ["diff", "net:v1", "net:v2"]),
     "dataset": ({("provenance", "dataset"): {"model": 5}}, ["show", "net:v2"]),
     "escapes": ({("metrics", ESCAPES): 1.0, ("run",): ESCAPES}, ["show", "net:v2"]),
+    "no provenance": ({("provenance",): None}, ["list"]),
+    "no time": ({("created",): BIG}, ["show", "net:v2"]),
     "edge": ({("lineage",): [{"kind": ESCAPES, "parent": ESCAPES}]}, ["lineage", "net:v2"]),
 }
 
@@ -370,6 +385,9 @@ def made_up(chance: random.Random) -> tuple[dict[tuple[str, ...], Any], list[Any
         return {chance.choice(FIELDS): chance.choice(VALUES)}, []
     if kind < 0.6:
         return {("lineage",): [chance.choice(EDGES)], ("metrics", chance.choice(METRICS)): 1.0}, []
+    if kind < 0.7:
+        run = {"op": "run", **RECORDS["run"], "record": {chance.choice(RUN): chance.choice(VALUES[:-1])}}
+        return {}, [run]
     op, rest = chance.choice([*RECORDS.items()])
     record = {"op": op, **rest}
     name = chance.choice([*record])
