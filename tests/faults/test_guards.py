@@ -532,9 +532,9 @@ def test_gc_before_the_commit_takes_nothing_from_a_version(
             monkeypatch.setattr(f"{module}.manifest_text", lambda data: {})
     change_beside_gc(root, CHANGES[name], word)
     registry = Registry(root, create=False)
-    assert broken_rules(registry) == []
     for (manifest_id,) in registry.catalog.query("SELECT id FROM manifests"):
         assert registry.store.has(manifest_id)
+    assert broken_rules(registry) == []
     for version in all_versions(registry):
         registry[version.name].load()
     found = {version.name for version in all_versions(registry)}
@@ -588,6 +588,22 @@ def test_gc_leaves_a_manifest_that_came_back_since_it_looked(tmp_path: Path) -> 
     assert registry.store.has(ids[last])
     registry.artifacts.load(ids[last])
     assert broken_rules(registry) == []
+
+
+def test_what_came_back_and_went_again_is_doomed_again(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "r")
+    for _ in range(3):
+        key = Key(KEY, "f", {}, {})
+        manifest_id = registry.artifacts.put(key, {"a": torch.ones(9)}, version=None, seconds=0.0)
+        assert registry.store.has(manifest_id)
+        registry.artifacts.remove([KEY])
+        assert broken_rules(registry) == []
+        collect(registry)
+        assert registry.store.has(manifest_id)
+        collect(registry, now=time.time() + 2 * GRACE)
+        assert not registry.store.has(manifest_id)
+        assert broken_rules(registry) == []
+    registry.catalog.close()
 
 
 def test_equal_versions_of_one_instant_are_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
