@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import signal
 import sqlite3
 import time
@@ -19,9 +20,11 @@ from storm import Content, Known, Worker, Wrong
 from support import Tree, all_versions, broken_rules, collect, dump, fork, wait
 
 from registry import Registry
+from registry.catalog import catalog
 from registry.catalog.catalog import Catalog
 from registry.progress import Progress
 from registry.store.manifest import Manifest
+from registry.store.places import is_local
 from registry.store.store import Store
 from registry.upkeep import verification
 from registry.upkeep.garbage import GRACE
@@ -290,3 +293,48 @@ def test_a_catalog_that_is_deleted_while_it_is_opened_is_made_again(
     assert len(deleted) == times
     assert again.save("net", thinnable(2)).name == "net:v2"
     assert broken_rules(again) == []
+
+
+# -- reading while somebody saves ----------------------------------------------------------------------------
+
+READERS = 8
+
+
+def test_saves_go_on_beside_an_open_reader_and_many_reading_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "r"
+    if not is_local(tmp_path):
+        pytest.skip("readers hold up who saves on a file system that may be shared")
+    monkeypatch.setattr(catalog, "BUSY_SECONDS", 5)
+    registry = Registry(root)
+    registry.save("net", thinnable(1))
+    registry.catalog.close()
+    stop_reading, stop = os.pipe()
+    told_reading, told = os.pipe()
+
+    def read() -> None:
+        os.close(stop)
+        registry = Registry(root, create=False)
+        while not select.select([stop_reading], [], [], 0)[0]:
+            for name in [version.name for version in all_versions(registry)]:
+                assert set(registry[name].load()) == {"model", "optimizer"}
+            os.write(told, b"r")
+
+    readers = [fork(read) for _ in range(READERS)]
+    assert len([os.read(told_reading, 1) for _ in range(READERS)]) == READERS
+    reader = sqlite3.connect(root / catalog.NAME, isolation_level=None)
+    reader.execute("BEGIN")
+    count = "SELECT COUNT(*) FROM versions"
+    assert reader.execute(count).fetchone() == (1,)
+    for number in range(2, 7):
+        assert registry.save("net", thinnable(number)).name == f"net:v{number}"
+    assert reader.execute(count).fetchone() == (1,)  # It has read at one moment all the while.
+    reader.execute("COMMIT")
+    assert reader.execute(count).fetchone() == (6,)
+    reader.close()
+    os.close(stop)
+    assert [wait(pid) for pid in readers] == [0] * READERS
+    for descriptor in (stop_reading, told_reading, told):
+        os.close(descriptor)
+    assert broken_rules(registry) == []
