@@ -25,7 +25,7 @@ from registry.catalog.lookups import locate
 from registry.store import durable
 from registry.store.errors import Corrupt, Invalid, RegistryError, StorageError, Unsupported
 from registry.store.places import is_local
-from registry.store.text import quoted
+from registry.store.text import printable, quoted
 
 if TYPE_CHECKING:
     from registry.catalog import format1
@@ -47,6 +47,9 @@ _PARTS = ("", "-wal", "-shm", "-journal")
 """What SQLite adds to the name of a database for its own files."""
 
 _TRIES = 4
+_UNREADABLE = (sqlite3.Error, UnicodeDecodeError)
+"""What reading a damaged database raises; the second where its own message holds what is damaged."""
+
 _LONGEST = 256 << 20
 """Bytes of a value that SQLite may make, so that a forged table cannot ask for more memory."""
 
@@ -296,7 +299,7 @@ class Catalog:
             connection = self._connect(self.path, "mode=rw" if self.is_writable else "mode=ro", is_ours=False)
         except Damaged:
             return None
-        with contextlib.suppress(sqlite3.Error):
+        with contextlib.suppress(*_UNREADABLE):
             is_whole = connection.execute("PRAGMA integrity_check(1)").fetchone() == ("ok",)
             odd = "SELECT 1 FROM sqlite_master WHERE type IN ('view', 'trigger')"
             if is_whole and not connection.execute(odd).fetchone() and schema.version(connection) is not None:
@@ -451,7 +454,7 @@ class Catalog:
         try:
             yield
         except sqlite3.OperationalError as error:
-            text = str(error)
+            text = printable(str(error))
             if "full" in text:
                 raise StorageError(
                     f"{self.path}: no space left on the device; free some and repeat"
@@ -464,13 +467,14 @@ class Catalog:
                 raise StorageError(
                     f"{self.path}: another process has kept the catalog locked for {BUSY_SECONDS} s; repeat"
                 ) from error
-            if "no such" in text:
+            if "no such" in text or "decode" in text:
                 raise Damaged(f"{self.path}: {text}; recreate it with: registry rebuild") from error
             raise StorageError(f"{self.path}: {text}; check the disk") from error
         except UnicodeEncodeError as error:
             raise Invalid(f"{quoted(error.object)} is not valid Unicode text") from None
-        except (sqlite3.DatabaseError, OverflowError) as error:
-            raise Damaged(f"{self.path}: {error}; recreate it with: registry rebuild") from error
+        except (sqlite3.DatabaseError, OverflowError, UnicodeDecodeError) as error:
+            text = printable(str(error))
+            raise Damaged(f"{self.path}: {text}; recreate it with: registry rebuild") from error
 
     # -- changing ----------------------------------------------------------------------------------------
 
@@ -571,16 +575,17 @@ class Catalog:
     def _refuse_gaps(self, change: Change) -> None:
         gaps = _state(change.connection, "gaps")
         if gaps:
-            raise Corrupt(
-                f"{self.journal.folder}: {json.loads(gaps)[0]}; nothing can be changed before: registry rebuild --adopt"
-            )
+            raise self._not_before(json.loads(gaps)[0])
 
-    def adopt(self, compute: Callable[[Ledger], Sequence[Record]], reason: str) -> Entry:
+    def adopt(self, compute: Callable[[Ledger], Sequence[Record]], reason: str) -> Entry | None:
         """Accept that what cannot be read in the log is lost, and go on behind it.
 
         Args:
             compute: says what else is to be recorded, from what follows from the readable entries.
             reason: why, for those who read the log.
+
+        Returns:
+            The entry of the log; None if there was nothing to record.
 
         Raises:
             StorageError: if the folder cannot be written.
@@ -593,12 +598,27 @@ class Catalog:
             gaps = [[gap.first, gap.last] for gap in ledger.gaps if gap.last >= gap.first]
             accepted = [{"op": "adopt", "gaps": gaps, "reason": reason}] if gaps else []
             records = [*accepted, *compute(ledger)]
+            if not records:
+                return None
             for record in records:
                 entries.check_record(record)
             entry = entries.write(ledger.seq + 1, ledger.digest, records)
             self.journal.append(entry, ledger.end)
             self._refold_in_place(change, connection)
         return entry
+
+    def check_unbroken(self) -> None:
+        """See that changes are possible, before anything is written for one.
+
+        Raises:
+            Corrupt: if entries of the log are lost, and nobody has accepted that.
+        """
+        for gap in self.gaps():
+            raise self._not_before(gap)
+
+    def _not_before(self, gap: object) -> Corrupt:
+        advice = "nothing can be changed before: registry rebuild --adopt"
+        return Corrupt(f"{self.journal.folder}: {gap}; {advice}")
 
     def gaps(self) -> list[str]:
         """What is damaged in the log and in the catalog's copy of it, in words; nothing can be changed then."""
@@ -630,6 +650,7 @@ class Catalog:
         seq, digest, end = _head(change.connection)
         if self.journal.ends_at(end, seq) and (not seq or self.journal.digest_before(end) == digest):
             return
+        self.journal.sync()
         size = self.journal.size(end.segment) or 0
         if size < end.offset or (seq and self.journal.digest_before(end) != digest):
             self._refold_in_place(change, change.connection)
@@ -694,6 +715,8 @@ class Catalog:
             return Refolded(self.ledger())
         if why:
             _logger.warning("%s is %s; it is made anew from the log", self.path, why)
+        # A process may have been killed that was making it, or taking it to the present format.
+        durable.sync_folder(self._root)
         with contextlib.ExitStack() as stack:
             set_aside, copies = None, usable
             if usable is None:
@@ -751,7 +774,7 @@ class Catalog:
             connection = self._connect(self.path.with_name(name))
         except RegistryError:
             return None
-        with contextlib.suppress(sqlite3.Error):
+        with contextlib.suppress(*_UNREADABLE):
             if schema.is_ours(connection):
                 return connection
         connection.close()
@@ -792,6 +815,8 @@ class Catalog:
 
         connection = change.connection
         ledger = Ledger()
+        if heals:
+            self.journal.sync()
         connection.execute("DROP TABLE IF EXISTS temp.history")
         connection.execute("CREATE TEMP TABLE history (seq INTEGER PRIMARY KEY, entry BLOB NOT NULL)")
         is_whole = True
@@ -806,8 +831,16 @@ class Catalog:
                 is_whole = is_whole and item.start is not None
             ledger.follow([item])
         if heals and not (is_whole and all(gap.last >= gap.first for gap in ledger.gaps)):
-            healed = heal(self.journal, self._history(copies))
-            if healed:
+            segments, healed = heal(self.journal, self._history(copies))
+            if segments:
+                _logger.warning(
+                    "%s: is damaged, and %s written again with the catalog's copy, which has %d entries that were lost",
+                    *(
+                        self.journal.folder,
+                        ", ".join(self.journal.path(one).name for one in segments),
+                        len(healed),
+                    ),
+                )
                 again = self._refold_in_place(change, copies, heals=False)
                 return again._replace(healed=healed)
         if not ledger.seq and not ledger.gaps and next(iter(self._store()), None):
@@ -963,9 +996,7 @@ class Catalog:
             if heals and self.is_writable and not self.connection().in_transaction:
                 self.refold(why="damaged")  # The catalog's copy may have what the log has lost.
         gap = next(gap for gap in known.gaps if gap.last >= gap.first)
-        raise Corrupt(
-            f"{self.journal.folder}: {gap}; nothing can be changed before: registry rebuild --adopt"
-        )
+        raise self._not_before(gap)
 
     # -- reading -----------------------------------------------------------------------------------------
 
@@ -1088,7 +1119,7 @@ def _copies(connection: sqlite3.Connection) -> Iterator[Entry]:
             rows = connection.execute(
                 "SELECT seq, entry FROM main.log WHERE seq > ? ORDER BY seq LIMIT 64", (last,)
             ).fetchall()
-        except sqlite3.Error:
+        except _UNREADABLE:
             return
         if not rows:
             return

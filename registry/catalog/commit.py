@@ -51,10 +51,12 @@ def publish(
 
     Raises:
         StorageError: if the disk is full or refuses; nothing is made known.
+        Corrupt: if the log is damaged; nothing is written.
         Conflict: if others change the registry again and again.
     """
     from registry.store.store import Written
 
+    catalog.check_unbroken()
     again = not isinstance(state, Written)  # What other processes wrote cannot be written again here.
     for attempt in range(_ATTEMPTS):
         alone = attempt == _ATTEMPTS - 1  # The last time nobody else may change anything meanwhile.

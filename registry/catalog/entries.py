@@ -66,7 +66,10 @@ def write(seq: int, prev: str, records: Sequence[Record]) -> Entry:
 
     Raises:
         Invalid: if it would be larger than an entry may be.
+        ValueError: if it records nothing, as such an entry cannot be read.
     """
+    if not records:
+        raise ValueError("an entry without records")
     if len(records) > MAX_RECORDS:
         raise Invalid(
             f"one change of {len(records):,} records is too large; at most {MAX_RECORDS:,} go at a time"

@@ -212,7 +212,7 @@ class _Ahead:
             self.take()
 
 
-def heal(journal: Journal, history: Iterable[Placed | Gap | End | Fork]) -> list[int]:
+def heal(journal: Journal, history: Iterable[Placed | Gap | End | Fork]) -> tuple[list[int], list[int]]:
     """Write the segments anew that lack entries which the catalog's copy has, or hold what is no entry.
 
     A segment with entries that neither has stays as it is.
@@ -221,9 +221,10 @@ def heal(journal: Journal, history: Iterable[Placed | Gap | End | Fork]) -> list
         history: all of it, merged.
 
     Returns:
-        Numbers of the entries that were brought back.
+        The segments that were written, and numbers of the entries that were brought back.
     """
     names = set(journal.segments()) | {1}
+    written: list[int] = []
     healed: list[int] = []
     segment, size = 0, 0
     group: list[Placed] = []
@@ -234,6 +235,7 @@ def heal(journal: Journal, history: Iterable[Placed | Gap | End | Fork]) -> list
         lost = [item.entry.seq for item in group if item.start is None or item.start.segment != segment]
         if lost or journal.size(segment) != size:
             journal.rewrite(segment, [item.entry for item in group])
+            written.append(segment)
             healed.extend(lost)
 
     for item in history:
@@ -245,4 +247,4 @@ def heal(journal: Journal, history: Iterable[Placed | Gap | End | Fork]) -> list
         size += len(item.entry.line)
         group.append(item)
     finish()
-    return healed
+    return written, healed

@@ -217,7 +217,10 @@ class Ledger:
             self._give_number(model, version, is_adopted=bool(record.get("adopted")))
         else:
             freed = self._freed.pop(instead, None)
-            _refuse_if(freed != (model, version), f"{model}:v{version} is not what {instead[:12]} was")
+            if freed is None and self.has_gaps:  # What said which number it had is lost; this says it too.
+                self._give_number(model, version, is_adopted=True)
+            else:
+                _refuse_if(freed != (model, version), f"{model}:v{version} is not what {instead[:12]} was")
         self._revive(manifest_id, record)
         self._set(self.versions, manifest_id, (model, version))
 
@@ -251,6 +254,8 @@ class Ledger:
 
     def _remove(self, record: Record, entry: Entry) -> None:
         manifest_id = record["id"]
+        if self.has_gaps and manifest_id not in self.versions:
+            self._release(manifest_id)  # What made it known is lost; it is gone all the same.
         model, version = self._version(manifest_id)
         aliases = self.aliases_of.get(manifest_id, frozenset())
         tags = self.tags.get(manifest_id, frozenset())
@@ -278,6 +283,8 @@ class Ledger:
 
     def _alias(self, record: Record, entry: Entry) -> None:
         model, alias, manifest_id = record["model"], record["alias"], record["id"]
+        if self.has_gaps and manifest_id not in self.versions:
+            self._unpoint(model, alias, record["was"])  # It does not point where it did before.
         _refuse_if(self._version(manifest_id)[0] != model, f"{manifest_id[:12]} is no version of {model}")
         self._unpoint(model, alias, record["was"])
         self._set(self.aliases, (model, alias), manifest_id)
@@ -288,6 +295,11 @@ class Ledger:
 
     def _unpoint(self, model: str, alias: str, was: str | None) -> None:
         """Take an alias away, which points where it is said to."""
+        if self.has_gaps:
+            said = ("alias", model, alias)
+            self.skipped = [
+                one for one in self.skipped if (one["op"], one.get("model"), one.get("alias")) != said
+            ]
         found = self.aliases.get((model, alias))
         _refuse_if(found != was and not self.has_gaps, f"{model}@{alias} points elsewhere")
         if found is not None:

@@ -41,6 +41,12 @@ def marks(items: Collection[Any]) -> str:
     return ",".join("?" * len(items))
 
 
+_PLACES = {
+    (str, int, int, str, int, int, base, coded) for base in (str, type(None)) for coded in (int, type(None))
+}
+"""Types of the columns of a place."""
+
+
 def locate(query: Query, digests: Collection[str]) -> dict[str, Location]:
     """Where tensors lie: of the packs that have one, those without known damage come first, then those that have it
     as it is and not as a difference, then the one that the log named first."""
@@ -51,7 +57,12 @@ def locate(query: Query, digests: Collection[str]) -> dict[str, Location]:
             f"JOIN packs p ON p.number = t.pack WHERE t.digest IN ({marks(part)})",
             part,
         )
-        for digest, damaged, number, *place in rows:
+        for row in rows:
+            if tuple(map(type, row)) not in _PLACES:
+                raise Corrupt(
+                    "the catalog holds a damaged row of a tensor; recreate it with: registry rebuild"
+                )
+            digest, damaged, number, *place = row
             location = Location(*place)
             rank = (damaged, location.base is not None, number)
             before = found.get(digest)

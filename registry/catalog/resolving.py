@@ -33,7 +33,7 @@ def resolve(catalog: Reader, text: str) -> Version:
         if matches:
             names = ", ".join(f"{version.name} ({version.id[:12]})" for version in matches)
             raise Conflict(f"{prefix} is the beginning of several ids: {names}; give more digits")
-    raise NotFound(_missing(catalog, reference))
+    raise NotFound(_missing(catalog, reference) + _gaps(catalog))
 
 
 def _find(catalog: Reader, reference: Reference) -> list[Version]:
@@ -59,6 +59,13 @@ def _missing(catalog: Reader, reference: Reference) -> str:
         return f"{reference.model} has no alias {quoted(reference.alias)}{meant}"
     newest = ", ".join(f"v{row[0]}" for row in versions)
     return f"{reference.model} has no version v{reference.version}; its newest are {newest}"
+
+
+def _gaps(catalog: Reader) -> str:
+    """What is to be said where the log is damaged, so that something may be there that no entry names."""
+    if catalog.query("SELECT 1 FROM state WHERE key = 'gaps'"):
+        return "; a part of the log cannot be read, registry verify says which"
+    return ""
 
 
 def hint(text: str, names: Sequence[str]) -> str:

@@ -179,6 +179,8 @@ def list_models(catalog: Reader) -> list[Model]:
     newest = "SELECT model, MAX(version) FROM versions GROUP BY model"
     latest = find_versions(catalog, f"(v.model, v.version) IN ({newest})")
     by_model = {version.model: version for version in latest}
+    if any(name not in by_model for name, _ in rows):
+        raise Corrupt("the catalog contradicts itself about a model; recreate it with: registry rebuild")
     return [Model(name, count, by_model[name]) for name, count in rows]
 
 

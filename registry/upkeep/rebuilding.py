@@ -67,7 +67,8 @@ def rebuild(catalog: Catalog, store: Store, *, adopt: bool = False, progress: Pr
         adopted: list[str] = []
         if adopt and (unnamed or refolded.ledger.has_gaps):
             entry = catalog.adopt(lambda ledger: _adoption(store, ledger), "taken in by rebuild --adopt")
-            adopted = [f"{one['model']}:v{one['version']}" for one in entry.records if one["op"] == "publish"]
+            records = entry.records if entry else ()
+            adopted = [f"{one['model']}:v{one['version']}" for one in records if one["op"] == "publish"]
             unnamed = _unnamed(store, catalog.refold().ledger)
     ((versions, models, packs),) = catalog.query(
         "SELECT (SELECT COUNT(*) FROM versions), (SELECT COUNT(DISTINCT model) FROM versions), "
@@ -190,12 +191,19 @@ def _numbers(ledger: Ledger, orphans: Sequence[_Orphan]) -> dict[str, int]:
 
 def _names(ledger: Ledger, adopted: set[str]) -> Iterator[Record]:
     """Aliases, tags and notes that readable entries give to versions which are taken in."""
-    pointed: dict[tuple[str, str], Record] = {}
-    for record in ledger.skipped:
-        if record.get("id") in adopted and record["op"] in ("tag", "note"):
+    found: dict[tuple[str, str, str], Record] = {}
+    for number, record in enumerate(ledger.skipped):
+        op, manifest_id = record["op"], str(record.get("id"))
+        if op == "alias":
+            found["alias", record["model"], record["alias"]] = record
+        elif op == "tag":
+            found["tag", manifest_id, record["tag"]] = record
+        elif op == "untag":
+            found.pop(("tag", manifest_id, record["tag"]), None)
+        elif op == "note":
+            found["note", manifest_id, str(number)] = record
+    for (op, model, name), record in found.items():
+        if record["id"] in adopted and op != "alias":
             yield record
-        elif record.get("id") in adopted and record["op"] == "alias":
-            pointed[record["model"], record["alias"]] = record
-    for (model, alias), record in pointed.items():
-        if (model, alias) not in ledger.aliases:
+        elif record["id"] in adopted and (model, name) not in ledger.aliases:
             yield {**record, "was": None}

@@ -17,7 +17,7 @@ from registry.catalog.resolving import resolve
 from registry.catalog.schema import UNUSED
 from registry.progress import Progress, silent
 from registry.store.digest import digest as digest_of
-from registry.store.digest import tensor_digest
+from registry.store.digest import is_digest, tensor_digest
 from registry.store.errors import Corrupt, Missing, RegistryError
 from registry.store.location import Location
 from registry.store.manifest import MAX_SIZE, parse
@@ -175,7 +175,10 @@ class _Check:
         if self._chosen:
             needed = {place.pack for place in self._catalog.locate(self._names).values()}
             rows = [row for row in rows if row[0] in needed]
-        return [(str(digest), int(size), int(number)) for digest, size, number in rows]
+        sound = [row for row in rows if is_digest(row[0]) and type(row[1]) is type(row[2]) is int]
+        if len(sound) < len(rows):
+            self.problems.append(Problem("the catalog holds a damaged row of a pack; run: registry rebuild"))
+        return [(str(digest), int(size), int(number)) for digest, size, number in sound]
 
     def _counts(self, pack: str) -> bool:
         return bool(self._catalog.query("SELECT 1 FROM packs WHERE digest = ?", [pack]))
