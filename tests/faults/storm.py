@@ -251,8 +251,9 @@ class Worker:
         self._pen = Pen(ledger / self.name)
 
     def work(self, stop: Path) -> None:
-        """Do one thing after the other until there is a file."""
-        while not stop.exists():
+        """Do one thing after the other until there is a file, or who started it is gone."""
+        parent = os.getppid()
+        while not stop.exists() and os.getppid() == parent:
             (operation,) = self.chance.choices([*OPERATIONS], [*OPERATIONS.values()])
             self.known.refresh()
             try:
