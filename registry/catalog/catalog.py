@@ -603,6 +603,8 @@ class Catalog:
             for record in records:
                 entries.check_record(record)
             entry = entries.write(ledger.seq + 1, ledger.digest, records)
+            if (self.journal.size(ledger.end.segment) or 0) > ledger.end.offset:
+                self.journal.cut(ledger.end)
             self.journal.append(entry, ledger.end)
             self._refold_in_place(change, connection)
         return entry
@@ -823,7 +825,8 @@ class Catalog:
         for item in self._history(copies):
             if isinstance(item, Fork):
                 raise Corrupt(f"{self._root}: {item}; put the newer one back, or remove the other")
-            if isinstance(item, End) and item.is_torn and heals:
+            # Behind a gap it stays: without it, what is damaged before it would seem to be cut short, too.
+            if isinstance(item, End) and item.is_torn and heals and not ledger.has_gaps:
                 self.journal.cut(item.position)
             if isinstance(item, Placed):
                 blob = zlib.compress(item.entry.line, 1)

@@ -81,27 +81,60 @@ def walk(lines: Iterable[Line], seq: int = 0, digest: str = START) -> Iterator[P
     known = True
     problem = ""
     end: End | None = None
+    rest = _Rest()
     for line in lines:
         entry = line.entry
         end = End(line.end, False)
         if line.is_torn:
-            end = End(line.start, True)
+            end = End(rest.beginning(line), True)
+            problem = "" if rest.is_one else problem
         elif entry is None:
             problem = problem or line.problem
+            rest.add(line)
         elif entry.seq < expected:
             problem = problem or f"entry {entry.seq} stands there again"
+            rest.add(line)
         elif entry.seq == expected and known and entry.prev != prev:
             yield Gap(expected, expected, "it does not follow from the entry before it", before, entry.at)
             expected, known, before, problem = expected + 1, False, entry.at, ""
+            rest = _Rest()
         else:
             if entry.seq > expected or problem:
                 yield Gap(expected, entry.seq - 1, problem or "it is missing", before, entry.at)
             yield Placed(entry, line.start, line.end)
             expected, prev, before, known, problem = entry.seq + 1, entry.digest, entry.at, True, ""
+            rest = _Rest()
     if problem:
         yield Gap(expected, expected, problem, before)
     if end is not None:
         yield end
+
+
+class _Rest:
+    """What stands behind the last entry, and is none.
+
+    It may be what a crash left of one line: a file system may show anything where that had not been written, line feeds
+    too. What ends like an entry before the last line was one that was acknowledged.
+
+    Attributes:
+        is_one: whether it may be one line.
+    """
+
+    def __init__(self) -> None:
+        self.is_one = True
+        self._start: Position | None = None
+
+    def add(self, line: Line) -> None:
+        self._start = self._start or line.start
+        is_entry = line.entry is not None or line.has_end
+        self.is_one = self.is_one and not is_entry and line.start.segment == self._start.segment
+
+    def beginning(self, last: Line) -> Position:
+        """Where it begins, up to the last line; where that begins if there is more than one."""
+        if self._start is None:
+            return last.start
+        self.is_one = self.is_one and last.start.segment == self._start.segment
+        return self._start if self.is_one else last.start
 
 
 def merge(
@@ -239,6 +272,8 @@ def heal(journal: Journal, history: Iterable[Placed | Gap | End | Fork]) -> tupl
             healed.extend(lost)
 
     for item in history:
+        if isinstance(item, Gap) and item.last >= item.first and item.first not in names:
+            group = []  # What neither has lies in this segment, perhaps at its end.
         if not isinstance(item, Placed):
             continue
         if not segment or item.entry.seq in names or size >= SEGMENT:

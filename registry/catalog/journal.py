@@ -26,6 +26,7 @@ _LARGEST = SEGMENT + MAX_LINE
 _NAME = re.compile(r"([0-9]{16})\.log\Z")
 _TAIL = 66
 """Bytes at the end of a line: a tab, the digest, a line feed."""
+_END = re.compile(rb"\t[0-9a-f]{64}\n\Z")
 
 
 class Position(NamedTuple):
@@ -47,6 +48,7 @@ class Line(NamedTuple):
         start: where it begins.
         end: where the next one begins.
         is_torn: whether it is the last one and its digest does not fit: a crash cut it short.
+        has_end: whether it ends like an entry, though it is damaged; what a crash left of one line ends so only once.
     """
 
     entry: Entry | None
@@ -54,6 +56,7 @@ class Line(NamedTuple):
     start: Position
     end: Position
     is_torn: bool = False
+    has_end: bool = False
 
 
 class Journal:
@@ -172,7 +175,17 @@ class Journal:
         if end.offset >= SEGMENT:
             end = Position(entry.seq, 0)
         durable.append(self.path(end.segment), entry.line, inner=1)
+        if not end.offset:
+            # Another process may have made the file, and been killed then.
+            durable.sync_folder(self.folder, inner=1)
         return end._replace(offset=end.offset + len(entry.line))
+
+    def sync(self) -> None:
+        """Make durable what a process wrote that was killed before it could do so."""
+        for segment in self.segments()[-1:]:
+            with self._opened(segment) as fd:
+                durable.disk.sync(fd, self.path(segment))
+        durable.sync_folder(self.folder, inner=1)
 
     def cut(self, end: Position) -> None:
         """Take away what stands behind a place of the last segment, durably."""
@@ -211,4 +224,6 @@ def _line(raw: bytes, start: Position, end: Position, *, is_last: bool) -> Line:
     except Unsupported:
         raise
     except Corrupt as error:
-        return Line(None, str(error), start, end, is_torn=is_last and digest_of_line(raw) is None)
+        is_torn = is_last and digest_of_line(raw) is None
+        has_end = _END.search(raw, max(0, len(raw) - _TAIL)) is not None
+        return Line(None, str(error), start, end, is_torn=is_torn, has_end=has_end)
