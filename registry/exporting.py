@@ -156,7 +156,7 @@ def _tree(checkpoint: Checkpoint, component: str | None, verify: bool) -> Any:
     source = checkpoint.record.get("source") or {}
     if source.get("format") == "torch" and "layout" in source:
         with naming(checkpoint.name):
-            return join(source["layout"], components)
+            return join(source["layout"], components, is_thin="thinned-from" in checkpoint.record)
     metrics = {key: math.nan if value is None else value for key, value in checkpoint.metrics.items()}
     fields = {"epoch": checkpoint.epoch, "step": checkpoint.step, "loss": _loss(checkpoint)}
     recorded = {**fields, "metrics": metrics or None, "config": checkpoint.config or None}

@@ -71,8 +71,11 @@ def split(tree: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return components, {"type": type(tree).__name__, "keys": keys}
 
 
-def join(layout: Any, components: Mapping[str, Any]) -> Any:
+def join(layout: Any, components: Mapping[str, Any], *, is_thin: bool = False) -> Any:
     """The tree that `split` took apart.
+
+    Args:
+        is_thin: whether components that are not there any more are left out.
 
     Raises:
         Corrupt: if the layout does not fit the components.
@@ -84,7 +87,7 @@ def join(layout: Any, components: Mapping[str, Any]) -> Any:
         for key, component, *number in layout["keys"]:
             if number:
                 tree[key] = number[0]
-            else:
+            elif component in components or not is_thin:
                 tree[key] = components["extra"][key] if component == "extra" else components[component]
         return tree
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -573,8 +573,6 @@ class Machine(RuleBasedStateMachine):
     @rule(which=WHICH, model=MODEL, suffix=st.sampled_from([".safetensors", ".pt"]), how=HOW)
     def export_and_import(self, which: int, model: str, suffix: str, how: How) -> None:
         name = self.name(which)
-        if name is not None and self.expected.versions[name].is_thin:
-            suffix = ".safetensors"
         made = name and file_of(self.expected.versions[name], suffix)
         path = self.folder / f"file{suffix}"
 

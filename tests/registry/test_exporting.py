@@ -168,6 +168,22 @@ def test_tied_tensors_are_tied_in_a_torch_file_and_written_twice_in_safetensors(
     assert torch.equal(flat["out"], TIED)
 
 
+def test_an_imported_torch_file_that_was_cut_down_to_its_weights_is_exported_without_the_rest(
+    tmp_path: Path, registry: Registry
+) -> None:
+    tree = {
+        "model": {"w": torch.ones(3)},
+        "optimizer": {"state": {}, "param_groups": []},
+        "note": "x",
+        "epoch": 3,
+    }
+    torch.save(tree, tmp_path / "a.pt")
+    import_file(registry, tmp_path / "a.pt", "net")
+    registry.thin("net")
+    export(registry["net"], tmp_path / "b.pt")
+    assert same(torch.load(tmp_path / "b.pt"), {name: tree[name] for name in ("model", "note", "epoch")})
+
+
 def test_a_checkpoint_saved_here_has_the_usual_layout(tmp_path: Path, registry: Registry) -> None:
     checkpoint = registry.save(
         "net",
