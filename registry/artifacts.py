@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -141,8 +142,9 @@ class Artifacts:
         if seen and check:
             seen.keep(packs)
         path = store.manifest_path(id)
-        if time.time() - path.stat().st_mtime > _TOUCH_SECONDS and os.access(path, os.W_OK):
-            os.utime(path)  # when it was last of use
+        with contextlib.suppress(FileNotFoundError):  # Dropped and collected by now; what was read is whole.
+            if time.time() - path.stat().st_mtime > _TOUCH_SECONDS and os.access(path, os.W_OK):
+                os.utime(path)  # when it was last of use
         return tree
 
     def _packs(self, id: str) -> dict[str, tuple[str, str]]:

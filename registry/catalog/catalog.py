@@ -531,8 +531,9 @@ class Catalog:
             if problem := broken_by(change, entry, store):
                 raise Damaged(f"{self.path}: {problem}; run: registry rebuild")
             change.keep(entry)
-            _set_head(change, entry, self.journal.append(entry, end))
+            end = self.journal.append(entry, end)
             try:
+                _set_head(change, entry, end)
                 change.connection.execute("COMMIT")
             except sqlite3.Error as error:  # It has happened all the same: the log has it.
                 with contextlib.suppress(sqlite3.Error):

@@ -8,12 +8,14 @@ import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support import (
     Stepwise,
     all_versions,
+    broken_rules,
     collect,
     copy,
     files,
@@ -26,6 +28,8 @@ from support import (
 )
 
 from registry import Registry
+from registry.catalog import catalog
+from registry.catalog.journal import Journal
 from registry.store import durable
 from registry.store.errors import Corrupt, RegistryError
 from registry.upkeep.garbage import GRACE
@@ -362,3 +366,70 @@ def test_a_run_cannot_be_named_out_of_its_folder(tmp_path: Path, name: str) -> N
     with pytest.raises(RegistryError):
         registry.catalog.commit(lambda view: [record])
     assert registry.runs.find() == []
+
+
+def test_a_catalog_that_fails_behind_the_log_does_not_make_a_change_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry(tmp_path / "r")
+    save(registry, 1)
+    set_head, append, failures = catalog._set_head, Journal.append, []
+
+    def appended(*args: Any) -> Any:
+        monkeypatch.setattr(Journal, "append", append)
+        monkeypatch.setattr(catalog, "_set_head", fails_once)
+        return append(*args)
+
+    def fails_once(*args: Any) -> None:
+        monkeypatch.setattr(catalog, "_set_head", set_head)
+        failures.append(1)
+        raise sqlite3.DatabaseError("database disk image is malformed")
+
+    monkeypatch.setattr(Journal, "append", appended)
+    saved = save(registry, 2)
+    assert failures == [1]
+    assert saved == "net:v2"
+    assert sorted(version.name for version in all_versions(Registry(tmp_path / "r"))) == ["net:v1", "net:v2"]
+    assert broken_rules(Registry(tmp_path / "r")) == []
+
+
+def test_a_save_returns_although_its_version_is_removed_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry, other = Registry(tmp_path / "r"), Registry(tmp_path / "r")
+    save(registry, 1)
+    resolve = Registry.resolve
+
+    def removed_first(self: Registry, reference: str) -> Any:
+        if self is registry:
+            monkeypatch.setattr(Registry, "resolve", resolve)
+            other.remove(["net:v2"], force=True)
+            collect(other, grace=0, now=time.time() + 2 * GRACE)
+        return resolve(self, reference)
+
+    monkeypatch.setattr(Registry, "resolve", removed_first)
+    saved = registry.save("net", state(2), epoch=2)
+    assert (saved.name, saved.epoch) == ("net:v2", 2)
+    assert [version.name for version in all_versions(registry)] == ["net:v1"]
+
+
+def test_an_artifact_that_is_dropped_while_it_is_read_is_given_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry, other = Registry(tmp_path / "r"), Registry(tmp_path / "r")
+    made = registry.cached(_computed)
+    made()
+    get = registry.store.get
+
+    def dropped(*args: Any, **options: Any) -> Any:
+        tree = get(*args, **options)
+        other.artifacts.clear()
+        collect(other, grace=0, now=time.time() + 2 * GRACE)
+        return tree
+
+    monkeypatch.setattr(registry.store, "get", dropped)
+    assert torch.equal(made(), torch.arange(9.0))
+
+
+def _computed() -> torch.Tensor:
+    return torch.arange(9.0)
