@@ -673,6 +673,28 @@ def test_power_cuts_and_kills_in_a_row(base: Path) -> None:
         count(check)
 
 
+def test_what_a_killed_process_wrote_to_the_log_is_durable_before_others_rely_on_it(base: Path) -> None:
+    check = Check(base)
+    with using(MODES["rollback, small segments"]):
+        made = []
+        for recording in carry_out(base / "recorded", plans(base, ["name", "create"])):
+            for position, acknowledged, volume in walk(recording):
+                if "/journal" not in recording.calls[position - 1].path:
+                    continue
+                image = volume.image(KEPT, KEPT)
+                known = check(recording, Cut(position, acknowledged, "killed", image, volume))
+                is_new = recording.is_new and acknowledged < 0
+                start = copy.deepcopy(volume)
+                makers = [save] if recording.is_new else [note]
+                made.append(Plan(f"killed at {position}", image, start, known, makers, is_new))
+        for again in carry_out(base / "recorded", made):
+            for cut in fixed_cuts(again):
+                if again.calls[cut.position - 1].kind == "said" and cut.kind == f"names {LOST}, data {LOST}":
+                    check(again, cut)
+    assert len(made) > 15
+    count(check)
+
+
 def test_what_is_recorded_is_what_lies_on_the_disk(base: Path) -> None:
     folder = base / "recorded"
     for name, mode in (("create", "wal"), ("compact", "rollback")):
