@@ -312,6 +312,8 @@ class Recording:
         facts: what the registry said before each of its operations, and after the last one.
         known: what is known of the registry after it.
         is_new: whether there was no registry before.
+        before: what else it may say until the program has opened it. A process that was killed before may have
+            written what it did not acknowledge, and what a cut may still take.
     """
 
     name: str
@@ -320,6 +322,13 @@ class Recording:
     facts: list[Facts]
     known: Known
     is_new: bool = False
+    before: Sequence[Facts] = ()
+
+    def allowed(self, acknowledged: int) -> list[Facts]:
+        """What the registry may say after a cut: all of the operation that goes on, or nothing of it."""
+        if acknowledged < 0:
+            return [self.facts[0], *self.before]
+        return self.facts[acknowledged : acknowledged + 2]
 
 
 @dataclass
@@ -337,6 +346,7 @@ class Plan:
     known: Known
     makers: Sequence[Maker]
     is_new: bool = False
+    before: Sequence[Facts] = ()
 
 
 def carry_out(base: Path, plans: Sequence[Plan]) -> list[Recording]:
@@ -346,7 +356,7 @@ def carry_out(base: Path, plans: Sequence[Plan]) -> list[Recording]:
     for i, plan in enumerate(plans):
         plan.image.lay_out(base / str(i))
         known = copy.deepcopy(plan.known)
-        recording = Recording(plan.name, [], plan.start, [dict(known.facts)], known, plan.is_new)
+        recording = Recording(plan.name, [], plan.start, [dict(known.facts)], known, plan.is_new, plan.before)
         steps.append([])
         for maker in plan.makers:
             step = maker(known)
@@ -480,9 +490,8 @@ class Check:
         is_there = cut.acknowledged >= 0 or not recording.is_new
         registry = Registry(self._root, create=not is_there)
         registry.catalog.connection()
-        first = max(cut.acknowledged, 0)
         found = facts_of(registry)
-        allowed = recording.facts[first : cut.acknowledged + 2]
+        allowed = recording.allowed(cut.acknowledged)
         assert found in allowed, [set(found.items()) ^ set(facts.items()) for facts in allowed]
         if registry.catalog.format == 2:
             assert broken_rules(registry) == []
@@ -650,7 +659,8 @@ def follow(check: Check, recording: Recording, chance: random.Random, cuts: int)
             image = cut.volume.image(KEPT, KEPT)
             known = check(recording, cut._replace(image=image, kind="killed"))
             volume = copy.deepcopy(cut.volume)
-            yield Plan(f"{recording.name}, killed", image, volume, known, makers, is_new)
+            before = recording.allowed(cut.acknowledged)
+            yield Plan(f"{recording.name}, killed", image, volume, known, makers, is_new, before)
 
 
 def test_power_cuts_and_kills_in_a_row(base: Path) -> None:
