@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from registry.catalog.versions import Version
     from registry.registry import Registry
 
+
+_DEEPEST = 50
+"""Levels of the tree that `lineage` shows."""
 
 _LONGEST_LOG = 256 << 20
 _LONGEST_LINE = 1 << 20
@@ -152,7 +155,8 @@ def best(model: str, metric: str, smallest: bool, registry: Registry, as_json: b
 def lineage(reference: str, registry: Registry, as_json: bool) -> None:
     """Show what a checkpoint came from and what came from it, as a tree."""
     version = registry.resolve(reference)
-    document = {**_node(version), "from": _sources(registry, version), "led_to": _children(registry, version)}
+    sources, led_to = _sources(registry, version, {}), _children(registry, version, {})
+    document = {**_node(version), "from": sources, "led_to": led_to}
     if as_json:
         print_json(document)
         return
@@ -174,31 +178,54 @@ def _node(version: Version) -> dict[str, Any]:
     }
 
 
-def _sources(registry: Registry, version: Version, seen: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """What a version came from: its own edges, or the version before it in the same run."""
-    if version.id in seen:
-        return []
+def _sources(
+    registry: Registry, version: Version, seen: dict[str, None], depth: int = 0
+) -> list[dict[str, Any]]:
+    """What a version came from: its own edges, or the version before it in the same run.
+
+    Args:
+        seen: ids of the versions whose own sources are in the tree already; there may be many ways to one.
+    """
+    seen[version.id] = None
     found = []
     for edge in version.record.get("lineage", []):
         parent = _by_id(registry, edge["parent"])
-        node = {"name": edge["parent"], "from": []} if parent is None else _node(parent)
-        below = [] if parent is None else _sources(registry, parent, (*seen, version.id))
-        found.append({"kind": edge["kind"], **node, "from": below})
+        if parent is None:
+            found.append({"kind": edge["kind"], "name": edge["parent"], "from": []})
+        else:
+            found.append({"kind": edge["kind"], **_branch(registry, parent, _sources, seen, depth)})
     if not found and (name := version.record.get("parent")):
         with contextlib.suppress(NotFound):
             parent = registry.resolve(name)
-            below = _sources(registry, parent, (*seen, version.id))
-            found.append({"kind": "trained on from", **_node(parent), "from": below})
+            found.append({"kind": "trained on from", **_branch(registry, parent, _sources, seen, depth)})
     return found
 
 
-def _children(registry: Registry, version: Version) -> list[dict[str, Any]]:
+def _children(
+    registry: Registry, version: Version, seen: dict[str, None], depth: int = 0
+) -> list[dict[str, Any]]:
     from registry.catalog.ancestry import children
 
+    seen[version.id] = None
     return [
-        {"kind": kind, **_node(child), "from": _children(registry, child)}
+        {"kind": kind, **_branch(registry, child, _children, seen, depth)}
         for child, kind in children(registry, version)
     ]
+
+
+def _branch(
+    registry: Registry,
+    version: Version,
+    below: Callable[[Registry, Version, dict[str, None], int], list[dict[str, Any]]],
+    seen: dict[str, None],
+    depth: int,
+) -> dict[str, Any]:
+    """A version in the tree, and what is below it, unless that is there already or too far down."""
+    if version.id in seen:
+        return {**_node(version), "from": [], "more": "above"}
+    if depth >= _DEEPEST:
+        return {**_node(version), "from": [], "more": f"registry lineage {version.name}"}
+    return {**_node(version), "from": below(registry, version, seen, depth + 1)}
 
 
 def _by_id(registry: Registry, id: str) -> Version | None:
@@ -215,6 +242,8 @@ def _label(node: dict[str, Any]) -> str:
     parts += [f"{name} {number(value)}" for name, value in node.get("metrics", {}).items()]
     if node.get("run"):
         parts.append(node["run"])
+    if node.get("more"):
+        parts.append(f"(more: {node['more']})")
     return "  ".join(parts)
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from registry.catalog.entries import MAX_NUMBER
 from registry.catalog.reference import MAX_EDGE, check_name, check_run_name
 from registry.store.digest import is_digest
-from registry.store.errors import RegistryError
+from registry.store.errors import Corrupt, RegistryError
 from registry.store.manifest import Manifest
 from registry.store.text import quoted
 
@@ -83,6 +83,35 @@ def facts_of(manifest: Manifest) -> Facts:
         lineage=list(dict.fromkeys((edge["kind"], edge["parent"]) for edge in record.get("lineage") or ())),
         shown=shown,
         problems=problems,
+    )
+
+
+def check_shown(record: Mapping[str, Any]) -> None:
+    """See that what the catalog has of a version, or says to have, is of the right types.
+
+    Raises:
+        Corrupt: if it is not.
+    """
+    made, components = record.get("provenance"), record.get("components")
+    odd = [
+        key for key, is_right in _FIELDS.items() if record.get(key) is not None and not is_right(record[key])
+    ]
+    if not odd and made:
+        odd = [
+            key for key, is_right in _MADE.items() if made.get(key) is not None and not is_right(made[key])
+        ]
+    if components is not None and not _is_contents(components):
+        odd.append("components")
+    if odd:
+        raise Corrupt(
+            f"the catalog holds a damaged record ({quoted(odd[0])} is malformed); recreate it with: registry rebuild"
+        )
+
+
+def _is_contents(value: Any) -> bool:
+    counts = ("tensors", "elements", "bytes")
+    return _is_table(value) and all(
+        _is_table(part) and all(type(part.get(count)) is int for count in counts) for part in value.values()
     )
 
 

@@ -81,7 +81,7 @@ class Ledger:
         self.missing: dict[str, tuple[range, ...]] = {}
         self.aliases: dict[tuple[str, str], str] = {}
         self.aliases_of: dict[str, frozenset[str]] = {}
-        self.tags: dict[str, frozenset[str]] = {}
+        self.tags: dict[str, dict[str, None]] = {}
         self.notes: dict[str, tuple[tuple[str, str], ...]] = {}
         self.runs: dict[str, tuple[str, str, Record]] = {}
         self.artifacts: dict[str, tuple[str, str, Record]] = {}
@@ -258,8 +258,8 @@ class Ledger:
             self._release(manifest_id)  # What made it known is lost; it is gone all the same.
         model, version = self._version(manifest_id)
         aliases = self.aliases_of.get(manifest_id, frozenset())
-        tags = self.tags.get(manifest_id, frozenset())
-        differs = set(record["aliases"]) != aliases or set(record["tags"]) != tags
+        tags = self.tags.get(manifest_id, {})
+        differs = set(record["aliases"]) != aliases or set(record["tags"]) != tags.keys()
         _refuse_if(differs and not self.has_gaps, f"{model}:v{version} has other aliases or tags")
         for alias in aliases:
             self._drop(self.aliases, (model, alias))
@@ -309,12 +309,12 @@ class Ledger:
     def _tag(self, record: Record, entry: Entry) -> None:
         manifest_id = record["id"]
         self._version(manifest_id)
-        self._set(self.tags, manifest_id, self.tags.get(manifest_id, frozenset()) | {record["tag"]})
+        self._set(self.tags.setdefault(manifest_id, {}), record["tag"], None)
 
     def _untag(self, record: Record, entry: Entry) -> None:
         manifest_id = record["id"]
         self._version(manifest_id)
-        self._set(self.tags, manifest_id, self.tags.get(manifest_id, frozenset()) - {record["tag"]})
+        self._drop(self.tags.setdefault(manifest_id, {}), record["tag"])
 
     def _note(self, record: Record, entry: Entry) -> None:
         manifest_id = record["id"]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from registry.catalog.facts import facts_of
+from registry.catalog.facts import check_shown, facts_of
 from registry.catalog.lookups import Reader, batches, best_id, marks, parsed
 from registry.store.digest import is_digest
 from registry.store.errors import Corrupt
@@ -115,6 +115,7 @@ def _checked(row: tuple[Any, ...]) -> tuple[Any, ...]:
     if not all(map(isinstance, row, _TYPES)) or not is_digest(row[0]):
         raise Corrupt("the catalog holds a damaged row of a version; recreate it with: registry rebuild")
     record = parsed(row[9])
+    check_shown(record)
     record.setdefault("components", {})
     return (*row[:9], record)
 

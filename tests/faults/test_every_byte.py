@@ -35,7 +35,7 @@ from registry.store import durable, pack
 from registry.store.errors import RegistryError
 
 STEM = "test_every_byte"
-BUDGET = 45.0
+BUDGET = 30.0
 SEGMENT = 11_000
 RUN = "net/first"
 
