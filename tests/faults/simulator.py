@@ -273,7 +273,8 @@ def _remove(actor: Actor, registry: Registry, world: World) -> None:
 
 
 def _unless_gone(world: World, name: str) -> None:
-    if not world.versions[name].may_be_gone and name not in present(Registry(world.root)):
+    is_there = name in present(Registry(world.root))  # Others may have their turn meanwhile.
+    if not is_there and not world.versions[name].may_be_gone:
         raise Found(f"{name} is gone")
 
 
@@ -283,7 +284,8 @@ def _name(actor: Actor, registry: Registry, world: World) -> None:
     if name is None:
         return
     known = world.versions[name]
-    word = f"w{world.count}"
+    word = f"w{world.next_word}"
+    world.next_word += 1
     try:
         if actor.chance.random() < 0.4:
             registry.set_tag(name, word)
@@ -395,7 +397,7 @@ class World:
         self.versions: dict[str, Known] = {}
         self.in_flight: list[tuple[str, int]] = []
         self.trace: list[tuple[int, str]] = []
-        self.next_number = 1
+        self.next_number = self.next_word = 1
         self.count = self.crashes = self.budget = self.turns = 0
         self.failure: BaseException | None = None
         self._clear()
