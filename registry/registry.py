@@ -326,7 +326,7 @@ class Registry:
         (version,) = (one["version"] for one in made if one["op"] == "publish")
         try:
             return self[f"{model}:v{version}"]
-        except NotFound:  # The catalog could not be written, or another program has removed the version already.
+        except NotFound:  # The catalog could not be written, or others have removed the version already.
             manifest = self.store.just_written(saved) or self.store.manifest(saved)
             return Checkpoint(self.store, version_of(saved, model, version, manifest))
 
