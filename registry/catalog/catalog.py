@@ -576,7 +576,7 @@ class Catalog:
     def _refuse_gaps(self, change: Change) -> None:
         gaps = _state(change.connection, "gaps")
         if gaps:
-            raise self._not_before(json.loads(gaps)[0])
+            raise self._not_before(_gaps_in(gaps)[0])
 
     def adopt(self, compute: Callable[[Ledger], Sequence[Record]], reason: str) -> Entry | None:
         """Accept that what cannot be read in the log is lost, and go on behind it.
@@ -626,7 +626,7 @@ class Catalog:
     def gaps(self) -> list[str]:
         """What is damaged in the log and in the catalog's copy of it, in words; nothing can be changed then."""
         found = self.query("SELECT value FROM state WHERE key = 'gaps'")
-        return list(json.loads(found[0][0])) if found else []
+        return _gaps_in(found[0][0]) if found else []
 
     # -- catching up -------------------------------------------------------------------------------------
 
@@ -1165,6 +1165,21 @@ def _text_of(blob: Any, manifest_id: str) -> bytes | None:
 def _state(connection: sqlite3.Connection, key: str) -> str | None:
     row = connection.execute("SELECT value FROM state WHERE key = ?", (key,)).fetchone()
     return None if row is None else str(row[0])
+
+
+def _gaps_in(text: Any) -> list[str]:
+    """What the catalog says to be lost of the log.
+
+    Raises:
+        Damaged: if that makes no sense.
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        found = None
+    if not isinstance(found, list) or not found or not all(isinstance(gap, str) for gap in found):
+        raise Damaged("the catalog does not say what is lost of the log; run: registry rebuild")
+    return found
 
 
 def _head(connection: sqlite3.Connection) -> tuple[int, str, Position]:

@@ -58,7 +58,7 @@ def locate(query: Query, digests: Collection[str]) -> dict[str, Location]:
             part,
         )
         for row in rows:
-            if tuple(map(type, row)) not in _PLACES:
+            if tuple(map(type, row)) not in _PLACES or not 0 <= row[4] <= row[5] or (row[7] or 0) < 0:
                 raise Corrupt(
                     "the catalog holds a damaged row of a tensor; recreate it with: registry rebuild"
                 )

@@ -65,12 +65,17 @@ def check_name(name: str, kind: str) -> str:
     Raises:
         Invalid: if it has other characters than letters, digits, dot, hyphen and underscore, or is too long.
     """
-    if not _NAME.match(name) or len(name) > MAX_NAME:
+    if not is_name(name):
         raise Invalid(
             f"{quoted(name)} cannot be the name of {'an' if kind == 'alias' else 'a'} {kind}: use up to {MAX_NAME} "
             "letters, digits, '.', '_' and '-', starting with a letter or digit"
         )
     return name
+
+
+def is_name(name: str) -> bool:
+    """Whether a text is the name of a model, an alias, a tag or a run."""
+    return len(name) <= MAX_NAME and _NAME.match(name) is not None
 
 
 def check_run_name(name: str) -> str:

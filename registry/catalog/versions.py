@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from registry.catalog.facts import check_shown, facts_of
 from registry.catalog.lookups import Reader, batches, best_id, marks, parsed
+from registry.catalog.reference import is_name
 from registry.store.digest import is_digest
 from registry.store.errors import Corrupt
 from registry.store.manifest import Manifest
@@ -68,6 +69,10 @@ def find_versions(
         catalog, "SELECT id, written, text FROM notes WHERE id IN ({}) ORDER BY written, rowid", ids
     )
     metrics = _attached(catalog, "SELECT id, name, value FROM metrics WHERE id IN ({}) ORDER BY name", ids)
+    _check_attached(aliases, (str,), 1)
+    _check_attached(tags, (str,), 1)
+    _check_attached(notes, (str, str), 0)
+    _check_attached(metrics, (str, float | int | None), 1)
     return [
         Version(
             id=version_id,
@@ -149,6 +154,23 @@ def _attached(catalog: Reader, sql: str, ids: Sequence[str]) -> dict[str, list[t
         for version_id, *rest in catalog.query(sql.format(marks(part)), part):
             found.setdefault(version_id, []).append(tuple(rest))
     return found
+
+
+def _check_attached(found: Mapping[str, list[tuple[Any, ...]]], types: tuple[Any, ...], names: int) -> None:
+    """See that rows are what the tables may hold.
+
+    Args:
+        names: how many of the first columns are names that people choose.
+
+    Raises:
+        Corrupt: if they are not.
+    """
+    for row in (row for rows in found.values() for row in rows):
+        is_right = all(map(isinstance, row, types))
+        if not is_right or not all(is_name(name) for name in row[:names]):
+            raise Corrupt(
+                "the catalog holds a damaged name, note or metric; recreate it with: registry rebuild"
+            )
 
 
 def own_sizes(catalog: Reader, model: str, since: int = 1) -> dict[str, int]:

@@ -29,7 +29,7 @@ from registry import Registry
 from registry.catalog import entries
 
 STEM = "test_hostile_folders"
-BUDGET = 40.0
+BUDGET = 25.0
 SECONDS = 20
 ROOM = 2 << 30
 """Bytes of address space that a command may take beside what the process has."""
