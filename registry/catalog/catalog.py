@@ -310,7 +310,31 @@ class Catalog:
     def _read_old(self, connection: sqlite3.Connection | None) -> format1.Found:
         from registry.catalog import format1
 
-        return format1.read(self._root, self._store(), connection)
+        self._refuse_newer(None)
+        found = format1.read(self._root, self._store(), connection)
+        self._refuse_newer(found.state.versions)
+        return found
+
+    def _refuse_newer(self, known: Collection[str] | None) -> None:
+        """See that the log is at most what an interrupted change of format has left.
+
+        Args:
+            known: ids of the versions that the old journal and catalog know; if None, it is only seen
+                whether the log has what such a change never writes.
+
+        Raises:
+            Corrupt: if the registry has had the present format already.
+        """
+        from registry.catalog.format1 import WRITTEN
+
+        for line in self.journal.read():
+            for record in line.entry.records if line.entry else ():
+                is_unknown = known is not None and record["op"] == "publish" and record["id"] not in known
+                if record["op"] not in WRITTEN or is_unknown:
+                    raise Corrupt(
+                        f"{self._root / settings.NAME}: says format 1, but the log has had format {settings.FORMAT}, as "
+                        f"when an old copy of that file was put back; write format = {settings.FORMAT} there"
+                    )
 
     def _old_ledger(self) -> Ledger:
         """What a registry of format 1 would say in the present format."""

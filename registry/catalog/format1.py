@@ -290,6 +290,10 @@ def _differences(journal: State, catalog: State) -> list[str]:
     return found
 
 
+WRITTEN = frozenset(("pack", "next", "publish", "alias", "tag", "note", "run", "artifact"))
+"""The operations by which the present log says what a registry of format 1 has."""
+
+
 def entries_of(store: Store, state: State) -> Iterator[list[Record]]:
     """What is to be recorded in the log, an entry at a time."""
     live = {*state.versions, *(found for found, _, _ in state.artifacts.values())}

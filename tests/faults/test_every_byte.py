@@ -878,3 +878,20 @@ def test_a_rebuild_that_finds_nothing_to_adopt_writes_no_entry(world: World, tmp
     assert files_of(root / "journal") == before
     registry.catalog.close()
     assert verified(root) == []
+
+
+@pytest.mark.parametrize("has_catalog", [True, False])
+def test_old_settings_never_cost_the_log(world: World, tmp_path: Path, has_catalog: bool) -> None:
+    """As where a backup of the settings alone was put back, from before the registry got its present format."""
+    root = fresh(world.roots["golden"], tmp_path / "r")
+    if not has_catalog:
+        drop_catalog(root)
+    settings = (root / "registry.toml").read_bytes()
+    put(root / "registry.toml", b'format = 1\ncreated_by = "torch-registry 0.1.0"\n')
+    before = {path: path.read_bytes() for path in root.glob("journal/*.log")}
+    assert all(isinstance(answer, Refused) for answer in answers(root).values())
+    assert any("registry.toml: says format 1" in told for told in verified(root))
+    assert change(root)[0] == {}
+    assert {path: path.read_bytes() for path in root.glob("journal/*.log")} == before
+    put(root / "registry.toml", settings)
+    assert answers(root) == world.truth
