@@ -89,10 +89,9 @@ class Mapped:
 
     def _decoding(self, item: Wanted, out: memoryview) -> Decoding:
         assert item.base is not None
+        coded, base = self.stored(item), self.bytes(item.base)
         try:
-            return Decoding(
-                self.stored(item), self.bytes(item.base), ELEMENT_TYPES[item.info.dtype].size, out
-            )
+            return Decoding(coded, base, ELEMENT_TYPES[item.info.dtype].size, out)
         except Corrupt as error:
             raise damaged(self._packs, item) from error
 

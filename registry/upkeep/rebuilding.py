@@ -118,18 +118,27 @@ def _damage(catalog: Catalog, store: Store) -> Iterator[str]:
         try:
             store.pack_info(digest)
         except RegistryError as error:
-            yield f"pack {error}"
+            if catalog.query("SELECT 1 FROM packs WHERE digest = ?", [digest]):
+                yield f"pack {error}"
     names = dict(catalog.query("SELECT id, model || ':v' || version FROM versions"))
     for (manifest_id,) in catalog.query("SELECT id FROM manifests"):
-        name = names.get(manifest_id, f"artifact {manifest_id[:12]}")
-        try:
-            tensors = {tensor.digest for tensor in store.manifest(manifest_id).tensors}
-        except RegistryError as error:
-            yield f"{name}: {error}"
-            continue
+        problem = _problem(catalog, store, manifest_id)
+        if problem and (problem := _problem(catalog, store, manifest_id)):  # It may have gone and come back.
+            yield f"{names.get(manifest_id, f'artifact {manifest_id[:12]}')}: {problem}"
+
+
+def _problem(catalog: Catalog, store: Store, manifest_id: str) -> str:
+    """What is wrong with a manifest that still counts when it was looked at; empty if nothing is."""
+    try:
+        tensors = {tensor.digest for tensor in store.manifest(manifest_id).tensors}
         lost = len(tensors) - len(catalog.locate(tensors))
-        if lost:
-            yield f"{name}: no pack has {'1 of its tensors' if lost == 1 else f'{lost} of its tensors'}"
+        problem = (
+            f"no pack has {'1 of its tensors' if lost == 1 else f'{lost} of its tensors'}" if lost else ""
+        )
+    except RegistryError as error:
+        problem = str(error)
+    counts = problem and catalog.query("SELECT 1 FROM manifests WHERE id = ?", [manifest_id])
+    return problem if counts else ""
 
 
 def _unnamed(store: Store, ledger: Ledger) -> set[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from registry.store.store import Store
 
 _PART = 8 << 20
+_MOMENT = 0.5
+"""Seconds that a missing manifest is waited for, once."""
+
 _TRIES = 20
 
 
@@ -88,6 +92,7 @@ class _Check:
         """Checkpoint and path of each tensor by digest."""
         self._ids: dict[str, str] = {}
         """Manifest of each checkpoint, as it was read; thinning gives it another."""
+        self._has_waited = False
 
     # -- manifests ---------------------------------------------------------------------------------------
 
@@ -142,6 +147,12 @@ class _Check:
         if text is None or digest_of(text) != manifest_id:
             self.problems.append(Problem(f"{error}; restore it from a backup", (name,), path))
             return None
+        if isinstance(error, Missing):  # A save that gc has overtaken writes its file again at once.
+            if not self._has_waited:
+                time.sleep(_MOMENT)
+            self._has_waited = True
+            with contextlib.suppress(RegistryError):
+                return self._read_manifest(manifest_id)
         self.problems.append(Problem(f"{error}; the log has it, and registry rebuild puts it back", (), path))
         with contextlib.suppress(RegistryError):
             return parse(text)

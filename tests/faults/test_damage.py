@@ -20,8 +20,10 @@ from support import broken_rules, check_whole, collect, copy, dump, files, is_st
 
 from registry import Registry
 from registry.catalog import entries
+from registry.catalog.catalog import Catalog
 from registry.catalog.change import Change
 from registry.store.errors import Corrupt, NotFound, RegistryError, StorageError, Unsupported
+from registry.upkeep.garbage import GRACE
 
 SAVED = {"net:v1": 1, "net:v2": 2}
 
@@ -696,3 +698,34 @@ def test_garbage_collection_waits_for_its_grace_by_the_clock(root: Path) -> None
     assert collect(registry, grace=3_600, now=now - 1e6).packs == 0  # The clock went back.
     assert collect(registry, grace=3_600, now=now + 3_590).packs == 0
     assert collect(registry, grace=3_600, now=now + 3_610).packs == 1
+
+
+def test_verify_waits_a_moment_for_the_file_of_a_manifest_that_the_log_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry(tmp_path / "r")
+    save(registry, 1)
+    path = registry.store.manifest_path(registry["net"].id)
+    text = path.read_bytes()
+    path.unlink()
+    monkeypatch.setattr("registry.upkeep.verification.time.sleep", lambda seconds: path.write_bytes(text))
+    assert list(registry.verify().problems) == []
+
+
+def test_rebuild_names_nothing_that_others_remove_while_it_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry, other = Registry(tmp_path / "r"), Registry(tmp_path / "r")
+    save(registry, 1)
+    save(registry, 2)
+    locate = Catalog.locate
+
+    def removed_first(self: Catalog, digests: Any) -> Any:
+        monkeypatch.setattr(Catalog, "locate", locate)
+        other.remove(["net:v1", "net:v2"], force=True)
+        collect(other, grace=0, now=time.time() + 2 * GRACE)
+        return locate(self, digests)
+
+    monkeypatch.setattr(Catalog, "locate", removed_first)
+    assert list(registry.rebuild().damaged) == []
+    assert list((tmp_path / "r").glob("packs/*/*")) == []
