@@ -10,9 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from blake3 import blake3
-
-from registry.store.digest import digest, is_digest
+from registry.store.digest import digest, hasher_on_all_cores, is_digest
 from registry.store.durable import make_folder, read_file, storage_errors, write_file
 from registry.store.errors import Conflict, Corrupt, NotFound, StorageError, Unsupported
 from registry.store.text import printable
@@ -124,7 +122,7 @@ def mark(path: Path, status: os.stat_result | None = None) -> str:
 
 
 def _read(path: Path) -> str:
-    hasher = blake3(max_threads=blake3.AUTO)
+    hasher = hasher_on_all_cores()
     try:
         with path.open(
             "rb", buffering=0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 
@@ -13,11 +14,27 @@ _HEX = re.compile(r"[0-9a-f]{64}\Z")
 
 Buffer = bytes | bytearray | memoryview
 
+_is_forked = False
+
+
+def _note_fork() -> None:
+    """The threads that hash together stay behind in the parent: a child that waited for them would wait for ever."""
+    global _is_forked
+    _is_forked = True
+
+
+os.register_at_fork(after_in_child=_note_fork)
+
 
 def digest(data: Buffer) -> str:
     """Digest of plain bytes."""
     threads = ALL_CORES if len(data) > _PARALLEL else 1
-    return blake3(data, max_threads=threads).hexdigest()
+    return blake3(data, max_threads=1 if _is_forked else threads).hexdigest()
+
+
+def hasher_on_all_cores() -> blake3:
+    """What hashes large contents part by part."""
+    return blake3(max_threads=1 if _is_forked else ALL_CORES)
 
 
 def preamble(dtype: str, shape: Sequence[int]) -> bytes:
@@ -42,7 +59,7 @@ def tensor_digest(dtype: str, shape: Sequence[int], data: Buffer, *, threads: in
 
 def tensor_hasher(dtype: str, shape: Sequence[int], threads: int) -> blake3:
     """What gives a tensor's digest once its bytes are fed to it."""
-    return blake3(preamble(dtype, shape), max_threads=threads)
+    return blake3(preamble(dtype, shape), max_threads=1 if _is_forked else threads)
 
 
 def is_digest(text: object) -> bool:

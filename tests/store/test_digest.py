@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import blake3
 import numpy as np
 import pytest
@@ -82,3 +85,14 @@ def test_only_64_lower_case_hex_digits_are_a_digest(text: object) -> None:
 
 def test_a_digest_is_a_digest() -> None:
     assert is_digest(digest(b""))
+
+
+def test_a_forked_process_hashes_without_the_threads_that_stayed_behind() -> None:
+    data = bytes(8 << 20)
+    expected = digest(data), tensor_digest("uint8", (len(data),), data)
+    pid = os.fork()
+    if not pid:
+        signal.alarm(20)  # its default action ends the child
+        same = (digest(data), tensor_digest("uint8", (len(data),), data)) == expected
+        os._exit(0 if same else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
