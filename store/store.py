@@ -280,20 +280,24 @@ class Store:
         from registry.store import loading
         from registry.store.tree import decode
 
-        with self._reading(digest, label), contextlib.ExitStack() as checks:
-            manifest = self._recent_manifest(digest)
-            documents = self._chosen(manifest, only)
+        with contextlib.ExitStack() as checks:
+            with self._reading(digest, label):
+                manifest = self._recent_manifest(digest)
+                documents = self._chosen(manifest, only)
 
-            def tensors(wanted: Sequence[Wanted]) -> dict[int, torch.Tensor]:
-                mapped = loading.Mapped(self.packs)
-                mapped.decode(wanted)
-                mapped.open(wanted)
-                if verify:
-                    checks.enter_context(loading.steady(self.packs, wanted, mapped))
-                return {item.slot: mapped.tensor(item) for item in wanted}
+                def tensors(wanted: Sequence[Wanted]) -> dict[int, torch.Tensor]:
+                    mapped = loading.Mapped(self.packs)
+                    mapped.decode(wanted)
+                    mapped.open(wanted)
+                    if verify:
+                        checks.enter_context(loading.steady(self.packs, wanted, mapped))
+                    return {item.slot: mapped.tensor(item) for item in wanted}
 
-            found = self._while_packs_move(lambda: self._locate(manifest, documents), tensors)
-            yield {name: decode(document, found.__getitem__) for name, document in documents.items()}
+                found = self._while_packs_move(lambda: self._locate(manifest, documents), tensors)
+                trees = {name: decode(document, found.__getitem__) for name, document in documents.items()}
+            yield trees
+            with self._reading(digest, label):
+                checks.close()
 
     def _tensors(self, wanted: Sequence[Wanted], *, copy: bool, verify: bool) -> dict[int, torch.Tensor]:
         from registry.store import loading

@@ -178,6 +178,7 @@ def fork(run: Callable[[], object]) -> int:
     if pid:
         return pid
     try:
+        torch.set_num_threads(1)  # Its threads stayed in the parent.
         run()
         sys.stdout.flush()
         os._exit(0)

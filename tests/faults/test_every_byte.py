@@ -35,7 +35,7 @@ from registry.store import durable, pack
 from registry.store.errors import RegistryError
 
 STEM = "test_every_byte"
-BUDGET = 30.0
+BUDGET = 20.0
 SEGMENT = 11_000
 RUN = "net/first"
 
@@ -534,7 +534,10 @@ def damage_two(world: World, root: Path, chance: random.Random) -> Case:
             connection.execute("UPDATE log SET entry = ? WHERE seq = ?", [zlib.compress(b"{}\n"), other])
         connection.commit()
     text = f"entry {entry} is damaged in the log, {other} in the catalog"
-    return Case(text, kinds, names, "pairs", (), (entry,) if how == "same" else ())
+    if how != "same":
+        return Case(text, kinds, names, "pairs", ())
+    # The last entry, when it can be read nowhere, is like one that was never acknowledged.
+    return Case(text, kinds, names, "pairs", (), (entry,), entry == sum(counts))
 
 
 def drop_catalog(root: Path) -> None:

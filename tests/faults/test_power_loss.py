@@ -664,7 +664,7 @@ def follow(check: Check, recording: Recording, chance: random.Random, cuts: int)
 
 
 def test_power_cuts_and_kills_in_a_row(base: Path) -> None:
-    for seed in soak.seeds(STEM, 20.0):
+    for seed in soak.seeds(STEM, 12.0):
         chance = random.Random(seed)
         check = Check(base)
         mode = chance.choice(sorted(MODES))
