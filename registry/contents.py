@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from registry.store.digest import digest, hasher_on_all_cores, is_digest
+from registry.store.digest import digest, hasher, is_digest
 from registry.store.durable import make_folder, read_file, storage_errors, write_file
 from registry.store.errors import Conflict, Corrupt, NotFound, StorageError, Unsupported
 from registry.store.text import printable
@@ -122,14 +122,14 @@ def mark(path: Path, status: os.stat_result | None = None) -> str:
 
 
 def _read(path: Path) -> str:
-    hasher = hasher_on_all_cores()
+    hashed = hasher()
     try:
         with path.open(
             "rb", buffering=0
         ) as file:  # mapped, a file that shrinks meanwhile would kill the process
             while data := file.read(_AT_ONCE):
-                hasher.update(data)
-        return hasher.hexdigest()
+                hashed.update(data)
+        return hashed.hexdigest()
     except OSError as error:
         raise StorageError(f"{printable(str(path))}: {error.strerror}") from error
 

@@ -427,18 +427,7 @@ class Registry:
         dry_run: bool = False,
         progress: Callable[[int, int, int], None] = lambda done, total, saved: None,
     ) -> list[Compacted]:
-        """Store older versions as differences from a neighbour, bit for bit; `collect_garbage` frees the space.
-
-        The newest version of each model, those with an alias, and one in some forty stay as they are.
-
-        Args:
-            models: all of them unless given.
-            dry_run: only say which packs would be rewritten.
-            progress: told the bytes done, the bytes in all, and the bytes saved so far.
-
-        Raises:
-            Corrupt: if a byte is not what was saved; nothing is lost.
-        """
+        """Store older versions as differences from a neighbour; see `registry.upkeep.compaction.compact`."""
         from registry.upkeep.compaction import compact
 
         return compact(self.catalog, self.store, models, dry_run=dry_run, progress=progress)

@@ -28,13 +28,12 @@ os.register_at_fork(after_in_child=_note_fork)
 
 def digest(data: Buffer) -> str:
     """Digest of plain bytes."""
-    threads = ALL_CORES if len(data) > _PARALLEL else 1
-    return blake3(data, max_threads=1 if _is_forked else threads).hexdigest()
+    return hasher(data, ALL_CORES if len(data) > _PARALLEL else 1).hexdigest()
 
 
-def hasher_on_all_cores() -> blake3:
-    """What hashes large contents part by part."""
-    return blake3(max_threads=1 if _is_forked else ALL_CORES)
+def hasher(data: Buffer = b"", threads: int = ALL_CORES) -> blake3:
+    """What gives the digest of some bytes, and of those that are fed to it afterwards."""
+    return blake3(data, max_threads=1 if _is_forked else threads)
 
 
 def preamble(dtype: str, shape: Sequence[int]) -> bytes:
@@ -59,7 +58,7 @@ def tensor_digest(dtype: str, shape: Sequence[int], data: Buffer, *, threads: in
 
 def tensor_hasher(dtype: str, shape: Sequence[int], threads: int) -> blake3:
     """What gives a tensor's digest once its bytes are fed to it."""
-    return blake3(preamble(dtype, shape), max_threads=1 if _is_forked else threads)
+    return hasher(preamble(dtype, shape), threads)
 
 
 def is_digest(text: object) -> bool:

@@ -172,7 +172,7 @@ class Read(Mapped):
 
 
 class _FileState(NamedTuple):
-    """What the system notes of a file, and changes with its bytes."""
+    """What the system records about a file; every change to the bytes changes it."""
 
     device: int
     inode: int

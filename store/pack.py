@@ -1,8 +1,8 @@
 """Packs: immutable safetensors files whose tensor names are digests.
 
 A pack is named by the digest of its header, which in turn names the digest of every tensor, so the name covers
-every byte. A salt in the header makes the name one that no other pack has or had. Tensors start at multiples of 64 bytes; safetensors allows no holes, so entries named `pad.<n>` of
-zero bytes fill the gaps.
+every byte. A salt in the header makes the name one that no other pack has or had. Tensors start at multiples of 64
+bytes; safetensors allows no holes, so entries named `pad.<n>` of zero bytes fill the gaps.
 """
 
 from __future__ import annotations

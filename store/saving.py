@@ -84,7 +84,7 @@ def write_new(
             if not attempt:
                 _logger.warning(
                     "another thread changed %d of %d tensors while they were saved: each is saved as it was at one "
-                    "moment, but not all as they were at the same; let it wait during a save",
+                    "moment, but not all at the same moment; pause that thread while you save",
                     *(len(error.digests), len(state.leaves)),
                 )
             for slot, leaf in enumerate(state.leaves):

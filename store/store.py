@@ -288,7 +288,6 @@ class Store:
                 def tensors(wanted: Sequence[Wanted]) -> dict[int, torch.Tensor]:
                     mapped = loading.Mapped(self.packs)
                     mapped.decode(wanted)
-                    mapped.open(wanted)
                     if verify:
                         checks.enter_context(loading.steady(self.packs, wanted, mapped))
                     return {item.slot: mapped.tensor(item) for item in wanted}

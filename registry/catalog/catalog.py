@@ -247,10 +247,8 @@ class Catalog:
                 with self._errors():
                     if self._is_sound(connection) and identity == self._identity(identity):
                         return connection, identity
-            except (
-                Damaged,
-                StorageError,
-            ) as error:  # SQLite cannot make the files that a write-ahead log needs.
+            except (Damaged, StorageError) as error:
+                # SQLite cannot make the files that a write-ahead log needs.
                 _logger.debug("%s", error)
             except BaseException:
                 connection.close()
@@ -640,8 +638,8 @@ class Catalog:
         Raises:
             Corrupt: if entries of the log are lost, and nobody has accepted that.
         """
-        for gap in self.gaps():
-            raise self._not_before(gap)
+        if gaps := self.gaps():
+            raise self._not_before(gaps[0])
 
     def _not_before(self, gap: object) -> Corrupt:
         advice = "nothing can be changed before: registry rebuild --adopt"
@@ -862,7 +860,7 @@ class Catalog:
             segments, healed = heal(self.journal, self._history(copies))
             if segments:
                 _logger.warning(
-                    "%s: is damaged, and %s written again with the catalog's copy, which has %d entries that were lost",
+                    "%s is damaged: %s was written again from the catalog's copy, with %d entries that it had lost",
                     *(
                         self.journal.folder,
                         ", ".join(self.journal.path(one).name for one in segments),
@@ -889,10 +887,7 @@ class Catalog:
         anew.fill(ledger)
         if ledger.has_gaps:
             anew.set_state("gaps", json.dumps([str(gap) for gap in ledger.gaps if gap.last >= gap.first]))
-        anew.set_state("seq", ledger.seq)
-        anew.set_state("digest", ledger.digest)
-        anew.set_state("segment", ledger.end.segment)
-        anew.set_state("offset", ledger.end.offset)
+        _set_head(anew, ledger, ledger.end)
         return Refolded(ledger)
 
     def _history(self, connection: sqlite3.Connection | None) -> Iterator[Placed | Gap | End | Fork]:
@@ -1224,9 +1219,9 @@ def _head(connection: sqlite3.Connection) -> tuple[int, str, Position]:
         ) from None
 
 
-def _set_head(change: Change, entry: Entry, end: Position) -> None:
-    change.set_state("seq", entry.seq)
-    change.set_state("digest", entry.digest)
+def _set_head(change: Change, last: Entry | Ledger, end: Position) -> None:
+    change.set_state("seq", last.seq)
+    change.set_state("digest", last.digest)
     change.set_state("segment", end.segment)
     change.set_state("offset", end.offset)
 

@@ -6,6 +6,7 @@ seconds. A seed that failed is kept in `seeds/`, and every later run replays it 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -44,6 +45,23 @@ def seeds(stem: str, default: float) -> Iterator[int]:
         yield random.SystemRandom().randrange(1 << 40)
         if time.monotonic() >= end:
             return
+
+
+@contextlib.contextmanager
+def replayable(stem: str, seed: int, about: str = "") -> Iterator[None]:
+    """Keep the seed of a case that fails, and say in its error how to replay it.
+
+    Args:
+        about: what else helps to find out why.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        keep(stem, seed)
+        error.add_note(f"SOAK_SEED={seed} replays it{about}")
+        raise
 
 
 def keep(stem: str, seed: int) -> None:

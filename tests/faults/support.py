@@ -166,6 +166,21 @@ class Stepwise(durable.Disk):
         self._step(path, lambda: super(Stepwise, self).truncate(fd, path, size))
 
 
+def in_steps(
+    root: Path, change: Callable[[Registry], object], at: Callable[[int, str, Path], None]
+) -> Stepwise:
+    """Run a change of a registry, which is opened for it, on a disk that calls `at` at each durable step."""
+    plain = durable.disk
+    durable.disk = steps = Stepwise(at)
+    try:
+        registry = Registry(root, create=False)
+        change(registry)
+        registry.catalog.close()
+    finally:
+        durable.disk = plain
+    return steps
+
+
 def kill_me() -> NoReturn:
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("still alive")

@@ -781,12 +781,8 @@ def change(root: Path) -> tuple[dict[str, Callable[[Registry], bool]], dict[str,
 @pytest.mark.slow
 def test_damage_gives_the_right_bits_or_an_error_that_names_the_file(world: World, tmp_path: Path) -> None:
     for seed in soak.seeds(STEM, BUDGET):
-        try:
+        with soak.replayable(STEM, seed):
             case = check(world, tmp_path, seed)
-        except BaseException as error:
-            soak.keep(STEM, seed)
-            error.add_note(f"SOAK_SEED={seed} replays it")
-            raise
         soak.count(STEM, cases=1, **{case.count: 1})
 
 

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from support import (
-    Stepwise,
     all_versions,
     broken_rules,
     collect,
     copy,
     dump,
     files,
+    in_steps,
     is_in_a_commit,
     is_state,
     save,
@@ -478,20 +478,14 @@ def change_beside_gc(root: Path, change: Callable[[Registry], object], word: str
             if not path.exists():
                 return
             done.append(path)
-            durable.disk = plain
+            steps, durable.disk = durable.disk, plain
             other = Registry(root, create=False)
             collect(other, grace=0)
             other.catalog.close()
-            durable.disk = disk
+            durable.disk = steps
             assert not path.exists()
 
-    durable.disk = disk = Stepwise(at)
-    try:
-        registry = Registry(root, create=False)
-        change(registry)
-        registry.catalog.close()
-    finally:
-        durable.disk = plain
+    in_steps(root, change, at)
     assert done
 
 

@@ -435,12 +435,8 @@ def try_one(golden: Path, top: Path, seed: int, lines_at_most: int = 12) -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_hostile_folder_is_told_and_nothing_outside_is_touched(golden: Path, tmp_path: Path) -> None:
     for seed in soak.seeds(STEM, BUDGET):
-        try:
+        with soak.replayable(STEM, seed):
             count = try_one(golden, tmp_path, seed)
-        except BaseException as error:
-            soak.keep(STEM, seed)
-            error.add_note(f"SOAK_SEED={seed} replays it")
-            raise
         soak.count(STEM, folders=1, commands=count)
 
 

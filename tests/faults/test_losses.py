@@ -20,6 +20,7 @@ from support import (
     copy,
     files,
     in_child,
+    in_steps,
     is_in_a_commit,
     is_state,
     kill_me,
@@ -133,14 +134,7 @@ def beside(
             other(registry)
             registry.catalog.close()
 
-    durable.disk = steps = Stepwise(at)
-    try:
-        registry = Registry(root, create=False)
-        change(registry)
-        registry.catalog.close()
-    finally:
-        durable.disk = plain
-    return steps.count
+    return in_steps(root, change, at).count
 
 
 CHANGES: dict[str, Callable[[Registry], object]] = {

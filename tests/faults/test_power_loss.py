@@ -668,18 +668,13 @@ def test_power_cuts_and_kills_in_a_row(base: Path) -> None:
         chance = random.Random(seed)
         check = Check(base)
         mode = chance.choice(sorted(MODES))
-        try:
-            with using(MODES[mode]):
-                made = plans(base, chance.sample(sorted(WORKLOADS), 2))
-                for plan in made:
-                    plan.makers = [*plan.makers, *chance.choices(OPERATIONS, k=2)]
-                for _ in range(3):
-                    recordings = carry_out(base / "recorded", made)
-                    made = [plan for one in recordings for plan in follow(check, one, chance, cuts=8)]
-        except Exception as error:
-            soak.keep(STEM, seed)
-            error.add_note(f"mode: {mode}; replay with SOAK_SEED={seed}")
-            raise
+        with soak.replayable(STEM, seed, f"; the mode is {mode}"), using(MODES[mode]):
+            made = plans(base, chance.sample(sorted(WORKLOADS), 2))
+            for plan in made:
+                plan.makers = [*plan.makers, *chance.choices(OPERATIONS, k=2)]
+            for _ in range(3):
+                recordings = carry_out(base / "recorded", made)
+                made = [plan for one in recordings for plan in follow(check, one, chance, cuts=8)]
         count(check)
 
 

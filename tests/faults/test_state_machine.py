@@ -50,12 +50,8 @@ def batches() -> Iterator[int]:
 def test_a_registry_holds_what_its_model_holds() -> None:
     for number in batches():
         before = Machine.machines, Machine.steps, Machine.kills, Machine.interrupted
-        try:
+        with soak.replayable(STEM, number):
             run_machines(number)
-        except BaseException:
-            soak.keep(STEM, number)
-            print(f"replay: SOAK_SEED={number} pytest tests/faults/{STEM}.py")
-            raise
         after = Machine.machines, Machine.steps, Machine.kills, Machine.interrupted
         machines, steps, kills, interrupted = (b - a for a, b in zip(before, after, strict=True))
         soak.count(STEM, machines=machines, steps=steps, kills=kills, interrupted=interrupted)

@@ -186,17 +186,12 @@ class Storm:
 @pytest.mark.slow
 def test_a_storm_of_processes_and_kills_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
     for i, seed in enumerate(soak.seeds(STEM, 25)):
-        print(f"seed {seed}; replay with SOAK_SEED={seed}")
         folder = tmp_path / str(i)
         folder.mkdir()
         one = Storm(folder, seed)
-        try:
+        with soak.replayable(STEM, seed, f"; what was left is in {folder}"):
             one.rage(one.chance.uniform(3, 8))
             known = one.check()
-        except BaseException:
-            soak.keep(STEM, seed)
-            print(f"what was left is in {folder}")
-            raise
         counts = known.counts
         loads = counts["load"] + counts["load artifact"]
         soak.count(STEM, operations=sum(counts.values()), kills=one.kills, loads=loads, storms=1)
