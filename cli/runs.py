@@ -24,6 +24,7 @@ from registry.cli.output import (
     size,
     time_of,
     version_document,
+    warn,
 )
 from registry.store.durable import open_file, opened_folder, storage_errors
 from registry.store.errors import Conflict, NotFound
@@ -36,7 +37,9 @@ if TYPE_CHECKING:
 _DEEPEST = 50
 """Levels of the tree that `lineage` shows."""
 
-_LONGEST_LOG = 256 << 20
+_LONGEST_LOG = 16 << 20
+"""Bytes at the end of a run's log that are shown."""
+
 _LONGEST_LINE = 1 << 20
 
 
@@ -288,6 +291,11 @@ def log(source: str, follow: bool, registry: Registry, as_json: bool) -> None:
         except FileNotFoundError:
             raise NotFound(f"{path}: the log of {info.name} is not there any more") from None
     with os.fdopen(fd, encoding="utf-8", errors="replace") as file:
+        before = os.fstat(fd).st_size - _LONGEST_LOG
+        if before > 0:
+            warn(f"only the last {_LONGEST_LOG >> 20} MB are shown; the whole log is {path}")
+            file.seek(before)
+            file.readline(_LONGEST_LINE)  # The rest of a line that is cut.
         if as_json:
             lines = file.read(_LONGEST_LOG).splitlines()
             print_json({"run": info.name, "file": str(path), "lines": lines})

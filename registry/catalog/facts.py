@@ -108,6 +108,15 @@ def check_shown(record: Mapping[str, Any]) -> None:
         )
 
 
+def sound_run(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What the log has of a run, without fields that are of the wrong type."""
+    return {
+        key: value
+        for key, value in record.items()
+        if value is None or key not in _OF_RUN or _OF_RUN[key](value)
+    }
+
+
 def _is_contents(value: Any) -> bool:
     counts = ("tensors", "elements", "bytes")
     return _is_table(value) and all(
@@ -206,6 +215,15 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "torch-registry": _is_text,
 }
 """What the fields of a record must be; others are as their writer likes."""
+
+_OF_RUN: dict[str, Callable[[Any], bool]] = {
+    "state": _is_text,
+    "config": _is_table,
+    "dataset": _is_text,
+    "artifacts": _is_texts,
+    "resumed": _is_text,
+}
+"""What the fields of a run must be."""
 
 _MADE: dict[str, Callable[[Any], bool]] = {
     "kinds": _is_table_of(_is_text),

@@ -126,20 +126,20 @@ def invariants(query: Callable[..., list[tuple[object, ...]]], store: Store) -> 
 def _manifest_problems(
     query: Callable[..., list[tuple[object, ...]]], manifest_id: str, store: Store
 ) -> Iterator[str]:
+    needed: set[str] = set()
+    depth = 0
     try:
         wanted = set(store.tensors_of(manifest_id))
+        while wanted and depth <= MAX_CHAIN + 1:
+            places = locate(query, wanted)
+            needed |= {place.pack for place in places.values()}
+            if len(places) < len(wanted):
+                yield f"manifest {manifest_id[:12]} lacks {len(wanted) - len(places)} tensors"
+            wanted = {place.base for place in places.values() if place.base}
+            depth += 1
     except RegistryError as error:
         yield str(error)
         return
-    needed: set[str] = set()
-    depth = 0
-    while wanted and depth <= MAX_CHAIN + 1:
-        places = locate(query, wanted)
-        needed |= {place.pack for place in places.values()}
-        if len(places) < len(wanted):
-            yield f"manifest {manifest_id[:12]} lacks {len(wanted) - len(places)} tensors"
-        wanted = {place.base for place in places.values() if place.base}
-        depth += 1
     if wanted:
         yield f"the differences that manifest {manifest_id[:12]} needs rest on one another too deeply"
     rows = query(

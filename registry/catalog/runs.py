@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from registry.catalog.entries import now
+from registry.catalog.facts import sound_run
 from registry.catalog.lookups import Reader, parsed
 from registry.catalog.reference import check_run_name
 from registry.catalog.resolving import hint
@@ -128,8 +129,8 @@ class Runs:
         found: list[str] = []
         while name and name not in found:
             found.append(name)
-            rows = self._catalog.query("SELECT record FROM runs WHERE name = ?", [name])
-            resumed = parsed(rows[0][0]).get("resumed") if rows else None
+            rows = self._catalog.query(f"{_ROWS} WHERE name = ?", [name])
+            resumed = _info(rows[0]).record.get("resumed") if rows else None
             before = self._catalog.query("SELECT run FROM versions WHERE id = ?", [resumed])
             name = before[0][0] if before and before[0][0] else ""
         return found
@@ -156,4 +157,4 @@ def _one(catalog: Reader, name: str) -> RunInfo:
 
 def _info(row: tuple[Any, ...]) -> RunInfo:
     name, model, started, record = row
-    return RunInfo(check_run_name(name), model, started, untagged(parsed(record)))
+    return RunInfo(check_run_name(name), model, started, sound_run(untagged(parsed(record))))

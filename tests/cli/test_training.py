@@ -265,6 +265,16 @@ def test_the_log_of_a_checkpoint_is_its_runs(run: Run, root: Path) -> None:
     assert run("log", "lenet5:v1", "-f").out == done.out  # which ends, as the run has ended
 
 
+def test_of_a_huge_log_the_end_is_shown(run: Run, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = root / "runs/lenet5/run-1/run.log"
+    lines = path.read_text().splitlines()
+    monkeypatch.setattr("registry.cli.runs._LONGEST_LOG", len(lines[-1]) + len(lines[-2]) + 4)
+    done = run("log", "lenet5:v1")
+    assert done.out.splitlines() == lines[-2:]
+    assert "the whole log is" in done.err
+    assert run("log", "lenet5:v1", "--json").json["lines"] == lines[-2:]
+
+
 def test_following_a_log_ends_with_the_run(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "r")
     with registry.run("net") as session:
