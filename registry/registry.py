@@ -15,7 +15,7 @@ from registry.catalog.catalog import Catalog
 from registry.catalog.entries import now
 from registry.catalog.lookups import best_id
 from registry.catalog.naming import point
-from registry.catalog.reference import MAX_EDGE, check_name, check_text
+from registry.catalog.reference import MAX_EDGE, check_name, check_text, check_version_name
 from registry.catalog.resolving import resolve
 from registry.catalog.versions import Version, best_version, list_names
 from registry.progress import Progress, silent
@@ -272,7 +272,7 @@ class Registry:
             lineage: edges to other checkpoints or files, each with `kind` and `parent`.
             source: where an imported checkpoint came from.
             run: the training session that saves it; see `run`.
-            parent: name of the checkpoint that training went on from.
+            parent: name of the checkpoint that training went on from, such as `lenet5:v3`.
             provenance: how it was made, as plain values.
             dcp: how a flat state dict is laid out in the trees; see `registry.sharded`.
             best_by: move the alias `best` to the version with the best value of this metric.
@@ -308,7 +308,7 @@ class Registry:
             "lineage": [_edge(edge) for edge in lineage],
             "source": source,
             "run": run,
-            "parent": parent,
+            "parent": None if parent is None else check_version_name(parent),
             "provenance": provenance,
             "dcp": dcp,
         }

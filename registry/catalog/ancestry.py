@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from registry.catalog.reference import check_version_name
 from registry.catalog.versions import find_versions, name_of
+from registry.store.errors import Invalid, NotFound
 
 if TYPE_CHECKING:
     from registry.catalog.versions import Version
@@ -20,13 +22,10 @@ def ancestors(registry: Registry, name: str) -> set[str]:
         if name in found:
             continue
         found.add(name)
-        model, _, number = name.partition(":v")
-        rows = registry.catalog.query(
-            "SELECT id FROM versions WHERE model = ? AND version = ?", [model, int(number)]
-        )
-        if not rows:  # removed since
+        try:
+            version = registry.resolve(check_version_name(name))
+        except (Invalid, NotFound):  # Made up, or removed since.
             continue
-        version = registry.resolve(name)
         if parent := version.record.get("parent"):
             waiting.append(parent)
         above = (name_of(registry.catalog, edge["parent"]) for edge in version.record.get("lineage", []))

@@ -59,9 +59,8 @@ def facts_of(manifest: Manifest) -> Facts:
             problems.append(f"{quoted(key)} in its record is malformed")
     made = record.get("provenance")
     if made is not None:
-        odd = [
-            key for key, is_right in _MADE.items() if made.get(key) is not None and not is_right(made[key])
-        ]
+        made = {key: value for key, value in made.items() if value is not None}
+        odd = _odd(made)
         problems += [f"{quoted(f'provenance/{key}')} in its record is malformed" for key in odd]
         record["provenance"] = {key: value for key, value in made.items() if key not in odd}
     loss = record.get("loss")
@@ -86,6 +85,11 @@ def facts_of(manifest: Manifest) -> Facts:
     )
 
 
+def _odd(made: Mapping[str, Any]) -> list[str]:
+    """The fields of a provenance that are of the wrong type."""
+    return [key for key, is_right in _MADE.items() if key in made and not is_right(made[key])]
+
+
 def check_shown(record: Mapping[str, Any]) -> None:
     """See that what the catalog has of a version, or says to have, is of the right types.
 
@@ -97,9 +101,7 @@ def check_shown(record: Mapping[str, Any]) -> None:
         key for key, is_right in _FIELDS.items() if record.get(key) is not None and not is_right(record[key])
     ]
     if not odd and made:
-        odd = [
-            key for key, is_right in _MADE.items() if made.get(key) is not None and not is_right(made[key])
-        ]
+        odd = _odd(made)
     if components is not None and not _is_contents(components):
         odd.append("components")
     if odd:

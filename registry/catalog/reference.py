@@ -78,6 +78,19 @@ def is_name(name: str) -> bool:
     return len(name) <= MAX_NAME and _NAME.match(name) is not None
 
 
+def check_version_name(text: str) -> str:
+    """Check the name of a version, such as `lenet5:v3`.
+
+    Raises:
+        Invalid: if it has another form.
+    """
+    if parse_reference(text).version is None:
+        raise Invalid(
+            f"{quoted(text)}: the name of a version is a model's name, ':v' and a number, such as lenet5:v3"
+        )
+    return text
+
+
 def check_run_name(name: str) -> str:
     """Check the full name of a run, which is a path below the folder of runs: a model, a slash and the run's own name.
 

@@ -47,6 +47,10 @@ def failing(step: int, number: int, *, lasting: bool) -> Stepwise:
     return Stepwise(at)
 
 
+def log_of(root: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in sorted((root / "journal").glob("*.log")))
+
+
 @pytest.mark.parametrize("number", ADVICE)
 def test_a_save_fails_clearly_at_any_step_and_works_again(
     golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
@@ -55,6 +59,7 @@ def test_a_save_fails_clearly_at_any_step_and_works_again(
     for step in range(1_000):
         root = copy(golden, tmp_path / "r")
         registry = Registry(root)
+        lines = log_of(root).count(b"\n")
         disk = failing(step, number, lasting=True)
         with monkeypatch.context() as patch:
             patch.setattr(durable, "disk", disk)
@@ -67,13 +72,15 @@ def test_a_save_fails_clearly_at_any_step_and_works_again(
             else:
                 assert disk.count <= step
                 break
+        # An entry that could be neither made durable nor taken back may have become a version.
+        is_there = log_of(root).count(b"\n") > lines
         name = save(registry, 3)
         registry.catalog.close()
-        # a line of the journal that could be neither kept nor taken back may have become a version
+        assert name == ("net:v4" if is_there else "net:v3")
         check_whole(root, {**SAVED, name: 3}, {"net:v3": 3})
-        phantoms += name != "net:v3"
+        phantoms += is_there
     assert 10 < step < 999
-    assert phantoms <= 1
+    assert phantoms  # Otherwise no step has failed between writing the entry and its fsync.
 
 
 def test_a_pack_or_manifest_is_written_again_after_one_io_error(

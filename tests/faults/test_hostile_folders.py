@@ -502,7 +502,6 @@ def test_no_text_reaches_the_terminal_as_it_is(tmp_path: Path) -> None:
         meta={evil: evil, "deep": [{evil: [evil]}]},
         lineage=[{"kind": evil, "parent": evil}],
         source={"path": evil, evil: evil},
-        parent=evil,
         run=run,
         provenance={
             "command": [evil],

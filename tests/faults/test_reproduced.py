@@ -366,6 +366,7 @@ ONCE_WRONG: dict[str, tuple[dict[tuple[str, ...], Any], list[str]]] = {
     "lineage": ({("lineage",): "../../../etc/passwd"}, ["diff", "net:v1", "net:v2"]),
     "dataset": ({("provenance", "dataset"): {"model": 5}}, ["show", "net:v2"]),
     "escapes": ({("metrics", ESCAPES): 1.0, ("run",): ESCAPES}, ["show", "net:v2"]),
+    "empty provenance": ({("provenance", "buffers"): None}, ["plan", "net:v2", "lenet5"]),
     "no provenance": ({("provenance",): None}, ["list"]),
     "no time": ({("created",): BIG}, ["show", "net:v2"]),
     "edge": ({("lineage",): [{"kind": ESCAPES, "parent": ESCAPES}]}, ["lineage", "net:v2"]),

@@ -46,6 +46,13 @@ def test_a_saved_checkpoint_has_everything_that_was_given(registry: Registry) ->
         assert torch.equal(found.state_dict()["w"], torch.ones(3))
 
 
+@pytest.mark.parametrize("parent", ["net", "net@best", "net:vx", "../net", ""])
+def test_a_parent_is_the_name_of_a_version(registry: Registry, parent: str) -> None:
+    with pytest.raises(Invalid):
+        registry.save("net", {"model": {"weight": torch.ones(1)}}, parent=parent)
+    assert registry.names() == []
+
+
 def test_versions_count_up_for_each_model_and_are_never_given_again(registry: Registry) -> None:
     assert [save(registry, i).name for i in range(3)] == ["net:v1", "net:v2", "net:v3"]
     assert save(registry, 0, "other").name == "other:v1"
