@@ -110,8 +110,10 @@ def check_shown(record: Mapping[str, Any]) -> None:
         )
 
 
-def sound_run(record: Mapping[str, Any]) -> dict[str, Any]:
+def sound_run(record: Any) -> dict[str, Any]:
     """What the log has of a run, without fields that are of the wrong type."""
+    if not isinstance(record, Mapping):
+        return {}
     return {
         key: value
         for key, value in record.items()

@@ -384,7 +384,15 @@ def test_a_command_that_a_made_up_value_has_troubled_is_not(golden: Path, tmp_pa
 def test_a_run_with_a_made_up_field_troubles_no_command(
     golden: Path, tmp_path: Path, field: str, value: Any
 ) -> None:
-    run = {"op": "run", **RECORDS["run"], "record": {field: value}}
+    check_run(golden, tmp_path, {field: value})
+
+
+def test_a_run_whose_record_is_a_number_troubles_no_command(golden: Path, tmp_path: Path) -> None:
+    check_run(golden, tmp_path, {"$float": "7ff8000000000000"})
+
+
+def check_run(golden: Path, tmp_path: Path, record: Any) -> None:
+    run = {"op": "run", **RECORDS["run"], "record": record}
     commands = [["cache", "list"], ["runs"], ["history", "net"], ["show", "net:v2"]]
     assert told_by(forged(golden, tmp_path / "r", {}, [run]), [*commands, ["rebuild"], *commands]) == []
 
