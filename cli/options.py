@@ -67,6 +67,16 @@ def open_registry(root: str | None = None) -> Registry:
     return Registry(_root(root), create=False)
 
 
+def direction(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Declare the options that say which value of a metric is the best, for the parameter `smallest`."""
+    smallest = click.option(
+        "--smallest/--largest",
+        default=None,
+        help="Which value is the best; without it the name says so: the smallest loss, error or perplexity, the largest accuracy, F1 or AUC.",
+    )
+    return smallest(function)
+
+
 class Reference(click.ParamType[str, str]):
     """A reference; the shell completes it from the catalog."""
 

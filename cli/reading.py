@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from registry.cli.options import Reference, command
+from registry.cli.options import Reference, command, direction
 from registry.cli.output import (
     counted,
     number,
@@ -32,13 +32,13 @@ _MANY = 4
 @command("list", "registry list\nregistry list lenet5 --sort accuracy --limit 5")
 @click.argument("model", required=False, type=Reference())
 @click.option("--sort", "metric", metavar="METRIC", help="Order by a metric or the loss, the best first.")
-@click.option("--smallest", is_flag=True, help="With --sort: the smallest value is the best.")
+@direction
 @click.option("--tag", metavar="TAG", help="Only versions with this tag.")
 @click.option("--limit", default=20, show_default=True, type=click.IntRange(0), help="Rows; 0 for all.")
 def list_(
     model: str | None,
     metric: str | None,
-    smallest: bool,
+    smallest: bool | None,
     tag: str | None,
     limit: int,
     registry: Registry,
@@ -46,8 +46,10 @@ def list_(
 ) -> None:
     """List the models, or a model's versions.
 
-    The newest versions come first. --sort loss puts the smallest loss first; other metrics count as better when larger, unless --smallest.
+    The newest versions come first. --sort puts the best first, and the largest where a metric's name does not tell which is better.
     """
+    from registry.catalog.metrics import is_smallest_best
+    from registry.catalog.resolving import no_such_metric
     from registry.catalog.versions import list_versions, rank_versions
 
     if model is None and not (metric or tag):
@@ -59,10 +61,12 @@ def list_(
         versions, total = rank_versions(
             registry.catalog,
             *(model, metric),
-            smallest=smallest or metric == "loss",
+            smallest=bool(is_smallest_best(metric) if smallest is None else smallest),
             tag=tag,
             limit=limit or None,
         )
+        if not total and not tag:
+            raise no_such_metric(registry.catalog, model, metric)
     else:
         versions, total = list_versions(registry.catalog, model, tag=tag, limit=limit or None)
     if as_json:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from registry.catalog.runs import INNER, LOG, RunInfo
-from registry.cli.options import Reference, command
+from registry.cli.options import Reference, command, direction
 from registry.cli.output import (
     counted,
     number,
@@ -27,7 +27,8 @@ from registry.cli.output import (
     warn,
 )
 from registry.store.durable import open_file, opened_folder, storage_errors
-from registry.store.errors import Conflict, NotFound
+from registry.store.errors import Conflict, Invalid, NotFound
+from registry.store.text import quoted
 
 if TYPE_CHECKING:
     from registry.catalog.versions import Version
@@ -138,13 +139,19 @@ def history(model: str, limit: int, registry: Registry, as_json: bool) -> None:
         say(f"{counted(len(versions), 'version')} of {total:,}; --limit 0 shows all")
 
 
-@command("best", "registry best lenet5 --by accuracy\nregistry best lenet5 --by loss --smallest")
+@command("best", "registry best lenet5 --by accuracy\nregistry best lenet5 --by val/loss")
 @click.argument("model", type=Reference())
 @click.option("--by", "metric", required=True, metavar="METRIC", help="A metric, or loss.")
-@click.option("--smallest", is_flag=True, help="The smallest value is the best; always so for loss.")
-def best(model: str, metric: str, smallest: bool, registry: Registry, as_json: bool) -> None:
+@direction
+def best(model: str, metric: str, smallest: bool | None, registry: Registry, as_json: bool) -> None:
     """Find the best version of a model."""
-    found = registry.best(model, metric, smallest=smallest or metric == "loss")
+    from registry.catalog.metrics import is_smallest_best
+
+    if smallest is None and is_smallest_best(metric) is None:
+        raise Invalid(
+            f"the name {quoted(metric)} does not tell which value is better: add --smallest or --largest"
+        )
+    found = registry.best(model, metric, smallest=smallest)
     version = registry.resolve(found.name)
     if as_json:
         print_json(version_document(version))

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from registry.catalog.reference import check_name
-from registry.store.errors import Corrupt, Invalid
+from registry.catalog.metrics import is_metric
+from registry.store.errors import Corrupt
 from registry.store.text import quoted
 from registry.torch_files import values
 
@@ -123,7 +123,7 @@ def fields_of(tree: Any) -> dict[str, Any]:
         fields[name] = found if found is None or name == "loss" else int(found)
     metrics = tree.get("metrics")
     if isinstance(metrics, Mapping):
-        measured = {key: _number(value) for key, value in metrics.items() if _is_metric(key)}
+        measured = {key: _number(value) for key, value in metrics.items() if is_metric(key)}
         fields["metrics"] = {key: float(value) for key, value in measured.items() if value is not None}
     fields["config"] = next((tree[key] for key in _CONFIG_KEYS if is_config(tree.get(key))), None)
     return fields
@@ -140,13 +140,6 @@ def _number(value: Any) -> int | float | None:
 
 def _is_count(number: float) -> bool:
     return 0 <= number < 1 << 63 and number == int(number) if math.isfinite(number) else False
-
-
-def _is_metric(name: Any) -> bool:
-    try:
-        return isinstance(name, str) and bool(check_name(name, "metric"))
-    except Invalid:
-        return False
 
 
 def is_config(value: Any) -> bool:

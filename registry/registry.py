@@ -14,9 +14,10 @@ from registry.catalog import naming, settings
 from registry.catalog.catalog import Catalog
 from registry.catalog.entries import now
 from registry.catalog.lookups import best_id
+from registry.catalog.metrics import check_metric, is_smallest_best
 from registry.catalog.naming import point
 from registry.catalog.reference import MAX_EDGE, check_name, check_text, check_version_name
-from registry.catalog.resolving import resolve
+from registry.catalog.resolving import no_such_metric, resolve
 from registry.catalog.versions import Version, best_version, list_names
 from registry.progress import Progress, silent
 from registry.store import durable
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from registry.artifacts import Artifacts
     from registry.catalog.catalog import View
     from registry.catalog.entries import Record
-    from registry.catalog.lookups import Monitor
+    from registry.catalog.metrics import Monitor
     from registry.catalog.runs import Runs
     from registry.checkpoint import Checkpoint
     from registry.config import Config
@@ -162,7 +163,8 @@ class Registry:
             resume: the checkpoint that training goes on from.
             plan: the transfer by which the network got its first weights; it is recorded.
             monitor: a metric, or `loss`; the alias `best` follows the version that has its best value.
-            mode: `max` or `min`; by default `min` for `loss` and `max` for anything else.
+            mode: `min` if the smallest value is the best, `max` if the largest is; without it the metric's name says
+                so: `min` for a loss, an error, a perplexity and the like, `max` for an accuracy, F1, AUC and the like.
             keep_last, keep_best: keep that many of the run's newest versions, and of its best ones; others are
                 removed, but never one with an alias, a tag or a descendant. Without either all stay.
             keep_optimizer: older versions than that many keep their weights and lose everything else.
@@ -170,7 +172,7 @@ class Registry:
             timeout: seconds that processes which train together wait for one another.
 
         Raises:
-            Invalid: if a name or a rule is malformed.
+            Invalid: if a name or a rule is malformed, or the metric's name does not tell which value is better.
             Conflict: if the model has a run of this name.
             NotFound: if there is no checkpoint to resume.
         """
@@ -300,9 +302,7 @@ class Registry:
             "epoch": _whole(epoch, "epoch"),
             "step": _whole(step, "step"),
             "loss": None if loss is None else _number(loss, "loss"),
-            "metrics": {
-                check_name(k, "metric"): _number(v, f"metric {k}") for k, v in (metrics or {}).items()
-            },
+            "metrics": {check_metric(k): _number(v, f"metric {k}") for k, v in (metrics or {}).items()},
             "config": config,
             "meta": dict(meta or {}),
             "lineage": [_edge(edge) for edge in lineage],
@@ -348,20 +348,29 @@ class Registry:
         """The catalog's row for a reference; raises as `__getitem__`."""
         return resolve(self.catalog, text)
 
-    def best(self, model: str, metric: str, *, smallest: bool = False) -> Checkpoint:
-        """The version with the best value of a metric; NaN never wins, the earlier of two equals does.
+    def best(self, model: str, metric: str, *, smallest: bool | None = None) -> Checkpoint:
+        """The version with the best value of a metric, or of `loss`; NaN never wins, the earlier of two equals does.
+
+        Args:
+            smallest: whether the smallest value is the best; without it the metric's name decides, as in `run`.
 
         Raises:
+            Invalid: if the name does not tell which value is better.
             NotFound: if no version of the model has the metric.
         """
         from registry.checkpoint import Checkpoint
 
         check_name(model, "model")
-        check_name(metric, "metric")
+        if smallest is None:
+            smallest = is_smallest_best(check_metric(metric))
+        if smallest is None:
+            raise Invalid(
+                f"the name {quoted(metric)} does not tell which value is better: add smallest=True or False"
+            )
         found = best_version(self.catalog, model, metric, smallest=smallest)
         if found is None:
             self.resolve(model)
-            raise NotFound(f"no version of {model} has the metric {quoted(metric)}")
+            raise no_such_metric(self.catalog, model, metric)
         return Checkpoint(self.store, found)
 
     def names(self, prefix: str = "") -> list[str]:

@@ -40,6 +40,11 @@ class Disk:
     `path` and its like say what a step is about. `folder` is the open folder that the file is in, where there is one.
     """
 
+    @functools.cached_property
+    def safe_folders(self) -> set[tuple[int, int]]:
+        """Device and inode of the folders whose names this process has made durable."""
+        return set()
+
     def write(self, fd: int, path: Path, data: memoryview) -> int:
         return os.write(fd, data)
 
@@ -351,20 +356,38 @@ def is_gone(machine: str, pid: str) -> bool:
 
 
 def make_folder(path: Path, *, inner: int = 0) -> None:
-    """Create a folder, and durably its entry in the parent, unless it is there.
+    """Create a folder unless it is there, and make its name durable.
+
+    Another process may have made it and be about to sync its parent, or have been killed before it could. So the
+    parents within the registry, and the one of the registry's own folder, are synced once in each process.
 
     Args:
         inner: how many of the last parts of the path belong to the registry.
     """
-    with contextlib.suppress(FileNotFoundError), opened_folder(path, inner):
-        return
-    make_folder(path.parent, inner=max(inner - 1, 0))
-    with opened_folder(path.parent, max(inner - 1, 0)) as folder:
-        with contextlib.suppress(FileExistsError):
-            disk.mkdir(path, folder)
-        disk.sync_folder(path.parent, folder)
-    with opened_folder(path, inner):
-        pass
+    is_there = False
+    with contextlib.suppress(FileNotFoundError), opened_folder(path, inner) as folder:
+        if _identity(folder) in disk.safe_folders:
+            return
+        is_there = True
+    above = max(inner - 1, 0)
+    if inner or not is_there:
+        make_folder(path.parent, inner=above)
+    try:
+        with opened_folder(path.parent, above) as folder:
+            if not is_there:
+                with contextlib.suppress(FileExistsError):
+                    disk.mkdir(path, folder)
+            disk.sync_folder(path.parent, folder)
+    except PermissionError:
+        if inner or not is_there:
+            raise  # Only the folder that the registry lies in may be somebody else's.
+    with opened_folder(path, inner) as folder:
+        disk.safe_folders.add(_identity(folder))
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
 
 
 def write_file(

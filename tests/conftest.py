@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 from hypothesis import settings
 
@@ -19,3 +23,41 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none here"))
+
+
+@pytest.fixture(autouse=True)
+def holds_what_its_log_says(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After each test: what its registries hold follows from their logs, and every invariant holds.
+
+    A test that leaves one otherwise on purpose is marked `damages`.
+    """
+    folder: Path | None = None
+    if "tmp_path" in request.fixturenames and not request.node.get_closest_marker("damages"):
+        folder = request.getfixturevalue("tmp_path")
+    yield
+    if folder is not None:
+        broken = {str(root): found for root in _registries_below(folder) if (found := _broken_rules(root))}
+        assert not broken
+
+
+def _registries_below(folder: Path) -> Iterator[Path]:
+    for path, folders, _ in os.walk(folder):
+        if "journal" in folders:
+            folders.clear()
+            yield Path(path)
+
+
+def _broken_rules(root: Path) -> list[str]:
+    from support import broken_rules
+
+    from registry import Registry
+    from registry.store.errors import RegistryError
+
+    try:
+        registry = Registry(root, create=False)
+        try:
+            return broken_rules(registry)
+        finally:
+            registry.catalog.close()
+    except RegistryError as error:
+        return [str(error)]

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from registry.catalog.entries import MAX_NUMBER
-from registry.catalog.reference import MAX_EDGE, check_name, check_run_name
+from registry.catalog.metrics import is_metric
+from registry.catalog.reference import MAX_EDGE, check_run_name
 from registry.store.digest import is_digest
 from registry.store.errors import Corrupt, RegistryError
 from registry.store.manifest import Manifest
@@ -117,7 +118,7 @@ def sound_run(record: Any) -> dict[str, Any]:
     return {
         key: value
         for key, value in record.items()
-        if value is None or key not in _OF_RUN or _OF_RUN[key](value)
+        if value is not None and (key not in _OF_RUN or _OF_RUN[key](value))
     }
 
 
@@ -179,8 +180,7 @@ def _has_form(check: Callable[[str], object]) -> Callable[[Any], bool]:
 
 
 def _is_metrics(value: Any) -> bool:
-    is_name = _has_form(lambda name: check_name(name, "metric"))
-    return isinstance(value, Mapping) and all(is_name(k) and _is_number(v) for k, v in value.items())
+    return isinstance(value, Mapping) and all(is_metric(k) and _is_number(v) for k, v in value.items())
 
 
 def _is_lineage(value: Any) -> bool:

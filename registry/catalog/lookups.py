@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
+from registry.store.digest import is_digest
 from registry.store.errors import Corrupt
 from registry.store.location import Location
 
@@ -21,13 +22,6 @@ class Reader(Protocol):
     def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """The rows of a query that only reads."""
         ...
-
-
-class Monitor(NamedTuple):
-    """The metric (or `loss`) by which a version is the best, and whether that is the smallest value."""
-
-    metric: str
-    smallest: bool
 
 
 def batches(items: Iterable[Any]) -> Iterable[list[Any]]:
@@ -58,7 +52,8 @@ def locate(query: Query, digests: Collection[str]) -> dict[str, Location]:
             part,
         )
         for row in rows:
-            if tuple(map(type, row)) not in _PLACES or not 0 <= row[4] <= row[5] or (row[7] or 0) < 0:
+            is_right = tuple(map(type, row)) in _PLACES and 0 <= row[4] <= row[5] and (row[7] or 0) >= 0
+            if not is_right or not (row[6] is None or is_digest(row[6])):
                 raise Corrupt(
                     "the catalog holds a damaged row of a tensor; recreate it with: registry rebuild"
                 )

@@ -68,6 +68,16 @@ def _gaps(catalog: Reader) -> str:
     return ""
 
 
+def no_such_metric(catalog: Reader, model: str | None, metric: str) -> NotFound:
+    """The error of asking for a metric that no version (of a model) has."""
+    whose = "SELECT id FROM versions" + (" WHERE model = ?" if model else "")
+    rows = catalog.query(
+        f"SELECT DISTINCT name FROM metrics WHERE id IN ({whose}) ORDER BY name", [model] if model else []
+    )
+    having = f"no version of {model} has" if model else "no version has"
+    return NotFound(f"{having} the metric {quoted(metric)}{hint(metric, [str(name) for (name,) in rows])}")
+
+
 def hint(text: str, names: Sequence[str]) -> str:
     """What somebody who wrote a name that is not there may have meant."""
     near = [name for name in names if name.startswith(text)] or difflib.get_close_matches(text, names, 1)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from registry.catalog.facts import check_shown, facts_of
 from registry.catalog.lookups import Reader, batches, best_id, marks, parsed
+from registry.catalog.metrics import is_metric
 from registry.catalog.reference import is_name
 from registry.store.digest import is_digest
 from registry.store.errors import Corrupt
@@ -69,10 +70,10 @@ def find_versions(
         catalog, "SELECT id, written, text FROM notes WHERE id IN ({}) ORDER BY written, rowid", ids
     )
     metrics = _attached(catalog, "SELECT id, name, value FROM metrics WHERE id IN ({}) ORDER BY name", ids)
-    _check_attached(aliases, (str,), 1)
-    _check_attached(tags, (str,), 1)
-    _check_attached(notes, (str, str), 0)
-    _check_attached(metrics, (str, float | int | None), 1)
+    _check_attached(aliases, (str,), is_name)
+    _check_attached(tags, (str,), is_name)
+    _check_attached(notes, (str, str))
+    _check_attached(metrics, (str, float | int | None), is_metric)
     return [
         Version(
             id=version_id,
@@ -156,18 +157,21 @@ def _attached(catalog: Reader, sql: str, ids: Sequence[str]) -> dict[str, list[t
     return found
 
 
-def _check_attached(found: Mapping[str, list[tuple[Any, ...]]], types: tuple[Any, ...], names: int) -> None:
+def _check_attached(
+    found: Mapping[str, list[tuple[Any, ...]]],
+    types: tuple[Any, ...],
+    is_right: Callable[[str], bool] = lambda _: True,
+) -> None:
     """See that rows are what the tables may hold.
 
     Args:
-        names: how many of the first columns are names that people choose.
+        is_right: what a text of the first column must be.
 
     Raises:
         Corrupt: if they are not.
     """
     for row in (row for rows in found.values() for row in rows):
-        is_right = all(map(isinstance, row, types))
-        if not is_right or not all(is_name(name) for name in row[:names]):
+        if not all(map(isinstance, row, types)) or not is_right(row[0]):
             raise Corrupt(
                 "the catalog holds a damaged name, note or metric; recreate it with: registry rebuild"
             )

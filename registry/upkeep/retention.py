@@ -10,9 +10,9 @@ import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from registry.catalog.lookups import Monitor, Reader, marks
+from registry.catalog.lookups import Reader, marks
+from registry.catalog.metrics import Monitor, monitored
 from registry.catalog.naming import removal
-from registry.catalog.reference import check_name
 from registry.catalog.versions import find_versions, with_descendants
 from registry.store.errors import Invalid, NotFound
 from registry.store.text import quoted
@@ -48,8 +48,6 @@ class Retention(NamedTuple):
         Raises:
             Invalid: saying which is wrong.
         """
-        if mode not in (None, "min", "max"):
-            raise Invalid(f"mode is {quoted(str(mode))}, expected 'min' or 'max'")
         if monitor is None and (keep_best is not None or mode is not None):
             raise Invalid("the best version needs a metric: monitor='accuracy', mode='max'")
         for name, count in (
@@ -59,10 +57,7 @@ class Retention(NamedTuple):
         ):
             if count is not None and (type(count) is not int or count < 1):
                 raise Invalid(f"{name} is {quoted(str(count))}, expected a whole number of 1 or more")
-        by = None
-        if monitor is not None:
-            smallest = mode == "min" if mode else monitor == "loss"
-            by = Monitor(check_name(monitor, "metric"), smallest)
+        by = None if monitor is None else monitored(monitor, mode)
         return cls(by, keep_last, keep_best, keep_optimizer)
 
     def apply(self, catalog: Catalog, store: Store, runs: Sequence[str], model: str) -> None:
@@ -100,8 +95,8 @@ class Retention(NamedTuple):
             return []
         ranked = []
         for version in versions:
-            value = version.loss if self.monitor.metric == "loss" else None
-            value = version.metrics.get(self.monitor.metric, value)
+            metric = self.monitor.metric
+            value = version.loss if metric == "loss" else version.metrics.get(metric)
             if value is not None and value == value:
                 ranked.append((value if self.monitor.smallest else -value, version.version, version))
         return [version for _, _, version in sorted(ranked, key=lambda item: item[:2])[: self.keep_best]]

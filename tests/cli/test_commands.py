@@ -70,12 +70,21 @@ def test_list_shows_versions_the_newest_first(filled: Registry, run: Run) -> Non
         (["--tag", "paper"], "3"),
         (["lenet5", "--tag", "none"], ""),
         (["lenet5", "--limit", "0"], "4 3 2 1"),
-        (["lenet5", "--sort", "unknown"], ""),
+        (["lenet5", "--sort", "accuracy", "--largest"], "4 3 2 1"),
+        (["lenet5", "--sort", "loss", "--largest"], "1 2 4"),
     ],
 )
 def test_list_orders_and_filters(filled: Registry, run: Run, arguments: list[str], names: str) -> None:
     document = run("list", *arguments, "--json").json
     assert " ".join(str(version["version"]) for version in document["versions"]) == names
+
+
+def test_sorting_by_what_is_not_there_suggests(filled: Registry, run: Run) -> None:
+    outcome = run("list", "lenet5", "--sort", "acuracy")
+    assert outcome.status == 1
+    assert (
+        outcome.err == "registry: no version of lenet5 has the metric 'acuracy'; did you mean 'accuracy'?\n"
+    )
 
 
 def test_list_says_what_its_limit_hides(filled: Registry, run: Run) -> None:

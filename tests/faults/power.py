@@ -98,6 +98,8 @@ def parts(calls: list[Call]) -> dict[str, list[Call]]:
     found: dict[str, list[Call]] = {}
     for call in calls:
         first, _, path = call.path.partition("/")
+        if not first:  # A sync of the folder that holds them all.
+            continue
         other = call.other.partition("/")[2]
         found.setdefault(first, []).append(call._replace(path=path, other=other))
     return found

@@ -128,6 +128,12 @@ class Disk(durable.Disk):
         with self._step():
             super().sync_folder(path, folder)
             self.world.pending = [change for change in self.world.pending if change.folder != path]
+            self.world.made = [made for made in self.world.made if made.parent != path]
+
+    def mkdir(self, path: Path, folder: int) -> None:
+        with self._step():
+            super().mkdir(path, folder)
+            self.world.made.append(path)
 
     def rename(self, source: Path, target: Path, source_folder: int, target_folder: int) -> None:
         with self._step():
@@ -412,6 +418,7 @@ class World:
         self.crash_in = -1
         self.unsynced: dict[int, int] = {}
         self.pending: list[Pending] = []
+        self.made: list[Path] = []
         self.over = threading.Event()
 
     # -- turns -------------------------------------------------------------------------------------------
@@ -471,6 +478,7 @@ class World:
         target = self.place / str(self.crashes)
         shutil.copytree(self.root, target, symlinks=True)
         (target / f"{SQLITE}-shm").unlink(missing_ok=True)
+        durable.disk.safe_folders.clear()
         if self.chance.random() < 0.6:
             self._cut_power(target)
         self._damage_catalog(target)
@@ -485,6 +493,9 @@ class World:
         for change in reversed(self.pending):
             if self.chance.random() < 0.5:
                 self._undo(change, target)
+        for path in self.made:
+            if self.chance.random() < 0.5:
+                shutil.rmtree(target / path.relative_to(self.root), ignore_errors=True)
 
     def _tear(self, path: Path, safe: int) -> None:
         """Lose what was not synced: all of it, its end, or some of its sectors."""
@@ -594,6 +605,7 @@ class World:
             shutil.copyfile(self.root / SQLITE, self.place / "older")
         shutil.rmtree(self.place / "graves", ignore_errors=True)
         self.pending.clear()
+        self.made.clear()
 
     def _check_version(self, registry: Registry, name: str, known: Known, found: dict[str, Any]) -> None:
         if name not in found:

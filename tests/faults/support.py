@@ -194,6 +194,7 @@ def fork(run: Callable[[], object]) -> int:
         return pid
     try:
         torch.set_num_threads(1)  # Its threads stayed in the parent.
+        durable.disk.safe_folders.clear()  # What the parent has made durable is not known to another program.
         run()
         sys.stdout.flush()
         os._exit(0)

@@ -487,7 +487,8 @@ class Check:
 
     def _look(self, recording: Recording, cut: Cut) -> Known:
         cut.image.lay_out(self._root.parent)
-        is_there = cut.acknowledged >= 0 or not recording.is_new
+        # Who opens a registry that another process has made in part, and was killed, has been promised nothing yet.
+        is_there = cut.acknowledged >= (1 if recording.before else 0) or not recording.is_new
         registry = Registry(self._root, create=not is_there)
         registry.catalog.connection()
         found = facts_of(registry)

@@ -380,7 +380,7 @@ def test_a_command_that_a_made_up_value_has_troubled_is_not(golden: Path, tmp_pa
 
 
 @pytest.mark.parametrize("field", ["state", "config", "dataset", "artifacts", "resumed"])
-@pytest.mark.parametrize("value", [{"a": {}}, [[]], 5], ids=["table", "list", "number"])
+@pytest.mark.parametrize("value", [{"a": {}}, [[]], 5, None], ids=["table", "list", "number", "null"])
 def test_a_run_with_a_made_up_field_troubles_no_command(
     golden: Path, tmp_path: Path, field: str, value: Any
 ) -> None:

@@ -101,6 +101,7 @@ def test_any_text_comes_back_from_notes_and_facts(registry: Registry, note: str,
     assert checkpoint.meta == {"fact": fact, "'; DROP TABLE versions; --": note}
 
 
+@pytest.mark.damages
 def test_a_newer_schema_is_refused(registry: Registry) -> None:
     registry.catalog.connection().execute("UPDATE state SET value = 99 WHERE key = 'schema'")
     registry.catalog.close()

@@ -371,6 +371,7 @@ def test_what_is_no_side_says_so(tmp_path: Path) -> None:
             registry.diff(source, LeNet5())
 
 
+@pytest.mark.damages
 def test_structure_is_compared_without_reading_a_tensor(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "r")
     for seed in (0, 1):

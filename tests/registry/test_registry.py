@@ -86,6 +86,7 @@ def test_at_least_six_digits_of_an_id_name_a_checkpoint(registry: Registry) -> N
         registry["0" * 64]
 
 
+@pytest.mark.damages
 def test_two_ids_with_the_same_beginning_are_a_conflict(registry: Registry) -> None:
     first, second = save(registry, 1), save(registry, 2)
     connection = registry.catalog.connection()
@@ -215,6 +216,7 @@ def test_a_live_model_is_filled_or_left_alone(registry: Registry) -> None:
         checkpoint.state_dict("ema")
 
 
+@pytest.mark.damages
 def test_parameters_are_listed_without_reading_them(registry: Registry) -> None:
     checkpoint = registry.save(
         "net", {"model": {"a": torch.ones(2, 3), "b": torch.ones((), dtype=torch.int8)}}

@@ -498,7 +498,7 @@ def test_thinning_spares_what_others_descend_from(registry: Registry) -> None:
         ({"keep_best": 2}, "needs a metric: monitor="),
         ({"keep_last": 0}, "keep_last is '0', expected a whole number of 1 or more"),
         ({"keep_last": True}, "keep_last is 'True'"),
-        ({"monitor": "a b"}, "cannot be the name of a metric"),
+        ({"monitor": "a\nb"}, "cannot be the name of a metric"),
         ({"name": "../x"}, "cannot be the name of a run"),
         ({"dataset": "mnist"}, "expected a digest"),
         ({"resume": "net:v9"}, "no model 'net'"),

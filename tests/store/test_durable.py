@@ -111,3 +111,42 @@ def test_an_error_of_the_system_names_the_file_and_what_to_do(
         raise OSError(number, os.strerror(number), str(tmp_path / "x"))
     assert str(caught.value).startswith(f"{tmp_path / 'x'}: ")
     assert advice in str(caught.value)
+
+
+class Syncs(durable.Disk):
+    """A disk that notes which folders were synced."""
+
+    def __init__(self) -> None:
+        self.folders: list[Path] = []
+
+    def sync_folder(self, path: Path, folder: int) -> None:
+        self.folders.append(path)
+        super().sync_folder(path, folder)
+
+
+def test_the_name_of_a_folder_that_somebody_else_made_is_made_durable_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who made it may have been killed, or not have come to that yet; a power cut would take it, and all that is in it."""
+    monkeypatch.setattr(durable, "disk", disk := Syncs())
+    root = tmp_path / "r"
+    (root / "packs" / "ab").mkdir(parents=True)
+    write_file(root / "packs" / "ab" / "c", b"1", folder=root, inner=2)
+    assert disk.folders == [tmp_path, root, root / "packs", root / "packs" / "ab"]
+    write_file(root / "packs" / "ab" / "d", b"1", folder=root, inner=2)
+    assert disk.folders[4:] == [root / "packs" / "ab"]
+
+
+def test_a_registry_in_a_folder_that_cannot_be_read_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Foreign(durable.Disk):
+        def sync_folder(self, path: Path, folder: int) -> None:
+            if path == tmp_path:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(durable, "disk", Foreign())
+    (tmp_path / "r").mkdir()
+    durable.make_folder(tmp_path / "r" / "packs", inner=1)
+    with pytest.raises(PermissionError):
+        durable.make_folder(tmp_path / "new" / "packs", inner=1)

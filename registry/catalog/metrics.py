@@ -1,0 +1,228 @@
+"""Metrics: what one may be called, and whether its smallest or its largest value is the best."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from registry.store.errors import Invalid
+from registry.store.text import quoted
+
+MAX_METRIC = 128
+
+_LOSSES = frozenset(["loss", "losses", "logloss", "error", "errors", "err"])
+_SMALLEST = _LOSSES | frozenset(
+    [
+        "perplexity",
+        "ppl",
+        "nll",
+        "bce",
+        "xent",
+        "crossentropy",
+        "kl",
+        "kld",
+        "mae",
+        "mse",
+        "rmse",
+        "msle",
+        "rmsle",
+        "mape",
+        "smape",
+        "wer",
+        "cer",
+        "eer",
+        "ter",
+        "fid",
+        "kid",
+        "ece",
+        "brier",
+        "lpips",
+        "bpb",
+        "bpc",
+        "bpd",
+        "epe",
+        "mpjpe",
+        "chamfer",
+        "regret",
+    ]
+)
+_LARGEST = frozenset(
+    [
+        "accuracy",
+        "acc",
+        "top1",
+        "top5",
+        "f1",
+        "f2",
+        "fbeta",
+        "auc",
+        "auroc",
+        "auprc",
+        "roc",
+        "precision",
+        "recall",
+        "sensitivity",
+        "specificity",
+        "map",
+        "ap",
+        "iou",
+        "miou",
+        "dice",
+        "bleu",
+        "rouge",
+        "rouge1",
+        "rouge2",
+        "rougel",
+        "meteor",
+        "chrf",
+        "r2",
+        "psnr",
+        "ssim",
+        "mcc",
+        "kappa",
+        "ndcg",
+        "mrr",
+        "hits",
+        "pearson",
+        "spearman",
+        "reward",
+        "elbo",
+        "likelihood",
+    ]
+)
+_QUALIFIERS = frozenset(
+    [
+        "at",
+        "k",
+        "top",
+        "macro",
+        "micro",
+        "weighted",
+        "pr",
+        "total",
+        "epoch",
+        "step",
+        "mean",
+        "avg",
+        "average",
+        "ema",
+        "val",
+        "valid",
+        "validation",
+        "eval",
+        "test",
+        "train",
+        "dev",
+        "score",
+        "rate",
+        "overall",
+        "all",
+    ]
+)
+"""Words that may follow the name of a measure and leave its direction as it is."""
+
+_TURNING = frozenset(
+    [
+        "neg",
+        "negative",
+        "negated",
+        "minus",
+        "inv",
+        "inverse",
+        "inverted",
+        "std",
+        "stdev",
+        "var",
+        "variance",
+        "gap",
+        "diff",
+        "difference",
+        "delta",
+    ]
+)
+"""Words after which nothing is certain any more."""
+
+_PIECE = re.compile(r"[^\W_]+")
+_PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+|[^\W_A-Za-z0-9]+")
+
+
+class Monitor(NamedTuple):
+    """The metric (or `loss`) by which a version is the best, and whether that is the smallest value."""
+
+    metric: str
+    smallest: bool
+
+
+def check_metric(name: str) -> str:
+    """Check the name of a metric, such as `accuracy`, `val/loss` or `mAP@0.5`.
+
+    Raises:
+        Invalid: if it is empty, too long, begins or ends with a space, or holds what cannot be printed.
+    """
+    if not is_metric(name):
+        raise Invalid(
+            f"{quoted(str(name))} cannot be the name of a metric: use 1 to {MAX_METRIC} printable characters, "
+            "without a space at the beginning or the end"
+        )
+    return name
+
+
+def is_metric(name: object) -> bool:
+    """Whether something is the name of a metric."""
+    return (
+        isinstance(name, str) and 0 < len(name) <= MAX_METRIC and name.isprintable() and name == name.strip()
+    )
+
+
+def is_smallest_best(name: str) -> bool | None:
+    """Whether the smallest value of a metric is the best one, by the words of its name; None if they do not tell.
+
+    >>> is_smallest_best("val_loss"), is_smallest_best("eval/mAP50"), is_smallest_best("depth")
+    (True, False, None)
+    """
+    words = _words(name)
+    if _TURNING & set(words):
+        return None
+    while words and (words[-1] in _QUALIFIERS or words[-1].isdigit()):
+        words.pop()
+    if not words or words[-1] in _LOSSES:  # The loss of an accuracy is a loss, whatever it is called before.
+        return True if words else None
+    if words[-1] not in _SMALLEST | _LARGEST:
+        return None
+    directions = {word in _SMALLEST for word in words if word in _SMALLEST | _LARGEST}
+    return directions.pop() if len(directions) == 1 else None
+
+
+def monitored(name: str, mode: str | None) -> Monitor:
+    """The metric that says which version is the best.
+
+    Args:
+        mode: `min` or `max`; without it the name decides.
+
+    Raises:
+        Invalid: if the name cannot be one, the mode is another, or neither says which value is better.
+    """
+    check_metric(name)
+    if mode not in (None, "min", "max"):
+        raise Invalid(f"mode is {quoted(str(mode))}, expected 'min' or 'max'")
+    smallest = is_smallest_best(name) if mode is None else mode == "min"
+    if smallest is None:
+        raise Invalid(
+            f"the name {quoted(name)} does not tell which value is better: add mode='min' or mode='max'"
+        )
+    return Monitor(name, smallest)
+
+
+def _words(name: str) -> list[str]:
+    """The words of a name in lower case: `valLoss` has two, `mAP50` is `map`, `f1` stays as it is."""
+    found: list[str] = []
+    for piece in _PIECE.findall(name):
+        whole = piece.lower()
+        known = _SMALLEST | _LARGEST
+        if whole in known or whole.isdigit():
+            found.append(whole)
+        elif (bare := whole.rstrip("0123456789")) in known:
+            found.append(bare)
+        else:
+            found += [part.lower() for part in _PART.findall(piece)]
+    return found
