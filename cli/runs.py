@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _DEEPEST = 50
 """Levels of the tree that `lineage` shows."""
 
-_LONGEST_LOG = 16 << 20
+_LONGEST_LOG = 4 << 20
 """Bytes at the end of a run's log that are shown."""
 
 _LONGEST_LINE = 1 << 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -291,7 +292,8 @@ def _network(registry: Registry, target: str) -> tuple[Any, str]:
 def verify_frozen(a: str, b: str, registry: Registry, as_json: bool) -> int:
     """Check that what was frozen did not move between two versions.
 
-    The frozen names are those that B was saved with. The exit status is 1 if one moved.
+    The frozen names are those that B was saved with. The exit status is 1 if one moved. Buffers of frozen layers that were not held
+    are named if they moved.
     """
     left, right = registry[a], registry[b]
     frozen = right.provenance.get("frozen", {}).get("model")
@@ -310,12 +312,17 @@ def verify_frozen(a: str, b: str, registry: Registry, as_json: bool) -> int:
         raise Incompatible(f"{left.name} has no {quoted(lost[0])}, which is frozen in {right.name}")
     moved = [name for name in frozen if before[name] != after[name]]
     was = set(left.provenance.get("frozen", {}).get("model", ()))
-    reasons = {
-        name: _reason(name, was, right.provenance.get("buffers", {}).get("model", ())) for name in moved
-    }
+    buffers = right.provenance.get("buffers", {}).get("model", ())
+    reasons = {name: _reason(name, was, buffers) for name in moved}
+    loose = [name for name in _loose(set(frozen), after.keys(), buffers) if before.get(name) != after[name]]
     if as_json:
-        print_json({"a": left.name, "b": right.name, "frozen": len(frozen), "moved": reasons})
-    elif moved:
+        print_json(
+            {"a": left.name, "b": right.name, "frozen": len(frozen), "moved": reasons, "went_on": loose}
+        )
+        return 1 if moved else 0
+    for name in loose:
+        say(f"{name} went on, though the parameters of its layer are frozen")
+    if moved:
         for name in moved:
             say(f"{name}: {reasons[name]}")
         say(f"{len(moved)} of {len(frozen)} frozen names moved between {left.name} and {right.name}")
@@ -324,11 +331,26 @@ def verify_frozen(a: str, b: str, registry: Registry, as_json: bool) -> int:
     return 1 if moved else 0
 
 
+def _loose(frozen: set[str], names: Collection[str], buffers: Sequence[str]) -> list[str]:
+    """The buffers that are not frozen, of layers that have parameters and whose parameters all are."""
+    layers: dict[str, list[str]] = {}
+    for name in set(names) - set(buffers):
+        layers.setdefault(name.rpartition(".")[0], []).append(name)
+    return [
+        name
+        for name in buffers
+        if name in names
+        and name not in frozen
+        and (own := layers.get(name.rpartition(".")[0]))
+        and frozen.issuperset(own)
+    ]
+
+
 def _reason(name: str, frozen_before: set[str], buffers: Any) -> str:
     if name not in frozen_before:
         return "it was not frozen yet in the first"
     if name in buffers:
-        return "a statistic: its BatchNorm was in training mode"
+        return "a buffer: its layer was in training mode, or writes to it in evaluation mode, too"
     return "something wrote to it, or the optimizer had it"
 
 

@@ -1,4 +1,4 @@
-"""Freezing that holds: parameters, stale gradients and BatchNorm statistics, also after `model.train()`; and the proof."""
+"""Freezing that holds: parameters, stale gradients and what layers count in buffers, also after `train()`; and the proof."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from registry.store.errors import Incompatible, Invalid, RegistryError, Unsuppor
 from registry.store.text import quoted
 from registry.store.tree import Leaf
 
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
-_MARK = "_registry_frozen"
+_HELD = "_registry_frozen"
+_GOES_ON = "_registry_goes_on"
 _FIRST = "first:"
 
 
@@ -26,20 +26,30 @@ class Thawed(RegistryError):
     """Something that was frozen has changed."""
 
 
-class Freeze(NamedTuple):
-    """Glob patterns of names that are frozen."""
+class Freeze:
+    """Names, and glob patterns of names, that are frozen."""
 
-    patterns: tuple[str, ...]
+    def __init__(self, patterns: Iterable[str]) -> None:
+        self.patterns = tuple(dict.fromkeys(patterns))
+        self._names = frozenset(self.patterns)
+        self._globs = [pattern for pattern in self._names if {*pattern} & {*"*?["}]
 
     def covers(self, name: str) -> bool:
-        return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for pattern in self.patterns)
+        return name in self._names or any(fnmatch.fnmatchcase(name, glob) for glob in self._globs)
 
 
 class Frozen(NamedTuple):
-    """What a freeze did: names of parameters, BatchNorm layers kept in evaluation mode, and what is worth saying."""
+    """What a freeze did.
+
+    Attributes:
+        parameters: names of all that are frozen now.
+        held: layers that this freeze keeps in evaluation mode, as they would write to buffers of theirs otherwise.
+        notes: what is worth saying.
+        trainable: how many values are left to train.
+    """
 
     parameters: tuple[str, ...]
-    norms: tuple[str, ...]
+    held: tuple[str, ...]
     notes: tuple[str, ...]
     trainable: int
 
@@ -52,13 +62,15 @@ def freeze(
 ) -> Frozen:
     """Freeze parameters by pattern; calling it again adds to what is frozen.
 
-    Their gradients are dropped, as a stale gradient would still be stepped. A BatchNorm layer (or an InstanceNorm with
-    running statistics) whose parameters are all frozen stays in evaluation mode, also after `model.train()`.
+    Their gradients are dropped, as a stale gradient would still be stepped. A layer that has buffers of its own, such as
+    BatchNorm's statistics or the vectors of a spectral norm, stays in evaluation mode once all its parameters are frozen,
+    also after `model.train()`: in training mode it may write to them. Layers without buffers keep their mode, so a
+    Dropout within the frozen part goes on dropping; `eval()` it after each `train()` where it should not.
 
     Args:
         patterns: globs of names, such as `conv.*`, or `first:3` for the first three layers that have parameters, in
             the order in which the network registers them; `first:-1` for all but the last.
-        bn: `update` lets the statistics of frozen BatchNorm layers go on.
+        bn: `update` lets the statistics of frozen layers go on.
 
     Raises:
         Invalid: if a pattern matches nothing, or nothing would be left to train.
@@ -74,18 +86,38 @@ def freeze(
     for parameter in chosen.values():
         parameter.requires_grad_(False)
         parameter.grad = None
-    norms = tuple(_freeze_norms(plain, rule)) if bn == "freeze" else ()
+    held = []
+    for path, part in _complete(plain, rule):
+        if bn == "freeze":
+            _hold(part)
+            held.append(path)
+        else:
+            object.__setattr__(part, _GOES_ON, True)
     if bn == "update":
-        notes.append("BatchNorm statistics inside the frozen part go on")
+        notes.append("statistics inside the frozen part go on")
+    safe = set(frozen_names(plain))
+    for name in _state_buffers(plain) if bn == "freeze" else ():
+        if rule.covers(name) and name not in safe:
+            notes.append(f"{name} is not held, as its layer has parameters that are trained")
     frozen = tuple(name for name, p in names.items() if not p.requires_grad)
     trainable = sum(p.numel() for p in plain.parameters() if p.requires_grad)
-    return Frozen(frozen, norms, tuple(notes), trainable)
+    return Frozen(frozen, tuple(held), tuple(notes), trainable)
 
 
 def freeze_again(model: nn.Module, names: Sequence[str]) -> None:
     """Freeze what a checkpoint recorded as frozen, unless it is already, as in a network that was wrapped since."""
-    if not set(names) <= set(frozen_names(model)):
-        freeze(model, names)
+    if set(names) <= set(frozen_names(model)):
+        return
+    plain: nn.Module = components.plain_module(model)
+    is_held = {
+        path: part for path, part in plain.named_modules() if set(_buffers_of(plain, path)) <= set(names)
+    }
+    rule = Freeze(names)
+    freeze(model, names, bn="update")
+    for path, part in _complete(plain, rule):
+        part.__dict__.pop(_GOES_ON, None)
+        if path in is_held:
+            _hold(part)
 
 
 def check(model: nn.Module, patterns: str | Iterable[str]) -> tuple[Freeze, dict[int, nn.Parameter]]:
@@ -100,7 +132,7 @@ def check(model: nn.Module, patterns: str | Iterable[str]) -> tuple[Freeze, dict
     names = dict(plain.named_parameters(remove_duplicate=False))
     buffers = [name for name, _ in plain.named_buffers(remove_duplicate=False)]
     wanted = [patterns] if isinstance(patterns, str) else list(patterns)
-    rule = Freeze(tuple(resolved(wanted, names, [*names, *buffers])))
+    rule = Freeze(resolved(wanted, names, [*names, *buffers]))
     chosen = {id(p): p for name, p in names.items() if rule.covers(name)}
     if all(id(p) in chosen or not p.requires_grad for p in names.values()):
         raise Invalid("freezing that leaves no parameter to train; leave the head out")
@@ -129,7 +161,7 @@ def resolved(patterns: Iterable[str], parameters: Iterable[str], names: Iterable
 
 
 def _first(pattern: str, parameters: Sequence[str]) -> list[str]:
-    layers = list(dict.fromkeys(name.rpartition(".")[0] for name in parameters))
+    layers = list(dict.fromkeys(_layer(name) for name in parameters))
     try:
         count = int(pattern.removeprefix(_FIRST))
     except ValueError:
@@ -140,7 +172,14 @@ def _first(pattern: str, parameters: Sequence[str]) -> list[str]:
             "but the last"
         )
     chosen = set(layers[:count])
-    return [name for name in parameters if name.rpartition(".")[0] in chosen]
+    return [name for name in parameters if _layer(name) in chosen]
+
+
+def _layer(name: str) -> str:
+    """The layer that a parameter belongs to; a parametrized one is one layer."""
+    return (
+        name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
+    )
 
 
 def refuse_wrapped(model: nn.Module) -> None:
@@ -160,22 +199,55 @@ def refuse_wrapped(model: nn.Module) -> None:
             raise Unsupported(f"{name} is sharded; freeze before the network is sharded")
 
 
-def _freeze_norms(model: nn.Module, rule: Freeze) -> Iterator[str]:
+def _complete(model: nn.Module, rule: Freeze) -> Iterator[tuple[str, nn.Module]]:
+    """The layers with buffers of their own of which nothing is left to train, as far as a rule is about them."""
     for path, part in model.named_modules():
-        if not isinstance(part, _NORMS) or not part.track_running_stats or part.running_mean is None:
+        buffers = [_joined(path, name) for name, _ in part.named_buffers(recurse=False)]
+        if not buffers:
             continue
-        own = [f"{path}.{name}" if path else name for name, _ in part.named_parameters(recurse=False)]
-        statistics = f"{path}.running_mean" if path else "running_mean"
-        if all(map(rule.covers, own)) if own else rule.covers(statistics):
-            _hold(part)
-            yield path
+        above, owner = _owner(model, path)
+        parameters = [_joined(above, name) for name, _ in owner.named_parameters(remove_duplicate=False)]
+        is_about = any(map(rule.covers, [*buffers, *parameters]))
+        if is_about and (_is_frozen(owner) or (owner is not part and all(map(rule.covers, buffers)))):
+            yield path, part
+
+
+def _owner(model: nn.Module, path: str) -> tuple[str, nn.Module]:
+    """The layer whose parameters a layer with buffers belongs to: itself, or the next above it that has any, as for a
+    parametrization."""
+    part = model.get_submodule(path)
+    while path and next(part.parameters(), None) is None:
+        path = path.rpartition(".")[0]
+        part = model.get_submodule(path)
+    return path, part
+
+
+def _is_frozen(part: nn.Module) -> bool:
+    return not any(parameter.requires_grad for parameter in part.parameters())
+
+
+def _state_buffers(model: nn.Module) -> Iterator[str]:
+    for path, _ in model.named_modules(remove_duplicate=False):
+        yield from _buffers_of(model, path)
+
+
+def _buffers_of(model: nn.Module, path: str) -> list[str]:
+    """Names of a layer's own buffers that its state dict has."""
+    part = model.get_submodule(path)
+    left_out = part._non_persistent_buffers_set
+    return [_joined(path, name) for name, _ in part.named_buffers(recurse=False) if name not in left_out]
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _hold(part: nn.Module) -> None:
-    """Keep a layer in evaluation mode, also after `train()`, without changing its class or its names."""
-    part.eval()
-    if _MARK not in part.__dict__:
-        object.__setattr__(part, _MARK, True)
+    """Keep a layer in evaluation mode, also after `train()`, without changing its class, its names, or its layers' mode."""
+    part.training = False
+    part.__dict__.pop(_GOES_ON, None)
+    if _HELD not in part.__dict__:
+        object.__setattr__(part, _HELD, True)
         object.__setattr__(part, "train", _StayInEval(part))
 
 
@@ -186,11 +258,14 @@ class _StayInEval:
         self._part = part
 
     def __call__(self, mode: bool = True) -> nn.Module:
-        return nn.Module.train(self._part, False)
+        for child in self._part.children():
+            child.train(mode)
+        self._part.training = False
+        return self._part
 
 
 def unfreeze(model: nn.Module, patterns: str | Iterable[str] = "*") -> tuple[str, ...]:
-    """Thaw parameters, and the BatchNorm layers that they belong to; returns the names.
+    """Thaw parameters, and the layers that they belong to; returns the names.
 
     Raises:
         Invalid: if a pattern matches nothing.
@@ -202,26 +277,27 @@ def unfreeze(model: nn.Module, patterns: str | Iterable[str] = "*") -> tuple[str
     for pattern in wanted:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             raise Invalid(f"unfreeze: the pattern {quoted(pattern)} matches nothing; it is a typo")
-    rule = Freeze(tuple(wanted))
+    rule = Freeze(wanted)
     thawed = tuple(name for name, p in names.items() if rule.covers(name) and not p.requires_grad)
+    held = {path: part for path, part in plain.named_modules() if _HELD in part.__dict__}
+    complete = {path for path in held if _is_frozen(_owner(plain, path)[1])}
     for name in thawed:
         names[name].requires_grad_(True)
-    for path, part in plain.named_modules():
-        if _MARK in part.__dict__:
-            own = [f"{path}.{name}" if path else name for name, _ in part.named_parameters(recurse=False)]
-            if not own or any(map(rule.covers, own)):
-                del part.__dict__[_MARK], part.__dict__["train"]
-                part.train(plain.training)
+    for path, part in held.items():
+        is_thawed = path in complete and not _is_frozen(_owner(plain, path)[1])
+        if is_thawed or any(map(rule.covers, _buffers_of(plain, path))):
+            del part.__dict__[_HELD], part.__dict__["train"]
+            part.training = plain.training
     return thawed
 
 
 def frozen_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of frozen parameters, and of the statistics of BatchNorm layers that are held."""
+    """Names of frozen parameters, and of the buffers of layers that are held."""
     plain: nn.Module = components.plain_module(model)
     found = [name for name, p in plain.named_parameters(remove_duplicate=False) if not p.requires_grad]
     for path, part in plain.named_modules():
-        if _MARK in part.__dict__:
-            found += [f"{path}.{name}" if path else name for name, _ in part.named_buffers(recurse=False)]
+        if _HELD in part.__dict__:
+            found += _buffers_of(plain, path)
     return tuple(found)
 
 
@@ -237,6 +313,9 @@ def frozen_proof(
     Args:
         optimizer: helps to name the cause.
 
+    Every frozen parameter is watched, and every buffer of layers that are held or have no parameter left to train;
+    except those whose statistics go on by `bn="update"`.
+
     Yields:
         The names that are watched.
 
@@ -244,7 +323,7 @@ def frozen_proof(
         Invalid: if nothing is frozen.
         Thawed: with the names that moved, and why, as far as it can be known.
     """
-    names = frozen_names(model)
+    names = _watched(model)
     if not names:
         raise Invalid("nothing is frozen; freeze first")
     before, objects = _digests(model, names), _named(components.plain_module(model))
@@ -255,6 +334,17 @@ def frozen_proof(
         causes = [f"{name} ({_cause(model, optimizer, name, objects[name])})" for name in moved[:3]]
         more = f", and {len(moved) - 3} more" if len(moved) > 3 else ""
         raise Thawed(f"{len(moved)} of {len(names)} frozen names moved: {', '.join(causes)}{more}")
+
+
+def _watched(model: nn.Module) -> tuple[str, ...]:
+    plain: nn.Module = components.plain_module(model)
+    found = [name for name, p in plain.named_parameters(remove_duplicate=False) if not p.requires_grad]
+    for path, part in plain.named_modules():
+        _, owner = _owner(plain, path)
+        is_complete = _is_frozen(owner) and next(owner.parameters(), None) is not None
+        if _HELD in part.__dict__ or (is_complete and _GOES_ON not in part.__dict__):
+            found += [_joined(path, name) for name, _ in part.named_buffers(recurse=False)]
+    return tuple(found)
 
 
 def _digests(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
@@ -278,12 +368,15 @@ def _named(model: nn.Module) -> dict[str, torch.Tensor]:
 def _cause(model: nn.Module, optimizer: torch.optim.Optimizer | None, name: str, was: torch.Tensor) -> str:
     plain: nn.Module = components.plain_module(model)
     state = _named(plain)
-    if state.get(name) is not was:
+    if name not in state or (isinstance(was, nn.Parameter) and state[name] is not was):
         return "it was replaced or removed"
     tensor = state[name]
     module = plain.get_submodule(name.rpartition(".")[0])
-    if isinstance(module, _NORMS) and name.rpartition(".")[2] in dict(module.named_buffers(recurse=False)):
-        return "its BatchNorm was in training mode"
+    if name.rpartition(".")[2] in dict(module.named_buffers(recurse=False)):
+        kind = type(module).__name__
+        if module.training:
+            return f"its {kind} was in training mode"
+        return f"its {kind} or what calls it writes to it in evaluation mode, too; nothing here can hold it"
     if tensor.requires_grad:
         return "it was thawed"
     others = [

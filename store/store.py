@@ -163,11 +163,11 @@ class Store:
         from registry.store.saving import write_new
 
         with storage_errors(self.root):
-            for folder in (self.packs, self.manifests, self.tmp):
-                durable.make_folder(folder, inner=1)
             packs: list[PackInfo | None] = []
 
             def write() -> None:
+                for folder in (self.packs, self.manifests, self.tmp):
+                    durable.make_folder(folder, inner=1)
                 packs.append(write_new(state, self._intact, self.tmp, self.packs, progress))
 
             durable.again_on_trouble(write)

@@ -174,7 +174,7 @@ class Journal:
         """
         if end.offset >= SEGMENT:
             end = Position(entry.seq, 0)
-        durable.make_folder(self.folder, inner=1)
+        durable.again_on_trouble(lambda: durable.make_folder(self.folder, inner=1))
         durable.append(self.path(end.segment), entry.line, inner=1)
         if not end.offset:
             # Another process may have made the file, and been killed then.

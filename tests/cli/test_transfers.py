@@ -23,6 +23,8 @@ from registry.store.errors import Invalid, NotFound
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -128,6 +130,24 @@ def test_what_is_frozen_is_verified(run: Run, root: Path) -> None:
     assert bad.out.startswith("conv.3.bias: something wrote to it")
     assert run("verify-frozen", "frozen:v1", "frozen:v3", "--json").json["moved"].keys() == {"conv.3.bias"}
     assert "was saved without anything frozen" in run("verify-frozen", "lenet5:v1", "lenet5:v2").err
+
+
+def test_statistics_of_frozen_layers_that_went_on_are_named(run: Run, root: Path) -> None:
+    registry = Registry(root / "r")
+    net = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
+    net[0].requires_grad_(False)
+    with registry.run("loose") as session:
+        session.save(model=net)
+        net(torch.randn(8, 3))
+        session.save(model=net)
+    done = run("verify-frozen", "loose:v1", "loose:v2")
+    assert done.status == 0
+    assert done.out.splitlines() == [
+        *(f"0.{name} went on, though the parameters of its layer are frozen" for name in STATISTICS),
+        "all 2 frozen names are equal in loose:v1 and loose:v2, bit for bit",
+    ]
+    found = run("verify-frozen", "loose:v1", "loose:v2", "--json").json
+    assert (found["moved"], found["went_on"]) == ({}, [f"0.{name}" for name in STATISTICS])
 
 
 def test_training_from_other_weights(run: Run, root: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from trees import UNSEEN, Tree, exactly, is_same, tensors_in, ties
 
 from registry import Registry
-from registry.catalog.lookups import Monitor
+from registry.catalog.metrics import Monitor
 from registry.catalog.versions import Version, find_versions
 from registry.store.errors import NotFound, RegistryError, Unsupported
 

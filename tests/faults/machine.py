@@ -38,7 +38,7 @@ from trees import MODELS, Tree, artifact, is_same, tree_of
 from unsynced import Unsynced
 
 from registry import Registry
-from registry.catalog.lookups import Monitor
+from registry.catalog.metrics import Monitor
 from registry.cli.app import app
 from registry.exporting import export
 from registry.importing import import_file

@@ -145,6 +145,7 @@ def test_a_registry_may_be_moved_linked_and_named_relatively(
     check_whole(moved, {"net:v1": 1, "net:v2": 2})
 
 
+@pytest.mark.damages
 def test_a_folder_without_its_settings_is_not_taken_for_a_new_registry(root: Path) -> None:
     (root / "registry.toml").unlink()
     before = files(root)

@@ -198,6 +198,7 @@ def test_a_missing_manifest_is_put_back_by_who_reads_it_or_a_rebuild(root: Path)
     check_whole(root, SAVED)
 
 
+@pytest.mark.damages
 def test_a_manifest_that_neither_its_file_nor_the_log_has_is_named(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,6 +320,7 @@ def test_a_catalog_with_other_tables_is_rebuilt_equal(root: Path, name: str) -> 
     check_whole(root, SAVED)
 
 
+@pytest.mark.damages
 def test_rebuild_leaves_a_newer_catalog_alone(root: Path) -> None:
     with contextlib.closing(sqlite3.connect(root / "catalog.sqlite")) as connection:
         connection.execute("UPDATE state SET value = 99 WHERE key = 'schema'")
@@ -499,6 +501,7 @@ def test_where_catalog_log_and_a_pack_are_lost_the_rest_comes_back(root: Path) -
     check_whole(root, {"net:v1": 1})
 
 
+@pytest.mark.damages
 def test_two_histories_are_told_apart_and_nothing_is_changed(root: Path, tmp_path: Path) -> None:
     """As where a backup of the log was put back, and a program without the catalog went on from it."""
     other = copy(root, tmp_path / "other")
@@ -591,6 +594,7 @@ def test_a_malformed_entry_is_damage(root: Path, record: dict[str, Any]) -> None
     ],
     ids=lambda record: record["op"],
 )
+@pytest.mark.damages
 def test_an_entry_that_contradicts_the_others_has_no_effect_and_is_named(
     root: Path, record: dict[str, Any]
 ) -> None:
@@ -609,6 +613,7 @@ def test_an_entry_that_contradicts_the_others_has_no_effect_and_is_named(
 
 
 @pytest.mark.parametrize("table", ["versions", "runs"])
+@pytest.mark.damages
 def test_a_damaged_record_in_the_catalog_is_named(root: Path, table: str) -> None:
     registry = Registry(root)
     with registry.run("net") as run:
@@ -618,6 +623,7 @@ def test_a_damaged_record_in_the_catalog_is_named(root: Path, table: str) -> Non
         registry["net"] if table == "versions" else registry.runs.find()
 
 
+@pytest.mark.damages
 def test_loading_into_a_live_model_changes_nothing_when_a_pack_is_gone(root: Path) -> None:
     registry = Registry(root)
     pack_of(registry, "model/own", "net:v2")[0].unlink()
@@ -659,6 +665,7 @@ def newer_operation(root: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [newer_settings, newer_schema, newer_operation])
+@pytest.mark.damages
 def test_what_a_newer_version_wrote_is_refused_and_left_alone(
     root: Path, make: Callable[[Path], None]
 ) -> None:
@@ -681,6 +688,7 @@ def test_what_a_newer_version_wrote_is_refused_and_left_alone(
     assert files(root)[log] == before[log]
 
 
+@pytest.mark.damages
 def test_settings_that_make_no_sense_are_refused(root: Path) -> None:
     path = root / "registry.toml"
     path.chmod(0o644)

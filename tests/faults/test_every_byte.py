@@ -779,6 +779,7 @@ def change(root: Path) -> tuple[dict[str, Callable[[Registry], bool]], dict[str,
 
 
 @pytest.mark.slow
+@pytest.mark.damages
 def test_damage_gives_the_right_bits_or_an_error_that_names_the_file(world: World, tmp_path: Path) -> None:
     for seed in soak.seeds(STEM, BUDGET):
         with soak.replayable(STEM, seed):

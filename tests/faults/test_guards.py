@@ -218,6 +218,7 @@ def test_what_contradicts_the_log_is_refused(golden: tuple[Path, Facts], tmp_pat
 
 @pytest.mark.parametrize("anew", [False, True], ids=["caught up", "made anew"])
 @pytest.mark.parametrize("name", CONTRADICTIONS)
+@pytest.mark.damages
 def test_what_contradicts_the_log_and_stands_in_it_has_no_effect(
     golden: tuple[Path, Facts], tmp_path: Path, name: str, anew: bool
 ) -> None:

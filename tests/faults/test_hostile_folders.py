@@ -433,6 +433,7 @@ def try_one(golden: Path, top: Path, seed: int, lines_at_most: int = 12) -> int:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.damages
 def test_a_hostile_folder_is_told_and_nothing_outside_is_touched(golden: Path, tmp_path: Path) -> None:
     for seed in soak.seeds(STEM, BUDGET):
         with soak.replayable(STEM, seed):

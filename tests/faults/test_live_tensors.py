@@ -327,6 +327,7 @@ def test_a_module_may_change_the_state_that_it_is_given(tmp_path: Path) -> None:
     assert_whole(registry)
 
 
+@pytest.mark.damages
 def test_verifying_a_pack_with_differences_that_shrinks_meanwhile_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

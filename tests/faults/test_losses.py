@@ -307,6 +307,7 @@ def test_a_catalog_with_too_low_a_number_never_overwrites_a_version(tmp_path: Pa
 
 
 @pytest.mark.parametrize("table", ["doomed", "packs"])
+@pytest.mark.damages
 def test_a_forged_digest_deletes_nothing_outside(tmp_path: Path, table: str) -> None:
     root = tmp_path / "r"
     registry = Registry(root)
@@ -328,6 +329,7 @@ def test_a_forged_digest_deletes_nothing_outside(tmp_path: Path, table: str) -> 
 
 
 @pytest.mark.parametrize("place", ["tmp", "packs", "manifests", "packs/ab"])
+@pytest.mark.damages
 def test_gc_follows_no_link(tmp_path: Path, place: str) -> None:
     root = tmp_path / "r"
     registry = Registry(root)

@@ -154,6 +154,7 @@ def put_forty_gigabytes(path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("put", [put_pipe, put_device, put_forty_gigabytes])
 @pytest.mark.parametrize("name", FILES)
+@pytest.mark.damages
 def test_no_command_hangs_or_takes_much_memory_whatever_is_in_the_place_of_a_file(
     golden: Path, tmp_path: Path, name: str, put: Callable[[Path], None]
 ) -> None:
@@ -420,6 +421,7 @@ def made_up(chance: random.Random) -> tuple[dict[tuple[str, ...], Any], list[Any
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.damages
 def test_no_made_up_value_troubles_a_command(golden: Path, tmp_path: Path) -> None:
     for seed in soak.seeds("test_reproduced", 10):
         chance = random.Random(seed)
@@ -639,6 +641,7 @@ def test_a_lost_catalog_comes_back_as_it_was(tmp_path: Path, name: str) -> None:
     assert {one: version.aliases for one, version in versions(registry).items()} == expected
 
 
+@pytest.mark.damages
 def test_an_older_catalog_beside_a_log_of_the_same_size_but_another_history_is_noticed(
     tmp_path: Path,
 ) -> None:
@@ -1007,6 +1010,7 @@ def test_a_run_writes_through_no_link(tmp_path: Path, link: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["../../../home/x", "tr/../../../home/x", "/tmp/x", "tr/x/y"])
+@pytest.mark.damages
 def test_a_log_with_a_run_that_leaves_its_folder_is_damage(golden: Path, tmp_path: Path, name: str) -> None:
     record = {"op": "run", "name": name, "model": "tr", "at": "2026-01-01T00:00:00.000000Z", "record": {}}
     root = forged(golden, tmp_path / "r", {("run",): name}, [record])

@@ -46,7 +46,7 @@ def test_frozen_means_frozen() -> None:
     kinds = [type(part) for part in net.modules()]
     found = freeze(net, "body.*")
     assert found.parameters == ("body.0.weight", "body.0.bias", "body.1.weight", "body.1.bias")
-    assert found.norms == ("body.1",)
+    assert found.held == ("body.1",)
     assert found.trainable == 10
     assert all(p.grad is None for n, p in net.named_parameters() if n.startswith("body"))
     train(net, decaying(net.parameters()))  # with the frozen ones in it, and decay
@@ -82,16 +82,16 @@ def test_without_holding_batchnorm_the_statistics_move() -> None:
 )
 def test_every_norm_with_statistics_is_held(norm: nn.Module) -> None:
     net = nn.ModuleDict({"norm": norm, "head": nn.Linear(3, 2)})
-    assert freeze(net, "norm.*").norms == ("norm",)
+    assert freeze(net, "norm.*").held == ("norm",)
     net.train()
     assert not norm.training
 
 
 def test_a_norm_without_statistics_or_only_partly_frozen_goes_on() -> None:
     plain = nn.ModuleDict({"norm": nn.BatchNorm1d(3, track_running_stats=False), "head": nn.Linear(3, 2)})
-    assert freeze(plain, "norm.*").norms == ()
+    assert freeze(plain, "norm.*").held == ()
     partly = nn.ModuleDict({"norm": nn.BatchNorm1d(3), "head": nn.Linear(3, 2)})
-    assert freeze(partly, "norm.weight").norms == ()
+    assert freeze(partly, "norm.weight").held == ()
     partly.train()
     assert partly["norm"].training
 
@@ -234,6 +234,185 @@ def test_freezing_one_of_two_tied_names_freezes_both_and_says_so() -> None:
     assert not net["head"].weight.requires_grad
 
 
+# -- layers of any kind that write to their buffers -----------------------------------------------------------
+
+
+class Counting(nn.Module):
+    """A norm that somebody wrote by hand."""
+
+    def __init__(self, *, affine: bool = True) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+        if affine:
+            self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.mean(0).detach()  # Another tensor each time.
+        return (x - self.mean) * getattr(self, "weight", 1.0)
+
+
+class Codebook(nn.Module):
+    """Only buffers, which follow the data: a codebook learned by moving averages. It is a Dropout's parent, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("codes", torch.randn(4, 4))
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.codes.lerp_(x[:4].detach(), 0.1)
+        return self.drop(x + self.codes.mean(0))
+
+
+LAYERS: dict[str, Any] = {
+    "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)),
+    "spectral norm by a hook": lambda: nn.utils.spectral_norm(nn.Linear(4, 4)),
+    "spectral norm on weight norm": lambda: nn.utils.parametrizations.spectral_norm(
+        nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    ),
+    "batch norm": lambda: nn.BatchNorm1d(4),
+    "batch norm without parameters": lambda: nn.BatchNorm1d(4, affine=False),
+    "by hand": Counting,
+    "by hand without parameters": lambda: Counting(affine=False),
+    "codebook": Codebook,
+    "in a block": lambda: nn.Sequential(nn.Linear(4, 4), nn.Sequential(Counting(), nn.Dropout()), Codebook()),
+}
+
+
+class Around(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.body = layer
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x))  # type: ignore[no-any-return]
+
+
+def fit(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
+    net.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        net(torch.randn(8, 4)).square().sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_layer_of_any_kind_is_held(kind: str, tmp_path: Path) -> None:
+    net = Around(LAYERS[kind]())
+    fit(net, decaying(net.parameters()))
+    before = copy.deepcopy(net.state_dict())
+    freeze(net, "body.*")
+    optimizer = decaying(net.head.parameters())
+    with frozen_proof(net, optimizer) as watched:
+        fit(net, optimizer)
+    buffers = {name for name, _ in net.named_buffers()}
+    assert buffers <= set(watched)
+    assert {n for n, t in net.state_dict().items() if not torch.equal(t, before[n])} == {
+        "head.weight",
+        "head.bias",
+    }
+    assert all(part.training for part in net.modules() if isinstance(part, nn.Dropout))
+
+    registry = Registry(tmp_path / "r")
+    with registry.run("x") as run:
+        run.save(model=net, optimizer=optimizer)
+    other = Around(LAYERS[kind]())
+    again = decaying(other.head.parameters())
+    registry["x"].restore(model=other, optimizer=again)
+    assert set(frozen_names(other)) == set(frozen_names(net))
+    with frozen_proof(other, again):
+        fit(other, again)
+
+    unfreeze(other)
+    assert all(part.training for part in other.modules())
+    fit(other, decaying(other.parameters()))
+    assert any(not torch.equal(t, before[n]) for n, t in other.state_dict().items() if n in buffers)
+
+
+def test_what_cannot_be_held_is_named() -> None:
+    class Always(Counting):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.mean += 1
+            return x * self.weight
+
+    net = Around(Always())
+    freeze(net, "body.*")
+    with (
+        pytest.raises(
+            Thawed, match=r"body\.mean \(its Always or what calls it writes to it in evaluation mode"
+        ),
+        frozen_proof(net),
+    ):
+        fit(net, decaying(net.head.parameters()))
+
+
+def test_freezing_by_hand_is_proved_too() -> None:
+    net = Around(Counting())
+    net.body.requires_grad_(False)
+    with pytest.raises(Thawed, match=r"body\.mean \(its Counting was in training mode\)"), frozen_proof(net):
+        fit(net, decaying(net.head.parameters()))
+
+
+def test_statistics_that_are_to_go_on_break_no_proof() -> None:
+    net = Around(Counting())
+    freeze(net, "body.*", bn="update")
+    before = net.body.mean.clone()
+    with frozen_proof(net):
+        fit(net, decaying(net.head.parameters()))
+    assert not torch.equal(net.body.mean, before)
+
+
+def test_a_buffer_beside_what_is_trained_is_not_held_and_that_is_said() -> None:
+    net = Around(nn.Sequential(nn.Linear(4, 4), Counting()))
+    found = freeze(net, ["body.0.*", "body.1.mean"])
+    assert found.notes == ("body.1.mean is not held, as its layer has parameters that are trained",)
+
+
+def test_training_that_was_frozen_by_hand_goes_on_as_it_was(tmp_path: Path) -> None:
+    """Statistics that went on before the save go on after it."""
+    registry, net = Registry(tmp_path / "r"), Around(nn.BatchNorm1d(4))
+    net.body.requires_grad_(False)
+    optimizer = decaying(net.head.parameters())
+    with registry.run("x") as run:
+        run.save(model=net, optimizer=optimizer)
+    other = Around(nn.BatchNorm1d(4))
+    registry["x"].restore(model=other, optimizer=decaying(other.head.parameters()))
+    other.train()
+    assert [name for name, p in other.named_parameters() if not p.requires_grad] == [
+        "body.weight",
+        "body.bias",
+    ]
+    assert other.body.training
+
+
+def test_a_held_layer_with_layers_of_its_own_can_be_copied_and_pickled() -> None:
+    net = Around(LAYERS["in a block"]())
+    freeze(net, "body.*")
+    for other in (copy.deepcopy(net), torch.load(_saved(net), weights_only=False)):
+        other.eval().train()
+        with frozen_proof(other):
+            fit(other, decaying(other.head.parameters()))
+        assert other.body[2].drop.training
+
+
+def _saved(net: nn.Module) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    return file
+
+
+def test_a_parametrized_layer_counts_as_one() -> None:
+    net = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4), nn.Linear(4, 4)
+    )
+    freeze(net, "first:2")
+    assert {n for n, p in net.named_parameters() if p.requires_grad} == {"2.weight", "2.bias"}
+
+
 # -- the proof -----------------------------------------------------------------------------------------------
 
 
@@ -287,7 +466,7 @@ def replaced(net: Net, optimizer: torch.optim.Optimizer) -> None:
     [
         (write, r"body.0.weight \(it is in the optimizer"),
         (stale, r"body.0.weight \(it is in the optimizer, with a stale gradient\)"),
-        (statistics, r"body.1.running_mean \(its BatchNorm was in training mode\)"),
+        (statistics, r"body.1.running_mean \(its BatchNorm2d was in training mode\)"),
         (thawed, r"body.0.weight \(it was thawed\)"),
         (tied, r"body.0.weight \(it shares memory with other.weight, which is trainable\)"),
         (swapped, r"body.0.weight \(it was replaced or removed\)"),
