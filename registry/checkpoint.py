@@ -161,9 +161,10 @@ class Checkpoint:
         Names of wrapped networks (`DataParallel`, `torch.compile` and so on) are matched by the plain network's.
 
         Args:
-            rng: restore the random number generators too; by default if an optimizer is among the objects, which
-                means that training goes on. What was frozen is frozen again then. Of several processes each gets
-                its own, if as many as now saved the checkpoint.
+            rng: restore the random number generators too; by default if not only networks are among the objects, such
+                as an optimizer, of whatever class, a scheduler or a loader, which means that training goes on. What
+                was frozen is frozen again then. Of several processes each gets its own, if as many as now saved the
+                checkpoint. The log says what was restored.
             verify: check every byte against its digest.
 
         Raises:
@@ -171,7 +172,7 @@ class Checkpoint:
             Incompatible: saying what differs; nothing was changed.
             Corrupt: if a byte is not what was saved; nothing was changed.
         """
-        import torch
+        from torch import nn
 
         from registry import components
         from registry import rng as generators
@@ -182,8 +183,8 @@ class Checkpoint:
             if name not in self.components:
                 raise components.missing(name, self.name, self.components)
         if rng is None:
-            rng = any(isinstance(component, torch.optim.Optimizer) for component in live.values())
-        networks = [name for name, component in live.items() if isinstance(component, torch.nn.Module)]
+            rng = not all(isinstance(component, nn.Module) for component in live.values())
+        networks = [name for name, component in live.items() if isinstance(component, nn.Module)]
         others = [name for name in live if name not in networks]
         if rng and "rng" in self.components:
             others.append("rng")
@@ -197,12 +198,18 @@ class Checkpoint:
                 states |= self._of_this_rank(others, verify)
             with naming(self.name):
                 components.restore(states, live, self.provenance.get("kinds", {}))
+        told = [", ".join(live)]
         if rng:
             for name in networks:
                 if frozen := self.provenance.get("frozen", {}).get(name):
                     freeze_again(live[name], frozen)
+                    told.append(f"{len(frozen)} names of {name} are frozen again")
         if "rng" in states:
             generators.restore(states["rng"])
+            told.append("the random numbers go on as they were")
+        elif rng:
+            told.append("no random numbers were recorded")
+        _logger.info("%s was restored: %s", self.name, "; ".join(told))
 
     def _of_this_rank(self, names: Collection[str], verify: bool) -> dict[str, Any]:
         """What this process has of its own where several train together, in place of the leading one's."""

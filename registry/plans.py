@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from torch import nn
 
 from registry import freezing
 from registry.adapters import Rows, adapt, needs_source
-from registry.sides import Side, Source, side_of
+from registry.sides import STATE_DICT, Side, Source, side_of
 from registry.store.durable import write_file
 from registry.store.errors import Conflict, Incompatible, Invalid, NotFound, Unsupported
 from registry.store.text import printable, quoted
@@ -79,6 +79,21 @@ class FrozenPart(BaseModel):
         return cls(where=where, names=names, elements=elements, trainable=sum(sizes.values()) - elements)
 
 
+class _Origin:
+    """What a plan was made from. It is no part of what the plan says: it is not compared, copied or pickled."""
+
+    source: Source | None = None
+    registry: Registry | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[type[_Origin], tuple[()]]:
+        return _Origin, ()
+
+
 class TransferPlan(BaseModel):
     """Which tensors of a source go where in a target: made, printed, edited, saved and replayed.
 
@@ -103,6 +118,11 @@ class TransferPlan(BaseModel):
     min_coverage: float = Field(default=0.0, ge=0, le=1)
     allow_nan: bool = False
     notes: tuple[str, ...] = ()
+    _origin: _Origin = PrivateAttr(default_factory=lambda: _Origin())
+
+    def remember(self, source: Source, registry: Registry | None) -> None:
+        """Note what the plan was made from, for `apply`; a plan that is read from a file does not have it."""
+        self._origin.source, self._origin.registry = source, registry
 
     @property
     def loaded(self) -> tuple[Step, ...]:
@@ -202,8 +222,9 @@ class TransferPlan(BaseModel):
         """Copy what the plan says into a live network and freeze what it says: all of it, or nothing.
 
         Args:
-            source: where the values come from; by default the reference, file or name that the plan was made from.
-            registry: where references are looked up.
+            source: where the values come from; by default what the plan was made from. A plan that was read from a file
+                knows a reference, a file or a name, and not a live network or a state dict.
+            registry: where references are looked up; by default as when the plan was made.
 
         Returns:
             The network.
@@ -213,8 +234,7 @@ class TransferPlan(BaseModel):
             Invalid: if values are NaN or infinite and the plan does not allow it.
             Corrupt: if a stored byte is not what was saved.
         """
-        left = side_of(source if source is not None else self.source, registry)
-        right = side_of(model)
+        left, right = self._side_of(source, registry), side_of(model)
         if not right.has_values:
             raise Invalid(f"{right.label} is on the meta device; give it memory and values first")
         self.check(left, right)
@@ -229,6 +249,16 @@ class TransferPlan(BaseModel):
         if self.freeze:
             freezing.freeze(model, self.freeze, bn=self.bn)
         return model
+
+    def _side_of(self, source: Source | None, registry: Registry | None) -> Side:
+        if source is None and self._origin.source is None:
+            if self.source_digest is None or self.source == STATE_DICT:
+                what = STATE_DICT if self.source == STATE_DICT else f"a live network, {quoted(self.source)}"
+                raise Invalid(f"the plan was made from {what}, which its file does not hold: pass source=")
+            source = self.source
+        elif source is None:
+            source, registry = self._origin.source, registry or self._origin.registry
+        return side_of(source, registry)
 
     def state_dict(
         self, model: nn.Module, source: Source | None = None, *, registry: Registry | None = None
@@ -245,7 +275,7 @@ class TransferPlan(BaseModel):
         Raises:
             Incompatible, Invalid, Corrupt: as for `apply`.
         """
-        left, right = side_of(source if source is not None else self.source, registry), side_of(model)
+        left, right = self._side_of(source, registry), side_of(model)
         self.check(left, right)
         found: OrderedDict[str, torch.Tensor] = OrderedDict()
         metadata: OrderedDict[str, Any] = OrderedDict()

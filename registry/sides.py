@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from registry.checkpoint import Checkpoint
     from registry.registry import Registry
 
+STATE_DICT = "a state dict"
 TORCHVISION = "torchvision:"
 _FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".index.json")
 
@@ -215,7 +216,7 @@ def side_of(source: Source, registry: Registry | None = None, *, component: str 
             notes=stored.notes,
         )
     if isinstance(source, Mapping):
-        return _tree("a state dict", source)
+        return _tree(STATE_DICT, source)
     if isinstance(source, os.PathLike):
         return _file(Path(source), component)
     if not isinstance(source, str):

@@ -127,6 +127,7 @@ def plan_transfer(
         allow_nan=allow_nan,
         notes=tuple(notes),
     )
+    plan.remember(source, registry)
     if plan.coverage < min_coverage:
         raise Incompatible(
             f"{plan.summary}, less than the {percent(min_coverage)} that min_coverage asks for"

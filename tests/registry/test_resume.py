@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
-from registry import Registry, ResumableLoader
+from registry import Registry, ResumableLoader, freeze, unfreeze
 from registry.store.errors import Incompatible, Invalid, Unsupported
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
@@ -277,6 +277,54 @@ def test_restoring_for_inference_leaves_the_generators_alone(registry: Registry)
     torch.manual_seed(3)
     registry["net"].restore(model=training.net, rng=True)
     assert not torch.equal(torch.rand(4), expected)
+
+
+class Wrapped:
+    """An optimizer that somebody put into a class of their own."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner = inner
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"inner": self.inner.state_dict(), "calls": 3}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.inner.load_state_dict(state["inner"])
+
+
+def test_a_wrapped_optimizer_means_that_training_goes_on(
+    registry: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    def made() -> tuple[nn.Module, Wrapped]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 2))
+        freeze(net, ["0.*", "1.*"])
+        return net, Wrapped(torch.optim.AdamW(net[3].parameters(), 0.1))
+
+    def go_on(net: nn.Module, optimizer: Wrapped) -> dict[str, torch.Tensor]:
+        net.train()
+        for _ in range(4):
+            optimizer.inner.zero_grad()
+            net(torch.randn(8, 6)).square().sum().backward()
+            optimizer.inner.step()
+        return {name: value.clone() for name, value in net.state_dict().items()}
+
+    net, optimizer = made()
+    go_on(net, optimizer)
+    with registry.run("net") as run:
+        run.save(model=net, optimizer=optimizer)
+    expected = go_on(net, optimizer)
+
+    other, again = made()
+    unfreeze(other)
+    torch.manual_seed(99)
+    with caplog.at_level("INFO"):
+        registry["net"].restore(model=other, optimizer=again)
+    assert "net:v1 was restored: model, optimizer; 7 names of model are frozen again; " in caplog.text
+    assert "the random numbers go on as they were" in caplog.text
+    assert not other[0].weight.requires_grad
+    found = go_on(other, again)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_what_cannot_be_resumed_exactly_is_refused(registry: Registry) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +191,29 @@ def test_a_plan_is_for_one_source_and_one_network(
     with pytest.raises(Incompatible, match=told):
         plan.apply(target, source, registry=registry)
     assert unchanged(target, before)
+
+
+@pytest.mark.parametrize("as_state_dict", [False, True])
+def test_a_plan_knows_the_live_source_that_it_was_made_from(tmp_path: Path, as_state_dict: bool) -> None:
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    source: Any = first.state_dict() if as_state_dict else first
+    plan = plan_transfer(source, second)
+    assert torch.equal(plan.state_dict(second)["weight"], first.weight)
+    plan.apply(second)
+    assert torch.equal(second.weight, first.weight)
+    plan.save(tmp_path / "plan.json")
+    loaded = TransferPlan.load(tmp_path / "plan.json")
+    assert loaded == plan
+    for one in (loaded, copy.deepcopy(plan), pickle.loads(pickle.dumps(plan))):
+        with pytest.raises(Invalid, match=r"which its file does not hold: pass source="):
+            one.apply(nn.Linear(3, 3))
+        one.apply(second, source)
+
+
+def test_a_plan_knows_the_registry_that_it_was_made_with(registry: Registry) -> None:
+    target = LeNet6()
+    plan_transfer("lenet5", target, expect=MEANT, registry=registry).apply(target)
+    assert torch.equal(target.conv[0].weight, registry["lenet5"].state_dict()["conv.0.weight"])
 
 
 def test_source_and_target_must_differ() -> None:
