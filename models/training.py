@@ -67,6 +67,8 @@ def train(
 ) -> Run:
     """Train a network, and record every epoch.
 
+    A version's `loss` is the mean over the samples of its epoch; the events have that of each batch.
+
     Training that is interrupted records where it is, so that it can be resumed at the very batch. Under `torchrun`
     each process takes its share of the data; the leading one records the means over all of them.
 
@@ -125,6 +127,7 @@ def train(
         "loader": loader,
     }
     epoch, step, best, stale = 0, 0, -1.0, 0
+    seen, summed = 0, 0.0  # samples of the epoch, and their losses
     if resume:
         if resume.provenance.get("dataset") not in (None, data.digest):
             raise Incompatible(
@@ -136,7 +139,9 @@ def train(
                 f"{resume.name} is complete after {epoch} epochs; to train on: --set epochs={epoch + config.epochs}"
             )
         resume.restore(**everything)
-        best, stale = resume.extra.get("best", -1.0), resume.extra.get("stale", 0)
+        before = resume.extra
+        best, stale = before.get("best", -1.0), before.get("stale", 0)
+        seen, summed = before.get("seen", 0), before.get("summed", 0.0)
     every = config.log_every or max(1, min(50, len(loader) // 5))
 
     with registry.run(
@@ -152,6 +157,7 @@ def train(
 
         def save(loss: float, wait: bool = False, **measured: float) -> None:
             extra = {"best": best, "stale": stale, "classes": list(data.classes), "data": data.name}
+            extra |= {"seen": seen, "summed": summed}
             run.save(
                 **everything, epoch=epoch, step=step, loss=loss, metrics=measured, extra=extra, wait=wait
             )
@@ -162,7 +168,6 @@ def train(
         with warnings.catch_warnings(), _random_state_kept():
             warnings.simplefilter("ignore")  # of the tracer
             run.writer.add_graph(plain, torch.zeros(1, data.channels, 28, 28, device=device))
-        loss_value = float("nan")
         with _Interrupts() as interrupts:
             while epoch < config.epochs and not (config.patience and stale >= config.patience):
                 network.train()
@@ -181,6 +186,7 @@ def train(
                     accuracy = (logits.argmax(1) == labels).float().mean()
                     loss_value, accuracy, signals = _over_ranks(loss, accuracy, interrupts.pending or 0)
                     interrupts.pending = int(signals) or None
+                    seen, summed = seen + len(labels), summed + loss_value * len(labels)
                     progress(step, total, loss_value, accuracy)
                     if loader.position % every == 0 or loader.position == len(loader):
                         run.writer.add_scalar("Training/Accuracy", accuracy, step)
@@ -194,19 +200,21 @@ def train(
                                 extra={"detail": loader.position < len(loader)},
                             )
                     if interrupts.pending and loader.position < len(loader):
-                        save(loss_value, wait=True)
+                        save(summed / seen, wait=True)
                         interrupts.deliver()
                 epoch += 1
+                mean_loss = summed / seen if seen else float("nan")
+                seen, summed = 0, 0.0
                 test_loss, test_accuracy = _test(plain, data.test, config.batch_size)
                 best, stale = (test_accuracy, 0) if test_accuracy > best else (best, stale + 1)
                 if rank == 0:
                     _logger.info(
-                        "Epochs[%d/%d] -- Testing Acc: %.4f -- loss: %.4f",
-                        *(epoch, config.epochs, test_accuracy, test_loss),
+                        "Epochs[%d/%d] -- Testing Acc: %.4f -- loss: %.4f -- training loss: %.4f",
+                        *(epoch, config.epochs, test_accuracy, test_loss, mean_loss),
                     )
                 run.writer.add_scalar("Testing/Accuracy", test_accuracy, epoch)
                 run.writer.add_scalar("Testing/Loss", test_loss, epoch)
-                save(loss_value, accuracy=test_accuracy, test_loss=test_loss)
+                save(mean_loss, accuracy=test_accuracy, test_loss=test_loss)
                 for parameter_name, parameter in plain.named_parameters():
                     run.writer.add_histogram(f"Weights/{parameter_name}", parameter, epoch)
                 interrupts.deliver()

@@ -129,6 +129,18 @@ def test_training_is_repeatable_and_resumes_exactly(registry: Registry, few: Dat
     assert registry["rest:v1"].lineage[0]["parent"] == registry["whole:v1"].id
 
 
+def test_the_loss_of_a_version_is_the_mean_of_its_epoch(registry: Registry, few: Data) -> None:
+    run = train(registry, TrainConfig(epochs=2, batch_size=64, log_every=1), few)
+    losses = [event.value for event in events(run).Scalars("Training/Loss")]
+    assert len(losses) == 8  # Three batches of 64 samples and one of 8, twice.
+    for epoch in (1, 2):
+        of_batches = losses[4 * epoch - 4 : 4 * epoch]
+        mean = sum(loss * count for loss, count in zip(of_batches, (64, 64, 64, 8), strict=True)) / 200
+        assert registry[f"lenet5:v{epoch}"].loss == pytest.approx(mean, rel=1e-6)
+    log = (run.folder / "run.log").read_text()
+    assert f"-- training loss: {registry['lenet5:v2'].loss:.4f}" in log
+
+
 @pytest.mark.parametrize("at", [1, 6, 7, 8])  # of 7 batches an epoch
 def test_an_interrupted_training_resumes_at_the_very_batch(registry: Registry, few: Data, at: int) -> None:
     config = TrainConfig(epochs=2, lr=0.01)
@@ -145,6 +157,7 @@ def test_an_interrupted_training_resumes_at_the_very_batch(registry: Registry, f
     train(registry, config, few, name="part", resume=registry["part"])
     assert registry["part"].step == 14
     assert states_equal(registry, "whole", "part")
+    assert registry["part"].loss == registry["whole"].loss
 
 
 def test_a_second_interrupt_comes_through_at_once(registry: Registry, few: Data) -> None:
