@@ -38,7 +38,7 @@ FIELD_KEYS = {
     "step": ("step", "global_step", "iteration"),
     "loss": ("loss", "val_loss", "train_loss"),
 }
-_CONFIG_KEYS = ("config", "hyper_parameters", "hparams")
+_CONFIG_KEYS = ("config", "hyper_parameters", "hparams", "args")
 
 _MAX_KEYS = 256  # a dict with more is no container of components
 MAX_CONFIG = 4 << 20

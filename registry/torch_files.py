@@ -7,8 +7,10 @@ refer to themselves, and tensors that unfold to many times the file.
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
+import pickle
 import re
 import stat
 import warnings
@@ -19,11 +21,14 @@ from typing import Any
 
 import torch
 
+from registry import pickled
 from registry.store.durable import storage_errors
 from registry.store.errors import Invalid, NotFound, Unsupported
 from registry.store.text import printable, quoted
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+
+_logger = logging.getLogger(__name__)
 
 _ADVICE = "save it again from its own program as a plain state dict: torch.save(model.state_dict(), ...)"
 # the pickled number that every file of torch.save before 1.6 starts with
@@ -59,7 +64,8 @@ def read_torch_file(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tree = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            with torch.serialization.safe_globals(pickled.ALLOWED):
+                tree = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except OSError:
         with storage_errors(path):
             raise
@@ -67,8 +73,13 @@ def read_torch_file(path: Path) -> Any:
         raise _refused(path, zipped, error) from error
     try:
         _check_extent(tree, size)
+        tree, count = pickled.plain(tree)
     except Invalid as error:
         raise Invalid(f"{shown}: {error}") from None
+    except RecursionError:
+        raise Invalid(f"{shown}: its tuples nest deeper than anything that can be stored") from None
+    if count:
+        _logger.warning("%s: an argparse.Namespace is read as a dict", shown)
     return tree
 
 
@@ -148,7 +159,8 @@ def _refused(path: Path, zipped: bool, error: Exception) -> Invalid | Unsupporte
 
 def _blocked(path: Path) -> set[str]:
     try:
-        return set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        with torch.serialization.safe_globals(pickled.ALLOWED):
+            return set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception:
         return set()
 
@@ -214,7 +226,9 @@ def write_torch_file(tree: Any, write: Callable[[memoryview], object]) -> None:
     """
     sink = _Sink(write)
     try:
-        torch.save(tree, sink)  # type: ignore[arg-type]
+        has_empty_bytes = any(type(value) is bytes and not value for value in values(tree))
+        module = pickled.FOR_EMPTY_BYTES if has_empty_bytes else pickle
+        torch.save(tree, sink, pickle_module=module)  # type: ignore[arg-type]
     except Exception as error:
         if sink.error is not None:
             raise sink.error from None  # torch reports only that the writing stopped

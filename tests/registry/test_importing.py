@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
+import pickle
+import types
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from safetensors.torch import save_file
 
+from registry.exporting import export
 from registry.importing import import_checkpoint, import_file, read_checkpoint_file
 from registry.registry import Registry
 from registry.store.digest import digest
@@ -375,6 +380,95 @@ def test_an_unknown_suffix_says_which_work(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(1)}, tmp_path / "model.weights")
     with pytest.raises(Unsupported, match=r"readable are \.pt, \.pth, \.ckpt, \.bin, \.safetensors"):
         read_checkpoint_file(tmp_path / "model.weights")
+
+
+HALF_OF_RESEARCH = {
+    "zip": {},
+    "legacy": {"_use_new_zipfile_serialization": False},
+    "python's pickler": {
+        "pickle_module": types.SimpleNamespace(__name__="pickle", Pickler=pickle._Pickler, dump=pickle.dump)
+    },
+}
+
+
+@pytest.mark.parametrize("form", HALF_OF_RESEARCH)
+def test_namespaces_scalars_of_numpy_and_paths_become_plain_values(
+    tmp_path: Path, registry: Registry, form: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    args = argparse.Namespace(
+        lr=0.1, out=Path("/x/y"), rate=np.float64(0.25), inner=argparse.Namespace(names=["a"])
+    )
+    plain = {"lr": 0.1, "out": "/x/y", "rate": 0.25, "inner": {"names": ["a"]}}
+    scalars = (
+        np.bool_(True),
+        np.int8(-3),
+        np.uint64(2**63),
+        np.float16(0.5),
+        np.complex64(1 + 2j),
+        np.str_("añ"),
+    )
+    tree = {
+        "state_dict": {"w": torch.ones(3)},
+        "args": args,
+        "epoch": np.int64(3),
+        "loss": np.float32(0.5),
+        "nested": (1, (args, scalars)),
+        "empty": b"",
+        "torch": torch.__version__,
+    }
+    torch.save(tree, tmp_path / "a.pt", **HALF_OF_RESEARCH[form])
+    found = import_file(registry, tmp_path / "a.pt", "net")
+    assert (found.epoch, found.loss, found.config) == (3, 0.5, plain)
+    extra = found.load()["extra"]
+    assert same(extra["args"], plain)
+    assert same(extra["nested"], (1, (plain, (True, -3, 2**63, 0.5, 1 + 2j, "añ"))))
+    assert same([extra["empty"], extra["torch"]], [b"", str(torch.__version__)])
+    assert "an argparse.Namespace is read as a dict" in caplog.text
+    back = export(found, tmp_path / "back.pt")
+    assert same(torch.load(back, weights_only=True)["args"], plain)
+
+
+class Call:
+    """Pickled as a call of a function."""
+
+    def __init__(self, function: Any, *arguments: Any, name: str = "") -> None:
+        self._call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self._call
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Call(bytes, 1 << 40),
+        Call(np.dtype, "O"),
+        Call(np.dtype, "V9"),
+        Call(np._core.multiarray.scalar, np.dtype("M8[ns]"), bytes(8)),
+        Call(np._core.multiarray.scalar, np.dtype("f8"), bytes(4)),
+        Call(np._core.multiarray.scalar, np.dtype("f8"), 5),
+        Call(argparse.Namespace),
+        Call(os.getcwd),
+    ],
+    ids=["bytes", "object", "void", "time", "short", "number", "call", "code"],
+)
+def test_a_stand_in_does_no_more_than_it_stands_for(tmp_path: Path, value: Any) -> None:
+    torch.save({"w": torch.ones(2), "x": value}, tmp_path / "a.pt")
+    if isinstance(value, Call) and value._call[0] is argparse.Namespace:
+        assert read_checkpoint_file(tmp_path / "a.pt").components["model"]["x"] == {}
+        return
+    with pytest.raises((Invalid, Unsupported)) as caught:
+        read_checkpoint_file(tmp_path / "a.pt")
+    assert "\n" not in str(caught.value)
+
+
+def test_tuples_that_nest_too_deeply_are_refused(tmp_path: Path) -> None:
+    deep: Any = torch.__version__
+    for _ in range(300):
+        deep = (deep,)
+    torch.save({"w": torch.ones(2), "x": deep}, tmp_path / "a.pt")
+    with pytest.raises((Invalid, Unsupported)):
+        import_file(Registry(tmp_path / "r"), tmp_path / "a.pt", "net")
 
 
 def test_a_whole_module_is_refused_with_advice(tmp_path: Path) -> None:

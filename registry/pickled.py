@@ -1,0 +1,129 @@
+"""What else than tensors and plain values a `.pt` file may name, and what it becomes: nothing of it runs code.
+
+`torch.load(weights_only=True)` knows names of classes and functions, and refuses all that it is not told to allow. What half
+of all research code has in its files is given stand-ins from here: `argparse.Namespace` becomes a dict, a scalar of
+NumPy a number of Python, a path a text.
+"""
+
+from __future__ import annotations
+
+import codecs
+import pickle
+import types
+from collections.abc import Callable
+from typing import Any
+
+_NUMBERS = "biufc"
+_TEXT = "US"
+_LONGEST = 1 << 20
+
+
+class _Namespace(dict[str, Any]):
+    """Stands for `argparse.Namespace`."""
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict) and all(isinstance(name, str) for name in state):
+            self.update(state)
+        else:
+            raise pickle.UnpicklingError("a Namespace with odd attributes")
+
+
+class _DType:
+    """Stands for `numpy.dtype`."""
+
+    def __init__(self, text: str, *_: Any) -> None:
+        if not isinstance(text, str) or text[:1] not in _NUMBERS + _TEXT or not text[1:].isdigit():
+            raise pickle.UnpicklingError(f"a value of NumPy of dtype {text!r:.40}")
+        self.text = text
+
+    def __setstate__(self, state: Any) -> None:
+        order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
+        self.text = f"{order}{self.text}" if order in ("<", ">") else self.text
+
+
+def _scalar(dtype: Any, data: Any) -> Any:
+    """Stands for `numpy.core.multiarray.scalar`."""
+    import numpy
+
+    if not isinstance(dtype, _DType) or not isinstance(data, bytes) or len(data) > _LONGEST:
+        raise pickle.UnpicklingError("a scalar of NumPy that is none")
+    kind = numpy.dtype(dtype.text)
+    if kind.itemsize != len(data):
+        raise pickle.UnpicklingError("a scalar of NumPy that is none")
+    return numpy.frombuffer(data, kind)[0].item()
+
+
+def _path(*parts: Any) -> str:
+    """Stands for `pathlib.Path`."""
+    text = "/".join(part for part in parts if isinstance(part, str))
+    return text[1:] if text.startswith("//") else text
+
+
+def _empty() -> bytes:
+    """Stands for `bytes`, which would make as many zeros as a file says."""
+    return b""
+
+
+class _Version(str):
+    """Stands for `torch.torch_version.TorchVersion`."""
+
+
+ALLOWED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (_Namespace, "argparse.Namespace"),
+    (_DType, "numpy.dtype"),
+    (_scalar, "numpy._core.multiarray.scalar"),
+    (_scalar, "numpy.core.multiarray.scalar"),
+    *((_path, f"pathlib.{name}") for name in ("Path", "PurePath", "PosixPath", "PurePosixPath")),
+    *((_path, f"pathlib._local.{name}") for name in ("Path", "PurePath", "PosixPath", "PurePosixPath")),
+    (_empty, "__builtin__.bytes"),
+    (_empty, "builtins.bytes"),
+    (_Version, "torch.torch_version.TorchVersion"),
+]
+"""For `torch.serialization.safe_globals`."""
+
+
+def plain(tree: Any) -> tuple[Any, int]:
+    """A tree with dicts in the place of namespaces, and how many there were; containers are changed in place."""
+    count = 0
+
+    def replaced(value: Any) -> Any:
+        nonlocal count
+        if isinstance(value, _Namespace):
+            count += 1
+            value = dict(value)
+        elif isinstance(value, _Version):
+            value = str(value)
+        elif type(value) is tuple and any(isinstance(item, _Namespace | _Version | tuple) for item in value):
+            value = tuple(map(replaced, value))
+        return value
+
+    tree = replaced(tree)
+    seen: set[int] = set()
+    stack = [tree]
+    while stack:
+        value = stack.pop()
+        if not isinstance(value, dict | list | tuple) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            for key, item in value.items():
+                value[key] = replaced(item)
+            stack += value.values()
+        else:
+            if isinstance(value, list):
+                value[:] = map(replaced, value)
+            stack += value
+    return tree, count
+
+
+class _Pickler(pickle._Pickler):
+    """Writes empty bytes as `torch.load` reads them; as a call of `bytes` it does not."""
+
+    def save_bytes(self, value: bytes) -> None:
+        self.save_reduce(codecs.encode, (value.decode("latin1"), "latin1"), obj=value)
+
+    dispatch = {**pickle._Pickler.dispatch, bytes: save_bytes}
+
+
+FOR_EMPTY_BYTES = types.SimpleNamespace(__name__="pickle", Pickler=_Pickler)
+"""For `torch.save(pickle_module=)` of a tree with empty bytes; slower than the one of the standard library."""
