@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,8 +25,11 @@ from registry.progress import Progress, silent
 from registry.store import durable
 from registry.store.errors import Conflict, Invalid, NotFound
 from registry.store.text import quoted
+from registry.values import plain_table
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
     from torch import nn
 
     from registry.artifacts import Artifacts
@@ -135,7 +140,7 @@ class Registry:
         self,
         model: str,
         *,
-        config: Config | Mapping[str, Any] | None = None,
+        config: Config | Mapping[str, Any] | Namespace | None = None,
         name: str | None = None,
         dataset: str | None = None,
         builder: str | None = None,
@@ -156,7 +161,8 @@ class Registry:
 
         Args:
             model: the model that gets new versions.
-            config: the hyperparameters, which every checkpoint records.
+            config: the hyperparameters, which every checkpoint records. Paths, devices, dtypes, enums, scalars,
+                dataclasses and namespaces are recorded as plain values.
             name: what to call the run below the model; `run-1`, `run-2` and so on unless given.
             dataset: digest of the data.
             builder: name under which the network is registered, if it is not found by its class.
@@ -303,8 +309,8 @@ class Registry:
             "step": _whole(step, "step"),
             "loss": None if loss is None else _number(loss, "loss"),
             "metrics": {check_metric(k): _number(v, f"metric {k}") for k, v in (metrics or {}).items()},
-            "config": config,
-            "meta": dict(meta or {}),
+            "config": None if config is None else plain_table(config, "config"),
+            "meta": plain_table(meta or {}, "meta"),
             "lineage": [_edge(edge) for edge in lineage],
             "source": source,
             "run": run,
@@ -496,8 +502,13 @@ def _edge(edge: Mapping[str, str]) -> dict[str, str]:
 
 
 def _whole(value: Any, what: str) -> int | None:
-    if value is None or (type(value) is int and 0 <= value < 1 << 63):
-        return value
+    """A count; 0-dimensional tensors and scalars of NumPy are taken, too."""
+    if value is None:
+        return None
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):  # Which tensors of several elements raise.
+        number = operator.index(value)
+        if not isinstance(value, bool) and 0 <= number < 1 << 63:
+            return number
     raise Invalid(f"{what} is {quoted(str(value))}, expected a whole number of 0 or more")
 
 

@@ -33,8 +33,11 @@ from registry.store.errors import Invalid, RegistryError
 from registry.store.staging import Arena
 from registry.store.text import quoted
 from registry.upkeep.retention import Retention
+from registry.values import plain_table
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
     from torch.utils.tensorboard import SummaryWriter
 
     from registry.catalog.versions import Version
@@ -63,7 +66,7 @@ class Run:
         registry: Registry,
         model: str,
         *,
-        config: Config | Mapping[str, Any] | None,
+        config: Config | Mapping[str, Any] | Namespace | None,
         name: str | None,
         dataset: str | None,
         builder: str | None,
@@ -78,7 +81,7 @@ class Run:
         self.resumed = resumed
         self._plan = plan
         self._config = config
-        self._values = config.to_dict() if isinstance(config, Config) else dict(config or {})
+        self._values = config.to_dict() if isinstance(config, Config) else plain_table(config or {}, "config")
         self._builder = builder
         self._retention = retention
         self._compact = compact

@@ -11,7 +11,7 @@ import functools
 import math
 import struct
 import sys
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -112,6 +112,9 @@ class _Encoder:
             return {"$array": self._array(value, path)}
         if isinstance(value, np.generic) and value.dtype.name in _NUMPY_TYPES:
             return {"$scalar": [value.dtype.name, value.tobytes().hex()]}
+        for base, plain in _STANDS_FOR:
+            if isinstance(value, base):
+                return self.encode(plain(value), path)
         raise Unsupported(
             f"{_shown(path)}: a value of type {kind.__module__}.{kind.__qualname__} cannot be stored; "
             f"store tensors, arrays, numbers, strings, or dicts, lists and tuples of them"
@@ -164,7 +167,7 @@ class _Encoder:
         if all(type(key) is str and not key.startswith("$") for key in value):
             return {key: self.encode(item, (*path, key)) for key, item in value.items()}
         for key in value:
-            if key is not None and type(key) not in (str, int, float, bool):
+            if key is not None and not isinstance(key, str | int | float):
                 raise Unsupported(f"{_shown(path)}: a dict key of type {type(key).__qualname__}")
         pairs = value.items()
         return {"$dict": [[self.encode(k, (*path, "key")), self.encode(v, (*path, k))] for k, v in pairs]}
@@ -220,6 +223,16 @@ _PLAIN: dict[type, Callable[[_Encoder, Any, Path], Any]] = {
     torch.dtype: _Encoder._dtype,
     torch.device: _Encoder._device,
 }
+
+
+_STANDS_FOR: tuple[tuple[type, Callable[[Any], Any]], ...] = (
+    (str, str.__str__),
+    (int, int.__int__),
+    (float, float.__float__),
+    (deque, list),
+    (defaultdict, dict),
+)
+"""Kinds of values that are stored as the plain kind that they are based on."""
 
 
 def _refusal(tensor: torch.Tensor) -> str | None:

@@ -187,7 +187,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "objects": (lambda: np.array([object()]), "numpy array of dtype"),
     "big-endian": (lambda: np.zeros(2, ">f4"), "numpy array of dtype >f4"),
     "tuple key": (lambda: {(1, 2): 3}, "a dict key of type tuple"),
-    "str subclass": (lambda: type("S", (str,), {})("x"), "S cannot be stored"),
+    "list subclass": (lambda: type("L", (list,), {})([1]), "L cannot be stored"),
     "huge integer": (lambda: 1 << 5_000, "an integer of 5001 bits"),
     "ordered with more": (lambda: with_extra(), "an OrderedDict with the attributes"),
 }

@@ -1,0 +1,96 @@
+"""Plain values: what hyperparameters are recorded as, whatever objects a program keeps them in."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import os
+import types
+from collections.abc import Mapping
+from typing import Any
+
+from registry.store.errors import Invalid
+from registry.store.text import quoted
+
+
+def plain_table(values: Any, what: str) -> dict[str, Any]:
+    """A table of plain values: texts, numbers, True, False, None, lists and tables of these.
+
+    A path, device, dtype, enum, scalar of NumPy or torch, dataclass, `argparse.Namespace` or pydantic model becomes the
+    plain value that it stands for.
+
+    Args:
+        values: a mapping, or one of the objects that stand for one.
+        what: what to call it in an error, such as `config`.
+
+    Raises:
+        Invalid: naming the first key whose value, or which itself, is something else.
+    """
+    try:
+        found = _plain(values, what)
+    except RecursionError:
+        raise Invalid(f"{what} is nested too deep, or holds itself") from None
+    if not isinstance(found, dict):
+        raise Invalid(f"{what} must be a table of names and values, not {type(values).__qualname__}")
+    return found
+
+
+def _plain(value: Any, path: str) -> Any:
+    if value is None or type(value) in (bool, str, int, float):
+        return value
+    if isinstance(value, enum.Enum):
+        return _plain(value.value, path)
+    kind = type(value)
+    if kind.__module__.partition(".")[0] in ("numpy", "torch"):
+        return _of_library(value, path)
+    for base, convert in ((str, str.__str__), (int, int.__int__), (float, float.__float__)):
+        if isinstance(value, base):
+            return convert(value)
+    if isinstance(value, os.PathLike):
+        return os.fsdecode(os.fspath(value))
+    if isinstance(value, Mapping):
+        return {_key(key, path): _plain(item, f"{path}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{path}[{i}]") for i, item in enumerate(value)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return _plain(fields, path)
+    if callable(getattr(value, "model_dump", None)):
+        return _plain(value.model_dump(), path)
+    if isinstance(value, types.SimpleNamespace) or (kind.__module__, kind.__name__) == (
+        "argparse",
+        "Namespace",
+    ):
+        return _plain(vars(value), path)
+    advice = "; it has no order, give sorted(...)" if isinstance(value, set | frozenset) else ""
+    raise Invalid(
+        f"{quoted(path)} is a {kind.__qualname__}, which cannot be recorded; give plain values{advice}"
+    )
+
+
+def _key(key: Any, path: str) -> str:
+    if isinstance(key, enum.Enum):
+        key = key.value
+    if not isinstance(key, str):
+        raise Invalid(f"{quoted(path)} has the key {quoted(repr(key))}; keys must be texts, give str(key)")
+    if key.startswith("$"):
+        raise Invalid(f"{quoted(path)} has the key {quoted(key)}; a key cannot begin with '$'")
+    return str.__str__(key)
+
+
+def _of_library(value: Any, path: str) -> Any:
+    """A value of NumPy or torch: a scalar's number, and the name of a device or dtype."""
+    kind = type(value)
+    if isinstance(value, str):
+        return str.__str__(value)
+    if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):
+        item = value.item()
+        if type(item) in (bool, str, int, float):
+            return item
+    if kind.__name__ in ("device", "dtype", "layout", "memory_format") or kind.__name__.endswith("DType"):
+        return str(value)
+    if kind.__qualname__ == "Size":
+        return [int(size) for size in value]
+    raise Invalid(
+        f"{quoted(path)} is a {kind.__qualname__}, which cannot be recorded; give plain values, such as .tolist()"
+    )
