@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -58,7 +59,13 @@ class App(click.Group):
 def _guarded(run: Callable[[], Any]) -> int:
     """Run the command line; 0 means done, 1 that it failed, 2 that it was called wrongly."""
     try:
+        is_closed = sys.stdout is None
+        if is_closed:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         result = run()
+        if is_closed:
+            click.echo("registry: done, but standard output is closed, so nothing was shown", err=True)
+            return 1
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except click.ClickException as error:
@@ -68,18 +75,27 @@ def _guarded(run: Callable[[], Any]) -> int:
         click.echo("registry: interrupted; nothing is half done", err=True)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_output()
         return 1
     except Exception as error:
         if _debug():
             raise
         if isinstance(error, RegistryError):
             message = printable(str(error))
+        elif isinstance(error, OSError) and error.filename is None:
+            _give_up_output()
+            message = f"cannot write to standard output: {error.strerror}"
         else:
             text = printable(str(error).partition("\n")[0])
             message = f"unexpected {type(error).__name__}: {text} (--debug shows where)"
         click.echo(f"registry: {message}", err=True)
         return 1
+
+
+def _give_up_output() -> None:
+    """Let what is still to be written go nowhere, so that the interpreter does not fail on it as it ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _debug() -> bool:

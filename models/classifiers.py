@@ -34,12 +34,17 @@ def find_head(model: nn.Module) -> str:
 def replace_head(model: nn.Module, classes: int, name: str | None = None) -> str:
     """Give a classifier a new last layer for another number of classes; returns its name.
 
+    The auxiliary heads of GoogLeNet and Inception v3, which are trained beside the last layer, are replaced with it.
+
     Args:
         name: the layer, where the last `Linear` or `Conv2d` is not it.
 
     Raises:
         Invalid: if the layer is no `Linear` or `Conv2d`.
     """
+    heads = _auxiliary_heads(model)
+    if heads and name not in (None, find_head(model)):
+        heads = []  # Only the layer that is named.
     name = name or find_head(model)
     try:
         old = model.get_submodule(name)
@@ -54,7 +59,15 @@ def replace_head(model: nn.Module, classes: int, name: str | None = None) -> str
         raise Invalid(f"{name} is a {type(old).__name__}; a head is a Linear or a Conv2d")
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new)
+    for part in heads:
+        replace_head(part, classes)
     return name
+
+
+def _auxiliary_heads(model: nn.Module) -> list[nn.Module]:
+    """The heads in the middle of torchvision's GoogLeNet (`aux1`, `aux2`) and Inception v3 (`AuxLogits`)."""
+    parts = (getattr(model, name, None) for name in ("aux1", "aux2", "AuxLogits"))
+    return [part for part in parts if isinstance(part, nn.Module) and type(part).__name__ == "InceptionAux"]
 
 
 def import_torchvision(

@@ -7,6 +7,7 @@ up to the program that loads it, or to the packages installed with it (entry poi
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any, NamedTuple, TypeVar
@@ -18,6 +19,7 @@ from registry.components import class_of, plain_module
 from registry.config import Config
 from registry.store.errors import Conflict, Invalid, NotFound
 from registry.store.text import quoted
+from registry.values import plain_table
 
 GROUP = "registry.models"
 Built = TypeVar("Built", bound=Callable[..., nn.Module])
@@ -39,6 +41,8 @@ class Builder(NamedTuple):
         if self.config is not None:
             return self.make(self.config.from_dict(config or {}, source=f"the configuration of {self.name}"))
         try:
+            if config and callable(from_dict := getattr(_config_class(self.make), "from_dict", None)):
+                return self.make(from_dict(dict(config)))
             return self.make(**(config or {}))
         except TypeError as error:
             raise Invalid(
@@ -46,6 +50,12 @@ class Builder(NamedTuple):
             ) from None
 
 
+def _config_class(make: Callable[..., nn.Module]) -> Any:
+    """The class of configurations that a network's class names, as those of Hugging Face do."""
+    return getattr(make, "config_class", None)
+
+
+_logger = logging.getLogger(__name__)
 _builders: dict[str, Builder] = {}
 
 
@@ -53,7 +63,8 @@ def register_model(name: str, *, config: type[Config] | None = None) -> Callable
     """Register a network's class, or a function that makes it, under a name.
 
     The builder is called with an instance of `config`, filled from what a checkpoint recorded; without `config`,
-    with the recorded values as keyword arguments. A network's configuration is its attribute `config`.
+    with the recorded values as keyword arguments, or with what the class's `config_class` makes of them. A network's
+    configuration is its attribute `config`: a `Config`, or anything with `to_dict()`, as networks of Hugging Face have it.
 
     >>> @register_model("doctest-linear")
     ... class Net(nn.Linear):
@@ -108,9 +119,25 @@ def name_for(model: Any) -> str | None:
 
 
 def config_of(model: Any) -> dict[str, Any] | None:
-    """A network's own configuration as plain values: its attribute `config`, if that is a `Config`."""
+    """A network's own configuration as plain values: its attribute `config`, if that is a `Config` or has `to_dict()`."""
     config = getattr(plain_module(model), "config", None)
-    return config.to_dict() if isinstance(config, Config) else None
+    if isinstance(config, Config):
+        return config.to_dict()
+    if config is None or isinstance(config, type) or not callable(getattr(config, "to_dict", None)):
+        return None
+    try:
+        return plain_table(config.to_dict(), "the network's configuration")
+    except Exception as error:
+        _logger.warning("the network's configuration is not recorded: %s", error)
+        return None
+
+
+def unrecorded_config(model: Any) -> str | None:
+    """The class of a network's configuration, if it has one that cannot be recorded."""
+    config = getattr(plain_module(model), "config", None)
+    if config is None or config_of(model) is not None:
+        return None
+    return type(config).__qualname__
 
 
 def _place(make: Callable[..., Any]) -> str:

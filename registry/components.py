@@ -7,6 +7,7 @@ the names of the plain module.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from registry.store.errors import Incompatible, Invalid, NotFound, Unsupported
+from registry.store.errors import Incompatible, Invalid, NotFound, RegistryError, Unsupported
 from registry.store.text import quoted
 
 _SHOWN = 3
@@ -40,7 +41,9 @@ def capture(name: str, component: Any) -> Any:
     if isinstance(component, Mapping):
         return component
     if isinstance(component, nn.Module):
-        return _not_sharded(name, _plain_state(component))
+        with _blaming(name, component):
+            state = _plain_state(component)
+        return _not_sharded(name, state)
     if isinstance(component, torch.utils.data.DataLoader) and not hasattr(component, "state_dict"):
         raise Invalid(
             f"{name}: a DataLoader does not know its position; wrap it: ResumableLoader(loader) from registry"
@@ -49,7 +52,20 @@ def capture(name: str, component: Any) -> Any:
         raise Invalid(
             f"{name}: {type(component).__qualname__} has no state_dict(); give plain values as extra={{...}}"
         )
-    return component.state_dict()
+    with _blaming(name, component):
+        return component.state_dict()
+
+
+@contextlib.contextmanager
+def _blaming(name: str, component: Any) -> Iterator[None]:
+    """Name the component whose own code fails."""
+    try:
+        yield
+    except RegistryError:
+        raise
+    except Exception as error:
+        kind = type(component).__qualname__
+        raise Invalid(f"{name}: state_dict() of {kind} failed: {type(error).__name__}: {error}") from error
 
 
 def _not_sharded(name: str, state: OrderedDict[str, Any]) -> OrderedDict[str, Any]:
@@ -99,10 +115,7 @@ def restore(states: Mapping[str, Any], components: Mapping[str, Any], kinds: Map
     Raises:
         Incompatible: saying what differs; nothing was changed.
     """
-    states = {
-        name: _by_parameter(state) if isinstance(components.get(name), torch.optim.Optimizer) else state
-        for name, state in states.items()
-    }
+    states = {name: _adapted(components.get(name), state) for name, state in states.items()}
     for name, component in components.items():
         _check(name, component, states[name], kinds.get(name))
     undo: dict[str, Callable[[], object]] = {}
@@ -183,6 +196,33 @@ def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, state: Any, ki
                         f"{list(parameter.shape)}"
                     )
     _raise(name, problems)
+
+
+def _adapted(component: Any, state: Any) -> Any:
+    if isinstance(component, torch.optim.Optimizer):
+        return _by_parameter(state)
+    if isinstance(component, nn.Module) and isinstance(state, Mapping):
+        return _with_tied_names(component, state)
+    return state
+
+
+def _with_tied_names(module: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A network's state with all names of tensors that the network ties and a file has once."""
+    live = live_state(module)
+    lacking = [name for name in live if name not in state]
+    if not lacking:
+        return state
+    names: dict[int, list[str]] = {}
+    for name, tensor in live.items():
+        names.setdefault(id(tensor), []).append(name)
+    found = OrderedDict(state)
+    for name in lacking:
+        other = next((tied for tied in names[id(live[name])] if tied in state), None)
+        if other is not None and isinstance(live[name], torch.Tensor):
+            found[name] = state[other]
+    if hasattr(state, "_metadata"):
+        found._metadata = state._metadata  # type: ignore[attr-defined]
+    return found
 
 
 def _by_parameter(state: Any) -> Any:

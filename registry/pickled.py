@@ -120,9 +120,9 @@ class _Pickler(pickle._Pickler):
     """Writes empty bytes as `torch.load` reads them; as a call of `bytes` it does not."""
 
     def save_bytes(self, value: bytes) -> None:
-        self.save_reduce(codecs.encode, (value.decode("latin1"), "latin1"), obj=value)
+        self.save_reduce(codecs.encode, (value.decode("latin1"), "latin1"), obj=value)  # type: ignore[attr-defined]
 
-    dispatch = {**pickle._Pickler.dispatch, bytes: save_bytes}
+    dispatch = {**pickle._Pickler.dispatch, bytes: save_bytes}  # type: ignore[dict-item]
 
 
 FOR_EMPTY_BYTES = types.SimpleNamespace(__name__="pickle", Pickler=_Pickler)

@@ -23,7 +23,7 @@ from registry.catalog.resolving import no_such_metric, resolve
 from registry.catalog.versions import Version, best_version, list_names
 from registry.progress import Progress, silent
 from registry.store import durable
-from registry.store.errors import Conflict, Invalid, NotFound
+from registry.store.errors import Conflict, Incompatible, Invalid, NotFound
 from registry.store.text import quoted
 from registry.values import plain_table
 
@@ -213,9 +213,24 @@ class Registry:
 
         checkpoint = self[reference]
         about = checkpoint.provenance
-        network = builder(about.get("builder", checkpoint.model)).build(about.get("network"))
+        made = builder(about.get("builder", checkpoint.model))
+        advice = f"build the network yourself, then registry[{str(checkpoint.name)!r}].restore({component}=network)"
+        if kind := about.get("unrecorded"):
+            raise Invalid(
+                f"{checkpoint.name} does not record its network's configuration, a {quoted(kind)}: it is no Config and has "
+                f"no to_dict(); {advice}"
+            )
+        network = made.build(about.get("network"))
         live: dict[str, Any] = {component: network}
-        checkpoint.restore(rng=False, **live)
+        try:
+            checkpoint.restore(rng=False, **live)
+        except Incompatible as error:
+            if about.get("network"):
+                raise
+            raise Incompatible(
+                f"{error}; {checkpoint.name} does not record how its network was made, and the builder {quoted(made.name)} "
+                f"makes another by default: {advice}"
+            ) from None
         return network.eval()
 
     # -- transfer ----------------------------------------------------------------------------------------

@@ -355,6 +355,7 @@ class Run:
             },
             "builder": builder or self.model,
             "network": builders.config_of(model) if model is not None else None,
+            "unrecorded": builders.unrecorded_config(model) if model is not None else None,
             "config_digest": self._config.digest() if isinstance(self._config, Config) else None,
             **self._data(),
             **self._together(),

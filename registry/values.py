@@ -6,11 +6,18 @@ import dataclasses
 import enum
 import os
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from registry.store.errors import Invalid
 from registry.store.text import quoted
+
+
+_BASES: tuple[tuple[type, Callable[[Any], Any]], ...] = (
+    (str, str.__str__),
+    (int, int.__int__),
+    (float, float.__float__),
+)
 
 
 def plain_table(values: Any, what: str) -> dict[str, Any]:
@@ -43,7 +50,7 @@ def _plain(value: Any, path: str) -> Any:
     kind = type(value)
     if kind.__module__.partition(".")[0] in ("numpy", "torch"):
         return _of_library(value, path)
-    for base, convert in ((str, str.__str__), (int, int.__int__), (float, float.__float__)):
+    for base, convert in _BASES:
         if isinstance(value, base):
             return convert(value)
     if isinstance(value, os.PathLike):

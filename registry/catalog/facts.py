@@ -236,6 +236,7 @@ _MADE: dict[str, Callable[[Any], bool]] = {
     "plan": _is_table,
     "builder": _is_text,
     "network": _is_table,
+    "unrecorded": _is_text,
     "config_digest": _is_text,
     "dataset": _is_text,
     "artifacts": _is_texts,

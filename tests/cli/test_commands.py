@@ -421,3 +421,24 @@ def test_long_work_shows_a_bar_after_a_second_on_a_terminal(
 def test_loading_from_the_registry_that_commands_filled(filled: Registry, run: Run) -> None:
     run("tag", "lenet5:v4", "kept")
     assert torch.equal(filled["lenet5:v4"].state_dict()["fc.weight"], torch.full((10, 4), 4.0))
+
+
+@pytest.mark.parametrize(
+    ("where", "told"),
+    [
+        (">&-", "registry: done, but standard output is closed, so nothing was shown\n"),
+        (">/dev/full", "registry: cannot write to standard output: No space left on device\n"),
+    ],
+)
+@pytest.mark.parametrize("command", ["list", "status --json", "--help"])
+def test_an_output_that_takes_nothing_is_one_line(
+    filled: Registry, command: str, where: str, told: str
+) -> None:
+    program = "import sys; sys.argv[0] = 'registry'; from registry.cli import main; main()"
+    done = subprocess.run(
+        ["sh", "-c", f'"$0" -c "{program}" {command} {where}', sys.executable],
+        env={**os.environ, "REGISTRY_ROOT": str(filled.root)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (1, told)

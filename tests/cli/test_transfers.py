@@ -293,6 +293,21 @@ def test_every_head_of_torchvision_can_be_replaced(name: str) -> None:
     assert (new.out_features if isinstance(new, nn.Linear) else new.out_channels) == 10  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(
+    ("kind", "heads"), [("googlenet", ["aux1.fc2", "aux2.fc2"]), ("inception_v3", ["AuxLogits.fc"])]
+)
+def test_auxiliary_heads_are_replaced_with_the_last_layer(kind: str, heads: list[str]) -> None:
+    model = torchvision.models.get_model(kind, weights=None, init_weights=False, aux_logits=True)
+    assert replace_head(model, 7) == "fc"
+    assert {model.get_submodule(name).out_features for name in ["fc", *heads]} == {7}
+    assert replace_head(model, 5, heads[0]) == heads[0]
+    assert [model.get_submodule(name).out_features for name in ["fc", *heads]] == [
+        7,
+        5,
+        *[7] * (len(heads) - 1),
+    ]
+
+
 def test_a_head_that_is_none() -> None:
     with pytest.raises(Invalid, match="no Linear or Conv2d"):
         replace_head(nn.Sequential(nn.ReLU()), 3)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -747,3 +748,120 @@ def test_a_builders_name_is_its_own(registry: Registry) -> None:
         register_model("tests-net")(nn.Linear)
     with pytest.raises(Invalid, match="cannot be the name of a builder"):
         register_model("a/b")
+
+
+# -- networks whose configuration is not ours ------------------------------------------------------------------
+
+
+class ForeignConfig:
+    """As those of Hugging Face: no `Config`, but it has `to_dict` and `from_dict`."""
+
+    def __init__(self, width: int = 2) -> None:
+        self.width = width
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"width": self.width, "torch_dtype": torch.float32}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ForeignConfig:
+        return cls(values["width"])
+
+
+@register_model("tests-foreign")
+class Foreign(nn.Linear):
+    config_class = ForeignConfig
+
+    def __init__(self, config: ForeignConfig | None = None) -> None:
+        self.config = config or ForeignConfig()
+        super().__init__(self.config.width, 1)
+
+
+@register_model("tests-unrecorded")
+class Unrecorded(nn.Linear):
+    def __init__(self, width: int = 2) -> None:
+        super().__init__(width, 1)
+        self.config = SimpleNamespace(width=width)
+
+
+@register_model("tests-plain")
+class WithoutConfig(nn.Linear):
+    def __init__(self, width: int = 2) -> None:
+        super().__init__(width, 1)
+
+
+def test_a_configuration_with_to_dict_is_recorded_and_built_from(registry: Registry) -> None:
+    net = Foreign(ForeignConfig(5))
+    with registry.run("x") as run:
+        run.save(model=net)
+    assert registry["x"].provenance["network"] == {"width": 5, "torch_dtype": "torch.float32"}
+    assert torch.equal(registry.build("x").weight, net.weight)
+
+
+def test_a_configuration_that_is_not_recorded_is_said_and_no_default_is_built(registry: Registry) -> None:
+    with registry.run("x") as run:
+        run.save(model=Unrecorded(5))
+    with pytest.raises(
+        Invalid, match=r"does not record its network's configuration, a 'SimpleNamespace': .*restore\(model="
+    ):
+        registry.build("x")
+
+
+def test_a_default_that_does_not_fit_says_what_was_not_recorded(registry: Registry) -> None:
+    for width in (2, 5):
+        with registry.run("x") as run:
+            run.save(model=WithoutConfig(width))
+    registry.build("x:v1")
+    with pytest.raises(
+        Incompatible, match=r"x:v2 does not record how its network was made.*restore\(model=network\)"
+    ):
+        registry.build("x:v2")
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 3)
+        self.head = nn.Linear(3, 5)
+        self.head.weight = self.embed.weight
+
+
+@pytest.mark.parametrize("kept", ["embed.weight", "head.weight"])
+def test_a_tied_tensor_that_a_file_has_once_is_restored(registry: Registry, kept: str) -> None:
+    source, target = Tied(), Tied()
+    state = {
+        name: value
+        for name, value in source.state_dict().items()
+        if not name.endswith("weight") or name == kept
+    }
+    registry.save("net", {"model": state})
+    registry["net"].restore(model=target)
+    assert torch.equal(target.embed.weight, source.embed.weight)
+    assert target.head.weight is target.embed.weight
+    del state[kept]
+    registry.save("net", {"model": state})
+    with pytest.raises(Incompatible, match=r"embed\.weight is not in the checkpoint"):
+        registry["net"].restore(model=target)
+
+
+def test_an_untied_tensor_that_is_not_there_is_missed(registry: Registry) -> None:
+    source, target = Tied(), Tied()
+    target.head.weight = nn.Parameter(target.head.weight.detach().clone())
+    state = source.state_dict()
+    del state["head.weight"]
+    registry.save("net", {"model": state})
+    with pytest.raises(Incompatible, match=r"head\.weight is not in the checkpoint"):
+        registry["net"].restore(model=target)
+
+
+def test_an_error_in_somebody_elses_state_dict_names_the_component(registry: Registry) -> None:
+    class Broken:
+        def state_dict(self) -> dict[str, Any]:
+            raise KeyError("moment")
+
+        def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    with (
+        registry.run("x") as run,
+        pytest.raises(Invalid, match=r"sampler: state_dict\(\) of .*Broken failed: KeyError: 'moment'"),
+    ):
+        run.save(model=nn.Linear(1, 1), sampler=Broken())
