@@ -12,7 +12,6 @@ from typing import Any
 from registry.store.errors import Invalid
 from registry.store.text import quoted
 
-
 _BASES: tuple[tuple[type, Callable[[Any], Any]], ...] = (
     (str, str.__str__),
     (int, int.__int__),
