@@ -7,7 +7,7 @@ import functools
 import math
 import operator
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,15 @@ from registry.catalog.metrics import check_metric, is_smallest_best
 from registry.catalog.naming import point
 from registry.catalog.reference import MAX_EDGE, check_name, check_text, check_version_name
 from registry.catalog.resolving import no_such_metric, resolve
-from registry.catalog.versions import Version, best_version, list_names
+from registry.catalog.versions import (
+    Model,
+    Version,
+    best_version,
+    list_models,
+    list_names,
+    list_versions,
+    rank_versions,
+)
 from registry.progress import Progress, silent
 from registry.store import durable
 from registry.store.errors import Conflict, Incompatible, Invalid, NotFound
@@ -365,6 +373,64 @@ class Registry:
 
         return Checkpoint(self.store, self.resolve(reference))
 
+    def __contains__(self, reference: object) -> bool:
+        """Whether a text names a checkpoint."""
+        try:
+            return isinstance(reference, str) and bool(self.resolve(reference))
+        except (Invalid, NotFound, Conflict):
+            return False
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the models."""
+        return iter([model.name for model in self.models()])
+
+    def __len__(self) -> int:
+        """How many models there are."""
+        return len(self.models())
+
+    def __bool__(self) -> bool:
+        """True, also for a registry without a model."""
+        return True
+
+    def models(self) -> list[Model]:
+        """Every model that has a version, by name: its name, how many versions it has, and the latest one."""
+        return list_models(self.catalog)
+
+    def versions(
+        self,
+        model: str | None = None,
+        *,
+        by: str | None = None,
+        smallest: bool | None = None,
+        tag: str | None = None,
+        limit: int | None = None,
+    ) -> list[Version]:
+        """The versions of a model, or of all: the newest first, or the best.
+
+            [version.name for version in registry.versions("lenet5", by="accuracy", limit=3)]
+
+        Args:
+            by: a metric or `loss`: only versions that have it, the best first.
+            smallest: whether the smallest value is the best; without it the metric's name decides, as in `run`.
+            tag: only versions with this tag.
+            limit: at most so many.
+
+        Raises:
+            NotFound: if there is no such model, or no version of it has the metric.
+            Invalid: if the metric's name does not tell which value is better.
+        """
+        if limit is not None and (type(limit) is not int or limit < 1):
+            raise Invalid(f"limit is {quoted(str(limit))}, expected a whole number of 1 or more")
+        if model is not None:
+            model = self.resolve(model).model
+        if by is None:
+            return list_versions(self.catalog, model, tag=tag, limit=limit)[0]
+        direction = _direction(by, smallest)
+        found, _ = rank_versions(self.catalog, model, by, smallest=direction, tag=tag, limit=limit)
+        if not found and tag is None:
+            raise no_such_metric(self.catalog, model, by)
+        return found
+
     def resolve(self, text: str) -> Version:
         """The catalog's row for a reference; raises as `__getitem__`."""
         return resolve(self.catalog, text)
@@ -382,13 +448,7 @@ class Registry:
         from registry.checkpoint import Checkpoint
 
         check_name(model, "model")
-        if smallest is None:
-            smallest = is_smallest_best(check_metric(metric))
-        if smallest is None:
-            raise Invalid(
-                f"the name {quoted(metric)} does not tell which value is better: add smallest=True or False"
-            )
-        found = best_version(self.catalog, model, metric, smallest=smallest)
+        found = best_version(self.catalog, model, metric, smallest=_direction(metric, smallest))
         if found is None:
             self.resolve(model)
             raise no_such_metric(self.catalog, model, metric)
@@ -495,6 +555,16 @@ class Registry:
         from registry.upkeep.status import status
 
         return status(self.root, self.catalog)
+
+
+def _direction(metric: str, smallest: bool | None) -> bool:
+    if smallest is None:
+        smallest = is_smallest_best(check_metric(metric))
+    if smallest is None:
+        raise Invalid(
+            f"the name {quoted(metric)} does not tell which value is better: add smallest=True or smallest=False"
+        )
+    return smallest
 
 
 def _best_with(

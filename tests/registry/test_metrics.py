@@ -56,7 +56,7 @@ def test_a_name_that_does_not_tell_is_asked_about_before_training(tmp_path: Path
         for value in (2.0, 1.0, 3.0):
             run.save(model=torch.nn.Linear(2, 1), metrics={"depth": value})
     assert registry["net@best"].metrics == {"depth": 1.0}
-    with pytest.raises(Invalid, match="add smallest=True or False"):
+    with pytest.raises(Invalid, match="add smallest=True or smallest=False"):
         registry.best("net", "depth")
     assert registry.best("net", "depth", smallest=False).name == "net:v3"
 

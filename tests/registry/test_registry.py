@@ -162,7 +162,7 @@ def test_nan_is_kept_exactly_and_never_the_best(registry: Registry) -> None:
     assert registry.best("net", "loss", smallest=True).name == "net:v1"
     registry.remove(["net:v5"])
     assert registry.best("net", "accuracy").name == "net:v3"  # the earlier of two equals
-    assert registry.best("net", "loss").name == "net:v3"
+    assert registry.best("net", "loss", smallest=False).name == "net:v3"
     ranked, total = rank_versions(registry.catalog, "net", "accuracy")
     assert ([version.version for version in ranked], total) == ([3, 4, 1], 3)
     with pytest.raises(NotFound, match="no version of net has the metric 'f1'"):
@@ -252,3 +252,46 @@ def test_the_folder_comes_from_the_environment_unless_named(
     with pytest.raises(NotFound, match="make one with: registry init"):
         Registry(tmp_path / "none", create=False)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_registry_is_a_collection_of_models(registry: Registry) -> None:
+    assert (len(registry), list(registry), bool(registry), registry.models()) == (0, [], True, [])
+    assert "net" not in registry
+    for number in range(1, 5):
+        registry.save(
+            "net",
+            {"model": {"w": torch.full((3,), float(number))}},
+            metrics={"acc": number % 3},
+            loss=float(number),
+        )
+    registry.save("other", {"model": {"w": torch.ones(1)}})
+    registry.set_tag("net:v2", "paper")
+    assert (len(registry), list(registry)) == (2, ["net", "other"])
+    assert [(m.name, m.versions, m.latest.name) for m in registry.models()] == [
+        ("net", 4, "net:v4"),
+        ("other", 1, "other:v1"),
+    ]
+    for text in ("net", "net:v2", "net@latest", registry["net"].id[:8]):
+        assert text in registry
+    for wrong in ("nets", "net:v9", "net@best", "../x", "", 5, None):
+        assert wrong not in registry
+
+    def names(*arguments: Any, **options: Any) -> str:
+        return " ".join(
+            version.name.removeprefix("net:") for version in registry.versions(*arguments, **options)
+        )
+
+    assert names("net") == "v4 v3 v2 v1"
+    assert names("net", limit=2) == "v4 v3"
+    assert names("net", by="acc") == "v2 v1 v4 v3"
+    assert names("net", by="acc", smallest=True, limit=1) == "v3"
+    assert names("net", by="loss") == "v1 v2 v3 v4"
+    assert names("net", tag="paper") == "v2"
+    assert names("net", tag="nobody", by="acc") == ""
+    assert names() == "v4 v3 v2 v1 other:v1"
+    with pytest.raises(NotFound, match="did you mean 'acc'"):
+        registry.versions("net", by="accc", smallest=True)
+    with pytest.raises(NotFound, match="did you mean 'net'"):
+        registry.versions("nett")
+    with pytest.raises(Invalid, match="limit is '0'"):
+        registry.versions("net", limit=0)
