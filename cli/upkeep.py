@@ -77,18 +77,23 @@ def gc(dry_run: bool, grace: float, registry: Registry, as_json: bool) -> None:
 @command("compact", "registry compact lenet5\nregistry compact --dry-run")
 @click.argument("models", nargs=-1, metavar="[MODEL]...")
 @click.option("--dry-run", is_flag=True, help="Only say what would be rewritten.")
-def compact(models: tuple[str, ...], dry_run: bool, registry: Registry, as_json: bool) -> None:
+def compact(models: tuple[str, ...], dry_run: bool, registry: Registry, as_json: bool) -> int:
     """Store older versions as differences, bit for bit.
 
     Of each MODEL, or of all, the newest version, those with an alias and one in some forty stay as they are; the others
     become differences from one of them, where that saves a tenth. Loading turns them back and checks every digest.
+    A model that cannot be compacted is named, the others go on, and the exit status is 1.
     """
     with progress("compacting") as report:
         found = registry.compact(models, dry_run=dry_run, progress=report)
     if as_json:
         print_json({"dry_run": dry_run, "models": [one._asdict() for one in found]})
-        return
+        return int(any(one.problem for one in found))
     for one in found:
+        if one.problem:
+            warn(f"registry: {one.model}: {one.problem}")
+            if not one.packs:
+                continue
         packs = f"{counted(one.versions, 'version')} in {counted(one.packs, 'pack')}"
         if not one.packs:
             say(f"{one.model}: nothing to compact")
@@ -101,6 +106,7 @@ def compact(models: tuple[str, ...], dry_run: bool, registry: Registry, as_json:
             )
     if any(one.after for one in found):
         say("registry gc frees the space")
+    return int(any(one.problem for one in found))
 
 
 @command("rebuild", "registry rebuild\nregistry rebuild --adopt")

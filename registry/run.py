@@ -202,6 +202,8 @@ class Run:
         except RegistryError as failed:  # every version is as it was
             _logger.warning("%s was not compacted: %s", self.model, failed)
         else:
+            if done.problem:
+                _logger.warning("%s was not compacted wholly: %s", self.model, done.problem)
             _logger.info("compacted %d versions: %d bytes became %d", done.versions, done.before, done.after)
 
     # -- saving ----------------------------------------------------------------------------------------------

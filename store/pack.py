@@ -93,17 +93,20 @@ class PackWriter:
     Args:
         tmp: folder on the same file system as the packs.
         candidates: dtype and shape of every tensor that may be added, which bounds the header's size.
-        coded: whether some may be added as differences.
+        coded: likewise, of those that may be added as differences.
 
     Raises:
         Unsupported: if there are so many that the header would be larger than a reader takes.
     """
 
     def __init__(
-        self, tmp: Path, candidates: Iterable[tuple[str, Sequence[int]]], *, coded: bool = False
+        self,
+        tmp: Path,
+        candidates: Iterable[tuple[str, Sequence[int]]],
+        *,
+        coded: Iterable[tuple[str, Sequence[int]]] = (),
     ) -> None:
-        bound = 128 + sum(_entry_bound(dtype, shape, coded=coded) for dtype, shape in candidates)
-        self._head = header.padded(bound)
+        self._head = header.padded(index_bound(candidates) + sum(difference_bound(*one) for one in coded))
         if self._head - 8 > header.MAX_HEADER:
             raise Unsupported(
                 f"the index of this save's new tensors would take {self._head >> 20} MB, at most "
@@ -228,11 +231,19 @@ def _type_and_shape(dtype: str, shape: Sequence[int]) -> str:
     return f"{dtype} {','.join(map(str, shape))}"
 
 
-def _entry_bound(dtype: str, shape: Sequence[int], *, coded: bool = False) -> int:
+def index_bound(tensors: Iterable[tuple[str, Sequence[int]]]) -> int:
+    """Bytes of header that tensors take at most, none of them being a difference."""
+    return 128 + sum(_entry_bound(dtype, shape) for dtype, shape in tensors)
+
+
+def difference_bound(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes of header that a tensor takes at most beyond its entry if it is a difference."""
+    return 3 * 65 + len(_type_and_shape(dtype, shape)) + len('"":"",')
+
+
+def _entry_bound(dtype: str, shape: Sequence[int]) -> int:
     """Bytes of header that a tensor takes at most, its filler entry and opaque type included."""
     dimensions = sum(len(str(n)) + 1 for n in shape)
-    if coded:
-        return _entry_bound(dtype, shape) + 3 * 65 + len(_type_and_shape(dtype, shape)) + len('"":"",')
     entry = 64 + len('"":{"dtype":"F8_E4M3FNUZ","shape":[],"data_offsets":[,]},') + dimensions + 2 * 15
     filler = len('"pad.1000000":{"dtype":"U8","shape":[63],"data_offsets":[,]},') + 2 * 15
     opaque = 64 + len('"":"float4_e2m1fn_x2 ",') + dimensions if ELEMENT_TYPES[dtype].code is None else 0

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from registry.store import differences, loading
+from registry.store import differences, header, loading
 from registry.store.digest import tensor_digest
 from registry.store.dtypes import ELEMENT_TYPES
-from registry.store.pack import Changed, PackInfo, PackWriter
+from registry.store.pack import Changed, PackInfo, PackWriter, difference_bound, index_bound
 from registry.store.parallel import in_parallel
 
 if TYPE_CHECKING:
@@ -27,16 +27,21 @@ def copy_to_new_pack(store: Store, digests: Collection[str], bases: Mapping[str,
     stored_bases = {item.info.digest: item for item in store.wanted({*bases.values()})}
     mapped = loading.Mapped(store.packs)
     sound: set[str] = set()
-    writer = PackWriter(store.tmp, [(item.info.dtype, item.info.shape) for item in wanted], coded=True)
+    differing = _differing(wanted, stored_bases, bases)
+    types = [(item.info.dtype, item.info.shape) for item in wanted]
+    coded_types = [
+        type_ for item, type_ in zip(wanted, types, strict=True) if item.base or item.info.digest in differing
+    ]
+    writer = PackWriter(store.tmp, types, coded=coded_types)
     try:
         for item in wanted:
-            base = stored_bases.get(bases.get(item.info.digest, ""))
+            base = differing.get(item.info.digest)
             if item.base:
                 _copy_difference(store, item, mapped, writer)
                 continue
             data = mapped.bytes(item)
             _check(store, item, data)
-            if base is not None and not base.base and _can_differ(item, base):
+            if base is not None:
                 if base.info.digest not in sound:
                     _check(store, base, mapped.bytes(base))
                     sound.add(base.info.digest)
@@ -56,6 +61,25 @@ def copy_to_new_pack(store: Store, digests: Collection[str], bases: Mapping[str,
     except BaseException:
         writer.discard()
         raise
+
+
+def _differing(
+    wanted: Sequence[Wanted], stored_bases: Mapping[str, Wanted], bases: Mapping[str, str]
+) -> dict[str, Wanted]:
+    """The tensors that a difference is tried of, and from what: the largest, as long as a pack's index has room."""
+    found = {}
+    types = [(item.info.dtype, item.info.shape) for item in wanted]
+    room = header.MAX_HEADER - (64 << 10) - index_bound(types)
+    room -= sum(difference_bound(item.info.dtype, item.info.shape) for item in wanted if item.base)
+    for item in sorted(wanted, key=lambda item: -item.size):
+        base = stored_bases.get(bases.get(item.info.digest, ""))
+        if item.base or base is None or base.base or not _can_differ(item, base):
+            continue
+        room -= difference_bound(item.info.dtype, item.info.shape)
+        if room < 0:
+            break
+        found[item.info.digest] = base
+    return found
 
 
 def _copy_difference(store: Store, item: Wanted, mapped: Mapped, writer: PackWriter) -> None:

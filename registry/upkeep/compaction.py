@@ -15,7 +15,7 @@ from registry.catalog.reference import check_name
 from registry.catalog.resolving import resolve
 from registry.catalog.versions import find_versions
 from registry.store.dtypes import ELEMENT_TYPES
-from registry.store.errors import NotFound
+from registry.store.errors import Corrupt, NotFound, Unsupported
 from registry.store.manifest import Manifest, TensorInfo
 from registry.upkeep.repacking import needed_of, repack, unless_gone
 
@@ -43,6 +43,7 @@ class Compacted(NamedTuple):
         versions: how many are stored as differences, or would be.
         before: bytes of the packs that were rewritten.
         after: bytes of those that took their place; None for a dry run.
+        problem: why not all could be done; what was is as it should be.
     """
 
     model: str
@@ -50,6 +51,7 @@ class Compacted(NamedTuple):
     packs: int
     before: int
     after: int | None
+    problem: str | None = None
 
 
 Progress = Callable[[int, int, int], None]
@@ -68,8 +70,10 @@ def compact(
         dry_run: only say which packs would be rewritten.
         progress: told the bytes done, the bytes in all, and the bytes saved so far.
 
+    A model that cannot be compacted, such as for a byte that is not what was saved, does not stop the others.
+
     Raises:
-        Corrupt: if a byte is not what was saved; nothing is lost.
+        NotFound: if there is no such model.
     """
     for model in models:
         resolve(catalog, check_name(model, "model"))
@@ -84,16 +88,20 @@ def compact(
     found = []
     for plan in plans:
         packs = before = after = 0
+        problem = None
         for pack, size in plan.packs.items():
             pairs = {digest: base for digest, base in plan.bases[pack].items() if digest not in kept}
-            new = None if dry_run or not pairs else _rewrite(catalog, store, pack, size, pairs)
+            try:
+                new = None if dry_run or not pairs else _rewrite(catalog, store, pack, size, pairs)
+            except (Corrupt, Unsupported) as error:
+                new, problem = None, problem or str(error)
             if dry_run or new is not None:
                 packs, before, after = packs + 1, before + size, after + (new or 0)
             done += size
             saved += 0 if new is None else size - new
             progress(done, total, saved)
         versions = len(plan.versions) if packs else 0
-        found.append(Compacted(plan.model, versions, packs, before, None if dry_run else after))
+        found.append(Compacted(plan.model, versions, packs, before, None if dry_run else after, problem))
     return found
 
 

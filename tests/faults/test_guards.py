@@ -336,7 +336,9 @@ def test_differences_that_rest_on_one_another_too_deeply_are_refused(
         tensors = [near(number) for number in range(20, 20 + count)]
         data = [bytes_of(tensor) for tensor in tensors]
         digests = [tensor_digest("float32", (60, 50), part) for part in data]
-        writer = PackWriter(registry.store.tmp, [("float32", (60, 50))] * count, coded=True)
+        writer = PackWriter(
+            registry.store.tmp, [("float32", (60, 50))] * count, coded=[("float32", (60, 50))] * count
+        )
         for i in range(count):
             base = (i - 1) % count
             if i or count == 2:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from registry import Registry
-from registry.store import durable
+from registry.store import durable, header
 from registry.store.errors import Corrupt, NotFound, StorageError
 from registry.store.pack import PackWriter
 from registry.store.store import Store, Written
@@ -255,7 +255,7 @@ def test_a_difference_from_itself_is_refused(tmp_path: Path) -> None:
     (digest,) = {info.digest for info in stored.manifest.tensors}
     assert stored.pack is not None
     store.pack_path(stored.pack.digest).unlink()
-    writer = PackWriter(store.tmp, [("float32", (4_000,))], coded=True)
+    writer = PackWriter(store.tmp, [("float32", (4_000,))], coded=[("float32", (4_000,))])
     writer.add_difference(digest, "float32", (4_000,), digest, memoryview(bytes(8)))
     writer.finish(store.packs)
     with pytest.raises(Corrupt, match="which it is a difference from"):
@@ -424,6 +424,59 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
     largest = 8_000_000
     assert rewritten > 20 * largest
     assert taken < 4 * largest
+
+
+def test_where_the_index_has_room_for_some_differences_only_the_largest_become_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a network with 100,000 tensors."""
+    registry = Registry(tmp_path / "r")
+    sizes = [1_100 + i for i in range(200)]
+    saved = {}
+    for number in range(4):
+        model = {f"w{i}": torch.arange(float(size)) + 1e-4 * number for i, size in enumerate(sizes)}
+        saved[registry.save("net", {"model": model}).name] = model
+    monkeypatch.setattr(header, "MAX_HEADER", 134_000)
+    (done,) = registry.compact(["net"])
+    assert done.problem is None
+    assert done.after < 0.9 * done.before
+    differences = registry.catalog.query("SELECT digest FROM tensors WHERE base IS NOT NULL")
+    assert 30 < len(differences) < 2 * len(sizes)
+    largest = {
+        tensor.digest
+        for tensor in registry.store.manifest(registry["net:v2"].id).tensors
+        if tensor.size > 4 * 1_290
+    }
+    assert largest <= {digest for (digest,) in differences}
+    monkeypatch.undo()
+    registry.collect_garbage(grace=0)
+    assert registry.verify().problems == []
+    for name, model in saved.items():
+        loaded = registry[name].state_dict()
+        assert all(torch.equal(loaded[key], value) for key, value in model.items())
+
+
+def test_a_model_that_cannot_be_compacted_does_not_stop_the_others(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "r")
+    for model in ("bad", "good"):
+        for number in range(5):
+            registry.save(
+                model, {"model": {"w": torch.arange(30_000.0) + (number + (model == "bad")) * 1e-3}}
+            )
+    pack = registry.store.pack_path(
+        registry.catalog.query(
+            "SELECT p.digest FROM packs p JOIN uses u ON u.pack = p.number JOIN versions v ON v.id = u.id "
+            "WHERE v.model = 'bad' AND v.version = 2"
+        )[0][0]
+    )
+    data = bytearray(pack.read_bytes())
+    data[-1] ^= 1
+    pack.chmod(0o644)
+    pack.write_bytes(data)
+    bad, good = registry.compact()
+    assert (bad.model, good.model, good.problem) == ("bad", "good", None)
+    assert pack.name[:12] in bad.problem
+    assert good.after < good.before
 
 
 def test_on_the_command_line(tmp_path: Path) -> None:
