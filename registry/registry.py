@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import registry
-from registry.catalog import naming, settings
+from registry.catalog import facts, naming, settings
 from registry.catalog.catalog import Catalog
 from registry.catalog.entries import now
 from registry.catalog.lookups import best_id
@@ -80,11 +80,12 @@ class Registry:
     """
 
     def __init__(self, root: Path | str | None = None, *, create: bool = True) -> None:
-        self.root = Path(root) if root is not None else default_root()
+        given = Path(root) if root is not None else default_root()
+        self.root = Path(os.path.abspath(given))  # A program may change its working directory.
         self.catalog = Catalog(self.root, lambda: self.store)
         if not settings.are_there(self.root):
             if not create:
-                raise NotFound(f"there is no registry at {self.root}; make one with: registry init")
+                raise NotFound(f"there is no registry at {given}; make one with: registry init")
             self._create()
         self.catalog.format = settings.read_format(self.root)
 
@@ -342,6 +343,8 @@ class Registry:
             "dcp": dcp,
         }
         record = {key: value for key, value in record.items() if value not in (None, {}, [])}
+        if odd := facts.malformed(record):
+            raise Invalid(f"{odd} is not of the kind that is documented for it, so it cannot be recorded")
         record["torch-registry"] = registry.__version__
         if state is None:
             state = self.store.encode(components)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import threading
 import time
@@ -97,6 +98,7 @@ class Run:
         self._writer: SummaryWriter | None = None
         self._open = contextlib.ExitStack()
         self._started = time.monotonic()
+        self._pid = os.getpid()
         self._stalled = 0.0
         self._ranks = Ranks(timeout)
         about = {
@@ -169,6 +171,10 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if (
+            os.getpid() != self._pid
+        ):  # A child that was forked inside the block leaves it; the run is its parent's.
+            return
         try:
             if error is None:
                 self.wait()
@@ -453,7 +459,6 @@ def _ending(error: BaseException) -> Literal["interrupted"] | str:
 
 
 def _this_process() -> str:
-    import os
 
     return f"{host()} {os.getpid()}\n"
 

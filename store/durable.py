@@ -316,6 +316,12 @@ def lock(fd: int, *, seconds: float = 60.0) -> bool:
         pause = min(2 * pause, 0.05)
 
 
+def unlock(fd: int) -> None:
+    """End a lock, also where a process that was forked meanwhile has the file open, as a worker of a loader may."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_UN)
+
+
 def try_lock(fd: int) -> bool:
     """Lock an open file unless somebody has it."""
     try:

@@ -250,15 +250,18 @@ def _refusal(tensor: torch.Tensor) -> str | None:
             return "a quantized tensor; store .int_repr() with its scale and zero point"
         return f"a tensor of dtype {tensor.dtype}"
     if tensor.numel() and not _has_memory(tensor):
-        return "a tensor whose memory was freed, as of a sharded parameter, or that a transform made"
+        return "a tensor whose memory was freed or cut, as of a sharded parameter, or that a transform made"
     return None
 
 
 def _has_memory(tensor: torch.Tensor) -> bool:
+    """Whether the memory behind a tensor reaches as far as its last element."""
     try:
-        return tensor.untyped_storage().nbytes() > 0
+        held = tensor.untyped_storage().nbytes()
     except RuntimeError:
         return False
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return held >= (tensor.storage_offset() + last + 1) * tensor.element_size()
 
 
 def _shown(path: Path) -> str:
@@ -405,7 +408,7 @@ def unfillable(tensor: torch.Tensor) -> str | None:
     ):
         return "an expanded tensor, whose elements share memory; clone it first"
     if tensor.numel() and not _has_memory(tensor):
-        return "a tensor whose memory was freed"
+        return "a tensor whose memory was freed or cut"
     return None
 
 

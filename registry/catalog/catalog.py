@@ -954,6 +954,8 @@ class Catalog:
                 ledger.follow([item])
             yield from (f"{self.journal.folder}: {gap}; run: registry rebuild" for gap in ledger.gaps)
             yield from (f"{self.journal.folder}: {void}" for void in ledger.voids)
+            if not ledger.seq and any(True for _ in self._store()):
+                yield f"{self.journal.folder}: the log is gone, and so is the catalog's copy; registry rebuild --adopt takes in what lies in manifests/"
             if ledger.seq < seq:
                 yield f"{self.journal.folder}: the log ends at entry {ledger.seq}, the catalog has {seq}"
                 return

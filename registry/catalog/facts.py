@@ -91,6 +91,15 @@ def _odd(made: Mapping[str, Any]) -> list[str]:
     return [key for key, is_right in _MADE.items() if key in made and not is_right(made[key])]
 
 
+def malformed(record: Mapping[str, Any]) -> str | None:
+    """The first field of a record, or of its provenance, that is of the wrong type."""
+    odd = [key for key, is_right in _FIELDS.items() if key in record and not is_right(record[key])]
+    if not odd and "provenance" in record:
+        made = {key: value for key, value in record["provenance"].items() if value is not None}
+        odd = [f"provenance/{key}" for key in _odd(made)]
+    return odd[0] if odd else None
+
+
 def check_shown(record: Mapping[str, Any]) -> None:
     """See that what the catalog has of a version, or says to have, is of the right types.
 

@@ -94,7 +94,10 @@ class Journal:
         try:
             if not durable.lock(fd):
                 raise StorageError(f"{self.folder}: another process has kept the log locked for 60 s; repeat")
-            yield
+            try:
+                yield
+            finally:
+                durable.unlock(fd)
         finally:
             os.close(fd)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from registry.store import durable
 from registry.store.errors import Invalid, Unsupported
-from registry.store.text import quoted
+from registry.store.text import printable, quoted
 
 FORMAT = 2
 NAME = "registry.toml"
@@ -74,5 +74,6 @@ def _format_in(text: str, path: Path) -> Any:
 
     try:
         return tomllib.loads(text).get("format")
-    except tomllib.TOMLDecodeError as error:
-        raise Invalid(f"{path}: {error}") from None
+    except (RecursionError, ValueError) as error:  # A number of thousands of digits is a ValueError, too.
+        told = "nested too deep" if isinstance(error, RecursionError) else printable(str(error))
+        raise Invalid(f"{path}: {told}; it needs one line: format = {FORMAT}") from None
