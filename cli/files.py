@@ -29,11 +29,11 @@ def init(folder: str | None, root: str | None, as_json: bool) -> None:
 
     place = Path(folder or root or default_root())
     fresh = not (place / SETTINGS).is_file()
-    registry = Registry(place)
+    Registry(place)
     if as_json:
-        print_json({"root": str(registry.root), "created": fresh})
+        print_json({"root": str(place), "created": fresh})
     else:
-        say(f"{'Made a registry' if fresh else 'There is a registry already'} at {registry.root}")
+        say(f"{'Made a registry' if fresh else 'There is a registry already'} at {place}")
 
 
 @command("import", "registry import best.pt --name lenet5 --meta epoch=3 --metric accuracy=0.91")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -223,6 +224,14 @@ def _data(provenance: Mapping[str, Any], registry: Registry) -> str | None:
     return ", ".join(f"{made[id]} {id}" if id in made else id for id in ids) or None
 
 
+def _nearby(path: str) -> str:
+    """A path as it is seen from the working directory, where it lies below that."""
+    try:
+        return str(Path(path).relative_to(Path.cwd()))
+    except (OSError, ValueError):
+        return path
+
+
 @command("status", "registry status")
 def status(registry: Registry, as_json: bool) -> None:
     """Sum up what is stored and what sharing saved."""
@@ -235,7 +244,7 @@ def status(registry: Registry, as_json: bool) -> None:
     coded = f", {found.differences:,} of them as differences" if found.differences else ""
     print_facts(
         [
-            ("registry", found.root),
+            ("registry", _nearby(found.root)),
             ("holds", f"{counted(found.models, 'model')}, {counted(found.versions, 'version')}"),
             ("tensors", f"{found.tensors:,} distinct, in {counted(found.packs, 'pack')}{coded}"),
             ("artifacts", found.artifacts or None),
