@@ -57,7 +57,7 @@ def test_meta_fills_the_named_fields_and_overrides_the_file(
         ("--meta", "epoch=x"): "epoch is 'x', expected a whole number",
         ("--meta", "loss=x"): "--meta loss is 'x', expected a number",
         ("--metric", "accuracy=high"): "--metric accuracy is 'high', expected a number",
-        ("--metric", "a/b=1"): "'a/b' cannot be the name of a metric",
+        ("--metric", " a=1"): "' a' cannot be the name of a metric",
         ("--tag", "a b"): "'a b' cannot be the name of a tag",
     }.items():
         done = run("import", "best.pt", "--name", "bad", *words)
@@ -123,7 +123,7 @@ def test_a_pickle_that_would_run_code_is_refused_by_name(filled: Registry, run: 
     done = run("import", "evil.pt", "--name", "net")
     assert done.status == 1
     assert "would run code" in done.err
-    assert "pathlib" in done.err
+    assert "builtins.getattr" in done.err
     assert not (tmp_path / "canary").exists()
 
 

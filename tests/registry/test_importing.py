@@ -92,7 +92,7 @@ def test_a_training_checkpoint_fills_components_and_fields(
         "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict(),
         "loss": 0.25,
-        "metrics": {"accuracy": 0.5, "no name": 1.0},
+        "metrics": {"accuracy": 0.5, "no\nname": 1.0},
         "arch": "resnet18",
     }
     checkpoint = import_file(registry, saved(tmp_path / "last.pt", tree), "resnet18")

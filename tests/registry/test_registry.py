@@ -12,7 +12,7 @@ from rich.console import Console
 
 from registry import Checkpoint, Registry
 from registry.catalog.versions import list_versions, rank_versions
-from registry.store.errors import Conflict, Incompatible, Invalid, NotFound, Unsupported
+from registry.store.errors import Conflict, Incompatible, Invalid, NotFound
 
 
 @pytest.fixture
@@ -113,7 +113,6 @@ def test_names_that_would_disturb_are_refused(registry: Registry, name: str) -> 
     for use in (
         lambda: save(registry, 1, name),
         lambda: registry.save("net", {name: {}}),
-        lambda: save(registry, 1, metrics={name: 1.0}),
     ):
         with pytest.raises(Invalid) as caught:
             use()
@@ -144,9 +143,9 @@ def test_fields_of_the_wrong_type_are_refused(registry: Registry, fields: dict[s
 
 
 def test_what_a_record_cannot_hold_is_refused_by_its_path(registry: Registry) -> None:
-    with pytest.raises(Unsupported, match="config/net/0"):
+    with pytest.raises(Invalid, match=r"config\.net\[0\]"):
         save(registry, 1, config={"net": [object()]})
-    with pytest.raises(Unsupported, match="meta"):
+    with pytest.raises(Invalid, match="meta"):
         save(registry, 1, meta={1: "x"})
 
 
@@ -246,7 +245,7 @@ def test_the_folder_comes_from_the_environment_unless_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("REGISTRY_ROOT", raising=False)
-    assert Registry().root == Path(".registry")
+    assert Registry().root == Path(".registry").absolute()
     monkeypatch.setenv("REGISTRY_ROOT", str(tmp_path / "other"))
     assert Registry().root == tmp_path / "other"
     with pytest.raises(NotFound, match="make one with: registry init"):
