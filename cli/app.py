@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -61,7 +62,7 @@ def _guarded(run: Callable[[], Any]) -> int:
     try:
         is_closed = sys.stdout is None
         if is_closed:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            sys.stdout = io.StringIO()
         result = run()
         if is_closed:
             click.echo("registry: done, but standard output is closed, so nothing was shown", err=True)
