@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import sys
@@ -35,6 +36,9 @@ _COMMANDS = {
     for module, functions in _MODULES
     for function in functions.split()
 }
+
+
+_NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
 class App(click.Group):
@@ -83,7 +87,7 @@ def _guarded(run: Callable[[], Any]) -> int:
             raise
         if isinstance(error, RegistryError):
             message = printable(str(error))
-        elif isinstance(error, OSError) and error.filename is None:
+        elif isinstance(error, OSError) and error.filename is None and error.errno in _NOT_WRITTEN:
             _give_up_output()
             message = f"cannot write to standard output: {error.strerror}"
         else:

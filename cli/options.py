@@ -67,14 +67,12 @@ def open_registry(root: str | None = None) -> Registry:
     return Registry(_root(root), create=False)
 
 
-def direction(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Declare the options that say which value of a metric is the best, for the parameter `smallest`."""
-    smallest = click.option(
-        "--smallest/--largest",
-        default=None,
-        help="Which value is the best; without it the name says so: the smallest loss, error or perplexity, the largest accuracy, F1 or AUC.",
-    )
-    return smallest(function)
+direction = click.option(
+    "--smallest/--largest",
+    default=None,
+    help="Which value is the best; without it the name says so: the smallest loss, error or perplexity, the largest accuracy, F1 or AUC.",
+)
+"""Declares the options that say which value of a metric is the best, for the parameter `smallest`."""
 
 
 class Reference(click.ParamType[str, str]):

@@ -27,8 +27,7 @@ from registry.cli.output import (
     warn,
 )
 from registry.store.durable import open_file, opened_folder, storage_errors
-from registry.store.errors import Conflict, Invalid, NotFound
-from registry.store.text import quoted
+from registry.store.errors import Conflict, NotFound
 
 if TYPE_CHECKING:
     from registry.catalog.versions import Version
@@ -145,12 +144,10 @@ def history(model: str, limit: int, registry: Registry, as_json: bool) -> None:
 @direction
 def best(model: str, metric: str, smallest: bool | None, registry: Registry, as_json: bool) -> None:
     """Find the best version of a model."""
-    from registry.catalog.metrics import is_smallest_best
+    from registry.catalog.metrics import smallest_is_best
 
-    if smallest is None and is_smallest_best(metric) is None:
-        raise Invalid(
-            f"the name {quoted(metric)} does not tell which value is better: add --smallest or --largest"
-        )
+    if smallest is None:
+        smallest = smallest_is_best(metric, "--smallest or --largest")
     found = registry.best(model, metric, smallest=smallest)
     version = registry.resolve(found.name)
     if as_json:

@@ -106,7 +106,7 @@ def train(
     elif freeze:
         freezing.freeze(network, freeze)
     elif resume and (frozen := resume.provenance.get("frozen", {}).get("model")):
-        freezing.freeze(network, frozen)
+        freezing.freeze_again(network, frozen)
     plain, network = network, parallelize(network, devices, exact=True)
     optimizer = _optimizer(config, plain)
     sampler: DistributedSampler[Any] | None = None

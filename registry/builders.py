@@ -21,6 +21,8 @@ from registry.store.errors import Conflict, Invalid, NotFound
 from registry.store.text import quoted
 from registry.values import plain_table
 
+_logger = logging.getLogger(__name__)
+
 GROUP = "registry.models"
 Built = TypeVar("Built", bound=Callable[..., nn.Module])
 
@@ -41,7 +43,8 @@ class Builder(NamedTuple):
         if self.config is not None:
             return self.make(self.config.from_dict(config or {}, source=f"the configuration of {self.name}"))
         try:
-            if config and callable(from_dict := getattr(_config_class(self.make), "from_dict", None)):
+            of_class = getattr(self.make, "config_class", None)  # As those of Hugging Face have it.
+            if config and callable(from_dict := getattr(of_class, "from_dict", None)):
                 return self.make(from_dict(dict(config)))
             return self.make(**(config or {}))
         except TypeError as error:
@@ -50,12 +53,6 @@ class Builder(NamedTuple):
             ) from None
 
 
-def _config_class(make: Callable[..., nn.Module]) -> Any:
-    """The class of configurations that a network's class names, as those of Hugging Face do."""
-    return getattr(make, "config_class", None)
-
-
-_logger = logging.getLogger(__name__)
 _builders: dict[str, Builder] = {}
 
 
@@ -132,12 +129,10 @@ def config_of(model: Any) -> dict[str, Any] | None:
         return None
 
 
-def unrecorded_config(model: Any) -> str | None:
-    """The class of a network's configuration, if it has one that cannot be recorded."""
+def config_kind(model: Any) -> str | None:
+    """The class of a network's configuration, if it has one."""
     config = getattr(plain_module(model), "config", None)
-    if config is None or config_of(model) is not None:
-        return None
-    return type(config).__qualname__
+    return None if config is None else type(config).__qualname__
 
 
 def _place(make: Callable[..., Any]) -> str:

@@ -16,7 +16,7 @@ from registry.catalog import facts, naming, settings
 from registry.catalog.catalog import Catalog
 from registry.catalog.entries import now
 from registry.catalog.lookups import best_id
-from registry.catalog.metrics import check_metric, is_smallest_best
+from registry.catalog.metrics import check_metric, smallest_is_best
 from registry.catalog.naming import point
 from registry.catalog.reference import MAX_EDGE, check_name, check_text, check_version_name
 from registry.catalog.resolving import no_such_metric, resolve
@@ -385,11 +385,11 @@ class Registry:
 
     def __iter__(self) -> Iterator[str]:
         """The names of the models."""
-        return iter([model.name for model in self.models()])
+        return iter(self.names())
 
     def __len__(self) -> int:
         """How many models there are."""
-        return len(self.models())
+        return len(self.names())
 
     def __bool__(self) -> bool:
         """True, also for a registry without a model."""
@@ -561,13 +561,7 @@ class Registry:
 
 
 def _direction(metric: str, smallest: bool | None) -> bool:
-    if smallest is None:
-        smallest = is_smallest_best(check_metric(metric))
-    if smallest is None:
-        raise Invalid(
-            f"the name {quoted(metric)} does not tell which value is better: add smallest=True or smallest=False"
-        )
-    return smallest
+    return smallest_is_best(metric, "smallest=True or smallest=False") if smallest is None else smallest
 
 
 def _best_with(

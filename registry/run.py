@@ -171,10 +171,8 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if (
-            os.getpid() != self._pid
-        ):  # A child that was forked inside the block leaves it; the run is its parent's.
-            return
+        if os.getpid() != self._pid:
+            return  # A child that was forked inside the block leaves it; the run is its parent's.
         try:
             if error is None:
                 self.wait()
@@ -349,6 +347,8 @@ class Run:
     def _record(self, live: Mapping[str, Any], tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
         model = live.get("model")
         builder = self._builder or (builders.name_for(model) if model is not None else None)
+        network = builders.config_of(model) if model is not None else None
+        is_unrecorded = model is not None and network is None
         found = {
             "kinds": {name: components.kind_of(component) for name, component in live.items()},
             "buffers": {
@@ -362,8 +362,8 @@ class Run:
                 if isinstance(component, torch.nn.Module) and (frozen := frozen_names(component))
             },
             "builder": builder or self.model,
-            "network": builders.config_of(model) if model is not None else None,
-            "unrecorded": builders.unrecorded_config(model) if model is not None else None,
+            "network": network,
+            "unrecorded": builders.config_kind(model) if is_unrecorded else None,
             "config_digest": self._config.digest() if isinstance(self._config, Config) else None,
             **self._data(),
             **self._together(),
@@ -459,7 +459,6 @@ def _ending(error: BaseException) -> Literal["interrupted"] | str:
 
 
 def _this_process() -> str:
-
     return f"{host()} {os.getpid()}\n"
 
 

@@ -86,18 +86,25 @@ def facts_of(manifest: Manifest) -> Facts:
     )
 
 
+def _malformed(record: Mapping[str, Any]) -> list[str]:
+    """The fields of a record, or else those of its provenance, that are of the wrong type."""
+    odd = [
+        key for key, is_right in _FIELDS.items() if record.get(key) is not None and not is_right(record[key])
+    ]
+    return odd or _odd(record.get("provenance") or {})
+
+
 def _odd(made: Mapping[str, Any]) -> list[str]:
     """The fields of a provenance that are of the wrong type."""
     return [key for key, is_right in _MADE.items() if key in made and not is_right(made[key])]
 
 
 def malformed(record: Mapping[str, Any]) -> str | None:
-    """The first field of a record, or of its provenance, that is of the wrong type."""
-    odd = [key for key, is_right in _FIELDS.items() if key in record and not is_right(record[key])]
-    if not odd and "provenance" in record:
-        made = {key: value for key, value in record["provenance"].items() if value is not None}
-        odd = [f"provenance/{key}" for key in _odd(made)]
-    return odd[0] if odd else None
+    """The first field of a record that is of the wrong type; an empty one of its provenance is left out by `facts_of`."""
+    if isinstance(made := record.get("provenance"), Mapping):
+        record = {**record, "provenance": {key: value for key, value in made.items() if value is not None}}
+    odd = _malformed(record)
+    return None if not odd else odd[0] if odd[0] in _FIELDS else f"provenance/{odd[0]}"
 
 
 def check_shown(record: Mapping[str, Any]) -> None:
@@ -106,12 +113,7 @@ def check_shown(record: Mapping[str, Any]) -> None:
     Raises:
         Corrupt: if it is not.
     """
-    made, components = record.get("provenance"), record.get("components")
-    odd = [
-        key for key, is_right in _FIELDS.items() if record.get(key) is not None and not is_right(record[key])
-    ]
-    if not odd and made:
-        odd = _odd(made)
+    odd, components = _malformed(record), record.get("components")
     if components is not None and not _is_contents(components):
         odd.append("components")
     if odd:

@@ -10,135 +10,41 @@ from registry.store.text import quoted
 
 MAX_METRIC = 128
 
-_LOSSES = frozenset(["loss", "losses", "logloss", "error", "errors", "err"])
-_SMALLEST = _LOSSES | frozenset(
-    [
-        "perplexity",
-        "ppl",
-        "nll",
-        "bce",
-        "xent",
-        "crossentropy",
-        "kl",
-        "kld",
-        "mae",
-        "mse",
-        "rmse",
-        "msle",
-        "rmsle",
-        "mape",
-        "smape",
-        "wer",
-        "cer",
-        "eer",
-        "ter",
-        "fid",
-        "kid",
-        "ece",
-        "brier",
-        "lpips",
-        "bpb",
-        "bpc",
-        "bpd",
-        "epe",
-        "mpjpe",
-        "chamfer",
-        "regret",
-    ]
+
+def _set(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
+_LOSSES = _set(
+    """
+    loss losses logloss error errors err
+    """
 )
-_LARGEST = frozenset(
-    [
-        "accuracy",
-        "acc",
-        "top1",
-        "top5",
-        "f1",
-        "f2",
-        "fbeta",
-        "auc",
-        "auroc",
-        "auprc",
-        "roc",
-        "precision",
-        "recall",
-        "sensitivity",
-        "specificity",
-        "map",
-        "ap",
-        "iou",
-        "miou",
-        "dice",
-        "bleu",
-        "rouge",
-        "rouge1",
-        "rouge2",
-        "rougel",
-        "meteor",
-        "chrf",
-        "r2",
-        "psnr",
-        "ssim",
-        "mcc",
-        "kappa",
-        "ndcg",
-        "mrr",
-        "hits",
-        "pearson",
-        "spearman",
-        "reward",
-        "elbo",
-        "likelihood",
-    ]
+_SMALLEST = _LOSSES | _set(
+    """
+    perplexity ppl nll bce xent crossentropy kl kld mae mse rmse msle rmsle mape smape wer cer eer ter
+    fid kid ece brier lpips bpb bpc bpd epe mpjpe chamfer regret
+    """
 )
-_QUALIFIERS = frozenset(
-    [
-        "at",
-        "k",
-        "top",
-        "macro",
-        "micro",
-        "weighted",
-        "pr",
-        "total",
-        "epoch",
-        "step",
-        "mean",
-        "avg",
-        "average",
-        "ema",
-        "val",
-        "valid",
-        "validation",
-        "eval",
-        "test",
-        "train",
-        "dev",
-        "score",
-        "rate",
-        "overall",
-        "all",
-    ]
+_LARGEST = _set(
+    """
+    accuracy acc top1 top5 f1 f2 fbeta auc auroc auprc roc precision recall sensitivity specificity map
+    ap iou miou dice bleu rouge rouge1 rouge2 rougel meteor chrf r2 psnr ssim mcc kappa ndcg mrr hits
+    pearson spearman reward elbo likelihood
+    """
+)
+_QUALIFIERS = _set(
+    """
+    at k top macro micro weighted pr total epoch step mean avg average ema val valid validation eval test
+    train dev score rate overall all
+    """
 )
 """Words that may follow the name of a measure and leave its direction as it is."""
 
-_TURNING = frozenset(
-    [
-        "neg",
-        "negative",
-        "negated",
-        "minus",
-        "inv",
-        "inverse",
-        "inverted",
-        "std",
-        "stdev",
-        "var",
-        "variance",
-        "gap",
-        "diff",
-        "difference",
-        "delta",
-    ]
+_TURNING = _set(
+    """
+    neg negative negated minus inv inverse inverted std stdev var variance gap diff difference delta
+    """
 )
 """Words after which nothing is certain any more."""
 
@@ -193,6 +99,21 @@ def is_smallest_best(name: str) -> bool | None:
     return directions.pop() if len(directions) == 1 else None
 
 
+def smallest_is_best(name: str, advice: str) -> bool:
+    """As `is_smallest_best`, where somebody has to know.
+
+    Args:
+        advice: what to add where the name does not tell, in the language in which it was asked.
+
+    Raises:
+        Invalid: if the name does not tell, or cannot be one.
+    """
+    smallest = is_smallest_best(check_metric(name))
+    if smallest is None:
+        raise Invalid(f"the name {quoted(name)} does not tell which value is better: add {advice}")
+    return smallest
+
+
 def monitored(name: str, mode: str | None) -> Monitor:
     """The metric that says which version is the best.
 
@@ -205,11 +126,7 @@ def monitored(name: str, mode: str | None) -> Monitor:
     check_metric(name)
     if mode not in (None, "min", "max"):
         raise Invalid(f"mode is {quoted(str(mode))}, expected 'min' or 'max'")
-    smallest = is_smallest_best(name) if mode is None else mode == "min"
-    if smallest is None:
-        raise Invalid(
-            f"the name {quoted(name)} does not tell which value is better: add mode='min' or mode='max'"
-        )
+    smallest = mode == "min" if mode else smallest_is_best(name, "mode='min' or mode='max'")
     return Monitor(name, smallest)
 
 
