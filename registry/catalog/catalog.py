@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from registry.catalog import schema, settings
+from registry.catalog import pairing, schema, settings
 from registry.catalog.journal import BEGINNING, Journal, Position
 from registry.catalog.lookups import locate
 from registry.store import durable
@@ -49,6 +49,14 @@ _PARTS = ("", "-wal", "-shm", "-journal")
 _TRIES = 4
 _UNREADABLE = (sqlite3.Error, UnicodeDecodeError)
 """What reading a damaged database raises; the second where its own message holds what is damaged."""
+
+_CUT_SHORT = sqlite3.SQLITE_IOERR_SHORT_READ
+"""As where a file that SQLite keeps beside a database was deleted under a program that has it open."""
+
+_WRITE = sqlite3.SQLITE_IOERR_WRITE
+
+_LOOK_AGAIN = 1.0
+"""Seconds after which a connection that stays open looks whether the log has what the catalog could not take."""
 
 _LONGEST = 256 << 20
 """Bytes of a value that SQLite may make, so that a forged table cannot ask for more memory."""
@@ -143,8 +151,12 @@ class Catalog:
 
         self.commit(begin)
 
-    def connection(self) -> sqlite3.Connection:
-        """This thread's connection in this process."""
+    def connection(self, *, writes: bool = False) -> sqlite3.Connection:
+        """This thread's connection in this process.
+
+        Args:
+            writes: whether it must be to the catalog's file, even if that is behind the log.
+        """
         if self.format == 1:
             self._look_for_another_format()
         local = self._local
@@ -152,11 +164,23 @@ class Catalog:
         if held is not None and held.pid != os.getpid():
             held = local.ledger = None
         if held is not None:
-            if held.connection.in_transaction or held.identity == self._identity(held.identity):
+            if held.connection.in_transaction or self._is_current(held, writes):
                 return held.connection
             self.close()  # It was made anew, or has changed where it is only read.
-        local.held = held = _Held(self.path, *self._opened())
+        local.held = held = _Held(self.path, *self._opened(writes))
         return held.connection
+
+    def _is_current(self, held: _Held, writes: bool) -> bool:
+        """Whether a connection shows what the log says; looked at again now and then, as a disk may have been full."""
+        if held.identity != self._identity(held.identity):
+            return False
+        if isinstance(held.identity, _LogState):
+            return not (writes and self.is_writable)
+        if writes or held.looked + _LOOK_AGAIN > time.monotonic() or not isinstance(held.identity, _FileId):
+            return True
+        held.looked = time.monotonic()
+        with self._errors():
+            return not self._is_behind(held.connection)
 
     def close(self) -> None:
         """Close this thread's connection."""
@@ -205,8 +229,12 @@ class Catalog:
         segments = self.journal.segments()
         return _LogState(segments[-1], self.journal.size(segments[-1]) or 0) if segments else _LogState(0, 0)
 
-    def _opened(self) -> tuple[sqlite3.Connection, object]:
-        """A connection to the catalog as the log says it is, and what tells its file."""
+    def _opened(self, writes: bool = False) -> tuple[sqlite3.Connection, object]:
+        """A connection to the catalog as the log says it is, and what tells its file.
+
+        Args:
+            writes: whether it must be to the catalog's file, even if that is behind the log.
+        """
         if self.format == 1:
             return self._made_in_memory()
         if not self.is_writable:
@@ -219,8 +247,12 @@ class Catalog:
                     connection = self._connect(self.path)
                     with self._errors():
                         if self._is_sound(connection):
-                            if self._is_behind(connection):
-                                self._catch_up_at_once(connection, identity)
+                            self._check_pairing(connection)
+                            is_behind = self._is_behind(connection)
+                            if is_behind and not writes and not self._caught_up(connection, identity):
+                                found = self._ahead_of(connection)
+                                _let_go(self.path, connection, identity, os.getpid())
+                                return found
                             if identity == self._identity():
                                 return connection, identity
             except Damaged as error:
@@ -246,7 +278,12 @@ class Catalog:
             try:
                 with self._errors():
                     if self._is_sound(connection) and identity == self._identity(identity):
-                        return connection, identity
+                        self._check_pairing(connection)
+                        if not self._is_behind(connection):
+                            return connection, identity
+                        found = self._ahead_of(connection)
+                        connection.close()
+                        return found
             except (Damaged, StorageError) as error:
                 # SQLite cannot make the files that a write-ahead log needs.
                 _logger.debug("%s", error)
@@ -255,6 +292,29 @@ class Catalog:
                 raise
             connection.close()
         return self._made_in_memory()
+
+    def _check_pairing(self, connection: sqlite3.Connection) -> None:
+        """
+        Raises:
+            Damaged: if the catalog's file and the write-ahead log beside it do not belong together.
+        """
+        for wait in (0.0, 0.01, 0.1):  # Another process may move changes from one to the other at this moment.
+            time.sleep(wait)
+            if pairing.is_paired(self.path, connection):
+                return
+        raise Damaged(f"{self.path}: is another one than its write-ahead log belongs to")
+
+    def _ahead_of(self, connection: sqlite3.Connection) -> tuple[sqlite3.Connection, object]:
+        """A copy in memory with what the log has and the catalog cannot take, as on a full disk."""
+        from registry.catalog.change import Change
+
+        state = self._log_state()
+        copy = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        with durable.storage_errors(self._root):
+            connection.backup(copy)
+            self._catch_up(Change(copy, _Material(self._store(), self._text_in(copy))), heals=False)
+        copy.execute("PRAGMA query_only = ON")
+        return copy, state
 
     def _made_in_memory(self) -> tuple[sqlite3.Connection, object]:
         """A catalog made from the log for this process alone, where the folder's own cannot be read or written."""
@@ -477,6 +537,8 @@ class Catalog:
             yield
         except sqlite3.OperationalError as error:
             text = printable(str(error))
+            if getattr(error, "sqlite_errorcode", None) == _CUT_SHORT:
+                raise Damaged(f"{self.path}: it, or what SQLite keeps beside it, was cut short") from error
             if "full" in text:
                 raise StorageError(
                     f"{self.path}: no space left on the device; free some and repeat"
@@ -491,7 +553,8 @@ class Catalog:
                 ) from error
             if "no such" in text or "decode" in text:
                 raise Damaged(f"{self.path}: {text}; recreate it with: registry rebuild") from error
-            raise StorageError(f"{self.path}: {text}; check the disk") from error
+            hint = ", and what limits the size of files" if getattr(error, "sqlite_errorcode", None) == _WRITE else ""
+            raise StorageError(f"{self.path}: {text}; check the disk{hint}") from error
         except UnicodeEncodeError as error:
             raise Invalid(f"{quoted(error.object)} is not valid Unicode text") from None
         except (sqlite3.DatabaseError, OverflowError, UnicodeDecodeError) as error:
@@ -521,6 +584,9 @@ class Catalog:
                 return self._commit(compute)
             except Replaced:
                 self.close()
+            except StorageError:
+                self.close()  # The catalog may be behind the log.
+                raise
             except Damaged as error:
                 if attempt:
                     raise
@@ -535,7 +601,8 @@ class Catalog:
 
         store = self._store()
         entry: Entry | None = None
-        connection = self.connection()
+        connection = self.connection(writes=True)
+        is_shown = True
         with self._exclusive(connection, self._local.held.identity) as change:
             self._catch_up(change)
             self._refuse_gaps(change)
@@ -558,12 +625,15 @@ class Catalog:
                 _set_head(change, entry, end)
                 change.connection.execute("COMMIT")
             except sqlite3.Error as error:  # It has happened all the same: the log has it.
+                is_shown = False
                 with contextlib.suppress(sqlite3.Error):
                     change.connection.execute("ROLLBACK")
                 _logger.warning(
                     "%s: %s; entry %d is in the log, and the catalog shows it once it can be written",
                     *(self.path, error, entry.seq),
                 )
+        if not is_shown:
+            self.close()
         return entry
 
     @contextlib.contextmanager
@@ -586,7 +656,9 @@ class Catalog:
                     raise Replaced from None
                 raise
             try:
-                yield Change(connection, _Material(self._store(), self._text_in(connection)))
+                change = Change(connection, _Material(self._store(), self._text_in(connection)))
+                change.found_beside = pairing.salts_of(self.path)
+                yield change
             except BaseException:
                 with contextlib.suppress(sqlite3.Error):
                     if connection.in_transaction:
@@ -615,7 +687,7 @@ class Catalog:
         """
         from registry.catalog import entries
 
-        connection = self.connection()
+        connection = self.connection(writes=True)
         with self._exclusive(connection, self._local.held.identity) as change:
             ledger = self._refold_in_place(change, connection).ledger
             gaps = [[gap.first, gap.last] for gap in ledger.gaps if gap.last >= gap.first]
@@ -659,34 +731,43 @@ class Catalog:
             return True
         return seq > 0 and self.journal.digest_before(end) != digest
 
-    def _catch_up_at_once(self, connection: sqlite3.Connection, identity: object) -> None:
-        """Finish a change that a crash interrupted, unless another process is at it or the disk is full."""
+    def _caught_up(self, connection: sqlite3.Connection, identity: object) -> bool:
+        """Finish a change that a crash interrupted, unless another process is at it or the disk is full; false then."""
         try:
             with self._exclusive(connection, identity) as change:
                 self._catch_up(change)
-        except (Replaced, StorageError) as error:
+        except StorageError as error:
             _logger.debug("the catalog is behind the log: %s", error)
+            return False
+        except Replaced:
+            pass  # It is opened again.
+        return True
 
-    def _catch_up(self, change: Change) -> None:
-        """Apply what the log holds and the catalog does not."""
+    def _catch_up(self, change: Change, *, heals: bool = True) -> None:
+        """Apply what the log holds and the catalog does not.
+
+        Args:
+            heals: whether the folder's log may be put in order on the way.
+        """
         from registry.catalog.history import End, Gap, walk
         from registry.catalog.ledger import Refused
 
         seq, digest, end = _head(change.connection)
         if self.journal.ends_at(end, seq) and (not seq or self.journal.digest_before(end) == digest):
             return
-        self.journal.sync()
+        if heals:
+            self.journal.sync()
         size = self.journal.size(end.segment) or 0
         if size < end.offset or (seq and self.journal.digest_before(end) != digest):
-            self._refold_in_place(change, change.connection)
+            self._refold_in_place(change, change.connection, heals=heals)
             return
         for item in walk(self.journal.read(end), seq, digest):
             if isinstance(item, End):
-                if item.is_torn:
+                if item.is_torn and heals:
                     self.journal.cut(item.position)
                 return
             if isinstance(item, Gap):
-                self._refold_in_place(change, change.connection)
+                self._refold_in_place(change, change.connection, heals=heals)
                 return
             change.connection.execute("SAVEPOINT entry")
             try:
@@ -697,7 +778,7 @@ class Catalog:
                     change.is_unsure = True
             change.connection.execute("RELEASE entry")
             if change.is_unsure:
-                self._refold_in_place(change, change.connection)
+                self._refold_in_place(change, change.connection, heals=heals)
                 return
             change.keep(item.entry)
             assert item.end is not None
@@ -879,6 +960,7 @@ class Catalog:
         from registry.catalog.change import Change
 
         connection = change.connection
+        change.found_beside = None  # Everything is written, so that what the file had does not matter.
         schema.drop(connection)
         schema.create(connection)
         connection.execute("INSERT INTO log SELECT seq, entry FROM temp.history")
@@ -1222,6 +1304,11 @@ def _head(connection: sqlite3.Connection) -> tuple[int, str, Position]:
 
 
 def _set_head(change: Change, last: Entry | Ledger, end: Position) -> None:
+    if change.found_beside is not None:
+        rows = change.query("SELECT key, value FROM state")
+        for key, value in pairing.after(dict(rows), change.found_beside).items():
+            change.set_state(key, value)
+        change.found_beside = None
     change.set_state("seq", last.seq)
     change.set_state("digest", last.digest)
     change.set_state("segment", end.segment)
@@ -1239,6 +1326,7 @@ class _Held:
     def __init__(self, path: Path, connection: sqlite3.Connection, identity: object) -> None:
         self.connection = connection
         self.identity = identity
+        self.looked = time.monotonic()
         self.pid = os.getpid()
         self.close = weakref.finalize(self, _let_go, path, connection, identity, self.pid)
 

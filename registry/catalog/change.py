@@ -56,6 +56,8 @@ class Change:
         """Whether what follows is not certain from the tables alone, so that they are to be made anew."""
         self.dropped: list[tuple[str, frozenset[str], frozenset[str]]] = []
         """Packs that do not count any more, with their tensors and the manifests that needed them before."""
+        self.found_beside: str | None = None
+        """The write-ahead log that was there when the transaction began, until that is recorded; see `pairing`."""
         self._seq = 0
         self._freed: dict[str, tuple[str, int]] = {}
         self._moved: set[str] = set()

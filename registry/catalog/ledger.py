@@ -102,6 +102,11 @@ class Ledger:
         """Whether a manifest is that of a version or an artifact."""
         return manifest_id in self.versions or manifest_id in self.keys_of
 
+    @property
+    def is_any_live(self) -> bool:
+        """Whether there is a version or an artifact."""
+        return bool(self.versions or self.keys_of)
+
     def live_manifests(self) -> list[str]:
         """The ids of the manifests that versions or artifacts have."""
         return [*self.versions, *(found for found in self.keys_of if found not in self.versions)]

@@ -109,10 +109,12 @@ class _Sweep:
                 self._catalog.check_writable()
                 if self._catalog.format == 1:
                     self._catalog.migrate()
+                self._catalog.check_unbroken()
             self._check_folders()
             dead = self._doom()
-            self._sweep("packs", self._store.packs, ".safetensors", dead)
-            self._sweep("manifests", self._store.manifests, ".json", dead)
+            if self._knows_of_some():
+                self._sweep("packs", self._store.packs, ".safetensors", dead)
+                self._sweep("manifests", self._store.manifests, ".json", dead)
             self._sweep_temporary()
             if self._catalog.format != 1:
                 self._sweep_old_format()
@@ -191,6 +193,24 @@ class _Sweep:
         return unneeded[:_MOST], manifests[:_MOST]
 
     # -- files -------------------------------------------------------------------------------------------
+
+    def _knows_of_some(self) -> bool:
+        """Whether the log has ever named a pack or a manifest, so that what it does not name is known to be garbage.
+
+        A log that has named none is new, or one that an old copy was put in the place of. A save that was killed has
+        left little then, and the next one ends the doubt.
+        """
+        ledger = self._catalog.ledger()
+        if ledger.pack_count or ledger.texts or ledger.doomed or ledger.is_any_live:
+            return True
+        unknown = sum(1 for _ in self._store)
+        if unknown:
+            _logger.warning(
+                "%s names no checkpoint, while manifests/ has %d: they are kept, as an old copy of the log may have been "
+                "put back; registry rebuild --adopt takes them in",
+                *(self._catalog.journal.folder, unknown),
+            )
+        return not unknown
 
     def _sweep(self, kind: str, folder: Path, suffix: str, dead: Collection[str]) -> None:
         """Remove files of what is doomed, and files that no entry names, once they have waited."""

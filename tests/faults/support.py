@@ -96,9 +96,10 @@ def check_whole(root: Path, saved: Mapping[str, int], maybe: Mapping[str, int] |
     collect(registry, grace=0, now=time.time() + 2 * GRACE)  # When no save is going on any more.
     check()
     assert broken_rules(registry) == []
-    packs = {digest for (digest,) in registry.catalog.query("SELECT digest FROM packs")}
-    assert set(registry.store.pack_digests()) == packs
-    assert set(registry.store) == {id for (id,) in registry.catalog.query("SELECT id FROM manifests")}
+    if registry.catalog.ledger().pack_count:  # A log that never named any lets gc remove nothing.
+        packs = {digest for (digest,) in registry.catalog.query("SELECT digest FROM packs")}
+        assert set(registry.store.pack_digests()) == packs
+        assert set(registry.store) == {id for (id,) in registry.catalog.query("SELECT id FROM manifests")}
     assert list(registry.store.tmp.iterdir()) == []
     before = dump(registry)
     registry.catalog.close()

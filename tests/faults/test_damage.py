@@ -486,6 +486,24 @@ def test_a_log_that_is_gone_with_the_catalog_keeps_everything_until_it_is_adopte
     check_whole(root, SAVED)
 
 
+def test_an_old_log_that_names_nothing_lets_gc_remove_nothing(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where the log of the first day was put back, and the catalog was deleted."""
+    data = log_of(root).read_bytes()
+    log_of(root).write_bytes(data[: data.index(b"\n") + 1])
+    for path in root.glob("catalog.sqlite*"):
+        path.unlink()
+    before = files(root / "packs"), files(root / "manifests")
+    registry = Registry(root, create=False)
+    collect(registry, grace=0, now=time.time() + 2 * GRACE)
+    assert (files(root / "packs"), files(root / "manifests")) == before
+    assert "registry rebuild --adopt takes them in" in caplog.text
+    assert registry.rebuild(adopt=True).adopted == ("net:v1", "net:v2")
+    registry.catalog.close()
+    check_whole(root, SAVED)
+
+
 def test_where_catalog_log_and_a_pack_are_lost_the_rest_comes_back(root: Path) -> None:
     registry = Registry(root)
     pack_of(registry, "model/own", "net:v2")[0].unlink()

@@ -1,0 +1,76 @@
+"""Whether a write-ahead log belongs to the catalog beside it.
+
+SQLite applies whatever log it finds to whatever database it finds. Where an older copy of the database alone was put
+back, the result is a mixture: the last changes are there, and those before them are not. So each change records which
+write-ahead log it saw and where the log of the registry stood when that one began; the database, read without its
+write-ahead log, must not be older than this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+from pathlib import Path
+
+from registry.store import durable
+
+KEYS = ("wal", "base", "before")
+"""Rows of the table `state`: the write-ahead log that the last change saw, and numbers of entries."""
+
+_SALTS = slice(16, 24)
+
+
+def salts_of(path: Path) -> str:
+    """What tells the write-ahead log beside a database from the one before it; empty if there is none.
+
+    Source: https://www.sqlite.org/fileformat2.html#walformat
+    """
+    try:
+        fd = durable.open_file(path.with_name(f"{path.name}-wal"), os.O_RDONLY)
+    except FileNotFoundError:
+        return ""
+    try:
+        return os.pread(fd, _SALTS.stop, 0)[_SALTS].hex()
+    finally:
+        os.close(fd)
+
+
+def after(state: dict[str, str], salts: str) -> dict[str, str]:
+    """What a change is to record, from the state before it and the write-ahead log that it found when it began."""
+    began = state.get("base" if state.get("wal") == salts else "before", "0")
+    return {"wal": salts, "base": began, "before": state.get("seq", "0")}
+
+
+def is_paired(path: Path, connection: sqlite3.Connection) -> bool:
+    """Whether a catalog is no older than its write-ahead log, and no newer; false also if that changes meanwhile.
+
+    Args:
+        connection: to the catalog with its write-ahead log.
+    """
+    salts = salts_of(path)
+    if not salts:
+        return True
+    alone = _alone(path)
+    state = dict(connection.execute("SELECT key, value FROM state").fetchall())
+    if salts_of(path) != salts:
+        return False
+    try:
+        base = int(state.get("base" if state.get("wal") == salts else "before", "0"))
+        seq, own = int(state["seq"]), int(alone.get("seq", "-1"))
+    except (KeyError, ValueError):
+        return False
+    if own < 0:  # Everything is in the write-ahead log, as in that of a catalog just made.
+        return base == 0
+    return base <= own <= seq and (own < seq or alone.get("digest") == state.get("digest"))
+
+
+def _alone(path: Path) -> dict[str, str]:
+    """The state that the database has without its write-ahead log; empty if it cannot be read."""
+    with contextlib.suppress(sqlite3.Error, UnicodeDecodeError):
+        uri = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
+        with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
+            connection.execute("PRAGMA trusted_schema = OFF")
+            rows = connection.execute("SELECT key, value FROM state").fetchall()
+            return {key: value for key, value in rows if isinstance(key, str) and isinstance(value, str)}
+    return {}
