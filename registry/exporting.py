@@ -21,6 +21,7 @@ from registry.store import header
 from registry.store.dtypes import ELEMENT_TYPES
 from registry.store.durable import Buffer, NewFile, storage_errors
 from registry.store.errors import Conflict, Invalid, NotFound, Unsupported
+from registry.store.places import refuse_inside
 from registry.store.text import printable, quoted
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def _check_target(path: Path, force: bool) -> None:
     try:
         with storage_errors(path):
             target = Path(os.path.realpath(path))
+            refuse_inside(target)
             try:
                 status = os.stat(target)
             except (FileNotFoundError, NotADirectoryError):

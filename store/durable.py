@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from registry.store.errors import Corrupt, StorageError
+from registry.store.places import refuse_inside
 
 Buffer = bytes | bytearray | memoryview
 
@@ -410,6 +411,8 @@ def write_file(
         StorageError: if the system refuses, with the earlier file untouched.
     """
     target = path if folder else Path(os.path.realpath(path))
+    if not folder:
+        refuse_inside(target)
 
     def write() -> None:
         file = NewFile(folder or target.parent, inner=1 if folder else 0)

@@ -1,4 +1,4 @@
-"""What kind of file system a folder is on, where that decides what can be relied on."""
+"""Places: what kind of file system a folder is on, and where in a registry a user's own file does not belong."""
 
 from __future__ import annotations
 
@@ -6,10 +6,31 @@ import functools
 import os
 from pathlib import Path
 
+from registry.store.errors import Invalid
+from registry.store.text import printable
+
+_SETTINGS = "registry.toml"
+_KEPT = ("journal", "manifests", "packs", "tmp", "catalog.sqlite", _SETTINGS)
+"""What a registry keeps to itself, by the first name below its folder, or how that begins."""
 _LOCAL = frozenset(
     ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "tmpfs", "ramfs", "overlay", "jfs")
 )
 """File systems of one machine: what one program writes, another sees at once, the time of the change included."""
+
+
+def refuse_inside(path: Path) -> None:
+    """See that a user's own file does not come to lie among those that a registry keeps to itself.
+
+    Args:
+        path: without links.
+
+    Raises:
+        Invalid: if it would.
+    """
+    for folder in path.parents:
+        name = path.relative_to(folder).parts[0]
+        if name.startswith(_KEPT) and (folder / _SETTINGS).is_file():
+            raise Invalid(f"{printable(str(path))}: {name} belongs to the registry; choose another place")
 
 
 def is_local(path: Path) -> bool:

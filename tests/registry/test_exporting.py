@@ -407,3 +407,21 @@ def test_a_large_checkpoint_is_not_built_in_memory(tmp_path: Path, registry: Reg
     command = [sys.executable, "-c", _EXPORT_LARGE, str(registry.root), str(tmp_path / name)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("place", ["packs/a.pt", "packs/aa/a.pt", "tmp/a.pt", "link/a.safetensors", "registry.toml.pt"])
+def test_nothing_is_written_among_what_a_registry_keeps_to_itself(
+    tmp_path: Path, registry: Registry, place: str
+) -> None:
+    checkpoint = registry.save("net", {"model": {"w": torch.ones(2)}})
+    target = registry.root / place
+    (registry.root / "link").symlink_to("packs")
+    target.parent.mkdir(exist_ok=True)
+    for force in (False, True):
+        with pytest.raises(Invalid, match="belongs to the registry; choose another place"):
+            export(checkpoint, target, force=force)
+    with pytest.raises(Invalid, match="belongs to the registry"):
+        durable.write_file(target, b"a report")
+    assert not target.exists()
+    (registry.root / "link").unlink()
+    export(checkpoint, registry.root / "beside.pt")
