@@ -298,7 +298,11 @@ class Catalog:
         Raises:
             Damaged: if the catalog's file and the write-ahead log beside it do not belong together.
         """
-        for wait in (0.0, 0.01, 0.1):  # Another process may move changes from one to the other at this moment.
+        for wait in (
+            0.0,
+            0.01,
+            0.1,
+        ):  # Another process may move changes from one to the other at this moment.
             time.sleep(wait)
             if pairing.is_paired(self.path, connection):
                 return
@@ -553,7 +557,11 @@ class Catalog:
                 ) from error
             if "no such" in text or "decode" in text:
                 raise Damaged(f"{self.path}: {text}; recreate it with: registry rebuild") from error
-            hint = ", and what limits the size of files" if getattr(error, "sqlite_errorcode", None) == _WRITE else ""
+            hint = (
+                ", and what limits the size of files"
+                if getattr(error, "sqlite_errorcode", None) == _WRITE
+                else ""
+            )
             raise StorageError(f"{self.path}: {text}; check the disk{hint}") from error
         except UnicodeEncodeError as error:
             raise Invalid(f"{quoted(error.object)} is not valid Unicode text") from None

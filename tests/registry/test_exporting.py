@@ -409,7 +409,9 @@ def test_a_large_checkpoint_is_not_built_in_memory(tmp_path: Path, registry: Reg
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("place", ["packs/a.pt", "packs/aa/a.pt", "tmp/a.pt", "link/a.safetensors", "registry.toml.pt"])
+@pytest.mark.parametrize(
+    "place", ["packs/a.pt", "packs/aa/a.pt", "tmp/a.pt", "link/a.safetensors", "registry.toml.pt"]
+)
 def test_nothing_is_written_among_what_a_registry_keeps_to_itself(
     tmp_path: Path, registry: Registry, place: str
 ) -> None:
