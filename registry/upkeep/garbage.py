@@ -195,22 +195,23 @@ class _Sweep:
     # -- files -------------------------------------------------------------------------------------------
 
     def _knows_of_some(self) -> bool:
-        """Whether the log has ever named a pack or a manifest, so that what it does not name is known to be garbage.
+        """Whether what the log does not name is known to be garbage.
 
-        A log that has named none is new, or one that an old copy was put in the place of. A save that was killed has
-        left little then, and the next one ends the doubt.
+        It is not where the log has never named a pack or a manifest, while there are several: then an old copy of it may
+        have taken its place. A first save that was killed leaves one.
         """
         ledger = self._catalog.ledger()
         if ledger.pack_count or ledger.texts or ledger.doomed or ledger.is_any_live:
             return True
         unknown = sum(1 for _ in self._store)
-        if unknown:
-            _logger.warning(
-                "%s names no checkpoint, while manifests/ has %d: they are kept, as an old copy of the log may have been "
-                "put back; registry rebuild --adopt takes them in",
-                *(self._catalog.journal.folder, unknown),
-            )
-        return not unknown
+        if unknown < 2:
+            return True
+        _logger.warning(
+            "%s names no checkpoint, while manifests/ has %d: they are kept, as an old copy of the log may have been put "
+            "back; registry rebuild --adopt takes them in",
+            *(self._catalog.journal.folder, unknown),
+        )
+        return False
 
     def _sweep(self, kind: str, folder: Path, suffix: str, dead: Collection[str]) -> None:
         """Remove files of what is doomed, and files that no entry names, once they have waited."""
