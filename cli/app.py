@@ -14,29 +14,10 @@ from typing import Any, NoReturn
 import click
 
 import registry
+from registry.cli.commands import COMMANDS, with_root
 from registry.cli.options import example_text
 from registry.store.errors import RegistryError
 from registry.store.text import printable
-
-_MODULES = (
-    ("files", "init import_ export"),
-    ("training", "train eval_ predict"),
-    ("transfers", "diff plan transfer verify_frozen compare advise"),
-    ("reading", "list_ show"),
-    ("runs", "history best lineage runs log board"),
-    ("reading", "status"),
-    ("caches", "cache"),
-    ("naming", "alias tag note rm"),
-    ("upkeep", "verify gc compact rebuild"),
-    ("configs", "config"),
-    ("shell", "completion"),
-)
-_COMMANDS = {
-    function.rstrip("_").replace("_", "-"): (module, function)
-    for module, functions in _MODULES
-    for function in functions.split()
-}
-
 
 _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
@@ -46,13 +27,13 @@ class App(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order of their use."""
-        return list(_COMMANDS)
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """A command of that name, if there is one."""
-        if cmd_name not in _COMMANDS:
+        if cmd_name not in COMMANDS:
             return None
-        module, function = _COMMANDS[cmd_name]
+        module, function = COMMANDS[cmd_name]
         command: click.Command = getattr(import_module(f"registry.cli.{module}"), function)
         return command
 
@@ -86,7 +67,7 @@ def _guarded(run: Callable[[], Any]) -> int:
         if _debug():
             raise
         if isinstance(error, RegistryError):
-            message = printable(str(error))
+            message = told(error)
         elif isinstance(error, OSError) and error.filename is None and error.errno in _NOT_WRITTEN:
             _give_up_output()
             message = f"cannot write to standard output: {error.strerror}"
@@ -95,6 +76,11 @@ def _guarded(run: Callable[[], Any]) -> int:
             message = f"unexpected {type(error).__name__}: {text} (--debug shows where)"
         click.echo(f"registry: {message}", err=True)
         return 1
+
+
+def told(error: RegistryError) -> str:
+    """An error in one line, its advice in options to paste."""
+    return with_root(printable(error.for_command_line()))
 
 
 def _give_up_output() -> None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from registry.cli.options import Reference, command, pairs
-from registry.cli.output import counted, print_json, progress, say, size, version_document
-from registry.store.errors import Invalid
-from registry.store.text import quoted
+from registry.cli.output import counted, print_json, progress, say, size, version_document, warn
+from registry.store.errors import Invalid, RegistryError, StorageError
+from registry.store.text import printable, quoted
 
 if TYPE_CHECKING:
+    from registry.catalog.versions import Version
     from registry.registry import Registry
 
 
@@ -70,11 +71,11 @@ def import_(
     seed: int | None,
     registry: Registry,
     as_json: bool,
-) -> None:
+) -> int:
     """Store checkpoint files, or a network of torchvision, as new versions.
 
     Each FILE becomes one version of the model; torchvision:resnet18 stands for that network with --weights, --file or --random. Reads .pt and .pth (without running code that they hold), .safetensors, and folders of shards with their
-    index. What the file says of epoch and loss is kept unless --meta says otherwise.
+    index. What the file says of epoch and loss is kept unless --meta says otherwise. A FILE that cannot be read is named, the others are stored, and the exit status is 1.
     """
     from registry.catalog.reference import check_name
     from registry.documents import read_document
@@ -82,38 +83,66 @@ def import_(
 
     if any(file.startswith("torchvision:") for file in files):
         _import_network(registry, files, model, weights, weights_file, seed, tags, as_json)
-        return
+        return 0
     if weights or weights_file or seed is not None:
         raise click.UsageError("--weights, --file and --random go with torchvision:NAME")
-    for file in files:
-        if not os.path.lexists(file):
-            raise click.BadParameter(f"Path {file!r} does not exist.", param_hint="'FILE...'")
+    if len(files) == 1 and not os.path.lexists(files[0]):
+        raise click.BadParameter(f"Path {files[0]!r} does not exist.", param_hint="'FILE...'")
     fields = _fields(meta)
     metrics = {name: _number(value, f"--metric {name}") for name, value in metric.items()}
     document = read_document(Path(config)) if config else None
     for name in (model, *tags):
         check_name(name, "tag" if name in tags else "model")
-    read = [read_checkpoint_file(Path(file)) for file in files]
-    imported = []
-    for file, content in zip(files, read, strict=True):
+    imported, failed = [], []
+    for file in files:
         before = registry.status().stored
-        with progress(f"importing {Path(file).name}") as report:
-            checkpoint = import_checkpoint(
-                registry, content, model, metrics=metrics, config=document, progress=report, **fields
-            )
+        try:
+            content = read_checkpoint_file(Path(file))
+            with progress(f"importing {printable(Path(file).name)}") as report:
+                checkpoint = import_checkpoint(
+                    registry, content, model, metrics=metrics, config=document, progress=report, **fields
+                )
+        except RegistryError as error:
+            if len(files) == 1 or isinstance(error, StorageError):
+                raise
+            failed.append({"file": file, "error": _named(error, file)})
+            warn(f"registry: {failed[-1]['error']}")
+            continue
         for tag in tags:
             registry.set_tag(checkpoint.name, tag)
         written = registry.status().stored - before
+        version = registry.resolve(checkpoint.name)
         imported.append(
-            {"file": file, "written": written, **version_document(registry.resolve(checkpoint.name))}
+            {"file": file, "written": written, "left_out": content.left_out, **version_document(version)}
         )
         if not as_json:
-            say(
-                f"{checkpoint.name}  {checkpoint.id[:12]}  {counted(imported[-1]['tensors'], 'tensor')}, "
-                f"{size(checkpoint.size)}, {size(written)} new"
-            )
+            say(f"{checkpoint.name}  {checkpoint.id[:12]}  {_amount(version, written)}")
+            if content.left_out:
+                say(f"left out: {_listed(content.left_out)}")
     if as_json:
-        print_json({"imported": imported})
+        print_json({"imported": imported, **({"failed": failed} if failed else {})})
+    if failed:
+        warn(
+            f"registry: {len(imported)} of {len(files)} files were imported; not: {_listed([one['file'] for one in failed])}"
+        )
+    return 1 if failed else 0
+
+
+def _named(error: RegistryError, file: str) -> str:
+    """An error that names the file."""
+    text = printable(error.for_command_line())
+    return text if printable(file) in text else f"{printable(file)}: {text}"
+
+
+def _amount(version: Version, written: int) -> str:
+    """What a version holds, and what it cost."""
+    return f"{counted(version.tensors, 'tensor')}, {size(version.size)}, {size(written)} more on the disk"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first names of several, and how many there are besides."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{', '.join(printable(name) for name in names[:5])}{more}"
 
 
 def _import_network(
@@ -143,8 +172,7 @@ def _import_network(
     if as_json:
         print_json({"imported": [{"file": files[0], "written": written, **version_document(version)}]})
     else:
-        about = f"{counted(version.tensors, 'tensor')}, {size(version.size)}, {size(written)} new"
-        say(f"{version.name}  {version.id[:12]}  {about}")
+        say(f"{version.name}  {version.id[:12]}  {_amount(version, written)}")
 
 
 def _fields(meta: Mapping[str, str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from registry.cli.commands import with_root
 from registry.store.text import printable
 
 if TYPE_CHECKING:
@@ -25,12 +26,12 @@ _DISPENSABLE = ("ID", "DIGEST", "CREATED")
 
 def say(text: str) -> None:
     """Print a line for people."""
-    click.echo(printable(text))
+    click.echo(with_root(printable(text)))
 
 
 def warn(text: str) -> None:
     """Print a line to the standard error stream."""
-    click.echo(printable(text), err=True)
+    click.echo(with_root(printable(text)), err=True)
 
 
 def print_json(document: Any) -> None:

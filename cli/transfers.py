@@ -80,9 +80,9 @@ def diff(
         text = _rendered(report, "json" if as_json else form)
         _write(text, output)
     except RegistryError as error:
-        from registry.store.text import printable
+        from registry.cli.app import told
 
-        click.echo(f"registry: {printable(str(error))}", err=True)
+        click.echo(f"registry: {told(error)}", err=True)
         return 2
     return 0 if report.is_same else 1
 
@@ -357,6 +357,7 @@ def _reason(name: str, frozen_before: set[str], buffers: Any) -> str:
 @command(
     "compare",
     "registry compare lenet6-scratch lenet6-finetuned --at 1,5,10\n"
+    "registry compare lenet5/run-1 lenet5/run-2 --metric loss\n"
     "registry compare lenet5 lenet6 --format html -o compare.html",
 )
 @click.argument("models", nargs=-1, required=True, type=Reference(), metavar="MODEL...")
@@ -380,14 +381,17 @@ def compare(
     registry: Registry,
     as_json: bool,
 ) -> None:
-    """Compare a metric of several models, epoch by epoch."""
+    """Compare a metric of several models, runs or versions, epoch by epoch.
+
+    Each MODEL is a model's name, for all its versions, a run's such as lenet5/run-2, or a reference, for one version.
+    """
     from registry import comparing
     from registry.cli.output import print_table
 
     at = _epochs(epochs)
     found = comparing.curves(registry, models, metric)
     if as_json:
-        print_json({"metric": metric, "models": {curve.model: curve.values for curve in found}})
+        print_json({"metric": metric, "models": {curve.name: curve.values for curve in found}})
     elif form == "text" and output is None:
         print_table(*comparing.table(found, at))
     else:

@@ -6,7 +6,7 @@ import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from registry.catalog.versions import list_versions
+from registry.catalog.versions import Version, find_versions, list_versions
 from registry.store.errors import NotFound
 from registry.store.text import printable, quoted
 
@@ -17,37 +17,54 @@ _COLOURS = ("#0b62d6", "#d1570a", "#1a7f4b", "#8a3ffc", "#b42332", "#5f6870")
 
 
 class Curve(NamedTuple):
-    """The values of a metric of one model, by epoch."""
+    """The values of a metric of one model, run or version, by epoch."""
 
-    model: str
+    name: str
     values: dict[int, float]
 
 
-def curves(registry: Registry, models: Sequence[str], metric: str) -> list[Curve]:
-    """A metric (or `loss`) of each model by epoch; the newest version counts where an epoch has several.
+def curves(registry: Registry, names: Sequence[str], metric: str) -> list[Curve]:
+    """A metric (or `loss`) of several models, runs or versions, by epoch.
+
+    Args:
+        names: a model's name stands for all its versions, a run's, such as `lenet5/run-2`, for those that it saved, and any
+            other reference for one version. The newest version counts where an epoch has several.
 
     Raises:
-        NotFound: if there is no such model, or none of its versions has the metric and an epoch.
+        NotFound: if there is nothing of that name, or no version of it has the metric and an epoch.
     """
     found = []
-    for name in models:
-        model = registry.resolve(name).model
+    for given in names:
+        name, versions = _versions(registry, given)
         values: dict[int, float] = {}
-        for version in list_versions(registry.catalog, model)[0][::-1]:
+        for version in versions[::-1]:
             value = version.loss if metric == "loss" else version.metrics.get(metric)
             if value is not None and version.epoch is not None:
                 values[version.epoch] = value
         if not values:
-            raise NotFound(f"no version of {model} has the metric {quoted(metric)} and an epoch")
-        found.append(Curve(model, dict(sorted(values.items()))))
+            whose = name if ":" in name else f"no version of {name}"
+            has = "does not have" if ":" in name else "has"
+            raise NotFound(f"{whose} {has} the metric {quoted(metric)} and an epoch")
+        found.append(Curve(name, dict(sorted(values.items()))))
     return found
+
+
+def _versions(registry: Registry, given: str) -> tuple[str, Sequence[Version]]:
+    """What a text names, and the versions that belong to it, the newest first."""
+    if "/" in given:
+        run = registry.runs[given]
+        return run.name, find_versions(registry.catalog, "v.run = ?", [run.name])
+    one = registry.resolve(given)
+    if given == one.model:
+        return one.model, list_versions(registry.catalog, one.model)[0]
+    return one.name, [one]
 
 
 def table(found: Sequence[Curve], at: Sequence[int] = ()) -> tuple[list[str], list[list[str]]]:
     """Headings and rows: a row for each epoch, a column for each model."""
     epochs = list(at) or sorted({epoch for curve in found for epoch in curve.values})
     rows = [[str(epoch), *(_shown(curve.values.get(epoch)) for curve in found)] for epoch in epochs]
-    return ["EPOCH", *(curve.model for curve in found)], rows
+    return ["EPOCH", *(curve.name for curve in found)], rows
 
 
 def _shown(value: float | None) -> str:
@@ -107,12 +124,12 @@ def _picture(found: Sequence[Curve], metric: str) -> str:
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in spots]
         y = height + 16 + 20 * i
-        name = html.escape(printable(curve.model))
+        name = html.escape(printable(curve.name))
         parts.append(
             f'<rect x="{left}" y="{y - 10}" width="14" height="10" fill="{colour}"/><text x="{left + 20}" y="{y}">{name}</text>'
         )
     total = height + 20 + 20 * len(found)
     return (
-        f'<svg role="img" aria-label="{html.escape(metric)} of each model by epoch" viewBox="0 0 {width} {total}" '
+        f'<svg role="img" aria-label="{html.escape(metric)} of each by epoch" viewBox="0 0 {width} {total}" '
         f'width="{width}" height="{total}">{"".join(parts)}</svg>'
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy
@@ -15,9 +15,10 @@ from torch import nn
 from registry.catalog.ancestry import ancestors
 from registry.documents import differences
 from registry.freezing import frozen_names
-from registry.matching import LOADABLE, Category, Pair, aligned, match
+from registry.matching import LOADABLE, Category, Pair, match
 from registry.plans import FrozenPart, TransferPlan
-from registry.sides import Entry, Side, Source, side_of
+from registry.sides import Side, Source, side_of
+from registry.suggesting import suggestions
 
 if TYPE_CHECKING:
     from registry.registry import Registry
@@ -229,7 +230,7 @@ def diff(
         related=related,
         plan=plan,
         frozen=tuple(_frozen(left, right, plan)),
-        suggestions=tuple(suggestions(left, right, pairs)),
+        suggestions=tuple(str(found) for found in suggestions(left, right, pairs)),
         warnings=tuple(warnings),
         command=_command(left, right, values, rules, patterns),
     )
@@ -465,71 +466,6 @@ def _warnings(rows: Sequence[Row]) -> Iterator[str]:
     ]
     if benign:
         yield f"{len(benign)} num_batches_tracked on one side only: harmless, old files lack them"
-
-
-def suggestions(left: Side, right: Side, pairs: Sequence[Pair]) -> Iterator[str]:
-    """Rename rules that may explain what is left over, each with its evidence; never applied by themselves."""
-    ours = [pair.a for pair in pairs if pair.category == Category.ONLY_A and pair.a]
-    theirs = [pair.b for pair in pairs if pair.category == Category.ONLY_B and pair.b]
-    yield from _moved(left, right, pairs)
-    for longer, shorter, rule, how in ((ours, theirs, "{}*=*", "without"), (theirs, ours, "**={}**", "with")):
-        prefix = _common_prefix([entry.name for entry in longer])
-        bare = {entry.name for entry in shorter}
-        fits = sum(entry.name.removeprefix(prefix) in bare for entry in longer)
-        if prefix and fits:
-            yield f"--rename '{rule.format(prefix)}'  ({fits} of {len(longer)} names fit {how} the prefix)"
-            return
-    mine, others = _layers_of(ours), _layers_of(theirs)
-    if len(mine) > 1 and list(mine.values()) == list(others.values()):
-        rules = " ".join(f"--rename '{a}.*={b}.*'" for a, b in zip(mine, others, strict=True) if a != b)
-        yield f"{rules}  (the same {len(mine)} shapes in the same order)"
-        return
-    evidence: tuple[tuple[str, Callable[[Entry], object]], ...] = (
-        ("the only ones of shape {shape}", lambda e: e.shape),
-        ("the only {leaf} of shape {shape}", lambda e: (e.name.rpartition(".")[2], e.shape)),
-        ("the only ones of shape {shape} in {parent}", lambda e: (e.name.rpartition(".")[0], e.shape)),
-    )
-    for entry in ours:
-        for told, key in evidence:
-            same = [other for other in theirs if key(other) == key(entry)]
-            alike = [other for other in ours if key(other) == key(entry)]
-            if entry.shape and len(same) == len(alike) == 1:
-                parent, _, leaf = entry.name.rpartition(".")
-                why = told.format(shape=list(entry.shape), leaf=leaf, parent=parent)
-                yield f"--rename '{entry.name}={same[0].name}'  ({why})"
-                break
-
-
-def _moved(left: Side, right: Side, pairs: Sequence[Pair]) -> Iterator[str]:
-    """The renames that undo shifted numbers, where class and shapes leave no choice."""
-    if not any(pair.category == Category.POSITIONAL for pair in pairs):
-        return
-    for path, moves in aligned(left, right).items():
-        if moves:
-            rules = " ".join(f"--rename '{path}{a}.*={path}{b}.*'" for a, b in moves)
-            yield f"{rules}  (the only order in which the layers fit)"
-
-
-def _layers_of(entries: Sequence[Entry]) -> dict[str, tuple[tuple[str, tuple[int, ...]], ...]]:
-    """The leaves and shapes of each layer, in order."""
-    found: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
-    for entry in entries:
-        layer, _, leaf = entry.name.rpartition(".")
-        found.setdefault(layer, []).append((leaf, entry.shape))
-    return {layer: tuple(leaves) for layer, leaves in found.items()}
-
-
-def _common_prefix(names: Sequence[str]) -> str:
-    """The leading components that all names share, with the last dot."""
-    if not names:
-        return ""
-    split = [name.split(".")[:-1] for name in names]
-    shared = []
-    for parts in zip(*split, strict=False):
-        if len(set(parts)) > 1:
-            break
-        shared.append(parts[0])
-    return "".join(f"{part}." for part in shared)
 
 
 def _command(left: Side, right: Side, values: bool, rename: Sequence[str], exclude: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from registry.progress import Progress, silent
 from registry.store import header
 from registry.store.dtypes import ELEMENT_TYPES
 from registry.store.durable import Buffer, NewFile, storage_errors
-from registry.store.errors import Conflict, Invalid, NotFound, Unsupported
+from registry.store.errors import Conflict, Invalid, NotFound, Unsupported, fix
 from registry.store.places import refuse_inside
 from registry.store.text import printable, quoted
 
@@ -107,7 +107,8 @@ def _check_target(path: Path, force: bool) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise Conflict(f"{shown}: there is something that is not a regular file; choose another name")
     if not force:
-        raise Conflict(f"{shown}: the file exists; choose another name, or overwrite it with --force")
+        overwrite = fix("or overwrite it", force=True)
+        raise Conflict(f"{shown}: the file exists; choose another name", overwrite)
 
 
 class _Output:

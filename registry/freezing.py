@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from registry import components
+from registry.patterns import escaped, fits, meant, unused
 from registry.store.digest import tensor_digest
 from registry.store.errors import Incompatible, Invalid, RegistryError, Unsupported
 from registry.store.text import quoted
@@ -35,7 +35,7 @@ class Freeze:
         self._globs = [pattern for pattern in self._names if {*pattern} & {*"*?["}]
 
     def covers(self, name: str) -> bool:
-        return name in self._names or any(fnmatch.fnmatchcase(name, glob) for glob in self._globs)
+        return name in self._names or any(fits(name, glob) for glob in self._globs)
 
 
 class Frozen(NamedTuple):
@@ -139,7 +139,7 @@ def check(model: nn.Module, patterns: str | Iterable[str]) -> tuple[Freeze, dict
     return rule, chosen
 
 
-def resolved(patterns: Iterable[str], parameters: Iterable[str], names: Iterable[str]) -> list[str]:
+def resolved(patterns: Iterable[str], parameters: Iterable[str], names: Collection[str]) -> list[str]:
     """Patterns with `first:N` replaced by the names of the first layers' parameters.
 
     Args:
@@ -153,10 +153,10 @@ def resolved(patterns: Iterable[str], parameters: Iterable[str], names: Iterable
     for pattern in patterns:
         if pattern.startswith(_FIRST):
             found += _first(pattern, list(parameters))
-        elif any(name == pattern or fnmatch.fnmatchcase(name, pattern) for name in names):
-            found.append(pattern)
+        elif any(fits(name, pattern) for name in names):
+            found.append(meant(pattern, names))
         else:
-            raise Invalid(f"freeze: the pattern {quoted(pattern)} matches nothing; it is a typo")
+            raise Invalid(f"freeze: the pattern {quoted(pattern)} {unused(pattern, names)}")
     return found
 
 
@@ -172,7 +172,7 @@ def _first(pattern: str, parameters: Sequence[str]) -> list[str]:
             "but the last"
         )
     chosen = set(layers[:count])
-    return [name for name in parameters if _layer(name) in chosen]
+    return [escaped(name) for name in parameters if _layer(name) in chosen]
 
 
 def _layer(name: str) -> str:
@@ -275,9 +275,9 @@ def unfreeze(model: nn.Module, patterns: str | Iterable[str] = "*") -> tuple[str
     wanted = [patterns] if isinstance(patterns, str) else list(patterns)
     names = dict(plain.named_parameters(remove_duplicate=False))
     for pattern in wanted:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise Invalid(f"unfreeze: the pattern {quoted(pattern)} matches nothing; it is a typo")
-    rule = Freeze(wanted)
+        if not any(fits(name, pattern) for name in names):
+            raise Invalid(f"unfreeze: the pattern {quoted(pattern)} {unused(pattern, names)}")
+    rule = Freeze(meant(pattern, names) for pattern in wanted)
     thawed = tuple(name for name, p in names.items() if rule.covers(name) and not p.requires_grad)
     held = {path: part for path, part in plain.named_modules() if _HELD in part.__dict__}
     complete = {path for path in held if _is_frozen(_owner(plain, path)[1])}
@@ -448,14 +448,15 @@ def param_groups(
     if not trainable:
         raise Invalid("no parameter is trainable; unfreeze some first")
     for pattern in rates or {}:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in trainable):
+        if not any(fits(name, pattern) for name in trainable):
             raise Invalid(
-                f"rates: the pattern {quoted(pattern)} matches no trainable parameter; it is a typo"
+                f"rates: the pattern {quoted(pattern)}, among what is trainable, {unused(pattern, trainable)}"
             )
+    rates = {meant(pattern, trainable): rate for pattern, rate in (rates or {}).items()}
     blocks = list(dict.fromkeys(name.partition(".")[0] for name in trainable))
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in trainable.items():
-        rate = next((r for pattern, r in (rates or {}).items() if fnmatch.fnmatchcase(name, pattern)), lr)
+        rate = next((r for pattern, r in rates.items() if fits(name, pattern)), lr)
         if layer_decay is not None:
             rate *= layer_decay ** (len(blocks) - 1 - blocks.index(name.partition(".")[0]))
         decay = weight_decay if parameter.dim() > 1 else 0.0

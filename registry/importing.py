@@ -8,6 +8,7 @@ recorded, so that `registry.exporting` gives the same tree back.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from registry.foreign import kind_of, kind_of_folder
 from registry.layouts import MAX_CONFIG, fields_of, is_config, split
 from registry.progress import Progress, silent
 from registry.store import header
@@ -61,6 +63,8 @@ class Imported:
     """File name, format, size and digest (for shards: of the index), and the layout of a `.pt` file."""
     stamps: Mapping[Path, Stamp] = field(default_factory=dict, repr=False)
     """Inode, size and time of change of every file that was read."""
+    left_out: tuple[str, ...] = ()
+    """Of a folder: names of what lies there and was not read."""
 
 
 def import_file(
@@ -158,7 +162,9 @@ def read_checkpoint_file(path: Path | str) -> Imported:
     path = Path(path)
     if os.path.isdir(path):
         imported = _read(_in_folder(path))
-        return imported if imported.source.get("shards") else _with_config(imported, path)
+        imported = imported if imported.source.get("shards") else _with_config(imported, path)
+        read = {"config.json", *(file.name for file in imported.stamps)}
+        return dataclasses.replace(imported, left_out=tuple(sorted(set(os.listdir(path)) - read)))
     file_status(path)
     return _read(path)
 
@@ -171,7 +177,9 @@ def _read(path: Path) -> Imported:
         return _read_safetensors(path)
     if name.endswith(TORCH_SUFFIXES):
         return _read_torch(path)
-    raise Unsupported(f"{printable(str(path))}: unknown kind of file; readable are {FORMS}")
+    with storage_errors(path):
+        kind = kind_of(path) or f"unknown kind of file; readable are {FORMS}"
+    raise Unsupported(f"{printable(str(path))}: {kind}")
 
 
 def _read_torch(path: Path) -> Imported:
@@ -211,6 +219,9 @@ def _tensors_of(path: Path, size: int) -> tuple[mmap.mmap, dict[str, torch.Tenso
             head += file.read(header.announced_length(head, size))
             parsed = header.parse(head, size)
         except Invalid as error:
+            kind = kind_of(real)
+            if kind:
+                raise Unsupported(kind) from error
             if head[:4] == b"PK\x03\x04" or head[:2] == b"\x80\x02":
                 raise Invalid("a file of torch.save, not safetensors; rename it to end in .pt") from error
             raise
@@ -255,7 +266,8 @@ def _in_folder(folder: Path) -> Path:
         if found:
             listed = ", ".join(quoted(name) for name in found[:3])
             raise Invalid(f"{shown}: holds {listed}{', ...' if len(found) > 3 else ''}; name one of them")
-    raise Invalid(f"{shown}: holds no index and no weights; readable are {FORMS}")
+    kind = kind_of_folder(folder, names) or f"holds no index and no weights; readable are {FORMS}"
+    raise Invalid(f"{shown}: {kind}")
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -345,7 +357,7 @@ def _with_config(imported: Imported, folder: Path) -> Imported:
         config = _strict_json(_read_whole(path, MAX_CONFIG))
         if not isinstance(config, dict) or not (is_config(config) or not config):
             raise Invalid("not a table of plain values whose names do not start with '$'; mend or remove it")
-    return Imported(**{**vars(imported), "config": config or None})
+    return dataclasses.replace(imported, config=config or None)
 
 
 def _read_whole(path: Path, limit: int) -> bytes:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
+from registry.patterns import fits, meant, unused
 from registry.sides import Entry, Side
 from registry.store.errors import Conflict, Invalid, RegistryError
 from registry.store.text import quoted
@@ -132,10 +132,11 @@ def match(
     """
     pairs: list[Pair] = []
     left, right = dict(a.entries), dict(b.entries)
-    for pattern in exclude:
-        names = [name for name in (*left, *right) if fnmatch.fnmatchcase(name, pattern)]
+    for given in exclude:
+        pattern = meant(given, {**left, **right})
+        names = [name for name in (*left, *right) if fits(name, pattern)]
         if not names:
-            raise Invalid(f"the pattern {quoted(pattern)} matches nothing")
+            raise Invalid(f"the pattern {quoted(given)} {unused(given, (*left, *right))}")
         for name in dict.fromkeys(names):
             pairs.append(Pair(Category.EXCLUDED, left.pop(name, None), right.pop(name, None)))
     _by_rules(left, right, rename, pairs)
@@ -167,13 +168,13 @@ def _by_rules(
 ) -> None:
     goals: dict[str, str] = {}
     for rule in map(Rename, rules):
-        fits = False
+        is_used = False
         for name in left:
             new = rule(name)
             if new is not None:
-                fits = True
+                is_used = True
                 goals.setdefault(name, new)
-        if not fits:
+        if not is_used:
             raise Invalid(f"the rename {quoted(rule.rule)} fits no name; it is a typo, or already done")
     sources: dict[str, str] = {}
     for name, new in goals.items():
@@ -285,9 +286,7 @@ def positional(a: Side, b: Side, apart: Sequence[str] = ()) -> dict[str, str]:
     found: dict[str, str] = {}
     classes = a.module is not None and b.module is not None
     alone = {
-        name
-        for name in a.entries.keys() ^ b.entries.keys()
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in apart)
+        name for name in a.entries.keys() ^ b.entries.keys() if any(fits(name, pattern) for pattern in apart)
     }
     ours, theirs = _containers(a, classes, alone), _containers(b, classes, alone)
     for path in ours.keys() & theirs.keys():

@@ -14,9 +14,10 @@ from torch import nn
 
 from registry import freezing
 from registry.adapters import Rows, adapt, needs_source
+from registry.patterns import escaped
 from registry.sides import STATE_DICT, Side, Source, side_of
 from registry.store.durable import write_file
-from registry.store.errors import Conflict, Incompatible, Invalid, NotFound, Unsupported
+from registry.store.errors import Conflict, Incompatible, Invalid, NotFound, Unsupported, fix
 from registry.store.text import printable, quoted
 
 if TYPE_CHECKING:
@@ -315,7 +316,9 @@ class TransferPlan(BaseModel):
                 f"the plan was made from {self.source} with other values or names; make a new plan"
             )
         if self.coverage < self.min_coverage:
-            raise Incompatible(f"{self.summary}, less than the {percent(self.min_coverage)} of min_coverage")
+            raise Incompatible(
+                f"{self.summary}, less than the {percent(self.min_coverage)} that the plan asks for"
+            )
         named = {step.target for step in self.steps if step.target}
         for name in right.entries:
             if name not in named:
@@ -327,7 +330,8 @@ class TransferPlan(BaseModel):
                 raise Incompatible(f"{left.label} has no {step.source}, which the plan names")
             if step.action in ("copy", "make") and step.target in right.derived:
                 raise Unsupported(
-                    f"{step.target} is made by the network's own state_dict(); expect it as 'skip'"
+                    f"{step.target} is made by the network's own state_dict()",
+                    fix("leave it out", expect={escaped(step.target): "skip"}),
                 )
             if step.action == "copy":
                 _check_copy(step, left, right)
@@ -340,7 +344,9 @@ def _check_copy(step: Step, left: Side, right: Side) -> None:
     if not step.adapter and a.shape != b.shape:
         raise Incompatible(f"{step.source} has shape {list(a.shape)}, {step.target} has {list(b.shape)}")
     if a.dtype != b.dtype and not step.cast:
-        raise Incompatible(f"{step.source} is {a.dtype}, {step.target} is {b.dtype}; allow the cast")
+        raise Incompatible(
+            f"{step.source} is {a.dtype}, {step.target} is {b.dtype}, and the plan does not cast it"
+        )
 
 
 def _check_finite(copies: list[tuple[Step, torch.Tensor]], left: Side, allowed: bool) -> None:
@@ -358,7 +364,8 @@ def _check_finite(copies: list[tuple[Step, torch.Tensor]], left: Side, allowed: 
     for step, value in floats:
         if not bool(value.isfinite().all()):  # a sum may also overflow
             raise Invalid(
-                f"{step.source} of {left.label} holds NaN or infinity; load it only with allow_nan=True"
+                f"{step.source} of {left.label} holds NaN or infinity",
+                fix("if it is to be loaded all the same", allow_nan=True),
             )
 
 

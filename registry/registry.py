@@ -117,6 +117,7 @@ class Registry:
             created_by = f"torch-registry {registry.__version__}"
             self.catalog.create(created_by)
             settings.create(self.root, created_by)
+            settings.hide_from_git(self.root)
 
     # -- artifacts ---------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from registry import pickled
+from registry.foreign import kind_of
 from registry.store.durable import storage_errors
 from registry.store.errors import Invalid, NotFound, Unsupported
 from registry.store.text import printable, quoted
@@ -50,8 +51,13 @@ def read_torch_file(path: Path) -> Any:
     """
     size = file_status(path).st_size
     shown = printable(str(path))
+    if any("\ud800" <= character <= "\udfff" for character in str(path)):
+        raise Unsupported(f"{shown}: its name is not UTF-8, and torch cannot open it; rename it")
     with storage_errors(path), path.open("rb") as file:
         head = file.read(32)
+        kind = kind_of(path)
+    if kind:
+        raise Unsupported(f"{shown}: {kind}")
     zipped = head.startswith(b"PK\x03\x04")
     if zipped:
         _check_archive(path, size)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import fnmatch
+import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -10,13 +11,14 @@ import torch
 from torch import nn
 
 from registry.adapters import ADAPTERS, Rows, adapt, check_adapter, needs_source
-from registry.diffing import suggestions
 from registry.freezing import Freeze, resolved
 from registry.matching import LOADABLE, Category, Pair, match
+from registry.patterns import below, escaped, fits, meant, unused
 from registry.plans import SCHEMA, Step, TransferPlan, percent
 from registry.sides import Side, Source, side_of
-from registry.store.errors import Conflict, Incompatible, Invalid
+from registry.store.errors import Conflict, Fix, Incompatible, Invalid, fix
 from registry.store.text import quoted
+from registry.suggesting import suggestions
 
 if TYPE_CHECKING:
     from registry.registry import Registry
@@ -76,22 +78,25 @@ def plan_transfer(
     for pattern, meaning in wanted.items():
         if meaning not in EXPECTATIONS:
             raise Invalid(
-                f"expect[{pattern!r}] is {quoted(str(meaning))}, expected {', '.join(EXPECTATIONS)}"
+                f"what is expected of {quoted(pattern)} is {quoted(str(meaning))}, not one of {', '.join(EXPECTATIONS)}"
             )
     if not 0 <= min_coverage <= 1:
-        raise Invalid(f"min_coverage is {min_coverage}, expected a share from 0 to 1")
+        raise Invalid(f"the least coverage is {min_coverage}, expected a share from 0 to 1")
     left, right = side_of(source, registry), side_of(target, registry)
     if left.module is not None and left.module is right.module and left.checkpoint is None:
         raise Invalid("source and target are the same network")
     if left.checkpoint and right.checkpoint and left.checkpoint.id == right.checkpoint.id:
         raise Invalid(f"source and target are the same checkpoint, {left.label}")
+    names = {**left.entries, **right.entries}
+    wanted = {meant(pattern, names): meaning for pattern, meaning in wanted.items()}
+    adapters = {meant(pattern, names): name for pattern, name in (adapters or {}).items()}
     apart = [pattern for pattern, meaning in wanted.items() if meaning in ("new", "unused")]
-    apart += [pattern for pattern, name in (adapters or {}).items() if not needs_source(name)]
+    apart += [pattern for pattern, name in adapters.items() if not needs_source(name)]
     pairs = match(left, right, rename=rules, apart=apart)
     used: set[str] = set()
     consents = _Rules(
         wanted,
-        adapters or {},
+        adapters,
         Rows.by_class(*classes) if classes else None,
         allow_cast=allow_cast,
         allow_positional=allow_positional,
@@ -101,12 +106,15 @@ def plan_transfer(
     unexpected = [(s, p) for s, p in zip(steps, pairs, strict=True) if s.why.startswith("!")]
     copied = [step for step in steps if step.action == "copy"]
     if not any(not step.buffer for step in copied):
-        raise Incompatible(f"nothing would be loaded from {left.label}: {_why_nothing(left, right, pairs)}")
+        why, fixes = _why_nothing(left, right, pairs)
+        raise Incompatible(f"nothing would be loaded from {left.label}: {why}", *fixes)
     if unexpected and not everything:
-        raise Incompatible(_unexpected(unexpected, left, right, pairs))
+        raise _unexpected(unexpected, left, right, pairs)
     for pattern in wanted:
         if pattern not in used:
-            raise Invalid(f"expect[{pattern!r}] matches nothing; it is a typo")
+            is_there = any(fits(name, pattern) for name in names)
+            why = f"matches nothing that can be {wanted[pattern]!r}" if is_there else unused(pattern, names)
+            raise Invalid(f"the expected pattern {quoted(pattern)} {why}")
     steps = [
         step.model_copy(update={"why": step.why.lstrip("!")}) if step.why.startswith("!") else step
         for step in steps
@@ -129,9 +137,7 @@ def plan_transfer(
     )
     plan.remember(source, registry)
     if plan.coverage < min_coverage:
-        raise Incompatible(
-            f"{plan.summary}, less than the {percent(min_coverage)} that min_coverage asks for"
-        )
+        raise Incompatible(f"{plan.summary}, less than the {percent(min_coverage)} that was asked for")
     return plan
 
 
@@ -210,7 +216,9 @@ def _adapted(pair: Pair, adapter: str, rules: _Rules, fields: dict[str, Any]) ->
         return Step(action="make", why=Category.ADAPTED, adapter=adapter, **fields)
     cast = a.dtype != b.dtype
     if cast and not (rules.allow_cast or is_lossless(a.dtype, b.dtype)):
-        raise Incompatible(f"{b.name} is {b.dtype}, the source {a.dtype} (allow_cast)")
+        raise Incompatible(
+            f"{b.name} is {b.dtype}, the source {a.dtype}", fix("if that is meant", allow_cast=True)
+        )
     return Step(action="copy", why=Category.ADAPTED, adapter=adapter, rows=rows, cast=cast, **fields)
 
 
@@ -222,7 +230,7 @@ def is_benign(pair: Pair) -> bool:
 def _expected(pair: Pair, expect: Mapping[str, str]) -> tuple[str, str]:
     names = [entry.name for entry in (pair.b, pair.a) if entry]
     for pattern, meaning in expect.items():
-        if any(fnmatch.fnmatchcase(name, pattern) for name in names):
+        if any(fits(name, pattern) for name in names):
             return meaning, pattern
     return "", ""
 
@@ -241,11 +249,11 @@ def _fits(meaning: str, pair: Pair, adapter: str) -> bool:
 
 def _adapter(pair: Pair, adapters: Mapping[str, str]) -> str:
     for pattern, name in adapters.items():
-        if fnmatch.fnmatchcase(pair.name, pattern):
+        if fits(pair.name, pattern):
             return name
     raise Invalid(
-        f"{pair.name} is to be adapted, and no adapter is named for it: adapters={{{pair.name!r}: ...}} with one of "
-        f"{', '.join(ADAPTERS)}"
+        f"{pair.name} is to be adapted, and no adapter is named for it; there are {', '.join(ADAPTERS)}",
+        fix("such as", adapters={escaped(pair.name): next(iter(ADAPTERS))}),
     )
 
 
@@ -256,7 +264,9 @@ def is_lossless(a: str, b: str) -> bool:
     return same_kind and torch.promote_types(one, other) == other
 
 
-def _unexpected(found: Sequence[tuple[Step, Pair]], left: Side, right: Side, pairs: Sequence[Pair]) -> str:
+def _unexpected(
+    found: Sequence[tuple[Step, Pair]], left: Side, right: Side, pairs: Sequence[Pair]
+) -> Incompatible:
     described = []
     for _, pair in found[:3]:
         a, b = pair.a, pair.b
@@ -267,30 +277,46 @@ def _unexpected(found: Sequence[tuple[Step, Pair]], left: Side, right: Side, pai
         elif pair.category == Category.ONLY_A and a:
             described.append(f"{a.name} is in the source only")
         elif pair.category == Category.CAST and a and b:
-            described.append(f"{b.name} is {b.dtype}, the source {a.dtype} (allow_cast)")
+            described.append(f"{b.name} is {b.dtype}, the source {a.dtype}")
         elif pair.category == Category.POSITIONAL:
-            described.append(f"{pair.name}: {pair.note} (allow_positional)")
+            described.append(f"{pair.name}: {pair.note}")
         else:
             described.append(f"{pair.name}: {pair.category} {pair.note}".strip())
     more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
-    hints = list(suggestions(left, right, pairs))
-    hint = f"; maybe {hints[0]}" if hints else ""
-    wanted = {_pattern(pair): _meaning(pair) for _, pair in found if _meaning(pair)}
-    advice = f"; if that is meant: expect={wanted}" if wanted else ""
-    return f"{'; '.join(described)}{more}: not expected{hint}{advice}"
+    categories = {pair.category for _, pair in found}
+    meanings = {pair.name: _meaning(pair) for _, pair in found}
+    meanings = {pair.name: meanings.get(pair.name, "") for pair in pairs}
+    below_it: dict[str, set[str]] = defaultdict(set)
+    for name, meaning in meanings.items():
+        for dot in re.finditer(r"\.", name):
+            below_it[name[: dot.start()]].add(meaning)
+    wanted = {}
+    for name, meaning in meanings.items():
+        parent = name.rpartition(".")[0]
+        if meaning:  # The whole layer, unless others of it are to be loaded, or expected otherwise.
+            wanted[below(parent) if below_it[parent] == {meaning} else escaped(name)] = meaning
+    allowed = {
+        name: True
+        for name, category in (("allow_cast", Category.CAST), ("allow_positional", Category.POSITIONAL))
+        if category in categories
+    }
+    meant = {**({"expect": wanted} if wanted else {}), **allowed}
+    fixes = [*_renames(left, right, pairs), *([fix("if that is meant", **meant)] if meant else [])]
+    return Incompatible(f"{'; '.join(described)}{more}: not expected", *fixes)
 
 
-def _pattern(pair: Pair) -> str:
-    prefix, dot, _ = pair.name.rpartition(".")
-    return f"{prefix}{dot}*"
+def _renames(left: Side, right: Side, pairs: Sequence[Pair]) -> list[Fix]:
+    """The first rules of renaming that may help."""
+    found = next(suggestions(left, right, pairs), None)
+    return [] if found is None else [fix("maybe", found.evidence, rename=list(found.rules))]
 
 
 def _meaning(pair: Pair) -> str:
     return {Category.SHAPE: "skip", Category.ONLY_A: "unused", Category.ONLY_B: "new"}.get(pair.category, "")
 
 
-def _why_nothing(left: Side, right: Side, pairs: Sequence[Pair]) -> str:
-    """The reason that nothing fits, as far as it can be found."""
+def _why_nothing(left: Side, right: Side, pairs: Sequence[Pair]) -> tuple[str, list[Fix]]:
+    """The reason that nothing fits, as far as it can be found, and what may help."""
     names = list(left.entries)
     keys = {}
     for name in names:
@@ -298,30 +324,31 @@ def _why_nothing(left: Side, right: Side, pairs: Sequence[Pair]) -> str:
         if container and bare in right.entries:
             keys[container] = "".join(f"[{key!r}]" for key in container.split("/"))
     if keys:
-        return f"the names fit inside another container; give source{' or source'.join(keys.values())}"
+        inner = f"give source{' or source'.join(keys.values())}"
+        return "the names fit inside another container", [Fix("", inner, "")]
+    renames = _renames(left, right, pairs)
     first = names[0].partition(".")[0]
-    if all(name.startswith(f"{first}.") for name in names):
-        rest = [name.partition(".")[2] for name in names]
-        if sum(name in right.entries for name in rest):
-            return f"all {len(names)} source names start with {first}.; --rename '{first}.*=*'"
+    if renames and all(name.startswith(f"{first}.") for name in names):
+        return f"all {len(names)} source names start with {first}.", renames
     if all(pair.category in (Category.SHAPE, Category.ONLY_A, Category.ONLY_B) for pair in pairs):
         turned = [p for p in pairs if p.category == Category.SHAPE and p.note == "transposed"]
         if turned:
-            return f"{len(turned)} shapes are transposed, such as {turned[0].name}"
+            return f"{len(turned)} shapes are transposed, such as {turned[0].name}", []
         shapes = [pair for pair in pairs if pair.category == Category.SHAPE]
         if shapes:
             a, b = shapes[0].a, shapes[0].b
             assert a is not None
             assert b is not None
-            return f"every shape differs, {b.name} is {list(b.shape)} against {list(a.shape)}; another architecture"
+            shown = f"{b.name} is {list(b.shape)} against {list(a.shape)}"
+            return f"every shape differs, {shown}; another architecture", []
     positional = [pair for pair in pairs if pair.category == Category.POSITIONAL]
     if positional:
-        return f"the numbers have shifted, {positional[0].note}; if the numbers still mean the same layers: allow_positional=True"
-    hints = list(suggestions(left, right, pairs))
-    if hints:
-        return f"no name fits; maybe {hints[0]}"
+        allow = fix("if the numbers still mean the same layers", allow_positional=True)
+        return f"the numbers have shifted, {positional[0].note}", [allow]
+    if renames:
+        return "no name fits", renames
     mine, theirs = next(iter(left.entries)), next(iter(right.entries))
-    return f"no name fits, the source begins with {mine}, the target with {theirs}; another architecture"
+    return f"no name fits, the source begins with {mine}, the target with {theirs}; another architecture", []
 
 
 def _identities(steps: Sequence[Step], right: Side) -> list[str]:
@@ -370,7 +397,8 @@ def _check_ties(left: Side, right: Side, steps: Sequence[Step]) -> None:
         ) != left.digest(step.source):
             raise Conflict(
                 f"{other.target} and {step.target} share memory in {right.label} and have different values in "
-                f"{left.label}; expect one of them as 'skip'"
+                f"{left.label}",
+                fix("leave one of them out", expect={escaped(step.target): "skip"}),
             )
 
 
@@ -381,7 +409,7 @@ def _frozen(freeze: str | Sequence[str] | None, steps: Sequence[Step], right: Si
     parameters = [step.target for step in steps if step.target and not step.buffer]
     for pattern in [freeze] if isinstance(freeze, str) else freeze:
         if pattern == "loaded":
-            names += [step.target for step in steps if step.action == "copy" and step.target]
+            names += [escaped(step.target) for step in steps if step.action == "copy" and step.target]
         else:
             names += resolved([pattern], parameters, right.entries)
     found = Freeze(tuple(dict.fromkeys(names)))

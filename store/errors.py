@@ -1,14 +1,83 @@
 """The errors that this project raises.
 
-Every one of them says what was wrong, where, and what to do next, in one line. The command line prints
-exactly that line. They live in the lowest layer so that every other layer can raise them.
+Every one of them says what was wrong, where, and what to do next, in one line. Arguments that would help are named as
+Python has them, or as options where the command line prints the line. They live in the lowest layer so that every other
+layer can raise them.
 """
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+_OPTIONS = {"adapters": "adapt"}
+"""What the command line calls an argument, where it is not the same word."""
+
+
+class Fix(NamedTuple):
+    """What to add to a call so that it works.
+
+    Attributes:
+        lead: what comes before it, such as `if that is meant`; empty for none.
+        python: arguments.
+        options: the same for the command line.
+        evidence: why it may help.
+    """
+
+    lead: str
+    python: str
+    options: str
+    evidence: str = ""
+
+    def told(self, words: str) -> str:
+        """The advice in one of the two languages."""
+        lead = f"{self.lead}: " if self.lead else ""
+        return f"{lead}{words}{f'  ({self.evidence})' if self.evidence else ''}"
+
+
+def fix(lead: str = "", evidence: str = "", /, **arguments: Any) -> Fix:
+    """The advice to give some arguments.
+
+    >>> fix("if that is meant", expect={"fc.5.*": "skip"}, allow_cast=True).options
+    "--expect 'fc.5.*=skip' --allow-cast"
+    >>> fix(rename=["backbone.*=*"]).python
+    "rename=['backbone.*=*']"
+    """
+    options = []
+    for name, value in arguments.items():
+        option = f"--{_OPTIONS.get(name, name).replace('_', '-')}"
+        if value is True:
+            options.append(option)
+            continue
+        several = [f"{key}={one}" for key, one in value.items()] if isinstance(value, dict) else value
+        for one in several if isinstance(several, list | tuple) else [several]:
+            options.append(f"{option} {shlex.quote(str(one))}")
+    python = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    return Fix(lead, python, " ".join(options), evidence)
+
 
 class RegistryError(Exception):
-    """Base of every error that the registry raises on purpose."""
+    """Base of every error that the registry raises on purpose.
+
+    Args:
+        message: what was wrong, and where.
+        fixes: what to add to the call, in the order in which it is told.
+    """
+
+    def __init__(self, message: str = "", *fixes: Fix) -> None:
+        super().__init__(message, *fixes)
+        self.fixes = fixes
+
+    def __str__(self) -> str:
+        return self._with(fix.told(fix.python) for fix in self.fixes)
+
+    def for_command_line(self) -> str:
+        """The message, with options in the place of arguments."""
+        return self._with(fix.told(fix.options) for fix in self.fixes if fix.options)
+
+    def _with(self, advice: Iterable[str]) -> str:
+        return "; ".join([str(self.args[0]) if self.args else "", *advice])
 
 
 class NotFound(RegistryError):

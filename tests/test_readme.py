@@ -35,12 +35,11 @@ def test_the_first_session_can_be_typed_as_it_stands(
     monkeypatch.delenv("REGISTRY_ROOT", raising=False)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which torchrun would set, with a warning
-    names: dict[str, object] = {}
     kinds = []
     for kind, text in BLOCK.findall(README):
         kinds.append(kind)
         if kind == "python":
-            exec(compile(text, "README.md", "exec", dont_inherit=True), names)
+            exec(compile(text, "README.md", "exec", dont_inherit=True), {})  # each as if it were pasted alone
             continue
         for command, expected in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", text, re.MULTILINE):
             done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)

@@ -46,6 +46,9 @@ BUSY_SECONDS = 60
 _PARTS = ("", "-wal", "-shm", "-journal")
 """What SQLite adds to the name of a database for its own files."""
 
+_ALONE = "mode=ro&immutable=1"
+"""How SQLite opens a database as if nobody else had it, without what lies beside it."""
+
 _TRIES = 4
 _UNREADABLE = (sqlite3.Error, UnicodeDecodeError)
 """What reading a damaged database raises; the second where its own message holds what is damaged."""
@@ -271,7 +274,7 @@ class Catalog:
     def _opened_to_read(self) -> tuple[sqlite3.Connection, object]:
         """A connection where nothing can be written: to the catalog if it can be read so, else to one in memory."""
         still = self._still()
-        for identity, mode in ((self._identity(), "mode=ro"), (still, "mode=ro&immutable=1")):
+        for identity, mode in ((self._identity(), "mode=ro"), (still, _ALONE)):
             if identity is None:
                 continue
             connection = self._connect(self.path, mode)
@@ -304,7 +307,7 @@ class Catalog:
             0.1,
         ):  # Another process may move changes from one to the other at this moment.
             time.sleep(wait)
-            if pairing.is_paired(self.path, connection):
+            if pairing.is_paired(self.path, connection, lambda: self._connect(self.path, _ALONE)):
                 return
         raise Damaged(f"{self.path}: is another one than its write-ahead log belongs to")
 

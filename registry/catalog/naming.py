@@ -10,7 +10,7 @@ from registry.catalog.lookups import Reader
 from registry.catalog.reference import RESERVED_ALIASES, check_name, check_text
 from registry.catalog.resolving import hint, resolve
 from registry.catalog.versions import Version
-from registry.store.errors import Conflict, Invalid, NotFound
+from registry.store.errors import Conflict, Invalid, NotFound, fix
 from registry.store.text import quoted
 
 if TYPE_CHECKING:
@@ -110,7 +110,8 @@ def remove(catalog: Catalog, references: Sequence[str], *, force: bool, dry_run:
             held = [f"alias {name}" for name in version.aliases] + [f"tag {name}" for name in version.tags]
             if held and not force:
                 raise Conflict(
-                    f"{version.name} is held by {', '.join(held)}; take that off first, or use --force"
+                    f"{version.name} is held by {', '.join(held)}; take that off first",
+                    fix("or use", force=True),
                 )
         found[:] = versions.values()
         return [removal(version) for version in found]

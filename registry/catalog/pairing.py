@@ -11,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 
 from registry.store import durable
+from registry.store.errors import RegistryError
 
 KEYS = ("wal", "base", "before")
 """Rows of the table `state`: the write-ahead log that the last change saw, and numbers of entries."""
@@ -42,16 +44,19 @@ def after(state: dict[str, str], salts: str) -> dict[str, str]:
     return {"wal": salts, "base": began, "before": state.get("seq", "0")}
 
 
-def is_paired(path: Path, connection: sqlite3.Connection) -> bool:
+def is_paired(
+    path: Path, connection: sqlite3.Connection, connect_alone: Callable[[], sqlite3.Connection]
+) -> bool:
     """Whether a catalog is no older than its write-ahead log, and no newer; false also if that changes meanwhile.
 
     Args:
         connection: to the catalog with its write-ahead log.
+        connect_alone: gives a connection to the catalog's file as it is without that.
     """
     salts = salts_of(path)
     if not salts:
         return True
-    alone = _alone(path)
+    alone = _state(connect_alone)
     state = dict(connection.execute("SELECT key, value FROM state").fetchall())
     if salts_of(path) != salts:
         return False
@@ -65,12 +70,12 @@ def is_paired(path: Path, connection: sqlite3.Connection) -> bool:
     return base <= own <= seq and (own < seq or alone.get("digest") == state.get("digest"))
 
 
-def _alone(path: Path) -> dict[str, str]:
-    """The state that the database has without its write-ahead log; empty if it cannot be read."""
-    with contextlib.suppress(sqlite3.Error, UnicodeDecodeError):
-        uri = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
-        with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
-            connection.execute("PRAGMA trusted_schema = OFF")
-            rows = connection.execute("SELECT key, value FROM state").fetchall()
-            return {key: value for key, value in rows if isinstance(key, str) and isinstance(value, str)}
+def _state(connect: Callable[[], sqlite3.Connection]) -> dict[str, str]:
+    """What a catalog says of itself; empty if it cannot be read."""
+    with (
+        contextlib.suppress(sqlite3.Error, UnicodeDecodeError, RegistryError),
+        contextlib.closing(connect()) as connection,
+    ):
+        rows = connection.execute("SELECT key, value FROM state").fetchall()
+        return {key: value for key, value in rows if isinstance(key, str) and isinstance(value, str)}
     return {}

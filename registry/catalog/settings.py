@@ -31,6 +31,13 @@ def create(root: Path, created_by: str) -> None:
     durable.write_file(root / NAME, text.encode(), folder=root / "tmp")
 
 
+def hide_from_git(root: Path) -> None:
+    """Let Git ignore a registry that lies in one of its working trees, unless the user has said something of it."""
+    path = root / ".gitignore"
+    if durable.status_of(path) is None and any((folder / ".git").exists() for folder in root.parents):
+        durable.write_file(path, b"*\n", folder=root / "tmp")
+
+
 def read_format(root: Path) -> int:
     """The format that a registry has.
 

@@ -37,6 +37,36 @@ def test_init_makes_a_registry_once(tmp_path: Path, run: Run, monkeypatch: pytes
         assert (tmp_path / place / "registry.toml").is_file()
 
 
+def test_git_ignores_a_registry_in_a_working_tree(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("init", "outside").status == 0
+    assert not (tmp_path / "outside" / ".gitignore").exists()
+    subprocess.run(["git", "init", "--quiet", "project"], check=True)
+    monkeypatch.chdir(tmp_path / "project")
+    Path("inner").mkdir()
+    assert run("init", "inner/.registry").status == 0
+    shown = subprocess.run(["git", "status", "--short", "-uall"], capture_output=True, text=True, check=True)
+    assert shown.stdout == ""
+    Path("inner/.registry/.gitignore").write_text("packs/\n")
+    assert run("init", "inner/.registry").status == 0
+    assert Path("inner/.registry/.gitignore").read_text() == "packs/\n"
+
+
+def test_advice_keeps_the_folder_that_was_given(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("REGISTRY_ROOT", raising=False)
+    for words in (["--root", "my models", "list"], ["list", "--root=my models"]):
+        done = run(*words)
+        assert done.err == (
+            "registry: there is no registry at my models; make one with: registry --root 'my models' init\n"
+        )
+    assert run("list").err == "registry: there is no registry at .registry; make one with: registry init\n"
+
+
 def test_list_shows_models_and_their_latest(filled: Registry, run: Run) -> None:
     assert stamp_free(run("list").out) == [
         "MODEL VERSIONS LATEST EPOCH LOSS ACCURACY SIZE CREATED ID",
@@ -219,7 +249,7 @@ def test_rm_says_what_it_will_remove_and_asks(filled: Registry, run: Run) -> Non
 def test_rm_refuses_what_is_held_and_removes_all_or_nothing(filled: Registry, run: Run) -> None:
     done = run("rm", "lenet5:v1", "lenet5:v2", "--yes")
     assert (
-        done.err == "registry: lenet5:v2 is held by alias production; take that off first, or use --force\n"
+        done.err == "registry: lenet5:v2 is held by alias production; take that off first; or use: --force\n"
     )
     assert len(run("list", "lenet5", "--json").json["versions"]) == 4
     assert run("rm", "lenet5:v1", "lenet5:v9", "--yes").status == 1
@@ -306,7 +336,10 @@ def test_a_registry_that_is_not_there_is_not_made(
     monkeypatch.delenv("REGISTRY_ROOT", raising=False)
     monkeypatch.chdir(tmp_path)
     for arguments in (["--root", "r", "list"], ["list", "--root", "r"]):
-        assert run(*arguments).err == "registry: there is no registry at r; make one with: registry init\n"
+        assert (
+            run(*arguments).err
+            == "registry: there is no registry at r; make one with: registry --root r init\n"
+        )
     assert list(tmp_path.iterdir()) == []
 
 

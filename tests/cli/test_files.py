@@ -32,7 +32,7 @@ def test_an_import_stores_equal_tensors_once_and_exports_the_same_tree(
     first = run("import", "best.pt", "--name", "net", "--metric", "accuracy=0.91", "--meta", "seed=3")
     assert first.status == 0
     assert first.out.startswith("net:v1  ")
-    assert "0 B new" in run("import", "best.pt", "--name", "net").out
+    assert "0 B more on the disk" in run("import", "best.pt", "--name", "net").out
     shown = run("show", "net:v1", "--json").json
     assert (shown["epoch"], shown["loss"], shown["metrics"]) == (7, 0.25, {"accuracy": 0.91})
     assert shown["meta"] == {"seed": 3}
@@ -69,12 +69,42 @@ def test_meta_fills_the_named_fields_and_overrides_the_file(
     assert run("show", "bad").status == 1
 
 
-def test_several_files_are_imported_or_none(filled: Registry, run: Run, checkpoint: dict[str, Any]) -> None:
+def test_a_file_that_cannot_be_imported_is_named_and_the_others_are(
+    filled: Registry, run: Run, checkpoint: dict[str, Any]
+) -> None:
     Path("bad.pt").write_bytes(b"no checkpoint")
-    done = run("import", "best.pt", "bad.pt", "--name", "net")
+    files = ["best.pt", "bad.pt", "missing.pt", "best.pt"]
+    done = run("import", *files, "--name", "several")
     assert done.status == 1
-    assert "bad.pt" in done.err
-    assert run("show", "net").status == 1
+    assert [line.split()[0] for line in done.out.splitlines()] == ["several:v1", "several:v2"]
+    assert done.err.splitlines() == [
+        "registry: bad.pt: not a file of torch.save, by its first bytes",
+        "registry: missing.pt: there is no such file",
+        "registry: 2 of 4 files were imported; not: bad.pt, missing.pt",
+    ]
+    found = run("import", *files, "--name", "several", "--json")
+    assert found.status == 1
+    assert [one["name"] for one in found.json["imported"]] == ["several:v3", "several:v4"]
+    assert [one["file"] for one in found.json["failed"]] == ["bad.pt", "missing.pt"]
+    assert "there is no such file" in found.json["failed"][1]["error"]
+
+
+def test_what_a_folder_holds_besides_is_said_to_be_left_out(filled: Registry, run: Run) -> None:
+    """As that of a checkpoint of transformers' Trainer."""
+    Path("checkpoint-500").mkdir()
+    safetensors.torch.save_file({"w": torch.ones(2)}, "checkpoint-500/model.safetensors")
+    Path("checkpoint-500/config.json").write_text('{"model_type": "bert"}')
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "a.txt", "b.txt"):
+        Path("checkpoint-500", name).write_bytes(b"x")
+    done = run("import", "checkpoint-500", "--name", "net")
+    assert done.out.splitlines()[1:] == [
+        "left out: a.txt, b.txt, optimizer.pt, rng_state.pth, scheduler.pt and 1 more"
+    ]
+    left_out = run("import", "checkpoint-500", "--name", "net", "--json").json["imported"][0]["left_out"]
+    assert left_out[-1] == "trainer_state.json"
+
+
+def test_two_files_are_two_versions(filled: Registry, run: Run, checkpoint: dict[str, Any]) -> None:
     torch.save({"w": torch.ones(2)}, "other.pt")
     assert [
         line.split()[0] for line in run("import", "best.pt", "other.pt", "--name", "net").out.splitlines()
@@ -106,7 +136,7 @@ def test_a_file_is_overwritten_only_with_force(
     before = Path("best.pt").read_bytes()
     done = run("export", "lenet5", "best.pt")
     assert done.status == 1
-    assert "overwrite it with --force" in done.err
+    assert "or overwrite it: --force" in done.err
     assert Path("best.pt").read_bytes() == before
     assert run("export", "lenet5", "best.pt", "--force").status == 0
     assert run("export", "lenet5", "one.pt", "--component", "optimizer").status == 0

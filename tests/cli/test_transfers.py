@@ -82,7 +82,7 @@ def test_files_are_compared_without_a_registry(
 def test_plan_transfer_and_lineage(run: Run, root: Path) -> None:
     refused = run("plan", "lenet5@best", "lenet6")
     assert (refused.status, refused.out) == (1, "")
-    assert "expect={'fc.5.*': 'skip', 'fc.7.*': 'new'}" in refused.err
+    assert "if that is meant: --expect 'fc.5.*=skip' --expect 'fc.7.*=new'" in refused.err
     words = ["--expect", "fc.5.*=skip", "--expect", "fc.7.*=new", "--freeze", "loaded", "-o", "plan.json"]
     done = run("plan", "lenet5@best", "lenet6", *words)
     assert "loads 8 of 12 tensors, 90.90 % of parameters" in done.out
@@ -183,6 +183,27 @@ def test_compare(run: Run, root: Path) -> None:
     assert run("compare", "lenet5", "--at", "one").status == 2
 
 
+def test_runs_and_versions_are_compared(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REGISTRY_ROOT", str(tmp_path / "r"))
+    registry = Registry(tmp_path / "r")
+    for scale in (1, 2):
+        with registry.run("net") as training:
+            for epoch in (1, 2):
+                training.save(model=nn.Linear(1, 1), epoch=epoch, metrics={"accuracy": epoch * scale / 8})
+    lines = [
+        line.split() for line in run("compare", "net/run-1", "net/run-2", "net:v1", "net").out.splitlines()
+    ]
+    assert lines == [
+        ["EPOCH", "net/run-1", "net/run-2", "net:v1", "net"],
+        ["1", "0.1250", "0.2500", "0.1250", "0.2500"],
+        ["2", "0.2500", "0.5000", "0.5000"],
+    ]
+    registry.set_alias("net:v2", "kept")
+    assert list(run("compare", "net@kept", "--json").json["models"]) == ["net:v2"]
+    assert "there is no run 'net/run-9'" in run("compare", "net/run-9").err
+    assert "net:v1 does not have the metric 'x'" in run("compare", "net:v1", "--metric", "x").err
+
+
 @pytest.mark.parametrize(
     ("samples", "similar", "case"),
     [
@@ -226,7 +247,7 @@ def test_advice_is_a_command_that_works(run: Run, root: Path) -> None:
 
 def test_networks_of_torchvision_come_in(run: Run, root: Path) -> None:
     done = run("import", "torchvision:resnet18", "--random", 3, "--name", "resnet")
-    assert re.match(r"resnet:v1  [0-9a-f]{12}  122 tensors, 46\.7 MB, 46\.\d MB new\n", done.out)
+    assert re.match(r"resnet:v1  [0-9a-f]{12}  122 tensors, 46\.7 MB, 46\.\d MB more on the disk\n", done.out)
     torch.manual_seed(3)
     network = torchvision.models.resnet18()
     torch.save(network.state_dict(), "resnet18.pth")

@@ -523,7 +523,7 @@ def test_parameter_groups() -> None:
     decayed = param_groups(net, 0.1, layer_decay=0.5)
     assert {g["lr"] for g in decayed} == {0.05, 0.1}
     torch.optim.AdamW(groups)
-    with pytest.raises(Invalid, match="matches no trainable parameter"):
+    with pytest.raises(Invalid, match="among what is trainable, matches nothing"):
         param_groups(net, 0.1, rates={"bdy.*": 1.0})
     for parameter in net.parameters():
         parameter.requires_grad_(False)

@@ -276,17 +276,17 @@ def test_an_alignment_is_offered_where_only_one_fits() -> None:
         (
             state(x__one=(7,), same=(1,)),
             state(y__two=(7,), same=(1,)),
-            ["--rename 'x.one=y.two'  (the only ones of shape [7])"],
+            ["--rename x.one=y.two  (the only ones of shape [7])"],
         ),
         (
             state(x__gamma=(4,), x__beta=(4,), z=(9, 9)),
             state(y__beta=(4,), y__alpha=(4,)),
-            ["--rename 'x.beta=y.beta'  (the only beta of shape [4])"],
+            ["--rename x.beta=y.beta  (the only beta of shape [4])"],
         ),
         (
             state(x__gamma=(4,), y__gamma=(4,), q=(1, 1)),
             state(x__weight=(4,), z__scale=(4,)),
-            ["--rename 'x.gamma=x.weight'  (the only ones of shape [4] in x)"],
+            ["--rename x.gamma=x.weight  (the only ones of shape [4] in x)"],
         ),
         (state(a=(4,), b=(4,)), state(c=(4,), d=(4,), e=(4,)), []),  # ambiguous: nothing is chosen
     ],

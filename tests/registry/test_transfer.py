@@ -13,7 +13,7 @@ import torch
 import torchvision
 from torch import nn
 
-from registry import Registry, TransferPlan, plan_transfer
+from registry import Registry, TransferPlan, diff, freeze, plan_transfer, unfreeze
 from registry.matching import match
 from registry.models import LeNet5, LeNet6
 from registry.sides import on_meta, side_of
@@ -78,7 +78,7 @@ def layer(**given: Any) -> dict[str, torch.Tensor]:
     [
         (
             {"backbone.a.weight": torch.randn(3, 4)},
-            r"all 1 source names start with backbone\.; --rename 'backbone",
+            r"all 1 source names start with backbone\.; maybe: rename=\['backbone\.\*=\*'\]",
         ),
         ({"x": {"y": {"a.weight": torch.randn(3, 4)}}}, r"another container; give source\['x'\]\['y'\]"),
         (
@@ -91,7 +91,7 @@ def layer(**given: Any) -> dict[str, torch.Tensor]:
             {"x.y": torch.randn(2)},
             "the source begins with x.y, the target with a.weight; another architecture",
         ),
-        ({"b.weight": torch.randn(3, 4)}, r"maybe --rename 'b.weight=a.weight'  \(the only ones of shape"),
+        ({"b.weight": torch.randn(3, 4)}, r"maybe: rename=\['b.weight=a.weight'\]  \(the only ones of shape"),
     ],
 )
 def test_loading_nothing_is_an_error_that_says_why(source: dict[str, torch.Tensor], told: str) -> None:
@@ -121,9 +121,9 @@ def test_coverage_is_guarded() -> None:
     [
         ({}, r"fc.5.weight has shape \[64, 84\], the source \[10, 84\].*expect=.*'fc.7.\*': 'new'"),
         ({"fc.5.*": "skip"}, "fc.7.weight is in the target only"),
-        ({**MEANT, "fc.9.*": "skip"}, r"expect\['fc.9.\*'\] matches nothing; it is a typo"),
-        ({**MEANT, "conv.*": "new"}, r"expect\['conv.\*'\] matches nothing"),
-        ({"fc.5.*": "maybe"}, "expected skip, new, unused, adapt"),
+        ({**MEANT, "fc.9.*": "skip"}, r"the expected pattern 'fc.9.\*' matches nothing; it is a typo"),
+        ({**MEANT, "conv.*": "new"}, r"the expected pattern 'conv.\*' matches nothing that can be 'new'"),
+        ({"fc.5.*": "maybe"}, "'maybe', not one of skip, new, unused, adapt"),
     ],
 )
 def test_only_expected_differences_pass(expect: dict[str, str], told: str) -> None:
@@ -243,7 +243,7 @@ def test_casts_that_lose_something_need_consent(a: torch.dtype, b: torch.dtype, 
     target.register_parameter("w", nn.Parameter(torch.zeros(2).to(b), requires_grad=False))
     target.register_parameter("v", nn.Parameter(torch.zeros(3)))
     if not lossless:
-        with pytest.raises(Incompatible, match=r"w is .*, the source .* \(allow_cast\)"):
+        with pytest.raises(Incompatible, match=r"w is .*, the source .*; if that is meant: allow_cast=True"):
             plan_transfer(source, target)
     plan = plan_transfer(source, target, allow_cast=True)
     (step,) = [step for step in plan.steps if step.target == "w"]
@@ -272,7 +272,7 @@ def test_a_layer_that_is_said_to_be_new_shifts_nothing() -> None:
     plan = plan_transfer(a, c, expect={"3.*": "new"})
     assert len(plan.loaded) == 4
     with pytest.raises(
-        Invalid, match=r"expect\['2\.\*'\] matches nothing"
+        Invalid, match=r"the expected pattern '2\.\*' matches nothing"
     ):  # it is on both sides, whatever was said of it
         plan_transfer(a, c, expect={"2.*": "new", "3.*": "new"})
 
@@ -499,7 +499,7 @@ def test_a_plan_is_saved_edited_and_replayed(registry: Registry, tmp_path: Path)
         (lambda d: d["steps"][0].update(action="make"), Invalid, "needs a target and the adapter identity"),
         (lambda d: d.update(freeze=["cnv.*"]), Invalid, "'cnv.*' matches nothing; it is a typo"),
         (lambda d: d.update(freeze=["*"]), Invalid, "leaves no parameter to train"),
-        (lambda d: d.update(min_coverage=0.99), Incompatible, "less than the 99.00 % of min_coverage"),
+        (lambda d: d.update(min_coverage=0.99), Incompatible, "less than the 99.00 % that the plan asks for"),
     ],
 )
 def test_a_plan_that_was_edited_wrongly_changes_nothing(
@@ -561,3 +561,133 @@ def test_every_classifier_of_torchvision_transfers_all_but_its_head(name: str) -
     assert all(step.why == "SHAPE" for step in kept)
     assert all(isinstance(target.get_submodule(head), nn.Linear | nn.Conv2d) for head in heads)
     assert len(plan.loaded) + len(kept) == len(target.state_dict())
+
+
+# -- names with brackets ---------------------------------------------------------------------------------------
+
+
+class Bracketed(nn.Module):
+    """A network whose names have brackets, as those of a `ParameterDict` may."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({"block[0]": nn.Linear(4, 4), "block0": nn.Linear(4, 4)})
+        self.heads = nn.ParameterDict({"head[a*]": torch.randn(outputs), "plain": torch.randn(3)})
+
+
+def test_the_patterns_that_an_error_advises_fit_names_with_brackets() -> None:
+    source, target = Bracketed(2), Bracketed(5)
+    with pytest.raises(Incompatible, match="not expected") as caught:
+        plan_transfer(source, target)
+    advised = eval(f"dict({caught.value.fixes[-1].python})")
+    assert advised == {"expect": {"heads.head[[]a[*]]": "skip"}}
+    plan = plan_transfer(source, target, **advised)
+    assert [step.target for step in plan.steps if step.action == "keep"] == ["heads.head[a*]"]
+    del source.layers["block[0]"]
+    with pytest.raises(Incompatible) as caught:
+        plan_transfer(source, target, everything=False)
+    advised = eval(f"dict({caught.value.fixes[-1].python})")
+    assert advised["expect"]["layers.block[[]0].*"] == "new"
+    assert len(plan_transfer(source, target, **advised).loaded) == 3
+
+
+def test_a_name_with_brackets_fits_itself_and_nothing_else() -> None:
+    model = Bracketed(2)
+    freeze(model, "layers.block[0].weight")
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["layers.block[0].weight"]
+    unfreeze(model, "layers.block[0].weight")
+    assert all(p.requires_grad for p in model.parameters())
+    del model.layers["block0"]
+    with pytest.raises(
+        Invalid, match=r"brackets stand for one of several characters; write it as layers.block\[\[\]0\].\*"
+    ):
+        freeze(model, "layers.block[0].*")
+    freeze(model, "layers.block[[]0].*")
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == [
+        "layers.block[0].weight",
+        "layers.block[0].bias",
+    ]
+
+
+def test_freezing_what_is_loaded_freezes_no_other_name_that_its_brackets_fit() -> None:
+    source, target = Bracketed(2), Bracketed(2)
+    del source.layers["block0"]
+    plan = plan_transfer(source, target, everything=True, freeze="loaded")
+    plan.apply(target)
+    assert [name for name, p in target.named_parameters() if p.requires_grad] == [
+        "layers.block0.weight",
+        "layers.block0.bias",
+    ]
+
+
+# -- one rule for all names ------------------------------------------------------------------------------------
+
+
+def encoder() -> nn.Sequential:
+    return nn.Sequential(
+        *(nn.ModuleDict({"attention": nn.Linear(4, 4), "output": nn.Linear(4, 4)}) for _ in range(3))
+    )
+
+
+def wrapped_by_peft(network: nn.Module) -> dict[str, torch.Tensor]:
+    """A state dict with the names that PEFT's LoRA gives a network in which it wraps `attention`."""
+    found = {}
+    for name, value in network.state_dict().items():
+        if ".attention." in name:
+            layer, _, leaf = name.rpartition(".")
+            found[f"base_model.model.{layer}.base_layer.{leaf}"] = value
+            if leaf == "weight":
+                found[f"base_model.model.{layer}.lora_A.default.weight"] = torch.randn(2, 4)
+        else:
+            found[f"base_model.model.{name}"] = value
+    return found
+
+
+HEADED = {"bert": encoder(), "head": nn.Linear(4, 2)}
+SIDES: dict[str, tuple[Any, Any, int, str]] = {
+    "into one with a head": (encoder(), nn.ModuleDict(HEADED), 12, "12 of 12 names fit with the prefix"),
+    "out of one with a head": (nn.ModuleDict(HEADED), encoder(), 12, "12 of 14 names fit without the prefix"),
+    "another prefix": (
+        nn.ModuleDict({"bert": encoder(), "pooler": nn.Linear(2, 2)}),
+        nn.ModuleDict({"roberta": encoder(), "head": nn.Linear(3, 3)}),
+        12,
+        "12 of 14 names fit with the other prefix",
+    ),
+    "from PEFT": (wrapped_by_peft(encoder()), encoder(), 12, "12 of 15 names fit without what PEFT adds"),
+    "into PEFT": (encoder(), wrapped_by_peft(encoder()), 12, "12 of 12 names fit with what PEFT adds"),
+}
+
+
+@pytest.mark.parametrize("sides", SIDES)
+def test_the_rule_that_maps_all_names_is_suggested_with_its_count(sides: str) -> None:
+    source, target, count, evidence = SIDES[sides]
+    with pytest.raises(Incompatible) as caught:
+        plan_transfer(source, target)
+    assert caught.value.fixes[0].evidence == evidence
+    assert evidence in str(caught.value)
+    advised = eval(f"dict({caught.value.fixes[0].python})")
+    assert len(plan_transfer(source, target, everything=True, **advised).loaded) == count
+    report = diff(source, target)
+    assert report.suggestions[0].endswith(f"({evidence})")
+
+
+def test_a_rule_that_would_cost_more_than_it_brings_is_not_suggested() -> None:
+    """Most names fit as they are, and the rule would rename them, too."""
+    source = {f"layer.{i}.w": torch.randn(i + 1) for i in range(9)} | {"extra.w": torch.randn(99)}
+    target = {f"layer.{i}.w": torch.randn(i + 1) for i in range(9)} | {"net.extra.w": torch.randn(99)}
+    assert list(diff(source, target).suggestions) == [
+        "--rename extra.w=net.extra.w  (the only ones of shape [99])"
+    ]
+
+
+def test_errors_say_what_to_add_in_the_language_of_the_caller() -> None:
+    source, target = LeNet5(), LeNet6()
+    with pytest.raises(Incompatible) as caught:
+        plan_transfer(source, target)
+    assert "expect={'fc.5.*': 'skip', 'fc.7.*': 'new'}" in str(caught.value)
+    assert "--" not in str(caught.value)
+    line = caught.value.for_command_line()
+    assert line.endswith("; if that is meant: --expect 'fc.5.*=skip' --expect 'fc.7.*=new'")
+    assert "{" not in line
+    copied = pickle.loads(pickle.dumps(caught.value))
+    assert (str(copied), copied.for_command_line()) == (str(caught.value), line)
