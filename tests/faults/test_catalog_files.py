@@ -6,10 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from support import all_versions, broken_rules, check_whole, dump, fork, in_child, kill_me, save, wait
 from test_disk_trouble import fill, may_mount, small_disk
 
 from registry import Registry
+from registry.catalog import catalog
 from registry.store.errors import StorageError
 
 FILE = "catalog.sqlite"
@@ -131,22 +133,27 @@ def notes_without_room(folder: Path) -> None:
     assert len(all_versions(reader)) == 2
     ballast = fill(folder, 0)
     told = []
+    catalog._LOOK_AGAIN = float("inf")
     try:
         for number in range(200):
             registry.add_note("net:v1", f"note {number}")
             told.append(f"note {number}")
+            assert told[-1] in texts(registry)
             registry.set_alias("net:v1", f"alias{number}")
     except StorageError as error:
         assert "no space left" in str(error)
     assert len(told) > 1
     here = texts(registry)
     assert set(told) <= here
+    assert texts(reader) == set()
+    catalog._LOOK_AGAIN = 0.0
+    assert set(told) <= texts(reader)
 
     def elsewhere() -> None:
         other = Registry(folder / "r", create=False)
         assert set(told) <= texts(other)
         with pytest.raises(StorageError, match="no space left"):
-            save(other, 9)
+            other.save("net", {"model": {"w": torch.rand(200_000)}})
 
     assert in_child(elsewhere) == 0
     assert len(dump(registry)["notes"]) >= len(told)
