@@ -31,6 +31,7 @@ from registry.catalog import entries
 STEM = "test_hostile_folders"
 BUDGET = 25.0
 SECONDS = 20
+"""Of processor time that a command may take; of the clock six times as many, as machines are shared."""
 ROOM = 2 << 30
 """Bytes of address space that a command may take beside what the process has."""
 
@@ -112,12 +113,12 @@ def call(words: list[str]) -> Outcome:
     from registry.cli.app import app
 
     def too_late(*_: object) -> None:
-        raise TimeoutError(f"{words} takes more than {SECONDS} s")
+        raise TimeoutError(f"{words} takes more than {6 * SECONDS} s")
 
     out, err = io.StringIO(), io.StringIO()
     before, status = signal.signal(signal.SIGALRM, too_late), 99
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    start, sys.argv, sys.stdin = time.monotonic(), ["registry", *words], io.StringIO()
+    signal.setitimer(signal.ITIMER_REAL, 6 * SECONDS)
+    start, sys.argv, sys.stdin = time.process_time(), ["registry", *words], io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             app.main(args=words, prog_name="registry")
@@ -128,7 +129,7 @@ def call(words: list[str]) -> Outcome:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    return Outcome(words, status, out.getvalue(), err.getvalue(), time.monotonic() - start)
+    return Outcome(words, status, out.getvalue(), err.getvalue(), time.process_time() - start)
 
 
 def in_little_room(lines: list[list[str]], report: Path) -> list[Outcome]:
