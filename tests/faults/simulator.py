@@ -31,7 +31,7 @@ import torch
 from support import broken_rules, collect
 
 from registry import Registry
-from registry.catalog import entries, journal
+from registry.catalog import catalog, entries, journal
 from registry.store import durable, pack
 from registry.store.errors import Conflict, NotFound, RegistryError
 
@@ -660,6 +660,15 @@ class World:
         class Chance:
             token_hex = staticmethod(lambda size: f"{salt.getrandbits(8 * size):0{2 * size}x}")
 
+        looks = random.Random(f"{self.seed} looks")
+
+        class Sometimes:
+            """A time that has passed or not by chance: a connection looks at the log now and then."""
+
+            def __radd__(self, _: float) -> float:
+                return float("-inf") if looks.random() < 0.2 else float("inf")
+
+        look_again, catalog._LOOK_AGAIN = catalog._LOOK_AGAIN, Sometimes()  # type: ignore[assignment]
         durable.disk, durable.lock = Disk(self), lock
         durable.open_file = pack.open_file = open_file
         pack.secrets = entries.secrets = Chance  # type: ignore[assignment]
@@ -673,6 +682,7 @@ class World:
             pack.secrets, entries.secrets, entries.now = secrets, entry_secrets, entry_now
             commit.now, facade.now = commit_now, facade_now
             journal.SEGMENT = segment
+            catalog._LOOK_AGAIN = look_again
 
 
 @dataclass
