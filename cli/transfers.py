@@ -286,6 +286,9 @@ def _network(registry: Registry, target: str) -> tuple[Any, str]:
         return builders.builder(target).build(None), target
 
 
+_NOT_HELD = "the parameters of its layer are frozen, and it was not held"
+
+
 @command("verify-frozen", "registry verify-frozen lenet6:v1 lenet6@best")
 @click.argument("a", type=Reference())
 @click.argument("b", type=Reference())
@@ -321,7 +324,8 @@ def verify_frozen(a: str, b: str, registry: Registry, as_json: bool) -> int:
         )
         return 1 if moved else 0
     for name in loose:
-        say(f"{name} went on, though the parameters of its layer are frozen")
+        meant = name.rpartition(".")[0] in right.provenance.get("going_on", {}).get("model", ())
+        say(f"{name} moved: {'its statistics go on, as was asked for' if meant else _NOT_HELD}")
     if moved:
         for name in moved:
             say(f"{name}: {reasons[name]}")

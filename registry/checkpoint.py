@@ -202,7 +202,7 @@ class Checkpoint:
         if rng:
             for name in networks:
                 if frozen := self.provenance.get("frozen", {}).get(name):
-                    freeze_again(live[name], frozen)
+                    freeze_again(live[name], frozen, self.provenance.get("going_on", {}).get(name, ()))
                     told.append(f"{len(frozen)} names of {name} are frozen again")
         if "rng" in states:
             generators.restore(states["rng"])

@@ -104,18 +104,23 @@ def freeze(
     return Frozen(frozen, tuple(held), tuple(notes), trainable)
 
 
-def freeze_again(model: nn.Module, names: Sequence[str]) -> None:
-    """Freeze what a checkpoint recorded as frozen, unless it is already, as in a network that was wrapped since."""
+def freeze_again(model: nn.Module, names: Sequence[str], going_on: Collection[str] = ()) -> None:
+    """Freeze what a checkpoint recorded as frozen, unless it is already, as in a network that was wrapped since.
+
+    Args:
+        going_on: the layers whose statistics were let go on.
+    """
     if set(names) <= set(frozen_names(model)):
         return
     plain: nn.Module = components.plain_module(model)
     is_held = {
         path: part for path, part in plain.named_modules() if set(_buffers_of(plain, path)) <= set(names)
     }
-    rule = Freeze(names)
+    rule = Freeze(map(escaped, names))
     freeze(model, names, bn="update")
     for path, part in _complete(plain, rule):
-        part.__dict__.pop(_GOES_ON, None)
+        if path not in going_on:
+            part.__dict__.pop(_GOES_ON, None)
         if path in is_held:
             _hold(part)
 
@@ -299,6 +304,12 @@ def frozen_names(model: nn.Module) -> tuple[str, ...]:
         if _HELD in part.__dict__:
             found += _buffers_of(plain, path)
     return tuple(found)
+
+
+def parts_going_on(model: nn.Module) -> tuple[str, ...]:
+    """The frozen layers whose statistics go on by `bn="update"`."""
+    plain: nn.Module = components.plain_module(model)
+    return tuple(path for path, part in plain.named_modules() if _GOES_ON in part.__dict__)
 
 
 # -- the proof -----------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from registry.caching import used_artifacts
 from registry.catalog.reference import check_name
 from registry.catalog.runs import INNER, LOG, PROCESS
 from registry.config import Config
-from registry.freezing import frozen_names
+from registry.freezing import frozen_names, parts_going_on
 from registry.logs import run_log
 from registry.plans import TransferPlan, plan_document
 from registry.ranks import Ranks
@@ -361,6 +361,12 @@ class Run:
                 for name, component in live.items()
                 if isinstance(component, torch.nn.Module) and (frozen := frozen_names(component))
             },
+            "going_on": {
+                name: list(parts)
+                for name, component in live.items()
+                if isinstance(component, torch.nn.Module) and (parts := parts_going_on(component))
+            }
+            or None,
             "builder": builder or self.model,
             "network": network,
             "unrecorded": builders.config_kind(model) if is_unrecorded else None,

@@ -244,6 +244,7 @@ _MADE: dict[str, Callable[[Any], bool]] = {
     "kinds": _is_table_of(_is_text),
     "buffers": _is_table_of(_is_texts),
     "frozen": _is_table_of(_is_texts),
+    "going_on": _is_table_of(_is_texts),
     "plan": _is_table,
     "builder": _is_text,
     "network": _is_table,

@@ -15,7 +15,7 @@ import torchvision
 from conftest import Run
 from torch import nn
 
-from registry import Registry
+from registry import Registry, freeze
 from registry.models import LeNet5, LeNet6, ResNet18, ResNet18Config
 from registry.models.classifiers import find_head, replace_head
 from registry.sides import on_meta
@@ -143,11 +143,21 @@ def test_statistics_of_frozen_layers_that_went_on_are_named(run: Run, root: Path
     done = run("verify-frozen", "loose:v1", "loose:v2")
     assert done.status == 0
     assert done.out.splitlines() == [
-        *(f"0.{name} went on, though the parameters of its layer are frozen" for name in STATISTICS),
+        *(
+            f"0.{name} moved: the parameters of its layer are frozen, and it was not held"
+            for name in STATISTICS
+        ),
         "all 2 frozen names are equal in loose:v1 and loose:v2, bit for bit",
     ]
     found = run("verify-frozen", "loose:v1", "loose:v2", "--json").json
     assert (found["moved"], found["went_on"]) == ({}, [f"0.{name}" for name in STATISTICS])
+    freeze(net, "0.*", bn="update")
+    with registry.run("loose") as session:
+        session.save(model=net)
+        net(torch.randn(8, 3))
+        session.save(model=net)
+    done = run("verify-frozen", "loose:v3", "loose:v4")
+    assert done.out.splitlines()[0] == "0.running_mean moved: its statistics go on, as was asked for"
 
 
 def test_training_from_other_weights(run: Run, root: Path) -> None:

@@ -388,6 +388,22 @@ def test_training_that_was_frozen_by_hand_goes_on_as_it_was(tmp_path: Path) -> N
     assert other.body.training
 
 
+def test_statistics_that_were_let_go_on_do_so_after_a_resume_and_the_proof_knows(tmp_path: Path) -> None:
+    registry, net = Registry(tmp_path / "r"), Around(nn.BatchNorm1d(4))
+    freeze(net, "body.*", bn="update")
+    with registry.run("x") as run:
+        run.save(model=net, optimizer=decaying(net.head.parameters()))
+    assert registry["x"].provenance["going_on"] == {"model": ["body"]}
+    other = Around(nn.BatchNorm1d(4))
+    optimizer = decaying(other.head.parameters())
+    registry["x"].restore(model=other, optimizer=optimizer)
+    other.train()
+    before = other.body.running_mean.clone()
+    with frozen_proof(other, optimizer):
+        fit(other, optimizer)
+    assert not torch.equal(other.body.running_mean, before)
+
+
 def test_a_held_layer_with_layers_of_its_own_can_be_copied_and_pickled() -> None:
     net = Around(LAYERS["in a block"]())
     freeze(net, "body.*")
