@@ -53,11 +53,6 @@ _TRIES = 4
 _UNREADABLE = (sqlite3.Error, UnicodeDecodeError)
 """What reading a damaged database raises; the second where its own message holds what is damaged."""
 
-_CUT_SHORT = sqlite3.SQLITE_IOERR_SHORT_READ
-"""As where a file that SQLite keeps beside a database was deleted under a program that has it open."""
-
-_WRITE = sqlite3.SQLITE_IOERR_WRITE
-
 _LOOK_AGAIN = 1.0
 """Seconds after which a connection that stays open looks whether the log has what the catalog could not take."""
 
@@ -301,11 +296,8 @@ class Catalog:
         Raises:
             Damaged: if the catalog's file and the write-ahead log beside it do not belong together.
         """
-        for wait in (
-            0.0,
-            0.01,
-            0.1,
-        ):  # Another process may move changes from one to the other at this moment.
+        # Another process may move changes from one to the other at this moment.
+        for wait in (0.0, 0.01, 0.1):
             time.sleep(wait)
             if pairing.is_paired(self.path, connection, lambda: self._connect(self.path, _ALONE)):
                 return
@@ -544,7 +536,10 @@ class Catalog:
             yield
         except sqlite3.OperationalError as error:
             text = printable(str(error))
-            if getattr(error, "sqlite_errorcode", None) == _CUT_SHORT:
+            code = getattr(error, "sqlite_errorcode", None)
+            if (
+                code == sqlite3.SQLITE_IOERR_SHORT_READ
+            ):  # As where the write-ahead log was deleted under a program.
                 raise Damaged(f"{self.path}: it, or what SQLite keeps beside it, was cut short") from error
             if "full" in text:
                 raise StorageError(
@@ -560,12 +555,8 @@ class Catalog:
                 ) from error
             if "no such" in text or "decode" in text:
                 raise Damaged(f"{self.path}: {text}; recreate it with: registry rebuild") from error
-            hint = (
-                ", and what limits the size of files"
-                if getattr(error, "sqlite_errorcode", None) == _WRITE
-                else ""
-            )
-            raise StorageError(f"{self.path}: {text}; check the disk{hint}") from error
+            limit = ", and what limits the size of files" if code == sqlite3.SQLITE_IOERR_WRITE else ""
+            raise StorageError(f"{self.path}: {text}; check the disk{limit}") from error
         except UnicodeEncodeError as error:
             raise Invalid(f"{quoted(error.object)} is not valid Unicode text") from None
         except (sqlite3.DatabaseError, OverflowError, UnicodeDecodeError) as error:

@@ -17,9 +17,6 @@ from pathlib import Path
 from registry.store import durable
 from registry.store.errors import RegistryError
 
-KEYS = ("wal", "base", "before")
-"""Rows of the table `state`: the write-ahead log that the last change saw, and numbers of entries."""
-
 _SALTS = slice(16, 24)
 
 
@@ -39,7 +36,12 @@ def salts_of(path: Path) -> str:
 
 
 def after(state: dict[str, str], salts: str) -> dict[str, str]:
-    """What a change is to record, from the state before it and the write-ahead log that it found when it began."""
+    """What a change is to record, from the state before it and the write-ahead log that it found when it began.
+
+    Returns:
+        Rows of the table `state`: `wal`, that write-ahead log; `base`, the entry before it began, or an earlier one; and
+        `before`, the entry before this change, for the case that it is the first in a new one.
+    """
     began = state.get("base" if state.get("wal") == salts else "before", "0")
     return {"wal": salts, "base": began, "before": state.get("seq", "0")}
 
