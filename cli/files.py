@@ -11,7 +11,7 @@ import click
 
 from registry.cli.options import Reference, command, pairs
 from registry.cli.output import counted, print_json, progress, say, size, version_document, warn
-from registry.store.errors import Invalid, RegistryError, StorageError
+from registry.store.errors import Invalid, RegistryError
 from registry.store.text import printable, quoted
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def init(folder: str | None, root: str | None, as_json: bool) -> None:
 
 
 @command("import", "registry import best.pt --name lenet5 --meta epoch=3 --metric accuracy=0.91")
-@click.argument("files", nargs=-1, required=True, type=click.Path(), metavar="FILE...")
+@click.argument("files", nargs=-1, required=True, type=click.Path(readable=False), metavar="FILE...")
 @click.option("--name", "model", required=True, metavar="MODEL", help="The model that gets new versions.")
 @click.option(
     "--meta",
@@ -103,7 +103,7 @@ def import_(
                     registry, content, model, metrics=metrics, config=document, progress=report, **fields
                 )
         except RegistryError as error:
-            if len(files) == 1 or isinstance(error, StorageError):
+            if len(files) == 1:
                 raise
             failed.append({"file": file, "error": _named(error, file)})
             warn(f"registry: {failed[-1]['error']}")

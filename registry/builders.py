@@ -116,17 +116,29 @@ def name_for(model: Any) -> str | None:
 
 
 def config_of(model: Any) -> dict[str, Any] | None:
-    """A network's own configuration as plain values: its attribute `config`, if that is a `Config` or has `to_dict()`."""
+    """A network's own configuration as plain values: its attribute `config`, if that is a `Config`, a mapping, a
+    namespace, a dataclass, or has `to_dict()`. Keys that are numbers, as transformers numbers its labels, become texts."""
     config = getattr(plain_module(model), "config", None)
     if isinstance(config, Config):
         return config.to_dict()
-    if config is None or isinstance(config, type) or not callable(getattr(config, "to_dict", None)):
+    if config is None or isinstance(config, type):
         return None
     try:
-        return plain_table(config.to_dict(), "the network's configuration")
+        found = config.to_dict() if callable(getattr(config, "to_dict", None)) else config
+        return plain_table(_with_text_keys(found), "the network's configuration")
     except Exception as error:
         _logger.warning("the network's configuration is not recorded: %s", error)
         return None
+
+
+def _with_text_keys(value: Any) -> Any:
+    """A tree whose numbers among the keys are texts, as JSON writes them."""
+    if isinstance(value, Mapping):
+        return {
+            str(key) if type(key) in (int, float) else key: _with_text_keys(item)
+            for key, item in value.items()
+        }
+    return [_with_text_keys(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def config_kind(model: Any) -> str | None:

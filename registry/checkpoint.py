@@ -176,7 +176,7 @@ class Checkpoint:
 
         from registry import components
         from registry import rng as generators
-        from registry.freezing import freeze_again
+        from registry.freezing import check_again, freeze_again
         from registry.store.loading import naming
 
         for name in live:
@@ -188,6 +188,9 @@ class Checkpoint:
         others = [name for name in live if name not in networks]
         if rng and "rng" in self.components:
             others.append("rng")
+        frozen = self.provenance.get("frozen", {}) if rng else {}
+        for name in networks:
+            check_again(live[name], frozen.get(name, ()))
         with contextlib.ExitStack() as borrowed:
             states: dict[str, Any] = {}
             if networks:
@@ -199,11 +202,10 @@ class Checkpoint:
             with naming(self.name):
                 components.restore(states, live, self.provenance.get("kinds", {}))
         told = [", ".join(live)]
-        if rng:
-            for name in networks:
-                if frozen := self.provenance.get("frozen", {}).get(name):
-                    freeze_again(live[name], frozen, self.provenance.get("going_on", {}).get(name, ()))
-                    told.append(f"{len(frozen)} names of {name} are frozen again")
+        for name in networks:
+            if names := frozen.get(name):
+                freeze_again(live[name], names, self.provenance.get("going_on", {}).get(name, ()))
+                told.append(f"{len(names)} names of {name} are frozen again")
         if "rng" in states:
             generators.restore(states["rng"])
             told.append("the random numbers go on as they were")

@@ -164,7 +164,26 @@ def _check_module(name: str, module: nn.Module, state: Any) -> None:
             problems.append(f"{key} has shape {list(tensor.shape)}, stored is {list(stored.shape)}")
         elif tensor.is_floating_point() != stored.is_floating_point():
             problems.append(f"{key} is {tensor.dtype}, stored is {stored.dtype}")
-    _raise(name, problems)
+    _raise(name, problems or _torn_ties(live, state))
+
+
+def _torn_ties(live: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
+    """Names that share memory in a network, and have different values in a state."""
+    first: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
+    problems = []
+    for key, tensor in live.items():
+        if not isinstance(tensor, torch.Tensor) or is_lazy(tensor) or tensor.is_meta or not tensor.numel():
+            continue
+        if tensor.layout != torch.strided or not isinstance(state.get(key), torch.Tensor):
+            continue
+        other = first.setdefault((tensor.data_ptr(), tuple(tensor.shape), tensor.stride()), key)
+        if other != key and not torch.equal(_bytes_of(state[other]), _bytes_of(state[key])):
+            problems.append(f"{other} and {key} share memory, and have different values in the checkpoint")
+    return problems
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, state: Any, kind: str | None) -> None:

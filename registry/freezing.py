@@ -19,6 +19,9 @@ from registry.store.tree import Leaf
 
 _HELD = "_registry_frozen"
 _GOES_ON = "_registry_goes_on"
+_ASKED = "_registry_asked"
+"""Attributes of a layer: it is held; its statistics go on; buffers that were to be frozen, and cannot be held."""
+
 _FIRST = "first:"
 
 
@@ -76,7 +79,19 @@ def freeze(
         Invalid: if a pattern matches nothing, or nothing would be left to train.
         Unsupported: if the network is wrapped for several processes already, or sharded.
     """
-    rule, chosen = check(model, patterns)
+    if bn not in ("freeze", "update"):
+        raise Invalid(f"bn is {quoted(str(bn))}, expected 'freeze' or 'update'")
+    return _freeze(model, patterns, bn)
+
+
+def _freeze(
+    model: nn.Module,
+    patterns: str | Iterable[str],
+    bn: Literal["freeze", "update"],
+    *,
+    may_be_whole: bool = False,
+) -> Frozen:
+    rule, chosen = check(model, patterns, may_be_whole=may_be_whole)
     plain: nn.Module = components.plain_module(model)
     names = dict(plain.named_parameters(remove_duplicate=False))
     notes = []
@@ -92,16 +107,28 @@ def freeze(
             _hold(part)
             held.append(path)
         else:
+            _release(part, plain.training)
             object.__setattr__(part, _GOES_ON, True)
     if bn == "update":
         notes.append("statistics inside the frozen part go on")
-    safe = set(frozen_names(plain))
-    for name in _state_buffers(plain) if bn == "freeze" else ():
-        if rule.covers(name) and name not in safe:
-            notes.append(f"{name} is not held, as its layer has parameters that are trained")
+    for path, part in plain.named_modules(remove_duplicate=False) if bn == "freeze" else ():
+        for name in _buffers_of(plain, path):
+            if rule.covers(name) and _HELD not in part.__dict__:
+                notes.append(f"{name} is not held, as its layer has parameters that are trained")
+                object.__setattr__(part, _ASKED, {*part.__dict__.get(_ASKED, ()), name.rpartition(".")[2]})
     frozen = tuple(name for name, p in names.items() if not p.requires_grad)
     trainable = sum(p.numel() for p in plain.parameters() if p.requires_grad)
     return Frozen(frozen, tuple(held), tuple(notes), trainable)
+
+
+def check_again(model: nn.Module, names: Collection[str]) -> None:
+    """See that `freeze_again` will do what it says, before anything is changed.
+
+    Raises:
+        Unsupported: if the network was wrapped before it was frozen.
+    """
+    if not set(names) <= set(frozen_names(model)):
+        refuse_wrapped(model)
 
 
 def freeze_again(model: nn.Module, names: Sequence[str], going_on: Collection[str] = ()) -> None:
@@ -117,7 +144,7 @@ def freeze_again(model: nn.Module, names: Sequence[str], going_on: Collection[st
         path: part for path, part in plain.named_modules() if set(_buffers_of(plain, path)) <= set(names)
     }
     rule = Freeze(map(escaped, names))
-    freeze(model, names, bn="update")
+    _freeze(model, names, "update", may_be_whole=True)
     for path, part in _complete(plain, rule):
         if path not in going_on:
             part.__dict__.pop(_GOES_ON, None)
@@ -125,7 +152,9 @@ def freeze_again(model: nn.Module, names: Sequence[str], going_on: Collection[st
             _hold(part)
 
 
-def check(model: nn.Module, patterns: str | Iterable[str]) -> tuple[Freeze, dict[int, nn.Parameter]]:
+def check(
+    model: nn.Module, patterns: str | Iterable[str], *, may_be_whole: bool = False
+) -> tuple[Freeze, dict[int, nn.Parameter]]:
     """Whether a freeze makes sense, before anything is changed: the rule, and the parameters by their ids.
 
     Raises:
@@ -136,20 +165,55 @@ def check(model: nn.Module, patterns: str | Iterable[str]) -> tuple[Freeze, dict
     plain: nn.Module = components.plain_module(model)
     names = dict(plain.named_parameters(remove_duplicate=False))
     buffers = [name for name, _ in plain.named_buffers(remove_duplicate=False)]
-    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
-    rule = Freeze(resolved(wanted, names, [*names, *buffers]))
+    rule = Freeze(resolved(_listed(patterns), names, [*names, *buffers], in_order(plain)))
     chosen = {id(p): p for name, p in names.items() if rule.covers(name)}
-    if all(id(p) in chosen or not p.requires_grad for p in names.values()):
+    if not may_be_whole and all(id(p) in chosen or not p.requires_grad for p in names.values()):
         raise Invalid("freezing that leaves no parameter to train; leave the head out")
     return rule, chosen
 
 
-def resolved(patterns: Iterable[str], parameters: Iterable[str], names: Collection[str]) -> list[str]:
+def _listed(patterns: str | Iterable[str]) -> list[str]:
+    """
+    Raises:
+        Invalid: if they are no patterns.
+    """
+    several = not isinstance(patterns, str | nn.Module) and isinstance(patterns, Iterable)
+    found: list[Any] = list(patterns) if several else [patterns]
+    for pattern in found:
+        if not isinstance(pattern, str):
+            raise Invalid(
+                f"a {type(pattern).__name__} is no pattern of names; write 'conv.*', 'loaded' or 'first:3'"
+            )
+    return found
+
+
+def in_order(model: nn.Module) -> list[str]:
+    """Names of the parameters, and of the buffers of layers without parameters, in the order of the layers."""
+    found = []
+    for path, part in model.named_modules(remove_duplicate=False):
+        own = [name for name, _ in part.named_parameters(recurse=False)]
+        if not own and _owner(model, path)[1] is not part and ".parametrizations." not in f".{path}":
+            own = [name for name, _ in part.named_buffers(recurse=False)]
+        found += [_joined(path, name) for name in own]
+    return found
+
+
+def resolved(
+    patterns: Iterable[str],
+    parameters: Iterable[str],
+    names: Collection[str],
+    layers: Sequence[str] = (),
+    *,
+    what: str = "freeze",
+) -> list[str]:
     """Patterns with `first:N` replaced by the names of the first layers' parameters.
 
     Args:
         parameters: names of parameters in the order of the network's registration.
         names: of everything that a pattern may match.
+        layers: names of parameters, and of the buffers of layers without parameters, in the order of the layers; those
+            of the second kind go with the layers before them.
+        what: what to call it in an error.
 
     Raises:
         Invalid: if a pattern matches nothing, or there are not as many layers.
@@ -157,15 +221,15 @@ def resolved(patterns: Iterable[str], parameters: Iterable[str], names: Collecti
     found: list[str] = []
     for pattern in patterns:
         if pattern.startswith(_FIRST):
-            found += _first(pattern, list(parameters))
+            found += _first(pattern, list(parameters), layers)
         elif any(fits(name, pattern) for name in names):
             found.append(meant(pattern, names))
         else:
-            raise Invalid(f"freeze: the pattern {quoted(pattern)} {unused(pattern, names)}")
+            raise Invalid(f"{what}: the pattern {quoted(pattern)} {unused(pattern, names)}")
     return found
 
 
-def _first(pattern: str, parameters: Sequence[str]) -> list[str]:
+def _first(pattern: str, parameters: Sequence[str], order: Sequence[str]) -> list[str]:
     layers = list(dict.fromkeys(_layer(name) for name in parameters))
     try:
         count = int(pattern.removeprefix(_FIRST))
@@ -177,7 +241,12 @@ def _first(pattern: str, parameters: Sequence[str]) -> list[str]:
             "but the last"
         )
     chosen = set(layers[:count])
-    return [escaped(name) for name in parameters if _layer(name) in chosen]
+    known = set(parameters)
+    rest = next(
+        (i for i, name in enumerate(order) if name in known and _layer(name) not in chosen), len(order)
+    )
+    between = [name for name in order[:rest] if name not in known]
+    return [escaped(name) for name in [*parameters, *between] if name not in known or _layer(name) in chosen]
 
 
 def _layer(name: str) -> str:
@@ -205,15 +274,20 @@ def refuse_wrapped(model: nn.Module) -> None:
 
 
 def _complete(model: nn.Module, rule: Freeze) -> Iterator[tuple[str, nn.Module]]:
-    """The layers with buffers of their own of which nothing is left to train, as far as a rule is about them."""
-    for path, part in model.named_modules():
+    """The layers with buffers of their own of which nothing is left to train, as far as a rule is about them.
+
+    Of a layer without parameters one buffer is enough, as it can be held as a whole only.
+    """
+    for path, part in model.named_modules(remove_duplicate=False):
         buffers = [_joined(path, name) for name, _ in part.named_buffers(recurse=False)]
         if not buffers:
             continue
         above, owner = _owner(model, path)
         parameters = [_joined(above, name) for name, _ in owner.named_parameters(remove_duplicate=False)]
         is_about = any(map(rule.covers, [*buffers, *parameters]))
-        if is_about and (_is_frozen(owner) or (owner is not part and all(map(rule.covers, buffers)))):
+        enough = all if ".parametrizations." in f".{path}" else any
+        is_named = owner is not part and enough(map(rule.covers, buffers))
+        if is_about and (is_named or (_is_frozen(owner) and next(owner.parameters(), None) is not None)):
             yield path, part
 
 
@@ -231,11 +305,6 @@ def _is_frozen(part: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in part.parameters())
 
 
-def _state_buffers(model: nn.Module) -> Iterator[str]:
-    for path, _ in model.named_modules(remove_duplicate=False):
-        yield from _buffers_of(model, path)
-
-
 def _buffers_of(model: nn.Module, path: str) -> list[str]:
     """Names of a layer's own buffers that its state dict has."""
     part = model.get_submodule(path)
@@ -245,6 +314,13 @@ def _buffers_of(model: nn.Module, path: str) -> list[str]:
 
 def _joined(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
+
+
+def _release(part: nn.Module, mode: bool) -> None:
+    """Let a layer that is held follow `train()` again."""
+    if part.__dict__.pop(_HELD, None):
+        del part.__dict__["train"]
+        part.training = mode
 
 
 def _hold(part: nn.Module) -> None:
@@ -277,12 +353,9 @@ def unfreeze(model: nn.Module, patterns: str | Iterable[str] = "*") -> tuple[str
     """
     refuse_wrapped(model)
     plain: nn.Module = components.plain_module(model)
-    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
     names = dict(plain.named_parameters(remove_duplicate=False))
-    for pattern in wanted:
-        if not any(fits(name, pattern) for name in names):
-            raise Invalid(f"unfreeze: the pattern {quoted(pattern)} {unused(pattern, names)}")
-    rule = Freeze(meant(pattern, names) for pattern in wanted)
+    buffers = [name for name, _ in plain.named_buffers(remove_duplicate=False)]
+    rule = Freeze(resolved(_listed(patterns), names, [*names, *buffers], in_order(plain), what="unfreeze"))
     thawed = tuple(name for name, p in names.items() if rule.covers(name) and not p.requires_grad)
     held = {path: part for path, part in plain.named_modules() if _HELD in part.__dict__}
     complete = {path for path in held if _is_frozen(_owner(plain, path)[1])}
@@ -291,8 +364,7 @@ def unfreeze(model: nn.Module, patterns: str | Iterable[str] = "*") -> tuple[str
     for path, part in held.items():
         is_thawed = path in complete and not _is_frozen(_owner(plain, path)[1])
         if is_thawed or any(map(rule.covers, _buffers_of(plain, path))):
-            del part.__dict__[_HELD], part.__dict__["train"]
-            part.training = plain.training
+            _release(part, plain.training)
     return thawed
 
 
@@ -353,8 +425,11 @@ def _watched(model: nn.Module) -> tuple[str, ...]:
     for path, part in plain.named_modules():
         _, owner = _owner(plain, path)
         is_complete = _is_frozen(owner) and next(owner.parameters(), None) is not None
-        if _HELD in part.__dict__ or (is_complete and _GOES_ON not in part.__dict__):
-            found += [_joined(path, name) for name, _ in part.named_buffers(recurse=False)]
+        asked = part.__dict__.get(_ASKED, ())
+        is_whole = _HELD in part.__dict__ or (is_complete and _GOES_ON not in part.__dict__)
+        found += [
+            _joined(path, name) for name, _ in part.named_buffers(recurse=False) if is_whole or name in asked
+        ]
     return tuple(found)
 
 

@@ -112,12 +112,14 @@ class Registry:
                 f"line: format = {settings.FORMAT}"
             )
         with durable.storage_errors(self.root):
+            is_own = not self.root.is_dir() or not any(self.root.iterdir())
             for folder in FOLDERS:
                 durable.make_folder(self.root / folder, inner=1)
             created_by = f"torch-registry {registry.__version__}"
             self.catalog.create(created_by)
             settings.create(self.root, created_by)
-            settings.hide_from_git(self.root)
+            if is_own:
+                settings.hide_from_git(self.root)
 
     # -- artifacts ---------------------------------------------------------------------------------------
 
@@ -227,8 +229,8 @@ class Registry:
         advice = f"build the network yourself, then registry[{str(checkpoint.name)!r}].restore({component}=network)"
         if kind := about.get("unrecorded"):
             raise Invalid(
-                f"{checkpoint.name} does not record its network's configuration, a {quoted(kind)}: it is no Config and has "
-                f"no to_dict(); {advice}"
+                f"{checkpoint.name} does not record its network's configuration, a {quoted(kind)}: it is no Config, and "
+                f"gives no plain values; {advice}"
             )
         network = made.build(about.get("network"))
         live: dict[str, Any] = {component: network}

@@ -100,6 +100,7 @@ class Run:
         self._started = time.monotonic()
         self._pid = os.getpid()
         self._stalled = 0.0
+        self._has_warned = False
         self._ranks = Ranks(timeout)
         about = {
             "config": self._values,
@@ -304,10 +305,32 @@ class Run:
             raise
         return None
 
-    @staticmethod
-    def _fields(epoch: Any, step: Any, loss: Any, metrics: Mapping[str, Any] | None) -> dict[str, Any]:
+    def _fields(self, epoch: Any, step: Any, loss: Any, metrics: Mapping[str, Any] | None) -> dict[str, Any]:
+        if not isinstance(metrics, Mapping | None):
+            raise Invalid(f"metrics is a {type(metrics).__name__}, expected a dict of numbers by name")
         values = {key: _plain_number(value, f"metric {key}") for key, value in (metrics or {}).items()}
-        return {"epoch": epoch, "step": step, "loss": _plain_number(loss, "loss"), "metrics": values}
+        loss = _plain_number(loss, "loss")
+        loss = values.get("loss") if loss is None else loss
+        self._look_for_monitored(loss, values)
+        return {"epoch": epoch, "step": step, "loss": loss, "metrics": values}
+
+    def _look_for_monitored(self, loss: float | None, values: Mapping[str, float | None]) -> None:
+        """Say once if a save does not have what decides which version is the best."""
+        by = self._retention.monitor
+        if (
+            by is None
+            or self._has_warned
+            or (loss if by.metric == "loss" else values.get(by.metric)) is not None
+        ):
+            return
+        self._has_warned = True
+        there = (
+            ", ".join(quoted(name) for name in [*(["loss"] if loss is not None else []), *values]) or "none"
+        )
+        _logger.warning(
+            "monitor=%r: this save has no such value, it has %s; no version is removed, and none is the best, before one has",
+            *(by.metric, there),
+        )
 
     def _own(self, live: Mapping[str, Any]) -> dict[str, Any]:
         """What differs between the processes of a training."""

@@ -13,9 +13,13 @@ from registry.sides import Entry, Side
 
 _PEFT = "base_model.model."
 _PEFT_LAYER = ".base_layer."
+_PEFT_SAVED = ".modules_to_save.default."
 """What PEFT puts before every name, and into those of the layers that it has wrapped."""
 
 _SWAPPED = "with the other prefix"
+
+_MOST_LAYERS = 50
+"""Layers for which a rule each is suggested."""
 
 _TRIED = 5
 """How many changes of a prefix are tried out, those that fit the most names first."""
@@ -45,43 +49,64 @@ def suggestions(left: Side, right: Side, pairs: Sequence[Pair]) -> Iterator[Sugg
     yield from _moved(left, right, pairs)
     mine, others = _layers_of(ours), _layers_of(theirs)
     are_alike = len(mine) > 1 and list(mine.values()) == list(others.values())
-    gain, whole = _whole(left, right, pairs, ours, theirs)
+    before = sum(pair.category in LOADABLE or pair.category == Category.CAST for pair in pairs)
+    gain, whole = _whole(left, right, before, ours, theirs)
     if whole is not None and not (are_alike and gain < len(ours)):
         yield whole
         return
-    if are_alike:
-        rules = tuple(f"{a}.*={b}.*" for a, b in zip(mine, others, strict=True) if a != b)
-        yield Suggestion(rules, f"the same {len(mine)} shapes in the same order")
-        return
+    if are_alike and len(mine) <= _MOST_LAYERS:
+        # The deeper ones first, as the first rule that fits a name is the one that counts.
+        moves = sorted(zip(mine, others, strict=True), key=lambda pair: -pair[0].count("."))
+        rules = tuple(
+            rule
+            for a, b in moves
+            if a != b
+            for rule in ([f"{a}.*={b}.*"] if a and b else _leaves(a, b, mine[a]))
+        )
+        if _fitting(rules, left.entries, right.entries) == before + len(ours):
+            yield Suggestion(rules, f"the same {len(mine)} shapes in the same order")
+            return
     evidence: tuple[tuple[str, Callable[[Entry], object]], ...] = (
         ("the only ones of shape {shape}", lambda e: e.shape),
         ("the only {leaf} of shape {shape}", lambda e: (e.name.rpartition(".")[2], e.shape)),
         ("the only ones of shape {shape} in {parent}", lambda e: (e.name.rpartition(".")[0], e.shape)),
     )
+    by_key: list[tuple[dict[object, list[Entry]], Counter[object]]] = []
+    for _, key in evidence:
+        places: dict[object, list[Entry]] = defaultdict(list)
+        for other in theirs:
+            places[key(other)].append(other)
+        by_key.append((places, Counter(map(key, ours))))
     for entry in ours:
-        for told, key in evidence:
-            same = [other for other in theirs if key(other) == key(entry)]
-            alike = [other for other in ours if key(other) == key(entry)]
-            if entry.shape and len(same) == len(alike) == 1:
+        for (told, key), (places, count) in zip(evidence, by_key, strict=True):
+            same = places.get(key(entry), ())
+            if entry.shape and len(same) == count[key(entry)] == 1 and "=" not in entry.name:
                 parent, _, leaf = entry.name.rpartition(".")
                 why = told.format(shape=list(entry.shape), leaf=leaf, parent=parent)
                 yield Suggestion((f"{entry.name}={same[0].name}",), why)
                 break
 
 
+def _leaves(a: str, b: str, leaves: Iterable[tuple[str, tuple[int, ...]]]) -> list[str]:
+    """A rule for each name of a layer, where one of the two is the network itself."""
+    return [
+        f"{f'{a}.' if a else ''}{leaf}={f'{b}.' if b else ''}{leaf}" for leaf, _ in leaves if "=" not in leaf
+    ]
+
+
 # -- rules for many names at once ----------------------------------------------------------------------------
 
 
 def _whole(
-    left: Side, right: Side, pairs: Sequence[Pair], ours: Sequence[Entry], theirs: Sequence[Entry]
+    left: Side, right: Side, before: int, ours: Sequence[Entry], theirs: Sequence[Entry]
 ) -> tuple[int, Suggestion | None]:
     """The rules that map the most names, and how many more fit than without; one that swaps prefixes maps several."""
     best: tuple[int, Suggestion | None] = (0, None)
-    before = sum(pair.category in LOADABLE or pair.category == Category.CAST for pair in pairs)
     for rules, how in [*_prefixes(ours, theirs), *_peft(ours, theirs)]:
         fits = _fitting(rules, left.entries, right.entries)
         gain = fits - before
-        if gain > best[0] and (gain > 1 or how != _SWAPPED):
+        # Another prefix says something only if it holds for most of what is left.
+        if gain > best[0] and (2 * gain > max(len(ours), 2) or how != _SWAPPED):
             best = gain, Suggestion(rules, f"{fits} of {len(left.entries)} names fit {how}")
     return best
 
@@ -136,20 +161,26 @@ def _how(old: str, new: str) -> str:
 def _peft(ours: Sequence[Entry], theirs: Sequence[Entry]) -> list[tuple[tuple[str, ...], str]]:
     """Rules for a network that PEFT has wrapped on one side."""
     if any(entry.name.startswith(_PEFT) for entry in ours):
-        rule = rf"re:{re.escape(_PEFT)}(.+?)(?:\.base_layer)?(\.[^.]+)=\1\2"
+        rule = rf"re:{re.escape(_PEFT)}(.+?)(?:\.base_layer|\.modules_to_save\.default)?(\.[^.]+)=\1\2"
         return [((rule,), "without what PEFT adds")]
-    wrapped = sorted(
-        {
-            entry.name.partition(_PEFT_LAYER)[0].rpartition(".")[2]
-            for entry in theirs
-            if entry.name.startswith(_PEFT) and _PEFT_LAYER in entry.name
-        }
-    )
-    if not wrapped:
-        return []
-    layers = "|".join(map(re.escape, wrapped))
-    rules = (rf"re:((?:.+\.)?(?:{layers}))(\.[^.]+)={_PEFT}\1.base_layer\2", f"**={_PEFT}**")
-    return [(rules, "with what PEFT adds")]
+    found = []
+    whole = [_wrapped(theirs, _PEFT_LAYER), _wrapped(theirs, _PEFT_SAVED)]
+    for paths, saved in (whole, [{path.rpartition(".")[2] for path in paths} for paths in whole]):
+        rules = []
+        for layers, inner in ((paths, _PEFT_LAYER), (saved, _PEFT_SAVED)):
+            if layers:
+                any_of = "|".join(map(re.escape, sorted(layers)))
+                start = "" if paths is whole[0] else r"(?:.+\.)?"
+                rules.append(rf"re:({start}(?:{any_of}))(\.[^.]+)={_PEFT}\1{inner[:-1]}\2")
+        if rules and len(paths) + len(saved) <= _MOST_LAYERS:
+            found.append(((*rules, f"**={_PEFT}**"), "with what PEFT adds"))
+    return found[::-1]  # By the layers' own names, if that is enough: such rules are shorter.
+
+
+def _wrapped(entries: Sequence[Entry], inner: str) -> set[str]:
+    """Paths of the layers that PEFT has wrapped, or keeps a copy of."""
+    names = [entry.name for entry in entries if entry.name.startswith(_PEFT) and inner in entry.name]
+    return {name.removeprefix(_PEFT).partition(inner)[0] for name in names}
 
 
 # -- numbers and layers --------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from registry.adapters import ADAPTERS, Rows, adapt, check_adapter, needs_source
-from registry.freezing import Freeze, resolved
+from registry.freezing import Freeze, in_order, resolved
 from registry.matching import LOADABLE, Category, Pair, match
 from registry.patterns import below, escaped, fits, meant, unused
 from registry.plans import SCHEMA, Step, TransferPlan, percent
@@ -22,6 +22,9 @@ from registry.suggesting import suggestions
 
 if TYPE_CHECKING:
     from registry.registry import Registry
+
+_MOST_ADVISED = 12
+"""Patterns or rules that an error names; more would not be read."""
 
 EXPECTATIONS = ("skip", "new", "unused", "adapt")
 
@@ -71,6 +74,15 @@ def plan_transfer(
         Invalid: if a pattern matches nothing, or source and target are the same network.
         Conflict: if two names of the source go to one of the target.
     """
+    for name, table in (("expect", expect), ("adapters", adapters)):
+        if not isinstance(table, Mapping | None):
+            raise Invalid(f"{name} is a {type(table).__name__}, expected a dict by pattern of names")
+    if isinstance(rename, str | Mapping):
+        raise Invalid(
+            f"rename is a {type(rename).__name__}, expected a list of rules such as ['backbone.*=*']"
+        )
+    if isinstance(freeze, bool):
+        raise Invalid("freeze is a bool, expected 'loaded', or patterns of names")
     rules = list(rename)
     wanted = {**dict.fromkeys(adapters or {}, "adapt"), **(expect or {})}
     for name in (adapters or {}).values():
@@ -151,6 +163,10 @@ def from_pretrained(
         freeze: freeze what was loaded (`True`), or patterns of names.
         given: arguments for `make`.
     """
+    if isinstance(make, nn.Module) and given:
+        raise Invalid(
+            f"{', '.join(given)}: the network is made already; use plan_transfer for more than freeze="
+        )
     model = make if isinstance(make, nn.Module) else make(**given)
     what: Any = "loaded" if freeze is True else freeze or None
     left = side_of(source, registry)
@@ -300,15 +316,20 @@ def _unexpected(
         for name, category in (("allow_cast", Category.CAST), ("allow_positional", Category.POSITIONAL))
         if category in categories
     }
-    meant = {**({"expect": wanted} if wanted else {}), **allowed}
-    fixes = [*_renames(left, right, pairs), *([fix("if that is meant", **meant)] if meant else [])]
+    differences = {"expect": wanted} if len(wanted) <= _MOST_ADVISED else {"everything": True}
+    advised = {**(differences if wanted else {}), **allowed}
+    fixes = [*_renames(left, right, pairs), *([fix("if that is meant", **advised)] if advised else [])]
     return Incompatible(f"{'; '.join(described)}{more}: not expected", *fixes)
 
 
 def _renames(left: Side, right: Side, pairs: Sequence[Pair]) -> list[Fix]:
     """The first rules of renaming that may help."""
     found = next(suggestions(left, right, pairs), None)
-    return [] if found is None else [fix("maybe", found.evidence, rename=list(found.rules))]
+    return (
+        []
+        if found is None or len(found.rules) > _MOST_ADVISED
+        else [fix("maybe", found.evidence, rename=list(found.rules))]
+    )
 
 
 def _meaning(pair: Pair) -> str:
@@ -330,6 +351,14 @@ def _why_nothing(left: Side, right: Side, pairs: Sequence[Pair]) -> tuple[str, l
     first = names[0].partition(".")[0]
     if renames and all(name.startswith(f"{first}.") for name in names):
         return f"all {len(names)} source names start with {first}.", renames
+    casts = [pair for pair in pairs if pair.category == Category.CAST and pair.kind == "parameter"]
+    if casts:
+        a, b = casts[0].a, casts[0].b
+        assert a is not None
+        assert b is not None
+        return f"no dtype fits, {b.name} is {b.dtype} against {a.dtype}", [
+            fix("if that is meant", allow_cast=True)
+        ]
     if all(pair.category in (Category.SHAPE, Category.ONLY_A, Category.ONLY_B) for pair in pairs):
         turned = [p for p in pairs if p.category == Category.SHAPE and p.note == "transposed"]
         if turned:
@@ -411,7 +440,8 @@ def _frozen(freeze: str | Sequence[str] | None, steps: Sequence[Step], right: Si
         if pattern == "loaded":
             names += [escaped(step.target) for step in steps if step.action == "copy" and step.target]
         else:
-            names += resolved([pattern], parameters, right.entries)
+            layers = in_order(right.module) if right.module is not None else ()
+            names += resolved([pattern], parameters, right.entries, layers)
     found = Freeze(tuple(dict.fromkeys(names)))
     if all(map(found.covers, parameters)):
         raise Invalid("freezing that leaves no parameter to train; leave the head out")

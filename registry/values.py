@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import enum
 import os
@@ -55,8 +56,11 @@ def _plain(value: Any, path: str) -> Any:
     if isinstance(value, os.PathLike):
         return os.fsdecode(os.fspath(value))
     if isinstance(value, Mapping):
-        return {_key(key, path): _plain(item, f"{path}.{key}") for key, item in value.items()}
-    if isinstance(value, list | tuple):
+        found = {_key(key, path): _plain(item, f"{path}.{key}") for key, item in value.items()}
+        if len(found) < len(value):
+            raise Invalid(f"{quoted(path)} has two keys that are recorded as the same text; rename one")
+        return found
+    if isinstance(value, list | tuple | collections.deque):
         return [_plain(item, f"{path}[{i}]") for i, item in enumerate(value)]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}

@@ -1334,7 +1334,9 @@ class _Held:
 
 
 def _let_go(path: Path, connection: sqlite3.Connection, identity: object, pid: int) -> None:
-    is_another = isinstance(identity, _FileId) and identity != _identity_of(path)
+    now = _identity_of(path)
+    is_gone = now is None and not path.parent.exists()  # Nobody makes another one there.
+    is_another = isinstance(identity, _FileId) and identity != now and not is_gone
     if pid == os.getpid() and not is_another:
         connection.close()
         return

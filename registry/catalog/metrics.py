@@ -43,10 +43,15 @@ _QUALIFIERS = _set(
 
 _TURNING = _set(
     """
-    neg negative negated minus inv inverse inverted std stdev var variance gap diff difference delta
+    neg negative negated minus inv inverse inverted std stdev var variance gap diff difference delta non not without
+    to until per before after time times steps epochs seconds minutes hours count number num cost latency
+    fpr fnr far frr fdr miss missed failed failure wrong
     """
 )
 """Words after which nothing is certain any more."""
+
+_SUBTRACTED = re.compile(r"(?:^|[\s/(])(?:1\s*)?[-\u2212](?=\s*[^\W\d])|^1-")
+"""A sign before a name, as in `1-IoU` or `-elbo`."""
 
 _PIECE = re.compile(r"[^\W_]+")
 _PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+|[^\W_A-Za-z0-9]+")
@@ -87,7 +92,7 @@ def is_smallest_best(name: str) -> bool | None:
     (True, False, None)
     """
     words = _words(name)
-    if _TURNING & set(words):
+    if _TURNING & set(words) or _SUBTRACTED.search(name):
         return None
     while words and (words[-1] in _QUALIFIERS or words[-1].isdigit()):
         words.pop()

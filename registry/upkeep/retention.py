@@ -84,6 +84,8 @@ class Retention(NamedTuple):
             collect_garbage(catalog, store)
 
     def _superfluous(self, view: Reader, versions: Sequence[Version]) -> list[Version]:
+        if self.keep_best is not None and not self._best(versions):
+            return []  # Which one is the best is not known, so that none may go.
         kept = {version.id for version in versions[: self.keep_last or 1]}
         kept |= {version.id for version in self._best(versions)}
         kept |= {version.id for version in versions if version.aliases or version.tags}

@@ -49,6 +49,10 @@ def test_git_ignores_a_registry_in_a_working_tree(
     assert run("init", "inner/.registry").status == 0
     shown = subprocess.run(["git", "status", "--short", "-uall"], capture_output=True, text=True, check=True)
     assert shown.stdout == ""
+    Path("code").mkdir()
+    Path("code/train.py").write_text("")
+    assert run("init", "code").status == 0
+    assert not Path("code/.gitignore").exists()
     Path("inner/.registry/.gitignore").write_text("packs/\n")
     assert run("init", "inner/.registry").status == 0
     assert Path("inner/.registry/.gitignore").read_text() == "packs/\n"

@@ -73,6 +73,9 @@ def test_a_file_that_cannot_be_imported_is_named_and_the_others_are(
     filled: Registry, run: Run, checkpoint: dict[str, Any]
 ) -> None:
     Path("bad.pt").write_bytes(b"no checkpoint")
+    Path("loop.pt").symlink_to("loop.pt")
+    assert run("import", "loop.pt", "best.pt", "--name", "beside").status == 1
+    assert run("show", "beside:v1").status == 0
     files = ["best.pt", "bad.pt", "missing.pt", "best.pt"]
     done = run("import", *files, "--name", "several")
     assert done.status == 1

@@ -12,7 +12,16 @@ import pytest
 import torch
 from torch import nn
 
-from registry import Registry, check_optimizer, freeze, frozen_proof, param_groups, remap_optimizer, unfreeze
+from registry import (
+    Registry,
+    check_optimizer,
+    freeze,
+    frozen_proof,
+    param_groups,
+    plan_transfer,
+    remap_optimizer,
+    unfreeze,
+)
 from registry.freezing import Thawed, frozen_names
 from registry.store.errors import Incompatible, Invalid, Unsupported
 
@@ -427,6 +436,91 @@ def test_a_parametrized_layer_counts_as_one() -> None:
     )
     freeze(net, "first:2")
     assert {n for n, p in net.named_parameters() if p.requires_grad} == {"2.weight", "2.bias"}
+
+
+def without_parameters() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize("patterns", ["first:1", "first:-1", ["0.*", "1.*"], ["0.*", "1.running_*"]])
+def test_statistics_of_a_layer_without_parameters_are_held_with_those_before_it(patterns: Any) -> None:
+    net = without_parameters()
+    assert freeze(net, patterns).held == ("1",)
+    before = net[1].running_mean.clone()
+    with frozen_proof(net) as watched:
+        net.train()
+        net(torch.randn(8, 4))
+    assert {"1.running_mean", "1.running_var"} <= set(watched)
+    assert torch.equal(net[1].running_mean, before)
+    unfreeze(net, patterns)
+    net.train()
+    net(torch.randn(8, 4))
+    assert not torch.equal(net[1].running_mean, before)
+
+
+def test_a_layer_without_parameters_that_was_loaded_is_held() -> None:
+    target = without_parameters()
+    source = {name: value for name, value in without_parameters().state_dict().items() if "num_" not in name}
+    plan_transfer(source, target, expect={"2.*": "skip"}, freeze="loaded").apply(target)
+    before = target[1].running_mean.clone()
+    target.train()
+    target(torch.randn(8, 4))
+    assert torch.equal(target[1].running_mean, before)
+
+
+class OneOfTwo(nn.Module):
+    """A layer with two parameters, and a buffer that it writes in training mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+        self.register_buffer("m", torch.zeros(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.m.add_(1)
+        return x * self.w + self.b
+
+
+def test_a_buffer_that_was_named_and_cannot_be_held_is_in_the_proof() -> None:
+    net = nn.Sequential(OneOfTwo())
+    assert freeze(net, ["0.w", "0.m"]).notes == (
+        "0.m is not held, as its layer has parameters that are trained",
+    )
+    with pytest.raises(Thawed, match=r"0\.m"), frozen_proof(net):
+        net(torch.ones(2, 3))
+
+
+def test_a_layer_with_two_names_is_held_by_either() -> None:
+    shared = nn.BatchNorm1d(3)
+    net = nn.ModuleDict({"a": nn.Sequential(shared), "b": nn.Sequential(shared), "head": nn.Linear(3, 1)})
+    found = freeze(net, "b.*")
+    assert found.held == ("b.0",)
+    assert not [note for note in found.notes if "not held" in note]
+    net.train()
+    assert not shared.training
+
+
+def test_statistics_of_what_is_held_may_be_let_go_on_later() -> None:
+    net = Around(nn.BatchNorm1d(4))
+    freeze(net, "body.*")
+    freeze(net, "body.*", bn="update")
+    net.train()
+    assert net.body.training
+
+
+@pytest.mark.parametrize(
+    ("patterns", "options", "told"),
+    [
+        ("body.*", {"bn": "Freeze"}, "expected 'freeze' or 'update'"),
+        (None, {}, "a NoneType is no pattern of names"),
+        (nn.Linear(1, 1), {}, "a Linear is no pattern of names"),
+        ([3], {}, "a int is no pattern of names"),
+    ],
+)
+def test_what_is_no_pattern_is_refused(patterns: Any, options: dict[str, Any], told: str) -> None:
+    with pytest.raises(Invalid, match=told):
+        freeze(Around(nn.BatchNorm1d(4)), patterns, **options)
 
 
 # -- the proof -----------------------------------------------------------------------------------------------

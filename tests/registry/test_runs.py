@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -776,11 +777,15 @@ class Foreign(nn.Linear):
         super().__init__(self.config.width, 1)
 
 
+class Odd:
+    """A configuration of which nothing is known."""
+
+
 @register_model("tests-unrecorded")
 class Unrecorded(nn.Linear):
     def __init__(self, width: int = 2) -> None:
         super().__init__(width, 1)
-        self.config = SimpleNamespace(width=width)
+        self.config = Odd()
 
 
 @register_model("tests-plain")
@@ -797,11 +802,90 @@ def test_a_configuration_with_to_dict_is_recorded_and_built_from(registry: Regis
     assert torch.equal(registry.build("x").weight, net.weight)
 
 
+@pytest.mark.parametrize("config", [{"width": 5}, SimpleNamespace(width=5), Namespace(width=5)])
+def test_a_configuration_of_plain_values_is_recorded(registry: Registry, config: Any) -> None:
+    net = nn.Linear(2, 2)
+    net.config = config
+    with registry.run("x") as run:
+        run.save(model=net)
+    assert registry["x"].provenance["network"] == {"width": 5}
+
+
+def test_labels_that_are_numbered_are_recorded_as_json_has_them(registry: Registry) -> None:
+    """As transformers numbers its labels."""
+    net = nn.Linear(2, 2)
+    net.config = SimpleNamespace(to_dict=lambda: {"id2label": {0: "cat", 1: "dog"}, "nested": [{1: 2}]})
+    with registry.run("x") as run:
+        run.save(model=net)
+    assert registry["x"].provenance["network"] == {
+        "id2label": {"0": "cat", "1": "dog"},
+        "nested": [{"1": 2}],
+    }
+
+
+@pytest.mark.parametrize(
+    ("monitor", "saved"),
+    [("val_loss", {"metrics": {"val/loss": 0.1}}), ("accuracy", {"loss": 0.1}), ("loss", {})],
+)
+def test_nothing_is_removed_before_the_monitored_value_appears(
+    registry: Registry, caplog: pytest.LogCaptureFixture, monitor: str, saved: dict[str, Any]
+) -> None:
+    net = nn.Linear(2, 2)
+    with registry.run("x", monitor=monitor, keep_best=1, keep_last=1) as run:
+        for _ in range(3):
+            run.save(model=net, **saved)
+    assert len(registry.versions("x")) == 3
+    told = [record.message for record in caplog.records if "this save has no such value" in record.message]
+    assert len(told) == 1
+    assert f"monitor='{monitor}'" in told[0]
+
+
+def test_a_loss_among_the_metrics_is_the_loss(registry: Registry) -> None:
+    net = nn.Linear(2, 2)
+    with registry.run("x", monitor="loss", keep_best=1) as run:
+        for loss in (0.5, 0.1, 0.9):
+            run.save(model=net, metrics={"loss": loss})
+    assert [version.loss for version in registry.versions("x")] == [0.9, 0.1]
+    assert registry["x@best"].loss == 0.1
+
+
+def test_a_teacher_that_was_frozen_wholly_is_restored_with_the_rest(registry: Registry) -> None:
+    net, teacher = nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    with registry.run("x") as run:
+        run.save(model=net, ema=teacher, optimizer=optimizer)
+    other, ema = nn.Linear(2, 2), nn.Linear(2, 2)
+    registry["x"].restore(model=other, ema=ema, optimizer=torch.optim.SGD(other.parameters(), 0.1))
+    assert torch.equal(other.weight, net.weight)
+    assert torch.equal(ema.weight, teacher.weight)
+    assert not any(parameter.requires_grad for parameter in ema.parameters())
+
+
+def test_values_that_differ_are_not_restored_into_a_network_that_ties_them(registry: Registry) -> None:
+    checkpoint = registry.save(
+        "x",
+        {
+            "model": {
+                "embed.weight": torch.ones(5, 3),
+                "head.weight": torch.zeros(5, 3),
+                "head.bias": torch.ones(5),
+            }
+        },
+    )
+    target = Tied()
+    before = target.embed.weight.detach().clone()
+    with pytest.raises(
+        Incompatible, match=r"embed\.weight and head\.weight share memory, and have different values"
+    ):
+        checkpoint.restore(model=target)
+    assert torch.equal(target.embed.weight, before)
+
+
 def test_a_configuration_that_is_not_recorded_is_said_and_no_default_is_built(registry: Registry) -> None:
     with registry.run("x") as run:
         run.save(model=Unrecorded(5))
     with pytest.raises(
-        Invalid, match=r"does not record its network's configuration, a 'SimpleNamespace': .*restore\(model="
+        Invalid, match=r"does not record its network's configuration, a 'Odd': .*restore\(model="
     ):
         registry.build("x")
 

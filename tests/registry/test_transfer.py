@@ -671,6 +671,85 @@ def test_the_rule_that_maps_all_names_is_suggested_with_its_count(sides: str) ->
     assert report.suggestions[0].endswith(f"({evidence})")
 
 
+def test_peft_that_wraps_some_layers_of_a_name_is_told_from_the_others() -> None:
+    base = {f"{part}.0.q.{leaf}": torch.randn(3) for part in ("enc", "dec") for leaf in ("weight", "bias")}
+    wrapped = {
+        f"base_model.model.{name.replace('q.', 'q.base_layer.') if 'enc' in name else name}": value
+        for name, value in base.items()
+    }
+    for source, target in ((base, wrapped), (wrapped, base)):
+        with pytest.raises(Incompatible) as caught:
+            plan_transfer(source, target)
+        advised = eval(f"dict({caught.value.fixes[0].python})")
+        plan = plan_transfer(source, target, **advised)
+        assert len(plan.loaded) == 4
+        assert all(torch.equal(source[step.source], target[step.target]) for step in plan.loaded)
+
+
+def test_what_peft_saves_whole_is_mapped_too() -> None:
+    base = {"q.weight": torch.randn(3), "classifier.weight": torch.randn(2)}
+    wrapped = {
+        "base_model.model.q.base_layer.weight": base["q.weight"],
+        "base_model.model.classifier.modules_to_save.default.weight": base["classifier.weight"],
+        "base_model.model.classifier.original_module.weight": torch.randn(2),
+    }
+    for source, target in ((base, wrapped), (wrapped, base)):
+        with pytest.raises(Incompatible) as caught:
+            plan_transfer(source, target)
+        advised = eval(f"dict({caught.value.fixes[0].python})")
+        plan = plan_transfer(source, target, everything=True, **advised)
+        assert all(torch.equal(source[step.source], target[step.target]) for step in plan.loaded)
+        assert len(plan.loaded) == 2
+
+
+ORDERS = {
+    "at the top": ({"cls": (3,), "a.w": (2,)}, {"tok.cls": (3,), "b.w": (2,)}),
+    "nested": ({"fc.w": (2,), "fc.sub.w": (3,)}, {"head.w": (2,), "body.w": (3,)}),
+}
+
+
+@pytest.mark.parametrize("kind", ORDERS)
+def test_rules_by_the_order_of_layers_work_as_they_are_told(kind: str) -> None:
+    source, target = ({n: torch.randn(shape) for n, shape in side.items()} for side in ORDERS[kind])
+    with pytest.raises(Incompatible) as caught:
+        plan_transfer(source, target)
+    advised = eval(f"dict({caught.value.fixes[0].python})")
+    assert len(plan_transfer(source, target, **advised).loaded) == len(source)
+
+
+def test_a_source_of_another_dtype_altogether_is_told_as_that() -> None:
+    with pytest.raises(
+        Incompatible,
+        match="no dtype fits, weight is float32 against float64; if that is meant: allow_cast=True",
+    ):
+        plan_transfer(nn.Linear(2, 2).double(), nn.Linear(2, 2))
+
+
+def test_thousands_of_differences_are_told_in_a_line_that_can_be_read() -> None:
+    names = [f"layers.{i}.experts.{j}.w" for i in range(40) for j in range(40)]
+    source = {name: torch.ones(2) for name in names} | {"x.y": torch.ones(7)}
+    target = {name.replace("experts", "other").replace(".w", ".v"): torch.ones(2) for name in names}
+    target |= {"x.y": torch.ones(7)}
+    with pytest.raises(Incompatible, match="if that is meant: everything=True") as caught:
+        plan_transfer(source, target)
+    assert len(str(caught.value)) < 1_000
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"expect": "weight"},
+        {"adapters": "identity"},
+        {"rename": "a=b"},
+        {"rename": {"a": "b"}},
+        {"freeze": True},
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_refused_in_one_line(options: dict[str, Any]) -> None:
+    with pytest.raises(Invalid, match="expected"):
+        plan_transfer(LeNet5(), LeNet6(), **options)
+
+
 def test_a_rule_that_would_cost_more_than_it_brings_is_not_suggested() -> None:
     """Most names fit as they are, and the rule would rename them, too."""
     source = {f"layer.{i}.w": torch.randn(i + 1) for i in range(9)} | {"extra.w": torch.randn(99)}
