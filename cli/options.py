@@ -75,6 +75,14 @@ direction = click.option(
 """Declares the options that say which value of a metric is the best, for the parameter `smallest`."""
 
 
+renames = click.option(
+    "--rename", "rules", multiple=True, metavar="OLD=NEW", help="Rename names of the source: 'backbone.*=*'."
+)
+"""Declares the option for rules of renaming, for the parameter `rules`."""
+
+casts = click.option("--allow-cast", is_flag=True, help="Load values of another dtype.")
+
+
 class Reference(click.ParamType[str, str]):
     """A reference; the shell completes it from the catalog."""
 

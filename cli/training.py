@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from registry.cli.options import Reference, command
+from registry.cli.options import Reference, casts, command, renames
 from registry.cli.output import number, print_facts, print_json, print_table, say, version_document, warn
 from registry.store.errors import Incompatible, Invalid, NotFound
 
@@ -44,6 +44,8 @@ _DATA = (
 @click.option(
     "--from", "source", metavar="REF", help="First weights: whatever fits of a checkpoint or a file."
 )
+@renames
+@casts
 @click.option("--freeze", metavar="loaded|PATTERN", help="Freeze what was loaded, or names.")
 @click.option("--name", metavar="NAME", help="The model to save under. [default: MODEL]")
 @click.option(
@@ -67,6 +69,8 @@ def train(
     assignments: tuple[str, ...],
     resume: str | None,
     source: str | None,
+    rules: tuple[str, ...],
+    allow_cast: bool,
     freeze: str | None,
     name: str | None,
     devices: str | None,
@@ -91,6 +95,8 @@ def train(
         )
     if freeze == "loaded" and not source:
         raise click.UsageError("--freeze loaded needs --from, which says what is loaded")
+    if (rules or allow_cast) and not source:
+        raise click.UsageError("--rename and --allow-cast go with --from, which says what is loaded")
     resumed = registry[resume] if resume else None
     settings = _settings(model, data, epochs, config, assignments, resumed)
     content = load(settings.data, data_dir, download=download, seed=settings.seed)
@@ -108,6 +114,8 @@ def train(
                 name=place,
                 resume=resumed,
                 source=source,
+                rename=rules,
+                allow_cast=allow_cast,
                 freeze=freeze,
                 devices=chosen,
                 progress=progress,

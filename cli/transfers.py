@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from registry.cli.options import Reference, command, pairs
+from registry.cli.options import Reference, casts, command, pairs, renames
 from registry.cli.output import print_json, say
 from registry.store.errors import Incompatible, Invalid, NotFound
 from registry.store.text import quoted
@@ -127,9 +127,7 @@ def _write(text: str, output: str | None) -> None:
     help="A difference that is meant: skip, new, unused.",
 )
 @click.option("--everything", is_flag=True, help="Every difference is meant; load what fits.")
-@click.option(
-    "--rename", "rules", multiple=True, metavar="OLD=NEW", help="Rename names of SOURCE: 'backbone.*=*'."
-)
+@renames
 @click.option(
     "--adapt",
     multiple=True,
@@ -148,7 +146,7 @@ def _write(text: str, output: str | None) -> None:
     metavar="SHARE",
     help="Share of the parameters that must be loaded.",
 )
-@click.option("--allow-cast", is_flag=True, help="Load values of another dtype.")
+@casts
 @click.option("--allow-positional", is_flag=True, help="Load names whose numbers may have shifted.")
 @click.option("--allow-nan", is_flag=True, help="Load NaN and infinity.")
 @click.option(
@@ -224,12 +222,16 @@ def _classes(path: str | None) -> tuple[list[str], list[str]] | None:
 @click.option(
     "--plan", "file", type=click.Path(), metavar="FILE", help="A plan; without one, what fits is loaded."
 )
+@renames
+@casts
 @click.option("--freeze", metavar="loaded|PATTERN", help="Freeze what is loaded, names, or first:N layers.")
 @click.option("--name", required=True, metavar="MODEL", help="The model that gets a new version.")
 def transfer(
     source: str,
     target: str,
     file: str | None,
+    rules: tuple[str, ...],
+    allow_cast: bool,
     freeze: str | None,
     name: str,
     registry: Registry,
@@ -251,11 +253,21 @@ def transfer(
     torch.manual_seed(0)
     network, builder = _network(registry, target)
     if file:
-        if freeze:
-            raise click.UsageError("the plan says what is frozen; leave --freeze out")
+        if freeze or rules or allow_cast:
+            raise click.UsageError(
+                "the plan says what is loaded and frozen; leave --rename, --allow-cast and --freeze out"
+            )
         made = TransferPlan.load(file)
     else:
-        made = plan_transfer(source, network, everything=True, freeze=freeze, registry=registry)
+        made = plan_transfer(
+            source,
+            network,
+            everything=True,
+            rename=rules,
+            allow_cast=allow_cast,
+            freeze=freeze,
+            registry=registry,
+        )
     made.apply(network, source, registry=registry)
     with registry.run(name, plan=made, builder=builder) as run:
         saved = run.save(model=network)

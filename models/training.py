@@ -60,6 +60,8 @@ def train(
     name: str | None = None,
     resume: Checkpoint | None = None,
     source: Source | None = None,
+    rename: Sequence[str] = (),
+    allow_cast: bool = False,
     freeze: str | None = None,
     devices: Sequence[torch.device] = (torch.device("cpu"),),
     progress: Progress = lambda done, total, loss, accuracy: None,
@@ -76,6 +78,7 @@ def train(
         name: the model to save under; the network's own name unless given.
         resume: a checkpoint to go on from, bit for bit.
         source: where the first weights come from: whatever fits of a reference, a file or `torchvision:NAME`.
+        rename, allow_cast: for the source, as `plan_transfer` takes them.
         freeze: `loaded`, or a pattern of names.
         devices: what `get_devices` gave; several of them share each batch.
         options: `keep_last`, `keep_best`, `keep_optimizer` and `compact` of `Registry.run`.
@@ -99,14 +102,22 @@ def train(
     )
     plan = None
     if source is not None:
-        plan = plan_transfer(source, network, everything=True, freeze=freeze, registry=registry)
+        plan = plan_transfer(
+            source,
+            network,
+            everything=True,
+            rename=rename,
+            allow_cast=allow_cast,
+            freeze=freeze,
+            registry=registry,
+        )
         plan.apply(network, registry=registry)
         if rank == 0:
             _logger.info("%s from %s", plan.summary, plan.source)
     elif freeze:
         freezing.freeze(network, freeze)
     elif resume and (frozen := resume.provenance.get("frozen", {}).get("model")):
-        freezing.freeze_again(network, frozen)
+        freezing.freeze_again(network, frozen, resume.provenance.get("going_on", {}).get("model", ()))
     plain, network = network, parallelize(network, devices, exact=True)
     optimizer = _optimizer(config, plain)
     sampler: DistributedSampler[Any] | None = None

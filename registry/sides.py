@@ -228,11 +228,11 @@ def side_of(source: Source, registry: Registry | None = None, *, component: str 
         return _torchvision(source)
     if source.lower().endswith(_FILES) or os.path.sep in source or os.path.isdir(source):
         return _file(Path(source), component)
-    if registry is None:
-        from registry.registry import Registry
-
-        registry = Registry(create=False)
     try:
+        if registry is None:
+            from registry.registry import Registry
+
+            registry = Registry(create=False)
         return _stored(registry, source, component)
     except NotFound:
         built = _built(source)

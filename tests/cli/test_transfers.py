@@ -177,6 +177,34 @@ def test_training_from_other_weights(run: Run, root: Path) -> None:
     assert run("train", "--resume", "tuned:v1", "--freeze", "conv.*").status == 2
 
 
+def test_what_an_error_advises_can_be_pasted(run: Run, root: Path) -> None:
+    state = {f"m.{name}": value.double() for name, value in LeNet5().state_dict().items()}
+    torch.save(state, root / "pre.pt")
+    for words in (
+        ["transfer", "pre.pt", "lenet5", "--name", "pasted"],
+        ["train", "lenet5", "--from", "pre.pt", "--epochs", 1, "--name", "pasted"],
+        ["plan", "pre.pt", "lenet5"],
+    ):
+        refused = run(*words)
+        assert refused.status == 1
+        assert "--rename 'm.*=*'" in refused.err
+        refused = run(*words, "--rename", "m.*=*")
+        assert "no dtype fits" in refused.err
+        assert refused.err.endswith("if that is meant: --allow-cast\n")
+        assert run(*words, "--rename", "m.*=*", "--allow-cast").status == 0
+    assert run("train", "lenet5", "--rename", "a=b").status == 2
+
+
+def test_a_file_is_planned_into_a_network_without_a_registry(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("REGISTRY_ROOT", raising=False)
+    torch.save(LeNet5().state_dict(), "lenet5.pt")
+    assert run("plan", "lenet5.pt", "lenet5").status == 0
+    assert not (tmp_path / ".registry").exists()
+
+
 def test_compare(run: Run, root: Path) -> None:
     lines = run("compare", "lenet5", "lenet6").out.splitlines()
     assert [line.split() for line in lines] == [
