@@ -407,7 +407,11 @@ def compare(
     at = _epochs(epochs)
     found = comparing.curves(registry, models, metric)
     if as_json:
-        print_json({"metric": metric, "models": {curve.name: curve.values for curve in found}})
+        chosen = {
+            curve.name: {epoch: value for epoch, value in curve.values.items() if not at or epoch in at}
+            for curve in found
+        }
+        print_json({"metric": metric, "models": chosen})
     elif form == "text" and output is None:
         print_table(*comparing.table(found, at))
     else:

@@ -16,6 +16,8 @@ from registry.store.digest import digest
 from registry.store.errors import Incompatible, Invalid, NotFound
 from registry.store.text import quoted
 
+_AUXILIARY = "aux_classifier"
+
 
 def find_head(model: nn.Module) -> str:
     """The name of a classifier's last layer: the last `Linear` or `Conv2d` of the network.
@@ -24,7 +26,9 @@ def find_head(model: nn.Module) -> str:
         Invalid: if there is none.
     """
     found: list[str] = [
-        name for name, part in model.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)
+        name
+        for name, part in model.named_modules()
+        if isinstance(part, nn.Linear | nn.Conv2d) and not name.startswith(f"{_AUXILIARY}.")
     ]
     if not found:
         raise Invalid(f"{type(model).__qualname__} has no Linear or Conv2d to be its head; name the head")
@@ -34,7 +38,8 @@ def find_head(model: nn.Module) -> str:
 def replace_head(model: nn.Module, classes: int, name: str | None = None) -> str:
     """Give a classifier a new last layer for another number of classes; returns its name.
 
-    The auxiliary heads of GoogLeNet and Inception v3, which are trained beside the last layer, are replaced with it.
+    The auxiliary heads of GoogLeNet, Inception v3 and the networks for segmentation, which are trained beside the last layer,
+    are replaced with it.
 
     Args:
         name: the layer, where the last `Linear` or `Conv2d` is not it.
@@ -54,7 +59,13 @@ def replace_head(model: nn.Module, classes: int, name: str | None = None) -> str
     if isinstance(old, nn.Linear):
         new = nn.Linear(old.in_features, classes, bias=old.bias is not None)
     elif isinstance(old, nn.Conv2d):
-        new = nn.Conv2d(old.in_channels, classes, old.kernel_size, old.stride, bias=old.bias is not None)  # type: ignore[arg-type]
+        if classes % old.groups:
+            raise Invalid(f"{name} has {old.groups} groups, into which {classes} classes cannot be divided")
+        new = nn.Conv2d(
+            *(old.in_channels, classes, old.kernel_size, old.stride, old.padding, old.dilation, old.groups),  # type: ignore[arg-type]
+            bias=old.bias is not None,
+            padding_mode=old.padding_mode,
+        )
     else:
         raise Invalid(f"{name} is a {type(old).__name__}; a head is a Linear or a Conv2d")
     parent, _, leaf = name.rpartition(".")
@@ -65,9 +76,14 @@ def replace_head(model: nn.Module, classes: int, name: str | None = None) -> str
 
 
 def _auxiliary_heads(model: nn.Module) -> list[nn.Module]:
-    """The heads in the middle of torchvision's GoogLeNet (`aux1`, `aux2`) and Inception v3 (`AuxLogits`)."""
+    """The heads in the middle of torchvision's GoogLeNet (`aux1`, `aux2`), Inception v3 (`AuxLogits`) and the networks for
+    segmentation (`aux_classifier`)."""
     parts = (getattr(model, name, None) for name in ("aux1", "aux2", "AuxLogits"))
-    return [part for part in parts if isinstance(part, nn.Module) and type(part).__name__ == "InceptionAux"]
+    found = [part for part in parts if isinstance(part, nn.Module) and type(part).__name__ == "InceptionAux"]
+    for_segmentation = getattr(model, _AUXILIARY, None)
+    if isinstance(for_segmentation, nn.Module) and isinstance(getattr(model, "classifier", None), nn.Module):
+        found.append(for_segmentation)
+    return found
 
 
 def import_torchvision(

@@ -205,6 +205,25 @@ def test_a_file_is_planned_into_a_network_without_a_registry(
     assert not (tmp_path / ".registry").exists()
 
 
+def test_both_heads_of_a_network_for_segmentation_are_replaced() -> None:
+    network = torchvision.models.segmentation.fcn_resnet50(weights=None, weights_backbone=None, aux_loss=True)
+    assert replace_head(network, 5) == "classifier.4"
+    found = network.eval()(torch.randn(1, 3, 32, 32))
+    assert (found["out"].shape[1], found["aux"].shape[1]) == (5, 5)
+
+
+def test_a_convolution_as_a_head_keeps_its_form() -> None:
+    network = nn.Sequential(
+        nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=2, groups=2, padding_mode="circular")
+    )
+    replace_head(network, 8)
+    new = network[0]
+    assert (new.out_channels, new.padding, new.dilation, new.groups) == (8, (1, 1), (2, 2), 2)
+    assert (new.stride, new.padding_mode) == ((2, 2), "circular")
+    with pytest.raises(Invalid, match="2 groups, into which 5 classes cannot be divided"):
+        replace_head(network, 5)
+
+
 def test_compare(run: Run, root: Path) -> None:
     lines = run("compare", "lenet5", "lenet6").out.splitlines()
     assert [line.split() for line in lines] == [
