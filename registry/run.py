@@ -100,7 +100,8 @@ class Run:
         self._started = time.monotonic()
         self._pid = os.getpid()
         self._stalled = 0.0
-        self._has_warned = False
+        self._unmonitored: int | None = 0
+        """Saves without the value that is monitored; None once one had it."""
         self._ranks = Ranks(timeout)
         about = {
             "config": self._values,
@@ -314,23 +315,22 @@ class Run:
         self._look_for_monitored(loss, values)
         return {"epoch": epoch, "step": step, "loss": loss, "metrics": values}
 
-    def _look_for_monitored(self, loss: float | None, values: Mapping[str, float | None]) -> None:
-        """Say once if a save does not have what decides which version is the best."""
+    def _look_for_monitored(self, loss: float | None, values: Mapping[str, float]) -> None:
+        """Say once if saves do not have what decides which version is the best; one alone may be in mid-epoch."""
         by = self._retention.monitor
-        if (
-            by is None
-            or self._has_warned
-            or (loss if by.metric == "loss" else values.get(by.metric)) is not None
-        ):
+        if by is None or self._unmonitored is None:
             return
-        self._has_warned = True
-        there = (
-            ", ".join(quoted(name) for name in [*(["loss"] if loss is not None else []), *values]) or "none"
-        )
-        _logger.warning(
-            "monitor=%r: this save has no such value, it has %s; no version is removed, and none is the best, before one has",
-            *(by.metric, there),
-        )
+        if (loss if by.metric == "loss" else values.get(by.metric)) is not None:
+            self._unmonitored = None
+            return
+        self._unmonitored += 1
+        if self._unmonitored == 2:
+            there = [*(["loss"] if loss is not None else []), *values]
+            _logger.warning(
+                "monitor=%r: no save has had such a value, this one has %s; before one has, none is the best, and keep_best "
+                "lets none be removed",
+                *(by.metric, ", ".join(map(quoted, there)) or "none"),
+            )
 
     def _own(self, live: Mapping[str, Any]) -> dict[str, Any]:
         """What differs between the processes of a training."""
