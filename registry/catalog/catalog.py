@@ -242,10 +242,11 @@ class Catalog:
             connection = None
             try:
                 if identity is not None:
+                    alone = self._alone()
                     connection = self._connect(self.path)
                     with self._errors():
                         if self._is_sound(connection):
-                            self._check_pairing(connection)
+                            self._check_pairing(connection, alone)
                             is_behind = self._is_behind(connection)
                             if is_behind and not writes and not self._caught_up(connection, identity):
                                 found = self._ahead_of(connection)
@@ -272,11 +273,12 @@ class Catalog:
         for identity, mode in ((self._identity(), "mode=ro"), (still, _ALONE)):
             if identity is None:
                 continue
+            alone = self._alone()
             connection = self._connect(self.path, mode)
             try:
                 with self._errors():
                     if self._is_sound(connection) and identity == self._identity(identity):
-                        self._check_pairing(connection)
+                        self._check_pairing(connection, alone)
                         if not self._is_behind(connection):
                             return connection, identity
                         found = self._ahead_of(connection)
@@ -291,16 +293,22 @@ class Catalog:
             connection.close()
         return self._made_in_memory()
 
-    def _check_pairing(self, connection: sqlite3.Connection) -> None:
+    def _alone(self) -> pairing.Alone:
+        return pairing.look(self.path, lambda: self._connect(self.path, _ALONE))
+
+    def _check_pairing(self, connection: sqlite3.Connection, alone: pairing.Alone) -> None:
         """
+        Args:
+            alone: the catalog's file as it was before it was opened.
+
         Raises:
             Damaged: if the catalog's file and the write-ahead log beside it do not belong together.
         """
-        # Another process may move changes from one to the other at this moment.
-        for wait in (0.0, 0.01, 0.1):
-            time.sleep(wait)
-            if pairing.is_paired(self.path, connection, lambda: self._connect(self.path, _ALONE)):
+        for wait in (0.01, 0.1, 0.5):
+            if pairing.is_paired(self.path, connection, alone):
                 return
+            time.sleep(wait)  # Another process may move changes from one to the other at this moment.
+            alone = self._alone()
         raise Damaged(f"{self.path}: is another one than its write-ahead log belongs to")
 
     def _ahead_of(self, connection: sqlite3.Connection) -> tuple[sqlite3.Connection, object]:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from registry.store import durable
 from registry.store.errors import RegistryError
@@ -46,30 +47,48 @@ def after(state: dict[str, str], salts: str) -> dict[str, str]:
     return {"wal": salts, "base": began, "before": state.get("seq", "0")}
 
 
-def is_paired(
-    path: Path, connection: sqlite3.Connection, connect_alone: Callable[[], sqlite3.Connection]
-) -> bool:
+class Alone(NamedTuple):
+    """A catalog's file as it is without its write-ahead log.
+
+    Attributes:
+        salts: of that write-ahead log; empty if there is none.
+        state: what the catalog says of itself then; empty if it cannot be read.
+    """
+
+    salts: str
+    state: Mapping[str, str]
+
+
+def look(path: Path, connect: Callable[[], sqlite3.Connection]) -> Alone:
+    """Look at a catalog's file, best before it is opened: SQLite keeps what is closed open beside another connection.
+
+    Args:
+        connect: gives a connection to the file alone.
+    """
+    salts = salts_of(path)
+    return Alone(salts, _state(connect) if salts else {})
+
+
+def is_paired(path: Path, connection: sqlite3.Connection, alone: Alone) -> bool:
     """Whether a catalog is no older than its write-ahead log, and no newer; false also if that changes meanwhile.
 
     Args:
         connection: to the catalog with its write-ahead log.
-        connect_alone: gives a connection to the catalog's file as it is without that.
+        alone: as the file was before.
     """
-    salts = salts_of(path)
-    if not salts:
-        return True
-    alone = _state(connect_alone)
     state = dict(connection.execute("SELECT key, value FROM state").fetchall())
-    if salts_of(path) != salts:
+    if salts_of(path) != alone.salts:
         return False
+    if not alone.salts:
+        return True
     try:
-        base = int(state.get("base" if state.get("wal") == salts else "before", "0"))
-        seq, own = int(state["seq"]), int(alone.get("seq", "-1"))
+        base = int(state.get("base" if state.get("wal") == alone.salts else "before", "0"))
+        seq, own = int(state["seq"]), int(alone.state.get("seq", "-1"))
     except (KeyError, ValueError):
         return False
     if own < 0:  # Everything is in the write-ahead log, as in that of a catalog just made.
         return base == 0
-    return base <= own <= seq and (own < seq or alone.get("digest") == state.get("digest"))
+    return base <= own <= seq and (own < seq or alone.state.get("digest") == state.get("digest"))
 
 
 def _state(connect: Callable[[], sqlite3.Connection]) -> dict[str, str]:

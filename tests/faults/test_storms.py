@@ -311,13 +311,16 @@ def test_saves_go_on_beside_an_open_reader_and_many_reading_processes(
     def read() -> None:
         os.close(stop)
         registry = Registry(root, create=False)
-        while not select.select([stop_reading], [], [], 0)[0]:
+        stopping = select.poll()  # `select` takes no descriptor beyond 1,024.
+        stopping.register(stop_reading)
+        while not stopping.poll(0):
             for name in [version.name for version in all_versions(registry)]:
                 assert set(registry[name].load()) == {"model", "optimizer"}
             os.write(told, b"r")
 
     readers = [fork(read) for _ in range(READERS)]
-    assert len([os.read(told_reading, 1) for _ in range(READERS)]) == READERS
+    os.close(told)  # So that readers which have failed end this, too.
+    assert all([os.read(told_reading, 1) for _ in range(READERS)])
     reader = sqlite3.connect(root / catalog.NAME, isolation_level=None)
     reader.execute("BEGIN")
     count = "SELECT COUNT(*) FROM versions"
@@ -330,6 +333,6 @@ def test_saves_go_on_beside_an_open_reader_and_many_reading_processes(
     reader.close()
     os.close(stop)
     assert [wait(pid) for pid in readers] == [0] * READERS
-    for descriptor in (stop_reading, told_reading, told):
+    for descriptor in (stop_reading, told_reading):
         os.close(descriptor)
     assert broken_rules(registry) == []
