@@ -38,9 +38,9 @@ def with_root(text: str) -> str:
 
 def _given(words: Sequence[str]) -> str:
     """The folder that the option `--root` of a command line names; empty if it has none."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for i, word in enumerate(words):
         if word == "--root":
-            return following
+            return "".join(words[i + 1 : i + 2])
         if word.startswith("--root="):
             return word.partition("=")[2]
     return ""

@@ -479,3 +479,14 @@ def test_an_output_that_takes_nothing_is_one_line(
         text=True,
     )
     assert (done.returncode, done.stderr) == (1, told)
+
+
+def test_a_command_line_without_words_is_answered(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a program calls the commands, and its own words are none."""
+    from registry.cli.commands import with_root
+
+    monkeypatch.setattr(sys, "argv", ["program"])
+    assert with_root("make one with: registry init") == "make one with: registry init"
+    monkeypatch.setattr(sys, "argv", ["program", "--root"])
+    assert with_root("make one with: registry init") == "make one with: registry init"
+    assert "Usage:" in run().out + run().err
