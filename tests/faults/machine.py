@@ -420,7 +420,7 @@ class Machine(RuleBasedStateMachine):
         refused: list[Callable[[Registry], object]] = [
             lambda registry: registry.save(bad, {"model": {}}),
             lambda registry: registry.save("net", {bad: {}}),
-            lambda registry: registry.save("net", {"model": {}}, metrics={bad: 1.0}),
+            lambda registry: registry.save("net", {"model": {}}, metrics={f" {bad}": 1.0}),
             lambda registry: registry.save("net", {"model": {}}, metrics={"huge": 10**400}),
             lambda registry: registry.save("net", {"model": {}}, epoch=2**63),
             lambda registry: registry.set_alias(reference, bad),
