@@ -31,6 +31,9 @@ _SHAPED_LIKE_PARAMETERS = (
     "SparseAdam",
 )
 
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers as wide as an element."""
+
 
 def capture(name: str, component: Any) -> Any:
     """The state of a component, under the names of the plain module; tensors are not copied.
@@ -177,13 +180,16 @@ def _torn_ties(live: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
         if tensor.layout != torch.strided or not isinstance(state.get(key), torch.Tensor):
             continue
         other = first.setdefault((tensor.data_ptr(), tuple(tensor.shape), tensor.stride()), key)
-        if other != key and not torch.equal(_bytes_of(state[other]), _bytes_of(state[key])):
+        if other != key and not torch.equal(bits(state[other]), bits(state[key])):
             problems.append(f"{other} and {key} share memory, and have different values in the checkpoint")
     return problems
 
 
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements of a tensor in a row, as integers."""
+    row = tensor.detach().cpu().resolve_conj().resolve_neg().reshape(-1)
+    row = torch.view_as_real(row).reshape(-1) if row.is_complex() else row
+    return row.view(_INTEGERS[row.dtype.itemsize])
 
 
 def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, state: Any, kind: str | None) -> None:

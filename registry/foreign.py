@@ -10,7 +10,7 @@ from pathlib import Path
 
 from registry.store.text import printable
 
-HEAD = 512
+_HEAD = 512
 """Bytes of a file that `kind_of` looks at."""
 
 _STARTS = (
@@ -34,7 +34,7 @@ def kind_of(path: Path) -> str | None:
         OSError: if it cannot be read.
     """
     with path.open("rb") as file:
-        head = file.read(HEAD)
+        head = file.read(_HEAD)
     for start, told in _STARTS:
         if head.startswith(start):
             return told

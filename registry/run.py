@@ -327,8 +327,8 @@ class Run:
         if self._unmonitored == 2:
             there = [*(["loss"] if loss is not None else []), *values]
             _logger.warning(
-                "monitor=%r: no save has had such a value, this one has %s; before one has, none is the best, and keep_best "
-                "lets none be removed",
+                "monitor=%r: no save has had such a value (this one has %s); until one has, there is no best version, and "
+                "keep_best removes nothing",
                 *(by.metric, ", ".join(map(quoted, there)) or "none"),
             )
 

@@ -31,8 +31,6 @@ STATE_DICT = "a state dict"
 TORCHVISION = "torchvision:"
 _FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".index.json")
 
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
 Source = Any
 """A reference, a path to a file, `torchvision:NAME`, a live network, or a pair of a network and a reference."""
 
@@ -127,7 +125,7 @@ class Side:
             return True
         if name in self._digests or its_name in other._digests:
             return self.digest(name) == other.digest(its_name)
-        return torch.equal(_bits(self.tensor(name)), _bits(other.tensor(its_name)))
+        return torch.equal(components.bits(self.tensor(name)), components.bits(other.tensor(its_name)))
 
     @functools.cached_property
     def structure(self) -> str:
@@ -165,13 +163,6 @@ class Side:
     @property
     def metrics(self) -> Mapping[str, float]:
         return dict(self.checkpoint.metrics) if self.checkpoint else {}
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The elements of a tensor in a row, as integers."""
-    row = tensor.detach().cpu().resolve_conj().resolve_neg().reshape(-1)
-    row = torch.view_as_real(row).reshape(-1) if row.is_complex() else row
-    return row.view(_INTEGERS[row.dtype.itemsize])
 
 
 def components_config(module: nn.Module | None) -> dict[str, Any] | None:

@@ -49,15 +49,23 @@ def read_torch_file(path: Path) -> Any:
         Unsupported: if it needs code to run, naming what; nothing falls back to unsafe pickle.
         Invalid: if it is not a file of `torch.save`, or one that is made to exhaust memory.
     """
+    try:
+        return _tree_in(path)
+    except (Invalid, Unsupported) as error:
+        with storage_errors(path):
+            kind = kind_of(path) if path.is_file() else None
+        if kind is None:
+            raise
+        raise Unsupported(f"{printable(str(path))}: {kind}") from error
+
+
+def _tree_in(path: Path) -> Any:
     size = file_status(path).st_size
     shown = printable(str(path))
     if any("\ud800" <= character <= "\udfff" for character in str(path)):
         raise Unsupported(f"{shown}: its name is not UTF-8, and torch cannot open it; rename it")
     with storage_errors(path), path.open("rb") as file:
         head = file.read(32)
-        kind = kind_of(path)
-    if kind:
-        raise Unsupported(f"{shown}: {kind}")
     zipped = head.startswith(b"PK\x03\x04")
     if zipped:
         _check_archive(path, size)

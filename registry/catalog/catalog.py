@@ -304,12 +304,13 @@ class Catalog:
         Raises:
             Damaged: if the catalog's file and the write-ahead log beside it do not belong together.
         """
-        for wait in (0.01, 0.1, 0.5):
+        for wait in (0.01, 0.1):
             if pairing.is_paired(self.path, connection, alone):
                 return
             time.sleep(wait)  # Another process may move changes from one to the other at this moment.
             alone = self._alone()
-        raise Damaged(f"{self.path}: is another one than its write-ahead log belongs to")
+        if not pairing.is_paired(self.path, connection, alone):
+            raise Damaged(f"{self.path}: does not belong to the write-ahead log beside it")
 
     def _ahead_of(self, connection: sqlite3.Connection) -> tuple[sqlite3.Connection, object]:
         """A copy in memory with what the log has and the catalog cannot take, as on a full disk."""
@@ -545,9 +546,8 @@ class Catalog:
         except sqlite3.OperationalError as error:
             text = printable(str(error))
             code = getattr(error, "sqlite_errorcode", None)
-            if (
-                code == sqlite3.SQLITE_IOERR_SHORT_READ
-            ):  # As where the write-ahead log was deleted under a program.
+            if code == sqlite3.SQLITE_IOERR_SHORT_READ:
+                # As where the write-ahead log was deleted under a program that has it open.
                 raise Damaged(f"{self.path}: it, or what SQLite keeps beside it, was cut short") from error
             if "full" in text:
                 raise StorageError(

@@ -84,10 +84,11 @@ class Retention(NamedTuple):
             collect_garbage(catalog, store)
 
     def _superfluous(self, view: Reader, versions: Sequence[Version]) -> list[Version]:
-        if self.keep_best is not None and not self._best(versions):
+        best = self._best(versions)
+        if self.keep_best is not None and not best:
             return []  # Which one is the best is not known, so that none may go.
         kept = {version.id for version in versions[: self.keep_last or 1]}
-        kept |= {version.id for version in self._best(versions)}
+        kept |= {version.id for version in best}
         kept |= {version.id for version in versions if version.aliases or version.tags}
         kept |= with_descendants(view, [version.id for version in versions])
         return [version for version in versions if version.id not in kept]
