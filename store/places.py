@@ -10,8 +10,9 @@ from registry.store.errors import Invalid
 from registry.store.text import printable
 
 _SETTINGS = "registry.toml"
-_KEPT = ("journal", "manifests", "packs", "tmp", "catalog.sqlite", _SETTINGS)
-"""What a registry keeps to itself, by the first name below its folder, or how that begins."""
+_FOLDERS = frozenset(("journal", "manifests", "packs", "tmp"))
+_FILES = ("catalog.sqlite", _SETTINGS)
+"""What a registry keeps to itself: its folders, and how the names of its files begin."""
 _LOCAL = frozenset(
     ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "tmpfs", "ramfs", "overlay", "jfs")
 )
@@ -29,7 +30,7 @@ def refuse_inside(path: Path) -> None:
     """
     for folder in path.parents:
         name = path.relative_to(folder).parts[0]
-        if name.startswith(_KEPT) and (folder / _SETTINGS).is_file():
+        if (name in _FOLDERS or name.startswith(_FILES)) and (folder / _SETTINGS).is_file():
             raise Invalid(f"{printable(str(path))}: {name} belongs to the registry; choose another place")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,23 @@ pytest.register_assert_rewrite("support")
 # machines are shared: how long an example takes proves nothing
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure() -> None:
+    """A finalizer that Python's collector runs where the stack is full already fails through no fault of its own.
+
+    Texts that nest too deep bring the stack there on purpose. A finalizer that fills the stack itself has a long
+    traceback, and is told as ever.
+    """
+    told = sys.unraisablehook
+
+    def hook(failed: sys.UnraisableHookArgs, /) -> None:
+        frames = sum(1 for _ in traceback.walk_tb(failed.exc_traceback))
+        if not (isinstance(failed.exc_value, RecursionError) and frames < 20):
+            told(failed)
+
+    sys.unraisablehook = hook
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

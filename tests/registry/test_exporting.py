@@ -426,4 +426,5 @@ def test_nothing_is_written_among_what_a_registry_keeps_to_itself(
         durable.write_file(target, b"a report")
     assert not target.exists()
     (registry.root / "link").unlink()
-    export(checkpoint, registry.root / "beside.pt")
+    for name in ("beside.pt", "tmp.pt", "packs-old.pt"):
+        export(checkpoint, registry.root / name)
