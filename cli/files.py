@@ -103,7 +103,7 @@ def import_(
                     registry, content, model, metrics=metrics, config=document, progress=report, **fields
                 )
         except RegistryError as error:
-            if len(files) == 1:
+            if len(files) == 1 and not as_json:
                 raise
             failed.append({"file": file, "error": _named(error, file)})
             warn(f"registry: {failed[-1]['error']}")

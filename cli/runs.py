@@ -144,10 +144,6 @@ def history(model: str, limit: int, registry: Registry, as_json: bool) -> None:
 @direction
 def best(model: str, metric: str, smallest: bool | None, registry: Registry, as_json: bool) -> None:
     """Find the best version of a model."""
-    from registry.catalog.metrics import smallest_is_best
-
-    if smallest is None:
-        smallest = smallest_is_best(metric, "--smallest or --largest")
     found = registry.best(model, metric, smallest=smallest)
     version = registry.resolve(found.name)
     if as_json:

@@ -6,6 +6,7 @@ import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from registry.catalog.resolving import hint
 from registry.catalog.versions import Version, find_versions, list_versions
 from registry.store.errors import NotFound
 from registry.store.text import printable, quoted
@@ -42,11 +43,16 @@ def curves(registry: Registry, names: Sequence[str], metric: str) -> list[Curve]
             if value is not None and version.epoch is not None:
                 values[version.epoch] = value
         if not values:
-            whose = name if ":" in name else f"no version of {name}"
-            has = "does not have" if ":" in name else "has"
-            raise NotFound(f"{whose} {has} the metric {quoted(metric)} and an epoch")
+            raise NotFound(_why_nothing(name, versions, metric))
         found.append(Curve(name, dict(sorted(values.items()))))
     return found
+
+
+def _why_nothing(name: str, versions: Sequence[Version], metric: str) -> str:
+    whose, has = (name, "does not have") if ":" in name else (f"no version of {name}", "has")
+    names = sorted({known for version in versions for known in version.metrics})
+    meant = "" if metric == "loss" or metric in names else hint(metric, names)
+    return f"{whose} {has} the metric {quoted(metric)} and an epoch{meant}"
 
 
 def _versions(registry: Registry, given: str) -> tuple[str, Sequence[Version]]:

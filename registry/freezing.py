@@ -101,11 +101,11 @@ def _freeze(
     for parameter in chosen.values():
         parameter.requires_grad_(False)
         parameter.grad = None
-    held = []
+    held: dict[int, str] = {}
     for path, part in _complete(plain, rule):
         if bn == "freeze":
             _hold(part)
-            held.append(path)
+            held.setdefault(id(part), path)
         else:
             _release(part, plain.training)
             object.__setattr__(part, _GOES_ON, True)
@@ -118,7 +118,7 @@ def _freeze(
                 object.__setattr__(part, _ASKED, {*part.__dict__.get(_ASKED, ()), name.rpartition(".")[2]})
     frozen = tuple(name for name, p in names.items() if not p.requires_grad)
     trainable = sum(p.numel() for p in plain.parameters() if p.requires_grad)
-    return Frozen(frozen, tuple(held), tuple(notes), trainable)
+    return Frozen(frozen, tuple(held.values()), tuple(notes), trainable)
 
 
 def check_again(model: nn.Module, names: Collection[str]) -> None:

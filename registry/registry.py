@@ -16,7 +16,7 @@ from registry.catalog import facts, naming, settings
 from registry.catalog.catalog import Catalog
 from registry.catalog.entries import now
 from registry.catalog.lookups import best_id
-from registry.catalog.metrics import check_metric, smallest_is_best
+from registry.catalog.metrics import check_metric, is_smallest_best, smallest_is_best
 from registry.catalog.naming import point
 from registry.catalog.reference import MAX_EDGE, check_name, check_text, check_version_name
 from registry.catalog.resolving import no_such_metric, resolve
@@ -31,7 +31,7 @@ from registry.catalog.versions import (
 )
 from registry.progress import Progress, silent
 from registry.store import durable
-from registry.store.errors import Conflict, Incompatible, Invalid, NotFound
+from registry.store.errors import Conflict, Fix, Incompatible, Invalid, NotFound
 from registry.store.text import quoted
 from registry.values import plain_table
 
@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from registry.upkeep.verification import Verification
 
 SETTINGS = settings.NAME
+_ADD_A_DIRECTION = Fix("", "add smallest=True or smallest=False", "add --smallest or --largest")
 
 
 def default_root() -> Path:
@@ -431,7 +432,7 @@ class Registry:
             model = self.resolve(model).model
         if by is None:
             return list_versions(self.catalog, model, tag=tag, limit=limit)[0]
-        direction = _direction(by, smallest)
+        direction = _direction(self.catalog, model, by, smallest)
         found, _ = rank_versions(self.catalog, model, by, smallest=direction, tag=tag, limit=limit)
         if not found and tag is None:
             raise no_such_metric(self.catalog, model, by)
@@ -454,7 +455,9 @@ class Registry:
         from registry.checkpoint import Checkpoint
 
         check_name(model, "model")
-        found = best_version(self.catalog, model, metric, smallest=_direction(metric, smallest))
+        found = best_version(
+            self.catalog, model, metric, smallest=_direction(self.catalog, model, metric, smallest)
+        )
         if found is None:
             self.resolve(model)
             raise no_such_metric(self.catalog, model, metric)
@@ -563,8 +566,18 @@ class Registry:
         return status(self.root, self.catalog)
 
 
-def _direction(metric: str, smallest: bool | None) -> bool:
-    return smallest_is_best(metric, "smallest=True or smallest=False") if smallest is None else smallest
+def _direction(catalog: Catalog, model: str | None, metric: str, smallest: bool | None) -> bool:
+    """Whether the smallest value of a metric is the best; that there is no such metric is told first."""
+    if smallest is not None:
+        return smallest
+    if (
+        is_smallest_best(check_metric(metric)) is None
+        and not rank_versions(catalog, model, metric, limit=1)[1]
+    ):
+        if model is not None:
+            resolve(catalog, model)
+        raise no_such_metric(catalog, model, metric)
+    return smallest_is_best(metric, _ADD_A_DIRECTION)
 
 
 def _best_with(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from registry.store.errors import Invalid
+from registry.store.errors import Fix, Invalid
 from registry.store.text import quoted
 
 MAX_METRIC = 128
@@ -57,6 +57,9 @@ _PIECE = re.compile(r"[^\W_]+")
 _PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+|[^\W_A-Za-z0-9]+")
 
 
+_ADD_A_MODE = Fix("", "add mode='min' or mode='max'", "")
+
+
 class Monitor(NamedTuple):
     """The metric (or `loss`) by which a version is the best, and whether that is the smallest value."""
 
@@ -104,18 +107,18 @@ def is_smallest_best(name: str) -> bool | None:
     return directions.pop() if len(directions) == 1 else None
 
 
-def smallest_is_best(name: str, advice: str) -> bool:
+def smallest_is_best(name: str, advice: Fix) -> bool:
     """As `is_smallest_best`, where somebody has to know.
 
     Args:
-        advice: what to add where the name does not tell, in the language in which it was asked.
+        advice: what to add where the name does not tell.
 
     Raises:
         Invalid: if the name does not tell, or cannot be one.
     """
     smallest = is_smallest_best(check_metric(name))
     if smallest is None:
-        raise Invalid(f"the name {quoted(name)} does not tell which value is better: add {advice}")
+        raise Invalid(f"the name {quoted(name)} does not tell which value is better", advice)
     return smallest
 
 
@@ -131,7 +134,7 @@ def monitored(name: str, mode: str | None) -> Monitor:
     check_metric(name)
     if mode not in (None, "min", "max"):
         raise Invalid(f"mode is {quoted(str(mode))}, expected 'min' or 'max'")
-    smallest = mode == "min" if mode else smallest_is_best(name, "mode='min' or mode='max'")
+    smallest = mode == "min" if mode else smallest_is_best(name, _ADD_A_MODE)
     return Monitor(name, smallest)
 
 

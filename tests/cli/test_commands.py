@@ -16,6 +16,7 @@ import torch
 from conftest import Run
 
 from registry import Registry
+from registry.store.errors import Invalid, NotFound
 
 SCRIPT = Path(sys.executable).with_name("registry")
 
@@ -119,6 +120,30 @@ def test_sorting_by_what_is_not_there_suggests(filled: Registry, run: Run) -> No
     assert (
         outcome.err == "registry: no version of lenet5 has the metric 'acuracy'; did you mean 'accuracy'?\n"
     )
+
+
+@pytest.mark.parametrize(
+    "command", [("best", "lenet5", "--by"), ("compare", "lenet5", "--metric"), ("list", "--sort")]
+)
+def test_a_metric_that_nothing_has_is_told_before_its_direction_is_asked(
+    filled: Registry, run: Run, command: tuple[str, ...]
+) -> None:
+    for name in ("acuracy", "acc"):
+        outcome = run(*command, name)
+        assert outcome.status == 1
+        assert outcome.err.endswith("; did you mean 'accuracy'?\n")
+
+
+def test_a_direction_is_asked_for_in_the_language_of_the_call(filled: Registry, run: Run) -> None:
+    registry = filled
+    registry.save("net", {"model": {"w": torch.ones(1)}}, metrics={"depth": 1.0})
+    assert run("best", "net", "--by", "depth").err.endswith("; add --smallest or --largest\n")
+    with pytest.raises(Invalid, match=r"; add smallest=True or smallest=False$"):
+        registry.best("net", "depth")
+    with pytest.raises(NotFound, match="no version of net has the metric 'dept'; did you mean 'depth'"):
+        registry.best("net", "dept")
+    with pytest.raises(NotFound, match="there is no model 'nett'; did you mean 'net'"):
+        registry.best("nett", "dept")
 
 
 def test_list_says_what_its_limit_hides(filled: Registry, run: Run) -> None:

@@ -200,3 +200,13 @@ def test_a_configuration_is_checked_against_a_class(
         "mine:other": "is not a class derived from registry.Config",
     }.items():
         assert message in run("config", "validate", "a.json", "--class", target).err
+
+
+def test_one_file_that_cannot_be_imported_is_a_document_too(
+    tmp_path: Path, filled: Registry, run: Run
+) -> None:
+    bad = tmp_path / "bad.pt"
+    bad.write_bytes(b"no checkpoint")
+    found = run("import", bad, "--name", "net", "--json")
+    assert (found.status, found.json["imported"]) == (1, [])
+    assert [one["file"] for one in found.json["failed"]] == [str(bad)]

@@ -499,6 +499,7 @@ def test_a_layer_with_two_names_is_held_by_either() -> None:
     assert not [note for note in found.notes if "not held" in note]
     net.train()
     assert not shared.training
+    assert len(freeze(net, ["a.*", "b.*"]).held) == 1
 
 
 def test_statistics_of_what_is_held_may_be_let_go_on_later() -> None:

@@ -54,7 +54,7 @@ def test_the_smallest_of_a_loss_of_any_name_is_kept(tmp_path: Path, name: str) -
 def test_a_name_that_does_not_tell_is_asked_about_before_training(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "r")
     with pytest.raises(
-        Invalid, match=r"'depth' does not tell which value is better: add mode='min' or mode='max'"
+        Invalid, match=r"'depth' does not tell which value is better; add mode='min' or mode='max'"
     ):
         registry.run("net", monitor="depth", keep_best=1)
     with registry.run("net", monitor="depth", mode="min") as run:
