@@ -223,12 +223,35 @@ class _Sweep:
                 continue
             if digest in dead:
                 since = self._now
-            elif digest in ledger.packs or ledger.is_live(digest) or digest in ledger.released:
+            elif (
+                digest in ledger.packs
+                or ledger.is_live(digest)
+                or digest in ledger.released
+                or (digest not in ledger.doomed and self._is_of_a_void(kind, digest))
+            ):
                 continue
             else:
                 since = _seconds(ledger.doomed[digest]) if digest in ledger.doomed else status.st_mtime
             if self._is_due(since, status.st_size) and self._remove(kind, digest, path):
                 self._count(kind, path, status.st_size)
+
+    def _is_of_a_void(self, kind: str, digest: str) -> bool:
+        """Whether an entry without effect names a manifest, or that manifest has tensors of a pack.
+
+        `rebuild --adopt` may take it in.
+        """
+        named = {found for void in self._catalog.ledger().voids for found in void.ids}
+        if kind == "manifests" or not named:
+            return digest in named
+        try:
+            held = self._store.pack_info(digest).places.keys()
+        except RegistryError:
+            return True
+        for manifest_id in named:
+            with contextlib.suppress(NotFound):
+                if not held.isdisjoint(self._store.tensors_of(manifest_id)):
+                    return True
+        return False
 
     def _remove(self, kind: str, digest: str, path: Path) -> bool:
         """Remove a file, unless an entry has come to need it; false then."""

@@ -28,7 +28,7 @@ from typing import Any
 
 import soak
 import torch
-from support import broken_rules, collect
+from support import broken_rules, collect, may_be_an_old_log
 
 from registry import Registry
 from registry.catalog import catalog, entries, journal
@@ -596,7 +596,7 @@ class World:
                 raise Found(problems[0])
             packs = set(registry.store.pack_digests())
             collect(registry, grace=0)
-            if not self._may_be_an_old_log(registry):
+            if not may_be_an_old_log(registry):
                 packs = {row[0] for row in registry.catalog.query("SELECT digest FROM packs")}
             if set(registry.store.pack_digests()) != packs:
                 raise Found("gc leaves packs that nothing needs")
@@ -608,11 +608,6 @@ class World:
         shutil.rmtree(self.place / "graves", ignore_errors=True)
         self.pending.clear()
         self.made.clear()
-
-    def _may_be_an_old_log(self, registry: Registry) -> bool:
-        """Whether the log names nothing while there are manifests of several saves: then gc keeps what it finds."""
-        text = "".join(path.read_text(errors="replace") for path in sorted(self.root.glob("journal/*.log")))
-        return '"manifest' not in text and '"pack' not in text and len(list(registry.store)) > 1
 
     def _check_version(self, registry: Registry, name: str, known: Known, found: dict[str, Any]) -> None:
         if name not in found:

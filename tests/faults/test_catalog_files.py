@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -191,3 +192,42 @@ def test_a_reader_that_stays_open_sees_what_the_catalog_cannot_take(
     assert texts(reader) == {"written"}
     reader.catalog.close()
     (root / FILE).chmod(0o644)
+
+
+@pytest.mark.damages
+def test_gc_keeps_what_an_entry_without_effect_names(tmp_path: Path) -> None:
+    """As where SQLite was killed while it merged its log, and that log was deleted: the next save may be void."""
+    root = tmp_path / "r"
+    registry = Registry(root)
+    for number in range(4):
+        save(registry, number)
+    registry.catalog.close()
+
+    def work() -> None:
+        save(Registry(root), 9)
+        kill_me()
+
+    in_child(work)
+    for name in (FILE, WAL):
+        shutil.copy(root / name, tmp_path / name)
+    merging = sqlite3.connect(tmp_path / FILE)
+    merging.execute("PRAGMA wal_checkpoint(FULL)")
+    merging.close()
+    first_pages = (tmp_path / FILE).read_bytes()[: 2 * 4096]
+    with (root / FILE).open("r+b") as file:
+        file.write(first_pages)
+    for name in (WAL, "catalog.sqlite-shm"):
+        (root / name).unlink()
+
+    later = Registry(root)
+    save(later, 100)
+    later.catalog.close()
+    again = Registry(root)
+    again.rebuild()
+    for _ in range(2):
+        again.collect_garbage(grace=0)
+    again.rebuild(adopt=True)
+    found = all_versions(again)
+    assert sorted(one.epoch for one in found) == [0, 1, 2, 3, 9, 100]
+    for one in found:
+        again[one.name].load(verify=True)

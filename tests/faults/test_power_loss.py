@@ -26,7 +26,7 @@ import soak
 import torch
 import torch.distributed.checkpoint as dcp
 from power import KEPT, LOST, SECTOR, Call, Change, File, Image, Volume, parts, record, torn
-from support import Tree, all_versions, broken_rules, collect, dump
+from support import Tree, all_versions, broken_rules, collect, dump, may_be_an_old_log
 
 from registry import Registry
 from registry.artifacts import Artifact
@@ -510,10 +510,14 @@ class Check:
         """Assert that everything loads as it was saved and that the registry can be used."""
         assert [problem.message for problem in registry.verify().problems] == []
         self._load(registry, known)
-        collect(registry, grace=0)
         store = registry.store
-        assert set(store.pack_digests()) == set(_column(registry, "SELECT digest FROM packs"))
-        assert set(store) == set(_column(registry, "SELECT id FROM manifests"))
+        packs = set(store.pack_digests())
+        collect(registry, grace=0)
+        if may_be_an_old_log(registry):
+            assert set(store.pack_digests()) == packs
+        else:
+            assert set(store.pack_digests()) == set(_column(registry, "SELECT digest FROM packs"))
+            assert set(store) == set(_column(registry, "SELECT id FROM manifests"))
         assert list(store.tmp.iterdir()) == []
         after = copy.deepcopy(known)
         step = save(after)
