@@ -107,6 +107,10 @@ class Ledger:
         """Whether there is a version or an artifact."""
         return bool(self.versions or self.keys_of)
 
+    def ids_of_voids(self) -> set[str]:
+        """The manifests that entries without effect name."""
+        return {found for void in self.voids for found in void.ids}
+
     def live_manifests(self) -> list[str]:
         """The ids of the manifests that versions or artifacts have."""
         return [*self.versions, *(found for found in self.keys_of if found not in self.versions)]

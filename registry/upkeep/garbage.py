@@ -183,7 +183,7 @@ class _Sweep:
         ledger = self._catalog.ledger()
         rows = query(f"SELECT digest FROM packs WHERE {UNUSED} ORDER BY number", [])
         packs = [str(row[0]) for row in rows if row[0] in ledger.packs]
-        kept = {found for void in ledger.voids for found in void.ids}
+        kept = ledger.ids_of_voids()
         manifests = [found for found in ledger.released if found not in kept]
         try:
             unneeded = Proof(self._store, ledger, query).unneeded(packs) if packs else []
@@ -227,7 +227,7 @@ class _Sweep:
                 digest in ledger.packs
                 or ledger.is_live(digest)
                 or digest in ledger.released
-                or (digest not in ledger.doomed and self._is_of_a_void(kind, digest))
+                or (digest not in ledger.doomed and self._is_of_a_void(kind, digest, ledger.ids_of_voids()))
             ):
                 continue
             else:
@@ -235,22 +235,24 @@ class _Sweep:
             if self._is_due(since, status.st_size) and self._remove(kind, digest, path):
                 self._count(kind, path, status.st_size)
 
-    def _is_of_a_void(self, kind: str, digest: str) -> bool:
-        """Whether an entry without effect names a manifest, or that manifest has tensors of a pack.
+    def _is_of_a_void(self, kind: str, digest: str, named: Collection[str]) -> bool:
+        """Whether a manifest is one that an entry without effect names, or a pack has tensors of one.
 
         `rebuild --adopt` may take it in.
+
+        Args:
+            named: the manifests that such entries name.
         """
-        named = {found for void in self._catalog.ledger().voids for found in void.ids}
         if kind == "manifests" or not named:
             return digest in named
         try:
             held = self._store.pack_info(digest).places.keys()
-        except RegistryError:
+            for manifest_id in named:
+                with contextlib.suppress(NotFound):
+                    if not held.isdisjoint(self._store.tensors_of(manifest_id)):
+                        return True
+        except RegistryError:  # What cannot be read does not show that it is unneeded.
             return True
-        for manifest_id in named:
-            with contextlib.suppress(NotFound):
-                if not held.isdisjoint(self._store.tensors_of(manifest_id)):
-                    return True
         return False
 
     def _remove(self, kind: str, digest: str, path: Path) -> bool:
@@ -374,10 +376,9 @@ class Proof:
         """The tensors of each manifest that counts, or that an entry without effect names."""
         for manifest_id in self._ledger.live_manifests():
             yield self._store.tensors_of(manifest_id)
-        for void in self._ledger.voids:
-            for manifest_id in void.ids:
-                with contextlib.suppress(NotFound):
-                    yield self._store.tensors_of(manifest_id)
+        for manifest_id in self._ledger.ids_of_voids():
+            with contextlib.suppress(NotFound):
+                yield self._store.tensors_of(manifest_id)
 
     def _bases_in(self, pack: str) -> Iterable[str]:
         places = self._store.pack_info(pack).places.values()
