@@ -260,11 +260,12 @@ class NewFile:
             os.fchmod(self.fd, stat.S_IMODE(status.st_mode) & ~0o222)
         disk.sync(self.fd, self.path)
 
-    def publish(self, target: Path, *, inner: int = 2) -> None:
-        """Give the file, which is durable, its final name, durably; what is there is replaced.
+    def publish(self, target: Path, *, inner: int = 2, is_durable: bool = True) -> None:
+        """Give the file its final name; what is there is replaced.
 
         Args:
             inner: how many of the last folders of the target's path belong to the registry.
+            is_durable: whether the file is, and its name is to be.
 
         Raises:
             Moved: if somebody has removed the file meanwhile.
@@ -280,7 +281,8 @@ class NewFile:
                 disk.rename(self.path, target, source_folder, target_folder)
             except FileNotFoundError:
                 raise Moved from None
-            disk.sync_folder(target.parent, target_folder)
+            if is_durable:
+                disk.sync_folder(target.parent, target_folder)
         os.close(self.fd)
         self.fd = -1
 
@@ -426,6 +428,21 @@ def write_file(
 
     with storage_errors(path):
         again_on_trouble(write)
+
+
+def note(path: Path, data: bytes, *, folder: Path) -> None:
+    """Write a small file whole or not at all for other programs; a power cut may take it back.
+
+    Args:
+        folder: a folder of the registry, where the file lies until it is complete.
+    """
+    file = NewFile(folder)
+    try:
+        file.write(data)
+        file.publish(path, inner=0, is_durable=False)
+    except BaseException:
+        file.discard()
+        raise
 
 
 def append(path: Path, data: bytes, *, inner: int = 0) -> None:

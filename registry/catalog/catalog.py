@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import sqlite3
 import threading
@@ -23,7 +24,7 @@ from registry.catalog import pairing, schema, settings
 from registry.catalog.journal import BEGINNING, Journal, Position
 from registry.catalog.lookups import locate
 from registry.store import durable
-from registry.store.errors import Corrupt, Invalid, RegistryError, StorageError, Unsupported
+from registry.store.errors import Corrupt, Invalid, NotFound, RegistryError, StorageError, Unsupported
 from registry.store.places import is_local
 from registry.store.text import printable, quoted
 
@@ -43,8 +44,8 @@ OLD = "catalog.sqlite.format1"
 """What the catalog of format 1 is called once the present format has taken its place."""
 
 BUSY_SECONDS = 60
-_PARTS = ("", "-wal", "-shm", "-journal")
-"""What SQLite adds to the name of a database for its own files."""
+_PARTS = ("", "-wal", "-shm", "-journal", pairing.WHOLE)
+"""What is added to the name of the database for the files beside it; the last one is our own."""
 
 _ALONE = "mode=ro&immutable=1"
 """How SQLite opens a database as if nobody else had it, without what lies beside it."""
@@ -166,13 +167,15 @@ class Catalog:
                 return held.connection
             self.close()  # It was made anew, or has changed where it is only read.
         local.held = held = _Held(self.path, *self._opened(writes))
+        if writes:
+            held.looked = -math.inf  # It may be behind the log, which a reader must notice.
         return held.connection
 
     def _is_current(self, held: _Held, writes: bool) -> bool:
         """Whether a connection shows what the log says; looked at again now and then, as a disk may have been full."""
         if held.identity != self._identity(held.identity):
             return False
-        if isinstance(held.identity, _LogState):
+        if isinstance(held.identity, _LogState | _Still):
             return not (writes and self.is_writable)
         if writes or held.looked + _LOOK_AGAIN > time.monotonic() or not isinstance(held.identity, _FileId):
             return True
@@ -197,10 +200,22 @@ class Catalog:
     def check_writable(self) -> None:
         """
         Raises:
+            NotFound: if the registry is not there any more.
             StorageError: if this process may not change the catalog.
         """
+        self._check_is_there()
         if not self.is_writable:
             raise StorageError(f"{self.path}: cannot be written; ask its owner for access")
+
+    def _check_is_there(self) -> None:
+        """
+        Raises:
+            NotFound: if the registry is not there any more.
+        """
+        if durable.status_of(self.path) is None and not settings.are_there(self._root):
+            raise NotFound(
+                f"{self._root}: the registry was renamed or deleted meanwhile; open it by its new name"
+            )
 
     def _identity(self, like: object = None) -> object:
         """What tells the catalog's file, or the log that one in memory was made from, from another that takes its place.
@@ -233,10 +248,11 @@ class Catalog:
         Args:
             writes: whether it must be to the catalog's file, even if that is behind the log.
         """
+        self._check_is_there()
         if self.format == 1:
             return self._made_in_memory()
         if not self.is_writable:
-            return self._opened_to_read()
+            return self._opened_to_read("mode=ro", _ALONE)
         for _ in range(3):
             identity = self._identity()
             connection = None
@@ -258,19 +274,32 @@ class Catalog:
                 _logger.warning("%s", error)
             except BaseException as error:
                 if connection is not None:
-                    _let_go(self.path, connection, identity, os.getpid())
-                if isinstance(error, StorageError) and identity != self._identity():
+                    _let_go(self.path, connection, identity, os.getpid(), is_whole=False)
+                if not isinstance(error, StorageError):
+                    raise
+                if identity != self._identity():
                     continue  # It was deleted, or made anew, at this moment.
-                raise
+                if writes:
+                    raise
+                _logger.warning("%s", error)  # On a full disk SQLite opens nothing, not even to read it.
+                return self._opened_to_read(_ALONE)
             if connection is not None:
-                _let_go(self.path, connection, identity, os.getpid())
-            self.refold(why="missing" if identity is None else "damaged")
+                _let_go(self.path, connection, identity, os.getpid(), is_whole=False)
+            try:
+                self.refold(why="missing" if identity is None else "damaged")
+            except StorageError as error:
+                if writes:
+                    raise
+                _logger.warning("%s", error)  # As on a full disk, where it can be read all the same.
+                return self._made_in_memory()
         raise Corrupt(f"{self.path}: the catalog does not stay as it is made; check the disk")
 
-    def _opened_to_read(self) -> tuple[sqlite3.Connection, object]:
-        """A connection where nothing can be written: to the catalog if it can be read so, else to one in memory."""
-        still = self._still()
-        for identity, mode in ((self._identity(), "mode=ro"), (still, _ALONE)):
+    def _opened_to_read(self, *modes: str) -> tuple[sqlite3.Connection, object]:
+        """A connection where nothing can be written: to the catalog in the first of some modes that works, else to one
+        in memory."""
+        identities = {"mode=ro": self._identity(), _ALONE: self._still()}
+        for mode in modes:
+            identity = identities[mode]
             if identity is None:
                 continue
             alone = self._alone()
@@ -305,12 +334,14 @@ class Catalog:
             Damaged: if the catalog's file and the write-ahead log beside it do not belong together.
         """
         for wait in (0.01, 0.1):
-            if pairing.is_paired(self.path, connection, alone):
+            if pairing.is_paired(self.path, connection, alone, self.journal):
                 return
             time.sleep(wait)  # Another process may move changes from one to the other at this moment.
             alone = self._alone()
-        if not pairing.is_paired(self.path, connection, alone):
-            raise Damaged(f"{self.path}: does not belong to the write-ahead log beside it")
+        if not pairing.is_paired(self.path, connection, alone, self.journal):
+            raise Damaged(
+                f"{self.path}: it and the write-ahead log beside it are not whole, or not of one registry"
+            )
 
     def _ahead_of(self, connection: sqlite3.Connection) -> tuple[sqlite3.Connection, object]:
         """A copy in memory with what the log has and the catalog cannot take, as on a full disk."""
@@ -474,6 +505,7 @@ class Catalog:
                     old.execute("CREATE TEMP TABLE history (seq INTEGER PRIMARY KEY, entry BLOB NOT NULL)")
                     self._fill(Change(old, _Material(self._store(), lambda _: None)), ledger)
                     old.execute("COMMIT")
+                    pairing.close(self.path, old)
         finally:
             if old is not None:
                 old.close()
@@ -549,7 +581,7 @@ class Catalog:
             if code == sqlite3.SQLITE_IOERR_SHORT_READ:
                 # As where the write-ahead log was deleted under a program that has it open.
                 raise Damaged(f"{self.path}: it, or what SQLite keeps beside it, was cut short") from error
-            if "full" in text:
+            if "full" in text or code == sqlite3.SQLITE_IOERR_SHMSIZE:
                 raise StorageError(
                     f"{self.path}: no space left on the device; free some and repeat"
                 ) from error
@@ -803,6 +835,7 @@ class Catalog:
             why: what is wrong with the present one; unless given, it is made anew in any case.
 
         Raises:
+            NotFound: if the registry is not there any more.
             Corrupt: if the log and the copy tell different histories.
             StorageError: if the folder cannot be written.
         """
@@ -854,6 +887,7 @@ class Catalog:
                     with contextlib.suppress(sqlite3.Error):
                         usable.execute("ROLLBACK")
                     raise
+            pairing.close(self.path, usable)
         return refolded._replace(set_aside=set_aside)
 
     def _usable(self) -> sqlite3.Connection | None:
@@ -1319,6 +1353,7 @@ def _set_head(change: Change, last: Entry | Ledger, end: Position) -> None:
         for key, value in pairing.after(dict(rows), change.found_beside).items():
             change.set_state(key, value)
         change.found_beside = None
+    change.set_state("stamp", pairing.new_stamp())
     change.set_state("seq", last.seq)
     change.set_state("digest", last.digest)
     change.set_state("segment", end.segment)
@@ -1341,12 +1376,21 @@ class _Held:
         self.close = weakref.finalize(self, _let_go, path, connection, identity, self.pid)
 
 
-def _let_go(path: Path, connection: sqlite3.Connection, identity: object, pid: int) -> None:
+def _let_go(
+    path: Path, connection: sqlite3.Connection, identity: object, pid: int, *, is_whole: bool = True
+) -> None:
+    """
+    Args:
+        is_whole: whether the catalog's file was seen to be whole when it was opened.
+    """
     now = _identity_of(path)
     is_gone = now is None and not path.parent.exists()  # Nobody makes another one there.
     is_another = isinstance(identity, _FileId) and identity != now and not is_gone
     if pid == os.getpid() and not is_another:
-        connection.close()
+        if isinstance(identity, _FileId) and is_whole:
+            pairing.close(path, connection)
+        else:
+            connection.close()
         return
     import ctypes
 

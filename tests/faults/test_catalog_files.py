@@ -13,7 +13,7 @@ from test_disk_trouble import fill, may_mount, small_disk
 
 from registry import Registry
 from registry.catalog import catalog
-from registry.store.errors import StorageError
+from registry.store.errors import Conflict, NotFound, StorageError
 
 FILE = "catalog.sqlite"
 WAL = "catalog.sqlite-wal"
@@ -144,8 +144,11 @@ def notes_without_room(folder: Path) -> None:
     except StorageError as error:
         assert "no space left" in str(error)
     assert len(told) > 1
-    here = texts(registry)
-    assert set(told) <= here
+    assert set(told) <= texts(registry)
+    for _ in range(2):
+        with pytest.raises(Conflict):
+            registry.remove(["net:v1"])
+        assert set(told) <= texts(registry)
     assert texts(reader) == set()
     catalog._LOOK_AGAIN = 0.0
     assert set(told) <= texts(reader)
@@ -194,36 +197,185 @@ def test_a_reader_that_stays_open_sees_what_the_catalog_cannot_take(
     (root / FILE).chmod(0o644)
 
 
-@pytest.mark.damages
-def test_gc_keeps_what_an_entry_without_effect_names(tmp_path: Path) -> None:
-    """As where SQLite was killed while it merged its log, and that log was deleted: the next save may be void."""
-    root = tmp_path / "r"
+def killed_while_merging(root: Path, tmp_path: Path, *, grows: bool) -> tuple[bytes, bytes]:
+    """A registry whose last process was killed with its log unmerged, and the catalog's file before and after merging.
+
+    SQLite merges the changed pages in the order of their numbers: what a kill meanwhile leaves is a mixture of the two.
+
+    Args:
+        grows: whether the file has more pages afterwards, so that its very first one changes too.
+    """
     registry = Registry(root)
     for number in range(4):
         save(registry, number)
+    registry.set_alias("net:v1", "prod")
     registry.catalog.close()
 
     def work() -> None:
-        save(Registry(root), 9)
+        registry = Registry(root)
+        registry.set_alias("net:v2", "prod")
+        registry.set_tag("net:v3", "tagged")
+        if grows:
+            save(registry, 9)
         kill_me()
 
     in_child(work)
+    before = (root / FILE).read_bytes()
     for name in (FILE, WAL):
         shutil.copy(root / name, tmp_path / name)
     merging = sqlite3.connect(tmp_path / FILE)
     merging.execute("PRAGMA wal_checkpoint(FULL)")
     merging.close()
-    first_pages = (tmp_path / FILE).read_bytes()[: 2 * 4096]
+    return before, (tmp_path / FILE).read_bytes()
+
+
+@pytest.mark.parametrize(("grows", "rest"), [(False, 0), (True, 0), (False, 32), (False, 0.4), (True, 0.8)])
+def test_a_kill_while_sqlite_merges_loses_nothing_where_its_log_is_cut(
+    tmp_path: Path, grows: bool, rest: float
+) -> None:
+    """Whatever the pages that were merged, and whatever is left of the write-ahead log: bytes, or a share of it."""
+    root = tmp_path / "r"
+    before, after = killed_while_merging(root, tmp_path, grows=grows)
+    wal = (root / WAL).read_bytes()
+    expected = what_the_log_says(root, tmp_path)
+    size = max(len(before), len(after))
+    changed = [
+        start for start in range(0, size, 4096) if before[start : start + 4096] != after[start : start + 4096]
+    ]
+    assert len(changed) > 4
+    assert (changed[0] == 0) == grows
+    for count in range(len(changed) + 1):
+        torn = bytearray(before)
+        for start in changed[:count]:
+            torn[start : start + 4096] = after[start : start + 4096]
+        folder = tmp_path / f"torn{count}"
+        shutil.copytree(root, folder)
+        (folder / FILE).write_bytes(torn)
+        (folder / f"{FILE}-shm").unlink()
+        if rest:
+            (folder / WAL).write_bytes(wal[: int(rest if rest > 1 else rest * len(wal))])
+        else:
+            (folder / WAL).unlink()
+        registry = Registry(folder)
+        assert dump(registry) == expected, count
+        assert save(registry, 100) == f"net:v{5 + grows}"
+        registry.set_alias("net:v3", "prod")
+        registry.catalog.close()
+        again = Registry(folder)
+        assert again.resolve("net@prod").name == "net:v3"
+        assert broken_rules(again) == []
+        again.catalog.close()
+        shutil.rmtree(folder)
+
+
+def test_the_catalog_of_another_registry_below_a_write_ahead_log_is_made_anew(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        registry = Registry(tmp_path / name)
+        for number in range(4):
+            save(registry, number)
+        registry.set_alias(f"net:v{1 + (name == 'a')}", "prod")
+        registry.add_note("net:v1", f"of {name}")
+        registry.catalog.close()
+
+    def work() -> None:
+        registry = Registry(tmp_path / "a")
+        registry.add_note("net:v3", "later")
+        kill_me()
+
+    in_child(work)
+    expected = what_the_log_says(tmp_path / "a", tmp_path)
+    shutil.copy(tmp_path / "b" / FILE, tmp_path / "a" / FILE)
+    registry = Registry(tmp_path / "a")
+    assert dump(registry) == expected
+    registry.catalog.close()
+
+
+def test_a_catalog_that_was_closed_is_not_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """After a change, after none, by the last program or not, after it was made anew, copied, or seen by another tool."""
+    root = tmp_path / "r"
+    grown(root, 5)
+    for _ in range(3):
+        for change in (lambda r: r.add_note("last:v1", "x"), lambda r: r.rebuild(), lambda r: None):
+            registry, other = Registry(root), Registry(root)
+            other.catalog.query("SELECT 1")
+            change(registry)
+            registry.catalog.close()
+            other.catalog.close()
+            assert not (root / WAL).exists()
+            with sqlite3.connect(root / FILE) as tool:
+                assert tool.execute("SELECT COUNT(*) FROM versions").fetchone() == (6,)
+            tool.close()
+            shutil.copytree(root, tmp_path / "copy")
+            Registry(tmp_path / "copy").catalog.query("SELECT 1")
+            (tmp_path / "copy" / FILE).chmod(0o444)
+            reader = Registry(tmp_path / "copy", create=False)
+            assert len(all_versions(reader)) == 6
+            reader.catalog.close()
+            shutil.rmtree(tmp_path / "copy")
+    assert "made anew" not in caplog.text
+
+
+@pytest.mark.skipif(not may_mount(), reason="needs the right to mount a small file system")
+def test_a_full_disk_where_the_catalog_must_be_made_anew_can_be_read(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "small", 3) as folder:
+
+        def work() -> None:
+            registry = Registry(folder / "r")
+            save(registry, 1)
+            registry.catalog.close()
+            (folder / "r" / "catalog.sqlite-whole").unlink()
+            ballast = fill(folder, 0)
+            registry = Registry(folder / "r")
+            assert [version.name for version in all_versions(registry)] == ["net:v1"]
+            with pytest.raises(StorageError, match="no space left"):
+                registry.add_note("net:v1", "x" * 4000)
+            ballast.unlink()
+            registry.add_note("net:v1", "room")
+            assert texts(registry) == {"room"}
+            registry.catalog.close()
+
+        assert in_child(work) == 0
+
+
+def test_a_program_whose_registry_is_renamed_says_so_and_makes_nothing(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "old")
+    save(registry, 1)
+    (tmp_path / "old").rename(tmp_path / "new")
+    steps = (
+        lambda: all_versions(registry),
+        lambda: save(registry, 2),
+        lambda: registry.add_note("net:v1", "x"),
+        lambda: registry.rebuild(),
+        lambda: registry.collect_garbage(grace=0),
+        lambda: registry.compact(),
+        lambda: registry.verify(),
+    )
+    for step in steps:
+        with pytest.raises(NotFound, match="renamed or deleted meanwhile; open it by its new name"):
+            step()
+        assert not (tmp_path / "old").exists()
+    check_whole(tmp_path / "new", {"net:v1": 1})
+
+
+@pytest.mark.damages
+def test_gc_keeps_what_an_entry_without_effect_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a program without a check like ours changed a catalog that is a mixture: what it saved is void."""
+    root = tmp_path / "r"
+    _, after = killed_while_merging(root, tmp_path, grows=True)
     with (root / FILE).open("r+b") as file:
-        file.write(first_pages)
+        file.seek(4096)
+        file.write(after[4096:8192])
     for name in (WAL, "catalog.sqlite-shm"):
         (root / name).unlink()
 
+    monkeypatch.setattr("registry.catalog.pairing.is_paired", lambda *_: True)
     later = Registry(root)
     save(later, 100)
     later.catalog.close()
+    monkeypatch.undo()
     again = Registry(root)
     again.rebuild()
+    assert len(all_versions(again)) == 5
     for _ in range(2):
         again.collect_garbage(grace=0)
     again.rebuild(adopt=True)
