@@ -10,7 +10,7 @@ import torch
 import torchvision
 
 from registry import Registry
-from registry.store.remembered import remembered
+from registry.store.fingerprints import remembered
 
 Tree = dict[str, Any]
 

@@ -189,7 +189,7 @@ class TorchRegistry(Peer):
 
     def open(self, folder: Path) -> None:
         from registry import Registry
-        from registry.store.remembered import remembered
+        from registry.store.fingerprints import remembered
 
         super().open(folder)
         remembered.forget()  # another round's state may lie where this one's does

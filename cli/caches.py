@@ -11,7 +11,7 @@ from registry.cli.options import command, example_text, seconds
 from registry.cli.output import counted, print_facts, print_json, print_table, say, size, time_of
 
 if TYPE_CHECKING:
-    from registry.artifacts import Artifact
+    from registry.cache.artifacts import Artifact
     from registry.registry import Registry
 
 

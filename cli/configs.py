@@ -14,7 +14,7 @@ from registry.store.errors import Invalid, NotFound
 from registry.store.text import quoted
 
 if TYPE_CHECKING:
-    from registry.config import Config
+    from registry.configs.config import Config
 
 
 @click.group("config", epilog=example_text("registry config diff lenet5:v1 lenet5:v2"))
@@ -30,7 +30,7 @@ def config() -> None:
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override a value.")
 def show(source: str, assignments: tuple[str, ...], root: str | None, as_json: bool) -> None:
     """Print the configuration in SOURCE, a JSON, YAML or TOML file or a checkpoint, one value a line."""
-    from registry.documents import assign, flatten
+    from registry.configs.documents import assign, flatten
 
     document = assign(_document(source, root), assignments)
     if as_json:
@@ -49,7 +49,7 @@ def validate(files: tuple[str, ...], target: str | None, assignments: tuple[str,
 
     They must be well formed, give no key twice, and have the types that your class asks for. --class imports your module, as running your program would.
     """
-    from registry.documents import assign, read_document
+    from registry.configs.documents import assign, read_document
 
     cls = _config_class(target) if target else None
     checked = []
@@ -71,7 +71,7 @@ def validate(files: tuple[str, ...], target: str | None, assignments: tuple[str,
 @click.argument("right", type=Reference())
 def diff(left: str, right: str, root: str | None, as_json: bool) -> None:
     """Compare two configurations, each a file or a checkpoint, value by value."""
-    from registry.documents import differences
+    from registry.configs.documents import differences
 
     found = differences(_document(left, root), _document(right, root))
     if as_json:
@@ -95,7 +95,7 @@ for subcommand in (show, validate, diff):
 
 def _document(source: str, root: str | None) -> Mapping[str, Any]:
     """The configuration in a file, or the one recorded with a checkpoint."""
-    from registry.documents import SUFFIXES, read_document
+    from registry.configs.documents import SUFFIXES, read_document
 
     path = Path(source)
     if path.suffix.lower() in SUFFIXES or path.is_file():
@@ -110,7 +110,7 @@ def _config_class(target: str) -> type[Config]:
     import importlib
     import sys
 
-    from registry.config import Config
+    from registry.configs.config import Config
 
     module, colon, name = target.partition(":")
     if not colon:

@@ -78,8 +78,8 @@ def import_(
     index. What the file says of epoch and loss is kept unless --meta says otherwise. A FILE that cannot be read is named, the others are stored, and the exit status is 1.
     """
     from registry.catalog.reference import check_name
-    from registry.documents import read_document
-    from registry.importing import import_checkpoint, read_checkpoint_file
+    from registry.configs.documents import read_document
+    from registry.files.importing import import_checkpoint, read_checkpoint_file
 
     if any(file.startswith("torchvision:") for file in files):
         _import_network(registry, files, model, weights, weights_file, seed, tags, as_json)
@@ -177,7 +177,7 @@ def _import_network(
 
 def _fields(meta: Mapping[str, str]) -> dict[str, Any]:
     """The named fields among the facts, typed; the rest as the value that it reads as."""
-    from registry.documents import read_value
+    from registry.configs.documents import read_value
 
     rest = {name: read_value(text) for name, text in meta.items()}
     fields: dict[str, Any] = {}
@@ -208,7 +208,7 @@ def export(
     FILE ends in .safetensors or .pt. A .safetensors file holds one component's tensors (by default the model's). A .pt file that was imported
     comes back in the layout that it had.
     """
-    from registry.exporting import export as write
+    from registry.files.exporting import export as write
 
     checkpoint = registry[reference]
     with progress(f"exporting {checkpoint.name}") as report:

@@ -163,7 +163,7 @@ def show(reference: str, params: bool, registry: Registry, as_json: bool) -> Non
 
 
 def _show_facts(registry: Registry, version: Version) -> None:
-    from registry.documents import flatten
+    from registry.configs.documents import flatten
 
     record = version.record
     facts: list[tuple[str, Any]] = [

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from registry.checkpoint import Checkpoint
+    from registry.checkpoints.checkpoint import Checkpoint
     from registry.models.data import Data
     from registry.models.training import TrainConfig
     from registry.registry import Registry
@@ -85,7 +85,7 @@ def train(
 
     MODEL is the name of a network: lenet5, lenet6, or one that an installed package provides. Ctrl-C saves at the next batch and says how to resume. In several processes: torchrun --nproc-per-node=2 -m registry.cli train MODEL.
     """
-    from registry.devices import get_devices
+    from registry.live.devices import get_devices
     from registry.models.data import load
     from registry.models.training import train as run_training
 
@@ -148,7 +148,7 @@ def _settings(
     resumed: Checkpoint | None,
 ) -> TrainConfig:
     """Hyperparameters from the checkpoint to resume, or a file; then from options, which win."""
-    from registry.documents import read_document
+    from registry.configs.documents import read_document
     from registry.models.training import TrainConfig
 
     if resumed and config:
@@ -180,7 +180,7 @@ def _settings(
 @contextlib.contextmanager
 def _several_processes(device: torch.device) -> Iterator[bool]:
     """Join the processes that torchrun started with this one; yields whether this one speaks for all."""
-    from registry import ranks
+    from registry.live import ranks
 
     if ranks.started() == 1 or ranks.count() > 1:
         yield ranks.mine() == 0

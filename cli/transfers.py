@@ -15,8 +15,8 @@ from registry.store.errors import Incompatible, Invalid, NotFound
 from registry.store.text import quoted
 
 if TYPE_CHECKING:
-    from registry.diffing import DiffReport
     from registry.registry import Registry
+    from registry.transfer.diffing import DiffReport
 
 
 def _registry(root: str | None) -> Registry | None:
@@ -66,9 +66,9 @@ def diff(
 
     A and B are each a reference, a file, torchvision:NAME, or the name of a network. The exit status is 0 if they are identical, 1 if they differ, 2 if one cannot be read.
     """
-    from registry.diffing import diff as compare
-    from registry.plans import TransferPlan
     from registry.store.errors import RegistryError
+    from registry.transfer.diffing import diff as compare
+    from registry.transfer.plan import TransferPlan
 
     try:
         plan = TransferPlan.load(file) if file else None
@@ -88,14 +88,14 @@ def diff(
 
 
 def _rendered(report: DiffReport, form: str) -> str:
-    from registry import reports
+    from registry.reports import text as reports
 
     if form == "json":
         return report.model_dump_json(by_alias=True, indent=2) + "\n"
     if form == "md":
         return reports.as_markdown(report)
     if form == "html":
-        from registry import pages
+        from registry.reports import html as pages
 
         return pages.as_html(report)
     return reports.as_text(report) + "\n"
@@ -173,7 +173,7 @@ def plan(
 
     Each is a reference, a file, torchvision:NAME, or the name of a network. A difference that is not expected is an error.
     """
-    from registry.transfer import plan_transfer
+    from registry.transfer.planning import plan_transfer
 
     made = plan_transfer(
         source,
@@ -204,7 +204,7 @@ def _classes(path: str | None) -> tuple[list[str], list[str]] | None:
     """The names of classes on both sides, from a JSON file."""
     if path is None:
         return None
-    from registry.documents import read_document
+    from registry.configs.documents import read_document
 
     found = read_document(Path(path))
     sides = [found.get(key) for key in ("source", "target")]
@@ -244,8 +244,8 @@ def transfer(
     import torch
 
     from registry.cli.output import version_document
-    from registry.plans import TransferPlan
-    from registry.transfer import plan_transfer
+    from registry.transfer.plan import TransferPlan
+    from registry.transfer.planning import plan_transfer
 
     checkpoints = [_id(registry, text) for text in (source, target)]
     if checkpoints[0] and checkpoints[0] == checkpoints[1]:
@@ -287,7 +287,7 @@ def _id(registry: Registry, text: str) -> str | None:
 
 
 def _network(registry: Registry, target: str) -> tuple[Any, str]:
-    from registry import builders
+    from registry.live import builders
 
     try:
         checkpoint = registry[target]
@@ -401,8 +401,8 @@ def compare(
 
     Each MODEL is a model's name, for all its versions, a run's such as lenet5/run-2, or a reference, for one version.
     """
-    from registry import comparing
     from registry.cli.output import print_table
+    from registry.transfer import curves as comparing
 
     at = _epochs(epochs)
     found = comparing.curves(registry, models, metric)
@@ -439,11 +439,11 @@ def advise(
     reference: str, samples: int, similar: str, model: str | None, registry: Registry, as_json: bool
 ) -> None:
     """Say whether to fine-tune or to freeze, by a rule of thumb."""
-    from registry import builders
-    from registry.advice import CAVEATS
-    from registry.advice import advise as judge
-    from registry.sides import on_meta
-    from registry.transfer import plan_transfer
+    from registry.live import builders
+    from registry.transfer.advice import CAVEATS
+    from registry.transfer.advice import advise as judge
+    from registry.transfer.planning import plan_transfer
+    from registry.transfer.sides import on_meta
 
     checkpoint = registry[reference]
     target = model or checkpoint.provenance.get("builder", checkpoint.model)

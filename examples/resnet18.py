@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from registry import Registry, TransferPlan, check_optimizer, frozen_proof, param_groups, plan_transfer
-from registry.comparing import curves, table
 from registry.models import ResNet18, ResNet18Config, data
 from registry.models.training import evaluate
+from registry.transfer.curves import curves, table
 
 Task = tuple[
     TensorDataset | Subset[tuple[Tensor, Tensor]], TensorDataset | Subset[tuple[Tensor, Tensor]], int

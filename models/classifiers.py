@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from registry import Registry
-from registry.checkpoint import Checkpoint
-from registry.importing import read_checkpoint_file
-from registry.sides import torchvision_name
+from registry.checkpoints.checkpoint import Checkpoint
+from registry.files.importing import read_checkpoint_file
 from registry.store.digest import digest
 from registry.store.errors import Incompatible, Invalid, NotFound
 from registry.store.text import quoted
+from registry.transfer.sides import torchvision_name
 
 _AUXILIARY = "aux_classifier"
 

@@ -18,14 +18,15 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
-from registry import Config, Registry, ResumableLoader, Run, freezing, parallelize, ranks
-from registry.builders import builder
-from registry.checkpoint import Checkpoint
+from registry import Config, Registry, ResumableLoader, Run, parallelize
+from registry.checkpoints.checkpoint import Checkpoint
+from registry.live import freezing, ranks
+from registry.live.builders import builder
 from registry.models.data import Data, few
 from registry.models.pictures import embedding_of, figure_of_predictions
-from registry.sides import Source
 from registry.store.errors import Incompatible
-from registry.transfer import plan_transfer
+from registry.transfer.planning import plan_transfer
+from registry.transfer.sides import Source
 
 _logger = logging.getLogger(__name__)
 

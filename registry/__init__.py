@@ -11,58 +11,58 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from registry.builders import register_model as register_model
-    from registry.caching import cached as cached
-    from registry.checkpoint import Checkpoint as Checkpoint
-    from registry.config import Config as Config
-    from registry.config import ModelConfig as ModelConfig
-    from registry.devices import get_devices as get_devices
-    from registry.devices import parallelize as parallelize
-    from registry.diffing import diff as diff
-    from registry.freezing import check_optimizer as check_optimizer
-    from registry.freezing import freeze as freeze
-    from registry.freezing import frozen_proof as frozen_proof
-    from registry.freezing import param_groups as param_groups
-    from registry.freezing import remap_optimizer as remap_optimizer
-    from registry.freezing import unfreeze as unfreeze
-    from registry.logs import setup_logging as setup_logging
-    from registry.plans import TransferPlan as TransferPlan
+    from registry.cache.decorator import cached as cached
+    from registry.cache.results import register_result as register_result
+    from registry.checkpoints.checkpoint import Checkpoint as Checkpoint
+    from registry.checkpoints.sharded import RegistryReader as RegistryReader
+    from registry.checkpoints.sharded import RegistryWriter as RegistryWriter
+    from registry.configs.config import Config as Config
+    from registry.configs.config import ModelConfig as ModelConfig
+    from registry.live.builders import register_model as register_model
+    from registry.live.devices import get_devices as get_devices
+    from registry.live.devices import parallelize as parallelize
+    from registry.live.freezing import check_optimizer as check_optimizer
+    from registry.live.freezing import freeze as freeze
+    from registry.live.freezing import frozen_proof as frozen_proof
+    from registry.live.freezing import param_groups as param_groups
+    from registry.live.freezing import remap_optimizer as remap_optimizer
+    from registry.live.freezing import unfreeze as unfreeze
+    from registry.live.resumable import ResumableLoader as ResumableLoader
     from registry.registry import Registry as Registry
-    from registry.results import register_result as register_result
-    from registry.resumable import ResumableLoader as ResumableLoader
-    from registry.run import Run as Run
-    from registry.sharded import RegistryReader as RegistryReader
-    from registry.sharded import RegistryWriter as RegistryWriter
+    from registry.runs.logs import setup_logging as setup_logging
+    from registry.runs.run import Run as Run
     from registry.store.errors import RegistryError as RegistryError
-    from registry.transfer import plan_transfer as plan_transfer
+    from registry.transfer.diffing import diff as diff
+    from registry.transfer.plan import TransferPlan as TransferPlan
+    from registry.transfer.planning import plan_transfer as plan_transfer
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Checkpoint": "registry.checkpoint",
-    "Config": "registry.config",
-    "ModelConfig": "registry.config",
+    "Checkpoint": "registry.checkpoints.checkpoint",
+    "Config": "registry.configs.config",
+    "ModelConfig": "registry.configs.config",
     "Registry": "registry.registry",
     "RegistryError": "registry.store.errors",
-    "RegistryReader": "registry.sharded",
-    "RegistryWriter": "registry.sharded",
-    "ResumableLoader": "registry.resumable",
-    "Run": "registry.run",
-    "TransferPlan": "registry.plans",
-    "cached": "registry.caching",
-    "check_optimizer": "registry.freezing",
-    "diff": "registry.diffing",
-    "freeze": "registry.freezing",
-    "frozen_proof": "registry.freezing",
-    "get_devices": "registry.devices",
-    "param_groups": "registry.freezing",
-    "parallelize": "registry.devices",
-    "plan_transfer": "registry.transfer",
-    "register_model": "registry.builders",
-    "register_result": "registry.results",
-    "remap_optimizer": "registry.freezing",
-    "setup_logging": "registry.logs",
-    "unfreeze": "registry.freezing",
+    "RegistryReader": "registry.checkpoints.sharded",
+    "RegistryWriter": "registry.checkpoints.sharded",
+    "ResumableLoader": "registry.live.resumable",
+    "Run": "registry.runs.run",
+    "TransferPlan": "registry.transfer.plan",
+    "cached": "registry.cache.decorator",
+    "check_optimizer": "registry.live.freezing",
+    "diff": "registry.transfer.diffing",
+    "freeze": "registry.live.freezing",
+    "frozen_proof": "registry.live.freezing",
+    "get_devices": "registry.live.devices",
+    "param_groups": "registry.live.freezing",
+    "parallelize": "registry.live.devices",
+    "plan_transfer": "registry.transfer.planning",
+    "register_model": "registry.live.builders",
+    "register_result": "registry.cache.results",
+    "remap_optimizer": "registry.live.freezing",
+    "setup_logging": "registry.runs.logs",
+    "unfreeze": "registry.live.freezing",
 }
 
 __all__ = [

@@ -29,30 +29,30 @@ from registry.catalog.versions import (
     list_versions,
     rank_versions,
 )
+from registry.configs.plain import plain_table
 from registry.progress import Progress, silent
 from registry.store import durable
 from registry.store.errors import Conflict, Fix, Incompatible, Invalid, NotFound
 from registry.store.text import quoted
-from registry.values import plain_table
 
 if TYPE_CHECKING:
     from argparse import Namespace
 
     from torch import nn
 
-    from registry.artifacts import Artifacts
+    from registry.cache.artifacts import Artifacts
     from registry.catalog.catalog import View
     from registry.catalog.entries import Record
     from registry.catalog.metrics import Monitor
     from registry.catalog.runs import Runs
-    from registry.checkpoint import Checkpoint
-    from registry.config import Config
-    from registry.diffing import DiffReport
-    from registry.plans import TransferPlan
-    from registry.run import Run
-    from registry.sides import Source
+    from registry.checkpoints.checkpoint import Checkpoint
+    from registry.configs.config import Config
+    from registry.runs.run import Run
     from registry.store.saving import State
     from registry.store.store import Store, Written
+    from registry.transfer.diffing import DiffReport
+    from registry.transfer.plan import TransferPlan
+    from registry.transfer.sides import Source
     from registry.upkeep.compaction import Compacted
     from registry.upkeep.garbage import Collected
     from registry.upkeep.rebuilding import Rebuilt
@@ -127,16 +127,16 @@ class Registry:
     @property
     def artifacts(self) -> Artifacts:
         """The results of cached functions."""
-        from registry.artifacts import Artifacts
+        from registry.cache.artifacts import Artifacts
 
         return Artifacts(self)
 
     def cached(self, function: Callable[..., Any] | None = None, **options: Any) -> Any:
-        """Keep a function's results in this registry, as a decorator or without one; see `registry.caching.cached`.
+        """Keep a function's results in this registry, as a decorator or without one; see `registry.cache.decorator.cached`.
 
         registry.cached(key=["size"])(function)
         """
-        from registry.caching import cached
+        from registry.cache.decorator import cached
 
         return cached(function, **options, registry=self)
 
@@ -195,7 +195,7 @@ class Registry:
             Conflict: if the model has a run of this name.
             NotFound: if there is no checkpoint to resume.
         """
-        from registry.run import Run
+        from registry.runs.run import Run
         from registry.upkeep.retention import Retention
 
         retention = Retention.of(monitor, mode, keep_last, keep_best, keep_optimizer)
@@ -222,7 +222,7 @@ class Registry:
             NotFound: if there is no such checkpoint, or its builder is not registered.
             Incompatible: if the builder's network does not fit the weights.
         """
-        from registry.builders import builder
+        from registry.live.builders import builder
 
         checkpoint = self[reference]
         about = checkpoint.provenance
@@ -258,16 +258,16 @@ class Registry:
         exclude: Iterable[str] = (),
         plan: TransferPlan | None = None,
     ) -> DiffReport:
-        """Compare two models by name, shape, dtype and value; see `registry.diffing.diff`."""
-        from registry.diffing import diff
+        """Compare two models by name, shape, dtype and value; see `registry.transfer.diffing.diff`."""
+        from registry.transfer.diffing import diff
 
         return diff(a, b, registry=self, values=values, rename=rename, exclude=exclude, plan=plan)
 
     def from_pretrained(
         self, make: Any, source: Source, *, freeze: bool | str | Sequence[str] = False, **given: Any
     ) -> nn.Module:
-        """A new network with whatever fits from a source; see `registry.transfer.from_pretrained`."""
-        from registry.transfer import from_pretrained
+        """A new network with whatever fits from a source; see `registry.transfer.planning.from_pretrained`."""
+        from registry.transfer.planning import from_pretrained
 
         return from_pretrained(self, make, source, freeze=freeze, **given)
 
@@ -310,7 +310,7 @@ class Registry:
             run: the training session that saves it; see `run`.
             parent: name of the checkpoint that training went on from, such as `lenet5:v3`.
             provenance: how it was made, as plain values.
-            dcp: how a flat state dict is laid out in the trees; see `registry.sharded`.
+            dcp: how a flat state dict is laid out in the trees; see `registry.checkpoints.sharded`.
             best_by: move the alias `best` to the version with the best value of this metric.
             progress: told the bytes done and the bytes in all.
 
@@ -321,7 +321,7 @@ class Registry:
         """
         from registry.catalog.commit import publish, publish_version
         from registry.catalog.versions import version_of
-        from registry.checkpoint import Checkpoint
+        from registry.checkpoints.checkpoint import Checkpoint
         from registry.store.saving import State as Encoded
         from registry.store.store import Written
 
@@ -376,7 +376,7 @@ class Registry:
             NotFound: if nothing has that name; suggests the nearest.
             Conflict: if an id prefix is ambiguous.
         """
-        from registry.checkpoint import Checkpoint
+        from registry.checkpoints.checkpoint import Checkpoint
 
         return Checkpoint(self.store, self.resolve(reference))
 
@@ -452,7 +452,7 @@ class Registry:
             Invalid: if the name does not tell which value is better.
             NotFound: if no version of the model has the metric.
         """
-        from registry.checkpoint import Checkpoint
+        from registry.checkpoints.checkpoint import Checkpoint
 
         check_name(model, "model")
         found = best_version(

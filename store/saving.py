@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from registry.store.digest import ALL_CORES
+from registry.store.fingerprints import SMALLEST, remembered
 from registry.store.manifest import TensorInfo
 from registry.store.pack import Changed, PackInfo, PackWriter
-from registry.store.remembered import SMALLEST, remembered
 from registry.store.tree import Leaf
 
 FIRST_BATCH = 4 << 20

@@ -115,7 +115,7 @@ def test_several_devices_give_data_parallel_with_a_warning(
 ) -> None:
     made: list[object] = []
     monkeypatch.setattr(nn.Module, "to", lambda self, device: self)
-    monkeypatch.setattr("registry.devices.DataParallel", lambda net, device_ids: made.append(device_ids))
+    monkeypatch.setattr("registry.live.devices.DataParallel", lambda net, device_ids: made.append(device_ids))
     parallelize(nn.Linear(2, 1), cuda(0, 3))
     assert made == [cuda(0, 3)]
     assert "a batch must not be smaller than 2 samples" in caplog.text

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 from together import start, together
 
-from registry.ranks import Ranks, count, mine
+from registry.live.ranks import Ranks, count, mine
 from registry.store.errors import Incompatible, RegistryError
 
 

@@ -106,7 +106,7 @@ def too_many(root: str) -> list[str]:
         train(Registry(root), TrainConfig(epochs=1), few)
     except RegistryError as error:
         found.append(f"{type(error).__name__}: {error}")
-    from registry.builders import builder
+    from registry.live.builders import builder
 
     torch.manual_seed(torch.distributed.get_rank())
     network = builder("lenet5").build(None)

@@ -38,11 +38,11 @@ from trees import MODELS, Tree, artifact, is_same, tree_of
 from unsynced import Unsynced
 
 from registry import Registry
+from registry.cache.keys import Key
 from registry.catalog.metrics import Monitor
 from registry.cli.app import app
-from registry.exporting import export
-from registry.importing import import_file
-from registry.keys import Key
+from registry.files.exporting import export
+from registry.files.importing import import_file
 from registry.store import durable
 from registry.store.digest import digest
 from registry.store.errors import Conflict, Invalid, NotFound, RegistryError

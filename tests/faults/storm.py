@@ -19,7 +19,7 @@ import torch
 from support import Tree, all_versions
 
 from registry import Registry
-from registry.keys import Key
+from registry.cache.keys import Key
 from registry.store.digest import digest
 from registry.store.errors import Conflict, NotFound, RegistryError
 from registry.upkeep.repacking import tidy

@@ -170,7 +170,7 @@ def no_chance() -> Iterator[None]:
         patched.setattr(entries, "secrets", Names)
         patched.setattr(entries, "datetime", Clock)
         patched.setattr(pack, "secrets", Names)
-        patched.setattr("registry.caching.time", _NoTime)
+        patched.setattr("registry.cache.decorator.time", _NoTime)
         yield
 
 

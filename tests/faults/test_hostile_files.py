@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from registry.importing import import_file
+from registry.files.importing import import_file
 from registry.registry import Registry
 from registry.store import header
 from registry.store.errors import Invalid, NotFound, RegistryError, Unsupported
@@ -165,14 +165,14 @@ def test_a_tensor_name_that_could_do_harm_is_refused(
 
 _BOUNDED = """
 import resource, sys, time
-import registry.importing
+import registry.files.importing
 from pathlib import Path
 from registry.store.errors import RegistryError
 size = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) << 10
 resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 30),) * 2)
 resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
 try:
-    registry.importing.read_checkpoint_file(Path(sys.argv[1]))
+    registry.files.importing.read_checkpoint_file(Path(sys.argv[1]))
 except RegistryError as error:
     print(error)
     sys.exit(7)

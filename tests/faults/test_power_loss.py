@@ -29,10 +29,10 @@ from power import KEPT, LOST, SECTOR, Call, Change, File, Image, Volume, parts, 
 from support import Tree, all_versions, broken_rules, collect, dump, may_be_an_old_log
 
 from registry import Registry
-from registry.artifacts import Artifact
+from registry.cache.artifacts import Artifact
 from registry.catalog import catalog, history, journal
 from registry.catalog.invariants import invariants
-from registry.sharded import RegistryWriter
+from registry.checkpoints.sharded import RegistryWriter
 
 STEM = "test_power_loss"
 FAILED = soak.COUNTS / f"{STEM}.failed"

@@ -39,8 +39,8 @@ from registry.catalog import entries
 from registry.catalog.journal import Journal
 from registry.catalog.versions import Version
 from registry.cli.app import app
-from registry.exporting import export
-from registry.importing import import_file
+from registry.files.exporting import export
+from registry.files.importing import import_file
 from registry.store import durable
 from registry.store.digest import digest
 from registry.store.errors import Conflict, Corrupt, RegistryError

@@ -1,0 +1,210 @@
+"""Artifacts: results of cached functions in the registry, by key."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from registry.cache.contents import Seen, mark
+from registry.catalog.commit import publish
+from registry.catalog.entries import now
+from registry.catalog.lookups import batches, marks, parsed
+from registry.store.errors import Conflict, Invalid, NotFound
+from registry.store.manifest import record_document, untagged
+from registry.store.text import quoted
+
+if TYPE_CHECKING:
+    from registry.cache.keys import Key
+    from registry.catalog.catalog import View
+    from registry.catalog.entries import Record
+    from registry.registry import Registry
+
+COMPONENT = "result"
+_TOUCH_SECONDS = 600.0
+
+
+class Artifact(NamedTuple):
+    """A stored result.
+
+    Attributes:
+        key: digest of what it depends on.
+        id: digest of its content, which a run records as its dataset.
+        used: when it was last loaded, in seconds since the epoch, to ten minutes.
+        size: bytes of its tensors.
+        runs: names of the runs that were trained on it.
+        record: the function, its parameters, digests of its files, and the seconds that it took.
+    """
+
+    key: str
+    id: str
+    created: str
+    used: float
+    size: int
+    tensors: int
+    runs: tuple[str, ...]
+    record: Mapping[str, Any]
+
+    @property
+    def function(self) -> str:
+        return str(self.record.get("function", "?"))
+
+
+class Artifacts:
+    """The artifacts of a registry."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    def find(self) -> list[Artifact]:
+        """All of them, the newest first."""
+        rows = self._registry.catalog.query(
+            "SELECT a.key, a.id, a.created, m.size, m.tensors, a.record FROM artifacts a "
+            "JOIN manifests m ON m.id = a.id "
+            "ORDER BY a.created DESC, a.key"
+        )
+        users = self._users()
+        return [self._artifact(users, *row) for row in rows]
+
+    def __getitem__(self, prefix: str) -> Artifact:
+        """The artifact whose key or id begins with some hex digits.
+
+        Raises:
+            NotFound, Conflict: if there is none, or several.
+        """
+        if not prefix or set(prefix) - set("0123456789abcdef"):
+            raise Invalid(f"{quoted(prefix)} is no key; registry cache list shows them")
+        found = [one for one in self.find() if one.key.startswith(prefix) or one.id.startswith(prefix)]
+        if not found:
+            raise NotFound(f"there is no artifact {quoted(prefix)}; registry cache list shows what there is")
+        if len(found) > 1:
+            raise Conflict(f"{quoted(prefix)} is the beginning of {len(found)} artifacts; give more digits")
+        return found[0]
+
+    def id_for(self, key: str) -> str | None:
+        """The id of the artifact under a key."""
+        rows = self._registry.catalog.query("SELECT id FROM artifacts WHERE key = ?", [key])
+        return str(rows[0][0]) if rows else None
+
+    def put(self, key: Key, tree: Any, *, version: str | int | None, seconds: float) -> str:
+        """Store a result under its key; returns the artifact's id.
+
+        Raises:
+            Unsupported: if a part of it cannot be stored.
+            StorageError: if the disk is full or refuses.
+        """
+        about = {
+            "function": key.function,
+            "version": version,
+            "parameters": key.parameters,
+            "files": {
+                name: [{"path": str(content.path), "digest": content.digest} for content in found]
+                for name, found in key.contents.items()
+            },
+            "seconds": round(seconds, 6),
+        }
+        about = {name: value for name, value in about.items() if value not in (None, {}, [])}
+        line = {"op": "artifact", "key": key.digest, "at": now(), "record": record_document(about)}
+
+        def records(view: View, artifact_id: str, text: Mapping[str, str]) -> list[Record]:
+            rows = view.query("SELECT id FROM artifacts WHERE key = ?", [key.digest])
+            return [{**line, "id": artifact_id, "was": rows[0][0] if rows else None, **text}]
+
+        registry = self._registry
+        artifact_id, _ = publish(
+            registry.catalog,
+            registry.store,
+            registry.store.encode({COMPONENT: tree}),
+            {"kind": "artifact"},
+            records,
+            what=key.function,
+        )
+        return artifact_id
+
+    def load(self, id: str, *, verify: bool | Literal["once"] = "once") -> Any:
+        """The tree of an artifact, mapped.
+
+        Args:
+            verify: check every byte against its digest: `True` always, `False` never, `once` unless that was done
+                before and the sizes, times and inodes of its packs are as they were then.
+
+        Raises:
+            NotFound, Corrupt: if it is not there any more, or not what was saved.
+        """
+        store = self._registry.store
+        once = verify == "once"
+        seen = Seen(self._registry.root, f"packs of {id}") if once else None
+        packs = self._packs(id) if once else {}
+        check = seen.entries != packs if seen else bool(verify)
+        tree = store.get(id, verify=check, label=f"artifact {id[:12]}")[COMPONENT]
+        if seen and check:
+            seen.keep(packs)
+        path = store.manifest_path(id)
+        with contextlib.suppress(FileNotFoundError):  # Dropped and collected by now; what was read is whole.
+            if time.time() - path.stat().st_mtime > _TOUCH_SECONDS and os.access(path, os.W_OK):
+                os.utime(path)  # when it was last of use
+        return tree
+
+    def _packs(self, id: str) -> dict[str, tuple[str, str]]:
+        """The packs of an artifact, and what shows that one has changed."""
+        rows = self._registry.catalog.query(
+            "SELECT p.digest FROM uses u JOIN packs p ON p.number = u.pack WHERE u.id = ?", [id]
+        )
+        return {name: (mark(self._registry.store.pack_path(name)), name) for (name,) in rows}
+
+    def remove(self, keys: Iterable[str]) -> int:
+        """Forget artifacts by their whole keys; returns how many there were."""
+        chosen = list(dict.fromkeys(keys))
+
+        def compute(view: View) -> list[Record]:
+            rows = (
+                row
+                for part in batches(chosen)
+                for row in view.query(f"SELECT key, id FROM artifacts WHERE key IN ({marks(part)})", part)
+            )
+            return [{"op": "drop-artifact", "key": key, "was": artifact_id} for key, artifact_id in rows]
+
+        entry = self._registry.catalog.commit(compute)
+        return len(entry.records) if entry else 0
+
+    def clear(self, *, older_than: float | None = None, unused: bool = False) -> list[Artifact]:
+        """Forget all artifacts, or those that were not loaded for so many seconds, or that no run names.
+
+        Returns:
+            What was forgotten; its bytes are freed by the next `gc`.
+        """
+        limit = time.time() - (older_than or 0.0)
+        chosen = [
+            one
+            for one in self.find()
+            if (older_than is None or one.used < limit) and not (unused and one.runs)
+        ]
+        self.remove(one.key for one in chosen)
+        return chosen
+
+    def _artifact(
+        self,
+        users: Mapping[str, tuple[str, ...]],
+        key: str,
+        id: str,
+        created: str,
+        size: int,
+        tensors: int,
+        record: str,
+    ) -> Artifact:
+        try:
+            used = self._registry.store.manifest_path(id).stat().st_mtime
+        except OSError:
+            used = 0.0
+        about = untagged(parsed(record))
+        return Artifact(key, id, created, used, size, tensors, users.get(id, ()), about)
+
+    def _users(self) -> dict[str, tuple[str, ...]]:
+        found: dict[str, tuple[str, ...]] = {}
+        for run in self._registry.runs.find():
+            for id in {run.record.get("dataset"), *run.record.get("artifacts", ())}:
+                if id:
+                    found[id] = (*found.get(id, ()), run.name)
+        return found

@@ -1,0 +1,7 @@
+"""Checkpoints: from live objects to a version of a model, and back, whole or in shards.
+
+Checkpoint: a version, with what it holds still on the disk. Component: one named tree of its state. Shard: the part of it
+that one of several processes holds.
+
+It imports `registry.live`, `registry.catalog`, `registry.progress` and `registry.store`.
+"""

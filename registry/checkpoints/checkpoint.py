@@ -1,0 +1,267 @@
+"""A checkpoint: what the registry knows of one version, and the way to its tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from registry.catalog.versions import Version
+from registry.store.text import printable
+
+if TYPE_CHECKING:
+    from registry.store.store import Store
+
+_logger = logging.getLogger(__name__)
+
+
+class Checkpoint:
+    """An immutable version of a model.
+
+    Get one from a registry: `Registry()["lenet5:v3"]`.
+    """
+
+    def __init__(self, store: Store, version: Version) -> None:
+        self._store = store
+        self._version = version
+
+    @property
+    def row(self) -> Version:
+        """What the catalog has of it."""
+        return self._version
+
+    @property
+    def id(self) -> str:
+        """The digest of the manifest."""
+        return self._version.id
+
+    @property
+    def model(self) -> str:
+        return self._version.model
+
+    @property
+    def version(self) -> int:
+        return self._version.version
+
+    @property
+    def name(self) -> str:
+        """The reference with the version, such as `lenet5:v3`."""
+        return self._version.name
+
+    @property
+    def created(self) -> str:
+        """Time of the save, in UTC, ISO 8601."""
+        return self._version.created
+
+    @property
+    def epoch(self) -> int | None:
+        return self._version.epoch
+
+    @property
+    def step(self) -> int | None:
+        return self._version.step
+
+    @property
+    def loss(self) -> float | None:
+        return self._version.loss
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Metric values by name."""
+        return self._version.metrics
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        return self._version.aliases
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        return self._version.tags
+
+    @property
+    def notes(self) -> tuple[tuple[str, str], ...]:
+        """Time and text of each note."""
+        return self._version.notes
+
+    @property
+    def config(self) -> Mapping[str, Any] | None:
+        """The hyperparameters that were saved with it."""
+        return self._version.record.get("config")
+
+    @property
+    def meta(self) -> Mapping[str, Any]:
+        """What the user recorded beside the fields that have names."""
+        return self._version.record.get("meta", {})  # type: ignore[no-any-return]
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """Everything the catalog has of it: source, lineage, versions of the software, component summaries."""
+        return self._version.record
+
+    @property
+    def run(self) -> str | None:
+        """The training session that saved it."""
+        return self._version.record.get("run")
+
+    @property
+    def parent(self) -> str | None:
+        """Name of the checkpoint that training went on from, such as `lenet5:v2`."""
+        return self._version.record.get("parent")
+
+    @property
+    def lineage(self) -> Sequence[Mapping[str, str]]:
+        """Edges to what it came from: each a `kind`, such as `resumed-from`, and a `parent`."""
+        return self._version.record.get("lineage", [])  # type: ignore[no-any-return]
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """How it was made: classes, builder, dataset, seconds since the run began, command, code, software."""
+        return self._version.record.get("provenance", {})  # type: ignore[no-any-return]
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        return tuple(self._version.record["components"])
+
+    @property
+    def size(self) -> int:
+        """Bytes of its distinct tensors, shared ones included."""
+        return self._version.size
+
+    def load(
+        self, only: str | Sequence[str] | None = None, *, copy: bool = False, verify: bool = True
+    ) -> dict[str, Any]:
+        """Its components by name; see `registry.store.store.Store.get`."""
+        return self._store.get(self.id, only=only, copy=copy, verify=verify, label=self.name)
+
+    def state_dict(self, component: str = "model", *, copy: bool = False, verify: bool = True) -> Any:
+        """One component, its tensors mapped copy-on-write from the store.
+
+        Raises:
+            NotFound: if the checkpoint has no such component.
+            Corrupt: if a byte is not what was saved.
+        """
+        if component not in self.components:
+            from registry.live.components import missing
+
+            raise missing(component, self.name, self.components)
+        return self.load(component, copy=copy, verify=verify)[component]
+
+    def load_into(self, *, verify: bool = True, **components: Any) -> None:
+        """Copy stored values into live trees of tensors, all or nothing: `load_into(model=net.state_dict())`.
+
+        Raises:
+            Incompatible: listing the names, shapes or dtypes that differ; nothing was changed.
+        """
+        self._store.load_into(self.id, components, verify=verify, label=self.name)
+
+    def restore(self, *, rng: bool | None = None, verify: bool = True, **live: Any) -> None:
+        """Put recorded state into live objects, all of them or none: `restore(model=model, optimizer=optimizer)`.
+
+        Names of wrapped networks (`DataParallel`, `torch.compile` and so on) are matched by the plain network's.
+
+        Args:
+            rng: restore the random number generators too; by default if not only networks are among the objects, such
+                as an optimizer, of whatever class, a scheduler or a loader, which means that training goes on. What
+                was frozen is frozen again then. Of several processes each gets its own, if as many as now saved the
+                checkpoint. The log says what was restored.
+            verify: check every byte against its digest.
+
+        Raises:
+            NotFound: if the checkpoint has no component of a name.
+            Incompatible: saying what differs; nothing was changed.
+            Corrupt: if a byte is not what was saved; nothing was changed.
+        """
+        from torch import nn
+
+        from registry.live import components
+        from registry.live import rng as generators
+        from registry.live.freezing import check_again, freeze_again
+        from registry.store.loading import naming
+
+        for name in live:
+            if name not in self.components:
+                raise components.missing(name, self.name, self.components)
+        if rng is None:
+            rng = not all(isinstance(component, nn.Module) for component in live.values())
+        networks = [name for name, component in live.items() if isinstance(component, nn.Module)]
+        others = [name for name in live if name not in networks]
+        if rng and "rng" in self.components:
+            others.append("rng")
+        frozen = self.provenance.get("frozen", {}) if rng else {}
+        for name in networks:
+            check_again(live[name], frozen.get(name, ()))
+        with contextlib.ExitStack() as borrowed:
+            states: dict[str, Any] = {}
+            if networks:
+                lent = self._store.borrowed(self.id, networks, verify=verify, label=self.name)
+                states |= borrowed.enter_context(lent)
+            if others:  # which keep the tensors that they are given
+                states |= self.load(others, copy=True, verify=verify)
+                states |= self._of_this_rank(others, verify)
+            with naming(self.name):
+                components.restore(states, live, self.provenance.get("kinds", {}))
+        told = [", ".join(live)]
+        for name in networks:
+            if names := frozen.get(name):
+                freeze_again(live[name], names, self.provenance.get("going_on", {}).get(name, ()))
+                told.append(f"{len(names)} names of {name} are frozen again")
+        if "rng" in states:
+            generators.restore(states["rng"])
+            told.append("the random numbers go on as they were")
+        elif rng:
+            told.append("no random numbers were recorded")
+        _logger.info("%s was restored: %s", self.name, "; ".join(told))
+
+    def _of_this_rank(self, names: Collection[str], verify: bool) -> dict[str, Any]:
+        """What this process has of its own where several train together, in place of the leading one's."""
+        from registry.live import ranks, rng
+
+        before, now, rank = self.provenance.get("processes", 1), ranks.count(), ranks.mine()
+        if before != now and "rng" in names:
+            _logger.warning(
+                "%s was saved by %d processes and goes on with %d: from here on the training is another one",
+                *(self.name, before, now),
+            )
+        if not rank or "ranks" not in self.components:
+            return {}
+        if before != now:
+            return {"rng": rng.capture()} if "rng" in names else {}
+        own = self.load(f"ranks/{rank}", copy=True, verify=verify)["ranks"][str(rank)]
+        return {name: own[name] for name in names if name in own}
+
+    @property
+    def extra(self) -> Mapping[str, Any]:
+        """The plain values and tensors that were saved as `extra`."""
+        return self.load("extra")["extra"] if "extra" in self.components else {}
+
+    def parameters(self) -> Iterator[tuple[str, str, tuple[int, ...], str]]:
+        """Path, dtype, shape and digest of every tensor, without reading one.
+
+        The digest of a tensor that several processes stored in shards is that of the list of its shards.
+        """
+        for path, info, _ in self._store.manifest(self.id).listed:
+            yield path, info.dtype, info.shape, info.digest
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({', '.join(f'{key}={value}' for key, value in self._facts())})"
+
+    def __rich_repr__(self) -> Iterator[tuple[str, Any]]:
+        yield from self._facts()
+
+    def _repr_html_(self) -> str:
+        import html
+
+        rows = "".join(
+            f"<tr><th>{html.escape(key)}</th><td>{html.escape(printable(str(value)))}</td></tr>"
+            for key, value in self._facts()
+        )
+        return f"<table>{rows}</table>"
+
+    def _facts(self) -> list[tuple[str, Any]]:
+        facts: list[tuple[str, Any]] = [("name", self.name), ("id", self.id[:12])]
+        named = {"epoch": self.epoch, "step": self.step, "loss": self.loss, **self.metrics}
+        for key, value in named.items():
+            if value is not None:
+                facts.append((key, f"{value:.5g}" if isinstance(value, float) else value))
+        return facts

@@ -1,0 +1,159 @@
+"""Layouts: where the parts of a checkpoint lie in the dict that a training program saved.
+
+`split` takes such a dict apart into components and remembers how, `join` puts the same dict together again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from registry.catalog.metrics import is_metric
+from registry.files.torch_files import values
+from registry.store.errors import Corrupt
+from registry.store.text import quoted
+
+COMPONENT_KEYS = {
+    "model": ("model_state_dict", "state_dict", "model", "net", "weights"),
+    "optimizer": ("optimizer_state_dict", "optimizer", "optim", "optimizer_states"),
+    "scheduler": (
+        "scheduler_state_dict",
+        "lr_scheduler_state_dict",
+        "scheduler",
+        "lr_scheduler",
+        "lr_schedulers",
+    ),
+    "scaler": ("scaler_state_dict", "scaler"),
+    "ema": ("ema_state_dict", "model_ema", "ema", "state_dict_ema"),
+    "rng": ("rng",),
+}
+"""Keys of a checkpoint dict that hold a component, the likeliest first."""
+
+FIELD_KEYS = {
+    "epoch": ("epoch",),
+    "step": ("step", "global_step", "iteration"),
+    "loss": ("loss", "val_loss", "train_loss"),
+}
+_CONFIG_KEYS = ("config", "hyper_parameters", "hparams", "args")
+
+_MAX_KEYS = 256  # a dict with more is no container of components
+MAX_CONFIG = 4 << 20
+
+
+def split(tree: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Components of a loaded `.pt` file, and the layout from which `join` puts it together again.
+
+    The layout is `{"whole": "model"}`, or `{"type": "dict", "keys": [...]}` with one entry for each key in
+    order: `[key, component]` for a component, `[key, "extra"]` for a part of `extra`, `[key, None, number]`
+    for a plain number that is recorded as a field.
+    """
+    places = _places(tree)
+    if not places:
+        return {"model": tree}, {"whole": "model"}
+    components = {component: tree[key] for key, component in places.items()}
+    numbers = {key for keys in FIELD_KEYS.values() for key in keys}
+    extra: dict[Any, Any] = {}
+    keys: list[list[Any]] = []
+    for key, value in tree.items():
+        if key in places:
+            keys.append([key, places[key]])
+        elif key in numbers and type(value) in (int, float) and math.isfinite(value) and abs(value) < 1 << 63:
+            keys.append([key, None, value])
+        else:
+            extra[key] = value
+            keys.append([key, "extra"])
+    if extra:
+        components["extra"] = extra
+    return components, {"type": type(tree).__name__, "keys": keys}
+
+
+def join(layout: Any, components: Mapping[str, Any], *, is_thin: bool = False) -> Any:
+    """The tree that `split` took apart.
+
+    Args:
+        is_thin: whether components that are not there any more are left out.
+
+    Raises:
+        Corrupt: if the layout does not fit the components.
+    """
+    try:
+        if set(layout) == {"whole"}:
+            return components[layout["whole"]]
+        tree: dict[Any, Any] = {"dict": dict, "OrderedDict": OrderedDict}[layout["type"]]()
+        for key, component, *number in layout["keys"]:
+            if number:
+                tree[key] = number[0]
+            elif component in components or not is_thin:
+                tree[key] = components["extra"][key] if component == "extra" else components[component]
+        return tree
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Corrupt(f"the recorded layout does not fit the components ({quoted(str(error))})") from None
+
+
+def _places(tree: Any) -> dict[str, str]:
+    """The component of each top-level key that holds one; none if the tree is no container of components."""
+    if type(tree) not in (dict, OrderedDict) or not 0 < len(tree) <= _MAX_KEYS:
+        return {}
+    if vars(tree) if type(tree) is OrderedDict else False:
+        return {}  # the _metadata of a state dict
+    if not all(type(key) in (str, int) for key in tree) or all(
+        isinstance(v, torch.Tensor) for v in tree.values()
+    ):
+        return {}
+    places = {}
+    for component, keys in COMPONENT_KEYS.items():
+        kinds = Mapping if component == "model" else (Mapping, list)
+        found = next((key for key in keys if isinstance(tree.get(key), kinds)), None)
+        if found is not None:
+            places[found] = component
+    return places
+
+
+def fields_of(tree: Any) -> dict[str, Any]:
+    if type(tree) not in (dict, OrderedDict) or all(isinstance(v, torch.Tensor) for v in tree.values()):
+        return {}
+    fields: dict[str, Any] = {}
+    for name, keys in FIELD_KEYS.items():
+        numbers = (_number(tree.get(key)) for key in keys)
+        found = next((n for n in numbers if n is not None and (name == "loss" or _is_count(n))), None)
+        fields[name] = found if found is None or name == "loss" else int(found)
+    metrics = tree.get("metrics")
+    if isinstance(metrics, Mapping):
+        measured = {key: _number(value) for key, value in metrics.items() if is_metric(key)}
+        fields["metrics"] = {key: float(value) for key, value in measured.items() if value is not None}
+    fields["config"] = next((tree[key] for key in _CONFIG_KEYS if is_config(tree.get(key))), None)
+    return fields
+
+
+def _number(value: Any) -> int | float | None:
+    if isinstance(value, torch.Tensor) and value.ndim == 0:
+        plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+        value = value.item() if plain and not value.is_complex() else None
+    if type(value) is int:
+        return value if abs(value) < 1 << 63 else None
+    return value if type(value) is float else None
+
+
+def _is_count(number: float) -> bool:
+    return 0 <= number < 1 << 63 and number == int(number) if math.isfinite(number) else False
+
+
+def is_config(value: Any) -> bool:
+    """Whether a value can stand in a record: plain values and string keys, no larger than a config file."""
+    if type(value) is not dict or not value:
+        return False
+    cost = 0
+    for part in values(value):
+        kind = type(part)
+        if part is not None and kind not in (bool, int, float, str, list, tuple, dict):
+            return False
+        if kind is dict and not all(type(key) is str and key[:1] != "$" for key in part):
+            return False
+        cost += len(part) if kind is str else 8
+        if cost > MAX_CONFIG:
+            return False
+    return True

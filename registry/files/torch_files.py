@@ -1,0 +1,270 @@
+"""`.pt` files: the only module that touches pickle, and only through `torch.load(weights_only=True)`.
+
+`weights_only` keeps a file from running code, but not from asking for more memory than there is. What such a
+file can ask for is bounded here: compressed entries, buffers that are made by their length alone, trees that
+refer to themselves, and tensors that unfold to many times the file.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import pickle
+import re
+import stat
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from registry.files import pickled
+from registry.files.foreign import kind_of
+from registry.store.durable import storage_errors
+from registry.store.errors import Invalid, NotFound, Unsupported
+from registry.store.text import printable, quoted
+
+TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+
+_logger = logging.getLogger(__name__)
+
+_ADVICE = "save it again from its own program as a plain state dict: torch.save(model.state_dict(), ...)"
+# the pickled number that every file of torch.save before 1.6 starts with
+_LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_BY_LENGTH = re.compile(rb"c(?:__builtin__|builtins)\nbytearray\n")
+_MAX_VALUES = 20_000_000
+_MAX_TEXT = 256 << 20
+_UNFOLDING = 16  # times a file's size: what its tensors may take in memory, and the values it may hold
+_SLACK = 64 << 20
+
+
+def read_torch_file(path: Path) -> Any:
+    """What a `.pt` or `.pth` file holds, on the CPU; tensors are mapped from the file where it allows that.
+
+    Raises:
+        NotFound: if there is no such file.
+        Unsupported: if it needs code to run, naming what; nothing falls back to unsafe pickle.
+        Invalid: if it is not a file of `torch.save`, or one that is made to exhaust memory.
+    """
+    try:
+        return _tree_in(path)
+    except (Invalid, Unsupported) as error:
+        with storage_errors(path):
+            kind = kind_of(path) if path.is_file() else None
+        if kind is None:
+            raise
+        raise Unsupported(f"{printable(str(path))}: {kind}") from error
+
+
+def _tree_in(path: Path) -> Any:
+    size = file_status(path).st_size
+    shown = printable(str(path))
+    if any("\ud800" <= character <= "\udfff" for character in str(path)):
+        raise Unsupported(f"{shown}: its name is not UTF-8, and torch cannot open it; rename it")
+    with storage_errors(path), path.open("rb") as file:
+        head = file.read(32)
+    zipped = head.startswith(b"PK\x03\x04")
+    if zipped:
+        _check_archive(path, size)
+    elif _LEGACY not in head:
+        if head[:1] == b"\x80":
+            raise Unsupported(f"{shown}: a bare pickle, reading it could run code; {_ADVICE}")
+        raise Invalid(f"{shown}: not a file of torch.save, by its first bytes")
+    elif _scan_file(path):
+        raise _by_length(shown)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with torch.serialization.safe_globals(pickled.ALLOWED):
+                tree = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except OSError:
+        with storage_errors(path):
+            raise
+    except Exception as error:
+        raise _refused(path, zipped, error) from error
+    try:
+        _check_extent(tree, size)
+        tree, count = pickled.plain(tree)
+    except Invalid as error:
+        raise Invalid(f"{shown}: {error}") from None
+    except RecursionError:
+        raise Invalid(f"{shown}: its tuples nest deeper than anything that can be stored") from None
+    if count:
+        _logger.warning("%s: an argparse.Namespace is read as a dict", shown)
+    return tree
+
+
+def file_status(path: Path) -> os.stat_result:
+    """Status of a regular file that is not empty; links are followed.
+
+    Raises:
+        NotFound: if there is nothing at `path`.
+        Invalid: if it is a folder, a pipe, a device or an empty file.
+        StorageError: if the system refuses.
+    """
+    shown = printable(str(path))
+    try:
+        with storage_errors(path):
+            try:
+                status = os.stat(path)
+            except (FileNotFoundError, NotADirectoryError):
+                raise NotFound(f"{shown}: there is no such file") from None
+    except ValueError:
+        raise Invalid(f"{shown}: a path cannot hold this character") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise Invalid(f"{shown}: not a regular file")
+    if status.st_size == 0:
+        raise Invalid(f"{shown}: the file is empty")
+    return status
+
+
+def _check_archive(path: Path, size: int) -> None:
+    """Refuse archives that unpack to more than they take, which `torch.save` never writes."""
+    shown = printable(str(path))
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            packed = next((e for e in entries if e.compress_type != zipfile.ZIP_STORED), None)
+            if packed or sum(entry.file_size for entry in entries) > size:
+                raise Invalid(f"{shown}: a compressed archive, not a file of torch.save; unpack it first")
+            pickles = [entry for entry in entries if entry.filename.endswith("data.pkl")]
+            if any(_BY_LENGTH.search(archive.read(entry)) for entry in pickles):
+                raise _by_length(shown)
+    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+        text = printable(str(error).partition("\n")[0])[:160]
+        raise Invalid(f"{shown}: not a readable file of torch.save ({text}); it may be cut short") from None
+    except OSError:
+        with storage_errors(path):
+            raise
+
+
+def _scan_file(path: Path) -> bool:
+    with (
+        storage_errors(path),
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+    ):
+        return _BY_LENGTH.search(data) is not None
+
+
+def _by_length(shown: str) -> Unsupported:
+    return Unsupported(
+        f"{shown}: holds a bytearray, which cannot be stored; convert it to bytes, then {_ADVICE}"
+    )
+
+
+def _refused(path: Path, zipped: bool, error: Exception) -> Invalid | Unsupported:
+    shown = printable(str(path))
+    blocked = _blocked(path) if zipped else ()
+    if blocked:
+        names = ", ".join(printable(name[:80]) for name in sorted(blocked)[:5])
+        return Unsupported(f"{shown}: loading it would run code ({names}); {_ADVICE}")
+    text = str(error)
+    if re.search("Unsupported|Weights only|weights_only", text):
+        return Unsupported(
+            f"{shown}: not a plain state dict, loading it could run code ({_reason(error)}); {_ADVICE}"
+        )
+    first = printable(text.strip().partition("\n")[0])[:160] or type(error).__name__
+    return Invalid(f"{shown}: not a readable file of torch.save ({first})")
+
+
+def _blocked(path: Path) -> set[str]:
+    try:
+        with torch.serialization.safe_globals(pickled.ALLOWED):
+            return set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:
+        return set()
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    named = re.search(r"GLOBAL (\S+)", text)
+    if named:
+        return printable(named[1][:80])
+    telling = [line for line in text.splitlines() if re.search("nsupported|weights_only", line)]
+    return printable(telling[0].strip())[:160] if telling else type(error).__name__
+
+
+def _check_extent(tree: Any, size: int) -> None:
+    """Refuse a tree that a small file can describe but no disk can hold.
+
+    Raises:
+        Invalid: with what unfolds beyond reason.
+    """
+    seen: set[tuple[object, ...]] = set()
+    unfolded = text = 0
+    limit = min(_UNFOLDING * size + 10_000, _MAX_VALUES)
+    for count, value in enumerate(values(tree)):
+        if isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.device.type == "meta" or value.is_nested:
+                continue  # the store refuses these by name
+            view = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
+            if view not in seen:
+                seen.add(view)
+                unfolded += value.numel() * value.element_size()
+        elif isinstance(value, str | bytes):
+            text += len(value)
+        if count > limit or text > _MAX_TEXT:
+            raise Invalid(
+                "its values refer to each other so often that they unfold beyond what can be stored"
+            )
+        if unfolded > _UNFOLDING * size + _SLACK:
+            raise Invalid(f"its tensors unfold to over {unfolded} bytes, the file has only {size}")
+
+
+def values(tree: Any) -> Iterator[Any]:
+    """Every value in a tree, dict keys included, without recursion; endless if the tree holds itself."""
+    stack = [tree]
+    while stack:
+        value = stack.pop()
+        yield value
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                stack += (item, key)
+            stack += vars(value).values() if hasattr(value, "__dict__") else ()
+        elif isinstance(value, list | tuple | set):
+            stack += value
+
+
+def write_torch_file(tree: Any, write: Callable[[memoryview], object]) -> None:
+    """Write a tree as a `.pt` file, front to back, one tensor at a time.
+
+    Args:
+        write: takes the next bytes; what it raises comes out of here.
+
+    Raises:
+        Unsupported: if torch cannot write the tree.
+    """
+    sink = _Sink(write)
+    try:
+        has_empty_bytes = any(type(value) is bytes and not value for value in values(tree))
+        module = pickled.FOR_EMPTY_BYTES if has_empty_bytes else pickle
+        torch.save(tree, sink, pickle_module=module)  # type: ignore[arg-type]
+    except Exception as error:
+        if sink.error is not None:
+            raise sink.error from None  # torch reports only that the writing stopped
+        text = str(error).partition("\n")[0]
+        raise Unsupported(f"torch cannot write this as a .pt file: {quoted(text)}") from error
+
+
+class _Sink:
+    """What `torch.save` needs of a file."""
+
+    def __init__(self, write: Callable[[memoryview], object]) -> None:
+        self._write = write
+        self.error: BaseException | None = None
+
+    def write(self, data: memoryview) -> int:
+        if self.error is None:
+            try:
+                self._write(data)
+            except BaseException as error:
+                self.error = error
+                raise
+        return len(data)
+
+    def flush(self) -> None:
+        """Nothing is held back."""

@@ -1,0 +1,151 @@
+"""Builders: how a model's network is made again, by a name that the running program registered.
+
+Nothing that a stored file names is ever imported. A checkpoint records the builder's name; what that name means is
+up to the program that loads it, or to the packages installed with it (entry points `registry.models`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
+from typing import Any, NamedTuple, TypeVar
+
+from torch import nn
+
+from registry.catalog.reference import check_name
+from registry.configs.config import Config
+from registry.configs.plain import plain_table
+from registry.live.components import class_of, plain_module
+from registry.store.errors import Conflict, Invalid, NotFound
+from registry.store.text import quoted
+
+_logger = logging.getLogger(__name__)
+
+GROUP = "registry.models"
+Built = TypeVar("Built", bound=Callable[..., nn.Module])
+
+
+class Builder(NamedTuple):
+    """A registered builder: what makes the network, and the class of its configuration."""
+
+    name: str
+    make: Callable[..., nn.Module]
+    config: type[Config] | None
+
+    def build(self, config: Mapping[str, Any] | None) -> nn.Module:
+        """The network for a recorded configuration, with fresh weights.
+
+        Raises:
+            Invalid: if the configuration does not fit the builder.
+        """
+        if self.config is not None:
+            return self.make(self.config.from_dict(config or {}, source=f"the configuration of {self.name}"))
+        try:
+            of_class = getattr(self.make, "config_class", None)  # As those of Hugging Face have it.
+            if config and callable(from_dict := getattr(of_class, "from_dict", None)):
+                return self.make(from_dict(dict(config)))
+            return self.make(**(config or {}))
+        except TypeError as error:
+            raise Invalid(
+                f"the builder {quoted(self.name)} cannot take this configuration: {error}"
+            ) from None
+
+
+_builders: dict[str, Builder] = {}
+
+
+def register_model(name: str, *, config: type[Config] | None = None) -> Callable[[Built], Built]:
+    """Register a network's class, or a function that makes it, under a name.
+
+    The builder is called with an instance of `config`, filled from what a checkpoint recorded; without `config`,
+    with the recorded values as keyword arguments, or with what the class's `config_class` makes of them. A network's
+    configuration is its attribute `config`: a `Config`, or anything with `to_dict()`, as networks of Hugging Face have it.
+
+    >>> @register_model("doctest-linear")
+    ... class Net(nn.Linear):
+    ...     def __init__(self) -> None:
+    ...         super().__init__(2, 1)
+
+    Raises:
+        Invalid: if the name is malformed.
+        Conflict: if another builder has it.
+    """
+    check_name(name, "builder")
+
+    def register(make: Built) -> Built:
+        known = _builders.get(name)
+        if known is not None and _place(known.make) != _place(make):
+            raise Conflict(f"the builder {quoted(name)} is registered already, by {_place(known.make)}")
+        _builders[name] = Builder(name, make, config)
+        return make
+
+    return register
+
+
+def builder(name: str) -> Builder:
+    """The builder that is registered under a name, in this program or by an installed package.
+
+    Raises:
+        NotFound: saying how to register one.
+    """
+    if name not in _builders:
+        for entry in entry_points(group=GROUP, name=name):
+            entry.load()  # registers its builders as it is imported
+    found = _builders.get(name)
+    if found is None:
+        near = difflib.get_close_matches(name, names(), 1)
+        meant = f"did you mean {quoted(near[0])}? or " if near else ""
+        raise NotFound(
+            f"no builder {quoted(name)} is registered; {meant}import the module that has "
+            f"@register_model({quoted(name)}) above its network first"
+        )
+    return found
+
+
+def names() -> list[str]:
+    """The names of all builders, those of installed packages included."""
+    return sorted({*_builders, *(entry.name for entry in entry_points(group=GROUP))})
+
+
+def name_for(model: Any) -> str | None:
+    """The name under which a network's class is registered."""
+    kind = class_of(model)
+    return next((found.name for found in _builders.values() if found.make is kind), None)
+
+
+def config_of(model: Any) -> dict[str, Any] | None:
+    """A network's own configuration as plain values: its attribute `config`, if that is a `Config`, a mapping, a
+    namespace, a dataclass, or has `to_dict()`. Keys that are numbers, as transformers numbers its labels, become texts."""
+    config = getattr(plain_module(model), "config", None)
+    if isinstance(config, Config):
+        return config.to_dict()
+    if config is None or isinstance(config, type):
+        return None
+    try:
+        found = config.to_dict() if callable(getattr(config, "to_dict", None)) else config
+        return plain_table(_with_text_keys(found), "the network's configuration")
+    except Exception as error:
+        _logger.warning("the network's configuration is not recorded: %s", error)
+        return None
+
+
+def _with_text_keys(value: Any) -> Any:
+    """A tree whose numbers among the keys are texts, as JSON writes them."""
+    if isinstance(value, Mapping):
+        return {
+            str(key) if type(key) in (int, float) else key: _with_text_keys(item)
+            for key, item in value.items()
+        }
+    return [_with_text_keys(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def config_kind(model: Any) -> str | None:
+    """The class of a network's configuration, if it has one."""
+    config = getattr(plain_module(model), "config", None)
+    return None if config is None else type(config).__qualname__
+
+
+def _place(make: Callable[..., Any]) -> str:
+    return f"{make.__module__}.{make.__qualname__}"

@@ -1,0 +1,139 @@
+"""Devices: which of those that were asked for are there, and spreading a network over several."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from registry.live import ranks
+from registry.store.errors import Invalid, NotFound
+from registry.store.text import quoted
+
+_logger = logging.getLogger(__name__)
+
+_NUMBERS = re.compile(r"\d{1,4}(,\d{1,4})*\Z")
+
+
+def get_devices(wanted: int | Sequence[int] | str | torch.device | None = None) -> list[torch.device]:
+    """The devices to train on, which are really there; what was chosen is logged.
+
+    Under `torchrun` each process gets one device: of those that were asked for, the one of its local rank.
+
+    Args:
+        wanted: None for every accelerator, or else the CPU; a number for so many of them, or as many as there
+            are; numbers such as `[0, 3]` for these; or a name: `cpu`, `mps`, `cuda`, `cuda:1`, `2`, `0,3`.
+
+    Returns:
+        At least one device: accelerators of one kind, or the CPU alone.
+
+    Raises:
+        Invalid: if the request cannot be read.
+        NotFound: if a device that is named is not there, saying which ones are.
+    """
+    chosen = _choose(_parsed(wanted))
+    if ranks.started() > 1 and chosen[0].type == "cuda":
+        place = ranks.local()
+        if place >= len(chosen):
+            raise NotFound(
+                f"process {place} of this machine has no device: {_shown(chosen)} for "
+                f"{ranks.local_count()} processes; start fewer with --nproc-per-node={len(chosen)}"
+            )
+        chosen = [chosen[place]]
+    _logger.info("training on %s", _shown(chosen))
+    return chosen
+
+
+def parallelize(
+    model: nn.Module, devices: Sequence[torch.device] | None = None, *, exact: bool = False
+) -> nn.Module:
+    """Put a network on devices, and let all of them work on each batch.
+
+    Several devices in one process give a `DataParallel`, whose forward pass returns one loss for each device: take
+    the mean. Batches must not be smaller than the number of devices, or some of them have nothing to do. Several
+    processes (`torchrun`) give a `DistributedDataParallel`, which is the faster of the two. With one device and one
+    process it is the network itself.
+
+    Args:
+        devices: those of `get_devices`, which is asked for them if they are left out.
+        exact: let resumed training be bit for bit that which was not interrupted, also with more than two
+            processes. `DistributedDataParallel` otherwise sums gradients in another order after its first step than
+            in it; with more than two, this costs a walk over the graph in each step (`find_unused_parameters`).
+    """
+    devices = get_devices() if devices is None else list(devices)
+    model.to(devices[0])
+    if ranks.count() > 1:
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            return model  # there are no gradients to share
+        ids = devices if devices[0].type == "cuda" else None
+        return DistributedDataParallel(
+            model, device_ids=ids, find_unused_parameters=exact and ranks.count() > 2
+        )
+    if len(devices) == 1:
+        return model
+    _logger.warning(
+        "each batch is split over %d devices: a batch must not be smaller than %d samples",
+        *(len(devices), len(devices)),
+    )
+    return DataParallel(model, device_ids=devices)
+
+
+def _parsed(wanted: int | Sequence[int] | str | torch.device | None) -> int | list[int] | str | None:
+    if wanted is None:
+        return None
+    if isinstance(wanted, torch.device):
+        return str(wanted)
+    if isinstance(wanted, str):
+        if not _NUMBERS.match(wanted):
+            return wanted
+        numbers = [int(number) for number in wanted.split(",")]
+        wanted = numbers if "," in wanted else numbers[0]
+    if isinstance(wanted, int) and not isinstance(wanted, bool) and wanted >= 1:
+        return wanted
+    if isinstance(wanted, list | tuple) and wanted and all(type(n) is int and n >= 0 for n in wanted):
+        if len(set(wanted)) < len(wanted):
+            raise Invalid(f"devices are {list(wanted)}, which names one of them twice")
+        return list(wanted)
+    raise Invalid(
+        f"devices are {quoted(str(wanted))}, expected how many (1 or more), a list of numbers such as [0, 3], or a "
+        "name such as cpu or cuda:1"
+    )
+
+
+def _choose(wanted: int | list[int] | str | None) -> list[torch.device]:
+    there = _accelerators()
+    if wanted is None:
+        return there or [torch.device("cpu")]
+    if isinstance(wanted, int):
+        if len(there) < wanted:
+            _logger.warning(
+                "%d devices were asked for, there are %s", wanted, _shown(there) or "none but cpu"
+            )
+        return there[:wanted] or [torch.device("cpu")]
+    if isinstance(wanted, list):
+        return [_named(f"cuda:{number}", there) for number in wanted]
+    return [_named(wanted, there)]
+
+
+def _named(name: str, there: Sequence[torch.device]) -> torch.device:
+    everything = [torch.device("cpu"), *there]
+    for device in everything:
+        if name in (str(device), device.type):
+            return device
+    raise NotFound(f"there is no device {quoted(name)}; there is {_shown(everything)}")
+
+
+def _accelerators() -> list[torch.device]:
+    if torch.cuda.is_available():
+        return [torch.device("cuda", place) for place in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        return [torch.device("mps")]
+    return []
+
+
+def _shown(devices: Sequence[torch.device]) -> str:
+    return ", ".join(map(str, devices))

@@ -1,0 +1,396 @@
+"""Plans: which tensors of a source go where in a network, as data that is read, edited and replayed, whole or not at all."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict, defaultdict
+from collections.abc import Container, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from torch import nn
+
+from registry.live import freezing
+from registry.patterns import escaped
+from registry.store.durable import write_file
+from registry.store.errors import Conflict, Incompatible, Invalid, NotFound, Unsupported, fix
+from registry.store.text import printable, quoted
+from registry.transfer.adapters import Rows, adapt, needs_source
+from registry.transfer.sides import STATE_DICT, Side, Source, side_of
+
+if TYPE_CHECKING:
+    from registry.registry import Registry
+
+SCHEMA = 1
+Action = Literal["copy", "make", "keep", "unused"]
+
+
+class Step(BaseModel):
+    """What happens to one name.
+
+    Attributes:
+        action: `copy` from the source, `make` by an adapter that needs no source, `keep` the target's own value, or
+            leave a name of the source `unused`.
+        why: the category of the diff, or the expectation that covers it.
+        rows: for the adapter `class-rows`.
+        elements: of the target's tensor; of the source's for what is unused.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    action: Action
+    target: str | None = None
+    source: str | None = None
+    why: str = ""
+    adapter: str | None = None
+    rows: Rows | None = None
+    cast: bool = False
+    elements: int = 0
+    buffer: bool = False
+
+    @property
+    def loaded(self) -> int:
+        """Elements of the target that come from the source."""
+        if self.action != "copy":
+            return 0
+        return self.elements * len(self.rows.pairs) // self.rows.of if self.rows else self.elements
+
+
+class FrozenPart(BaseModel):
+    """What is frozen somewhere: names of parameters, their elements, and the elements of the others."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    where: str
+    names: tuple[str, ...]
+    elements: int
+    trainable: int
+
+    @classmethod
+    def of(cls, where: str, sizes: Mapping[str, int], frozen: Container[str]) -> FrozenPart:
+        """
+        Args:
+            sizes: elements of each parameter by name.
+            frozen: names of those that are frozen, and of anything else.
+        """
+        names = tuple(name for name in sizes if name in frozen)
+        elements = sum(sizes[name] for name in names)
+        return cls(where=where, names=names, elements=elements, trainable=sum(sizes.values()) - elements)
+
+
+class _Origin:
+    """What a plan was made from. It is no part of what the plan says: it is not compared, copied or pickled."""
+
+    source: Source | None = None
+    registry: Registry | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[type[_Origin], tuple[()]]:
+        return _Origin, ()
+
+
+class TransferPlan(BaseModel):
+    """Which tensors of a source go where in a target: made, printed, edited, saved and replayed.
+
+    Attributes:
+        source, target: labels for people.
+        source_digest: of the source's names and values, unless it is a live network; checked when the plan is applied.
+        target_digest: of the target's names, dtypes and shapes; likewise.
+        freeze: patterns of names to freeze after the copy.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = Field(default=SCHEMA, alias="schema")
+    source: str
+    source_id: str | None = None
+    source_digest: str | None
+    target: str
+    target_digest: str
+    steps: tuple[Step, ...]
+    freeze: tuple[str, ...] = ()
+    bn: Literal["freeze", "update"] = "freeze"
+    min_coverage: float = Field(default=0.0, ge=0, le=1)
+    allow_nan: bool = False
+    notes: tuple[str, ...] = ()
+    _origin: _Origin = PrivateAttr(default_factory=lambda: _Origin())
+
+    def remember(self, source: Source, registry: Registry | None) -> None:
+        """Note what the plan was made from, for `apply`; a plan that is read from a file does not have it."""
+        self._origin.source, self._origin.registry = source, registry
+
+    @property
+    def loaded(self) -> tuple[Step, ...]:
+        """The steps that copy."""
+        return tuple(step for step in self.steps if step.action == "copy")
+
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """Elements of the target's parameters that are loaded, and all of them."""
+        own = [step for step in self.steps if step.target and not step.buffer]
+        return sum(step.loaded for step in own), sum(step.elements for step in own)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the elements of the target's parameters that are loaded."""
+        loaded, all_of_them = self.parameters
+        return loaded / all_of_them if all_of_them else 0.0
+
+    @property
+    def frozen_part(self) -> FrozenPart | None:
+        """What is frozen after the copy."""
+        if not self.freeze:
+            return None
+        sizes = {step.target: step.elements for step in self.steps if step.target and not step.buffer}
+        covers = freezing.Freeze(self.freeze).covers
+        return FrozenPart.of("the plan", sizes, {name for name in sizes if covers(name)})
+
+    @property
+    def summary(self) -> str:
+        """What is loaded, in one line."""
+        targets = sum(step.target is not None for step in self.steps)
+        return f"loaded {len(self.loaded)} of {targets} tensors, {percent(self.coverage)} of parameters"
+
+    def __str__(self) -> str:
+        from registry.reports.text import plan_text
+
+        return plan_text(self)
+
+    def to_json(self) -> str:
+        return self.model_dump_json(by_alias=True, indent=2, exclude_defaults=False) + "\n"
+
+    def save(self, path: Path | str) -> None:
+        """Write the plan as JSON, whole or not at all.
+
+        Raises:
+            StorageError: if the system refuses.
+        """
+        write_file(Path(path), self.to_json().encode())
+
+    @classmethod
+    def load(cls, path: Path | str) -> TransferPlan:
+        """Read a plan that was saved, and perhaps edited.
+
+        Raises:
+            NotFound: if there is no such file.
+            Invalid: naming what is wrong with it.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text("utf-8")
+        except FileNotFoundError:
+            raise NotFound(f"{path}: there is no such file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise Invalid(f"{path}: cannot be read ({printable(str(error))})") from None
+        return cls.from_json(text, source=printable(str(path)))
+
+    @classmethod
+    def from_json(cls, text: str, *, source: str = "the plan") -> TransferPlan:
+        """Check a plan that is written as JSON."""
+        try:
+            plan = cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise Invalid(f"{source}: {quoted(where)}: {printable(first['msg'])}") from None
+        if plan.schema_version != SCHEMA:
+            raise Invalid(f"{source}: has schema {plan.schema_version}, this version knows {SCHEMA}")
+        seen: dict[str, str | None] = {}
+        for step in plan.steps:
+            if step.action == "copy" and (step.target is None or step.source is None):
+                raise Invalid(f"{source}: a step that copies needs a source and a target")
+            if step.action == "make" and (
+                step.target is None or not step.adapter or needs_source(step.adapter)
+            ):
+                raise Invalid(f"{source}: a step that makes needs a target and the adapter identity")
+            if step.target is not None:
+                if step.target in seen:
+                    raise Conflict(
+                        f"{source}: {seen[step.target]} and {step.source} both go to {step.target}; keep one"
+                    )
+                seen[step.target] = step.source
+        return plan
+
+    def apply(
+        self, model: nn.Module, source: Source | None = None, *, registry: Registry | None = None
+    ) -> nn.Module:
+        """Copy what the plan says into a live network and freeze what it says: all of it, or nothing.
+
+        Args:
+            source: where the values come from; by default what the plan was made from. A plan that was read from a file
+                knows a reference, a file or a name, and not a live network or a state dict.
+            registry: where references are looked up; by default as when the plan was made.
+
+        Returns:
+            The network.
+
+        Raises:
+            Incompatible: if the source or the network is another than the plan was made for, or a step does not fit.
+            Invalid: if values are NaN or infinite and the plan does not allow it.
+            Corrupt: if a stored byte is not what was saved.
+        """
+        left, right = self._side_of(source, registry), side_of(model)
+        if not right.has_values:
+            raise Invalid(f"{right.label} is on the meta device; give it memory and values first")
+        self.check(left, right)
+        copies = list(self._values(left, right))
+        _check_finite(copies, left, self.allow_nan)
+        _check_kept(self.steps, right)
+        if self.freeze:
+            freezing.check(model, self.freeze)
+        with torch.no_grad():
+            for step, value in copies:
+                right.tensor(step.target).copy_(value)  # type: ignore[arg-type]
+        if self.freeze:
+            freezing.freeze(model, self.freeze, bn=self.bn)
+        return model
+
+    def _side_of(self, source: Source | None, registry: Registry | None) -> Side:
+        if source is None and self._origin.source is None:
+            if self.source_digest is None or self.source == STATE_DICT:
+                what = STATE_DICT if self.source == STATE_DICT else f"a live network, {quoted(self.source)}"
+                raise Invalid(f"the plan was made from {what}, which its file does not hold: pass source=")
+            source = self.source
+        elif source is None:
+            source, registry = self._origin.source, registry or self._origin.registry
+        return side_of(source, registry)
+
+    def state_dict(
+        self, model: nn.Module, source: Source | None = None, *, registry: Registry | None = None
+    ) -> OrderedDict[str, torch.Tensor]:
+        """What the plan loads, as a state dict under the network's names; the network is not changed.
+
+        For those who load by themselves, such as before a network is sharded: `load_state_dict(..., strict=False)`. The
+        versions of layers (`_metadata`), by which torch's own layers read old state dicts, follow their names.
+
+        Args:
+            model: the network that the plan was made for; its values fill what an adapter leaves.
+            source, registry: as for `apply`.
+
+        Raises:
+            Incompatible, Invalid, Corrupt: as for `apply`.
+        """
+        left, right = self._side_of(source, registry), side_of(model)
+        self.check(left, right)
+        found: OrderedDict[str, torch.Tensor] = OrderedDict()
+        metadata: OrderedDict[str, Any] = OrderedDict()
+        for step, value in self._values(left, right):
+            assert step.target is not None
+            found[step.target] = value
+            old, new = ((name or "").rpartition(".")[0] for name in (step.source, step.target))
+            if left.metadata and old in left.metadata:
+                metadata[new] = left.metadata[old]
+        found._metadata = metadata  # type: ignore[attr-defined]
+        return found
+
+    def _values(self, left: Side, right: Side) -> Iterator[tuple[Step, torch.Tensor]]:
+        for step in self.steps:
+            if step.action not in ("copy", "make"):
+                continue
+            assert step.target is not None
+            value = left.tensor(step.source) if step.source else None
+            if step.adapter:
+                value = adapt(step.adapter, value, right.tensor(step.target), step.rows)
+            assert value is not None
+            yield step, value.detach()
+
+    def check(self, left: Side, right: Side) -> None:
+        """Whether the plan fits its two sides as they are now.
+
+        Raises:
+            Incompatible, Unsupported: saying what does not fit.
+        """
+        if right.structure != self.target_digest:
+            raise Incompatible(
+                f"the plan was made for another {self.target}: names, shapes or dtypes of this network differ; "
+                "make a new plan"
+            )
+        if self.source_digest is not None and left.content != self.source_digest:
+            raise Incompatible(
+                f"the plan was made from {self.source} with other values or names; make a new plan"
+            )
+        if self.coverage < self.min_coverage:
+            raise Incompatible(
+                f"{self.summary}, less than the {percent(self.min_coverage)} that the plan asks for"
+            )
+        named = {step.target for step in self.steps if step.target}
+        for name in right.entries:
+            if name not in named:
+                raise Incompatible(f"the plan says nothing of {name}; let it be copied, or kept")
+        for step in self.steps:
+            if step.target is not None and step.target not in right.entries:
+                raise Incompatible(f"the network has no {step.target}, which the plan names")
+            if step.source is not None and step.source not in left.entries:
+                raise Incompatible(f"{left.label} has no {step.source}, which the plan names")
+            if step.action in ("copy", "make") and step.target in right.derived:
+                raise Unsupported(
+                    f"{step.target} is made by the network's own state_dict()",
+                    fix("leave it out", expect={escaped(step.target): "skip"}),
+                )
+            if step.action == "copy":
+                _check_copy(step, left, right)
+
+
+def _check_copy(step: Step, left: Side, right: Side) -> None:
+    assert step.target is not None
+    assert step.source is not None
+    a, b = left.entries[step.source], right.entries[step.target]
+    if not step.adapter and a.shape != b.shape:
+        raise Incompatible(f"{step.source} has shape {list(a.shape)}, {step.target} has {list(b.shape)}")
+    if a.dtype != b.dtype and not step.cast:
+        raise Incompatible(
+            f"{step.source} is {a.dtype}, {step.target} is {b.dtype}, and the plan does not cast it"
+        )
+
+
+def _check_finite(copies: list[tuple[Step, torch.Tensor]], left: Side, allowed: bool) -> None:
+    if allowed:
+        return
+    floats = [
+        (step, value) for step, value in copies if value.is_floating_point() and value.dtype.itemsize > 1
+    ]
+    sums: dict[object, list[torch.Tensor]] = defaultdict(list)
+    for _, value in floats:
+        wide = torch.float32 if value.dtype.itemsize == 2 else value.dtype
+        sums[wide, value.device].append(value.sum(dtype=wide))
+    if all(bool(torch.stack(several).isfinite().all()) for several in sums.values()):
+        return
+    for step, value in floats:
+        if not bool(value.isfinite().all()):  # a sum may also overflow
+            raise Invalid(
+                f"{step.source} of {left.label} holds NaN or infinity",
+                fix("if it is to be loaded all the same", allow_nan=True),
+            )
+
+
+def _check_kept(steps: tuple[Step, ...], right: Side) -> None:
+    """What is not loaded keeps the network's own values, and those must be some."""
+    for step in steps:
+        if step.action == "keep" and step.target:
+            value = right.tensor(step.target)
+            if value.is_floating_point() and value.dtype.itemsize > 1 and not bool(value.isfinite().all()):
+                raise Invalid(
+                    f"{step.target} is not loaded, and holds NaN or infinity in the network; initialise it first"
+                )
+
+
+def percent(share: float) -> str:
+    """A share that never rounds up to all.
+
+    >>> percent(0.99954), percent(1.0), percent(0.999999)
+    ('99.95 %', '100 %', '99.99 %')
+    """
+    if share == 1:
+        return "100 %"
+    return f"{math.floor(share * 10_000) / 100:.2f} %"
+
+
+def plan_document(plan: TransferPlan) -> dict[str, Any]:
+    """The plan as plain values, as it is recorded with the checkpoint that came of it."""
+    return plan.model_dump(mode="json", by_alias=True)

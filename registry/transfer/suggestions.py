@@ -1,0 +1,205 @@
+"""Suggestions: rules of renaming that would explain what two sides do not have in common. Never applied by themselves."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from registry.transfer.matching import LOADABLE, Category, Pair, Rename, aligned
+from registry.transfer.sides import Entry, Side
+
+_PEFT = "base_model.model."
+_PEFT_LAYER = ".base_layer."
+_PEFT_SAVED = ".modules_to_save.default."
+"""What PEFT puts before every name, and into those of the layers that it has wrapped."""
+
+_SWAPPED = "with the other prefix"
+
+_MOST_LAYERS = 50
+"""Layers for which a rule each is suggested."""
+
+_TRIED = 5
+"""How many changes of a prefix are tried out, those that fit the most names first."""
+
+_MOST_ALIKE = 8
+"""Names with the same end that are looked at; more say nothing."""
+
+
+class Suggestion(NamedTuple):
+    """Rules for the names of A, and what speaks for them."""
+
+    rules: tuple[str, ...]
+    evidence: str
+
+    def __str__(self) -> str:
+        return f"{' '.join(f'--rename {shlex.quote(rule)}' for rule in self.rules)}  ({self.evidence})"
+
+
+def suggestions(left: Side, right: Side, pairs: Sequence[Pair]) -> Iterator[Suggestion]:
+    """Rules that may explain what is left over, each with its evidence.
+
+    First what maps the most names at once: a prefix that one side has, or another one, or what PEFT adds; then layers of
+    the same shapes in the same order; then single names.
+    """
+    ours = [pair.a for pair in pairs if pair.category == Category.ONLY_A and pair.a]
+    theirs = [pair.b for pair in pairs if pair.category == Category.ONLY_B and pair.b]
+    yield from _moved(left, right, pairs)
+    mine, others = _layers_of(ours), _layers_of(theirs)
+    are_alike = len(mine) > 1 and list(mine.values()) == list(others.values())
+    before = sum(pair.category in LOADABLE or pair.category == Category.CAST for pair in pairs)
+    gain, whole = _whole(left, right, before, ours, theirs)
+    if whole is not None and not (are_alike and gain < len(ours)):
+        yield whole
+        return
+    if are_alike and len(mine) <= _MOST_LAYERS:
+        # The deeper ones first, as the first rule that fits a name is the one that counts.
+        moves = sorted(zip(mine, others, strict=True), key=lambda pair: -pair[0].count("."))
+        rules = tuple(
+            rule
+            for a, b in moves
+            if a != b
+            for rule in ([f"{a}.*={b}.*"] if a and b else _leaves(a, b, mine[a]))
+        )
+        if _fitting(rules, left.entries, right.entries) == before + len(ours):
+            yield Suggestion(rules, f"the same {len(mine)} shapes in the same order")
+            return
+    evidence: tuple[tuple[str, Callable[[Entry], object]], ...] = (
+        ("the only ones of shape {shape}", lambda e: e.shape),
+        ("the only {leaf} of shape {shape}", lambda e: (e.name.rpartition(".")[2], e.shape)),
+        ("the only ones of shape {shape} in {parent}", lambda e: (e.name.rpartition(".")[0], e.shape)),
+    )
+    by_key: list[tuple[dict[object, list[Entry]], Counter[object]]] = []
+    for _, key in evidence:
+        places: dict[object, list[Entry]] = defaultdict(list)
+        for other in theirs:
+            places[key(other)].append(other)
+        by_key.append((places, Counter(map(key, ours))))
+    for entry in ours:
+        for (told, key), (places, count) in zip(evidence, by_key, strict=True):
+            same = places.get(key(entry), ())
+            if entry.shape and len(same) == count[key(entry)] == 1 and "=" not in entry.name:
+                parent, _, leaf = entry.name.rpartition(".")
+                why = told.format(shape=list(entry.shape), leaf=leaf, parent=parent)
+                yield Suggestion((f"{entry.name}={same[0].name}",), why)
+                break
+
+
+def _leaves(a: str, b: str, leaves: Iterable[tuple[str, tuple[int, ...]]]) -> list[str]:
+    """A rule for each name of a layer, where one of the two is the network itself."""
+    return [
+        f"{f'{a}.' if a else ''}{leaf}={f'{b}.' if b else ''}{leaf}" for leaf, _ in leaves if "=" not in leaf
+    ]
+
+
+# -- rules for many names at once ----------------------------------------------------------------------------
+
+
+def _whole(
+    left: Side, right: Side, before: int, ours: Sequence[Entry], theirs: Sequence[Entry]
+) -> tuple[int, Suggestion | None]:
+    """The rules that map the most names, and how many more fit than without; one that swaps prefixes maps several."""
+    best: tuple[int, Suggestion | None] = (0, None)
+    for rules, how in [*_prefixes(ours, theirs), *_peft(ours, theirs)]:
+        fits = _fitting(rules, left.entries, right.entries)
+        gain = fits - before
+        # Another prefix says something only if it holds for most of what is left.
+        if gain > best[0] and (2 * gain > max(len(ours), 2) or how != _SWAPPED):
+            best = gain, Suggestion(rules, f"{fits} of {len(left.entries)} names fit {how}")
+    return best
+
+
+def _fitting(rules: Sequence[str], ours: Mapping[str, Entry], theirs: Mapping[str, Entry]) -> int:
+    """How many names have a partner of their shape under some rules."""
+    renames = [Rename(rule) for rule in rules]
+    goals: Counter[str] = Counter()
+    fits = 0
+    for name, entry in ours.items():
+        new = next((goal for goal in (rename(name) for rename in renames) if goal is not None), name)
+        goals[new] += 1
+        other = theirs.get(new)
+        fits += other is not None and other.shape == entry.shape
+    return fits if max(goals.values(), default=1) == 1 else 0
+
+
+def _prefixes(ours: Iterable[Entry], theirs: Iterable[Entry]) -> list[tuple[tuple[str, ...], str]]:
+    """Changes of a prefix by which names of one side may become names of the other, the most frequent first."""
+    ends: dict[str, list[Entry]] = defaultdict(list)
+    for entry in theirs:
+        for _, end in _cuts(entry.name):
+            if len(ends[end]) < _MOST_ALIKE:
+                ends[end].append(entry)
+    changes: Counter[tuple[str, str]] = Counter()
+    for entry in ours:
+        for start, end in _cuts(entry.name):
+            partners = [other for other in ends.get(end, ()) if other.shape == entry.shape]
+            changes.update({(start, other.name.removesuffix(end)) for other in partners})
+            if partners:
+                break
+    return [(_prefix_rule(old, new), _how(old, new)) for (old, new), _ in changes.most_common(_TRIED)]
+
+
+def _cuts(name: str) -> Iterator[tuple[str, str]]:
+    """A name cut in two at each dot, the shortest start first, which may be empty."""
+    yield "", name
+    for match in re.finditer(r"\.", name):
+        yield name[: match.end()], name[match.end() :]
+
+
+def _prefix_rule(old: str, new: str) -> tuple[str, ...]:
+    return (f"{old}*={new}*" if old else f"**={new}**",)
+
+
+def _how(old: str, new: str) -> str:
+    if old and new:
+        return _SWAPPED
+    return "without the prefix" if old else "with the prefix"
+
+
+def _peft(ours: Sequence[Entry], theirs: Sequence[Entry]) -> list[tuple[tuple[str, ...], str]]:
+    """Rules for a network that PEFT has wrapped on one side."""
+    if any(entry.name.startswith(_PEFT) for entry in ours):
+        rule = rf"re:{re.escape(_PEFT)}(.+?)(?:\.base_layer|\.modules_to_save\.default)?(\.[^.]+)=\1\2"
+        return [((rule,), "without what PEFT adds")]
+    found = []
+    whole = [_wrapped(theirs, _PEFT_LAYER), _wrapped(theirs, _PEFT_SAVED)]
+    for paths, saved in (whole, [{path.rpartition(".")[2] for path in paths} for paths in whole]):
+        rules = []
+        for layers, inner in ((paths, _PEFT_LAYER), (saved, _PEFT_SAVED)):
+            if layers:
+                any_of = "|".join(map(re.escape, sorted(layers)))
+                start = "" if paths is whole[0] else r"(?:.+\.)?"
+                rules.append(rf"re:({start}(?:{any_of}))(\.[^.]+)={_PEFT}\1{inner[:-1]}\2")
+        if rules and len(paths) + len(saved) <= _MOST_LAYERS:
+            found.append(((*rules, f"**={_PEFT}**"), "with what PEFT adds"))
+    return found[::-1]  # By the layers' own names, if that is enough: such rules are shorter.
+
+
+def _wrapped(entries: Sequence[Entry], inner: str) -> set[str]:
+    """Paths of the layers that PEFT has wrapped, or keeps a copy of."""
+    names = [entry.name for entry in entries if entry.name.startswith(_PEFT) and inner in entry.name]
+    return {name.removeprefix(_PEFT).partition(inner)[0] for name in names}
+
+
+# -- numbers and layers --------------------------------------------------------------------------------------
+
+
+def _moved(left: Side, right: Side, pairs: Sequence[Pair]) -> Iterator[Suggestion]:
+    """The renames that undo shifted numbers, where class and shapes leave no choice."""
+    if not any(pair.category == Category.POSITIONAL for pair in pairs):
+        return
+    for path, moves in aligned(left, right).items():
+        if moves:
+            rules = tuple(f"{path}{a}.*={path}{b}.*" for a, b in moves)
+            yield Suggestion(rules, "the only order in which the layers fit")
+
+
+def _layers_of(entries: Sequence[Entry]) -> dict[str, tuple[tuple[str, tuple[int, ...]], ...]]:
+    """The leaves and shapes of each layer, in order."""
+    found: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    for entry in entries:
+        layer, _, leaf = entry.name.rpartition(".")
+        found.setdefault(layer, []).append((leaf, entry.shape))
+    return {layer: tuple(leaves) for layer, leaves in found.items()}

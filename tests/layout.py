@@ -1,0 +1,158 @@
+"""The imports of the code as arrows between its files: what the tests of the layout measure.
+
+Every import counts: at the top, inside a function, or for types only. `from registry.x import y` points at the module y if
+there is one, else at x. Names of modules in strings count where a table loads them: `_HOMES` of the package, and the
+commands of the command line.
+"""
+
+from __future__ import annotations
+
+import ast
+import tomllib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+PACKAGES: list[str] = SETTINGS["packages"]
+
+
+class Arrow(NamedTuple):
+    """One import.
+
+    Attributes:
+        source: the module that imports.
+        target: the module that is imported.
+        line: where.
+        where: `top`, `function` or `types`.
+    """
+
+    source: str
+    target: str
+    line: int
+    where: str
+
+    def __str__(self) -> str:
+        return f"{path_of(self.source)}:{self.line} imports {self.target}"
+
+
+def folder_of(package: str) -> Path:
+    """The folder of a package, as `package-dir` places it."""
+    parts = package.split(".")
+    for count in range(len(parts), 0, -1):
+        place = SETTINGS["package-dir"].get(".".join(parts[:count]))
+        if place is not None:
+            return ROOT.joinpath(place, *parts[count:])
+    raise ValueError(package)
+
+
+def modules() -> dict[str, Path]:
+    """Every module by its dotted name; a package's is that of its folder."""
+    found = {}
+    for package in PACKAGES:
+        for path in sorted(folder_of(package).glob("*.py")):
+            found[package if path.stem == "__init__" else f"{package}.{path.stem}"] = path
+    return found
+
+
+MODULES = modules()
+
+
+def path_of(module: str) -> str:
+    """The path of a module from the root of the checkout."""
+    return str(MODULES[module].relative_to(ROOT))
+
+
+def room_of(module: str) -> str:
+    """The package that a module lies in; a package's own module lies in itself."""
+    return module if MODULES[module].stem == "__init__" else module.rpartition(".")[0]
+
+
+def arrows() -> list[Arrow]:
+    """All imports between modules of the project."""
+    return [arrow for module in MODULES for arrow in _arrows_of(module)]
+
+
+def _arrows_of(module: str) -> Iterator[Arrow]:
+    tree = ast.parse(MODULES[module].read_text())
+    for node, where in placed(tree):
+        for target in _targets(node):
+            if target != module:
+                yield Arrow(module, target, node.lineno, where)
+    for target, line in _in_tables(module, tree):
+        yield Arrow(module, target, line, "function")
+
+
+def placed(tree: ast.Module) -> Iterator[tuple[ast.Import | ast.ImportFrom, str]]:
+    """Every import of a module, and where it stands."""
+
+    def walk(node: ast.AST, where: str) -> Iterator[tuple[ast.Import | ast.ImportFrom, str]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import | ast.ImportFrom):
+                yield child, where
+            elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                yield from walk(child, "function")
+            elif isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+                yield from walk(child, "types")
+            else:
+                yield from walk(child, where)
+
+    yield from walk(tree, "top")
+
+
+def _targets(node: ast.Import | ast.ImportFrom) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names if alias.name in MODULES)
+        return
+    home = node.module or ""
+    for alias in node.names:
+        inner = f"{home}.{alias.name}"
+        if inner in MODULES:
+            yield inner
+        elif home in MODULES:
+            yield home
+
+
+def _in_tables(module: str, tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Modules that tables of text name."""
+    for node in tree.body:
+        if not isinstance(node, ast.Assign):
+            continue
+        name = ast.unparse(node.targets[0])
+        texts = [(n.value, n.lineno) for n in ast.walk(node.value) if isinstance(n, ast.Constant)]
+        if name == "_HOMES":
+            yield from ((text, line) for text, line in texts if text in MODULES)
+        elif name == "_MODULES":
+            yield from ((f"registry.cli.{text}", n) for text, n in texts if f"registry.cli.{text}" in MODULES)
+
+
+def circles(pairs: Iterable[tuple[str, str]]) -> list[list[str]]:
+    """The groups of names that can all be reached from one another, the largest first."""
+    after: dict[str, set[str]] = {}
+    for source, target in pairs:
+        if source != target:
+            after.setdefault(source, set()).add(target)
+    reach = {name: _reached(name, after) for name in after}
+    found = {
+        frozenset(other for other in reach if other in reach[name] and name in reach[other])
+        for name in reach
+        if name in reach[name]
+    }
+    return sorted((sorted(group) for group in found), key=len, reverse=True)
+
+
+def _reached(start: str, after: Mapping[str, Collection[str]]) -> set[str]:
+    found: set[str] = set()
+    left = list(after.get(start, ()))
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            left += after.get(name, ())
+    return found
+
+
+def folder_circles(found: Iterable[Arrow], room: Callable[[str], str] = room_of) -> list[list[str]]:
+    """The circles of packages."""
+    return circles((room(arrow.source), room(arrow.target)) for arrow in found)

@@ -1,0 +1,160 @@
+"""Files and folders that cannot be imported: an error says what they are and what to do."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+from torch.distributed import checkpoint as dcp
+
+from registry import Registry
+from registry.files.importing import import_file, read_checkpoint_file
+from registry.store.errors import Invalid, RegistryError, Unsupported
+
+TENSORS = {"w": torch.ones(2, 3)}
+
+
+def script(path: Path) -> None:
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path)
+
+
+def exported(path: Path) -> None:
+    torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),)), path)
+
+
+def a_zip(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("weights/model.bin", b"x")
+
+
+def a_tar(path: Path) -> None:
+    torch.save(TENSORS, path.with_name("inner.pt"))
+    with tarfile.open(path, "w") as archive:
+        archive.add(path.with_name("inner.pt"))
+
+
+def arrays(path: Path) -> None:
+    with path.open("wb") as file:
+        numpy.savez(file, w=numpy.ones(3))
+
+
+def an_array(path: Path) -> None:
+    with path.open("wb") as file:
+        numpy.save(file, numpy.ones(3))
+
+
+def bytes_of(data: bytes) -> Callable[[Path], None]:
+    return lambda path: path.write_bytes(data) and None
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "TorchScript": ("a.pt", script, r"a TorchScript program.*torch\.jit\.load\(file\)\.state_dict"),
+    "torch.export": ("a.pt2", exported, r"a program of torch\.export.*torch\.export\.load"),
+    "LFS": ("a.pt", bytes_of(POINTER), "a pointer of Git LFS.*git lfs pull"),
+    "LFS, safetensors": ("a.safetensors", bytes_of(POINTER), "a pointer of Git LFS.*git lfs pull"),
+    "web page": (
+        "a.pth",
+        bytes_of(b"\n<!DOCTYPE html><html>log in</html>"),
+        "a web page.*fetch the file itself",
+    ),
+    "web page, safetensors": ("a.safetensors", bytes_of(b"<HTML><body>404"), "a web page"),
+    "zip": ("a.pt", a_zip, "a zip archive, not a file of torch.save; unpack it first"),
+    "zip by name": ("a.zip", a_zip, "a zip archive.*unpack it first"),
+    "npz": ("a.npz", arrays, r"arrays of NumPy.*numpy\.load"),
+    "npz called pt": ("a.pt", arrays, "arrays of NumPy"),
+    "npy": ("a.npy", an_array, r"an array of NumPy.*numpy\.load"),
+    "tar": ("a.pt", a_tar, "a tar archive; unpack it first"),
+    "gzip": ("a.tar.gz", bytes_of(b"\x1f\x8b\x08\0\0"), "compressed by gzip; unpack it first"),
+    "safetensors called pt": (
+        "a.pt",
+        lambda path: safetensors.torch.save_file(TENSORS, path),
+        "a safetensors file; rename it to end in .safetensors",
+    ),
+    "pt called safetensors": (
+        "a.safetensors",
+        lambda path: torch.save(TENSORS, path),
+        "a file of torch.save, not safetensors; rename it to end in .pt",
+    ),
+    "HDF5": ("a.h5", bytes_of(b"\x89HDF\r\n\x1a\n"), "an HDF5 file.*h5py"),
+    "GGUF": ("a.gguf", bytes_of(b"GGUF\3\0\0\0"), "a GGUF file"),
+    "unknown": ("a.xyz", bytes_of(b"what?"), "unknown kind of file; readable are .pt"),
+    "not UTF-8": (
+        os.fsdecode(b"a\xff.pt"),
+        lambda path: torch.save(TENSORS, path.with_name("b.pt")) or path.with_name("b.pt").rename(path),
+        r"a\\udcff\.pt: its name is not UTF-8, and torch cannot open it; rename it",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", FILES)
+def test_a_file_that_cannot_be_imported_says_what_it_is_and_what_to_do(tmp_path: Path, kind: str) -> None:
+    name, make, told = FILES[kind]
+    make(tmp_path / name)
+    with pytest.raises((Unsupported, Invalid), match=told) as caught:
+        read_checkpoint_file(tmp_path / name)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{tmp_path}/a")
+
+
+def test_safetensors_under_a_name_that_is_not_utf8_are_imported(tmp_path: Path) -> None:
+    safetensors.torch.save_file(TENSORS, tmp_path / "b.safetensors")
+    path = tmp_path / os.fsdecode(b"a\xff.safetensors")
+    (tmp_path / "b.safetensors").rename(path)
+    checkpoint = import_file(Registry(tmp_path / "r"), path, "net")
+    assert torch.equal(checkpoint.state_dict()["w"], TENSORS["w"])
+    assert checkpoint.record["source"]["file"] == r"a\udcff.safetensors"
+
+
+def test_a_folder_of_torch_distributed_is_imported_as_the_error_says(tmp_path: Path) -> None:
+    dcp.save(TENSORS, checkpoint_id=tmp_path / "sharded run")
+    with pytest.raises(Invalid, match=r"a checkpoint of torch\.distributed") as caught:
+        read_checkpoint_file(tmp_path / "sharded run")
+    command = str(caught.value).partition("make one file of it with: ")[2]
+    assert (
+        os.system(f"cd '{tmp_path}' && {command.replace('python', sys.executable, 1)} >/dev/null 2>&1") == 0
+    )
+    assert torch.equal(read_checkpoint_file(tmp_path / "model.pt").components["model"]["w"], TENSORS["w"])
+
+
+FOLDERS: dict[str, tuple[list[str], str]] = {
+    "diffusers": (["model_index.json", "unet/diffusion.safetensors"], r"a pipeline of diffusers.*/unet$"),
+    "accelerate, FSDP": (
+        ["pytorch_model_fsdp_0/x", "random_states_0.pkl"],
+        r"a state of accelerate whose network FSDP has sharded.*merge-weights .*/pytorch_model_fsdp_0 OUT",
+    ),
+    "DeepSpeed": (["global_step500/x", "latest"], "a checkpoint of DeepSpeed.*zero_to_fp32.py"),
+    "accelerate": (["random_states_0.pkl", "scheduler.bin"], "a state of accelerate without the weights"),
+    "PEFT": (["adapter_config.json"], "an adapter of PEFT without its weights"),
+    "nothing": (["readme.txt"], "holds no index and no weights; readable are"),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_a_folder_that_cannot_be_imported_says_what_it_is_and_what_to_do(tmp_path: Path, kind: str) -> None:
+    names, told = FOLDERS[kind]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(RegistryError, match=told):
+        read_checkpoint_file(tmp_path)
+
+
+def test_a_state_of_accelerate_is_imported_without_what_is_left_out(tmp_path: Path) -> None:
+    safetensors.torch.save_file(TENSORS, tmp_path / "model.safetensors")
+    for name in ("optimizer.bin", "scheduler.bin", "random_states_0.pkl"):
+        shutil.copy(tmp_path / "model.safetensors", tmp_path / name)
+    imported = read_checkpoint_file(tmp_path)
+    assert list(imported.components["model"]) == ["w"]
+    assert imported.left_out == ("optimizer.bin", "random_states_0.pkl", "scheduler.bin")
