@@ -26,7 +26,8 @@ def init(folder: str | None, root: str | None, as_json: bool) -> None:
 
     In FOLDER, or else --root, $REGISTRY_ROOT or ./.registry. One that is there already is left as it is.
     """
-    from registry.registry import SETTINGS, Registry, default_root
+    from registry.home import SETTINGS, default_root
+    from registry.registry import Registry
 
     place = Path(folder or root or default_root())
     fresh = not (place / SETTINGS).is_file()

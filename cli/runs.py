@@ -212,7 +212,7 @@ def _children(
     seen[version.id] = None
     return [
         {"kind": kind, **_branch(registry, child, _children, seen, depth)}
-        for child, kind in children(registry, version)
+        for child, kind in children(registry.catalog, version)
     ]
 
 

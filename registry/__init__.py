@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from registry.release import VERSION
+
 if TYPE_CHECKING:
     from registry.cache.decorator import cached as cached
     from registry.cache.results import register_result as register_result
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from registry.transfer.plan import TransferPlan as TransferPlan
     from registry.transfer.planning import plan_transfer as plan_transfer
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _HOMES = {
     "Checkpoint": "registry.checkpoints.checkpoint",

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import math
-import operator
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import registry
-from registry.catalog import facts, naming, settings
-from registry.catalog.catalog import Catalog
-from registry.catalog.entries import now
-from registry.catalog.lookups import best_id
-from registry.catalog.metrics import check_metric, is_smallest_best, smallest_is_best
-from registry.catalog.naming import point
-from registry.catalog.reference import MAX_EDGE, check_name, check_text, check_version_name
-from registry.catalog.resolving import no_such_metric, resolve
+from registry.catalog import naming
+from registry.catalog.reference import check_name
+from registry.catalog.resolving import direction_of, no_such_metric, resolve
 from registry.catalog.versions import (
     Model,
     Version,
@@ -29,10 +18,9 @@ from registry.catalog.versions import (
     list_versions,
     rank_versions,
 )
-from registry.configs.plain import plain_table
+from registry.home import Home
 from registry.progress import Progress, silent
-from registry.store import durable
-from registry.store.errors import Conflict, Fix, Incompatible, Invalid, NotFound
+from registry.store.errors import Conflict, Incompatible, Invalid, NotFound
 from registry.store.text import quoted
 
 if TYPE_CHECKING:
@@ -41,15 +29,13 @@ if TYPE_CHECKING:
     from torch import nn
 
     from registry.cache.artifacts import Artifacts
-    from registry.catalog.catalog import View
-    from registry.catalog.entries import Record
     from registry.catalog.metrics import Monitor
     from registry.catalog.runs import Runs
     from registry.checkpoints.checkpoint import Checkpoint
     from registry.configs.config import Config
     from registry.runs.run import Run
     from registry.store.saving import State
-    from registry.store.store import Store, Written
+    from registry.store.store import Written
     from registry.transfer.diffing import DiffReport
     from registry.transfer.plan import TransferPlan
     from registry.transfer.sides import Source
@@ -59,17 +45,9 @@ if TYPE_CHECKING:
     from registry.upkeep.status import Status
     from registry.upkeep.verification import Verification
 
-SETTINGS = settings.NAME
-_ADD_A_DIRECTION = Fix("", "add smallest=True or smallest=False", "add --smallest or --largest")
 
-
-def default_root() -> Path:
-    """`REGISTRY_ROOT`, or `.registry` in the working directory."""
-    return Path(os.environ.get("REGISTRY_ROOT") or ".registry")
-
-
-class Registry:
-    """A registry in a folder.
+class Registry(Home):
+    """A registry in a folder: everything that can be asked of it.
 
     Args:
         root: the folder; `REGISTRY_ROOT` or `./.registry` unless given.
@@ -79,48 +57,6 @@ class Registry:
         NotFound: if there is none and `create` is false.
         Unsupported: if a newer version of this package made it.
     """
-
-    def __init__(self, root: Path | str | None = None, *, create: bool = True) -> None:
-        given = Path(root) if root is not None else default_root()
-        self.root = Path(os.path.abspath(given))  # A program may change its working directory.
-        self.catalog = Catalog(self.root, lambda: self.store)
-        if not settings.are_there(self.root):
-            if not create:
-                raise NotFound(f"there is no registry at {given}; make one with: registry init")
-            self._create()
-        self.catalog.format = settings.read_format(self.root)
-
-    @functools.cached_property
-    def store(self) -> Store:
-        """The store, which the catalog tells where tensors lie."""
-        from registry.store.store import Store
-
-        return Store(self.root, self.catalog)
-
-    def __repr__(self) -> str:
-        return f"Registry({str(self.root)!r})"
-
-    def __reduce__(self) -> tuple[type[Registry], tuple[str]]:
-        return Registry, (str(self.root.absolute()),)
-
-    def _create(self) -> None:
-        from registry.store.store import FOLDERS
-
-        holds_something = any(any((self.root / name).glob("*")) for name in ("packs", "manifests"))
-        if holds_something and not settings.are_there(self.root):  # Which another process may just have made.
-            raise Conflict(
-                f"{self.root} holds a registry without {settings.NAME}; if the file was lost, recreate it with one "
-                f"line: format = {settings.FORMAT}"
-            )
-        with durable.storage_errors(self.root):
-            is_own = not self.root.is_dir() or not any(self.root.iterdir())
-            for folder in FOLDERS:
-                durable.make_folder(self.root / folder, inner=1)
-            created_by = f"torch-registry {registry.__version__}"
-            self.catalog.create(created_by)
-            settings.create(self.root, created_by)
-            if is_own:
-                settings.hide_from_git(self.root)
 
     # -- artifacts ---------------------------------------------------------------------------------------
 
@@ -319,52 +255,24 @@ class Registry:
             Unsupported: if a value cannot be stored, naming its path and type; nothing is written.
             StorageError: if the disk is full or refuses; no version is made.
         """
-        from registry.catalog.commit import publish, publish_version
-        from registry.catalog.versions import version_of
-        from registry.checkpoints.checkpoint import Checkpoint
-        from registry.store.saving import State as Encoded
-        from registry.store.store import Written
+        from registry.checkpoints.saving import Facts
+        from registry.checkpoints.saving import save as saved
 
-        check_name(model, "model")
-        state = components if isinstance(components, Encoded | Written) else None
-        for component in state.components if state else components:  # type: ignore[union-attr]
-            check_name(component, "component")
-        record: dict[str, Any] = {
-            "kind": "checkpoint",
-            "model": model,
-            "created": now(),
-            "epoch": _whole(epoch, "epoch"),
-            "step": _whole(step, "step"),
-            "loss": None if loss is None else _number(loss, "loss"),
-            "metrics": {check_metric(k): _number(v, f"metric {k}") for k, v in (metrics or {}).items()},
-            "config": None if config is None else plain_table(config, "config"),
-            "meta": plain_table(meta or {}, "meta"),
-            "lineage": [_edge(edge) for edge in lineage],
-            "source": source,
-            "run": run,
-            "parent": None if parent is None else check_version_name(parent),
-            "provenance": provenance,
-            "dcp": dcp,
-        }
-        record = {key: value for key, value in record.items() if value not in (None, {}, [])}
-        if odd := facts.malformed(record):
-            raise Invalid(f"{odd} is not of the kind that is documented for it, so it cannot be recorded")
-        record["torch-registry"] = registry.__version__
-        if state is None:
-            state = self.store.encode(components)  # type: ignore[arg-type]
-
-        def records(view: View, manifest_id: str, text: Mapping[str, str]) -> list[Record]:
-            found = [publish_version(view, model, manifest_id, text)]
-            best = _best_with(view, model, best_by, manifest_id, record) if best_by else None
-            return [*found, *(point(view, model, "best", best) if best else ())]
-
-        saved, made = publish(self.catalog, self.store, state, record, records, what=model, progress=progress)
-        (version,) = (one["version"] for one in made if one["op"] == "publish")
-        try:
-            return self[f"{model}:v{version}"]
-        except NotFound:  # The catalog could not be written, or others have removed the version already.
-            manifest = self.store.just_written(saved) or self.store.manifest(saved)
-            return Checkpoint(self.store, version_of(saved, model, version, manifest))
+        about = Facts(
+            epoch=epoch,
+            step=step,
+            loss=loss,
+            metrics=metrics,
+            config=config,
+            meta=meta,
+            lineage=lineage,
+            source=source,
+            run=run,
+            parent=parent,
+            provenance=provenance,
+            dcp=dcp,
+        )
+        return saved(self, model, components, about, best_by=best_by, progress=progress)
 
     # -- finding -----------------------------------------------------------------------------------------
 
@@ -432,7 +340,7 @@ class Registry:
             model = self.resolve(model).model
         if by is None:
             return list_versions(self.catalog, model, tag=tag, limit=limit)[0]
-        direction = _direction(self.catalog, model, by, smallest)
+        direction = direction_of(self.catalog, model, by, smallest)
         found, _ = rank_versions(self.catalog, model, by, smallest=direction, tag=tag, limit=limit)
         if not found and tag is None:
             raise no_such_metric(self.catalog, model, by)
@@ -456,7 +364,7 @@ class Registry:
 
         check_name(model, "model")
         found = best_version(
-            self.catalog, model, metric, smallest=_direction(self.catalog, model, metric, smallest)
+            self.catalog, model, metric, smallest=direction_of(self.catalog, model, metric, smallest)
         )
         if found is None:
             self.resolve(model)
@@ -564,57 +472,3 @@ class Registry:
         from registry.upkeep.status import status
 
         return status(self.root, self.catalog)
-
-
-def _direction(catalog: Catalog, model: str | None, metric: str, smallest: bool | None) -> bool:
-    """Whether the smallest value of a metric is the best; that there is no such metric is told first."""
-    if smallest is not None:
-        return smallest
-    if (
-        is_smallest_best(check_metric(metric)) is None
-        and not rank_versions(catalog, model, metric, limit=1)[1]
-    ):
-        if model is not None:
-            resolve(catalog, model)
-        raise no_such_metric(catalog, model, metric)
-    return smallest_is_best(metric, _ADD_A_DIRECTION)
-
-
-def _best_with(
-    view: View, model: str, by: Monitor, manifest_id: str, record: Mapping[str, Any]
-) -> str | None:
-    """The id of a model's best version once one more is published; NaN never wins, of equals the earlier does."""
-    best = best_id(view.query, model, by.metric, smallest=by.smallest)
-    value = record.get("loss") if by.metric == "loss" else record.get("metrics", {}).get(by.metric)
-    if value is None or math.isnan(value):
-        return best[0] if best else None
-    if best is None or (value < best[1] if by.smallest else value > best[1]):
-        return manifest_id
-    return best[0]
-
-
-def _edge(edge: Mapping[str, str]) -> dict[str, str]:
-    if set(edge) != {"kind", "parent"}:
-        raise Invalid("lineage: an edge has the keys kind and parent")
-    return {key: check_text(edge[key], f"lineage {key}", MAX_EDGE) for key in ("kind", "parent")}
-
-
-def _whole(value: Any, what: str) -> int | None:
-    """A count; 0-dimensional tensors and scalars of NumPy are taken, too."""
-    if value is None:
-        return None
-    with contextlib.suppress(TypeError, ValueError, RuntimeError):  # Which tensors of several elements raise.
-        number = operator.index(value)
-        if not isinstance(value, bool) and 0 <= number < 1 << 63:
-            return number
-    raise Invalid(f"{what} is {quoted(str(value))}, expected a whole number of 0 or more")
-
-
-def _number(value: Any, what: str) -> float:
-    try:
-        if isinstance(value, str | bool):
-            raise TypeError
-        return float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        shown = quoted(str(value))
-        raise Invalid(f"{what} is {shown}, expected a number") from None

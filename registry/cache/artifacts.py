@@ -12,6 +12,7 @@ from registry.cache.contents import Seen, mark
 from registry.catalog.commit import publish
 from registry.catalog.entries import now
 from registry.catalog.lookups import batches, marks, parsed
+from registry.catalog.runs import Runs
 from registry.store.errors import Conflict, Invalid, NotFound
 from registry.store.manifest import record_document, untagged
 from registry.store.text import quoted
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from registry.cache.keys import Key
     from registry.catalog.catalog import View
     from registry.catalog.entries import Record
-    from registry.registry import Registry
+    from registry.home import Home
 
 COMPONENT = "result"
 _TOUCH_SECONDS = 600.0
@@ -55,12 +56,12 @@ class Artifact(NamedTuple):
 class Artifacts:
     """The artifacts of a registry."""
 
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
+    def __init__(self, home: Home) -> None:
+        self._home = home
 
     def find(self) -> list[Artifact]:
         """All of them, the newest first."""
-        rows = self._registry.catalog.query(
+        rows = self._home.catalog.query(
             "SELECT a.key, a.id, a.created, m.size, m.tensors, a.record FROM artifacts a "
             "JOIN manifests m ON m.id = a.id "
             "ORDER BY a.created DESC, a.key"
@@ -85,7 +86,7 @@ class Artifacts:
 
     def id_for(self, key: str) -> str | None:
         """The id of the artifact under a key."""
-        rows = self._registry.catalog.query("SELECT id FROM artifacts WHERE key = ?", [key])
+        rows = self._home.catalog.query("SELECT id FROM artifacts WHERE key = ?", [key])
         return str(rows[0][0]) if rows else None
 
     def put(self, key: Key, tree: Any, *, version: str | int | None, seconds: float) -> str:
@@ -112,7 +113,7 @@ class Artifacts:
             rows = view.query("SELECT id FROM artifacts WHERE key = ?", [key.digest])
             return [{**line, "id": artifact_id, "was": rows[0][0] if rows else None, **text}]
 
-        registry = self._registry
+        registry = self._home
         artifact_id, _ = publish(
             registry.catalog,
             registry.store,
@@ -133,9 +134,9 @@ class Artifacts:
         Raises:
             NotFound, Corrupt: if it is not there any more, or not what was saved.
         """
-        store = self._registry.store
+        store = self._home.store
         once = verify == "once"
-        seen = Seen(self._registry.root, f"packs of {id}") if once else None
+        seen = Seen(self._home.root, f"packs of {id}") if once else None
         packs = self._packs(id) if once else {}
         check = seen.entries != packs if seen else bool(verify)
         tree = store.get(id, verify=check, label=f"artifact {id[:12]}")[COMPONENT]
@@ -149,10 +150,10 @@ class Artifacts:
 
     def _packs(self, id: str) -> dict[str, tuple[str, str]]:
         """The packs of an artifact, and what shows that one has changed."""
-        rows = self._registry.catalog.query(
+        rows = self._home.catalog.query(
             "SELECT p.digest FROM uses u JOIN packs p ON p.number = u.pack WHERE u.id = ?", [id]
         )
-        return {name: (mark(self._registry.store.pack_path(name)), name) for (name,) in rows}
+        return {name: (mark(self._home.store.pack_path(name)), name) for (name,) in rows}
 
     def remove(self, keys: Iterable[str]) -> int:
         """Forget artifacts by their whole keys; returns how many there were."""
@@ -166,7 +167,7 @@ class Artifacts:
             )
             return [{"op": "drop-artifact", "key": key, "was": artifact_id} for key, artifact_id in rows]
 
-        entry = self._registry.catalog.commit(compute)
+        entry = self._home.catalog.commit(compute)
         return len(entry.records) if entry else 0
 
     def clear(self, *, older_than: float | None = None, unused: bool = False) -> list[Artifact]:
@@ -195,7 +196,7 @@ class Artifacts:
         record: str,
     ) -> Artifact:
         try:
-            used = self._registry.store.manifest_path(id).stat().st_mtime
+            used = self._home.store.manifest_path(id).stat().st_mtime
         except OSError:
             used = 0.0
         about = untagged(parsed(record))
@@ -203,7 +204,7 @@ class Artifacts:
 
     def _users(self) -> dict[str, tuple[str, ...]]:
         found: dict[str, tuple[str, ...]] = {}
-        for run in self._registry.runs.find():
+        for run in Runs(self._home.catalog, self._home.root).find():
             for id in {run.record.get("dataset"), *run.record.get("artifacts", ())}:
                 if id:
                     found[id] = (*found.get(id, ()), run.name)

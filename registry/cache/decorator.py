@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, cas
 
 from filelock import FileLock, Timeout
 
-from registry.cache.artifacts import Artifact
+from registry.cache.artifacts import Artifact, Artifacts
 from registry.cache.keys import Key, Keys
 from registry.cache.results import pack, unpack
 from registry.store.durable import make_folder, storage_errors
 from registry.store.errors import Corrupt, Invalid, NotFound, StorageError
 
 if TYPE_CHECKING:
-    from registry.registry import Registry
+    from registry.home import Home
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -28,7 +28,7 @@ LOCKS = "locks"
 _POLL_SECONDS = 0.05
 
 _logger = logging.getLogger(__name__)
-_registries: dict[str, Registry] = {}
+_homes: dict[str, Home] = {}
 _used: dict[str, dict[str, None]] = {}
 """Ids of artifacts that this process has made or loaded, by the registry's folder."""
 
@@ -41,7 +41,7 @@ def cached(
     version: str | int | None = None,
     code: bool = False,
     verify: bool | Literal["once"] = "once",
-    registry: Registry | Path | str | None = None,
+    registry: Home | Path | str | None = None,
 ) -> Any:
     """Keep the results of a function in a registry, and load them while nothing that they depend on has changed.
 
@@ -96,7 +96,7 @@ class _Cached(Generic[P, R]):
         keys: Keys,
         version: str | int | None,
         verify: bool | Literal["once"],
-        registry: Registry | Path | str | None,
+        registry: Home | Path | str | None,
     ) -> None:
         self._function = function
         self._keys = keys
@@ -120,13 +120,13 @@ class _Cached(Generic[P, R]):
 
             wrapper = call
         wrapper.artifact = self._artifact
-        wrapper.key = lambda *args, **kwargs: self._keys.key(args, kwargs, self._registry().root).digest
+        wrapper.key = lambda *args, **kwargs: self._keys.key(args, kwargs, self._home().root).digest
         return cast("Callable[P, R]", wrapper)
 
-    def _registry(self) -> Registry:
-        from registry.registry import Registry, default_root
+    def _home(self) -> Home:
+        from registry.home import Home, default_root
 
-        if isinstance(self._given, Registry):
+        if isinstance(self._given, Home):
             return self._given
         return _opened(default_root() if self._given is None else Path(self._given))
 
@@ -135,88 +135,89 @@ class _Cached(Generic[P, R]):
             _, key = asyncio.run(self._call_async(args, kwargs, with_key=True))
         else:
             _, key = self._call(args, kwargs)
-        return self._registry().artifacts[key.digest]
+        return Artifacts(self._home())[key.digest]
 
     def _call(self, args: Any, kwargs: Any) -> tuple[Any, Key]:
-        registry = self._registry()
-        key = self._keys.key(args, kwargs, registry.root)
-        found = self._find(registry, key)
+        home = self._home()
+        key = self._keys.key(args, kwargs, home.root)
+        found = self._find(home, key)
         if found:
             return found[0], key
-        lock = self._lock(registry, key)
+        lock = self._lock(home, key)
         if lock and not _try(lock):
             _logger.info("cache %s: another process computes it; waiting", key.function)
             lock.acquire()
         try:
-            found = self._find(registry, key)
+            found = self._find(home, key)
             if found:
                 return found[0], key
             began = time.perf_counter()
             result = self._function(*args, **kwargs)
-            self._keep(registry, key, result, time.perf_counter() - began)
+            self._keep(home, key, result, time.perf_counter() - began)
             return result, key
         finally:
             if lock:
                 lock.release()
 
     async def _call_async(self, args: Any, kwargs: Any, with_key: bool = False) -> Any:
-        registry = self._registry()
-        key = await asyncio.to_thread(self._keys.key, args, kwargs, registry.root)
-        found = await asyncio.to_thread(self._find, registry, key)
+        home = self._home()
+        key = await asyncio.to_thread(self._keys.key, args, kwargs, home.root)
+        found = await asyncio.to_thread(self._find, home, key)
         if not found:
-            lock = self._lock(registry, key)
+            lock = self._lock(home, key)
             while lock and not _try(lock):
                 await asyncio.sleep(_POLL_SECONDS)
             try:
-                found = await asyncio.to_thread(self._find, registry, key)
+                found = await asyncio.to_thread(self._find, home, key)
                 if not found:
                     began = time.perf_counter()
                     result = await cast(Any, self._function(*args, **kwargs))
                     seconds = time.perf_counter() - began
-                    await asyncio.to_thread(self._keep, registry, key, result, seconds)
+                    await asyncio.to_thread(self._keep, home, key, result, seconds)
                     found = (result,)
             finally:
                 if lock:
                     lock.release()
         return (found[0], key) if with_key else found[0]
 
-    def _find(self, registry: Registry, key: Key) -> tuple[Any] | None:
+    def _find(self, home: Home, key: Key) -> tuple[Any] | None:
         """The stored result, if there is one and it is whole."""
         began = time.perf_counter()
-        id = registry.artifacts.id_for(key.digest)
+        artifacts = Artifacts(home)
+        id = artifacts.id_for(key.digest)
         if id is None:
             return None
         try:
-            result = unpack(registry.artifacts.load(id, verify=self._verify))
+            result = unpack(artifacts.load(id, verify=self._verify))
         except (Corrupt, NotFound) as error:
-            if registry.artifacts.id_for(key.digest) == id:
+            if artifacts.id_for(key.digest) == id:
                 _logger.warning("cache %s: %s; it is computed again", key.function, error)
             return None
-        self._note(registry, id)
+        self._note(home, id)
         _logger.info("cache hit %s: loaded in %.3f s", key.function, time.perf_counter() - began)
         return (result,)
 
-    def _keep(self, registry: Registry, key: Key, result: Any, seconds: float) -> None:
+    def _keep(self, home: Home, key: Key, result: Any, seconds: float) -> None:
         if not key.is_unchanged():
             _logger.warning("cache %s: a file changed meanwhile; the result is not kept", key.function)
             return
         try:
             tree = pack(result)
-            id = registry.artifacts.put(key, tree, version=self._version, seconds=seconds)
+            id = Artifacts(home).put(key, tree, version=self._version, seconds=seconds)
         except StorageError as error:
             _logger.warning("cache %s: the result is not kept: %s", key.function, error)
             return
-        self._note(registry, id)
+        self._note(home, id)
         _logger.info("cache miss %s: processed in %.3f s", key.function, seconds)
 
     @staticmethod
-    def _note(registry: Registry, id: str) -> None:
-        _used.setdefault(str(registry.root.absolute()), {})[id] = None
+    def _note(home: Home, id: str) -> None:
+        _used.setdefault(str(home.root.absolute()), {})[id] = None
 
     @staticmethod
-    def _lock(registry: Registry, key: Key) -> FileLock | None:
+    def _lock(home: Home, key: Key) -> FileLock | None:
         """A lock that the system takes back from a process that has ended; None where nothing can be written."""
-        folder = registry.root / LOCKS
+        folder = home.root / LOCKS
         try:
             with storage_errors(folder):
                 make_folder(folder, inner=1)
@@ -233,11 +234,11 @@ def _try(lock: FileLock) -> bool:
     return True
 
 
-def _opened(root: Path) -> Registry:
+def _opened(root: Path) -> Home:
     """One object for each folder, as opening the catalog takes longer than a small hit."""
-    from registry.registry import SETTINGS, Registry
+    from registry.home import SETTINGS, Home
 
     where = str(root.absolute())
-    if where not in _registries or not (root / SETTINGS).is_file():
-        _registries[where] = Registry(root)
-    return _registries[where]
+    if where not in _homes or not (root / SETTINGS).is_file():
+        _homes[where] = Home(root)
+    return _homes[where]

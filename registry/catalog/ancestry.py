@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from registry.catalog.reference import check_version_name
+from registry.catalog.resolving import resolve
 from registry.catalog.versions import find_versions, name_of
 from registry.store.errors import Invalid, NotFound
 
 if TYPE_CHECKING:
+    from registry.catalog.catalog import Catalog
     from registry.catalog.versions import Version
-    from registry.registry import Registry
 
 
-def ancestors(registry: Registry, name: str) -> set[str]:
+def ancestors(catalog: Catalog, name: str) -> set[str]:
     """Names of a version and of all that it came from: parents within a run, and edges of the lineage."""
     found: set[str] = set()
     waiting = [name]
@@ -23,23 +24,21 @@ def ancestors(registry: Registry, name: str) -> set[str]:
             continue
         found.add(name)
         try:
-            version = registry.resolve(check_version_name(name))
+            version = resolve(catalog, check_version_name(name))
         except (Invalid, NotFound):  # Made up, or removed since.
             continue
         if parent := version.record.get("parent"):
             waiting.append(parent)
-        above = (name_of(registry.catalog, edge["parent"]) for edge in version.record.get("lineage", []))
+        above = (name_of(catalog, edge["parent"]) for edge in version.record.get("lineage", []))
         waiting += [parent for parent in above if parent]
     return found
 
 
-def children(registry: Registry, version: Version) -> list[tuple[Version, str]]:
+def children(catalog: Catalog, version: Version) -> list[tuple[Version, str]]:
     """The versions that came from one by an edge of the lineage, and the kind of the edge."""
-    edges = registry.catalog.query(
+    edges = catalog.query(
         "SELECT child, kind FROM lineage WHERE parent = ? ORDER BY child, kind", [version.id]
     )
-    found = find_versions(
-        registry.catalog, "v.id IN (SELECT child FROM lineage WHERE parent = ?)", [version.id]
-    )
+    found = find_versions(catalog, "v.id IN (SELECT child FROM lineage WHERE parent = ?)", [version.id])
     by_id = {child.id: child for child in found}
     return [(by_id[child], kind) for child, kind in edges if child in by_id]

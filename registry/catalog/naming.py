@@ -92,7 +92,9 @@ def removal(version: Version) -> Record:
     return {"op": "remove", "id": version.id, "aliases": [*version.aliases], "tags": [*version.tags]}
 
 
-def remove(catalog: Catalog, references: Sequence[str], *, force: bool, dry_run: bool) -> list[Version]:
+def remove(
+    catalog: Catalog, references: Sequence[str], *, force: bool = False, dry_run: bool = False
+) -> list[Version]:
     """Take versions out of the catalog, all or none.
 
     Args:

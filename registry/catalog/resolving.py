@@ -6,10 +6,13 @@ import difflib
 from collections.abc import Sequence
 
 from registry.catalog.lookups import Reader
+from registry.catalog.metrics import check_metric, is_smallest_best, smallest_is_best
 from registry.catalog.reference import Reference, parse_reference
-from registry.catalog.versions import Version, find_versions
-from registry.store.errors import Conflict, NotFound
+from registry.catalog.versions import Version, find_versions, rank_versions
+from registry.store.errors import Conflict, Fix, NotFound
 from registry.store.text import quoted
+
+_ADD_A_DIRECTION = Fix("", "add smallest=True or smallest=False", "add --smallest or --largest")
 
 
 def resolve(catalog: Reader, text: str) -> Version:
@@ -84,3 +87,22 @@ def hint(text: str, names: Sequence[str]) -> str:
     if near:
         return f"; did you mean {quoted(near[0])}?"
     return f"; there are {', '.join(sorted(names)[:5])}" if names else ""
+
+
+def direction_of(catalog: Reader, model: str | None, metric: str, smallest: bool | None) -> bool:
+    """Whether the smallest value of a metric is the best: as given, else as its name says.
+
+    Raises:
+        NotFound: if no version of the model, or of any, has the metric, and it is not known by its name.
+        Invalid: if the name does not tell.
+    """
+    if smallest is not None:
+        return smallest
+    if (
+        is_smallest_best(check_metric(metric)) is None
+        and not rank_versions(catalog, model, metric, limit=1)[1]
+    ):
+        if model is not None:
+            resolve(catalog, model)
+        raise no_such_metric(catalog, model, metric)
+    return smallest_is_best(metric, _ADD_A_DIRECTION)

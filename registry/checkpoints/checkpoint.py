@@ -7,10 +7,12 @@ import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from registry.catalog.resolving import resolve
 from registry.catalog.versions import Version
 from registry.store.text import printable
 
 if TYPE_CHECKING:
+    from registry.home import Home
     from registry.store.store import Store
 
 _logger = logging.getLogger(__name__)
@@ -25,6 +27,15 @@ class Checkpoint:
     def __init__(self, store: Store, version: Version) -> None:
         self._store = store
         self._version = version
+
+    @classmethod
+    def named(cls, home: Home, reference: str) -> Checkpoint:
+        """The checkpoint that a reference names.
+
+        Raises:
+            Invalid, NotFound, Conflict: as `registry.Registry.__getitem__`.
+        """
+        return cls(home.store, resolve(home.catalog, reference))
 
     @property
     def row(self) -> Version:

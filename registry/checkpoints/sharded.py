@@ -11,7 +11,6 @@ state dict is where in the trees, and which shards make up each tensor.
 
 from __future__ import annotations
 
-import inspect
 import io
 import os
 import uuid
@@ -44,6 +43,8 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from registry.catalog.reference import check_name, parse_reference
+from registry.checkpoints.checkpoint import Checkpoint
+from registry.checkpoints.saving import Facts, save
 from registry.store.errors import Conflict, Corrupt, Incompatible, Invalid, RegistryError, Unsupported
 from registry.store.manifest import Listed, Manifest, TensorInfo, renumbered, slots_of
 from registry.store.pack import PackInfo
@@ -52,8 +53,8 @@ from registry.store.text import quoted
 from registry.store.tree import box, decode, torch_type
 
 if TYPE_CHECKING:
-    from registry.checkpoints.checkpoint import Checkpoint
-    from registry.registry import Registry
+    from registry.catalog.metrics import Monitor
+    from registry.home import Home
 
 RECORD = "dcp"
 """The key of a manifest's record that says which flat name is where."""
@@ -77,22 +78,24 @@ class RegistryWriter(StorageWriter):
         model: the model that gets a new version.
         about: what `Registry.save` takes to describe a version: `epoch`, `step`, `loss`, `metrics`, `config`, `run`
             and so on. `Run.sharded` fills it in.
+        best_by: as in `Registry.save`.
         saved: called with the checkpoint, in the process that makes it known.
     """
 
     def __init__(
         self,
-        registry: Registry,
+        registry: Home,
         model: str | None = None,
         *,
         saved: Callable[[Checkpoint], object] | None = None,
+        best_by: Monitor | None = None,
         **about: Any,
     ) -> None:
-        inspect.signature(registry.save).bind("", {}, **about)  # a keyword that it does not have is told now
         self.registry = registry
         self.model = check_name(model, "model") if model is not None else None
         self.checkpoint: Checkpoint | None = None
-        self._about = about
+        self._about = Facts(**about)
+        self._best_by = best_by
         self._saved = saved
 
     def __getstate__(self) -> dict[str, Any]:
@@ -155,9 +158,9 @@ class RegistryWriter(StorageWriter):
             tree = _Tree(metadata, results)
             written = Written(tree.components, [info for share in shares for info in share.tensors], packs)
             together = {"processes": len(results)} if len(results) > 1 else {}
-            provenance = {**together, **(self._about.get("provenance") or {})}
-            about = {**self._about, "provenance": provenance, RECORD: tree.record}
-            saved = self.registry.save(self.model, written, **about)
+            provenance = {**together, **(self._about.provenance or {})}
+            about = replace(self._about, provenance=provenance, dcp=tree.record)
+            saved = save(self.registry, self.model, written, about, best_by=self._best_by)
         except BaseException:
             named = self.registry.catalog.ledger().packs  # The log may have the version all the same.
             for pack in packs:
@@ -198,7 +201,7 @@ class RegistryReader(StorageReader):
         Incompatible: if it is not one that `dcp.save` wrote.
     """
 
-    def __init__(self, registry: Registry, reference: str | None = None, *, verify: bool = True) -> None:
+    def __init__(self, registry: Home, reference: str | None = None, *, verify: bool = True) -> None:
         self.registry = registry
         self.checkpoint: Checkpoint | None = None
         self._verify = verify
@@ -211,7 +214,7 @@ class RegistryReader(StorageReader):
             self._open(str(checkpoint_id))
 
     def _open(self, reference: str) -> None:
-        checkpoint = self.registry[reference]
+        checkpoint = Checkpoint.named(self.registry, reference)
         self._manifest = self.registry.store.manifest(checkpoint.id)
         if RECORD not in self._manifest.record:
             raise Incompatible(

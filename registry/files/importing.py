@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from registry.catalog.naming import remove
+from registry.checkpoints.checkpoint import Checkpoint
+from registry.checkpoints.saving import Facts, save
 from registry.files.foreign import kind_of, kind_of_folder
 from registry.files.layouts import MAX_CONFIG, fields_of, is_config, split
 from registry.files.torch_files import TORCH_SUFFIXES, file_status, read_torch_file, values
@@ -35,8 +38,7 @@ from registry.store.text import printable, quoted
 if TYPE_CHECKING:
     import mmap
 
-    from registry.checkpoints.checkpoint import Checkpoint
-    from registry.registry import Registry
+    from registry.home import Home
 
 SAFETENSORS = ".safetensors"
 INDEX = ".index.json"
@@ -68,7 +70,7 @@ class Imported:
 
 
 def import_file(
-    registry: Registry,
+    home: Home,
     path: Path | str,
     model: str,
     *,
@@ -90,11 +92,11 @@ def import_file(
     """
     imported = read_checkpoint_file(path)
     fields: dict[str, Any] = {"epoch": epoch, "step": step, "loss": loss, "metrics": metrics}
-    return import_checkpoint(registry, imported, model, **fields, config=config, meta=meta, progress=progress)
+    return import_checkpoint(home, imported, model, **fields, config=config, meta=meta, progress=progress)
 
 
 def import_checkpoint(
-    registry: Registry,
+    home: Home,
     imported: Imported,
     model: str,
     *,
@@ -112,9 +114,7 @@ def import_checkpoint(
         Conflict: if somebody wrote to the file meanwhile; no version is left.
         Unsupported, Invalid, StorageError: as `Registry.save`.
     """
-    checkpoint = registry.save(
-        model,
-        imported.components,
+    about = Facts(
         epoch=imported.epoch if epoch is None else epoch,
         step=imported.step if step is None else step,
         loss=imported.loss if loss is None else loss,
@@ -123,11 +123,11 @@ def import_checkpoint(
         meta=meta,
         lineage=[{"kind": "imported-from", "parent": printable(imported.source["file"])}],
         source=imported.source,
-        progress=progress,
     )
+    checkpoint = save(home, model, imported.components, about, progress=progress)
     for path, stamp in imported.stamps.items():
         if _was_rewritten(path, stamp):
-            registry.remove([checkpoint.name], force=True)
+            remove(home.catalog, [checkpoint.name], force=True)
             shown = printable(str(path))
             raise Conflict(f"{shown}: the file was written to during the import; repeat it when that is done")
     return checkpoint

@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 
-import registry
-
 _ABSOLUTE = re.compile(r"(?:[A-Za-z]:)?[/\\~]")
 
 
@@ -37,10 +35,6 @@ def devices(tensors: Iterable[torch.Tensor]) -> list[str]:
     """The kinds of devices that tensors are on, such as `cpu` and an accelerator's model."""
     kinds = {tensor.device for tensor in tensors}
     return sorted({torch.cuda.get_device_name(d) if d.type == "cuda" else d.type for d in kinds})
-
-
-def software() -> str:
-    return f"torch-registry {registry.__version__}"
 
 
 def _without_place(word: str) -> str:

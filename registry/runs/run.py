@@ -21,7 +21,9 @@ import torch
 
 from registry.cache.decorator import used_artifacts
 from registry.catalog.reference import check_name
-from registry.catalog.runs import INNER, LOG, PROCESS
+from registry.catalog.runs import INNER, LOG, PROCESS, Runs
+from registry.checkpoints.checkpoint import Checkpoint
+from registry.checkpoints.saving import Facts, save
 from registry.configs.config import Config
 from registry.configs.plain import plain_table
 from registry.live import builders, components, rng
@@ -35,6 +37,8 @@ from registry.store.durable import host, make_folder, storage_errors, unlink, wr
 from registry.store.errors import Invalid, RegistryError
 from registry.store.text import quoted
 from registry.transfer.plan import TransferPlan, plan_document
+from registry.upkeep.compaction import compact
+from registry.upkeep.garbage import collect_garbage
 from registry.upkeep.retention import Retention
 
 if TYPE_CHECKING:
@@ -43,9 +47,8 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
     from registry.catalog.versions import Version
-    from registry.checkpoints.checkpoint import Checkpoint
     from registry.checkpoints.sharded import RegistryWriter
-    from registry.registry import Registry
+    from registry.home import Home
     from registry.store.saving import State
 
 _RESERVED = ("rng", "extra", "ranks")
@@ -65,7 +68,7 @@ class Run:
 
     def __init__(
         self,
-        registry: Registry,
+        home: Home,
         model: str,
         *,
         config: Config | Mapping[str, Any] | Namespace | None,
@@ -78,7 +81,8 @@ class Run:
         compact: bool,
         timeout: float,
     ) -> None:
-        self.registry = registry
+        self._home = home
+        self._runs = Runs(home.catalog, home.root)
         self.model = check_name(model, "model")
         self.resumed = resumed
         self._plan = plan
@@ -114,12 +118,12 @@ class Run:
         self._about = {key: value for key, value in about.items() if value not in (None, {}, [])}
         try:
             self.name = self._ranks.leader(
-                lambda: registry.runs.begin(self.model, name, self._about), f"a run of {self.model}"
+                lambda: self._runs.begin(self.model, name, self._about), f"a run of {self.model}"
             )
         except BaseException:
             self._ranks.close()
             raise
-        self.folder = registry.root / "runs" / self.name
+        self.folder = home.root / "runs" / self.name
 
     @property
     def log_file(self) -> Path:
@@ -152,7 +156,7 @@ class Run:
         with storage_errors(self.folder), contextlib.ExitStack() as stack:
             if self._ranks.leads:
                 make_folder(self.folder, inner=INNER)
-                tmp = self.registry.root / "tmp"
+                tmp = self._home.root / "tmp"
                 write_file(self.folder / PROCESS, _this_process().encode(), folder=tmp, inner=INNER)
                 stack.enter_context(run_log(self.log_file, inner=INNER))
             stack.enter_context(_sigterm_as_exit())
@@ -192,11 +196,11 @@ class Run:
                 _logger.info("run %s %s", self.name, state)
             if self._writer is not None:
                 self._writer.close()
-            self._saver.submit(self.registry.catalog.close)  # its own connection
+            self._saver.submit(self._home.catalog.close)  # its own connection
             self._saver.shutdown()
             if self._ranks.leads:
                 unlink(self.folder / PROCESS, inner=INNER)
-                self.registry.runs.end(self.name, state)
+                self._runs.end(self.name, state)
             self._ranks.close()
             if self._compact and self._ranks.leads and error is None:
                 self._store_differences()
@@ -204,8 +208,8 @@ class Run:
 
     def _store_differences(self) -> None:
         try:
-            (done,) = self.registry.compact([self.model])
-            self.registry.collect_garbage()
+            (done,) = compact(self._home.catalog, self._home.store, [self.model])
+            collect_garbage(self._home.catalog, self._home.store)
         except RegistryError as failed:  # every version is as it was
             _logger.warning("%s was not compacted: %s", self.model, failed)
         else:
@@ -348,14 +352,12 @@ class Run:
             trees["ranks"] = {str(rank): part for rank, part in enumerate(own) if rank}
         if extra:
             trees["extra"] = dict(extra)
-        state = self.registry.store.encode(trees)
+        state = self._home.store.encode(trees)
         tensors = [leaf.source for leaf in state.leaves if isinstance(leaf.source, torch.Tensor)]
         return state, self._record(live, tensors)
 
     def _everywhere(self, step: Callable[[], Checkpoint], what: str) -> Checkpoint:
         """The checkpoint that the leading process has made, in each process."""
-        from registry.checkpoints.checkpoint import Checkpoint
-
         if self._ranks.count == 1:
             return step()
 
@@ -363,7 +365,7 @@ class Run:
             made = step().row
             return made._replace(metrics=dict(made.metrics))
 
-        return Checkpoint(self.registry.store, self._ranks.leader(row, what))
+        return Checkpoint(self._home.store, self._ranks.leader(row, what))
 
     def _together(self) -> dict[str, Any]:
         return {"processes": self._ranks.count} if self._ranks.count > 1 else {}
@@ -407,18 +409,19 @@ class Run:
         """The data set that was named, or else the artifacts that the program has used; the only one is the data set."""
         if self._dataset:
             return {"dataset": self._dataset}
-        used = used_artifacts(self.registry.root)
+        used = used_artifacts(self._home.root)
         return {"dataset": used[0] if len(used) == 1 else None, "artifacts": used}
 
     def _publish(self, state: State, about: Mapping[str, Any], fields: Mapping[str, Any]) -> Checkpoint:
-        saved = self.registry.save(self.model, state, **fields, **self._origin(about))
+        described = Facts(**fields, **self._origin(about))
+        saved = save(self._home, self.model, state, described, best_by=self._retention.monitor)
         self._retain()
         return saved
 
     def _retain(self) -> None:
         """Remove, and thin, what the run's rules no longer keep."""
-        registry = self.registry
-        self._retention.apply(registry.catalog, registry.store, registry.runs.chain(self.name), self.model)
+        chain = self._runs.chain(self.name)
+        self._retention.apply(self._home.catalog, self._home.store, chain, self.model)
 
     def _origin(self, about: Mapping[str, Any]) -> dict[str, Any]:
         """What the next version records of where it comes from."""
@@ -435,7 +438,6 @@ class Run:
             "run": self.name,
             "parent": before.name if before else None,
             "provenance": about,
-            "best_by": self._retention.monitor,
         }
 
     def sharded(
@@ -465,7 +467,9 @@ class Run:
             self._last = checkpoint
             self._retain()
 
-        return RegistryWriter(self.registry, self.model, saved=saved, **fields, **self._origin(about))
+        best_by = self._retention.monitor
+        origin = self._origin(about)
+        return RegistryWriter(self._home, self.model, saved=saved, best_by=best_by, **fields, **origin)
 
 
 class _Mute:

@@ -6,13 +6,14 @@ import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from registry.catalog.resolving import hint
+from registry.catalog.resolving import hint, resolve
+from registry.catalog.runs import Runs
 from registry.catalog.versions import Version, find_versions, list_versions
 from registry.store.errors import NotFound
 from registry.store.text import printable, quoted
 
 if TYPE_CHECKING:
-    from registry.registry import Registry
+    from registry.home import Home
 
 _COLOURS = ("#0b62d6", "#d1570a", "#1a7f4b", "#8a3ffc", "#b42332", "#5f6870")
 
@@ -24,7 +25,7 @@ class Curve(NamedTuple):
     values: dict[int, float]
 
 
-def curves(registry: Registry, names: Sequence[str], metric: str) -> list[Curve]:
+def curves(home: Home, names: Sequence[str], metric: str) -> list[Curve]:
     """A metric (or `loss`) of several models, runs or versions, by epoch.
 
     Args:
@@ -36,7 +37,7 @@ def curves(registry: Registry, names: Sequence[str], metric: str) -> list[Curve]
     """
     found = []
     for given in names:
-        name, versions = _versions(registry, given)
+        name, versions = _versions(home, given)
         values: dict[int, float] = {}
         for version in versions[::-1]:
             value = version.loss if metric == "loss" else version.metrics.get(metric)
@@ -55,14 +56,14 @@ def _why_nothing(name: str, versions: Sequence[Version], metric: str) -> str:
     return f"{whose} {has} the metric {quoted(metric)} and an epoch{meant}"
 
 
-def _versions(registry: Registry, given: str) -> tuple[str, Sequence[Version]]:
+def _versions(home: Home, given: str) -> tuple[str, Sequence[Version]]:
     """What a text names, and the versions that belong to it, the newest first."""
     if "/" in given:
-        run = registry.runs[given]
-        return run.name, find_versions(registry.catalog, "v.run = ?", [run.name])
-    one = registry.resolve(given)
+        run = Runs(home.catalog, home.root)[given]
+        return run.name, find_versions(home.catalog, "v.run = ?", [run.name])
+    one = resolve(home.catalog, given)
     if given == one.model:
-        return one.model, list_versions(registry.catalog, one.model)[0]
+        return one.model, list_versions(home.catalog, one.model)[0]
     return one.name, [one]
 
 

@@ -21,7 +21,7 @@ from registry.transfer.sides import Side, Source, side_of
 from registry.transfer.suggestions import suggestions
 
 if TYPE_CHECKING:
-    from registry.registry import Registry
+    from registry.home import Home
 
 SCHEMA = 1
 _CHUNK = 1 << 18
@@ -169,7 +169,7 @@ def diff(
     a: Source,
     b: Source,
     *,
-    registry: Registry | None = None,
+    registry: Home | None = None,
     values: bool = False,
     rename: Iterable[str] = (),
     exclude: Iterable[str] = (),
@@ -298,11 +298,12 @@ def _are_alike(left: Side, right: Side) -> bool:
     return (left.checkpoint is None) == (right.checkpoint is None)
 
 
-def _related(left: Side, right: Side, registry: Registry | None) -> bool:
+def _related(left: Side, right: Side, registry: Home | None) -> bool:
     """Whether the lineage ties the two sides: one was trained on from the other, or both from a third."""
     if not left.checkpoint or not right.checkpoint or registry is None:
         return False
-    return bool(ancestors(registry, left.checkpoint.name) & ancestors(registry, right.checkpoint.name))
+    above = ancestors(registry.catalog, left.checkpoint.name)
+    return bool(above & ancestors(registry.catalog, right.checkpoint.name))
 
 
 def _frozen(left: Side, right: Side, plan: TransferPlan | None) -> Iterator[FrozenPart]:

@@ -21,7 +21,7 @@ from registry.transfer.adapters import Rows, adapt, needs_source
 from registry.transfer.sides import STATE_DICT, Side, Source, side_of
 
 if TYPE_CHECKING:
-    from registry.registry import Registry
+    from registry.home import Home
 
 SCHEMA = 1
 Action = Literal["copy", "make", "keep", "unused"]
@@ -84,7 +84,7 @@ class _Origin:
     """What a plan was made from. It is no part of what the plan says: it is not compared, copied or pickled."""
 
     source: Source | None = None
-    registry: Registry | None = None
+    registry: Home | None = None
 
     def __eq__(self, other: object) -> bool:
         return True
@@ -121,7 +121,7 @@ class TransferPlan(BaseModel):
     notes: tuple[str, ...] = ()
     _origin: _Origin = PrivateAttr(default_factory=lambda: _Origin())
 
-    def remember(self, source: Source, registry: Registry | None) -> None:
+    def remember(self, source: Source, registry: Home | None) -> None:
         """Note what the plan was made from, for `apply`; a plan that is read from a file does not have it."""
         self._origin.source, self._origin.registry = source, registry
 
@@ -218,7 +218,7 @@ class TransferPlan(BaseModel):
         return plan
 
     def apply(
-        self, model: nn.Module, source: Source | None = None, *, registry: Registry | None = None
+        self, model: nn.Module, source: Source | None = None, *, registry: Home | None = None
     ) -> nn.Module:
         """Copy what the plan says into a live network and freeze what it says: all of it, or nothing.
 
@@ -251,7 +251,7 @@ class TransferPlan(BaseModel):
             freezing.freeze(model, self.freeze, bn=self.bn)
         return model
 
-    def _side_of(self, source: Source | None, registry: Registry | None) -> Side:
+    def _side_of(self, source: Source | None, registry: Home | None) -> Side:
         if source is None and self._origin.source is None:
             if self.source_digest is None or self.source == STATE_DICT:
                 what = STATE_DICT if self.source == STATE_DICT else f"a live network, {quoted(self.source)}"
@@ -262,7 +262,7 @@ class TransferPlan(BaseModel):
         return side_of(source, registry)
 
     def state_dict(
-        self, model: nn.Module, source: Source | None = None, *, registry: Registry | None = None
+        self, model: nn.Module, source: Source | None = None, *, registry: Home | None = None
     ) -> OrderedDict[str, torch.Tensor]:
         """What the plan loads, as a state dict under the network's names; the network is not changed.
 

@@ -21,7 +21,7 @@ from registry.transfer.sides import Side, Source, side_of
 from registry.transfer.suggestions import suggestions
 
 if TYPE_CHECKING:
-    from registry.registry import Registry
+    from registry.home import Home
 
 _MOST_ADVISED = 12
 """Patterns or rules that an error names; more would not be read."""
@@ -44,7 +44,7 @@ def plan_transfer(
     adapters: Mapping[str, str] | None = None,
     classes: tuple[Sequence[str], Sequence[str]] | None = None,
     everything: bool = False,
-    registry: Registry | None = None,
+    registry: Home | None = None,
 ) -> TransferPlan:
     """Plan which tensors of a source go into a target network. Nothing is read but names and shapes.
 
@@ -154,7 +154,7 @@ def plan_transfer(
 
 
 def from_pretrained(
-    registry: Registry, make: Any, source: Source, *, freeze: bool | str | Sequence[str] = False, **given: Any
+    registry: Home, make: Any, source: Source, *, freeze: bool | str | Sequence[str] = False, **given: Any
 ) -> nn.Module:
     """A new network with whatever fits from a source; every difference is expected, loading nothing is an error.
 

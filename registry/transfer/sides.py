@@ -8,24 +8,22 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
+from registry.checkpoints.checkpoint import Checkpoint
 from registry.files.importing import FORMS, read_checkpoint_file
+from registry.home import Home
 from registry.live import components
 from registry.store.digest import digest as digest_of
 from registry.store.digest import tensor_digest
 from registry.store.errors import Invalid, NotFound, RegistryError, Unsupported
 from registry.store.text import printable, quoted
 from registry.store.tree import Leaf, tensor_paths
-
-if TYPE_CHECKING:
-    from registry.checkpoints.checkpoint import Checkpoint
-    from registry.registry import Registry
 
 STATE_DICT = "a state dict"
 TORCHVISION = "torchvision:"
@@ -172,7 +170,7 @@ def components_config(module: nn.Module | None) -> dict[str, Any] | None:
     return config_of(module) if module is not None else None
 
 
-def side_of(source: Source, registry: Registry | None = None, *, component: str = "model") -> Side:
+def side_of(source: Source, registry: Home | None = None, *, component: str = "model") -> Side:
     """Read what a diff or a transfer needs of a source: no tensor yet.
 
     Args:
@@ -221,9 +219,7 @@ def side_of(source: Source, registry: Registry | None = None, *, component: str 
         return _file(Path(source), component)
     try:
         if registry is None:
-            from registry.registry import Registry
-
-            registry = Registry(create=False)
+            registry = Home(create=False)
         return _stored(registry, source, component)
     except NotFound:
         built = _built(source)
@@ -243,11 +239,11 @@ def _built(name: str) -> Side | None:
     return side
 
 
-def _stored(registry: Registry, reference: str, component: str) -> Side:
-    checkpoint = registry[reference]
+def _stored(home: Home, reference: str, component: str) -> Side:
+    checkpoint = Checkpoint.named(home, reference)
     if component not in checkpoint.components:
         raise components.missing(component, checkpoint.name, checkpoint.components)
-    manifest = registry.store.manifest(checkpoint.id)
+    manifest = home.store.manifest(checkpoint.id)
     buffers = set(checkpoint.provenance.get("buffers", {}).get(component, ()))
     known = "buffers" in checkpoint.provenance
     entries, digests = [], {}

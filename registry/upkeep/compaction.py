@@ -59,7 +59,12 @@ Progress = Callable[[int, int, int], None]
 
 
 def compact(
-    catalog: Catalog, store: Store, models: Sequence[str], *, dry_run: bool, progress: Progress
+    catalog: Catalog,
+    store: Store,
+    models: Sequence[str] = (),
+    *,
+    dry_run: bool = False,
+    progress: Progress = lambda done, total, saved: None,
 ) -> list[Compacted]:
     """Store older versions as differences from a neighbour, bit for bit; `collect_garbage` frees the space.
 

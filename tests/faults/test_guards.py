@@ -604,7 +604,7 @@ def test_what_came_back_and_went_again_is_doomed_again(tmp_path: Path) -> None:
 
 
 def test_equal_versions_of_one_instant_are_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("registry.registry.now", lambda: AT)
+    monkeypatch.setattr("registry.checkpoints.saving.now", lambda: AT)
     registry = Registry(tmp_path / "r")
     assert [registry.save("net", {"model": state(1)}).name for _ in range(3)] == [
         "net:v1",

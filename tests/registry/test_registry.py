@@ -67,7 +67,7 @@ def test_equal_values_saved_at_the_same_instant_are_two_versions(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As by two processes: the record tells versions of the same values apart by the time."""
-    monkeypatch.setattr("registry.registry.now", lambda: "2026-11-25T03:29:44.000001Z")
+    monkeypatch.setattr("registry.checkpoints.saving.now", lambda: "2026-11-25T03:29:44.000001Z")
     monkeypatch.setattr("registry.catalog.commit.now", lambda: "2026-11-25T03:29:44.000002Z")
     state = {"model": {"weight": torch.ones(3)}}
     assert [registry.save("net", state).name for _ in range(2)] == ["net:v1", "net:v2"]

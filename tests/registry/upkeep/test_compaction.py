@@ -374,7 +374,7 @@ def test_a_run_compacts_when_it_has_finished_and_only_if_asked(
     def failing(*_: Any, **__: Any) -> None:
         raise StorageError("no space left on the disk")
 
-    monkeypatch.setattr(Registry, "compact", failing)
+    monkeypatch.setattr("registry.runs.run.compact", failing)
     failed = train(tmp_path / "failed")  # nothing is raised: the versions are there
     assert failed.runs["net/run-1"].state == "finished"
     assert "net was not compacted: no space left" in (tmp_path / "failed/runs/net/run-1/run.log").read_text()

@@ -1,0 +1,159 @@
+"""Saving: from state trees to the next version of a model."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from registry.catalog import facts
+from registry.catalog.commit import publish, publish_version
+from registry.catalog.entries import now
+from registry.catalog.lookups import best_id
+from registry.catalog.metrics import check_metric
+from registry.catalog.naming import point
+from registry.catalog.reference import MAX_EDGE, check_name, check_text, check_version_name
+from registry.catalog.resolving import resolve
+from registry.catalog.versions import version_of
+from registry.checkpoints.checkpoint import Checkpoint
+from registry.configs.plain import plain_table
+from registry.progress import Progress, silent
+from registry.release import VERSION
+from registry.store.errors import Invalid, NotFound
+from registry.store.saving import State
+from registry.store.store import Written
+from registry.store.text import quoted
+
+if TYPE_CHECKING:
+    from registry.catalog.catalog import View
+    from registry.catalog.entries import Record
+    from registry.catalog.metrics import Monitor
+    from registry.home import Home
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is recorded of a version beside its tensors; `registry.Registry.save` says what each of them means."""
+
+    epoch: int | None = None
+    step: int | None = None
+    loss: float | None = None
+    metrics: Mapping[str, float] | None = None
+    config: Mapping[str, Any] | None = None
+    meta: Mapping[str, Any] | None = None
+    lineage: Sequence[Mapping[str, str]] = ()
+    source: Mapping[str, Any] | None = None
+    run: str | None = None
+    parent: str | None = None
+    provenance: Mapping[str, Any] | None = None
+    dcp: Mapping[str, Any] | None = None
+
+    def record(self, model: str) -> dict[str, Any]:
+        """What a manifest records of a version that is saved now.
+
+        Raises:
+            Invalid: if something of it has the wrong form.
+        """
+        found: dict[str, Any] = {
+            "kind": "checkpoint",
+            "model": model,
+            "created": now(),
+            "epoch": _whole(self.epoch, "epoch"),
+            "step": _whole(self.step, "step"),
+            "loss": None if self.loss is None else _number(self.loss, "loss"),
+            "metrics": {check_metric(k): _number(v, f"metric {k}") for k, v in (self.metrics or {}).items()},
+            "config": None if self.config is None else plain_table(self.config, "config"),
+            "meta": plain_table(self.meta or {}, "meta"),
+            "lineage": [_edge(edge) for edge in self.lineage],
+            "source": self.source,
+            "run": self.run,
+            "parent": None if self.parent is None else check_version_name(self.parent),
+            "provenance": self.provenance,
+            "dcp": self.dcp,
+        }
+        found = {key: value for key, value in found.items() if value not in (None, {}, [])}
+        if odd := facts.malformed(found):
+            raise Invalid(f"{odd} is not of the kind that is documented for it, so it cannot be recorded")
+        return found | {"torch-registry": VERSION}
+
+
+def save(
+    home: Home,
+    model: str,
+    components: Mapping[str, Any] | State | Written,
+    about: Facts,
+    *,
+    best_by: Monitor | None = None,
+    progress: Progress = silent,
+) -> Checkpoint:
+    """Save named state trees as the next version of a model; as `registry.Registry.save`, which names the errors.
+
+    Args:
+        components: state trees by component name, or what `store.encode` or `store.add` made of them.
+        about: what is recorded of the version.
+        best_by: move the alias `best` to the version with the best value of this metric.
+        progress: told the bytes done and the bytes in all.
+    """
+    check_name(model, "model")
+    state = components if isinstance(components, State | Written) else None
+    for component in state.components if state else components:  # type: ignore[union-attr]
+        check_name(component, "component")
+    record = about.record(model)
+    if state is None:
+        state = home.store.encode(components)  # type: ignore[arg-type]
+
+    def records(view: View, manifest_id: str, text: Mapping[str, str]) -> list[Record]:
+        found = [publish_version(view, model, manifest_id, text)]
+        best = _best_with(view, model, best_by, manifest_id, record) if best_by else None
+        return [*found, *(point(view, model, "best", best) if best else ())]
+
+    saved, made = publish(home.catalog, home.store, state, record, records, what=model, progress=progress)
+    (version,) = (one["version"] for one in made if one["op"] == "publish")
+    try:
+        return Checkpoint(home.store, resolve(home.catalog, f"{model}:v{version}"))
+    except NotFound:  # The catalog could not be written, or others have removed the version already.
+        manifest = home.store.just_written(saved) or home.store.manifest(saved)
+        return Checkpoint(home.store, version_of(saved, model, version, manifest))
+
+
+def _best_with(
+    view: View, model: str, by: Monitor, manifest_id: str, record: Mapping[str, Any]
+) -> str | None:
+    """The id of a model's best version once one more is published; NaN never wins, of equals the earlier does."""
+    best = best_id(view.query, model, by.metric, smallest=by.smallest)
+    value = record.get("loss") if by.metric == "loss" else record.get("metrics", {}).get(by.metric)
+    if value is None or math.isnan(value):
+        return best[0] if best else None
+    if best is None or (value < best[1] if by.smallest else value > best[1]):
+        return manifest_id
+    return best[0]
+
+
+def _edge(edge: Mapping[str, str]) -> dict[str, str]:
+    if set(edge) != {"kind", "parent"}:
+        raise Invalid("lineage: an edge has the keys kind and parent")
+    return {key: check_text(edge[key], f"lineage {key}", MAX_EDGE) for key in ("kind", "parent")}
+
+
+def _whole(value: Any, what: str) -> int | None:
+    """A count; 0-dimensional tensors and scalars of NumPy are taken, too."""
+    if value is None:
+        return None
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):  # Which tensors of several elements raise.
+        number = operator.index(value)
+        if not isinstance(value, bool) and 0 <= number < 1 << 63:
+            return number
+    raise Invalid(f"{what} is {quoted(str(value))}, expected a whole number of 0 or more")
+
+
+def _number(value: Any, what: str) -> float:
+    try:
+        if isinstance(value, str | bool):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        shown = quoted(str(value))
+        raise Invalid(f"{what} is {shown}, expected a number") from None

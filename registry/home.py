@@ -1,0 +1,82 @@
+"""The home of a registry: its folder, its catalog and its store.
+
+What needs a registry takes its home, or only the catalog or the store of it; `Registry` is the roof above all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from registry.catalog import settings
+from registry.catalog.catalog import Catalog
+from registry.release import VERSION
+from registry.store import durable
+from registry.store.errors import Conflict, NotFound
+
+if TYPE_CHECKING:
+    from registry.store.store import Store
+
+SETTINGS = settings.NAME
+
+
+def default_root() -> Path:
+    """`REGISTRY_ROOT`, or `.registry` in the working directory."""
+    return Path(os.environ.get("REGISTRY_ROOT") or ".registry")
+
+
+class Home:
+    """The folder of a registry, with its catalog and its store.
+
+    Args:
+        root: the folder; `REGISTRY_ROOT` or `./.registry` unless given.
+        create: make a new registry if the folder does not hold one.
+
+    Raises:
+        NotFound: if there is none and `create` is false.
+        Unsupported: if a newer version of this package made it.
+    """
+
+    def __init__(self, root: Path | str | None = None, *, create: bool = True) -> None:
+        given = Path(root) if root is not None else default_root()
+        self.root = Path(os.path.abspath(given))  # A program may change its working directory.
+        self.catalog = Catalog(self.root, lambda: self.store)
+        if not settings.are_there(self.root):
+            if not create:
+                raise NotFound(f"there is no registry at {given}; make one with: registry init")
+            self._create()
+        self.catalog.format = settings.read_format(self.root)
+
+    @functools.cached_property
+    def store(self) -> Store:
+        """The store, which the catalog tells where tensors lie."""
+        from registry.store.store import Store
+
+        return Store(self.root, self.catalog)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.root)!r})"
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str]]:
+        return type(self), (str(self.root.absolute()),)
+
+    def _create(self) -> None:
+        from registry.store.store import FOLDERS
+
+        holds_something = any(any((self.root / name).glob("*")) for name in ("packs", "manifests"))
+        if holds_something and not settings.are_there(self.root):  # Which another process may just have made.
+            raise Conflict(
+                f"{self.root} holds a registry without {settings.NAME}; if the file was lost, recreate it with one "
+                f"line: format = {settings.FORMAT}"
+            )
+        with durable.storage_errors(self.root):
+            is_own = not self.root.is_dir() or not any(self.root.iterdir())
+            for folder in FOLDERS:
+                durable.make_folder(self.root / folder, inner=1)
+            created_by = f"torch-registry {VERSION}"
+            self.catalog.create(created_by)
+            settings.create(self.root, created_by)
+            if is_own:
+                settings.hide_from_git(self.root)

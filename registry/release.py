@@ -1,0 +1,3 @@
+"""The release: which version of this package runs."""
+
+VERSION = "0.1.0"
