@@ -14,12 +14,35 @@ from typing import Any, NoReturn
 import click
 
 import registry
-from registry.cli.commands import COMMANDS, with_root
 from registry.cli.options import example_text
+from registry.cli.output import name_commands, told
 from registry.store.errors import RegistryError
 from registry.store.text import printable
 
+_MODULES = (
+    ("files", "init import_ export"),
+    ("training", "train eval_ predict"),
+    ("transfers", "diff plan transfer verify_frozen compare advise"),
+    ("reading", "list_ show"),
+    ("runs", "history best lineage runs log board"),
+    ("reading", "status"),
+    ("caches", "cache"),
+    ("naming", "alias tag note rm"),
+    ("upkeep", "verify gc compact rebuild"),
+    ("configs", "config"),
+    ("shell", "completion"),
+)
+COMMANDS = {
+    function.rstrip("_").replace("_", "-"): (module, function)
+    for module, functions in _MODULES
+    for function in functions.split()
+}
+"""Module and function of each command, in the order of their use."""
+
 _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+
+
+name_commands(COMMANDS)
 
 
 class App(click.Group):
@@ -76,11 +99,6 @@ def _guarded(run: Callable[[], Any]) -> int:
             message = f"unexpected {type(error).__name__}: {text} (--debug shows where)"
         click.echo(f"registry: {message}", err=True)
         return 1
-
-
-def told(error: RegistryError) -> str:
-    """An error in one line, its advice in options to paste."""
-    return with_root(printable(error.for_command_line()))
 
 
 def _give_up_output() -> None:

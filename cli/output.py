@@ -5,23 +5,58 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
+import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from registry.cli.commands import with_root
 from registry.store.text import printable
 
 if TYPE_CHECKING:
     from registry.catalog.versions import Version
+    from registry.store.errors import RegistryError
 
 _PATIENCE = 1.0
 _LEFT = "RUN STATE PARENT CLASS IMAGE OR MODEL NAME LATEST METRICS ALIASES TAGS CREATED ID COMPONENT PATH DTYPE SHAPE DIGEST ALIAS CHECKPOINT"
 _DISPENSABLE = ("ID", "DIGEST", "CREATED")
+
+
+_commands: list[str] = []
+"""State of the process: the names of the commands, which `registry.cli.app` says as it is loaded."""
+
+
+def name_commands(names: Iterable[str]) -> None:
+    """Say which words behind `registry` are commands, so that advice can be pasted."""
+    _commands[:] = names
+
+
+def with_root(text: str) -> str:
+    """A text in which every command has the option `--root`, if this one was given it."""
+    root = _given(sys.argv[1:])
+    if not root:
+        return text
+    mentioned = rf"\bregistry (?=(?:{'|'.join(_commands)})\b)"
+    return re.sub(mentioned, lambda _: f"registry --root {shlex.quote(root)} ", text)
+
+
+def _given(words: Sequence[str]) -> str:
+    """The folder that the option `--root` of a command line names; empty if it has none."""
+    for i, word in enumerate(words):
+        if word == "--root":
+            return "".join(words[i + 1 : i + 2])
+        if word.startswith("--root="):
+            return word.partition("=")[2]
+    return ""
+
+
+def told(error: RegistryError) -> str:
+    """An error in one line, its advice in options to paste."""
+    return with_root(printable(error.for_command_line()))
 
 
 def say(text: str) -> None:

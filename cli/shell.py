@@ -20,8 +20,7 @@ def completion(shell: str) -> None:
     in ~/.zshrc:   eval "$(registry completion zsh)"
     in fish's configuration:  registry completion fish | source
     """
-    from registry.cli.app import app
-
+    app = click.get_current_context().find_root().command
     found = get_completion_class(shell)
     assert found is not None
     if shell == "bash":  # which would take lenet5:v3 and lenet5@best for several words

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from registry.cli.options import Reference, casts, command, pairs, renames
-from registry.cli.output import print_json, say
+from registry.cli.output import print_json, say, told
 from registry.store.errors import Incompatible, Invalid, NotFound
 from registry.store.text import quoted
 
@@ -80,8 +80,6 @@ def diff(
         text = _rendered(report, "json" if as_json else form)
         _write(text, output)
     except RegistryError as error:
-        from registry.cli.app import told
-
         click.echo(f"registry: {told(error)}", err=True)
         return 2
     return 0 if report.is_same else 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from registry.store import differences, header, loading
@@ -13,7 +14,6 @@ from registry.store.parallel import in_parallel
 
 if TYPE_CHECKING:
     from registry.store.loading import Mapped, Wanted
-    from registry.store.store import Store
 
 SMALLEST = 4 << 10
 """Bytes of a tensor from which on a difference is tried."""
@@ -21,29 +21,42 @@ SMALLEST = 4 << 10
 _WORTH_IT = 0.9
 
 
-def copy_to_new_pack(store: Store, digests: Collection[str], bases: Mapping[str, str]) -> PackInfo:
-    """See `Store.copy_to_new_pack`."""
-    wanted = store.wanted(digests)
-    stored_bases = {item.info.digest: item for item in store.wanted({*bases.values()})}
-    mapped = loading.Mapped(store.packs)
+def copy_to_new_pack(
+    wanted: Sequence[Wanted],
+    stored_bases: Sequence[Wanted],
+    bases: Mapping[str, str],
+    *,
+    packs: Path,
+    tmp: Path,
+) -> PackInfo:
+    """Copy stored tensors to a pack of their own; see `Store.copy_to_new_pack`.
+
+    Args:
+        wanted: the tensors.
+        stored_bases: those that some of them may be stored as a difference from.
+        bases: digests of these, by that of the tensor.
+        packs: the folder of the packs.
+        tmp: the folder where the new one lies until it is complete.
+    """
+    mapped = loading.Mapped(packs)
     sound: set[str] = set()
-    differing = _differing(wanted, stored_bases, bases)
+    differing = _differing(wanted, {item.info.digest: item for item in stored_bases}, bases)
     types = [(item.info.dtype, item.info.shape) for item in wanted]
     coded_types = [
         type_ for item, type_ in zip(wanted, types, strict=True) if item.base or item.info.digest in differing
     ]
-    writer = PackWriter(store.tmp, types, coded=coded_types)
+    writer = PackWriter(tmp, types, coded=coded_types)
     try:
         for item in wanted:
             base = differing.get(item.info.digest)
             if item.base:
-                _copy_difference(store, item, mapped, writer)
+                _copy_difference(packs, item, mapped, writer)
                 continue
             data = mapped.bytes(item)
-            _check(store, item, data)
+            _check(packs, item, data)
             if base is not None:
                 if base.info.digest not in sound:
-                    _check(store, base, mapped.bytes(base))
+                    _check(packs, base, mapped.bytes(base))
                     sound.add(base.info.digest)
                 if coded := _difference(item, data, mapped.bytes(base)):
                     info = item.info
@@ -52,11 +65,11 @@ def copy_to_new_pack(store: Store, digests: Collection[str], bases: Mapping[str,
                     )
                     continue
             writer.add(item.info.digest, item.info.dtype, item.info.shape, data, is_sure=False)
-        return writer.finish(store.packs)
+        return writer.finish(packs)
     except Changed as error:  # the pack that it was copied from, behind the check
         writer.discard()
         raise loading.damaged(
-            store.packs, next(one for one in wanted if one.info.digest in error.digests)
+            packs, next(one for one in wanted if one.info.digest in error.digests)
         ) from None
     except BaseException:
         writer.discard()
@@ -82,9 +95,9 @@ def _differing(
     return found
 
 
-def _copy_difference(store: Store, item: Wanted, mapped: Mapped, writer: PackWriter) -> None:
+def _copy_difference(packs: Path, item: Wanted, mapped: Mapped, writer: PackWriter) -> None:
     """Copy a difference as it is, once it is seen to give what was saved."""
-    loading.verify(store.packs, [item], loading.Mapped(store.packs))
+    loading.verify(packs, [item], loading.Mapped(packs))
     info, place = item.info, item.location
     assert place.base is not None
     writer.add_difference(info.digest, info.dtype, info.shape, place.base, mapped.stored(item))
@@ -114,6 +127,6 @@ def _run(jobs: Sequence[Any], work: Callable[[Any], None]) -> None:
     in_parallel(jobs, work, [differences.CHUNK] * len(jobs))
 
 
-def _check(store: Store, item: Wanted, data: memoryview) -> None:
+def _check(packs: Path, item: Wanted, data: memoryview) -> None:
     if tensor_digest(item.info.dtype, item.info.shape, data) != item.info.digest:
-        raise loading.damaged(store.packs, item)
+        raise loading.damaged(packs, item)

@@ -205,7 +205,9 @@ class Store:
         from registry.store.recoding import copy_to_new_pack
 
         with storage_errors(self.root):
-            return copy_to_new_pack(self, digests, bases or {})
+            bases = bases or {}
+            wanted, stored_bases = self.wanted(digests), self.wanted({*bases.values()})
+            return copy_to_new_pack(wanted, stored_bases, bases, packs=self.packs, tmp=self.tmp)
 
     def discard_pack(self, digest: str) -> None:
         """Remove a pack that was written for nothing: nobody else can have come to rely on it, as its name is new."""

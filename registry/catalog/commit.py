@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from registry.catalog.entries import Record, manifest_text, now
+from registry.catalog.entries import Record, manifest_text, now, pack_record
 from registry.catalog.lookups import locate
 from registry.progress import Progress, silent
 from registry.store.errors import Conflict, RegistryError
@@ -13,7 +13,6 @@ from registry.store.errors import Conflict, RegistryError
 if TYPE_CHECKING:
     from registry.catalog.catalog import Catalog, View
     from registry.store.location import Location
-    from registry.store.pack import PackInfo
     from registry.store.saving import State
     from registry.store.store import Store, Stored, Written
 
@@ -139,14 +138,6 @@ def _with_bases(view: View, places: Mapping[str, Location]) -> dict[str, Locatio
         found |= new
         wanted = {place.base for place in new.values() if place.base} - set(found)
     return found
-
-
-def pack_record(pack: PackInfo) -> Record:
-    """What is to be recorded so that a pack counts."""
-    record: dict[str, Any] = {"op": "pack", "digest": pack.digest, "size": pack.size}
-    if any(tensor.base for tensor in pack.tensors):
-        record["differences"] = True
-    return record
 
 
 def publish_version(view: View, model: str, manifest_id: str, text: Mapping[str, str]) -> Record:

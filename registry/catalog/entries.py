@@ -12,12 +12,15 @@ import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from registry.catalog.reference import check_name, check_run_name, check_text
 from registry.store.digest import digest, is_digest
 from registry.store.errors import Corrupt, Invalid, RegistryError, Unsupported
 from registry.store.text import quoted
+
+if TYPE_CHECKING:
+    from registry.store.pack import PackInfo
 
 Record = Mapping[str, Any]
 
@@ -288,3 +291,11 @@ _FIELDS: dict[str, dict[str, Callable[[Any], object]]] = {
     "adopt": {"gaps": _gaps, "reason": _text},
 }
 """The operations, and what their fields must be; other fields are passed over."""
+
+
+def pack_record(pack: PackInfo) -> Record:
+    """What is to be recorded so that a pack counts."""
+    record: dict[str, Any] = {"op": "pack", "digest": pack.digest, "size": pack.size}
+    if any(tensor.base for tensor in pack.tensors):
+        record["differences"] = True
+    return record

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from registry.catalog.commit import pack_record
-from registry.catalog.entries import Record, manifest_text
+from registry.catalog.entries import Record, manifest_text, pack_record
 from registry.catalog.facts import facts_of
 from registry.catalog.reference import check_name
 from registry.catalog.strays import needed_strays, stray_manifests

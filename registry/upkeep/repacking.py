@@ -6,8 +6,7 @@ import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from registry.catalog.commit import pack_record
-from registry.catalog.entries import Record
+from registry.catalog.entries import Record, pack_record
 from registry.catalog.lookups import batches, locate, marks
 from registry.store.errors import Corrupt, NotFound
 

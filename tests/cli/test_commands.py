@@ -508,7 +508,8 @@ def test_an_output_that_takes_nothing_is_one_line(
 
 def test_a_command_line_without_words_is_answered(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a program calls the commands, and its own words are none."""
-    from registry.cli.commands import with_root
+    from registry.cli.app import app  # noqa: F401  # which says what is a command
+    from registry.cli.output import with_root
 
     monkeypatch.setattr(sys, "argv", ["program"])
     assert with_root("make one with: registry init") == "make one with: registry init"

@@ -34,8 +34,7 @@ from unsynced import Unsynced
 from registry import Registry
 from registry.cache.keys import Key
 from registry.catalog import entries
-from registry.catalog.commit import pack_record
-from registry.catalog.entries import Record
+from registry.catalog.entries import Record, pack_record
 from registry.store import differences, durable
 from registry.store.digest import digest, tensor_digest
 from registry.store.errors import RegistryError
