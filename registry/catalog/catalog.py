@@ -1353,7 +1353,7 @@ def _set_head(change: Change, last: Entry | Ledger, end: Position) -> None:
         for key, value in pairing.after(dict(rows), change.found_beside).items():
             change.set_state(key, value)
         change.found_beside = None
-    change.set_state("stamp", pairing.new_stamp())
+    pairing.stamp(change.connection)
     change.set_state("seq", last.seq)
     change.set_state("digest", last.digest)
     change.set_state("segment", end.segment)
