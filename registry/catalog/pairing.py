@@ -67,7 +67,7 @@ def close(path: Path, connection: sqlite3.Connection) -> None:
     with contextlib.suppress(sqlite3.Error):
         found = _stamp_in(connection)
     connection.close()
-    with contextlib.suppress(OSError, RegistryError):
+    with contextlib.suppress(OSError, RegistryError, durable.Moved):
         is_open = durable.status_of(path.with_name(f"{path.name}-wal")) is not None
         if found is not None and not is_open and found != _noted(path):
             durable.note(path.with_name(f"{path.name}{WHOLE}"), found.encode(), folder=path.parent / "tmp")
