@@ -3,7 +3,8 @@
 SQLite applies whatever log it finds to whatever database it finds. Where an older copy of the database alone was put
 back, the result is a mixture: the last changes are there, and those before them are not. So each change records which
 write-ahead log it saw and where the log of the registry stood when that one began; the database, read without its
-write-ahead log, must not be older than this, and the log of the registry must have what it names last.
+write-ahead log, must not be older than this, and the log of the registry must have what it names last. Where a catalog was
+made anew, all of it is in the write-ahead log, and what the database was before does not matter until that is moved.
 
 Where SQLite was killed while it moved changes into the file, the file alone is a mixture, too. So each change leaves a
 stamp in the file's first page, which is the first that SQLite moves; a program that closes the catalog last, with all
@@ -32,6 +33,9 @@ from registry.store.places import is_local
 
 WHOLE = "-whole"
 """What the name of the file with the stamp adds to that of the catalog."""
+
+ANEW = "anew"
+"""In the place of the salts of a write-ahead log: the last change has made all of the catalog."""
 
 _SALTS = slice(16, 24)
 _HEADER = 32
@@ -83,15 +87,44 @@ def _noted(path: Path) -> str:
     return _first_bytes(path.with_name(f"{path.name}{WHOLE}"), _LONGEST).decode("ascii", "replace")
 
 
-def after(state: dict[str, str], salts: str) -> dict[str, str]:
-    """What a change is to record, from the state before it and the write-ahead log that it found when it began.
+class Beside(NamedTuple):
+    """What a change found when it began.
+
+    Attributes:
+        salts: of the write-ahead log; empty if there is none.
+        is_moved: whether what was made anew has been moved from there into the catalog's file.
+    """
+
+    salts: str
+    is_moved: bool
+
+
+def beside(path: Path, connection: sqlite3.Connection, look: Callable[[], Alone]) -> Beside:
+    """What a change finds that begins now.
+
+    Args:
+        look: looks at the catalog's file alone.
+    """
+    salts, state = salts_of(path), _state_in(connection)
+    if not salts or state.get("wal") != ANEW:
+        return Beside(salts, is_moved=True)
+    return Beside(salts, look().state.get("seq") == state.get("seq"))
+
+
+def after(state: dict[str, str], found: Beside) -> dict[str, str]:
+    """What a change is to record, from the state before it and what it found when it began.
 
     Returns:
-        Rows of the table `state`: `wal`, that write-ahead log; `base`, the entry before it began, or an earlier one; and
-        `before`, the entry before this change, for the case that it is the first in a new one.
+        Rows of the table `state`: `wal`, that write-ahead log; `base`, the entry before it began, or an earlier one, or 0
+        where all of the catalog is in it; and `before`, the entry before this change, for the case that it is the first in
+        a new one.
     """
-    began = state.get("base" if state.get("wal") == salts else "before", "0")
-    return {"wal": salts, "base": began, "before": state.get("seq", "0")}
+    now = state.get("seq", "0")
+    if state.get("wal") == ANEW:
+        began = now if found.is_moved else "0"
+    else:
+        began = state.get("base" if state.get("wal") == found.salts else "before", "0")
+    return {"wal": found.salts, "base": began, "before": now}
 
 
 class Alone(NamedTuple):
@@ -140,13 +173,15 @@ def is_paired(path: Path, connection: sqlite3.Connection, alone: Alone, journal:
             return True
         if not alone.salts or not _holds_a_change(path):
             return False
+    if state.get("wal") == ANEW:
+        return True
     try:
         base = int(state.get("base" if state.get("wal") == alone.salts else "before", "0"))
         seq, own = int(state["seq"]), int(alone.state.get("seq", "-1"))
     except (KeyError, ValueError):
         return False
-    if own < 0:  # Everything is in the write-ahead log, as in that of a catalog just made.
-        return base == 0
+    if base == 0:  # Everything is in the write-ahead log.
+        return True
     if own == seq:
         return alone.state.get("digest") == state.get("digest")
     return base <= own < seq and _is_of(journal, alone.state)

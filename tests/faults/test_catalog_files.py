@@ -293,6 +293,46 @@ def test_the_catalog_of_another_registry_below_a_write_ahead_log_is_made_anew(tm
     registry.catalog.close()
 
 
+def test_a_catalog_that_is_made_anew_beside_an_open_program_counts(tmp_path: Path) -> None:
+    """What lies in the place of its file does not matter as long as all of it is in the write-ahead log."""
+    root = tmp_path / "r"
+    registry = Registry(root)
+    save(registry, 0)
+    registry.catalog.close()
+    before = (root / FILE).read_bytes()
+    for number in range(1, 4):
+        save(registry, number)
+    registry.catalog.close()
+    for _ in range(2):
+        (root / FILE).write_bytes(before)
+        holder = Registry(root)
+        holder.add_note("net:v2", "held")
+        holder.rebuild()
+        command(root, "note", "net:v3", "while another holds it")
+        for _ in range(2):
+            assert len(command(root, "list", "net")) == 5
+        assert broken_rules(Registry(root)) == []
+        holder.catalog.close()
+
+
+def test_a_copy_of_the_catalog_from_before_it_was_made_anew_does_not_count(tmp_path: Path) -> None:
+    """Its write-ahead log then has the changes since, and not what was made anew before it began."""
+    root = tmp_path / "r"
+    grown(root, 5)
+    old = (root / FILE).read_bytes()
+    registry = Registry(root)
+    registry.set_alias("net01:v1", "later")
+    registry.rebuild()
+    registry.catalog.close()
+    made_in_child(root, removes=1, ends=False)
+    expected = what_the_log_says(root, tmp_path)
+    (root / FILE).write_bytes(old)
+    registry = Registry(root)
+    assert dump(registry) == expected
+    assert broken_rules(registry) == []
+    registry.catalog.close()
+
+
 def test_a_catalog_that_was_closed_is_not_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """After a change, after none, by the last program or not, after it was made anew, copied, or seen by another tool."""
     root = tmp_path / "r"
