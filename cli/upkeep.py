@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def verify(references: tuple[str, ...], registry: Registry, as_json: bool) -> int:
     """Compare every stored byte with its digest.
 
-    With REFERENCEs, only the bytes that these need. Ends with status 1 if anything is not as it was saved.
+    With REFERENCEs, only the bytes that these need. Ends with status 1 if anything is not as it was saved. What is found damaged is written
+    again when something saves it again, and heals the versions that hold it.
     """
     with progress("verifying") as report:
         found = registry.verify(references, progress=report)

@@ -420,6 +420,8 @@ class Registry(Home):
     def verify(self, references: Iterable[str] = (), *, progress: Progress = silent) -> Verification:
         """Compare every stored byte, or those that some checkpoints need, with its digest.
 
+        Packs that are damaged are noted, so that what is saved again is written again.
+
         Returns:
             What was checked, and the problems found: damage is reported, not raised.
         """

@@ -12,6 +12,7 @@ class Location(NamedTuple):
     Attributes:
         base: digest of the tensor that the bytes there are a difference from; None where they are the tensor's own.
         coded: how many bytes the difference takes.
+        is_damaged: whether a part of the pack is known to be damaged.
     """
 
     pack: str
@@ -19,6 +20,7 @@ class Location(NamedTuple):
     pack_size: int
     base: str | None = None
     coded: int | None = None
+    is_damaged: bool = False
 
 
 class Index(Protocol):

@@ -533,7 +533,7 @@ class Store:
         whole = {pack for pack, size in packs.items() if self.pack_is_whole(pack, size)} - self.distrusted
 
         def intact(place: Location | None, depth: int = 0) -> bool:
-            if place is None or place.pack not in whole or depth > _MAX_CHAIN:
+            if place is None or place.is_damaged or place.pack not in whole or depth > _MAX_CHAIN:
                 return False
             return place.base is None or intact(bases.get(place.base), depth + 1)
 

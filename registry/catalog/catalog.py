@@ -492,17 +492,21 @@ class Catalog:
                         f"{self._root}: {found.problems[0]}; nothing was changed, registry rebuild goes by the journal"
                     )
                 self.journal.remove(self.journal.segments())  # What an interrupted try has left.
+                if old is not None:
+                    old.execute("CREATE TEMP TABLE history (seq INTEGER PRIMARY KEY, entry BLOB NOT NULL)")
                 ledger, end = Ledger(), BEGINNING
                 for records in format1.entries_of(self._store(), found.state):
                     entry = entries.write(ledger.seq + 1, ledger.digest, records)
                     ledger.take(entry)
-                    end = self.journal.append(entry, end)
+                    if old is not None:
+                        row = (entry.seq, zlib.compress(entry.line, 1))
+                        old.execute("INSERT INTO temp.history VALUES (?, ?)", row)
+                    end = ledger.end = self.journal.append(entry, end)
                 if ledger.voids:
                     raise Corrupt(f"{self._root}: {ledger.voids[0].problem}; nothing was changed")
                 settings.switch_format(self._root)
                 self.format = settings.FORMAT
                 if old is not None:  # In its place, so that old programs that have it open refuse it.
-                    old.execute("CREATE TEMP TABLE history (seq INTEGER PRIMARY KEY, entry BLOB NOT NULL)")
                     self._fill(Change(old, _Material(self._store(), lambda _: None)), ledger)
                     old.execute("COMMIT")
                     pairing.close(self.path, old)
@@ -699,7 +703,7 @@ class Catalog:
                 raise
             try:
                 change = Change(connection, _Material(self._store(), self._text_in(connection)))
-                change.found_beside = pairing.salts_of(self.path)
+                change.found_beside = pairing.beside(self.path, connection, self._alone)
                 yield change
             except BaseException:
                 with contextlib.suppress(sqlite3.Error):
@@ -1004,7 +1008,7 @@ class Catalog:
         from registry.catalog.change import Change
 
         connection = change.connection
-        change.found_beside = None  # Everything is written, so that what the file had does not matter.
+        change.found_beside = None
         schema.drop(connection)
         schema.create(connection)
         connection.execute("INSERT INTO log SELECT seq, entry FROM temp.history")
@@ -1013,6 +1017,7 @@ class Catalog:
         anew.fill(ledger)
         if ledger.has_gaps:
             anew.set_state("gaps", json.dumps([str(gap) for gap in ledger.gaps if gap.last >= gap.first]))
+        anew.set_state("wal", pairing.ANEW)
         _set_head(anew, ledger, ledger.end)
         return Refolded(ledger)
 
@@ -1353,7 +1358,7 @@ def _set_head(change: Change, last: Entry | Ledger, end: Position) -> None:
         for key, value in pairing.after(dict(rows), change.found_beside).items():
             change.set_state(key, value)
         change.found_beside = None
-    change.set_state("stamp", pairing.new_stamp())
+    pairing.stamp(change.connection)
     change.set_state("seq", last.seq)
     change.set_state("digest", last.digest)
     change.set_state("segment", end.segment)

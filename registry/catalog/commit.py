@@ -99,17 +99,19 @@ def _packs(view: View, stored: Stored, *, strict: bool) -> list[Record]:
     for pack in stored.packs:
         own |= pack.places
     found = view.locate(needed | set(own))
-    elsewhere = {place.pack: place.pack_size for digest, place in found.items() if digest in own}
+    elsewhere = {place.pack: place for digest, place in found.items() if digest in own}
     broken = {
         pack
-        for pack, size in elsewhere.items()
-        if pack in store.distrusted or not store.pack_is_whole(pack, size)
+        for pack, place in elsewhere.items()
+        if place.is_damaged or pack in store.distrusted or not store.pack_is_whole(pack, place.pack_size)
     }
     if strict and elsewhere.keys() - broken:
         raise Stale("tensors of this save were stored meanwhile")
     if (needed - set(found) - set(own)) or not (store.has(stored.digest) or manifest_text(stored.text)):
         raise Stale("tensors or the manifest of this save were removed meanwhile")
     relied_on = _with_bases(view, {digest: found[digest] for digest in needed - set(own)})
+    if strict and any(place.is_damaged for place in relied_on.values()):
+        raise Stale("a pack that this save relied on was found damaged meanwhile")
     sizes = {place.pack: place.pack_size for place in relied_on.values()}
     sizes |= {pack.digest: pack.size for pack in stored.packs}
     if any(not store.pack_is_whole(pack, size) for pack, size in sizes.items()):

@@ -29,7 +29,7 @@ class LivePack(NamedTuple):
         number: packs are numbered in the order in which the log names them.
         size: bytes of the file.
         differences: whether it holds tensors as differences from others.
-        damaged: whether a part of it was found damaged, and written again elsewhere.
+        damaged: whether a part of it was found damaged.
     """
 
     number: int

@@ -58,7 +58,7 @@ def locate(query: Query, digests: Collection[str]) -> dict[str, Location]:
                     "the catalog holds a damaged row of a tensor; recreate it with: registry rebuild"
                 )
             digest, damaged, number, *place = row
-            location = Location(*place)
+            location = Location(*place, is_damaged=damaged != 0)
             rank = (damaged, location.base is not None, number)
             before = found.get(digest)
             if before is None or rank < before[0]:

@@ -3,12 +3,16 @@
 SQLite applies whatever log it finds to whatever database it finds. Where an older copy of the database alone was put
 back, the result is a mixture: the last changes are there, and those before them are not. So each change records which
 write-ahead log it saw and where the log of the registry stood when that one began; the database, read without its
-write-ahead log, must not be older than this, and the log of the registry must have what it names last.
+write-ahead log, must not be older than this, and the log of the registry must have what it names last. Where a catalog was
+made anew, all of it is in the write-ahead log, and what the database was before does not matter until that is moved.
 
 Where SQLite was killed while it moved changes into the file, the file alone is a mixture, too. So each change leaves a
-stamp in the catalog; a program that closes it last, with all changes moved, puts the stamp into a file of its own, and
-where there is no write-ahead log, only a catalog with that stamp counts. No other file has to be durable for this: one
-that is missing or old costs no more than that the catalog is made anew.
+stamp in the file's first page, which is the first that SQLite moves; a program that closes the catalog last, with all
+changes moved, puts the stamp into a file of its own; and where a write-ahead log adds nothing, only a catalog with that
+stamp counts. If the file with the stamp is missing or old, this costs no more than that the catalog is made anew.
+
+Nothing here opens the database or its index but SQLite itself: by the rules of POSIX, whoever closes a file gives up all
+locks that its process has on it.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import sqlite3
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from registry.catalog.journal import Journal, Position
@@ -29,13 +34,14 @@ from registry.store.places import is_local
 WHOLE = "-whole"
 """What the name of the file with the stamp adds to that of the catalog."""
 
-_SALTS = slice(16, 24)
-_INDEX = struct.Struct("=16xI12x8s")
-"""Of the index that SQLite keeps of a write-ahead log: how many frames are valid, and the log's salts.
+ANEW = "anew"
+"""In the place of the salts of a write-ahead log: the last change has made all of the catalog."""
 
-Source: https://www.sqlite.org/walformat.html#the_wal_index_file_format
-"""
-_COUNTER = slice(24, 28)
+_SALTS = slice(16, 24)
+_HEADER = 32
+_FRAME = 24
+"""Bytes of the header of a write-ahead log, and of that of each frame in it."""
+
 _LONGEST = 64
 """Bytes of the file with the stamp that are read."""
 
@@ -48,9 +54,12 @@ def salts_of(path: Path) -> str:
     return _first_bytes(path.with_name(f"{path.name}-wal"), _SALTS.stop)[_SALTS].hex()
 
 
-def new_stamp() -> str:
-    """What tells the catalog after a change from itself at any other time."""
-    return os.urandom(8).hex()
+def stamp(connection: sqlite3.Connection) -> None:
+    """Put into a change what tells the catalog after it from itself at any other time.
+
+    Source: https://www.sqlite.org/pragma.html#pragma_user_version
+    """
+    connection.execute(f"PRAGMA user_version = {int.from_bytes(os.urandom(4), 'big', signed=True)}")
 
 
 def close(path: Path, connection: sqlite3.Connection) -> None:
@@ -58,46 +67,64 @@ def close(path: Path, connection: sqlite3.Connection) -> None:
 
     The stamp is read before: had another program changed the catalog since, it is not that of the file, and none counts.
     """
-    stamp = None
-    with contextlib.suppress(sqlite3.Error, UnicodeDecodeError):
-        stamp = _state_in(connection).get("stamp")
+    found = None
+    with contextlib.suppress(sqlite3.Error):
+        found = _stamp_in(connection)
     connection.close()
-    with contextlib.suppress(OSError, RegistryError):
-        if not stamp or _is_open(path):
-            return
-        mark = _mark(path, stamp)
-        if mark != _noted(path) and not _is_open(path):  # Else another program may have begun to change it.
-            durable.note(path.with_name(f"{path.name}{WHOLE}"), mark.encode(), folder=path.parent / "tmp")
+    with contextlib.suppress(OSError, RegistryError, durable.Moved):
+        is_open = durable.status_of(path.with_name(f"{path.name}-wal")) is not None
+        if found is not None and not is_open and found != _noted(path):
+            durable.note(path.with_name(f"{path.name}{WHOLE}"), found.encode(), folder=path.parent / "tmp")
 
 
-def _is_open(path: Path) -> bool:
-    """Whether a program has a catalog open, or was killed when it had."""
-    return durable.status_of(path.with_name(f"{path.name}-wal")) is not None
-
-
-def _mark(path: Path, stamp: str) -> str:
-    """What is noted of a whole catalog.
-
-    The stamp lies in one of the first pages; the very first has a counter of its own changes.
-    Source: https://www.sqlite.org/fileformat2.html#file_change_counter
-    """
-    return f"{stamp} {_first_bytes(path, _COUNTER.stop)[_COUNTER].hex()}"
+def _stamp_in(connection: sqlite3.Connection) -> str:
+    (found,) = connection.execute("PRAGMA user_version").fetchone()
+    return str(found)
 
 
 def _noted(path: Path) -> str:
-    """What was noted of the last catalog that was closed whole; empty if there is none."""
+    """The stamp of the last catalog that was closed whole; empty if there is none."""
     return _first_bytes(path.with_name(f"{path.name}{WHOLE}"), _LONGEST).decode("ascii", "replace")
 
 
-def after(state: dict[str, str], salts: str) -> dict[str, str]:
-    """What a change is to record, from the state before it and the write-ahead log that it found when it began.
+class Beside(NamedTuple):
+    """What a change found when it began.
+
+    Attributes:
+        salts: of the write-ahead log; empty if there is none.
+        is_moved: whether what was made anew has been moved from there into the catalog's file.
+    """
+
+    salts: str
+    is_moved: bool
+
+
+def beside(path: Path, connection: sqlite3.Connection, look: Callable[[], Alone]) -> Beside:
+    """What a change finds that begins now.
+
+    Args:
+        look: looks at the catalog's file alone.
+    """
+    salts, state = salts_of(path), _state_in(connection)
+    if not salts or state.get("wal") != ANEW:
+        return Beside(salts, is_moved=True)
+    return Beside(salts, look().state.get("seq") == state.get("seq"))
+
+
+def after(state: dict[str, str], found: Beside) -> dict[str, str]:
+    """What a change is to record, from the state before it and what it found when it began.
 
     Returns:
-        Rows of the table `state`: `wal`, that write-ahead log; `base`, the entry before it began, or an earlier one; and
-        `before`, the entry before this change, for the case that it is the first in a new one.
+        Rows of the table `state`: `wal`, that write-ahead log; `base`, the entry before it began, or an earlier one, or 0
+        where all of the catalog is in it; and `before`, the entry before this change, for the case that it is the first in
+        a new one.
     """
-    began = state.get("base" if state.get("wal") == salts else "before", "0")
-    return {"wal": salts, "base": began, "before": state.get("seq", "0")}
+    now = state.get("seq", "0")
+    if state.get("wal") == ANEW:
+        began = now if found.is_moved else "0"
+    else:
+        began = state.get("base" if state.get("wal") == found.salts else "before", "0")
+    return {"wal": found.salts, "base": began, "before": now}
 
 
 class Alone(NamedTuple):
@@ -105,11 +132,13 @@ class Alone(NamedTuple):
 
     Attributes:
         salts: of that write-ahead log; empty if there is none.
-        state: what the catalog says of itself then; empty if it cannot be read.
+        stamp: of the catalog; empty if it cannot be read, or if there is no write-ahead log.
+        state: what the catalog says of itself then; likewise.
     """
 
     salts: str
-    state: Mapping[str, str]
+    stamp: str = ""
+    state: Mapping[str, str] = MappingProxyType({})
 
 
 def look(path: Path, connect: Callable[[], sqlite3.Connection]) -> Alone:
@@ -119,7 +148,13 @@ def look(path: Path, connect: Callable[[], sqlite3.Connection]) -> Alone:
         connect: gives a connection to the file alone.
     """
     salts = salts_of(path)
-    return Alone(salts, _state(connect) if salts else {})
+    if salts:
+        with (
+            contextlib.suppress(sqlite3.Error, UnicodeDecodeError, RegistryError),
+            contextlib.closing(connect()) as connection,
+        ):
+            return Alone(salts, _stamp_in(connection), _state_in(connection))
+    return Alone(salts)
 
 
 def is_paired(path: Path, connection: sqlite3.Connection, alone: Alone, journal: Journal) -> bool:
@@ -130,37 +165,63 @@ def is_paired(path: Path, connection: sqlite3.Connection, alone: Alone, journal:
         alone: as the file was before.
         journal: the log that it follows from.
     """
-    state = _state_in(connection)
+    now, state = _stamp_in(connection), _state_in(connection)
     if salts_of(path) != alone.salts:
         return False
-    if not _adds_something(path, alone.salts):
-        return not is_local(path.parent) or _mark(path, state.get("stamp", "")) == _noted(path)
+    if not alone.salts or now == alone.stamp:
+        if now == _noted(path) or not is_local(path.parent):
+            return True
+        if not alone.salts or not _holds_a_change(path):
+            return False
+    if state.get("wal") == ANEW:
+        return True
     try:
         base = int(state.get("base" if state.get("wal") == alone.salts else "before", "0"))
         seq, own = int(state["seq"]), int(alone.state.get("seq", "-1"))
     except (KeyError, ValueError):
         return False
-    if own < 0:  # Everything is in the write-ahead log, as in that of a catalog just made.
-        return base == 0
+    if base == 0:  # Everything is in the write-ahead log.
+        return True
     if own == seq:
         return alone.state.get("digest") == state.get("digest")
     return base <= own < seq and _is_of(journal, alone.state)
 
 
-def _adds_something(path: Path, salts: str) -> bool:
-    """Whether SQLite takes changes from the write-ahead log, or has just moved all that it had into the file.
+def _holds_a_change(path: Path) -> bool:
+    """Whether the write-ahead log beside a database begins with a whole change, so that SQLite reads it.
 
-    Args:
-        salts: of the write-ahead log.
+    Source: https://www.sqlite.org/fileformat2.html#walformat
     """
-    index = _first_bytes(path.with_name(f"{path.name}-shm"), _INDEX.size)
-    if not salts or len(index) < _INDEX.size:
+    try:
+        fd = durable.open_file(path.with_name(f"{path.name}-wal"), os.O_RDONLY)
+    except FileNotFoundError:
         return False
-    frames, known = _INDEX.unpack(index)
-    if frames:
-        return True
-    # With the first salt one higher it is about to be begun again, which is only where everything was moved.
-    return int.from_bytes(known[:4], "big") == (int(salts[:8], 16) + 1) % (1 << 32)
+    with os.fdopen(fd, "rb") as log:
+        header = log.read(_HEADER)
+        if len(header) < _HEADER:
+            return False
+        order = ">" if header[3] & 1 else "<"
+        size = int.from_bytes(header[8:12], "big")
+        sums = _sums((0, 0), header[:24], order)
+        if sums != struct.unpack(">2I", header[24:]) or not 512 <= size <= 65536:
+            return False
+        while len(frame := log.read(_FRAME + size)) == _FRAME + size:
+            sums = _sums(sums, frame[:8] + frame[_FRAME:], order)
+            if frame[8:16] != header[_SALTS] or sums != struct.unpack(">2I", frame[16:_FRAME]):
+                return False
+            if any(frame[4:8]):  # The last frame of a change says how large the database is then.
+                return True
+    return False
+
+
+def _sums(before: tuple[int, int], data: bytes, order: str) -> tuple[int, int]:
+    """The running checksums of a write-ahead log."""
+    first, second = before
+    words = iter(struct.unpack(f"{order}{len(data) // 4}I", data))
+    for word in words:
+        first = (first + word + second) & 0xFFFFFFFF
+        second = (second + next(words) + first) & 0xFFFFFFFF
+    return first, second
 
 
 def _is_of(journal: Journal, state: Mapping[str, str]) -> bool:
@@ -189,13 +250,3 @@ def _first_bytes(path: Path, count: int) -> bytes:
 def _state_in(connection: sqlite3.Connection) -> dict[str, str]:
     rows = connection.execute("SELECT key, value FROM state").fetchall()
     return {key: value for key, value in rows if isinstance(key, str) and isinstance(value, str)}
-
-
-def _state(connect: Callable[[], sqlite3.Connection]) -> dict[str, str]:
-    """What a catalog says of itself; empty if it cannot be read."""
-    with (
-        contextlib.suppress(sqlite3.Error, UnicodeDecodeError, RegistryError),
-        contextlib.closing(connect()) as connection,
-    ):
-        return _state_in(connection)
-    return {}

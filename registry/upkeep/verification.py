@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,8 @@ from registry.store.manifest import MAX_SIZE, parse
 from registry.store.pack import INNER, PackInfo, open_regular, read_pack_info
 
 if TYPE_CHECKING:
-    from registry.catalog.catalog import Catalog
+    from registry.catalog.catalog import Catalog, View
+    from registry.catalog.entries import Record
     from registry.store.manifest import Manifest
     from registry.store.store import Store
 
@@ -60,7 +61,8 @@ def verify(
 ) -> Verification:
     """Read every stored byte, or those that some checkpoints need, and compare it with its digest.
 
-    Without references also the log, the catalog and what they say of each other.
+    Without references also the log, the catalog and what they say of each other. Packs that are damaged are noted in the
+    log, if it can be written: what is saved again is then written again, and does not rest on them.
 
     Returns:
         What was checked and every problem found; damage is reported, not raised.
@@ -69,6 +71,7 @@ def verify(
     check = _Check(catalog, store, chosen)
     check.manifests()
     check.packs(progress)
+    _note(catalog, store, check.damaged)
     if not chosen:
         check.records()
     return Verification(
@@ -81,12 +84,33 @@ def verify(
     )
 
 
+def _note(catalog: Catalog, store: Store, damaged: Collection[str]) -> None:
+    """Record that packs are damaged."""
+    store.distrusted.update(damaged)
+    if not damaged or catalog.format == 1 or not catalog.is_writable:
+        return
+
+    def compute(view: View) -> list[Record]:
+        return [
+            {"op": "damaged", "pack": pack}
+            for part in batches(sorted(damaged))
+            for (pack,) in view.query(
+                f"SELECT digest FROM packs WHERE damaged = 0 AND digest IN ({marks(part)})", part
+            )
+        ]
+
+    with contextlib.suppress(RegistryError):  # It is reported all the same.
+        catalog.commit(compute)
+
+
 class _Check:
     def __init__(self, catalog: Catalog, store: Store, chosen: list[str]) -> None:
         self._catalog = catalog
         self._store = store
         self._chosen = chosen
         self.problems: list[Problem] = []
+        self.damaged: set[str] = set()
+        """Packs with bytes that are not what was saved."""
         self.checkpoints = self.artifacts = self.pack_count = self.tensor_count = self.byte_count = 0
         self._names: dict[str, list[tuple[str, str]]] = {}
         """Checkpoint and path of each tensor by digest."""
@@ -215,6 +239,7 @@ class _Check:
                 self._contents(info, file.fileno())
         except RegistryError as error:
             if self._counts(digest):
+                self.damaged.add(digest)
                 affected = {name for tensor in placed for name, _ in self._names.get(tensor, ())}
                 self.problems.append(Problem(f"pack {error}", tuple(sorted(affected)), str(path)))
             return
@@ -238,6 +263,7 @@ class _Check:
                 continue
             data = self._read(fd, tensor.start, tensor.size)
             if tensor_digest(tensor.dtype, tensor.shape, data) != tensor.digest and self._counts(info.digest):
+                self.damaged.add(info.digest)
                 self._damaged(tensor.digest, f"its bytes in {path} are not what was saved")
 
     @staticmethod
@@ -274,6 +300,7 @@ class _Check:
                     problem = str(error).removeprefix(f"{digest}: ")
                 break
             if problem and self._counts(pack):
+                self.damaged.add(pack)
                 self._damaged(digest, problem)
 
     def _damaged(self, digest: str, problem: str) -> None:

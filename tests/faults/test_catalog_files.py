@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -203,7 +205,7 @@ def killed_while_merging(root: Path, tmp_path: Path, *, grows: bool) -> tuple[by
     SQLite merges the changed pages in the order of their numbers: what a kill meanwhile leaves is a mixture of the two.
 
     Args:
-        grows: whether the file has more pages afterwards, so that its very first one changes too.
+        grows: whether the file has more pages afterwards.
     """
     registry = Registry(root)
     for number in range(4):
@@ -243,7 +245,8 @@ def test_a_kill_while_sqlite_merges_loses_nothing_where_its_log_is_cut(
         start for start in range(0, size, 4096) if before[start : start + 4096] != after[start : start + 4096]
     ]
     assert len(changed) > 4
-    assert (changed[0] == 0) == grows
+    assert changed[0] == 0
+    assert (len(after) > len(before)) == grows
     for count in range(len(changed) + 1):
         torn = bytearray(before)
         for start in changed[:count]:
@@ -290,6 +293,46 @@ def test_the_catalog_of_another_registry_below_a_write_ahead_log_is_made_anew(tm
     registry.catalog.close()
 
 
+def test_a_catalog_that_is_made_anew_beside_an_open_program_counts(tmp_path: Path) -> None:
+    """What lies in the place of its file does not matter as long as all of it is in the write-ahead log."""
+    root = tmp_path / "r"
+    registry = Registry(root)
+    save(registry, 0)
+    registry.catalog.close()
+    before = (root / FILE).read_bytes()
+    for number in range(1, 4):
+        save(registry, number)
+    registry.catalog.close()
+    for _ in range(2):
+        (root / FILE).write_bytes(before)
+        holder = Registry(root)
+        holder.add_note("net:v2", "held")
+        holder.rebuild()
+        command(root, "note", "net:v3", "while another holds it")
+        for _ in range(2):
+            assert len(command(root, "list", "net")) == 5
+        assert broken_rules(Registry(root)) == []
+        holder.catalog.close()
+
+
+def test_a_copy_of_the_catalog_from_before_it_was_made_anew_does_not_count(tmp_path: Path) -> None:
+    """Its write-ahead log then has the changes since, and not what was made anew before it began."""
+    root = tmp_path / "r"
+    grown(root, 5)
+    old = (root / FILE).read_bytes()
+    registry = Registry(root)
+    registry.set_alias("net01:v1", "later")
+    registry.rebuild()
+    registry.catalog.close()
+    made_in_child(root, removes=1, ends=False)
+    expected = what_the_log_says(root, tmp_path)
+    (root / FILE).write_bytes(old)
+    registry = Registry(root)
+    assert dump(registry) == expected
+    assert broken_rules(registry) == []
+    registry.catalog.close()
+
+
 def test_a_catalog_that_was_closed_is_not_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """After a change, after none, by the last program or not, after it was made anew, copied, or seen by another tool."""
     root = tmp_path / "r"
@@ -313,6 +356,58 @@ def test_a_catalog_that_was_closed_is_not_made_anew(tmp_path: Path, caplog: pyte
             reader.catalog.close()
             shutil.rmtree(tmp_path / "copy")
     assert "made anew" not in caplog.text
+
+
+def locks_on(path: Path) -> set[str]:
+    """What the system says of the locks on a file, without the numbers that it counts them by."""
+    number = f":{path.stat().st_ino} "
+    return {line.partition(":")[2] for line in Path("/proc/locks").read_text().splitlines() if number in line}
+
+
+@pytest.mark.skipif(not Path("/proc/locks").exists(), reason="needs a list of the locks that are held")
+def test_whatever_a_program_does_sqlite_keeps_its_locks(tmp_path: Path) -> None:
+    """Closing any file gives up all locks of a process on it, and others would then remove what it has open."""
+    root = tmp_path / "r"
+    registry = Registry(root)
+    save(registry, 1)
+    for step in (
+        lambda: Registry(root).catalog.query("SELECT 1"),
+        lambda: save(Registry(root), 2),
+        lambda: registry.verify(),
+        lambda: registry.rebuild(),
+        lambda: registry.collect_garbage(grace=0),
+        lambda: registry.compact(),
+        lambda: Registry(root).catalog.close(),
+    ):
+        step()
+        registry.catalog.query("SELECT 1")
+        assert locks_on(root / FILE)
+        assert locks_on(root / f"{FILE}-shm")
+
+
+def command(root: Path, *words: str) -> list[str]:
+    """What another program prints."""
+    call = [sys.executable, "-m", "registry.cli", "--root", str(root), *words]
+    return subprocess.run(call, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_a_program_that_stays_open_sees_what_others_do_that_come_and_go(tmp_path: Path) -> None:
+    """Each of them opens the catalog and closes it again, as if it were the last to do so."""
+    root = tmp_path / "r"
+    registry = Registry(root)
+    save(registry, 1)
+
+    for number in range(2, 5):
+        assert [line.split()[0] for line in command(root, "list", "net")[1:]] == [
+            f"net:v{one}" for one in range(number - 1, 0, -1)
+        ]
+        assert registry.resolve("net").version == number - 1
+        command(root, "note", "net:v1", f"note {number}")
+        assert len(registry.resolve("net:v1").notes) == number - 1
+        assert save(registry, number) == f"net:v{number}"
+        assert (root / WAL).exists()
+    registry.catalog.close()
+    check_whole(root, {f"net:v{number}": number for number in range(1, 5)})
 
 
 @pytest.mark.skipif(not may_mount(), reason="needs the right to mount a small file system")

@@ -167,6 +167,37 @@ def test_a_damaged_pack_is_found_and_healed_by_saving_again(root: Path, name: st
     check_whole(root, {**SAVED, "net:v3": 2})
 
 
+@pytest.mark.parametrize("path", ["model/own", "model/shared"])
+def test_what_verify_finds_is_written_again_by_the_next_program_that_saves_it(root: Path, path: str) -> None:
+    """`verify` in one program, and the save in another, which has not seen the damage itself."""
+    registry = Registry(root)
+    entry = registry.catalog.ledger().seq
+    assert registry.verify().problems == ()
+    assert registry.catalog.ledger().seq == entry  # It writes nothing where nothing is damaged.
+    pack, start, _ = pack_of(registry, path, "net:v1")
+    change_byte(pack, start)
+    for _ in range(2):
+        (problem,) = registry.verify().problems
+        assert pack.name in problem.message
+    assert registry.catalog.ledger().seq == entry + 1
+    assert broken_rules(registry) == []
+    registry.catalog.close()
+    for drops in (False, True):
+        later = Registry(root)
+        number = save(later, 1).partition(":v")[2]
+        assert is_state(later[f"net:v{number}"].load(verify=True), 1)
+        assert is_state(later["net:v1"].load(verify=True), 1)
+        assert is_state(later["net:v2"].load(verify=True), 2)
+        assert broken_rules(later) == []
+        later.collect_garbage(grace=0)
+        later.catalog.close()
+        if drops:
+            continue
+        for one in root.glob("catalog.sqlite*"):
+            one.unlink()
+    check_whole(root, {**SAVED, "net:v3": 1, "net:v4": 1})
+
+
 def test_gc_tells_of_a_damaged_pack_that_another_has_replaced(root: Path) -> None:
     registry = Registry(root)
     pack, start, _ = pack_of(registry, "model/own", "net:v2")

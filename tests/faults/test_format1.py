@@ -75,7 +75,9 @@ def test_it_is_read_as_it_is(root: Path) -> None:
     assert settings.read_format(root) == 1
 
 
-def test_the_first_change_takes_it_to_the_present_format(root: Path) -> None:
+def test_the_first_change_takes_it_to_the_present_format(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     registry = Registry(root, create=False)
     check(registry)
     differences = registry.status().differences
@@ -83,7 +85,9 @@ def test_the_first_change_takes_it_to_the_present_format(root: Path) -> None:
     registry.set_alias("net:v1", "first")
     assert settings.read_format(root) == 2
     registry.remove_alias("net", "first")
+    registry.catalog.close()
     check(registry)
+    assert "made anew" not in caplog.text
     assert registry.status().differences == differences
     assert broken_rules(registry) == []
     assert registry.save("net", {"model": {"w": torch.ones(2)}}).name == "net:v6"
