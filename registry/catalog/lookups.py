@@ -57,8 +57,8 @@ def locate(query: Query, digests: Collection[str]) -> dict[str, Location]:
                 raise Corrupt(
                     "the catalog holds a damaged row of a tensor; recreate it with: registry rebuild"
                 )
-            digest, damaged, number, *place = row
-            location = Location(*place, is_damaged=damaged != 0)
+            digest, damaged, number, pack, start, size, base, coded = row
+            location = Location(pack, start, size, base, coded, is_damaged=damaged != 0)
             rank = (damaged, location.base is not None, number)
             before = found.get(digest)
             if before is None or rank < before[0]:
