@@ -143,16 +143,21 @@ class _Check:
 
     def _live_names(self, ids: Iterable[str] | None = None) -> dict[str, str]:
         """What each manifest that counts, or each of some, belongs to."""
-        query = self._catalog.query
         chosen = list(ids) if ids is not None else self._chosen
         if not chosen and ids is None:
-            named = dict(query("SELECT id, 'artifact ' || key FROM artifacts"))
-            return named | dict(query("SELECT id, model || ':v' || version FROM versions"))
-        named = {}
+            return self._named("", [])
+        named: dict[str, str] = {}
         for part in batches(chosen):
-            where = f"WHERE id IN ({marks(part)})"
-            named |= dict(query(f"SELECT id, 'artifact ' || key FROM artifacts {where}", part))
-            named |= dict(query(f"SELECT id, model || ':v' || version FROM versions {where}", part))
+            named |= self._named(f"WHERE id IN ({marks(part)})", part)
+        return named
+
+    def _named(self, where: str, parameters: list[str]) -> dict[str, str]:
+        named: dict[str, str] = {}
+        for name, table in (("'artifact ' || key", "artifacts"), ("model || ':v' || version", "versions")):
+            rows = self._catalog.query(f"SELECT id, {name} FROM {table} {where}", parameters)
+            named |= {
+                str(manifest_id): str(found) for manifest_id, found in rows
+            }  # A damaged row has anything.
         return named
 
     def _read_manifest(self, manifest_id: str) -> Manifest:

@@ -380,6 +380,29 @@ def test_a_flipped_bit_in_the_catalog_never_gives_a_wrong_weight(golden: Path, t
         check_whole(root, SAVED)
 
 
+@pytest.mark.damages
+@pytest.mark.parametrize("table", ["versions", "artifacts"])
+def test_a_row_of_the_catalog_without_an_id_is_told(root: Path, table: str) -> None:
+    registry = Registry(root)
+    registry.cached(Box.make)()
+    connection = registry.catalog.connection()
+    connection.execute("PRAGMA foreign_keys = OFF")
+    column = "id" if table == "versions" else "key"
+    connection.execute(f"UPDATE {table} SET {column} = NULL WHERE rowid = (SELECT MIN(rowid) FROM {table})")
+    registry.catalog.close()
+    later = Registry(root)
+    assert any(f"of the table {table}" in problem.message for problem in later.verify().problems)
+    later.rebuild()
+    assert later.verify().problems == ()
+    later.catalog.close()
+
+
+class Box:
+    @staticmethod
+    def make() -> torch.Tensor:
+        return torch.ones(3)
+
+
 def test_an_older_catalog_catches_up(root: Path) -> None:
     old = (root / "catalog.sqlite").read_bytes()
     registry = Registry(root)
