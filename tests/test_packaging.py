@@ -48,8 +48,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_wheel_holds_the_four_parts_under_one_name(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     for folder, target in {"registry": "", "store": "store/", "models": "models/", "cli": "cli/"}.items():
-        for path in (ROOT / folder).glob("*.py"):
-            assert f"registry/{target}{path.name}" in names
+        for path in (ROOT / folder).rglob("*.py"):
+            assert f"registry/{target}{path.relative_to(ROOT / folder)}" in names
     assert "registry/py.typed" in names
     assert {name.split("/")[0] for name in names} == {
         "registry",
