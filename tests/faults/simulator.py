@@ -655,9 +655,9 @@ class World:
         before = (durable.disk, durable.lock, durable.open_file, pack.open_file)
         secrets, entry_secrets, entry_now = pack.secrets, entries.secrets, entries.now
         import registry.catalog.commit as commit
-        import registry.registry as facade
+        import registry.checkpoints.saving as saving
 
-        commit_now, facade_now = commit.now, facade.now
+        commit_now, saving_now = commit.now, saving.now
 
         class Chance:
             token_hex = staticmethod(lambda size: f"{salt.getrandbits(8 * size):0{2 * size}x}")
@@ -674,7 +674,7 @@ class World:
         durable.disk, durable.lock = Disk(self), lock
         durable.open_file = pack.open_file = open_file
         pack.secrets = entries.secrets = Chance  # type: ignore[assignment]
-        entries.now = commit.now = facade.now = now
+        entries.now = commit.now = saving.now = now
         segment = journal.SEGMENT
         journal.SEGMENT = 20_000
         try:
@@ -682,7 +682,7 @@ class World:
         finally:
             durable.disk, durable.lock, durable.open_file, pack.open_file = before
             pack.secrets, entries.secrets, entries.now = secrets, entry_secrets, entry_now
-            commit.now, facade.now = commit_now, facade_now
+            commit.now, saving.now = commit_now, saving_now
             journal.SEGMENT = segment
             catalog._LOOK_AGAIN = look_again
 
