@@ -126,6 +126,11 @@ class Run:
         self.folder = home.root / "runs" / self.name
 
     @property
+    def registry(self) -> Home:
+        """The registry that the run saves into."""
+        return self._home
+
+    @property
     def log_file(self) -> Path:
         """What the program logged while the run was open."""
         return self.folder / LOG
