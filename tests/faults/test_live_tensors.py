@@ -18,7 +18,7 @@ import torch
 from support import broken_rules, collect
 
 from registry import Registry
-from registry.store import loading, pack, remembered, saving
+from registry.store import fingerprints, loading, pack, saving
 from registry.store.digest import tensor_digest
 from registry.store.errors import Corrupt, RegistryError
 
@@ -171,7 +171,7 @@ def test_a_digest_is_remembered_for_the_bytes_that_were_hashed(monkeypatch: pyte
     """A thread that changes a tensor to and fro must not make a later save refer to values that it never had."""
     tensor = np.full(COUNT, 1.0, np.float32)
     data = tensor.data.cast("B")
-    hasher_of = remembered.tensor_hasher
+    hasher_of = fingerprints.tensor_hasher
 
     class Hasher:
         def __init__(self, *args: Any) -> None:
@@ -185,9 +185,9 @@ def test_a_digest_is_remembered_for_the_bytes_that_were_hashed(monkeypatch: pyte
         def hexdigest(self) -> str:
             return self._hasher.hexdigest()
 
-    digests = remembered.Remembered()
+    digests = fingerprints.Remembered()
     with monkeypatch.context() as patched:
-        patched.setattr(remembered, "tensor_hasher", Hasher)
+        patched.setattr(fingerprints, "tensor_hasher", Hasher)
         digests.digest(tensor.ctypes.data, "float32", (COUNT,), data)
     again = digests.digest(tensor.ctypes.data, "float32", (COUNT,), data)
     assert again == tensor_digest("float32", (COUNT,), data)

@@ -30,7 +30,9 @@ from support import (
 
 from registry import Registry
 from registry.catalog import catalog
+from registry.catalog.catalog import Catalog
 from registry.catalog.journal import Journal
+from registry.checkpoints import saving
 from registry.store import durable
 from registry.store.errors import Corrupt, RegistryError
 from registry.upkeep.garbage import GRACE
@@ -394,16 +396,15 @@ def test_a_save_returns_although_its_version_is_removed_at_once(
 ) -> None:
     registry, other = Registry(tmp_path / "r"), Registry(tmp_path / "r")
     save(registry, 1)
-    resolve = Registry.resolve
+    resolve = saving.resolve
 
-    def removed_first(self: Registry, reference: str) -> Any:
-        if self is registry:
-            monkeypatch.setattr(Registry, "resolve", resolve)
-            other.remove(["net:v2"], force=True)
-            collect(other, grace=0, now=time.time() + 2 * GRACE)
-        return resolve(self, reference)
+    def removed_first(catalog: Catalog, reference: str) -> Any:
+        monkeypatch.setattr(saving, "resolve", resolve)
+        other.remove(["net:v2"], force=True)
+        collect(other, grace=0, now=time.time() + 2 * GRACE)
+        return resolve(catalog, reference)
 
-    monkeypatch.setattr(Registry, "resolve", removed_first)
+    monkeypatch.setattr(saving, "resolve", removed_first)
     saved = registry.save("net", state(2), epoch=2)
     assert (saved.name, saved.epoch) == ("net:v2", 2)
     assert [version.name for version in all_versions(registry)] == ["net:v1"]

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry.store import remembered as module
+from registry.store import fingerprints as module
 from registry.store.digest import ALL_CORES, tensor_digest, tensor_hasher
 from registry.store.fingerprints import Remembered
 from registry.store.store import Store
