@@ -240,7 +240,10 @@ class Catalog:
 
     def _log_state(self) -> _LogState:
         segments = self.journal.segments()
-        return _LogState(segments[-1], self.journal.size(segments[-1]) or 0) if segments else _LogState(0, 0)
+        if not segments:
+            return _LogState(0, 0, None)
+        size = self.journal.size(segments[-1]) or 0
+        return _LogState(segments[-1], size, self.journal.digest_before(Position(segments[-1], size)))
 
     def _opened(self, writes: bool = False) -> tuple[sqlite3.Connection, object]:
         """A connection to the catalog as the log says it is, and what tells its file.
@@ -1234,10 +1237,11 @@ class _Still(NamedTuple):
 
 
 class _LogState(NamedTuple):
-    """The last segment of the log and its size."""
+    """The last segment of the log, its size, and the digest at its end."""
 
     segment: int
     size: int
+    digest: str | None
 
 
 class _Material:

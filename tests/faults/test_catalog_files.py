@@ -452,6 +452,26 @@ def test_a_program_whose_registry_is_renamed_says_so_and_makes_nothing(tmp_path:
     check_whole(tmp_path / "new", {"net:v1": 1})
 
 
+def test_a_reader_notices_another_registry_in_the_place_of_the_one_that_it_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where its catalog is in memory, as of a folder that it cannot write, and the two logs have one size."""
+    for name, number in ("r", 1), ("other", 2):
+        registry = Registry(tmp_path / name)
+        registry.save("net", {"model": {"w": torch.full((3,), float(number))}})
+        registry.catalog.close()
+        (tmp_path / name / "catalog.sqlite-whole").unlink()
+    logs = [(tmp_path / name / "journal" / f"{1:016}.log").stat().st_size for name in ("r", "other")]
+    monkeypatch.setattr("registry.catalog.catalog.Catalog.is_writable", False)
+    reader = Registry(tmp_path / "r", create=False)
+    assert reader["net"].load()["model"]["w"][0] == 1
+    shutil.rmtree(tmp_path / "r")
+    (tmp_path / "other").rename(tmp_path / "r")
+    assert logs[0] == logs[1]
+    assert reader["net"].load()["model"]["w"][0] == 2
+    reader.catalog.close()
+
+
 @pytest.mark.damages
 def test_gc_keeps_what_an_entry_without_effect_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a program without a check like ours changed a catalog that is a mixture: what it saved is void."""
