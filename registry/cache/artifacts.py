@@ -113,11 +113,11 @@ class Artifacts:
             rows = view.query("SELECT id FROM artifacts WHERE key = ?", [key.digest])
             return [{**line, "id": artifact_id, "was": rows[0][0] if rows else None, **text}]
 
-        registry = self._home
+        store = self._home.store
         artifact_id, _ = publish(
-            registry.catalog,
-            registry.store,
-            registry.store.encode({COMPONENT: tree}),
+            self._home.catalog,
+            store,
+            store.encode({COMPONENT: tree}),
             {"kind": "artifact"},
             records,
             what=key.function,

@@ -342,9 +342,7 @@ class Catalog:
             time.sleep(wait)  # Another process may move changes from one to the other at this moment.
             alone = self._alone()
         if not pairing.is_paired(self.path, connection, alone, self.journal):
-            raise Damaged(
-                f"{self.path}: it and the write-ahead log beside it are not whole, or not of one registry"
-            )
+            raise Damaged(f"{self.path}: may be incomplete, or not belong to the write-ahead log beside it")
 
     def _ahead_of(self, connection: sqlite3.Connection) -> tuple[sqlite3.Connection, object]:
         """A copy in memory with what the log has and the catalog cannot take, as on a full disk."""
@@ -706,7 +704,7 @@ class Catalog:
                 raise
             try:
                 change = Change(connection, _Material(self._store(), self._text_in(connection)))
-                change.found_beside = pairing.beside(self.path, connection, self._alone)
+                change.beside = pairing.after(self.path, connection, self._alone)
                 yield change
             except BaseException:
                 with contextlib.suppress(sqlite3.Error):
@@ -1011,7 +1009,7 @@ class Catalog:
         from registry.catalog.change import Change
 
         connection = change.connection
-        change.found_beside = None
+        change.beside = {}
         schema.drop(connection)
         schema.create(connection)
         connection.execute("INSERT INTO log SELECT seq, entry FROM temp.history")
@@ -1357,11 +1355,9 @@ def _head(connection: sqlite3.Connection) -> tuple[int, str, Position]:
 
 
 def _set_head(change: Change, last: Entry | Ledger, end: Position) -> None:
-    if change.found_beside is not None:
-        rows = change.query("SELECT key, value FROM state")
-        for key, value in pairing.after(dict(rows), change.found_beside).items():
-            change.set_state(key, value)
-        change.found_beside = None
+    for key, value in change.beside.items():
+        change.set_state(key, value)
+    change.beside = {}
     pairing.stamp(change.connection)
     change.set_state("seq", last.seq)
     change.set_state("digest", last.digest)

@@ -18,7 +18,6 @@ from registry.catalog.facts import Facts
 from registry.catalog.ledger import Ledger, Refused
 from registry.catalog.lookups import batches, locate, marks
 from registry.catalog.packs import Contents, Packs
-from registry.catalog.pairing import Beside
 from registry.store import manifest as manifests
 from registry.store.errors import RegistryError
 from registry.store.manifest import Manifest
@@ -57,8 +56,8 @@ class Change:
         """Whether what follows is not certain from the tables alone, so that they are to be made anew."""
         self.dropped: list[tuple[str, frozenset[str], frozenset[str]]] = []
         """Packs that do not count any more, with their tensors and the manifests that needed them before."""
-        self.found_beside: Beside | None = None
-        """The write-ahead log that was there when the transaction began, until that is recorded; see `pairing`."""
+        self.beside: dict[str, str] = {}
+        """What is to be recorded of the write-ahead log that was there when the transaction began; see `pairing`."""
         self._seq = 0
         self._freed: dict[str, tuple[str, int]] = {}
         self._moved: set[str] = set()

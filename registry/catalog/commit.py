@@ -100,12 +100,13 @@ def _packs(view: View, stored: Stored, *, strict: bool) -> list[Record]:
         own |= pack.places
     found = view.locate(needed | set(own))
     elsewhere = {place.pack: place for digest, place in found.items() if digest in own}
+    known = {pack for pack, place in elsewhere.items() if place.is_damaged}
     broken = {
         pack
         for pack, place in elsewhere.items()
-        if place.is_damaged or pack in store.distrusted or not store.pack_is_whole(pack, place.pack_size)
+        if pack in store.distrusted or not store.pack_is_whole(pack, place.pack_size)
     }
-    if strict and elsewhere.keys() - broken:
+    if strict and elsewhere.keys() - known - broken:
         raise Stale("tensors of this save were stored meanwhile")
     if (needed - set(found) - set(own)) or not (store.has(stored.digest) or manifest_text(stored.text)):
         raise Stale("tensors or the manifest of this save were removed meanwhile")
@@ -116,9 +117,6 @@ def _packs(view: View, stored: Stored, *, strict: bool) -> list[Record]:
     sizes |= {pack.digest: pack.size for pack in stored.packs}
     if any(not store.pack_is_whole(pack, size) for pack, size in sizes.items()):
         raise Stale("a pack that this save relied on was removed meanwhile")
-    known = (
-        {pack for (pack,) in view.query("SELECT digest FROM packs WHERE damaged = 1")} if broken else set()
-    )
     return [
         *({"op": "damaged", "pack": pack} for pack in sorted(broken - known)),
         *(pack_record(pack) for pack in stored.packs),

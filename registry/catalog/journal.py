@@ -123,11 +123,14 @@ class Journal:
         return position.segment == seq + 1 or self.size(seq + 1) is None
 
     def digest_before(self, position: Position) -> str | None:
-        """The digest that the line before a place ends with; None if there is no line."""
+        """The digest that the line before a place ends with; None if there is no line, or the segment is gone."""
         if position.offset < _TAIL:
             return None
-        with self._opened(position.segment) as fd:
-            tail = os.pread(fd, _TAIL, position.offset - _TAIL)
+        try:
+            with self._opened(position.segment) as fd:
+                tail = os.pread(fd, _TAIL, position.offset - _TAIL)
+        except FileNotFoundError:
+            return None
         whole = len(tail) == _TAIL and tail[:1] == b"\t" and tail[-1:] == b"\n"
         return tail[1:-1].decode("ascii", "replace") if whole else None
 

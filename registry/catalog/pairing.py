@@ -87,44 +87,25 @@ def _noted(path: Path) -> str:
     return _first_bytes(path.with_name(f"{path.name}{WHOLE}"), _LONGEST).decode("ascii", "replace")
 
 
-class Beside(NamedTuple):
-    """What a change found when it began.
-
-    Attributes:
-        salts: of the write-ahead log; empty if there is none.
-        is_moved: whether what was made anew has been moved from there into the catalog's file.
-    """
-
-    salts: str
-    is_moved: bool
-
-
-def beside(path: Path, connection: sqlite3.Connection, look: Callable[[], Alone]) -> Beside:
-    """What a change finds that begins now.
+def after(path: Path, connection: sqlite3.Connection, look: Callable[[], Alone]) -> dict[str, str]:
+    """What a change is to record that begins now, from the state before it and the write-ahead log that it finds.
 
     Args:
         look: looks at the catalog's file alone.
-    """
-    salts, state = salts_of(path), _state_in(connection)
-    if not salts or state.get("wal") != ANEW:
-        return Beside(salts, is_moved=True)
-    return Beside(salts, look().state.get("seq") == state.get("seq"))
-
-
-def after(state: dict[str, str], found: Beside) -> dict[str, str]:
-    """What a change is to record, from the state before it and what it found when it began.
 
     Returns:
         Rows of the table `state`: `wal`, that write-ahead log; `base`, the entry before it began, or an earlier one, or 0
         where all of the catalog is in it; and `before`, the entry before this change, for the case that it is the first in
         a new one.
     """
+    salts, state = salts_of(path), _state_in(connection)
     now = state.get("seq", "0")
     if state.get("wal") == ANEW:
-        began = now if found.is_moved else "0"
+        is_moved = not salts or look().state.get("seq") == now
+        began = now if is_moved else "0"
     else:
-        began = state.get("base" if state.get("wal") == found.salts else "before", "0")
-    return {"wal": found.salts, "base": began, "before": now}
+        began = state.get("base" if state.get("wal") == salts else "before", "0")
+    return {"wal": salts, "base": began, "before": now}
 
 
 class Alone(NamedTuple):
