@@ -249,7 +249,7 @@ def retention(
     if by and best:
         ranked = [(state.versions[name].value(by.metric), name) for name in own]
         ranked = sorted((v if by.smallest else -v, name) for v, name in ranked if not math.isnan(v))
-        kept |= {name for _, name in ranked[:best]}
+        kept |= {name for _, name in ranked[:best]} or set(own)  # Where the best is not known, none may go.
     kept |= {name for name in own if state.versions[name].aliases or state.versions[name].tags}
     kept |= {name for name in own if state.has_descendants(name)}
     superfluous = [name for name in own if name not in kept] if last or best else []
