@@ -16,7 +16,8 @@ from registry.store.text import quoted
 
 if TYPE_CHECKING:
     from registry.registry import Registry
-    from registry.transfer.diffing import DiffReport
+    from registry.reports.blocks import Block
+    from registry.transfer.report import DiffReport
 
 
 def _registry(root: str | None) -> Registry | None:
@@ -86,17 +87,18 @@ def diff(
 
 
 def _rendered(report: DiffReport, form: str) -> str:
-    from registry.reports import text as reports
-
     if form == "json":
         return report.model_dump_json(by_alias=True, indent=2) + "\n"
-    if form == "md":
-        return reports.as_markdown(report)
-    if form == "html":
-        from registry.reports import html as pages
+    return _drawn(report.blocks(), form)
 
-        return pages.as_html(report)
-    return reports.as_text(report) + "\n"
+
+def _drawn(blocks: Sequence[Block], form: str) -> str:
+    """Blocks as one of the forms that `--format` takes."""
+    from registry.reports import html, markdown, text
+
+    if form == "md":
+        return markdown.render(blocks)
+    return html.render(blocks) if form == "html" else text.render(blocks) + "\n"
 
 
 def _write(text: str, output: str | None) -> None:
@@ -413,8 +415,7 @@ def compare(
     elif form == "text" and output is None:
         print_table(*comparing.table(found, at))
     else:
-        render = comparing.as_html if form == "html" else comparing.as_markdown
-        _write(render(found, metric, at), output)
+        _write(_drawn(comparing.blocks(found, metric, at), form), output)
 
 
 def _epochs(text: str | None) -> list[int]:

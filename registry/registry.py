@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from registry.runs.run import Run
     from registry.store.saving import State
     from registry.store.store import Written
-    from registry.transfer.diffing import DiffReport
     from registry.transfer.plan import TransferPlan
+    from registry.transfer.report import DiffReport
     from registry.transfer.sides import Source
     from registry.upkeep.compaction import Compacted
     from registry.upkeep.garbage import Collected

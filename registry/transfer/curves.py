@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from registry.catalog.resolving import hint, resolve
 from registry.catalog.runs import Runs
 from registry.catalog.versions import Version, find_versions, list_versions
+from registry.reports.blocks import Block, Column, Curves, Table, Title
 from registry.store.errors import NotFound
-from registry.store.text import printable, quoted
+from registry.store.text import quoted
 
 if TYPE_CHECKING:
     from registry.home import Home
-
-_COLOURS = ("#0b62d6", "#d1570a", "#1a7f4b", "#8a3ffc", "#b42332", "#5f6870")
 
 
 class Curve(NamedTuple):
@@ -78,65 +76,15 @@ def _shown(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def as_markdown(found: Sequence[Curve], metric: str, at: Sequence[int] = ()) -> str:
+def blocks(found: Sequence[Curve], metric: str, at: Sequence[int] = ()) -> list[Block]:
+    """The curves for a renderer: as a picture, and as a table of the epochs asked for, or of all."""
     head, rows = table(found, at)
-    lines = [f"| {' | '.join(head).replace('EPOCH', 'epoch')} |", f"|{'---|' * len(head)}"]
-    return "\n".join([f"**{metric}** by epoch", "", *lines, *(f"| {' | '.join(row)} |" for row in rows), ""])
-
-
-def as_html(found: Sequence[Curve], metric: str, at: Sequence[int] = ()) -> str:
-    """One page with the curves as a picture and the table, which works without a network."""
-    head, rows = table(found, at)
-    cells = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    titles = "".join(f'<th scope="col">{html.escape(printable(text))}</th>' for text in head)
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-        'content="width=device-width,initial-scale=1"><title>' + html.escape(metric) + "</title><style>"
-        ":root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:0 auto;padding:1rem}"
-        "table{border-collapse:collapse}td,th{padding:.25rem .8rem;border-bottom:1px solid #8884;text-align:right}"
-        "svg{max-width:100%;height:auto}svg text{fill:currentColor;font-size:13px}</style></head><body><main>"
-        f"<h1>{html.escape(metric)} by epoch</h1>{_picture(found, metric)}"
-        f"<table><thead><tr>{titles}</tr></thead><tbody>{cells}</tbody></table></main></body></html>\n"
-    )
-
-
-def _picture(found: Sequence[Curve], metric: str) -> str:
-    width, height, left, bottom = 720, 320, 60, 40
-    epochs = [epoch for curve in found for epoch in curve.values]
-    values = [value for curve in found for value in curve.values.values() if value == value]
-    first, last = min(epochs), max(epochs)
-    low, high = min(values, default=0.0), max(values, default=1.0)
-    if high == low:
-        low, high = low - 0.5, high + 0.5
-
-    def place(epoch: int, value: float) -> tuple[float, float]:
-        x = left + (width - left - 20) * ((epoch - first) / max(1, last - first))
-        return x, (height - bottom) - (height - bottom - 20) * ((value - low) / (high - low))
-
-    parts = []
-    for i in range(5):
-        value = low + (high - low) * i / 4
-        _, y = place(first, value)
-        parts.append(
-            f'<line x1="{left}" x2="{width - 20}" y1="{y:.1f}" y2="{y:.1f}" stroke="#8884"/>'
-            f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>'
-        )
-    for epoch in sorted({first, (first + last) // 2, last}):
-        x, _ = place(epoch, low)
-        parts.append(f'<text x="{x:.1f}" y="{height - bottom + 20}" text-anchor="middle">{epoch}</text>')
-    for i, curve in enumerate(found):
-        colour = _COLOURS[i % len(_COLOURS)]
-        spots = [place(epoch, value) for epoch, value in curve.values.items() if value == value]
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in spots]
-        y = height + 16 + 20 * i
-        name = html.escape(printable(curve.name))
-        parts.append(
-            f'<rect x="{left}" y="{y - 10}" width="14" height="10" fill="{colour}"/><text x="{left + 20}" y="{y}">{name}</text>'
-        )
-    total = height + 20 + 20 * len(found)
-    return (
-        f'<svg role="img" aria-label="{html.escape(metric)} of each by epoch" viewBox="0 0 {width} {total}" '
-        f'width="{width}" height="{total}">{"".join(parts)}</svg>'
-    )
+    columns = [
+        Column("epoch", is_number=True),
+        *(Column(name, is_number=True, is_given=True) for name in head[1:]),
+    ]
+    return [
+        Title(f"{metric} by epoch"),
+        Curves(metric, found, where="pages"),
+        Table("Values", columns, rows, opens=True),
+    ]

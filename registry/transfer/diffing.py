@@ -1,15 +1,11 @@
-"""Diff reports: what differs between two models, by name, shape, dtype, kind and value."""
+"""Diffs: what differs between two models, by name, shape, dtype, kind and value."""
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import numpy
-import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from registry.catalog.ancestry import ancestors
@@ -17,152 +13,22 @@ from registry.configs.documents import differences
 from registry.live.freezing import frozen_names
 from registry.transfer.matching import LOADABLE, Category, Pair, match
 from registry.transfer.plan import FrozenPart, TransferPlan
+from registry.transfer.report import (
+    SCHEMA,
+    Count,
+    DiffReport,
+    FieldDifference,
+    LayerDifference,
+    SideInfo,
+    Verdict,
+)
+from registry.transfer.rows import Row
 from registry.transfer.sides import Side, Source, side_of
 from registry.transfer.suggestions import suggestions
+from registry.transfer.values import by_module, changes
 
 if TYPE_CHECKING:
     from registry.home import Home
-
-SCHEMA = 1
-_CHUNK = 1 << 18
-_BLOCK = 1 << 13
-_Doubles = numpy.ndarray[Any, numpy.dtype[numpy.float64]]
-Verdict = Literal["IDENTICAL", "SAME STRUCTURE", "COMPATIBLE", "INCOMPATIBLE"]
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
-
-
-class SideInfo(_Part):
-    """One side: what it is called, how much it holds, and the digests of its structure and its content."""
-
-    label: str
-    id: str | None = None
-    names: int
-    elements: int
-    parameters: int | None
-    buffers: int | None
-    structure: str
-    content: str | None
-    notes: tuple[str, ...] = ()
-
-
-class Row(_Part):
-    """One name of either side or of both."""
-
-    category: Category
-    a: str | None = None
-    b: str | None = None
-    shape_a: tuple[int, ...] | None = None
-    shape_b: tuple[int, ...] | None = None
-    dtype_a: str | None = None
-    dtype_b: str | None = None
-    kind: str | None = None
-    equal: bool | None = None
-    note: str = ""
-
-    @property
-    def name(self) -> str:
-        return self.b or self.a or ""
-
-    @property
-    def elements(self) -> int:
-        shape = self.shape_b if self.shape_b is not None else self.shape_a
-        return math.prod(shape or ())
-
-
-class Count(_Part):
-    names: int
-    elements: int
-
-
-class Change(_Part):
-    """How the values of one name differ, in float64: norms, the angle, and the share of elements that changed."""
-
-    name: str
-    norm: float
-    relative: float
-    cosine: float | None
-    largest: float
-    changed: float
-    nonfinite_a: int
-    nonfinite_b: int
-
-
-class ModuleChange(_Part):
-    """The change of all tensors below a module."""
-
-    module: str
-    tensors: int
-    norm: float
-    relative: float
-
-
-class LayerDifference(_Part):
-    """Where the architectures of two live networks differ at one path."""
-
-    path: str
-    a: str | None
-    b: str | None
-
-
-class Field_(_Part):
-    key: str
-    a: Any = None
-    b: Any = None
-
-
-class DiffReport(_Part):
-    """Everything that a diff found; text, JSON, Markdown and HTML are made from it."""
-
-    schema_version: int = Field(default=SCHEMA, alias="schema")
-    a: SideInfo
-    b: SideInfo
-    verdict: Verdict
-    exceptions: int
-    loadable: Count
-    target: Count
-    counts: dict[Category, Count]
-    rows: tuple[Row, ...]
-    architecture: tuple[LayerDifference, ...] = ()
-    config: tuple[Field_, ...] = ()
-    metrics: tuple[Field_, ...] = ()
-    changes: tuple[Change, ...] = ()
-    modules: tuple[ModuleChange, ...] = ()
-    related: bool = False
-    plan: TransferPlan | None = None
-    frozen: tuple[FrozenPart, ...] = ()
-    suggestions: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
-    command: str = ""
-
-    @property
-    def is_same(self) -> bool:
-        """Whether nothing differs."""
-        return self.verdict == "IDENTICAL"
-
-    @property
-    def headline(self) -> str:
-        """The verdict in one line."""
-        if self.verdict != "COMPATIBLE":
-            return self.verdict
-        return f"COMPATIBLE with {self.exceptions} exception{'s' if self.exceptions != 1 else ''}"
-
-    @property
-    def coverage(self) -> float:
-        """Share of the target's parameters that can be loaded as they are."""
-        return self.loadable.elements / self.target.elements if self.target.elements else 0.0
-
-    def __str__(self) -> str:
-        from registry.reports.text import as_text
-
-        return as_text(self)
-
-    def _repr_html_(self) -> str:
-        from registry.reports.html import as_html
-
-        return as_html(self, whole=False)
 
 
 def diff(
@@ -201,8 +67,8 @@ def diff(
     pairs = match(left, right, rename=rules, exclude=patterns)
     rows = tuple(_row(pair, left, right) for pair in pairs)
     related = _related(left, right, registry)
-    moved = [pair for pair, row in zip(pairs, rows, strict=True) if not row.equal]
-    changes = tuple(_changes(moved, left, right)) if values else ()
+    unequal = [pair for pair, row in zip(pairs, rows, strict=True) if not row.equal]
+    moved = tuple(changes(unequal, left, right)) if values else ()
     warnings = [*_warnings(rows)]
     if values and not related:
         warnings.append(
@@ -225,8 +91,8 @@ def diff(
         architecture=tuple(_architecture(left.network, right.network)),
         config=_fields(left.config, right.config) if _are_alike(left, right) else (),
         metrics=_fields(left.metrics, right.metrics),
-        changes=changes,
-        modules=tuple(_rolled_up(changes, pairs)),
+        changes=moved,
+        modules=tuple(by_module(moved)),
         related=related,
         plan=plan,
         frozen=tuple(_frozen(left, right, plan)),
@@ -286,11 +152,11 @@ def _info(side: Side) -> SideInfo:
     )
 
 
-def _fields(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Field_, ...]:
+def _fields(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[FieldDifference, ...]:
     """The values that differ; none where only one side has any."""
     if not a or not b:
         return ()
-    return tuple(Field_(key=d.key, a=d.left, b=d.right) for d in differences(a, b))
+    return tuple(FieldDifference(key=d.key, a=d.left, b=d.right) for d in differences(a, b))
 
 
 def _are_alike(left: Side, right: Side) -> bool:
@@ -320,118 +186,6 @@ def _frozen(left: Side, right: Side, plan: TransferPlan | None) -> Iterator[Froz
         yield part
 
 
-# -- values --------------------------------------------------------------------------------------------------
-
-
-def _changes(pairs: Sequence[Pair], left: Side, right: Side) -> Iterator[Change]:
-    """How far the values of pairs of equal shape moved, for those that moved at all."""
-    if not (left.has_values and right.has_values):
-        return
-    room = _Room()
-    for pair in pairs:
-        if pair.a and pair.b and pair.a.shape == pair.b.shape:
-            change = _change(pair.b.name, left.tensor(pair.a.name), right.tensor(pair.b.name), room)
-            if change is not None:
-                yield change
-
-
-class _Room:
-    """Memory for a chunk of two tensors in float64, which stays in the processor's cache."""
-
-    def __init__(self) -> None:
-        self.before, self.step = (numpy.empty(_CHUNK) for _ in range(2))
-        self.moved = numpy.empty(_CHUNK, dtype=numpy.bool_)
-
-
-@numpy.errstate(all="ignore")  # what is not finite is counted
-def _change(name: str, a: torch.Tensor, b: torch.Tensor, room: _Room) -> Change | None:
-    """The change of one tensor, chunk by chunk; None if there is none.
-
-    On one thread, by numpy: to wake another one for each of these small steps can take longer than the step.
-    """
-    one, other = (_real(t) for t in (a, b))
-    moved = before = cross = largest = 0.0
-    changed = bad_a = bad_b = 0
-    for x, y in zip(torch.split(one, _CHUNK), torch.split(other, _CHUNK), strict=True):
-        wide, step = _widened(x, room.before), _widened(y, room.step)
-        step -= wide
-        squares, size = _dot(step, step), _dot(wide, wide)
-        if not math.isfinite(squares) or not math.isfinite(size):
-            good = (x.isfinite() & y.isfinite()).numpy()
-            bad_a += int((~x.isfinite()).sum())
-            bad_b += int((~y.isfinite()).sum())
-            changed += int(((x != y) & ~(x.isnan() & y.isnan())).numpy()[~good].sum())
-            wide, step = wide[good], step[good]
-            squares, size = _dot(step, step), _dot(wide, wide)
-        before += size
-        if squares == 0.0:
-            continue
-        moved += squares
-        cross += _dot(wide, step)
-        largest = max(largest, float(step.max()), -float(step.min()))
-        changed += int(numpy.count_nonzero(numpy.not_equal(step, 0, out=room.moved[: len(step)])))
-    if not (changed or bad_a or bad_b):
-        return None
-    after = before + 2 * cross + moved
-    scale = math.sqrt(before) * math.sqrt(max(after, 0.0))
-    return Change(
-        name=name,
-        norm=math.sqrt(moved),
-        relative=math.sqrt(moved / before) if before else math.inf if moved else 0.0,
-        cosine=max(-1.0, min(1.0, (before + cross) / scale)) if scale else None,
-        largest=largest,
-        changed=changed / max(1, len(one)),
-        nonfinite_a=bad_a,
-        nonfinite_b=bad_b,
-    )
-
-
-def _widened(part: torch.Tensor, room: _Doubles) -> _Doubles:
-    """A chunk in float64, in the memory given."""
-    wide = room[: len(part)]
-    if part.dtype is torch.bfloat16:  # which numpy lacks
-        torch.from_numpy(wide).copy_(part)
-    else:
-        numpy.copyto(wide, part.numpy())
-    return wide
-
-
-def _dot(a: _Doubles, b: _Doubles) -> float:
-    """The scalar product, in blocks that are too short for the linear algebra library to use its threads."""
-    whole = len(a) // _BLOCK * _BLOCK
-    blocks = a[:whole].reshape(-1, 1, _BLOCK) @ b[:whole].reshape(-1, _BLOCK, 1)
-    return float(blocks.sum()) + float(a[whole:].dot(b[whole:]))
-
-
-def _real(tensor: torch.Tensor) -> torch.Tensor:
-    """The elements in a row; of complex numbers, both parts; of types that torch cannot compute with, wider ones."""
-    flat = tensor.detach().cpu().resolve_neg().reshape(-1)
-    if flat.is_complex():
-        flat = torch.view_as_real(flat.resolve_conj()).reshape(-1)
-    narrow = flat.is_floating_point() and flat.dtype.itemsize == 1
-    return flat.to(torch.float32) if narrow or flat.dtype is torch.bool else flat
-
-
-def _rolled_up(changes: Sequence[Change], pairs: Sequence[Pair]) -> Iterator[ModuleChange]:
-    """The change of each module: the norms of its tensors' changes, combined."""
-    if not changes:
-        return
-    sums: dict[str, list[float]] = {}
-    for change in changes:
-        module = change.name.rpartition(".")[0]
-        own = sums.setdefault(module, [0, 0.0, 0.0])
-        own[0] += 1
-        own[1] += change.norm**2
-        if change.relative and math.isfinite(change.relative):
-            own[2] += (change.norm / change.relative) ** 2
-    for module, (count, moved, before) in sums.items():
-        relative = math.sqrt(moved / before) if before else math.inf
-        yield ModuleChange(module=module, tensors=int(count), norm=math.sqrt(moved), relative=relative)
-
-
-# -- architecture --------------------------------------------------------------------------------------------
-
-
 def _architecture(a: nn.Module | None, b: nn.Module | None) -> Iterator[LayerDifference]:
     """Layers of two live networks that differ in class or arguments, parameter-free ones included."""
     if a is None or b is None:
@@ -449,9 +203,6 @@ def _layers(module: nn.Module) -> dict[str, str]:
         is_leaf = not any(True for _ in part.children())
         found[path] = f"{type(part).__name__}({part.extra_repr()})" if is_leaf else type(part).__name__
     return found
-
-
-# -- what to say ---------------------------------------------------------------------------------------------
 
 
 def _warnings(rows: Sequence[Row]) -> Iterator[str]:

@@ -14,6 +14,8 @@ from torch import nn
 
 from registry.live import freezing
 from registry.patterns import escaped
+from registry.reports.blocks import Block, Column, Lines, Table, Title
+from registry.reports.text import render
 from registry.store.durable import write_file
 from registry.store.errors import Conflict, Incompatible, Invalid, NotFound, Unsupported, fix
 from registry.store.text import printable, quoted
@@ -56,6 +58,16 @@ class Step(BaseModel):
         if self.action != "copy":
             return 0
         return self.elements * len(self.rows.pairs) // self.rows.of if self.rows else self.elements
+
+    @property
+    def cells(self) -> tuple[str, str, str, str]:
+        """What happens, the name, where it comes from if that has another name, and why."""
+        other = "" if self.target == self.source else self.source or ""
+        why = self.why + (f" ({self.adapter})" if self.adapter else "")
+        return self.action, self.target or "-", other, why
+
+
+_COLUMNS = (Column(""), Column("target", is_code=True), Column("source", is_code=True), Column("why"))
 
 
 class FrozenPart(BaseModel):
@@ -157,10 +169,30 @@ class TransferPlan(BaseModel):
         targets = sum(step.target is not None for step in self.steps)
         return f"loaded {len(self.loaded)} of {targets} tensors, {percent(self.coverage)} of parameters"
 
-    def __str__(self) -> str:
-        from registry.reports.text import plan_text
+    @property
+    def headline(self) -> str:
+        """What would be loaded, in one line."""
+        return self.summary.replace("loaded", "loads", 1)
 
-        return plan_text(self)
+    def blocks(self, *, level: Literal[1, 2] = 1) -> list[Block]:
+        """The plan for a renderer: what is loaded, what is not and why, what is frozen.
+
+        Args:
+            level: 2 within a report.
+        """
+        blocks: list[Block] = [
+            Title(
+                "plan", between=(self.source, self.target), lines=(self.headline, *self.notes), level=level
+            ),
+            Table("Steps", _COLUMNS, [step.cells for step in self.steps], opens=True),
+        ]
+        if part := self.frozen_part:
+            names = f"{len(part.names)} parameter{'s' if len(part.names) != 1 else ''}"
+            blocks.append(Lines("", [f"freezes {names}; {part.trainable:,} elements stay trainable"]))
+        return blocks
+
+    def __str__(self) -> str:
+        return render(self.blocks())
 
     def to_json(self) -> str:
         return self.model_dump_json(by_alias=True, indent=2, exclude_defaults=False) + "\n"
@@ -383,12 +415,10 @@ def _check_kept(steps: tuple[Step, ...], right: Side) -> None:
 def percent(share: float) -> str:
     """A share that never rounds up to all.
 
-    >>> percent(0.99954), percent(1.0), percent(0.999999)
-    ('99.95 %', '100 %', '99.99 %')
+    >>> percent(0.99954), percent(1.0), percent(0.999999), percent(0.909), percent(0.0)
+    ('99.95%', '100%', '99.99%', '90.9%', '0%')
     """
-    if share == 1:
-        return "100 %"
-    return f"{math.floor(share * 10_000) / 100:.2f} %"
+    return f"{math.floor(share * 10_000) / 100:g}%"
 
 
 def plan_document(plan: TransferPlan) -> dict[str, Any]:

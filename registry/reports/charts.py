@@ -1,0 +1,98 @@
+"""Charts: bars and curves as SVG, which is part of an HTML page and needs no script."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+
+from registry.reports.blocks import Bars, Curves
+from registry.store.text import printable
+
+_COLOURS = ("#0b62d6", "#d1570a", "#1a7f4b", "#8a3ffc", "#b42332", "#5f6870")
+_WIDTH, _HEIGHT = 720, 320
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 20, 20, 40
+"""The margins around the curves, where the axes are."""
+_NAME, _BAR, _ROW = 240, 320, 22
+"""Bars: the width of the names, that of the longest bar, and the height of a row."""
+
+
+def bars(block: Bars) -> str:
+    """Draw bars, the largest of which fills the width; the end of a long name says more than its beginning."""
+    top = max((value for _, value in block.bars), default=0.0) or 1.0
+    parts = []
+    for i, (name, value) in enumerate(block.bars):
+        width = _BAR * value / top
+        parts.append(
+            f'<text x="0" y="{i * _ROW + 15}">{_escaped(name[-34:])}</text>'
+            f'<rect class="bar" x="{_NAME}" y="{i * _ROW + 3}" width="{width:.1f}" height="15" rx="2">'
+            f"<title>{_escaped(name)}: {value:.4g}</title></rect>"
+            f'<text x="{_NAME + 6 + width:.1f}" y="{i * _ROW + 15}">{value:.3g}</text>'
+        )
+    return _svg(block.title, _NAME + _BAR + 80, len(block.bars) * _ROW + 4, parts)
+
+
+def curves(block: Curves) -> str:
+    """Draw curves over one pair of axes, with a legend below. What is not finite is left out."""
+    points = [(x, y) for _, curve in block.curves for x, y in curve.items() if math.isfinite(y)]
+    axes = _Axes(points)
+    parts = [*axes.drawn()]
+    for i, (name, curve) in enumerate(block.curves):
+        colour = _COLOURS[i % len(_COLOURS)]
+        places = [axes.place(x, y) for x, y in curve.items() if math.isfinite(y)]
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in places]
+        y = _HEIGHT + 16 + 20 * i
+        parts.append(f'<rect x="{_LEFT}" y="{y - 10}" width="14" height="10" fill="{colour}"/>')
+        parts.append(f'<text x="{_LEFT + 20}" y="{y}">{_escaped(name)}</text>')
+    return _svg(block.title, _WIDTH, _HEIGHT + 20 + 20 * len(block.curves), parts)
+
+
+class _Axes:
+    """Where a point lies in the picture."""
+
+    def __init__(self, points: Sequence[tuple[int, float]]) -> None:
+        xs = [x for x, _ in points] or [0]
+        ys = [y for _, y in points] or [0.0, 1.0]
+        self.first, self.last = min(xs), max(xs)
+        self.low, self.high = min(ys), max(ys)
+        if self.low == self.high:
+            self.low, self.high = self.low - 0.5, self.high + 0.5
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        across = (x - self.first) / max(1, self.last - self.first)
+        # Halves, as the difference of two huge numbers may be infinite.
+        up = (y / 2 - self.low / 2) / (self.high / 2 - self.low / 2)
+        return (
+            _LEFT + (_WIDTH - _LEFT - _RIGHT) * across,
+            (_HEIGHT - _BOTTOM) - (_HEIGHT - _BOTTOM - _TOP) * up,
+        )
+
+    def drawn(self) -> list[str]:
+        """Five lines with their values, and three places below."""
+        parts = []
+        for i in range(5):
+            value = self.low * (1 - i / 4) + self.high * (i / 4)
+            _, y = self.place(self.first, value)
+            parts.append(
+                f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#8884"/>'
+                f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>'
+            )
+        for epoch in sorted({self.first, (self.first + self.last) // 2, self.last}):
+            x, _ = self.place(epoch, self.low)
+            parts.append(
+                f'<text x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 20}" text-anchor="middle">{epoch}</text>'
+            )
+        return parts
+
+
+def _svg(title: str, width: int, height: int, parts: Sequence[str]) -> str:
+    return (
+        f'<svg role="img" aria-label="{_escaped(title)}" width="{width}" height="{height}" '
+        f'viewBox="0 0 {width} {height}">{"".join(parts)}</svg>'
+    )
+
+
+def _escaped(text: str) -> str:
+    return html.escape(printable(text))

@@ -1,0 +1,55 @@
+"""Reports as Markdown, for an issue, a pull request or a wiki."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+
+from registry.reports.blocks import Block, Code, Lines, Table, Title, cell, drawn
+from registry.store.text import printable
+
+
+def render(blocks: Sequence[Block]) -> str:
+    """Draw blocks as Markdown. Trees, bars and curves are left out: Markdown cannot show them."""
+    lines: list[str] = []
+    for block in drawn(blocks, "lines"):
+        lines += _lines_of(block)
+    return "\n".join(lines)
+
+
+def _lines_of(block: Block) -> list[str]:
+    if isinstance(block, Title):
+        between = f": {' -> '.join(block.between)}" if block.between else ""
+        # A heading begins with a capital; a line of a terminal need not.
+        text = block.text[:1].upper() + block.text[1:]
+        return [f"{'#' * block.level} {_escaped(text + between)}", "", *_paragraphs(block.lines)]
+    if isinstance(block, Lines):
+        if not block.title:
+            return _paragraphs(block.lines)
+        return [f"## {_escaped(block.title)}", "", *(f"- {_escaped(line)}" for line in block.lines), ""]
+    if isinstance(block, Table):
+        head = [] if block.opens else [f"## {_escaped(block.title)}", ""]
+        return [*head, *_paragraphs([block.above] if block.above else []), *_rows(block), ""]
+    if isinstance(block, Code):
+        return [f"{_escaped(block.title)}:", "", f"    {printable(block.text)}", ""]
+    return []
+
+
+def _paragraphs(lines: Iterable[str]) -> list[str]:
+    return [part for line in lines for part in (_escaped(line), "")]
+
+
+def _rows(table: Table) -> list[str]:
+    heads = [_escaped(column.head) for column in table.columns]
+    rule = "".join("---:|" if column.is_number else "---|" for column in table.columns)
+    rows = [
+        [_escaped(cell(c, column).text) for c, column in zip(row, table.columns, strict=True)]
+        for row in table.rows
+    ]
+    return [f"| {' | '.join(heads)} |", f"|{rule}", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    found = html.escape(printable(text), quote=False)
+    return "".join(f"\\{c}" if c in "\\`*_[]|#" else c for c in found)

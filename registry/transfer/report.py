@@ -1,0 +1,331 @@
+"""The diff report: what a diff found, as data, and the blocks that renderers draw.
+
+A new section is a method that returns blocks, named in `DiffReport.blocks`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from pydantic import Field
+
+from registry.reports import html, text
+from registry.reports.blocks import Bars, Block, Cell, Code, Column, Lines, Node, Table, Title, Tone, Tree
+from registry.transfer.matching import LOADABLE, Category
+from registry.transfer.plan import FrozenPart, TransferPlan, percent
+from registry.transfer.rows import Part, Row, grouped
+
+SCHEMA = 1
+Verdict = Literal["IDENTICAL", "SAME STRUCTURE", "COMPATIBLE", "INCOMPATIBLE"]
+
+_TONES: dict[str, Tone] = {
+    "IDENTICAL": "ok",
+    "SAME STRUCTURE": "ok",
+    "COMPATIBLE": "warn",
+    "INCOMPATIBLE": "bad",
+}
+_MAX_DEPTH = 40
+"""Levels of the tree of modules; what lies deeper keeps its dotted name."""
+
+MEANING = {
+    Category.MATCH: "same name, shape and dtype",
+    Category.RENAMED: "another name, by a rule",
+    Category.PREFIX: "the name without a wrapper's prefix",
+    Category.TIED: "shares memory with a name that has a partner",
+    Category.CAST: "another dtype",
+    Category.ADAPTED: "made to fit by an adapter",
+    Category.SHAPE: "another shape",
+    Category.KIND: "a parameter on one side, a buffer on the other",
+    Category.POSITIONAL: "the same name, perhaps of another layer",
+    Category.AMBIGUOUS: "several partners are possible",
+    Category.ONLY_A: "on the left only",
+    Category.ONLY_B: "on the right only",
+    Category.EXCLUDED: "left out on request",
+}
+"""What a category says of a name."""
+
+
+class SideInfo(Part):
+    """One side: what it is called, how much it holds, and the digests of its structure and its content."""
+
+    label: str
+    id: str | None = None
+    names: int
+    elements: int
+    parameters: int | None
+    buffers: int | None
+    structure: str
+    content: str | None
+    notes: tuple[str, ...] = ()
+
+
+class Count(Part):
+    """How many names, and how many elements they have."""
+
+    names: int
+    elements: int
+
+
+class ValueChange(Part):
+    """How the values of one name differ, in float64: norms, the angle, and the share of elements that changed."""
+
+    name: str
+    norm: float
+    relative: float
+    cosine: float | None
+    largest: float
+    changed: float
+    nonfinite_a: int
+    nonfinite_b: int
+
+
+class ModuleChange(Part):
+    """The change of all tensors below a module."""
+
+    module: str
+    tensors: int
+    norm: float
+    relative: float
+
+
+class LayerDifference(Part):
+    """Where the architectures of two live networks differ at one path."""
+
+    path: str
+    a: str | None
+    b: str | None
+
+
+class FieldDifference(Part):
+    """Where two configurations, or the metrics of two versions, differ at one key."""
+
+    key: str
+    a: Any = None
+    b: Any = None
+
+
+class DiffReport(Part):
+    """Everything that a diff found; text, JSON, Markdown and HTML are made from it."""
+
+    schema_version: int = Field(default=SCHEMA, alias="schema")
+    a: SideInfo
+    b: SideInfo
+    verdict: Verdict
+    exceptions: int
+    loadable: Count
+    target: Count
+    counts: dict[Category, Count]
+    rows: tuple[Row, ...]
+    architecture: tuple[LayerDifference, ...] = ()
+    config: tuple[FieldDifference, ...] = ()
+    metrics: tuple[FieldDifference, ...] = ()
+    changes: tuple[ValueChange, ...] = ()
+    modules: tuple[ModuleChange, ...] = ()
+    related: bool = False
+    plan: TransferPlan | None = None
+    frozen: tuple[FrozenPart, ...] = ()
+    suggestions: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    command: str = ""
+
+    @property
+    def is_same(self) -> bool:
+        """Whether nothing differs."""
+        return self.verdict == "IDENTICAL"
+
+    @property
+    def headline(self) -> str:
+        """The verdict in one line."""
+        if self.verdict != "COMPATIBLE":
+            return self.verdict
+        return f"COMPATIBLE with {self.exceptions} exception{'s' if self.exceptions != 1 else ''}"
+
+    @property
+    def coverage(self) -> float:
+        """Share of the target's parameters that can be loaded as they are."""
+        return self.loadable.elements / self.target.elements if self.target.elements else 0.0
+
+    def blocks(self) -> list[Block]:
+        """The report for a renderer, such as `registry.reports.html.render`."""
+        advice = [
+            Lines("Warnings", self.warnings, tone="warn"),
+            Lines("Suggestions", self.suggestions),
+        ]
+        blocks: list[Block] = [
+            self._title(),
+            self._summary(),
+            # A page says at its top what a list of lines says at its end, where the reader of a terminal looks.
+            *(replace(block, where="pages") for block in advice),
+            self._names(),
+            self._modules(),
+            self._bars(),
+            self._exceptions(),
+            self._architecture(),
+            self._fields("Configuration", self.config),
+            self._fields("Metrics", self.metrics),
+            self._values(),
+            *(self.plan.blocks(level=2) if self.plan else ()),
+            self._frozen(),
+            *(replace(block, where="lines") for block in reversed(advice)),
+        ]
+        if self.command:
+            blocks.append(Code("Again", self.command))
+        return [block for block in blocks if not _is_empty(block)]
+
+    def __str__(self) -> str:
+        return text.render(self.blocks())
+
+    def _repr_html_(self) -> str:
+        return html.render(self.blocks(), whole=False)
+
+    def _title(self) -> Title:
+        lines = []
+        if self.target.elements:
+            lines.append(
+                f"{self.loadable.elements:,} of {self.target.elements:,} parameters "
+                f"({percent(self.coverage)}) can be loaded as they are"
+            )
+        between = (self.a.label, self.b.label)
+        return Title(self.headline, between=between, lines=lines, tone=_TONES[self.verdict])
+
+    def _summary(self) -> Table:
+        columns = (
+            Column("status"),
+            Column("names", is_number=True),
+            Column("elements", is_number=True),
+            Column("", tone="dim"),
+        )
+        rows = [
+            (Cell(category, _tone(category)), f"{count.names:,}", f"{count.elements:,}", MEANING[category])
+            for category, count in self.counts.items()
+        ]
+        return Table("Summary", columns, rows, opens=True)
+
+    def _names(self) -> Table:
+        """All names, one by one."""
+        rows = [
+            (Cell(row.status, _tone(row.status)), row.shown_name, row.shown_shape, row.note)
+            for row in self.rows
+        ]
+        return Table("Names", _OF_NAMES, rows, same=Category.MATCH, where="pages")
+
+    def _exceptions(self) -> Table:
+        """What differs in structure, then what differs in value alone; equal layers stand in one line."""
+        odd = [row for row in self.rows if row.category not in LOADABLE]
+        odd += [row for row in self.rows if row.status == "VALUES"]
+        rows = []
+        for group in grouped(odd):
+            first = group.rows[0]
+            count = f" ({len(group.rows)})" if len(group.rows) > 1 else ""
+            rows.append((first.status, group.name + count, first.shown_shape, first.note))
+        return Table("What differs", _OF_NAMES, rows, where="lines")
+
+    def _modules(self) -> Tree:
+        return Tree("Modules", _nodes([(_levels(row.name), row) for row in self.rows]), where="pages")
+
+    def _bars(self) -> Bars:
+        above = "norm of the change against the norm before"
+        bars = [
+            (part.module or "(top)", part.relative) for part in self.modules if math.isfinite(part.relative)
+        ]
+        return Bars("Change by module", bars, above=above, where="pages")
+
+    def _architecture(self) -> Table:
+        sides = (Column(side.label, is_code=True, is_given=True) for side in (self.a, self.b))
+        columns = (Column("layer", is_code=True), *sides)
+        rows = [(part.path or "(network)", part.a or "-", part.b or "-") for part in self.architecture]
+        return Table("Architecture", columns, rows)
+
+    def _fields(self, title: str, fields: Sequence[FieldDifference]) -> Table:
+        columns = (Column("key"), *(Column(side.label, is_given=True) for side in (self.a, self.b)))
+        return Table(title, columns, [(one.key, _value(one.a), _value(one.b)) for one in fields])
+
+    def _values(self) -> Table:
+        heads = ("change", "relative", "cosine", "largest", "elements changed")
+        rows = [
+            (
+                change.name,
+                f"{change.norm:.4g}",
+                f"{change.relative:.3g}",
+                "" if change.cosine is None else f"{change.cosine:.5f}",
+                f"{change.largest:.3g}",
+                f"{change.changed:.1%}",
+            )
+            for change in self.changes
+        ]
+        return Table(
+            "Values", [Column("name", is_code=True), *(Column(head, is_number=True) for head in heads)], rows
+        )
+
+    def _frozen(self) -> Table:
+        heads = ("frozen names", "frozen elements", "trainable elements")
+        rows = [
+            (part.where, f"{len(part.names):,}", f"{part.elements:,}", f"{part.trainable:,}")
+            for part in self.frozen
+        ]
+        return Table(
+            "Frozen", [Column("in", is_code=True), *(Column(head, is_number=True) for head in heads)], rows
+        )
+
+
+_OF_NAMES = (
+    Column("status"),
+    Column("name", is_code=True),
+    Column("shape", is_code=True),
+    Column("", tone="dim"),
+)
+
+
+def _is_empty(block: Block) -> bool:
+    """Whether a section has nothing to say; the table that opens the report stays."""
+    match block:
+        case Lines():
+            return not block.lines
+        case Table():
+            return not block.rows and not block.opens
+        case Tree():
+            return not block.nodes
+        case Bars():
+            return not block.bars
+    return False
+
+
+def _tone(status: str) -> Tone:
+    if status in (*LOADABLE, Category.ADAPTED):
+        return "ok"
+    return "bad" if status in (Category.SHAPE, Category.KIND, Category.AMBIGUOUS) else "warn"
+
+
+def _value(value: object) -> str:
+    return "-" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def _levels(name: str) -> list[str]:
+    return name.split(".", _MAX_DEPTH)
+
+
+def _nodes(rows: Sequence[tuple[list[str], Row]]) -> list[Node]:
+    """The tree of names: the tensors of a module, then the modules below it.
+
+    Args:
+        rows: each with what is left of its name at this level.
+    """
+    tensors = [_leaf(levels[0], row) for levels, row in rows if len(levels) == 1]
+    below: dict[str, list[tuple[list[str], Row]]] = {}
+    for levels, row in rows:
+        if len(levels) > 1:
+            below.setdefault(levels[0], []).append((levels[1:], row))
+    return [*tensors, *(_module(name, inner) for name, inner in below.items())]
+
+
+def _leaf(name: str, row: Row) -> Node:
+    return Node(name, notes=(Cell(row.shown_shape, "dim"), Cell(row.status, _tone(row.status))))
+
+
+def _module(name: str, rows: Sequence[tuple[list[str], Row]]) -> Node:
+    odd = sum(row.status != Category.MATCH for _, row in rows)
+    note = Cell(f"{odd} of {len(rows)} differ", "warn") if odd else Cell(f"{len(rows)} match", "dim")
+    return Node(name, notes=(note,), nodes=_nodes(rows), is_open=bool(odd))

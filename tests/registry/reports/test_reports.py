@@ -1,0 +1,148 @@
+"""Renderers: each draws every block, or says that it leaves it out, and shows a text as it is."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import sample_reports
+
+from registry.reports import html, markdown, text
+from registry.reports.blocks import (
+    Bars,
+    Block,
+    Cell,
+    Code,
+    Column,
+    Curves,
+    Lines,
+    Node,
+    Table,
+    Title,
+    Tree,
+)
+from registry.transfer import curves
+from registry.transfer.matching import Category
+from registry.transfer.report import MEANING
+
+GOLDEN = Path(__file__).parent / "golden"
+RENDER: dict[str, Callable[[Sequence[Block]], str]] = {
+    "txt": text.render,
+    "md": markdown.render,
+    "html": html.render,
+}
+BLOCKS: dict[str, list[Block]] = {
+    "report": sample_reports.REPORT.blocks(),
+    "same": sample_reports.SAME.blocks(),
+    "plan": sample_reports.PLAN.blocks(),
+    "curves": curves.blocks(sample_reports.CURVES, "loss"),
+}
+HOSTILE = "<b>|`*x*`_[a](b)#&\x1b[31m\n\u202eend"
+
+
+@pytest.mark.parametrize("form", RENDER)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_report_looks_as_it_did(name: str, form: str) -> None:
+    """The golden files are what the renderers drew when a person last looked at them: `sample_reports.py` writes them anew."""
+    assert RENDER[form](BLOCKS[name]) == (GOLDEN / f"{name}.{form}").read_text()
+
+
+def one_of_each(said: str) -> list[Block]:
+    return [
+        Title(said, between=(said, said), lines=[said]),
+        Lines(said, [said, said]),
+        Table(said, [Column(said), Column(said, is_number=True)], [(Cell(said, "ok"), said)], above=said),
+        Table(said, [Column(said)], [(said,)], same=said),
+        Tree(said, [Node(said, notes=[Cell(said)], nodes=[Node(said)])]),
+        Bars(said, [(said, 1.0)], above=said),
+        Curves(said, [(said, {1: 0.5})]),
+        Code(said, said),
+    ]
+
+
+LEFT_OUT = {"txt": {Tree, Bars, Curves}, "md": {Tree, Bars, Curves}, "html": set()}
+
+
+@pytest.mark.parametrize("form", RENDER)
+def test_a_renderer_draws_every_block_or_says_that_it_leaves_it_out(form: str) -> None:
+    blocks = one_of_each("said")
+    assert {type(block) for block in blocks} == set(get_args(Block))
+    opening = Title("opening")
+    alone = RENDER[form]([opening])
+    for block in blocks:
+        if type(block) in LEFT_OUT[form]:
+            assert RENDER[form]([opening, block]) == alone
+        else:
+            assert RENDER[form]([opening, block]).count("said") > alone.count("said")
+    if LEFT_OUT[form]:
+        assert "left out" in (RENDER[form].__doc__ or "")
+
+
+@pytest.mark.parametrize("form", RENDER)
+def test_whatever_a_text_holds_is_shown_and_does_nothing(form: str) -> None:
+    found = RENDER[form](one_of_each(HOSTILE))
+    assert not {"\x1b", "\u202e"} & set(found)
+    if form == "html":
+        assert "<b>" not in found
+    if form == "md":
+        assert "<b>" not in found.replace("    " + HOSTILE[:4], "")
+        assert not re.search(
+            r"(?<!\\)[*`]", "".join(line for line in found.splitlines() if line[:4] != "    ")
+        )
+    if form == "txt":
+        assert all("\n" not in line for line in found.split("\n"))
+        assert found.count("<b>") > 10
+
+
+def test_a_table_of_text_stays_aligned_where_a_name_holds_control_characters() -> None:
+    lines = text.render(
+        [Table("t", [Column("a"), Column("b")], [("x\x1b", "7"), ("long name", "8")], opens=True)]
+    )
+    assert len({line.index(last) for line, last in zip(lines.split("\n"), "B78", strict=True)}) == 1
+
+
+def test_a_block_for_pages_is_not_in_lines_and_the_other_way_round() -> None:
+    blocks: list[Block] = [
+        Title("title"),
+        Lines("", ["both"]),
+        Lines("", ["page alone"], where="pages"),
+        Lines("", ["line alone"], where="lines"),
+    ]
+    for form, render in RENDER.items():
+        found = render(blocks)
+        assert "both" in found
+        assert ("page alone" in found) == (form == "html")
+        assert ("line alone" in found) == (form != "html")
+
+
+def test_a_page_takes_nothing_from_a_network_and_a_part_has_no_script() -> None:
+    page = html.render(sample_reports.REPORT.blocks())
+    assert not re.search(r"https?:|//[a-z]|<link|<img|@import|url\(", page)
+    assert page.count("<script>") == 1
+    assert "default-src 'none'" in page
+    part = html.render(sample_reports.REPORT.blocks(), whole=False)
+    assert not re.search("<script|<style|<html", part)
+    assert sample_reports.REPORT._repr_html_() == part
+
+
+def test_what_is_not_finite_is_left_out_of_a_picture() -> None:
+    for values in ({1: math.nan}, {1: math.inf, 2: -math.inf}, {}, {1: 1e308, 2: -1e308}, {3: 0.25}):
+        found = html.render([Title("t"), Curves("c", [("x", values)])])
+        drawn = re.findall(r'(?:cx|cy|points|y1)="([^"]*)"', found)
+        assert not any(re.search("nan|inf", place) for place in drawn)
+        assert found.count("<circle") == sum(map(math.isfinite, values.values()))
+
+
+def test_the_tree_of_names_is_of_bounded_depth() -> None:
+    row = sample_reports.ROWS[1]
+    deep = ".".join("m" * 3000)
+    report = sample_reports.SAME.model_copy(update={"rows": (row.model_copy(update={"a": deep, "b": deep}),)})
+    assert html.render(report.blocks()).count("<details") == 40
+
+
+def test_every_category_has_a_meaning() -> None:
+    assert set(MEANING) == set(Category)
