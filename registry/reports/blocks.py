@@ -72,11 +72,11 @@ class Lines:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells.
+    """Rows of cells, under a heading if it has a title.
 
     Attributes:
         above: a sentence between the heading and the table.
-        opens: whether it stands at once below the title of the report or part, and so needs no heading.
+        opens: whether lines need no heading, as it stands at once below the title of the report.
         same: a text of the first column. Pages let a reader filter the rows by that column, and hide those with this text.
     """
 

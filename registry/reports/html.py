@@ -112,7 +112,7 @@ def _table(block: Table) -> str:
     table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
     if block.same is not None:
         table = _filters(block) + table
-    found = _section("" if block.opens else block.title, block.above, block.title, table)
+    found = _section(block.title, block.above, block.title or "Table", table)
     return f'<div class="filtered">{found}</div>' if block.same is not None else found
 
 

@@ -28,7 +28,7 @@ def _lines_of(block: Block) -> list[str]:
             return _paragraphs(block.lines)
         return [f"## {_escaped(block.title)}", "", *(f"- {_escaped(line)}" for line in block.lines), ""]
     if isinstance(block, Table):
-        head = [] if block.opens else [f"## {_escaped(block.title)}", ""]
+        head = [] if block.opens or not block.title else [f"## {_escaped(block.title)}", ""]
         return [*head, *_paragraphs([block.above] if block.above else []), *_rows(block), ""]
     if isinstance(block, Code):
         return [f"{_escaped(block.title)}:", "", f"    {printable(block.text)}", ""]

@@ -86,5 +86,5 @@ def blocks(found: Sequence[Curve], metric: str, at: Sequence[int] = ()) -> list[
     return [
         Title(f"{metric} by epoch"),
         Curves(metric, found, where="pages"),
-        Table("Values", columns, rows, opens=True),
+        Table("", columns, rows),
     ]

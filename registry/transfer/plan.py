@@ -184,7 +184,7 @@ class TransferPlan(BaseModel):
             Title(
                 "plan", between=(self.source, self.target), lines=(self.headline, *self.notes), level=level
             ),
-            Table("Steps", _COLUMNS, [step.cells for step in self.steps], opens=True),
+            Table("", _COLUMNS, [step.cells for step in self.steps]),
         ]
         if part := self.frozen_part:
             names = f"{len(part.names)} parameter{'s' if len(part.names) != 1 else ''}"
