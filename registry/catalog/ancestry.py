@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from registry.catalog.reference import check_version_name
 from registry.catalog.resolving import resolve
 from registry.catalog.versions import find_versions, name_of
+from registry.log.reference import check_version_name
 from registry.store.errors import Invalid, NotFound
 
 if TYPE_CHECKING:

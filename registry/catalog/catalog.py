@@ -20,20 +20,21 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from registry.catalog import pairing, schema, settings
-from registry.catalog.journal import BEGINNING, Journal, Position
+from registry.catalog import pairing, schema
 from registry.catalog.lookups import locate
+from registry.log import settings
+from registry.log.journal import BEGINNING, Journal, Position
 from registry.store import durable
 from registry.store.errors import Corrupt, Invalid, NotFound, RegistryError, StorageError, Unsupported
 from registry.store.places import is_local
 from registry.store.text import printable, quoted
 
 if TYPE_CHECKING:
-    from registry.catalog import format1
     from registry.catalog.change import Change
-    from registry.catalog.entries import Entry, Record
-    from registry.catalog.history import End, Fork, Gap, Placed
-    from registry.catalog.ledger import Ledger
+    from registry.log import format1
+    from registry.log.entries import Entry, Record
+    from registry.log.history import End, Fork, Gap, Placed
+    from registry.log.ledger import Ledger
     from registry.store.location import Location
     from registry.store.manifest import Manifest
     from registry.store.pack import PackInfo
@@ -382,7 +383,7 @@ class Catalog:
 
     def _old_state(self) -> _OldState:
         """What shows that a registry of format 1 has changed."""
-        from registry.catalog.format1 import journal_path
+        from registry.log.format1 import journal_path
 
         found = (durable.status_of(journal_path(self._root), inner=1), durable.status_of(self.path))
         return _OldState(
@@ -406,7 +407,7 @@ class Catalog:
         return None
 
     def _read_old(self, connection: sqlite3.Connection | None) -> format1.Found:
-        from registry.catalog import format1
+        from registry.log import format1
 
         self._refuse_newer(None)
         found = format1.read(self._root, self._store(), connection)
@@ -423,7 +424,7 @@ class Catalog:
         Raises:
             Corrupt: if the registry has had the present format already.
         """
-        from registry.catalog.format1 import WRITTEN
+        from registry.log.format1 import WRITTEN
 
         for line in self.journal.read():
             for record in line.entry.records if line.entry else ():
@@ -436,8 +437,8 @@ class Catalog:
 
     def _old_ledger(self) -> Ledger:
         """What a registry of format 1 would say in the present format."""
-        from registry.catalog import entries, format1
-        from registry.catalog.ledger import Ledger
+        from registry.log import entries, format1
+        from registry.log.ledger import Ledger
 
         connection = self._old_catalog()
         try:
@@ -473,9 +474,9 @@ class Catalog:
                 return self._migrate(chooses) if self.format == 1 else []
 
     def _migrate(self, chooses: bool) -> list[str]:
-        from registry.catalog import entries, format1
         from registry.catalog.change import Change
-        from registry.catalog.ledger import Ledger
+        from registry.log import entries, format1
+        from registry.log.ledger import Ledger
 
         self.close()
         _logger.info("%s: has format 1, and gets format %d", self._root, settings.FORMAT)
@@ -642,9 +643,9 @@ class Catalog:
         raise Corrupt(f"{self.path}: the catalog does not stay as it is made; check the disk")
 
     def _commit(self, compute: Callable[[View], Sequence[Record]]) -> Entry | None:
-        from registry.catalog import entries
         from registry.catalog.invariants import broken_by
-        from registry.catalog.ledger import Refused
+        from registry.log import entries
+        from registry.log.ledger import Refused
 
         store = self._store()
         entry: Entry | None = None
@@ -732,7 +733,7 @@ class Catalog:
         Raises:
             StorageError: if the folder cannot be written.
         """
-        from registry.catalog import entries
+        from registry.log import entries
 
         connection = self.connection(writes=True)
         with self._exclusive(connection, self._local.held.identity) as change:
@@ -796,8 +797,8 @@ class Catalog:
         Args:
             heals: whether the folder's log may be put in order on the way.
         """
-        from registry.catalog.history import End, Gap, walk
-        from registry.catalog.ledger import Refused
+        from registry.log.history import End, Gap, walk
+        from registry.log.ledger import Refused
 
         seq, digest, end = _head(change.connection)
         if self.journal.ends_at(end, seq) and (not seq or self.journal.digest_before(end) == digest):
@@ -964,9 +965,9 @@ class Catalog:
             copies: the catalog that has a copy of the log.
             heals: whether the folder's log gets back what the copy has.
         """
-        from registry.catalog.history import End, Fork, Gap, Placed, heal
-        from registry.catalog.ledger import Ledger
-        from registry.catalog.strays import use_strays
+        from registry.log.history import End, Fork, Gap, Placed, heal
+        from registry.log.ledger import Ledger
+        from registry.log.strays import use_strays
 
         connection = change.connection
         ledger = Ledger()
@@ -1024,7 +1025,7 @@ class Catalog:
 
     def _history(self, connection: sqlite3.Connection | None) -> Iterator[Placed | Gap | End | Fork]:
         """All entries, from the folder's log and from the catalog's copy."""
-        from registry.catalog.history import merge, walk
+        from registry.log.history import merge, walk
 
         return merge(walk(self.journal.read()), _copies(connection) if connection is not None else ())
 
@@ -1064,8 +1065,8 @@ class Catalog:
             return list(self._problems())
 
     def _problems(self) -> Iterator[str]:
-        from registry.catalog.history import Fork, Placed
-        from registry.catalog.ledger import Ledger
+        from registry.log.history import Fork, Placed
+        from registry.log.ledger import Ledger
 
         with self._errors(), self._snapshot() as connection:
             for (text,) in connection.execute("PRAGMA integrity_check"):
@@ -1136,8 +1137,8 @@ class Catalog:
         Raises:
             Corrupt: if the log is damaged, and the catalog's copy does not have what it has lost.
         """
-        from registry.catalog.history import walk
-        from registry.catalog.ledger import Ledger
+        from registry.log.history import walk
+        from registry.log.ledger import Ledger
 
         if self.format == 1:
             return self._old_ledger()
@@ -1269,7 +1270,7 @@ class _Material:
 
 def _copies(connection: sqlite3.Connection) -> Iterator[Entry]:
     """The entries that a catalog has a copy of, as far as it can be read."""
-    from registry.catalog import entries
+    from registry.log import entries
 
     last = 0
     while True:
@@ -1292,7 +1293,7 @@ def _copies(connection: sqlite3.Connection) -> Iterator[Entry]:
 
 
 def _unpacked(blob: Any) -> bytes:
-    from registry.catalog.entries import MAX_LINE
+    from registry.log.entries import MAX_LINE
 
     if not isinstance(blob, bytes):
         raise Corrupt("it is not what was written")
@@ -1304,7 +1305,7 @@ def _unpacked(blob: Any) -> bytes:
 
 def _text_of(blob: Any, manifest_id: str) -> bytes | None:
     """The text of a manifest in the copy of an entry."""
-    from registry.catalog import entries
+    from registry.log import entries
 
     try:
         records: Iterable[Record] = entries.parse(_unpacked(blob)).records

@@ -12,12 +12,12 @@ import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
-from registry.catalog import facts
-from registry.catalog.entries import MAX_NUMBER, Entry, Record
-from registry.catalog.facts import Facts
-from registry.catalog.ledger import Ledger, Refused
 from registry.catalog.lookups import batches, locate, marks
 from registry.catalog.packs import Contents, Packs
+from registry.log import facts
+from registry.log.entries import MAX_NUMBER, Entry, Record
+from registry.log.facts import Facts
+from registry.log.ledger import Ledger, Refused
 from registry.store import manifest as manifests
 from registry.store.errors import RegistryError
 from registry.store.manifest import Manifest

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from registry.catalog.entries import Record, manifest_text, now, pack_record
 from registry.catalog.lookups import locate
+from registry.log.entries import Record, manifest_text, now, pack_record
 from registry.progress import Progress, silent
 from registry.store.errors import Conflict, RegistryError
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from registry.catalog.entries import Entry
 from registry.catalog.lookups import batches, locate, marks
 from registry.catalog.schema import UNUSED
+from registry.log.entries import Entry
 from registry.store.errors import RegistryError
 
 if TYPE_CHECKING:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from registry.catalog.entries import Record, now
 from registry.catalog.lookups import Reader
-from registry.catalog.reference import RESERVED_ALIASES, check_name, check_text
 from registry.catalog.resolving import hint, resolve
 from registry.catalog.versions import Version
+from registry.log.entries import Record, now
+from registry.log.reference import RESERVED_ALIASES, check_name, check_text
 from registry.store.errors import Conflict, Invalid, NotFound, fix
 from registry.store.text import quoted
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from registry.catalog.journal import Journal, Position
+from registry.log.journal import Journal, Position
 from registry.store import durable
 from registry.store.errors import RegistryError
 from registry.store.places import is_local

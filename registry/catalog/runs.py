@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from registry.catalog.entries import now
-from registry.catalog.facts import sound_run
 from registry.catalog.lookups import Reader, parsed
-from registry.catalog.reference import check_run_name
 from registry.catalog.resolving import hint
+from registry.log.entries import now
+from registry.log.facts import sound_run
+from registry.log.reference import check_run_name
 from registry.store import durable
 from registry.store.errors import Conflict, NotFound, RegistryError
 from registry.store.manifest import record_document, untagged
@@ -19,7 +19,7 @@ from registry.store.text import quoted
 
 if TYPE_CHECKING:
     from registry.catalog.catalog import Catalog, View
-    from registry.catalog.entries import Record
+    from registry.log.entries import Record
 
 LOG = "run.log"
 PROCESS = "process"

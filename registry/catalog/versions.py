@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from registry.catalog.facts import check_shown, facts_of
 from registry.catalog.lookups import Reader, batches, best_id, marks, parsed
-from registry.catalog.metrics import is_metric
-from registry.catalog.reference import is_name
+from registry.log.facts import check_shown, facts_of
+from registry.log.metrics import is_metric
+from registry.log.reference import is_name
 from registry.store.digest import is_digest
 from registry.store.errors import Corrupt
 from registry.store.manifest import Manifest

@@ -11,9 +11,9 @@ import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from registry.catalog.reference import check_name
 from registry.catalog.resolving import resolve
 from registry.catalog.versions import find_versions
+from registry.log.reference import check_name
 from registry.store.dtypes import ELEMENT_TYPES
 from registry.store.errors import Corrupt, NotFound, Unsupported
 from registry.store.manifest import Manifest, TensorInfo

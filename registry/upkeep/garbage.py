@@ -17,12 +17,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from registry.catalog import settings
 from registry.catalog.catalog import OLD
-from registry.catalog.entries import Record
-from registry.catalog.format1 import journal_path
 from registry.catalog.invariants import MAX_CHAIN
 from registry.catalog.schema import UNUSED
+from registry.log import settings
+from registry.log.entries import Record
+from registry.log.format1 import journal_path
 from registry.store import durable
 from registry.store.digest import is_digest
 from registry.store.durable import storage_errors
@@ -32,8 +32,8 @@ from registry.store.store import names_of
 
 if TYPE_CHECKING:
     from registry.catalog.catalog import Catalog, View
-    from registry.catalog.ledger import Ledger
     from registry.catalog.lookups import Query
+    from registry.log.ledger import Ledger
     from registry.store.store import Store
 
 _ATTEMPTS = 4

@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from registry.catalog.entries import Record, pack_record
 from registry.catalog.lookups import batches, locate, marks
+from registry.log.entries import Record, pack_record
 from registry.store.errors import Corrupt, NotFound
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from registry.catalog.lookups import Reader, marks
-from registry.catalog.metrics import Monitor, monitored
 from registry.catalog.naming import removal
 from registry.catalog.versions import find_versions, with_descendants
+from registry.log.metrics import Monitor, monitored
 from registry.store.errors import Invalid, NotFound
 from registry.store.text import quoted
 from registry.upkeep.garbage import collect_garbage
@@ -21,8 +21,8 @@ from registry.upkeep.thinning import thin
 
 if TYPE_CHECKING:
     from registry.catalog.catalog import Catalog, View
-    from registry.catalog.entries import Record
     from registry.catalog.versions import Version
+    from registry.log.entries import Record
     from registry.store.store import Store
 
 

@@ -6,10 +6,10 @@ import contextlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from registry.catalog.entries import Record, manifest_text
 from registry.catalog.naming import removal
 from registry.catalog.resolving import resolve
 from registry.catalog.versions import Version, find_versions, with_descendants
+from registry.log.entries import Record, manifest_text
 from registry.store.errors import NotFound
 from registry.upkeep.repacking import tidy
 

@@ -12,10 +12,10 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from registry.catalog.facts import facts_of
 from registry.catalog.lookups import batches, marks
 from registry.catalog.resolving import resolve
 from registry.catalog.schema import UNUSED
+from registry.log.facts import facts_of
 from registry.progress import Progress, silent
 from registry.store.digest import digest as digest_of
 from registry.store.digest import is_digest, tensor_digest
@@ -26,7 +26,7 @@ from registry.store.pack import INNER, PackInfo, open_regular, read_pack_info
 
 if TYPE_CHECKING:
     from registry.catalog.catalog import Catalog, View
-    from registry.catalog.entries import Record
+    from registry.log.entries import Record
     from registry.store.manifest import Manifest
     from registry.store.store import Store
 

@@ -19,9 +19,9 @@ import torch
 from support import broken_rules, check_whole, collect, copy, dump, files, is_state, save, state
 
 from registry import Registry
-from registry.catalog import entries
 from registry.catalog.catalog import Catalog
 from registry.catalog.change import Change
+from registry.log import entries
 from registry.store.errors import Corrupt, NotFound, RegistryError, StorageError, Unsupported
 from registry.upkeep.garbage import GRACE
 

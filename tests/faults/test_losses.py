@@ -31,8 +31,8 @@ from support import (
 from registry import Registry
 from registry.catalog import catalog
 from registry.catalog.catalog import Catalog
-from registry.catalog.journal import Journal
 from registry.checkpoints import saving
+from registry.log.journal import Journal
 from registry.store import durable
 from registry.store.errors import Corrupt, RegistryError
 from registry.upkeep.garbage import GRACE

@@ -30,9 +30,10 @@ from support import Tree, all_versions, broken_rules, collect, dump, may_be_an_o
 
 from registry import Registry
 from registry.cache.artifacts import Artifact
-from registry.catalog import catalog, history, journal
+from registry.catalog import catalog
 from registry.catalog.invariants import invariants
 from registry.checkpoints.sharded import RegistryWriter
+from registry.log import history, journal
 
 STEM = "test_power_loss"
 FAILED = soak.COUNTS / f"{STEM}.failed"

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from registry.catalog.entries import START, Entry
-from registry.catalog.journal import SEGMENT, Journal, Line, Position
+from registry.log.entries import START, Entry
+from registry.log.journal import SEGMENT, Journal, Line, Position
 
 
 class Placed(NamedTuple):

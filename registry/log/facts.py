@@ -11,9 +11,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from registry.catalog.entries import MAX_NUMBER
-from registry.catalog.metrics import is_metric
-from registry.catalog.reference import MAX_EDGE, check_run_name
+from registry.log.entries import MAX_NUMBER
+from registry.log.metrics import is_metric
+from registry.log.reference import MAX_EDGE, check_run_name
 from registry.store.digest import is_digest
 from registry.store.errors import Corrupt, RegistryError
 from registry.store.manifest import Manifest

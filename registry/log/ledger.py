@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from registry.catalog.entries import START, Entry, Record
-from registry.catalog.history import End, Gap, Placed
-from registry.catalog.journal import BEGINNING, Position
+from registry.log.entries import START, Entry, Record
+from registry.log.history import End, Gap, Placed
+from registry.log.journal import BEGINNING, Position
 from registry.store.errors import RegistryError
 from registry.store.pack import PackInfo
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from registry.catalog.entries import MAX_LINE, Entry, digest_of_line, parse
+from registry.log.entries import MAX_LINE, Entry, digest_of_line, parse
 from registry.store import durable
 from registry.store.errors import Corrupt, StorageError, Unsupported
 

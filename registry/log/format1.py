@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from registry.catalog.entries import MAX_RECORDS, Record, check_record, manifest_text, pack_record
+from registry.log.entries import MAX_RECORDS, Record, check_record, manifest_text, pack_record
 from registry.store import durable
 from registry.store.digest import digest, is_digest
 from registry.store.errors import Corrupt, Invalid, RegistryError
