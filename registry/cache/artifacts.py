@@ -19,7 +19,7 @@ from registry.store.text import quoted
 
 if TYPE_CHECKING:
     from registry.cache.keys import Key
-    from registry.catalog.catalog import View
+    from registry.catalog.transactions import View
     from registry.home import Home
     from registry.log.entries import Record
 

@@ -11,7 +11,8 @@ from registry.progress import Progress, silent
 from registry.store.errors import Conflict, RegistryError
 
 if TYPE_CHECKING:
-    from registry.catalog.catalog import Catalog, View
+    from registry.catalog.catalog import Catalog
+    from registry.catalog.transactions import View
     from registry.store.location import Location
     from registry.store.saving import State
     from registry.store.store import Store, Stored, Written

@@ -14,7 +14,8 @@ from registry.store.errors import Conflict, Invalid, NotFound, fix
 from registry.store.text import quoted
 
 if TYPE_CHECKING:
-    from registry.catalog.catalog import Catalog, View
+    from registry.catalog.catalog import Catalog
+    from registry.catalog.transactions import View
 
 
 def set_alias(catalog: Catalog, reference: str, alias: str) -> Version:

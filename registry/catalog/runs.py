@@ -18,7 +18,8 @@ from registry.store.manifest import record_document, untagged
 from registry.store.text import quoted
 
 if TYPE_CHECKING:
-    from registry.catalog.catalog import Catalog, View
+    from registry.catalog.catalog import Catalog
+    from registry.catalog.transactions import View
     from registry.log.entries import Record
 
 LOG = "run.log"

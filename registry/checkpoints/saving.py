@@ -28,7 +28,7 @@ from registry.store.store import Written
 from registry.store.text import quoted
 
 if TYPE_CHECKING:
-    from registry.catalog.catalog import View
+    from registry.catalog.transactions import View
     from registry.home import Home
     from registry.log.entries import Record
     from registry.log.metrics import Monitor

@@ -182,8 +182,8 @@ class Ledger:
 
     def _pack(self, record: Record, entry: Entry) -> None:
         digest = record["digest"]
-        _refuse_if(digest in self.packs, f"pack {digest[:12]} is there already")
-        _refuse_if(digest in self.doomed, f"pack {digest[:12]} was doomed")
+        refuse_if(digest in self.packs, f"pack {digest[:12]} is there already")
+        refuse_if(digest in self.doomed, f"pack {digest[:12]} was doomed")
         self._set(self._counts, "packs", self.pack_count + 1)
         pack = LivePack(self.pack_count, record["size"], bool(record.get("differences")))
         self._set(self.packs, digest, pack)
@@ -194,7 +194,7 @@ class Ledger:
 
     def _replace(self, record: Record, entry: Entry) -> None:
         old, new = record["old"], record["new"]
-        _refuse_if(old == new, f"pack {old[:12]} would take its own place")
+        refuse_if(old == new, f"pack {old[:12]} would take its own place")
         self._live_pack(old)
         self._live_pack(new)
         self._drop(self.packs, old)
@@ -206,13 +206,13 @@ class Ledger:
             self._drop(self.packs, digest)
             self._set(self.doomed, digest, entry.at)
         for manifest_id in record["manifests"]:
-            _refuse_if(self.is_live(manifest_id), f"manifest {manifest_id[:12]} is needed")
+            refuse_if(self.is_live(manifest_id), f"manifest {manifest_id[:12]} is needed")
             self._drop(self.released, manifest_id)
             self._set(self.doomed, manifest_id, entry.at)
 
     def _live_pack(self, digest: str) -> LivePack:
         found = self.packs.get(digest)
-        _refuse_if(found is None, f"there is no pack {digest[:12]}")
+        refuse_if(found is None, f"there is no pack {digest[:12]}")
         assert found is not None
         return found
 
@@ -220,7 +220,7 @@ class Ledger:
 
     def _publish(self, record: Record, entry: Entry) -> None:
         manifest_id, model, version = record["id"], record["model"], record["version"]
-        _refuse_if(manifest_id in self.versions, f"{manifest_id[:12]} is a version already")
+        refuse_if(manifest_id in self.versions, f"{manifest_id[:12]} is a version already")
         instead = record.get("instead")
         if instead is None:
             self._give_number(model, version, is_adopted=bool(record.get("adopted")))
@@ -229,14 +229,14 @@ class Ledger:
             if freed is None and self.has_gaps:  # What said which number it had is lost; this says it too.
                 self._give_number(model, version, is_adopted=True)
             else:
-                _refuse_if(freed != (model, version), f"{model}:v{version} is not what {instead[:12]} was")
+                refuse_if(freed != (model, version), f"{model}:v{version} is not what {instead[:12]} was")
         self._revive(manifest_id, record)
         self._set(self.versions, manifest_id, (model, version))
 
     def _give_number(self, model: str, version: int, *, is_adopted: bool) -> None:
         following, missing = self.next.get(model, 1), self.missing.get(model, ())
         is_free = version >= following or (is_adopted and any(version in numbers for numbers in missing))
-        _refuse_if(not is_free, f"{model} has had a version v{version}")
+        refuse_if(not is_free, f"{model} has had a version v{version}")
         if version > following:
             missing = (*missing, range(following, version))
         if version < following:
@@ -249,7 +249,7 @@ class Ledger:
         self._set(self.next, model, max(version + 1, following))
 
     def _revive(self, manifest_id: str, record: Record) -> None:
-        _refuse_if(
+        refuse_if(
             manifest_id in self.doomed and "manifest" not in record,
             f"manifest {manifest_id[:12]} was doomed, and its text is not there",
         )
@@ -269,7 +269,7 @@ class Ledger:
         aliases = self.aliases_of.get(manifest_id, frozenset())
         tags = self.tags.get(manifest_id, {})
         differs = set(record["aliases"]) != aliases or set(record["tags"]) != tags.keys()
-        _refuse_if(differs and not self.has_gaps, f"{model}:v{version} has other aliases or tags")
+        refuse_if(differs and not self.has_gaps, f"{model}:v{version} has other aliases or tags")
         for alias in aliases:
             self._drop(self.aliases, (model, alias))
         for table in (self.aliases_of, self.tags, self.notes, self.versions):
@@ -279,13 +279,13 @@ class Ledger:
 
     def _version(self, manifest_id: str) -> tuple[str, int]:
         found = self.versions.get(manifest_id)
-        _refuse_if(found is None, f"there is no version {manifest_id[:12]}")
+        refuse_if(found is None, f"there is no version {manifest_id[:12]}")
         assert found is not None
         return found
 
     def _next(self, record: Record, entry: Entry) -> None:
         model, version = record["model"], record["version"]
-        _refuse_if(version < self.next.get(model, 1), f"{model} has had a version v{version}")
+        refuse_if(version < self.next.get(model, 1), f"{model} has had a version v{version}")
         self._set(self.next, model, version)
 
     # -- names -------------------------------------------------------------------------------------------
@@ -294,7 +294,7 @@ class Ledger:
         model, alias, manifest_id = record["model"], record["alias"], record["id"]
         if self.has_gaps and manifest_id not in self.versions:
             self._unpoint(model, alias, record["was"])  # It does not point where it did before.
-        _refuse_if(self._version(manifest_id)[0] != model, f"{manifest_id[:12]} is no version of {model}")
+        refuse_if(self._version(manifest_id)[0] != model, f"{manifest_id[:12]} is no version of {model}")
         self._unpoint(model, alias, record["was"])
         self._set(self.aliases, (model, alias), manifest_id)
         self._set(self.aliases_of, manifest_id, self.aliases_of.get(manifest_id, frozenset()) | {alias})
@@ -310,7 +310,7 @@ class Ledger:
                 one for one in self.skipped if (one["op"], one.get("model"), one.get("alias")) != said
             ]
         found = self.aliases.get((model, alias))
-        _refuse_if(found != was and not self.has_gaps, f"{model}@{alias} points elsewhere")
+        refuse_if(found != was and not self.has_gaps, f"{model}@{alias} points elsewhere")
         if found is not None:
             self._drop(self.aliases, (model, alias))
             self._set(self.aliases_of, found, self.aliases_of[found] - {alias})
@@ -334,7 +334,7 @@ class Ledger:
     def _run(self, record: Record, entry: Entry) -> None:
         model, at = record["model"], record["at"]
         before = self.runs.get(record["name"])
-        _refuse_if(before is not None and before[:2] != (model, at), f"there is another run {record['name']}")
+        refuse_if(before is not None and before[:2] != (model, at), f"there is another run {record['name']}")
         self._set(self.runs, record["name"], (model, at, record["record"]))
 
     # -- artifacts ---------------------------------------------------------------------------------------
@@ -359,7 +359,7 @@ class Ledger:
     def _expected_artifact(self, key: str, was: str | None) -> str | None:
         found = self.artifacts.get(key)
         manifest_id = found[0] if found else None
-        _refuse_if(manifest_id != was and not self.has_gaps, f"artifact {key[:12]} is another")
+        refuse_if(manifest_id != was and not self.has_gaps, f"artifact {key[:12]} is another")
         return manifest_id
 
     def _unkey(self, key: str, manifest_id: str) -> None:
@@ -401,6 +401,11 @@ _OPERATIONS: dict[str, Callable[[Ledger, Record, Entry], None]] = {
 }
 
 
-def _refuse_if(wrong: bool, problem: str) -> None:
+def refuse_if(wrong: bool, problem: str) -> None:
+    """Refuse a record that contradicts what was recorded before it.
+
+    Raises:
+        Refused: if it does.
+    """
     if wrong:
         raise Refused(problem)

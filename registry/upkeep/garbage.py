@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from registry.catalog.catalog import OLD
+from registry.catalog.database import OLD
 from registry.catalog.invariants import MAX_CHAIN
 from registry.catalog.schema import UNUSED
 from registry.log import settings
@@ -31,8 +31,9 @@ from registry.store.pack import INNER
 from registry.store.store import names_of
 
 if TYPE_CHECKING:
-    from registry.catalog.catalog import Catalog, View
+    from registry.catalog.catalog import Catalog
     from registry.catalog.lookups import Query
+    from registry.catalog.transactions import View
     from registry.log.ledger import Ledger
     from registry.store.store import Store
 

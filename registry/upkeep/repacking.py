@@ -11,8 +11,9 @@ from registry.log.entries import Record, pack_record
 from registry.store.errors import Corrupt, NotFound
 
 if TYPE_CHECKING:
-    from registry.catalog.catalog import Catalog, View
+    from registry.catalog.catalog import Catalog
     from registry.catalog.lookups import Query
+    from registry.catalog.transactions import View
     from registry.store.location import Location
     from registry.store.pack import PackInfo
     from registry.store.store import Store

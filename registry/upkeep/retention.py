@@ -20,7 +20,8 @@ from registry.upkeep.garbage import collect_garbage
 from registry.upkeep.thinning import thin
 
 if TYPE_CHECKING:
-    from registry.catalog.catalog import Catalog, View
+    from registry.catalog.catalog import Catalog
+    from registry.catalog.transactions import View
     from registry.catalog.versions import Version
     from registry.log.entries import Record
     from registry.store.store import Store

@@ -14,7 +14,8 @@ from registry.store.errors import NotFound
 from registry.upkeep.repacking import tidy
 
 if TYPE_CHECKING:
-    from registry.catalog.catalog import Catalog, View
+    from registry.catalog.catalog import Catalog
+    from registry.catalog.transactions import View
     from registry.store.store import Store
 
 

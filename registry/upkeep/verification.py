@@ -25,7 +25,8 @@ from registry.store.manifest import MAX_SIZE, parse
 from registry.store.pack import INNER, PackInfo, open_regular, read_pack_info
 
 if TYPE_CHECKING:
-    from registry.catalog.catalog import Catalog, View
+    from registry.catalog.catalog import Catalog
+    from registry.catalog.transactions import View
     from registry.log.entries import Record
     from registry.store.manifest import Manifest
     from registry.store.store import Store
