@@ -16,7 +16,8 @@ from registry.catalog.lookups import batches, locate, marks
 from registry.catalog.tables import Packs, Rows, read
 from registry.log.entries import Entry, Record
 from registry.log.journal import Position
-from registry.log.ledger import Ledger, refuse_if
+from registry.log.ledger import Ledger
+from registry.log.refusals import refuse_if
 from registry.store import manifest as manifests
 from registry.store.errors import RegistryError
 from registry.store.manifest import Manifest

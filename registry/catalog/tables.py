@@ -17,7 +17,8 @@ from registry.catalog.lookups import batches, locate, marks
 from registry.log import facts
 from registry.log.entries import MAX_NUMBER, Record
 from registry.log.facts import Facts
-from registry.log.ledger import Ledger, refuse_if
+from registry.log.ledger import Ledger
+from registry.log.refusals import refuse_if
 from registry.store.errors import RegistryError
 from registry.store.location import Location
 from registry.store.manifest import Manifest

@@ -18,7 +18,8 @@ from registry.catalog.refolding import refold_in_place
 from registry.log import entries
 from registry.log.entries import Entry, Record
 from registry.log.history import End, Gap, walk
-from registry.log.ledger import Ledger, Refused
+from registry.log.ledger import Ledger
+from registry.log.refusals import Refused
 from registry.store import durable
 from registry.store.errors import StorageError
 from registry.store.location import Location
