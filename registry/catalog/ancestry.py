@@ -25,7 +25,8 @@ def ancestors(catalog: Catalog, name: str) -> set[str]:
         found.add(name)
         try:
             version = resolve(catalog, check_version_name(name))
-        except (Invalid, NotFound):  # Made up, or removed since.
+        except (Invalid, NotFound):
+            # Made up, or removed since.
             continue
         if parent := version.record.get("parent"):
             waiting.append(parent)

@@ -161,7 +161,8 @@ def is_paired(path: Path, connection: sqlite3.Connection, alone: Alone, journal:
         seq, own = int(state["seq"]), int(alone.state.get("seq", "-1"))
     except (KeyError, ValueError):
         return False
-    if base == 0:  # Everything is in the write-ahead log.
+    # Everything is in the write-ahead log.
+    if base == 0:
         return True
     if own == seq:
         return alone.state.get("digest") == state.get("digest")
@@ -190,7 +191,8 @@ def _holds_a_change(path: Path) -> bool:
             sums = _sums(sums, frame[:8] + frame[_FRAME:], order)
             if frame[8:16] != header[_SALTS] or sums != struct.unpack(">2I", frame[16:_FRAME]):
                 return False
-            if any(frame[4:8]):  # The last frame of a change says how large the database is then.
+            # The last frame of a change says how large the database is then.
+            if any(frame[4:8]):
                 return True
     return False
 

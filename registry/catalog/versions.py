@@ -194,9 +194,9 @@ def own_sizes(catalog: Reader, model: str, since: int = 1) -> dict[str, int]:
     return dict(rows)
 
 
-def name_of(catalog: Reader, id: str) -> str | None:
+def name_of(catalog: Reader, version_id: str) -> str | None:
     """The name of the version with an id."""
-    rows = catalog.query("SELECT model, version FROM versions WHERE id = ?", [id])
+    rows = catalog.query("SELECT model, version FROM versions WHERE id = ?", [version_id])
     return f"{rows[0][0]}:v{rows[0][1]}" if rows else None
 
 
@@ -287,8 +287,8 @@ def list_names(catalog: Reader, prefix: str) -> list[str]:
 def list_aliases(catalog: Reader) -> list[tuple[str, str, int, str]]:
     """Model, alias, version and id of every alias."""
     return [
-        (model, name, version, id)
-        for model, name, version, id in catalog.query(
+        (model, name, version, version_id)
+        for model, name, version, version_id in catalog.query(
             "SELECT a.model, a.name, v.version, v.id FROM aliases a JOIN versions v ON v.id = a.id "
             "ORDER BY a.model, a.name"
         )

@@ -219,7 +219,8 @@ def _lines(path: Path) -> Iterator[_Line]:
     end = 0
     for raw in data.splitlines(keepends=True):
         start, end = end, end + len(raw)
-        if raw.endswith(b"\n") and raw.strip():  # A last line without an end is one that a crash cut short.
+        # A last line without an end is one that a crash cut short.
+        if raw.endswith(b"\n") and raw.strip():
             yield _Line(_parsed(raw), end, f"{path}: the line at byte {start} is damaged")
 
 
@@ -308,7 +309,8 @@ def _in_parts(records: Iterator[Record] | list[Record]) -> Iterator[list[Record]
 def _records(store: Store, state: State) -> Iterator[Record]:
     following: dict[str, int] = {}
     for version_id, (model, number) in sorted(state.versions.items(), key=lambda item: item[1]):
-        if following.get(model, 1) < number:  # Those in between were removed.
+        # Those in between were removed.
+        if following.get(model, 1) < number:
             yield {"op": "next", "model": model, "version": number}
         following[model] = number + 1
         yield {

@@ -273,7 +273,8 @@ def heal(journal: Journal, history: Iterable[Placed | Gap | End | Fork]) -> tupl
 
     for item in history:
         if isinstance(item, Gap) and item.last >= item.first and item.first not in names:
-            group = []  # What neither has lies in this segment, perhaps at its end.
+            # What neither has lies in this segment, perhaps at its end.
+            group = []
         if not isinstance(item, Placed):
             continue
         if not segment or item.entry.seq in names or size >= SEGMENT:

@@ -30,9 +30,11 @@ The farther away it is the larger a difference, and the fewer versions stay plai
 `benchmarks/series.py` a difference over 20 versions takes 29 to 40 % of the bytes, and over 7 versions 27 to 37 %.
 """
 
-_MANIFESTS = 128  # that are held in memory at a time
+_MANIFESTS = 128
+"""Manifests that are held in memory at a time."""
 
-_WORTH_IT = 0.9  # of a pack's bytes, above which it stays as it is
+_WORTH_IT = 0.9
+"""A pack of which a larger part is needed stays as it is."""
 _FLOATS = ("float", "bfloat")
 
 
@@ -130,7 +132,7 @@ def _staying(catalog: Catalog) -> tuple[set[str], set[str]]:
         "UNION SELECT id FROM aliases UNION SELECT id FROM artifacts"
     )
     bases = catalog.query("SELECT DISTINCT base FROM tensors WHERE base IS NOT NULL")
-    return {id for (id,) in ids}, {digest for (digest,) in bases}
+    return {version_id for (version_id,) in ids}, {digest for (digest,) in bases}
 
 
 def _tensors_of(store: Store, manifest_id: str) -> frozenset[str]:
@@ -156,7 +158,8 @@ def _plan(
     for position, version in enumerate(versions):
         digests = _tensors_of(store, version.id)
         if any(place.base for place in catalog.locate(digests).values()):
-            continue  # it is a difference already
+            # It is a difference already.
+            continue
         plain.append(position)
         if not digests.isdisjoint(bases):
             based.append(position)

@@ -104,7 +104,8 @@ def _heal_manifests(catalog: Catalog, store: Store, progress: Progress) -> int:
                 store.manifest(manifest_id)
                 healed += 1
             except RegistryError:
-                pass  # Named with what is damaged.
+                # Named with what is damaged.
+                pass
         progress(i + 1, len(rows))
     return healed
 
@@ -122,7 +123,8 @@ def _damage(catalog: Catalog, store: Store) -> Iterator[str]:
     names = dict(catalog.query("SELECT id, model || ':v' || version FROM versions"))
     for (manifest_id,) in catalog.query("SELECT id FROM manifests"):
         problem = _problem(catalog, store, manifest_id)
-        if problem and (problem := _problem(catalog, store, manifest_id)):  # It may have gone and come back.
+        # It may have gone and come back.
+        if problem and (problem := _problem(catalog, store, manifest_id)):
             yield f"{names.get(manifest_id, f'artifact {manifest_id[:12]}')}: {problem}"
 
 

@@ -79,7 +79,8 @@ class Retention(NamedTuple):
         if self.keep_optimizer is not None:
             for version in _of(catalog, runs, model)[self.keep_optimizer :]:
                 if "thinned-from" not in version.record:
-                    with contextlib.suppress(NotFound):  # Another process has removed it meanwhile.
+                    # Another process has removed it meanwhile.
+                    with contextlib.suppress(NotFound):
                         thin(catalog, store, version.name)
         if removed or self.keep_optimizer is not None:
             collect_garbage(catalog, store)
@@ -87,7 +88,8 @@ class Retention(NamedTuple):
     def _superfluous(self, view: Reader, versions: Sequence[Version]) -> list[Version]:
         best = self._best(versions)
         if self.keep_best is not None and not best:
-            return []  # Which one is the best is not known, so that none may go.
+            # Which one is the best is not known, so that none may go.
+            return []
         kept = {version.id for version in versions[: self.keep_last or 1]}
         kept |= {version.id for version in best}
         kept |= {version.id for version in versions if version.aliases or version.tags}

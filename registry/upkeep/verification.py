@@ -100,7 +100,8 @@ def _note(catalog: Catalog, store: Store, damaged: Collection[str]) -> None:
             )
         ]
 
-    with contextlib.suppress(RegistryError):  # It is reported all the same.
+    # It is reported all the same.
+    with contextlib.suppress(RegistryError):
         catalog.commit(compute)
 
 
@@ -119,8 +120,6 @@ class _Check:
         """Manifest of each checkpoint, as it was read; thinning gives it another."""
         self._has_waited = False
 
-    # -- manifests ---------------------------------------------------------------------------------------
-
     def manifests(self) -> None:
         for manifest_id, name in self._live_names().items():
             manifest: Manifest | None
@@ -128,7 +127,8 @@ class _Check:
                 manifest = self._read_manifest(manifest_id)
             except RegistryError as error:
                 if manifest_id not in self._live_names([manifest_id]):
-                    continue  # It was removed meanwhile.
+                    # It was removed meanwhile.
+                    continue
                 manifest = self._from_log(manifest_id, name, error)
                 if manifest is None:
                     continue
@@ -156,9 +156,8 @@ class _Check:
         named: dict[str, str] = {}
         for name, table in (("'artifact ' || key", "artifacts"), ("model || ':v' || version", "versions")):
             rows = self._catalog.query(f"SELECT id, {name} FROM {table} {where}", parameters)
-            named |= {
-                str(manifest_id): str(found) for manifest_id, found in rows
-            }  # A damaged row has anything.
+            # A damaged row has anything.
+            named |= {str(manifest_id): str(found) for manifest_id, found in rows}
         return named
 
     def _read_manifest(self, manifest_id: str) -> Manifest:
@@ -177,7 +176,8 @@ class _Check:
         if text is None or digest_of(text) != manifest_id:
             self.problems.append(Problem(f"{error}; restore it from a backup", (name,), path))
             return None
-        if isinstance(error, Missing):  # A save that gc has overtaken writes its file again at once.
+        # A save that gc has overtaken writes its file again at once.
+        if isinstance(error, Missing):
             if not self._has_waited:
                 time.sleep(_MOMENT)
             self._has_waited = True
@@ -187,8 +187,6 @@ class _Check:
         with contextlib.suppress(RegistryError):
             return parse(text)
         return None
-
-    # -- packs -------------------------------------------------------------------------------------------
 
     def packs(self, progress: Progress) -> None:
         rows = self._pack_rows()
@@ -288,6 +286,7 @@ class _Check:
         """Check tensors that are stored as differences, by making them."""
         if not digests:
             return
+        # Lazy: loads torch.
         from registry.store import loading
 
         store = self._store
@@ -299,7 +298,8 @@ class _Check:
                     for item in items:
                         loading.verify(store.packs, [item], loading.Read(store.packs))
                     problem = ""
-                except Missing as error:  # A pack that it rests on may just have been replaced.
+                except Missing as error:
+                    # A pack that it rests on may just have been replaced.
                     problem = str(error)
                     continue
                 except RegistryError as error:
@@ -318,8 +318,6 @@ class _Check:
         for path in dict.fromkeys(path for _, path in uses):
             names = tuple(name for name, used in uses if used == path)
             self.problems.append(Problem(f"{path}: {problem}", names))
-
-    # -- log and catalog ---------------------------------------------------------------------------------
 
     def records(self) -> None:
         """Compare the log, the catalog's copy of it, and the tables."""
