@@ -190,7 +190,7 @@ class Catalog:
         # Lazy: start-up.
         from registry.catalog.transactions import adopt
 
-        return adopt(self._database, self._held(writes=True), compute, reason)
+        return adopt(self._database, self._held(writes=True), compute, reason=reason)
 
     def check_unbroken(self) -> None:
         """See that changes are possible, before anything is written for one.

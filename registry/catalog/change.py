@@ -218,7 +218,7 @@ class Change:
             freed = self._freed.pop(instead, None)
             refuse_if(freed != (model, version), f"{model}:v{version} is not what {instead[:12]} was")
         manifest = self._revive(record)
-        self.rows.add_version(manifest_id, model, version, manifest)
+        self.rows.add_version(manifest_id, model=model, version=version, manifest=manifest)
 
     def _remove(self, record: Record, entry: Entry) -> None:
         manifest_id = record["id"]
@@ -286,7 +286,7 @@ class Change:
         before = self._one("SELECT model, started FROM runs WHERE name = ?", name)
         refuse_if(before is not None and before != (model, at), f"there is another run {name}")
         self._execute("DELETE FROM runs WHERE name = ?", (name,))
-        self.rows.add_run(name, model, at, record["record"])
+        self.rows.add_run(name, model=model, at=at, record=record["record"])
 
     def _artifact(self, record: Record, entry: Entry) -> None:
         key = record["key"]
@@ -294,7 +294,7 @@ class Change:
         self._revive(record)
         if before is not None:
             self._execute("DELETE FROM artifacts WHERE key = ?", (key,))
-        self.rows.add_artifact(key, record["id"], record["at"], record["record"])
+        self.rows.add_artifact(key, manifest_id=record["id"], at=record["at"], record=record["record"])
         if before is not None:
             self._release(before)
 

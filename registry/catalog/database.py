@@ -185,7 +185,9 @@ class Database:
         status = durable.status_of(self.path)
         if status is None or durable.status_of(self.path.with_name(f"{NAME}-wal")) is not None:
             return None
-        return Still(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        return Still(
+            device=status.st_dev, inode=status.st_ino, size=status.st_size, changed=status.st_mtime_ns
+        )
 
     def log_state(self) -> LogState:
         """What shows that the log has changed."""
@@ -340,11 +342,11 @@ class Held:
         self.identity = identity
         self.looked = time.monotonic()
         self.pid = os.getpid()
-        self.close = weakref.finalize(self, let_go, path, connection, identity, self.pid)
+        self.close = weakref.finalize(self, let_go, path, connection, identity=identity, pid=self.pid)
 
 
 def let_go(
-    path: Path, connection: sqlite3.Connection, identity: object, pid: int, *, is_whole: bool = True
+    path: Path, connection: sqlite3.Connection, *, identity: object, pid: int, is_whole: bool = True
 ) -> None:
     """Close a connection, unless that would take away what belongs to others; see `Held`.
 

@@ -204,7 +204,10 @@ class Comparison:
             yield from (f"{journal.folder}: {gap}; run: registry rebuild" for gap in ledger.gaps)
             yield from (f"{journal.folder}: {void}" for void in ledger.voids)
             if not ledger.seq and any(True for _ in database.store):
-                yield f"{journal.folder}: the log is gone, and so is the catalog's copy; registry rebuild --adopt takes in what lies in manifests/"
+                yield (
+                    f"{journal.folder}: the log is gone, and so is the catalog's copy; registry rebuild --adopt takes "
+                    "in what lies in manifests/"
+                )
             if ledger.seq < seq:
                 yield f"{journal.folder}: the log ends at entry {ledger.seq}, the catalog has {seq}"
                 return

@@ -25,7 +25,9 @@ def set_alias(catalog: Catalog, reference: str, alias: str) -> Version:
         Invalid: if the alias is malformed or kept by the registry (`latest`, `best`).
     """
     _check_alias(alias)
-    return _change(catalog, reference, lambda view, version: point(view, version.model, alias, version.id))
+    return _change(
+        catalog, reference, lambda view, version: point(view, version.model, alias, manifest_id=version.id)
+    )
 
 
 def point(view: Reader, model: str, alias: str, manifest_id: str) -> list[Record]:

@@ -92,10 +92,10 @@ class Opening:
             _logger.warning("%s", error)
         except BaseException:
             if connection is not None:
-                let_go(database.path, connection, identity, os.getpid(), is_whole=False)
+                self._let_go(connection, identity, is_whole=False)
             raise
         if connection is not None:
-            let_go(database.path, connection, identity, os.getpid(), is_whole=False)
+            self._let_go(connection, identity, is_whole=False)
         return None
 
     def _caught_up(
@@ -111,9 +111,13 @@ class Opening:
 
             if not finish_interrupted(database, connection, identity):
                 found = self._ahead_of(connection)
-                let_go(database.path, connection, identity, os.getpid())
+                self._let_go(connection, identity)
                 return found
         return Opened(connection, identity) if identity == database.identity() else None
+
+    def _let_go(self, connection: sqlite3.Connection, identity: object, *, is_whole: bool = True) -> None:
+        path = self._database.path
+        let_go(path, connection, identity=identity, pid=os.getpid(), is_whole=is_whole)
 
     def _made_anew(self, identity: object, writes: bool) -> Opened | None:
         """Make the catalog's file anew, to be opened again; where it cannot be written, a catalog in memory."""
@@ -172,12 +176,12 @@ class Opening:
         """
         database = self._database
         for wait in (0.01, 0.1):
-            if pairing.is_paired(database.path, connection, alone, database.journal):
+            if pairing.is_paired(database.path, connection, alone=alone, journal=database.journal):
                 return
             # Another process may move changes from one to the other at this moment.
             time.sleep(wait)
             alone = database.alone()
-        if not pairing.is_paired(database.path, connection, alone, database.journal):
+        if not pairing.is_paired(database.path, connection, alone=alone, journal=database.journal):
             raise Damaged(
                 f"{database.path}: may be incomplete, or not belong to the write-ahead log beside it"
             )

@@ -138,7 +138,7 @@ def look(path: Path, connect: Callable[[], sqlite3.Connection]) -> Alone:
     return Alone(salts)
 
 
-def is_paired(path: Path, connection: sqlite3.Connection, alone: Alone, journal: Journal) -> bool:
+def is_paired(path: Path, connection: sqlite3.Connection, *, alone: Alone, journal: Journal) -> bool:
     """Whether a catalog is whole, and no older than its write-ahead log, and no newer; false also if that changes.
 
     Args:

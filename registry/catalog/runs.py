@@ -48,6 +48,7 @@ class RunInfo(NamedTuple):
 
     @property
     def ended(self) -> str | None:
+        """When it ended, in UTC; None while it is open."""
         return self.record.get("ended")
 
 
@@ -158,4 +159,5 @@ def _one(catalog: Reader, name: str) -> RunInfo:
 
 def _info(row: tuple[Any, ...]) -> RunInfo:
     name, model, started, record = row
-    return RunInfo(check_run_name(name), model, started, sound_run(untagged(parsed(record))))
+    about = sound_run(untagged(parsed(record)))
+    return RunInfo(name=check_run_name(name), model=model, started=started, record=about)

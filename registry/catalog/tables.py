@@ -191,7 +191,7 @@ class Rows:
             (manifest_id, min(size, MAX_NUMBER), len(tensors), seq),
         )
 
-    def add_version(self, manifest_id: str, model: str, version: int, manifest: Manifest | None) -> None:
+    def add_version(self, manifest_id: str, *, model: str, version: int, manifest: Manifest | None) -> None:
         """Let a manifest be a version of a model."""
         about: Facts = facts.facts_of(manifest) if manifest else facts.UNKNOWN
         self._execute(
@@ -226,14 +226,14 @@ class Rows:
         """Attach a note to a version."""
         self._execute("INSERT INTO notes (id, written, text) VALUES (?, ?, ?)", (manifest_id, written, text))
 
-    def add_run(self, name: str, model: str, at: str, record: Record) -> None:
+    def add_run(self, name: str, *, model: str, at: str, record: Record) -> None:
         """Add a run."""
         self._execute(
             "INSERT INTO runs (name, model, started, record) VALUES (?, ?, ?, ?)",
             (name, model, at, _as_json(record)),
         )
 
-    def add_artifact(self, key: str, manifest_id: str, at: str, record: Record) -> None:
+    def add_artifact(self, key: str, *, manifest_id: str, at: str, record: Record) -> None:
         """Let a manifest be the artifact under a key."""
         self._execute(
             "INSERT INTO artifacts (key, id, created, record) VALUES (?, ?, ?, ?)",
@@ -252,7 +252,7 @@ def fill(connection: sqlite3.Connection, ledger: Ledger, material: Material) -> 
         ((name, number, number) for name, number in ledger.next.items()),
     )
     for name, (model, at, record) in ledger.runs.items():
-        rows.add_run(name, model, at, record)
+        rows.add_run(name, model=model, at=at, record=record)
     for digest, pack in ledger.packs.items():
         packs.add(
             digest,
@@ -266,7 +266,8 @@ def fill(connection: sqlite3.Connection, ledger: Ledger, material: Material) -> 
         seq, _ = ledger.texts.get(manifest_id, (None, None))
         rows.add_manifest(manifest_id, manifest, seq)
         if manifest_id in ledger.versions:
-            rows.add_version(manifest_id, *ledger.versions[manifest_id], manifest)
+            model, version = ledger.versions[manifest_id]
+            rows.add_version(manifest_id, model=model, version=version, manifest=manifest)
     for (model, name), manifest_id in ledger.aliases.items():
         rows.add_alias(model, name, manifest_id)
     connection.executemany(
@@ -277,7 +278,7 @@ def fill(connection: sqlite3.Connection, ledger: Ledger, material: Material) -> 
         for written, text in notes:
             rows.add_note(manifest_id, written, text)
     for key, (manifest_id, at, record) in ledger.artifacts.items():
-        rows.add_artifact(key, manifest_id, at, record)
+        rows.add_artifact(key, manifest_id=manifest_id, at=at, record=record)
     connection.executemany(
         "INSERT INTO released (id) VALUES (?)", ((manifest_id,) for manifest_id in ledger.released)
     )

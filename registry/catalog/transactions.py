@@ -191,7 +191,7 @@ def _refuse_gaps(database: Database, change: Change) -> None:
 
 
 def adopt(
-    database: Database, held: Held, compute: Callable[[Ledger], Sequence[Record]], reason: str
+    database: Database, held: Held, compute: Callable[[Ledger], Sequence[Record]], *, reason: str
 ) -> Entry | None:
     """Accept that what cannot be read in the log is lost, and go on behind it.
 

@@ -36,6 +36,7 @@ class Version(NamedTuple):
 
     @property
     def name(self) -> str:
+        """Its name, such as `lenet5:v3`."""
         return f"{self.model}:v{self.version}"
 
 
@@ -98,17 +99,15 @@ def find_versions(
 
 
 _TYPES: tuple[tuple[type, ...], ...] = (
-    *(
-        (str,),
-        (str,),
-        (int,),
-        (str,),
-        (int, type(None)),
-        (int, type(None)),
-        (float, type(None)),
-        (int,),
-        (int,),
-    ),
+    (str,),
+    (str,),
+    (int,),
+    (str,),
+    (int, type(None)),
+    (int, type(None)),
+    (float, type(None)),
+    (int,),
+    (int,),
 )
 
 

@@ -44,7 +44,17 @@ class Facts(NamedTuple):
     problems: Sequence[str]
 
 
-UNKNOWN = Facts("", None, None, None, None, {}, (), {"components": {}}, ("the manifest cannot be read",))
+UNKNOWN = Facts(
+    created="",
+    epoch=None,
+    step=None,
+    loss=None,
+    run=None,
+    metrics={},
+    lineage=(),
+    shown={"components": {}},
+    problems=("the manifest cannot be read",),
+)
 """Of a manifest that cannot be read."""
 
 

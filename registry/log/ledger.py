@@ -155,7 +155,7 @@ class Ledger:
         except Refused as error:
             self._undo.take_back()
             ids = tuple(record["id"] for record in entry.records if record["op"] in ("publish", "artifact"))
-            self.voids.append(Void(entry.seq, entry.at, str(error), ids))
+            self.voids.append(Void(seq=entry.seq, at=entry.at, problem=str(error), ids=ids))
         self.seq, self.digest = entry.seq, entry.digest
 
     def _pack(self, record: Record, entry: Entry) -> None:

@@ -89,7 +89,7 @@ def compact(
     names = list(dict.fromkeys(models)) or [
         name for (name,) in catalog.query("SELECT DISTINCT model FROM versions ORDER BY model")
     ]
-    plans = [_plan(catalog, store, model, staying, bases, kept) for model in names]
+    plans = [_plan(catalog, store, model, staying=staying, bases=bases, kept=kept) for model in names]
     total = sum(plan.size for plan in plans)
     done = saved = 0
     found = []
@@ -99,7 +99,7 @@ def compact(
         for pack, size in plan.packs.items():
             pairs = {digest: base for digest, base in plan.bases[pack].items() if digest not in kept}
             try:
-                new = None if dry_run or not pairs else _rewrite(catalog, store, pack, size, pairs)
+                new = None if dry_run or not pairs else _rewrite(catalog, store, pack, size=size, bases=pairs)
             except (Corrupt, Unsupported) as error:
                 new, problem = None, problem or str(error)
             if dry_run or new is not None:
@@ -108,7 +108,16 @@ def compact(
             saved += 0 if new is None else size - new
             progress(done, total, saved)
         versions = len(plan.versions) if packs else 0
-        found.append(Compacted(plan.model, versions, packs, before, None if dry_run else after, problem))
+        found.append(
+            Compacted(
+                model=plan.model,
+                versions=versions,
+                packs=packs,
+                before=before,
+                after=None if dry_run else after,
+                problem=problem,
+            )
+        )
     return found
 
 
@@ -186,7 +195,7 @@ def _plan(
         if not place.base:
             packs[place.pack] = place.pack_size
             pairs_of.setdefault(place.pack, {})[digest] = candidates[digest]
-    return _Plan(model, chosen, packs, pairs_of)
+    return _Plan(model=model, versions=chosen, packs=packs, bases=pairs_of)
 
 
 def _manifest_in(store: Store) -> Callable[[str], Manifest]:
@@ -241,6 +250,8 @@ def _rewrite(catalog: Catalog, store: Store, pack: str, size: int, bases: Mappin
         needed = needed_of(catalog.query, store, pack)
         if needed:
             chosen = {digest: base for digest, base in bases.items() if digest in needed}
-            new = repack(catalog, store, pack, needed, chosen, at_most=int(_WORTH_IT * size))
+            new = repack(
+                catalog, store, pack=pack, needed=needed, bases=chosen, at_most=int(_WORTH_IT * size)
+            )
             return new.size if new else None
     return None

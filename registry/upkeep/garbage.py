@@ -72,7 +72,8 @@ def collect_garbage(
     Raises:
         Corrupt: if the log is damaged, or a folder of the registry is none; nothing is removed then.
     """
-    return _Sweep(catalog, store, grace, dry_run, tell, time.time() if now is None else now).run()
+    now = time.time() if now is None else now
+    return _Sweep(catalog, store, grace=grace, dry_run=dry_run, tell=tell, now=now).run()
 
 
 class _Sweep:
@@ -105,8 +106,8 @@ class _Sweep:
             self._check_folders()
             dead = Dooming(self._catalog, self._store).doom(dry_run=self._dry_run)
             if self._knows_of_some():
-                self._sweep("packs", self._store.packs, ".safetensors", dead)
-                self._sweep("manifests", self._store.manifests, ".json", dead)
+                self._sweep("packs", self._store.packs, suffix=".safetensors", dead=dead)
+                self._sweep("manifests", self._store.manifests, suffix=".json", dead=dead)
             self._sweep_temporary()
             if self._catalog.format != 1:
                 self._sweep_old_format()
@@ -147,7 +148,8 @@ class _Sweep:
         _logger.warning(
             "%s names no checkpoint, while manifests/ has %d: they are kept, as an old copy of the log may have been put "
             "back; registry rebuild --adopt takes them in",
-            *(self._catalog.journal.folder, unknown),
+            self._catalog.journal.folder,
+            unknown,
         )
         return False
 

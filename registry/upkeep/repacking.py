@@ -36,7 +36,7 @@ def tidy(catalog: Catalog, store: Store, packs: Iterable[str]) -> None:
             places = store.pack_info(pack).tensors
             size = sum(tensor.size for tensor in places if tensor.digest in needed)
             if needed and size <= rows[0][0] * (1 - _WASTE):
-                repack(catalog, store, pack, needed)
+                repack(catalog, store, pack=pack, needed=needed)
 
 
 @contextlib.contextmanager

@@ -59,7 +59,7 @@ class Retention(NamedTuple):
             if count is not None and (type(count) is not int or count < 1):
                 raise Invalid(f"{name} is {quoted(str(count))}, expected a whole number of 1 or more")
         by = None if monitor is None else monitored(monitor, mode)
-        return cls(by, keep_last, keep_best, keep_optimizer)
+        return cls(by, keep_last=keep_last, keep_best=keep_best, keep_optimizer=keep_optimizer)
 
     def apply(self, catalog: Catalog, store: Store, runs: Sequence[str], model: str) -> None:
         """Remove, and thin, what the rules no longer keep.

@@ -1,4 +1,4 @@
-"""Verification: read every stored byte and compare it with its digest; and log, catalog, manifests and packs with one another.
+"""Verification: compare every stored byte with its digest; and log, catalog, manifests and packs with one another.
 
 What is found is looked at again before it is reported, as other processes may remove and move things meanwhile.
 """
@@ -49,6 +49,8 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
+    """What was checked, and every problem found."""
+
     checkpoints: int
     packs: int
     tensors: int
@@ -229,7 +231,7 @@ class _Check:
 
     def _pack(self, digest: str, size: int, number: int) -> None:
         placed = {
-            name: Location(digest, start, size, base, coded)
+            name: Location(pack=digest, start=start, pack_size=size, base=base, coded=coded)
             for name, start, base, coded in self._catalog.query(
                 "SELECT digest, start, base, coded FROM tensors WHERE pack = ?", [number]
             )

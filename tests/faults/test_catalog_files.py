@@ -483,7 +483,7 @@ def test_gc_keeps_what_an_entry_without_effect_names(tmp_path: Path, monkeypatch
     for name in (WAL, "catalog.sqlite-shm"):
         (root / name).unlink()
 
-    monkeypatch.setattr("registry.catalog.pairing.is_paired", lambda *_: True)
+    monkeypatch.setattr("registry.catalog.pairing.is_paired", lambda *_, **__: True)
     later = Registry(root)
     save(later, 100)
     later.catalog.close()
