@@ -13,7 +13,7 @@ from typing import Any
 from registry.catalog import pairing
 from registry.catalog.copies import Material, packed
 from registry.catalog.lookups import batches, locate, marks
-from registry.catalog.tables import Packs, Rows, read
+from registry.catalog.tables import Packs, Rows
 from registry.log.entries import Entry, Record
 from registry.log.journal import Position
 from registry.log.ledger import Ledger
@@ -172,7 +172,7 @@ class Change:
 
     def _read(self, manifest_id: str, text: str | None) -> Manifest | None:
         if text is None or self._material.knows(manifest_id):
-            return read(self._material, manifest_id)
+            return self._material.find_manifest(manifest_id)
         try:
             self._parsed[manifest_id] = manifests.parse(text.encode())
         except RegistryError:

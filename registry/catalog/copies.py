@@ -13,7 +13,7 @@ from registry.catalog.database import UNREADABLE, Damaged
 from registry.log import entries
 from registry.log.entries import MAX_LINE, Entry, Record
 from registry.log.journal import Journal, Position
-from registry.store.errors import Corrupt
+from registry.store.errors import Corrupt, RegistryError
 
 if TYPE_CHECKING:
     from registry.log.ledger import Ledger
@@ -45,6 +45,13 @@ class Material:
         """
         found = self._store.just_written(manifest_id)
         return found or self._store.manifest(manifest_id, text_of=self._text_of)
+
+    def find_manifest(self, manifest_id: str) -> Manifest | None:
+        """A manifest; None if it cannot be read."""
+        try:
+            return self.manifest(manifest_id)
+        except RegistryError:
+            return None
 
     def tensors_of(self, manifest_id: str) -> Collection[str]:
         """The digests of a manifest's tensors.

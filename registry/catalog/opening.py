@@ -101,6 +101,7 @@ class Opening:
     def _caught_up(
         self, connection: sqlite3.Connection, identity: object, alone: pairing.Alone, *, writes: bool
     ) -> Opened | None:
+        """The catalog of a connection, or a copy in memory with what it lacks; None if it has to be made anew."""
         database = self._database
         if not database.is_sound(connection):
             return None

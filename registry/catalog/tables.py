@@ -262,7 +262,7 @@ def fill(connection: sqlite3.Connection, ledger: Ledger, material: Material) -> 
             damaged=pack.damaged,
         )
     for manifest_id in ledger.live_manifests():
-        manifest = read(material, manifest_id)
+        manifest = material.find_manifest(manifest_id)
         seq, _ = ledger.texts.get(manifest_id, (None, None))
         rows.add_manifest(manifest_id, manifest, seq)
         if manifest_id in ledger.versions:
@@ -285,14 +285,6 @@ def fill(connection: sqlite3.Connection, ledger: Ledger, material: Material) -> 
     connection.executemany("INSERT INTO doomed (digest, at) VALUES (?, ?)", ledger.doomed.items())
     rows.set_state("packs", ledger.pack_count)
     packs.derive_uses(ledger.live_manifests())
-
-
-def read(material: Material, manifest_id: str) -> Manifest | None:
-    """A manifest; None if it cannot be read."""
-    try:
-        return material.manifest(manifest_id)
-    except RegistryError:
-        return None
 
 
 def _as_json(record: Any) -> str:
