@@ -14,7 +14,7 @@ from statistics import median
 from benchmarks.catalogs import save
 from benchmarks.measure import Contender, Scale, Section, Table, ratio, spoken, take_turns
 from registry import Registry
-from registry.catalog import catalog
+from registry.catalog import database
 from registry.store.errors import RegistryError
 
 READERS = 20
@@ -84,12 +84,12 @@ def _filled(root: Path, is_local: bool) -> Registry:
 @contextlib.contextmanager
 def _as_if(is_local: bool) -> Iterator[None]:
     """Choose what the catalog uses: it asks whether the file system is one of this machine."""
-    ask: Callable[[Path], bool] = catalog.is_local
-    catalog.is_local = lambda _: is_local
+    ask: Callable[[Path], bool] = database.is_local
+    database.is_local = lambda _: is_local
     try:
         yield
     finally:
-        catalog.is_local = ask
+        database.is_local = ask
 
 
 def _hold(root: Path) -> None:
@@ -97,7 +97,7 @@ def _hold(root: Path) -> None:
     begun = threading.Event()
 
     def read() -> None:
-        with contextlib.closing(sqlite3.connect(root / catalog.NAME, isolation_level=None)) as connection:
+        with contextlib.closing(sqlite3.connect(root / database.NAME, isolation_level=None)) as connection:
             connection.execute("BEGIN")
             connection.execute("SELECT COUNT(*) FROM versions").fetchone()
             begun.set()

@@ -78,9 +78,9 @@ def import_(
     Each FILE becomes one version of the model; torchvision:resnet18 stands for that network with --weights, --file or --random. Reads .pt and .pth (without running code that they hold), .safetensors, and folders of shards with their
     index. What the file says of epoch and loss is kept unless --meta says otherwise. A FILE that cannot be read is named, the others are stored, and the exit status is 1.
     """
-    from registry.catalog.reference import check_name
     from registry.configs.documents import read_document
     from registry.files.importing import import_checkpoint, read_checkpoint_file
+    from registry.log.reference import check_name
 
     if any(file.startswith("torchvision:") for file in files):
         _import_network(registry, files, model, weights, weights_file, seed, tags, as_json)
@@ -156,7 +156,7 @@ def _import_network(
     tags: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    from registry.catalog.reference import check_name
+    from registry.log.reference import check_name
     from registry.models.classifiers import import_torchvision
 
     if len(files) > 1:

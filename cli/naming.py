@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from registry.catalog.reference import parse_reference
 from registry.catalog.versions import list_aliases
 from registry.cli.options import Reference, command
 from registry.cli.output import counted, print_json, print_table, say, size, version_document
+from registry.log.reference import parse_reference
 from registry.store.errors import Conflict
 
 if TYPE_CHECKING:

@@ -49,9 +49,9 @@ def list_(
 
     The newest versions come first. --sort puts the best first, and the largest where a metric's name does not tell which is better.
     """
-    from registry.catalog.metrics import is_smallest_best
     from registry.catalog.resolving import no_such_metric
     from registry.catalog.versions import list_versions, rank_versions
+    from registry.log.metrics import is_smallest_best
 
     if model is None and not (metric or tag):
         _list_models(registry, as_json)

@@ -10,8 +10,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from registry.catalog import settings
 from registry.catalog.catalog import Catalog
+from registry.log import settings
 from registry.release import VERSION
 from registry.store import durable
 from registry.store.errors import Conflict, NotFound

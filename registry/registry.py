@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from registry.catalog import naming
-from registry.catalog.reference import check_name
 from registry.catalog.resolving import direction_of, no_such_metric, resolve
 from registry.catalog.versions import (
     Model,
@@ -19,6 +18,7 @@ from registry.catalog.versions import (
     rank_versions,
 )
 from registry.home import Home
+from registry.log.reference import check_name
 from registry.progress import Progress, silent
 from registry.store.errors import Conflict, Incompatible, Invalid, NotFound
 from registry.store.text import quoted
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from registry.cache.artifacts import Artifacts
-    from registry.catalog.metrics import Monitor
     from registry.catalog.runs import Runs
     from registry.checkpoints.checkpoint import Checkpoint
     from registry.configs.config import Config
+    from registry.log.metrics import Monitor
     from registry.runs.run import Run
     from registry.store.saving import State
     from registry.store.store import Written

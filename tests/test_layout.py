@@ -162,7 +162,14 @@ def folder_circles(found: Iterable[Arrow], room: Callable[[str], str] = room_of)
 
 LAYERS = (
     ("registry.store",),
-    ("registry.configs", "registry.reports", "registry.progress", "registry.patterns", "registry.release"),
+    (
+        "registry.configs",
+        "registry.log",
+        "registry.reports",
+        "registry.progress",
+        "registry.patterns",
+        "registry.release",
+    ),
     ("registry.catalog",),
     ("registry.home",),
     ("registry.live", "registry.upkeep"),

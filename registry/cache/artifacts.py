@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from registry.cache.contents import Seen, mark
 from registry.catalog.commit import publish
-from registry.catalog.entries import now
 from registry.catalog.lookups import batches, marks, parsed
 from registry.catalog.runs import Runs
+from registry.log.entries import now
 from registry.store.errors import Conflict, Invalid, NotFound
 from registry.store.manifest import record_document, untagged
 from registry.store.text import quoted
 
 if TYPE_CHECKING:
     from registry.cache.keys import Key
-    from registry.catalog.catalog import View
-    from registry.catalog.entries import Record
+    from registry.catalog.transactions import View
     from registry.home import Home
+    from registry.log.entries import Record
 
 COMPONENT = "result"
 _TOUCH_SECONDS = 600.0

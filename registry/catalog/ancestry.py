@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from registry.catalog.reference import check_version_name
 from registry.catalog.resolving import resolve
 from registry.catalog.versions import find_versions, name_of
+from registry.log.reference import check_version_name
 from registry.store.errors import Invalid, NotFound
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ def ancestors(catalog: Catalog, name: str) -> set[str]:
         found.add(name)
         try:
             version = resolve(catalog, check_version_name(name))
-        except (Invalid, NotFound):  # Made up, or removed since.
+        except (Invalid, NotFound):
+            # Made up, or removed since.
             continue
         if parent := version.record.get("parent"):
             waiting.append(parent)

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from registry.catalog.entries import Record, manifest_text, now, pack_record
 from registry.catalog.lookups import locate
+from registry.log.entries import Record, manifest_text, now, pack_record
 from registry.progress import Progress, silent
 from registry.store.errors import Conflict, RegistryError
+from registry.store.store import Written
 
 if TYPE_CHECKING:
-    from registry.catalog.catalog import Catalog, View
+    from registry.catalog.catalog import Catalog
+    from registry.catalog.transactions import View
     from registry.store.location import Location
     from registry.store.saving import State
-    from registry.store.store import Store, Stored, Written
+    from registry.store.store import Store, Stored
 
 _ATTEMPTS = 6
 
@@ -53,12 +55,12 @@ def publish(
         Corrupt: if the log is damaged; nothing is written.
         Conflict: if others change the registry again and again.
     """
-    from registry.store.store import Written
-
     catalog.check_unbroken()
-    again = not isinstance(state, Written)  # What other processes wrote cannot be written again here.
+    # What other processes wrote cannot be written again here.
+    again = not isinstance(state, Written)
     for attempt in range(_ATTEMPTS):
-        alone = attempt == _ATTEMPTS - 1  # The last time nobody else may change anything meanwhile.
+        # The last time nobody else may change anything meanwhile.
+        alone = attempt == _ATTEMPTS - 1
         stored: Stored | None = None if alone else store.put(state, record, progress=progress)
 
         def compute(view: View) -> list[Record]:
@@ -70,7 +72,8 @@ def publish(
         try:
             entry = catalog.commit(compute)
             assert stored is not None
-            if not store.has(stored.digest):  # gc took the file before the commit; the log has the text.
+            # Garbage collection took the file before the commit; the log has the text.
+            if not store.has(stored.digest):
                 store.manifest(stored.digest)
             return stored.digest, entry.records if entry else ()
         except Stale as error:

@@ -1,25 +1,36 @@
 """What holds in every registry, checked over the tables.
 
-`broken_by` looks at what an entry touches, before the entry is written. `invariants` looks at everything: `verify` and
-the tests ask it.
+`broken_by` looks at what an entry touches, before the entry is written. `invariants` looks at everything, and
+`Comparison` sees that the tables are what follows from the log: `verify` and the tests ask both.
 """
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from registry.catalog.entries import Entry
+from registry.catalog import schema
+from registry.catalog.copies import Material, head, text_in
 from registry.catalog.lookups import batches, locate, marks
+from registry.catalog.refolding import history
 from registry.catalog.schema import UNUSED
+from registry.catalog.tables import fill
+from registry.log.entries import Entry
+from registry.log.history import Fork, Placed
+from registry.log.ledger import Ledger
 from registry.store.errors import RegistryError
 
 if TYPE_CHECKING:
     from registry.catalog.change import Change
+    from registry.catalog.database import Database
     from registry.store.store import Store
 
 MAX_CHAIN = 8
 """How deep differences may rest on one another."""
+
+_TRIES = 4
 
 
 def broken_by(change: Change, entry: Entry, store: Store) -> str | None:
@@ -36,7 +47,7 @@ def broken_by(change: Change, entry: Entry, store: Store) -> str | None:
             (row,) = change.query("SELECT size FROM packs WHERE digest = ?", [record["new"]])
             if not store.pack_is_whole(record["new"], row[0]):
                 return f"pack {record['new'][:12]} is not there"
-    for digest, tensors, users in change.dropped:
+    for digest, tensors, users in change.packs.dropped:
         lost = tensors - set(locate(change.query, tensors))
         for manifest_id in users:
             if change.is_live(manifest_id) and not lost.isdisjoint(change.tensors_of(manifest_id)):
@@ -147,3 +158,98 @@ def _manifest_problems(
     )
     if {str(row[0]) for row in rows} != needed:
         yield f"the packs that manifest {manifest_id[:12]} needs are not those that the catalog says"
+
+
+class Comparison:
+    """Compares the log, the catalog's copy of it, and the tables with one another.
+
+    Args:
+        connect: gives a connection to the catalog.
+    """
+
+    def __init__(self, database: Database, connect: Callable[[], sqlite3.Connection]) -> None:
+        self._database = database
+        self._connect = connect
+
+    def problems(self) -> list[str]:
+        """What does not fit together, in words."""
+        database = self._database
+        for _ in range(_TRIES):
+            before = database.log_state()
+            found = list(self._problems())
+            if not found or before == database.log_state():
+                return found
+        if not database.is_writable:
+            return found
+        # Others keep changing what is compared.
+        with database.journal.locked():
+            return list(self._problems())
+
+    def _problems(self) -> Iterator[str]:
+        database, journal = self._database, self._database.journal
+        with database.errors(), self._snapshot() as connection:
+            for (text,) in connection.execute("PRAGMA integrity_check"):
+                if text != "ok":
+                    yield f"{database.path}: {text}; run: registry rebuild"
+            seq, _, _ = head(connection)
+            ledger = Ledger()
+            for item in history(journal, connection):
+                if isinstance(item, Placed):
+                    if item.entry.seq > seq:
+                        break
+                    yield from self._damage_of(item)
+                elif isinstance(item, Fork):
+                    yield f"{journal.folder}: {item}"
+                ledger.follow([item])
+            yield from (f"{journal.folder}: {gap}; run: registry rebuild" for gap in ledger.gaps)
+            yield from (f"{journal.folder}: {void}" for void in ledger.voids)
+            if not ledger.seq and any(True for _ in database.store):
+                yield (
+                    f"{journal.folder}: the log is gone, and so is the catalog's copy; registry rebuild --adopt takes "
+                    "in what lies in manifests/"
+                )
+            if ledger.seq < seq:
+                yield f"{journal.folder}: the log ends at entry {ledger.seq}, the catalog has {seq}"
+                return
+            yield from self._differences_from(connection, ledger)
+
+    def _damage_of(self, item: Placed) -> Iterator[str]:
+        database = self._database
+        if item.start is None:
+            yield f"{database.journal.folder}: entry {item.entry.seq} is damaged; registry rebuild puts it back"
+        elif not item.in_copy:
+            yield f"{database.path}: its copy of entry {item.entry.seq} is damaged; run: registry rebuild"
+
+    def _differences_from(self, connection: sqlite3.Connection, ledger: Ledger) -> Iterator[str]:
+        """Where the tables are not what follows from the log."""
+        database = self._database
+        with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as fresh:
+            schema.create(fresh)
+            fill(fresh, ledger, Material(database.store, text_in(connection, ledger)))
+            empty = "SELECT 1 FROM packs WHERE number NOT IN (SELECT pack FROM tensors) LIMIT 1"
+            has_unreadable = fresh.execute(empty).fetchone() is not None
+            for table in schema.DERIVED:
+                if has_unreadable and table in ("tensors", "uses"):
+                    # verify names the packs.
+                    continue
+                found, expected = (
+                    {tuple(row) for row in one.execute(f"SELECT * FROM {table}")}
+                    for one in (connection, fresh)
+                )
+                if found != expected:
+                    odd = len(found ^ expected)
+                    rows = "1 row" if odd == 1 else f"{odd} rows"
+                    yield f"{database.path}: {rows} of the table {table} do not follow from the log; run: registry rebuild"
+
+    @contextlib.contextmanager
+    def _snapshot(self) -> Iterator[sqlite3.Connection]:
+        """The catalog as it is at one moment; where readers do not hold up writers, for as long as it takes."""
+        connection = self._connect()
+        held = connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        if held:
+            connection.execute("BEGIN")
+        try:
+            yield connection
+        finally:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")

@@ -58,7 +58,9 @@ def locate(query: Query, digests: Collection[str]) -> dict[str, Location]:
                     "the catalog holds a damaged row of a tensor; recreate it with: registry rebuild"
                 )
             digest, damaged, number, pack, start, size, base, coded = row
-            location = Location(pack, start, size, base, coded, is_damaged=damaged != 0)
+            location = Location(
+                pack=pack, start=start, pack_size=size, base=base, coded=coded, is_damaged=damaged != 0
+            )
             rank = (damaged, location.base is not None, number)
             before = found.get(digest)
             if before is None or rank < before[0]:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from registry.catalog.entries import Record, now
 from registry.catalog.lookups import Reader
-from registry.catalog.reference import RESERVED_ALIASES, check_name, check_text
 from registry.catalog.resolving import hint, resolve
 from registry.catalog.versions import Version
+from registry.log.entries import Record, now
+from registry.log.reference import RESERVED_ALIASES, check_name, check_text
 from registry.store.errors import Conflict, Invalid, NotFound, fix
 from registry.store.text import quoted
 
 if TYPE_CHECKING:
-    from registry.catalog.catalog import Catalog, View
+    from registry.catalog.catalog import Catalog
+    from registry.catalog.transactions import View
 
 
 def set_alias(catalog: Catalog, reference: str, alias: str) -> Version:
@@ -24,7 +25,9 @@ def set_alias(catalog: Catalog, reference: str, alias: str) -> Version:
         Invalid: if the alias is malformed or kept by the registry (`latest`, `best`).
     """
     _check_alias(alias)
-    return _change(catalog, reference, lambda view, version: point(view, version.model, alias, version.id))
+    return _change(
+        catalog, reference, lambda view, version: point(view, version.model, alias, manifest_id=version.id)
+    )
 
 
 def point(view: Reader, model: str, alias: str, manifest_id: str) -> list[Record]:

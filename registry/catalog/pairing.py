@@ -26,7 +26,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from registry.catalog.journal import Journal, Position
+from registry.log.journal import Journal, Position
 from registry.store import durable
 from registry.store.errors import RegistryError
 from registry.store.places import is_local
@@ -138,7 +138,7 @@ def look(path: Path, connect: Callable[[], sqlite3.Connection]) -> Alone:
     return Alone(salts)
 
 
-def is_paired(path: Path, connection: sqlite3.Connection, alone: Alone, journal: Journal) -> bool:
+def is_paired(path: Path, connection: sqlite3.Connection, *, alone: Alone, journal: Journal) -> bool:
     """Whether a catalog is whole, and no older than its write-ahead log, and no newer; false also if that changes.
 
     Args:
@@ -161,7 +161,8 @@ def is_paired(path: Path, connection: sqlite3.Connection, alone: Alone, journal:
         seq, own = int(state["seq"]), int(alone.state.get("seq", "-1"))
     except (KeyError, ValueError):
         return False
-    if base == 0:  # Everything is in the write-ahead log.
+    # Everything is in the write-ahead log.
+    if base == 0:
         return True
     if own == seq:
         return alone.state.get("digest") == state.get("digest")
@@ -190,7 +191,8 @@ def _holds_a_change(path: Path) -> bool:
             sums = _sums(sums, frame[:8] + frame[_FRAME:], order)
             if frame[8:16] != header[_SALTS] or sums != struct.unpack(">2I", frame[16:_FRAME]):
                 return False
-            if any(frame[4:8]):  # The last frame of a change says how large the database is then.
+            # The last frame of a change says how large the database is then.
+            if any(frame[4:8]):
                 return True
     return False
 

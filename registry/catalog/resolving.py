@@ -6,9 +6,9 @@ import difflib
 from collections.abc import Sequence
 
 from registry.catalog.lookups import Reader
-from registry.catalog.metrics import check_metric, is_smallest_best, smallest_is_best
-from registry.catalog.reference import Reference, parse_reference
 from registry.catalog.versions import Version, find_versions, rank_versions
+from registry.log.metrics import check_metric, is_smallest_best, smallest_is_best
+from registry.log.reference import Reference, parse_reference
 from registry.store.errors import Conflict, Fix, NotFound
 from registry.store.text import quoted
 

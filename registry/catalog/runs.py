@@ -7,19 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from registry.catalog.entries import now
-from registry.catalog.facts import sound_run
 from registry.catalog.lookups import Reader, parsed
-from registry.catalog.reference import check_run_name
 from registry.catalog.resolving import hint
+from registry.log.entries import now
+from registry.log.facts import sound_run
+from registry.log.reference import check_run_name
 from registry.store import durable
 from registry.store.errors import Conflict, NotFound, RegistryError
 from registry.store.manifest import record_document, untagged
 from registry.store.text import quoted
 
 if TYPE_CHECKING:
-    from registry.catalog.catalog import Catalog, View
-    from registry.catalog.entries import Record
+    from registry.catalog.catalog import Catalog
+    from registry.catalog.transactions import View
+    from registry.log.entries import Record
 
 LOG = "run.log"
 PROCESS = "process"
@@ -47,6 +48,7 @@ class RunInfo(NamedTuple):
 
     @property
     def ended(self) -> str | None:
+        """When it ended, in UTC; None while it is open."""
         return self.record.get("ended")
 
 
@@ -157,4 +159,5 @@ def _one(catalog: Reader, name: str) -> RunInfo:
 
 def _info(row: tuple[Any, ...]) -> RunInfo:
     name, model, started, record = row
-    return RunInfo(check_run_name(name), model, started, sound_run(untagged(parsed(record))))
+    about = sound_run(untagged(parsed(record)))
+    return RunInfo(name=check_run_name(name), model=model, started=started, record=about)

@@ -127,19 +127,21 @@ _ODD = re.compile(r"\bVIRTUAL\b|\bGENERATED\b|\bAS\s*\(|\bCHECK\b|\bCOLLATE\b", 
 """What a table of ours does not have, and what makes SQLite evaluate expressions."""
 
 DERIVED = (
-    *(
-        "models",
-        "runs",
-        "manifests",
-        "versions",
-        "metrics",
-        "aliases",
-        "tags",
-        "notes",
-        "lineage",
-        "artifacts",
-    ),
-    *("packs", "tensors", "uses", "released", "doomed"),
+    "models",
+    "runs",
+    "manifests",
+    "versions",
+    "metrics",
+    "aliases",
+    "tags",
+    "notes",
+    "lineage",
+    "artifacts",
+    "packs",
+    "tensors",
+    "uses",
+    "released",
+    "doomed",
 )
 """Tables that follow from the log: all but the copy of the log itself and the state."""
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from registry.catalog.facts import check_shown, facts_of
 from registry.catalog.lookups import Reader, batches, best_id, marks, parsed
-from registry.catalog.metrics import is_metric
-from registry.catalog.reference import is_name
+from registry.log.facts import check_shown, facts_of
+from registry.log.metrics import is_metric
+from registry.log.reference import is_name
 from registry.store.digest import is_digest
 from registry.store.errors import Corrupt
 from registry.store.manifest import Manifest
@@ -36,6 +36,7 @@ class Version(NamedTuple):
 
     @property
     def name(self) -> str:
+        """Its name, such as `lenet5:v3`."""
         return f"{self.model}:v{self.version}"
 
 
@@ -98,17 +99,15 @@ def find_versions(
 
 
 _TYPES: tuple[tuple[type, ...], ...] = (
-    *(
-        (str,),
-        (str,),
-        (int,),
-        (str,),
-        (int, type(None)),
-        (int, type(None)),
-        (float, type(None)),
-        (int,),
-        (int,),
-    ),
+    (str,),
+    (str,),
+    (int,),
+    (str,),
+    (int, type(None)),
+    (int, type(None)),
+    (float, type(None)),
+    (int,),
+    (int,),
 )
 
 
@@ -194,9 +193,9 @@ def own_sizes(catalog: Reader, model: str, since: int = 1) -> dict[str, int]:
     return dict(rows)
 
 
-def name_of(catalog: Reader, id: str) -> str | None:
+def name_of(catalog: Reader, version_id: str) -> str | None:
     """The name of the version with an id."""
-    rows = catalog.query("SELECT model, version FROM versions WHERE id = ?", [id])
+    rows = catalog.query("SELECT model, version FROM versions WHERE id = ?", [version_id])
     return f"{rows[0][0]}:v{rows[0][1]}" if rows else None
 
 
@@ -287,8 +286,8 @@ def list_names(catalog: Reader, prefix: str) -> list[str]:
 def list_aliases(catalog: Reader) -> list[tuple[str, str, int, str]]:
     """Model, alias, version and id of every alias."""
     return [
-        (model, name, version, id)
-        for model, name, version, id in catalog.query(
+        (model, name, version, version_id)
+        for model, name, version, version_id in catalog.query(
             "SELECT a.model, a.name, v.version, v.id FROM aliases a JOIN versions v ON v.id = a.id "
             "ORDER BY a.model, a.name"
         )

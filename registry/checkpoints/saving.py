@@ -9,17 +9,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from registry.catalog import facts
 from registry.catalog.commit import publish, publish_version
-from registry.catalog.entries import now
 from registry.catalog.lookups import best_id
-from registry.catalog.metrics import check_metric
 from registry.catalog.naming import point
-from registry.catalog.reference import MAX_EDGE, check_name, check_text, check_version_name
 from registry.catalog.resolving import resolve
 from registry.catalog.versions import version_of
 from registry.checkpoints.checkpoint import Checkpoint
 from registry.configs.plain import plain_table
+from registry.log import facts
+from registry.log.entries import now
+from registry.log.metrics import check_metric
+from registry.log.reference import MAX_EDGE, check_name, check_text, check_version_name
 from registry.progress import Progress, silent
 from registry.release import VERSION
 from registry.store.errors import Invalid, NotFound
@@ -28,10 +28,10 @@ from registry.store.store import Written
 from registry.store.text import quoted
 
 if TYPE_CHECKING:
-    from registry.catalog.catalog import View
-    from registry.catalog.entries import Record
-    from registry.catalog.metrics import Monitor
+    from registry.catalog.transactions import View
     from registry.home import Home
+    from registry.log.entries import Record
+    from registry.log.metrics import Monitor
 
 
 @dataclass(frozen=True, kw_only=True)

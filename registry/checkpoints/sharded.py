@@ -42,9 +42,9 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from registry.catalog.reference import check_name, parse_reference
 from registry.checkpoints.checkpoint import Checkpoint
 from registry.checkpoints.saving import Facts, save
+from registry.log.reference import check_name, parse_reference
 from registry.store.errors import Conflict, Corrupt, Incompatible, Invalid, RegistryError, Unsupported
 from registry.store.manifest import Listed, Manifest, TensorInfo, renumbered, slots_of
 from registry.store.pack import PackInfo
@@ -53,8 +53,8 @@ from registry.store.text import quoted
 from registry.store.tree import box, decode, torch_type
 
 if TYPE_CHECKING:
-    from registry.catalog.metrics import Monitor
     from registry.home import Home
+    from registry.log.metrics import Monitor
 
 RECORD = "dcp"
 """The key of a manifest's record that says which flat name is where."""

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from registry.catalog.metrics import is_metric
 from registry.files.torch_files import values
+from registry.log.metrics import is_metric
 from registry.store.errors import Corrupt
 from registry.store.text import quoted
 

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
-from registry.catalog.reference import check_name
 from registry.configs.config import Config
 from registry.configs.plain import plain_table
 from registry.live.components import class_of, plain_module
+from registry.log.reference import check_name
 from registry.store.errors import Conflict, Invalid, NotFound
 from registry.store.text import quoted
 

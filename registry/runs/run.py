@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Literal, Self, cast
 import torch
 
 from registry.cache.decorator import used_artifacts
-from registry.catalog.reference import check_name
 from registry.catalog.runs import INNER, LOG, PROCESS, Runs
 from registry.checkpoints.checkpoint import Checkpoint
 from registry.checkpoints.saving import Facts, save
@@ -29,6 +28,7 @@ from registry.configs.plain import plain_table
 from registry.live import builders, components, rng
 from registry.live.freezing import frozen_names, parts_going_on
 from registry.live.ranks import Ranks
+from registry.log.reference import check_name
 from registry.runs import provenance
 from registry.runs.logs import run_log
 from registry.store.arena import Arena

@@ -11,9 +11,9 @@ import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from registry.catalog.reference import check_name
 from registry.catalog.resolving import resolve
 from registry.catalog.versions import find_versions
+from registry.log.reference import check_name
 from registry.store.dtypes import ELEMENT_TYPES
 from registry.store.errors import Corrupt, NotFound, Unsupported
 from registry.store.manifest import Manifest, TensorInfo
@@ -30,9 +30,11 @@ The farther away it is the larger a difference, and the fewer versions stay plai
 `benchmarks/series.py` a difference over 20 versions takes 29 to 40 % of the bytes, and over 7 versions 27 to 37 %.
 """
 
-_MANIFESTS = 128  # that are held in memory at a time
+_MANIFESTS = 128
+"""Manifests that are held in memory at a time."""
 
-_WORTH_IT = 0.9  # of a pack's bytes, above which it stays as it is
+_WORTH_IT = 0.9
+"""A pack of which a larger part is needed stays as it is."""
 _FLOATS = ("float", "bfloat")
 
 
@@ -87,7 +89,7 @@ def compact(
     names = list(dict.fromkeys(models)) or [
         name for (name,) in catalog.query("SELECT DISTINCT model FROM versions ORDER BY model")
     ]
-    plans = [_plan(catalog, store, model, staying, bases, kept) for model in names]
+    plans = [_plan(catalog, store, model, staying=staying, bases=bases, kept=kept) for model in names]
     total = sum(plan.size for plan in plans)
     done = saved = 0
     found = []
@@ -97,7 +99,7 @@ def compact(
         for pack, size in plan.packs.items():
             pairs = {digest: base for digest, base in plan.bases[pack].items() if digest not in kept}
             try:
-                new = None if dry_run or not pairs else _rewrite(catalog, store, pack, size, pairs)
+                new = None if dry_run or not pairs else _rewrite(catalog, store, pack, size=size, bases=pairs)
             except (Corrupt, Unsupported) as error:
                 new, problem = None, problem or str(error)
             if dry_run or new is not None:
@@ -106,7 +108,16 @@ def compact(
             saved += 0 if new is None else size - new
             progress(done, total, saved)
         versions = len(plan.versions) if packs else 0
-        found.append(Compacted(plan.model, versions, packs, before, None if dry_run else after, problem))
+        found.append(
+            Compacted(
+                model=plan.model,
+                versions=versions,
+                packs=packs,
+                before=before,
+                after=None if dry_run else after,
+                problem=problem,
+            )
+        )
     return found
 
 
@@ -130,7 +141,7 @@ def _staying(catalog: Catalog) -> tuple[set[str], set[str]]:
         "UNION SELECT id FROM aliases UNION SELECT id FROM artifacts"
     )
     bases = catalog.query("SELECT DISTINCT base FROM tensors WHERE base IS NOT NULL")
-    return {id for (id,) in ids}, {digest for (digest,) in bases}
+    return {version_id for (version_id,) in ids}, {digest for (digest,) in bases}
 
 
 def _tensors_of(store: Store, manifest_id: str) -> frozenset[str]:
@@ -156,7 +167,8 @@ def _plan(
     for position, version in enumerate(versions):
         digests = _tensors_of(store, version.id)
         if any(place.base for place in catalog.locate(digests).values()):
-            continue  # it is a difference already
+            # It is a difference already.
+            continue
         plain.append(position)
         if not digests.isdisjoint(bases):
             based.append(position)
@@ -183,7 +195,7 @@ def _plan(
         if not place.base:
             packs[place.pack] = place.pack_size
             pairs_of.setdefault(place.pack, {})[digest] = candidates[digest]
-    return _Plan(model, chosen, packs, pairs_of)
+    return _Plan(model=model, versions=chosen, packs=packs, bases=pairs_of)
 
 
 def _manifest_in(store: Store) -> Callable[[str], Manifest]:
@@ -238,6 +250,8 @@ def _rewrite(catalog: Catalog, store: Store, pack: str, size: int, bases: Mappin
         needed = needed_of(catalog.query, store, pack)
         if needed:
             chosen = {digest: base for digest, base in bases.items() if digest in needed}
-            new = repack(catalog, store, pack, needed, chosen, at_most=int(_WORTH_IT * size))
+            new = repack(
+                catalog, store, pack=pack, needed=needed, bases=chosen, at_most=int(_WORTH_IT * size)
+            )
             return new.size if new else None
     return None

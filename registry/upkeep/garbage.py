@@ -1,8 +1,7 @@
 """Garbage collection: free what no checkpoint, artifact or running save needs.
 
-Packs and manifests that nothing needs are doomed by an entry of the log, and their names are never used again. What
-the catalog says only proposes them: each is proven to be unneeded from the log itself, the manifests and the packs'
-own indexes, so a catalog that lies cannot make anything be deleted. Files go after the entry, once readers have had time.
+Packs and manifests that nothing needs are doomed by an entry of the log (see `registry.upkeep.dooming`), and their names are
+never used again. Files go after the entry, once readers have had time.
 """
 
 from __future__ import annotations
@@ -11,34 +10,27 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from registry.catalog import settings
-from registry.catalog.catalog import OLD
-from registry.catalog.entries import Record
-from registry.catalog.format1 import journal_path
-from registry.catalog.invariants import MAX_CHAIN
-from registry.catalog.schema import UNUSED
+from registry.catalog.database import OLD
+from registry.log import settings
+from registry.log.entries import Record
+from registry.log.format1 import journal_path
 from registry.store import durable
-from registry.store.digest import is_digest
 from registry.store.durable import storage_errors
 from registry.store.errors import Corrupt, NotFound, RegistryError
 from registry.store.pack import INNER
 from registry.store.store import names_of
+from registry.upkeep.dooming import Dooming
 
 if TYPE_CHECKING:
-    from registry.catalog.catalog import Catalog, View
-    from registry.catalog.ledger import Ledger
-    from registry.catalog.lookups import Query
+    from registry.catalog.catalog import Catalog
+    from registry.catalog.transactions import View
     from registry.store.store import Store
-
-_ATTEMPTS = 4
-_MOST = 100_000
-"""Packs, and manifests, that one entry dooms; the next gc goes on."""
 
 _logger = logging.getLogger(__name__)
 
@@ -80,7 +72,8 @@ def collect_garbage(
     Raises:
         Corrupt: if the log is damaged, or a folder of the registry is none; nothing is removed then.
     """
-    return _Sweep(catalog, store, grace, dry_run, tell, time.time() if now is None else now).run()
+    now = time.time() if now is None else now
+    return _Sweep(catalog, store, grace=grace, dry_run=dry_run, tell=tell, now=now).run()
 
 
 class _Sweep:
@@ -111,10 +104,10 @@ class _Sweep:
                     self._catalog.migrate()
                 self._catalog.check_unbroken()
             self._check_folders()
-            dead = self._doom()
+            dead = Dooming(self._catalog, self._store).doom(dry_run=self._dry_run)
             if self._knows_of_some():
-                self._sweep("packs", self._store.packs, ".safetensors", dead)
-                self._sweep("manifests", self._store.manifests, ".json", dead)
+                self._sweep("packs", self._store.packs, suffix=".safetensors", dead=dead)
+                self._sweep("manifests", self._store.manifests, suffix=".json", dead=dead)
             self._sweep_temporary()
             if self._catalog.format != 1:
                 self._sweep_old_format()
@@ -140,60 +133,6 @@ class _Sweep:
             if status is not None:
                 durable.refuse_odd(status, path)
 
-    # -- dooming -----------------------------------------------------------------------------------------
-
-    def _doom(self) -> set[str]:
-        """Doom what nothing needs; with a dry run, what would be doomed."""
-        if not self._has_candidates():
-            return set()
-        for attempt in range(_ATTEMPTS):
-            seq = self._catalog.ledger().seq
-            packs, manifests = self._unneeded(self._catalog.query)
-            if self._dry_run:
-                return {*packs, *manifests}
-            record = {"op": "doom", "packs": packs, "manifests": manifests}
-            try:
-                self._catalog.commit(self._computed(seq, record, is_last=attempt == _ATTEMPTS - 1))
-                break
-            except _Overtaken:
-                continue
-        return set()
-
-    def _computed(self, seq: int, record: Record, *, is_last: bool) -> Callable[[View], list[Record]]:
-        """The doom that was proven when the log ended with an entry; the last time it is proven while others wait."""
-
-        def compute(view: View) -> list[Record]:
-            found = record
-            if self._catalog.ledger().seq != seq:
-                if not is_last:
-                    raise _Overtaken
-                packs, manifests = self._unneeded(view.query)
-                found = {"op": "doom", "packs": packs, "manifests": manifests}
-            return [found] if found["packs"] or found["manifests"] else []
-
-        return compute
-
-    def _has_candidates(self) -> bool:
-        query = self._catalog.query
-        released = query("SELECT 1 FROM released LIMIT 1")
-        return bool(released or query(f"SELECT 1 FROM packs WHERE {UNUSED} LIMIT 1"))
-
-    def _unneeded(self, query: Query) -> tuple[list[str], list[str]]:
-        """Digests of packs, and ids of manifests, that are proven to be needed by nothing."""
-        ledger = self._catalog.ledger()
-        rows = query(f"SELECT digest FROM packs WHERE {UNUSED} ORDER BY number", [])
-        packs = [str(row[0]) for row in rows if row[0] in ledger.packs]
-        kept = ledger.ids_of_voids()
-        manifests = [found for found in ledger.released if found not in kept]
-        try:
-            unneeded = Proof(self._store, ledger, query).unneeded(packs) if packs else []
-        except RegistryError as error:
-            _logger.warning("no pack is removed, as it is not certain what is needed: %s", error)
-            unneeded = []
-        return unneeded[:_MOST], manifests[:_MOST]
-
-    # -- files -------------------------------------------------------------------------------------------
-
     def _knows_of_some(self) -> bool:
         """Whether what the log does not name is known to be garbage.
 
@@ -209,7 +148,8 @@ class _Sweep:
         _logger.warning(
             "%s names no checkpoint, while manifests/ has %d: they are kept, as an old copy of the log may have been put "
             "back; registry rebuild --adopt takes them in",
-            *(self._catalog.journal.folder, unknown),
+            self._catalog.journal.folder,
+            unknown,
         )
         return False
 
@@ -251,7 +191,8 @@ class _Sweep:
                 with contextlib.suppress(NotFound):
                     if not held.isdisjoint(self._store.tensors_of(manifest_id)):
                         return True
-        except RegistryError:  # What cannot be read does not show that it is unneeded.
+        except RegistryError:
+            # What cannot be read does not show that it is unneeded.
             return True
         return False
 
@@ -320,100 +261,6 @@ class _Sweep:
             self._tell(path, size)
         self._counts[kind] += 1
         self._bytes += size
-
-
-class _Overtaken(RegistryError):
-    """Something was recorded since the proof. Never reaches users."""
-
-
-class Proof:
-    """Shows that packs are needed by nothing, from the log, the manifests and the packs' own indexes.
-
-    Args:
-        query: asks the catalog where else a tensor lies, which is then looked up in that pack's index.
-    """
-
-    def __init__(self, store: Store, ledger: Ledger, query: Query) -> None:
-        self._store = store
-        self._ledger = ledger
-        self._query = query
-
-    def unneeded(self, packs: Sequence[str]) -> list[str]:
-        """Those of some packs that nothing needs; a pack whose index cannot be read is one only if all else is whole."""
-        left = dict.fromkeys(packs)
-        held: dict[str, set[str]] = {}
-        unreadable = []
-        for pack in packs:
-            try:
-                for digest in self._store.pack_info(pack).places:
-                    held.setdefault(digest, set()).add(pack)
-            except RegistryError:
-                unreadable.append(pack)
-        if unreadable and not self._all_whole(set(packs)):
-            for pack in unreadable:
-                del left[pack]
-        needed = self._needed_of(held.keys())
-        while True:
-            taken = set(packs) & left.keys()
-            lacking = {digest for digest in needed if not self._lies_elsewhere(digest, taken)}
-            back = {pack for digest in lacking for pack in held[digest]} & left.keys()
-            if not back:
-                return list(left)
-            for pack in back:
-                del left[pack]
-
-    def _needed_of(self, digests: Collection[str]) -> set[str]:
-        """Those of some tensors that a manifest has, or that a difference in any pack rests on."""
-        found: set[str] = set()
-        for tensors in self._manifests():
-            found |= tensors.intersection(digests)
-        for pack, about in self._ledger.packs.items():
-            if about.differences:
-                found |= {base for base in self._bases_in(pack) if base in digests}
-        return found
-
-    def _manifests(self) -> Iterable[frozenset[str]]:
-        """The tensors of each manifest that counts, or that an entry without effect names."""
-        for manifest_id in self._ledger.live_manifests():
-            yield self._store.tensors_of(manifest_id)
-        for manifest_id in self._ledger.ids_of_voids():
-            with contextlib.suppress(NotFound):
-                yield self._store.tensors_of(manifest_id)
-
-    def _bases_in(self, pack: str) -> Iterable[str]:
-        places = self._store.pack_info(pack).places.values()
-        return [place.base for place in places if place.base]
-
-    def _lies_elsewhere(self, digest: str, taken: Collection[str], depth: int = 0) -> bool:
-        """Whether a tensor can be had from packs that stay."""
-        if depth > MAX_CHAIN:
-            return False
-        rows = self._query(
-            "SELECT p.digest FROM tensors t JOIN packs p ON p.number = t.pack WHERE t.digest = ?", [digest]
-        )
-        for (name,) in rows:
-            pack = str(name)
-            if pack in taken or pack not in self._ledger.packs or not is_digest(pack):
-                continue
-            try:
-                place = self._store.pack_info(pack).places.get(digest)
-            except RegistryError:
-                continue
-            if place is None or not self._store.pack_is_whole(pack, self._ledger.packs[pack].size):
-                continue
-            if place.base is None or self._lies_elsewhere(place.base, taken, depth + 1):
-                return True
-        return False
-
-    def _all_whole(self, without: Collection[str]) -> bool:
-        """Whether every tensor that a manifest has can be had from packs other than some."""
-        held: set[str] = set()
-        for pack in self._ledger.packs.keys() - without:
-            try:
-                held.update(self._store.pack_info(pack).places)
-            except RegistryError:
-                return False
-        return all(tensors <= held for tensors in self._manifests())
 
 
 def _seconds(at: str) -> float:

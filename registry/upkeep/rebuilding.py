@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from registry.catalog.entries import Record, manifest_text, pack_record
-from registry.catalog.facts import facts_of
-from registry.catalog.reference import check_name
-from registry.catalog.strays import needed_strays, stray_manifests
+from registry.log.entries import Record, manifest_text, pack_record
+from registry.log.facts import facts_of
+from registry.log.reference import check_name
+from registry.log.strays import needed_strays, stray_manifests
 from registry.progress import Progress, silent
 from registry.store import durable
 from registry.store.durable import storage_errors
@@ -20,7 +20,7 @@ from registry.store.pack import INNER
 
 if TYPE_CHECKING:
     from registry.catalog.catalog import Catalog
-    from registry.catalog.ledger import Ledger
+    from registry.log.ledger import Ledger
     from registry.store.store import Store
 
 
@@ -104,7 +104,8 @@ def _heal_manifests(catalog: Catalog, store: Store, progress: Progress) -> int:
                 store.manifest(manifest_id)
                 healed += 1
             except RegistryError:
-                pass  # Named with what is damaged.
+                # Named with what is damaged.
+                pass
         progress(i + 1, len(rows))
     return healed
 
@@ -122,7 +123,8 @@ def _damage(catalog: Catalog, store: Store) -> Iterator[str]:
     names = dict(catalog.query("SELECT id, model || ':v' || version FROM versions"))
     for (manifest_id,) in catalog.query("SELECT id FROM manifests"):
         problem = _problem(catalog, store, manifest_id)
-        if problem and (problem := _problem(catalog, store, manifest_id)):  # It may have gone and come back.
+        # It may have gone and come back.
+        if problem and (problem := _problem(catalog, store, manifest_id)):
             yield f"{names.get(manifest_id, f'artifact {manifest_id[:12]}')}: {problem}"
 
 

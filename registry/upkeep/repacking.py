@@ -6,13 +6,14 @@ import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from registry.catalog.entries import Record, pack_record
 from registry.catalog.lookups import batches, locate, marks
+from registry.log.entries import Record, pack_record
 from registry.store.errors import Corrupt, NotFound
 
 if TYPE_CHECKING:
-    from registry.catalog.catalog import Catalog, View
+    from registry.catalog.catalog import Catalog
     from registry.catalog.lookups import Query
+    from registry.catalog.transactions import View
     from registry.store.location import Location
     from registry.store.pack import PackInfo
     from registry.store.store import Store
@@ -35,7 +36,7 @@ def tidy(catalog: Catalog, store: Store, packs: Iterable[str]) -> None:
             places = store.pack_info(pack).tensors
             size = sum(tensor.size for tensor in places if tensor.digest in needed)
             if needed and size <= rows[0][0] * (1 - _WASTE):
-                repack(catalog, store, pack, needed)
+                repack(catalog, store, pack=pack, needed=needed)
 
 
 @contextlib.contextmanager

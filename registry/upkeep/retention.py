@@ -11,18 +11,19 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from registry.catalog.lookups import Reader, marks
-from registry.catalog.metrics import Monitor, monitored
 from registry.catalog.naming import removal
 from registry.catalog.versions import find_versions, with_descendants
+from registry.log.metrics import Monitor, monitored
 from registry.store.errors import Invalid, NotFound
 from registry.store.text import quoted
 from registry.upkeep.garbage import collect_garbage
 from registry.upkeep.thinning import thin
 
 if TYPE_CHECKING:
-    from registry.catalog.catalog import Catalog, View
-    from registry.catalog.entries import Record
+    from registry.catalog.catalog import Catalog
+    from registry.catalog.transactions import View
     from registry.catalog.versions import Version
+    from registry.log.entries import Record
     from registry.store.store import Store
 
 
@@ -58,7 +59,7 @@ class Retention(NamedTuple):
             if count is not None and (type(count) is not int or count < 1):
                 raise Invalid(f"{name} is {quoted(str(count))}, expected a whole number of 1 or more")
         by = None if monitor is None else monitored(monitor, mode)
-        return cls(by, keep_last, keep_best, keep_optimizer)
+        return cls(by, keep_last=keep_last, keep_best=keep_best, keep_optimizer=keep_optimizer)
 
     def apply(self, catalog: Catalog, store: Store, runs: Sequence[str], model: str) -> None:
         """Remove, and thin, what the rules no longer keep.
@@ -78,7 +79,8 @@ class Retention(NamedTuple):
         if self.keep_optimizer is not None:
             for version in _of(catalog, runs, model)[self.keep_optimizer :]:
                 if "thinned-from" not in version.record:
-                    with contextlib.suppress(NotFound):  # Another process has removed it meanwhile.
+                    # Another process has removed it meanwhile.
+                    with contextlib.suppress(NotFound):
                         thin(catalog, store, version.name)
         if removed or self.keep_optimizer is not None:
             collect_garbage(catalog, store)
@@ -86,7 +88,8 @@ class Retention(NamedTuple):
     def _superfluous(self, view: Reader, versions: Sequence[Version]) -> list[Version]:
         best = self._best(versions)
         if self.keep_best is not None and not best:
-            return []  # Which one is the best is not known, so that none may go.
+            # Which one is the best is not known, so that none may go.
+            return []
         kept = {version.id for version in versions[: self.keep_last or 1]}
         kept |= {version.id for version in best}
         kept |= {version.id for version in versions if version.aliases or version.tags}

@@ -6,15 +6,16 @@ import contextlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from registry.catalog.entries import Record, manifest_text
 from registry.catalog.naming import removal
 from registry.catalog.resolving import resolve
 from registry.catalog.versions import Version, find_versions, with_descendants
+from registry.log.entries import Record, manifest_text
 from registry.store.errors import NotFound
 from registry.upkeep.repacking import tidy
 
 if TYPE_CHECKING:
-    from registry.catalog.catalog import Catalog, View
+    from registry.catalog.catalog import Catalog
+    from registry.catalog.transactions import View
     from registry.store.store import Store
 
 
@@ -41,13 +42,16 @@ def thin(catalog: Catalog, store: Store, reference: str) -> str:
         is_taken = view.query("SELECT 1 FROM versions WHERE id = ?", [manifest_id])
         if not present or is_taken or with_descendants(view, [version.id]):
             return []
-        if not carried and not view.store.has(manifest_id):  # gc took the file, and only that has the text.
+        # Garbage collection took the file, and only that has the text.
+        if not carried and not view.store.has(manifest_id):
             view.store.write_manifest(reduced)
         return _in_its_place(present[0], manifest_id, carried)
 
     if catalog.commit(compute):
-        if not store.has(manifest_id):  # gc took the file before the commit; the log has the text.
-            with contextlib.suppress(NotFound):  # Another process has removed the version already.
+        # Garbage collection took the file before the commit; the log has the text.
+        if not store.has(manifest_id):
+            # Another process has removed the version already.
+            with contextlib.suppress(NotFound):
                 store.manifest(manifest_id)
         places = catalog.locate({tensor.digest for tensor in manifest.tensors})
         tidy(catalog, store, {place.pack for place in places.values()})

@@ -1,4 +1,4 @@
-"""Verification: read every stored byte and compare it with its digest; and log, catalog, manifests and packs with one another.
+"""Verification: compare every stored byte with its digest; and log, catalog, manifests and packs with one another.
 
 What is found is looked at again before it is reported, as other processes may remove and move things meanwhile.
 """
@@ -12,10 +12,10 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from registry.catalog.facts import facts_of
 from registry.catalog.lookups import batches, marks
 from registry.catalog.resolving import resolve
 from registry.catalog.schema import UNUSED
+from registry.log.facts import facts_of
 from registry.progress import Progress, silent
 from registry.store.digest import digest as digest_of
 from registry.store.digest import is_digest, tensor_digest
@@ -25,8 +25,9 @@ from registry.store.manifest import MAX_SIZE, parse
 from registry.store.pack import INNER, PackInfo, open_regular, read_pack_info
 
 if TYPE_CHECKING:
-    from registry.catalog.catalog import Catalog, View
-    from registry.catalog.entries import Record
+    from registry.catalog.catalog import Catalog
+    from registry.catalog.transactions import View
+    from registry.log.entries import Record
     from registry.store.manifest import Manifest
     from registry.store.store import Store
 
@@ -48,6 +49,8 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
+    """What was checked, and every problem found."""
+
     checkpoints: int
     packs: int
     tensors: int
@@ -99,7 +102,8 @@ def _note(catalog: Catalog, store: Store, damaged: Collection[str]) -> None:
             )
         ]
 
-    with contextlib.suppress(RegistryError):  # It is reported all the same.
+    # It is reported all the same.
+    with contextlib.suppress(RegistryError):
         catalog.commit(compute)
 
 
@@ -118,8 +122,6 @@ class _Check:
         """Manifest of each checkpoint, as it was read; thinning gives it another."""
         self._has_waited = False
 
-    # -- manifests ---------------------------------------------------------------------------------------
-
     def manifests(self) -> None:
         for manifest_id, name in self._live_names().items():
             manifest: Manifest | None
@@ -127,7 +129,8 @@ class _Check:
                 manifest = self._read_manifest(manifest_id)
             except RegistryError as error:
                 if manifest_id not in self._live_names([manifest_id]):
-                    continue  # It was removed meanwhile.
+                    # It was removed meanwhile.
+                    continue
                 manifest = self._from_log(manifest_id, name, error)
                 if manifest is None:
                     continue
@@ -155,9 +158,8 @@ class _Check:
         named: dict[str, str] = {}
         for name, table in (("'artifact ' || key", "artifacts"), ("model || ':v' || version", "versions")):
             rows = self._catalog.query(f"SELECT id, {name} FROM {table} {where}", parameters)
-            named |= {
-                str(manifest_id): str(found) for manifest_id, found in rows
-            }  # A damaged row has anything.
+            # A damaged row has anything.
+            named |= {str(manifest_id): str(found) for manifest_id, found in rows}
         return named
 
     def _read_manifest(self, manifest_id: str) -> Manifest:
@@ -176,7 +178,8 @@ class _Check:
         if text is None or digest_of(text) != manifest_id:
             self.problems.append(Problem(f"{error}; restore it from a backup", (name,), path))
             return None
-        if isinstance(error, Missing):  # A save that gc has overtaken writes its file again at once.
+        # A save that gc has overtaken writes its file again at once.
+        if isinstance(error, Missing):
             if not self._has_waited:
                 time.sleep(_MOMENT)
             self._has_waited = True
@@ -186,8 +189,6 @@ class _Check:
         with contextlib.suppress(RegistryError):
             return parse(text)
         return None
-
-    # -- packs -------------------------------------------------------------------------------------------
 
     def packs(self, progress: Progress) -> None:
         rows = self._pack_rows()
@@ -230,7 +231,7 @@ class _Check:
 
     def _pack(self, digest: str, size: int, number: int) -> None:
         placed = {
-            name: Location(digest, start, size, base, coded)
+            name: Location(pack=digest, start=start, pack_size=size, base=base, coded=coded)
             for name, start, base, coded in self._catalog.query(
                 "SELECT digest, start, base, coded FROM tensors WHERE pack = ?", [number]
             )
@@ -287,6 +288,7 @@ class _Check:
         """Check tensors that are stored as differences, by making them."""
         if not digests:
             return
+        # Lazy: loads torch.
         from registry.store import loading
 
         store = self._store
@@ -298,7 +300,8 @@ class _Check:
                     for item in items:
                         loading.verify(store.packs, [item], loading.Read(store.packs))
                     problem = ""
-                except Missing as error:  # A pack that it rests on may just have been replaced.
+                except Missing as error:
+                    # A pack that it rests on may just have been replaced.
                     problem = str(error)
                     continue
                 except RegistryError as error:
@@ -317,8 +320,6 @@ class _Check:
         for path in dict.fromkeys(path for _, path in uses):
             names = tuple(name for name, used in uses if used == path)
             self.problems.append(Problem(f"{path}: {problem}", names))
-
-    # -- log and catalog ---------------------------------------------------------------------------------
 
     def records(self) -> None:
         """Compare the log, the catalog's copy of it, and the tables."""

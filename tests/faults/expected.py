@@ -11,8 +11,8 @@ import torch
 from trees import UNSEEN, Tree, exactly, is_same, tensors_in, ties
 
 from registry import Registry
-from registry.catalog.metrics import Monitor
 from registry.catalog.versions import Version, find_versions
+from registry.log.metrics import Monitor
 from registry.store.errors import NotFound, RegistryError, Unsupported
 
 Name = tuple[str, int]

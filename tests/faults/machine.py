@@ -39,10 +39,10 @@ from unsynced import Unsynced
 
 from registry import Registry
 from registry.cache.keys import Key
-from registry.catalog.metrics import Monitor
 from registry.cli.app import app
 from registry.files.exporting import export
 from registry.files.importing import import_file
+from registry.log.metrics import Monitor
 from registry.store import durable
 from registry.store.digest import digest
 from registry.store.errors import Conflict, Invalid, NotFound, RegistryError

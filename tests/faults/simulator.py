@@ -31,7 +31,8 @@ import torch
 from support import broken_rules, collect, may_be_an_old_log
 
 from registry import Registry
-from registry.catalog import catalog, entries, journal
+from registry.catalog import catalog
+from registry.log import entries, journal
 from registry.store import durable, pack
 from registry.store.errors import Conflict, NotFound, RegistryError
 

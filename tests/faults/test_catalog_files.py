@@ -193,7 +193,7 @@ def test_a_reader_that_stays_open_sees_what_the_catalog_cannot_take(
     (root / FILE).chmod(0o444)
     (root / WAL).unlink(missing_ok=True)
     reader = Registry(root)
-    monkeypatch.setattr(type(reader.catalog), "is_writable", False)
+    monkeypatch.setattr("registry.catalog.database.Database.is_writable", False)
     assert texts(reader) == {"written"}
     reader.catalog.close()
     (root / FILE).chmod(0o644)
@@ -462,7 +462,7 @@ def test_a_reader_notices_another_registry_in_the_place_of_the_one_that_it_reads
         registry.catalog.close()
         (tmp_path / name / "catalog.sqlite-whole").unlink()
     logs = [(tmp_path / name / "journal" / f"{1:016}.log").stat().st_size for name in ("r", "other")]
-    monkeypatch.setattr("registry.catalog.catalog.Catalog.is_writable", False)
+    monkeypatch.setattr("registry.catalog.database.Database.is_writable", False)
     reader = Registry(tmp_path / "r", create=False)
     assert reader["net"].load()["model"]["w"][0] == 1
     shutil.rmtree(tmp_path / "r")
@@ -483,7 +483,7 @@ def test_gc_keeps_what_an_entry_without_effect_names(tmp_path: Path, monkeypatch
     for name in (WAL, "catalog.sqlite-shm"):
         (root / name).unlink()
 
-    monkeypatch.setattr("registry.catalog.pairing.is_paired", lambda *_: True)
+    monkeypatch.setattr("registry.catalog.pairing.is_paired", lambda *_, **__: True)
     later = Registry(root)
     save(later, 100)
     later.catalog.close()

@@ -19,9 +19,8 @@ import torch
 from support import broken_rules, check_whole, collect, copy, dump, files, is_state, save, state
 
 from registry import Registry
-from registry.catalog import entries
 from registry.catalog.catalog import Catalog
-from registry.catalog.change import Change
+from registry.log import entries
 from registry.store.errors import Corrupt, NotFound, RegistryError, StorageError, Unsupported
 from registry.upkeep.garbage import GRACE
 
@@ -597,7 +596,7 @@ def test_a_rebuild_that_fails_leaves_no_empty_catalog(root: Path, monkeypatch: p
     (root / "catalog.sqlite").unlink()
     registry = Registry(root)
     with monkeypatch.context() as patched:
-        patched.setattr(Change, "fill", lambda *_, **__: exec("raise MemoryError"))
+        patched.setattr("registry.catalog.refolding.fill", lambda *_, **__: exec("raise MemoryError"))
         with pytest.raises(MemoryError):
             registry.rebuild()
     before = files(root / "packs"), files(root / "manifests")
@@ -610,7 +609,7 @@ def test_a_rebuild_that_fails_leaves_no_empty_catalog(root: Path, monkeypatch: p
 def test_a_catalog_that_another_process_holds_is_not_taken_for_a_damaged_one(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("registry.catalog.catalog.BUSY_SECONDS", 0.1)
+    monkeypatch.setattr("registry.catalog.database.BUSY_SECONDS", 0.1)
     with contextlib.closing(sqlite3.connect(root / "catalog.sqlite", isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
         with pytest.raises(StorageError, match="locked"):

@@ -29,8 +29,8 @@ import torch
 from support import Tree, broken_rules, collect
 
 from registry import Registry
-from registry.catalog import entries
 from registry.catalog.versions import find_versions, list_aliases, list_models
+from registry.log import entries
 from registry.store import durable, pack
 from registry.store.errors import RegistryError
 
@@ -198,8 +198,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     top = tmp_path_factory.mktemp("every-byte")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(durable, "disk", Fast())
-        patched.setattr("registry.catalog.journal.SEGMENT", SEGMENT)
-        patched.setattr("registry.catalog.history.SEGMENT", SEGMENT)
+        patched.setattr("registry.log.journal.SEGMENT", SEGMENT)
+        patched.setattr("registry.log.history.SEGMENT", SEGMENT)
         root, states = top / "golden", []
 
         def at(registry: Registry) -> None:

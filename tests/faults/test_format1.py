@@ -16,7 +16,7 @@ import torch
 from support import Stepwise, all_versions, broken_rules, collect, copy, files, in_child, kill_me
 
 from registry import Registry
-from registry.catalog import settings
+from registry.log import settings
 from registry.store import durable
 from registry.store.digest import digest
 from registry.store.errors import Corrupt, RegistryError

@@ -33,8 +33,8 @@ from unsynced import Unsynced
 
 from registry import Registry
 from registry.cache.keys import Key
-from registry.catalog import entries
-from registry.catalog.entries import Record, pack_record
+from registry.log import entries
+from registry.log.entries import Record, pack_record
 from registry.store import differences, durable
 from registry.store.digest import digest, tensor_digest
 from registry.store.errors import RegistryError

@@ -27,7 +27,7 @@ import torch
 from support import copy, fork, is_state, save, wait
 
 from registry import Registry
-from registry.catalog import entries
+from registry.log import entries
 
 STEM = "test_hostile_folders"
 BUDGET = 25.0

@@ -29,10 +29,10 @@ from support import (
 )
 
 from registry import Registry
-from registry.catalog import catalog
 from registry.catalog.catalog import Catalog
-from registry.catalog.journal import Journal
+from registry.catalog.change import Change
 from registry.checkpoints import saving
+from registry.log.journal import Journal
 from registry.store import durable
 from registry.store.errors import Corrupt, RegistryError
 from registry.upkeep.garbage import GRACE
@@ -371,15 +371,15 @@ def test_a_catalog_that_fails_behind_the_log_does_not_make_a_change_twice(
 ) -> None:
     registry = Registry(tmp_path / "r")
     save(registry, 1)
-    set_head, append, failures = catalog._set_head, Journal.append, []
+    set_head, append, failures = Change.set_head, Journal.append, []
 
     def appended(*args: Any) -> Any:
         monkeypatch.setattr(Journal, "append", append)
-        monkeypatch.setattr(catalog, "_set_head", fails_once)
+        monkeypatch.setattr(Change, "set_head", fails_once)
         return append(*args)
 
     def fails_once(*args: Any) -> None:
-        monkeypatch.setattr(catalog, "_set_head", set_head)
+        monkeypatch.setattr(Change, "set_head", set_head)
         failures.append(1)
         raise sqlite3.DatabaseError("database disk image is malformed")
 

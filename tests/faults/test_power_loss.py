@@ -30,9 +30,10 @@ from support import Tree, all_versions, broken_rules, collect, dump, may_be_an_o
 
 from registry import Registry
 from registry.cache.artifacts import Artifact
-from registry.catalog import catalog, history, journal
+from registry.catalog import database
 from registry.catalog.invariants import invariants
 from registry.checkpoints.sharded import RegistryWriter
+from registry.log import history, journal
 
 STEM = "test_power_loss"
 FAILED = soak.COUNTS / f"{STEM}.failed"
@@ -585,7 +586,7 @@ MODES = {
 @contextlib.contextmanager
 def using(mode: Mode) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(catalog, "is_local", lambda _: mode.has_wal)
+        patch.setattr(database, "is_local", lambda _: mode.has_wal)
         for module in (journal, history):
             patch.setattr(module, "SEGMENT", mode.segment)
         yield

@@ -11,7 +11,7 @@ import torch
 from support import broken_rules
 
 from registry import Registry
-from registry.catalog.entries import Record
+from registry.log.entries import Record
 from registry.store.pack import PackInfo
 from registry.upkeep.repacking import _replacement, needed_of, repack
 

@@ -35,12 +35,12 @@ from support import (
 )
 
 from registry import Registry
-from registry.catalog import entries
-from registry.catalog.journal import Journal
 from registry.catalog.versions import Version
 from registry.cli.app import app
 from registry.files.exporting import export
 from registry.files.importing import import_file
+from registry.log import entries
+from registry.log.journal import Journal
 from registry.store import durable
 from registry.store.digest import digest
 from registry.store.errors import Conflict, Corrupt, RegistryError

@@ -20,8 +20,8 @@ from storm import Content, Known, Worker, Wrong
 from support import Tree, all_versions, broken_rules, collect, dump, fork, wait
 
 from registry import Registry
-from registry.catalog import catalog
-from registry.catalog.catalog import Catalog
+from registry.catalog import database
+from registry.catalog.database import Database
 from registry.progress import Progress
 from registry.store.manifest import Manifest
 from registry.store.places import is_local
@@ -273,16 +273,16 @@ def test_a_catalog_that_is_deleted_while_it_is_opened_is_made_again(
     registry = Registry(tmp_path / "r")
     registry.save("net", thinnable(1))
     registry.catalog.close()
-    connect = Catalog._connect
+    connect = Database.connect
     deleted: list[Path] = []
 
-    def delete_first(catalog: Catalog, path: Path, *given: Any, **named: Any) -> sqlite3.Connection:
+    def delete_first(database: Database, path: Path, *given: Any, **named: Any) -> sqlite3.Connection:
         if len(deleted) < times and path.exists():
             deleted.append(path)
             path.unlink()
-        return connect(catalog, path, *given, **named)
+        return connect(database, path, *given, **named)
 
-    monkeypatch.setattr(Catalog, "_connect", delete_first)
+    monkeypatch.setattr(Database, "connect", delete_first)
     again = Registry(tmp_path / "r", create=False)
     assert set(again["net:v1"].load()) == {"model", "optimizer"}
     assert len(deleted) == times
@@ -301,7 +301,7 @@ def test_saves_go_on_beside_an_open_reader_and_many_reading_processes(
     root = tmp_path / "r"
     if not is_local(tmp_path):
         pytest.skip("readers hold up who saves on a file system that may be shared")
-    monkeypatch.setattr(catalog, "BUSY_SECONDS", 5)
+    monkeypatch.setattr(database, "BUSY_SECONDS", 5)
     registry = Registry(root)
     registry.save("net", thinnable(1))
     registry.catalog.close()
@@ -321,7 +321,7 @@ def test_saves_go_on_beside_an_open_reader_and_many_reading_processes(
     readers = [fork(read) for _ in range(READERS)]
     os.close(told)  # So that readers which have failed end this, too.
     assert [os.read(told_reading, 1) for _ in range(READERS)] == [b"r"] * READERS
-    reader = sqlite3.connect(root / catalog.NAME, isolation_level=None)
+    reader = sqlite3.connect(root / database.NAME, isolation_level=None)
     reader.execute("BEGIN")
     count = "SELECT COUNT(*) FROM versions"
     assert reader.execute(count).fetchone() == (1,)

@@ -35,7 +35,7 @@ def test_the_database_is_set_up_to_survive(
 ) -> None:
     """A write-ahead log only on the file systems of one machine."""
     registry.catalog.close()
-    monkeypatch.setattr("registry.catalog.catalog.is_local", lambda path: local)
+    monkeypatch.setattr("registry.catalog.database.is_local", lambda path: local)
     values = {
         name: registry.catalog.query(f"PRAGMA {name}")[0][0]
         for name in ("journal_mode", "synchronous", "foreign_keys")
@@ -155,7 +155,7 @@ def test_a_catalog_that_stays_locked_is_a_clear_error(
 ) -> None:
     other = sqlite3.connect(registry.catalog.path, isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
-    monkeypatch.setattr("registry.catalog.catalog.BUSY_SECONDS", 0.05)
+    monkeypatch.setattr("registry.catalog.database.BUSY_SECONDS", 0.05)
     registry.catalog.close()
     with pytest.raises(StorageError, match="another process has kept the catalog locked"):
         registry.set_tag("net", "x")

@@ -9,17 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from registry.catalog.entries import START, Entry, Record
-from registry.catalog.history import End, Gap, Placed
-from registry.catalog.journal import BEGINNING, Position
-from registry.store.errors import RegistryError
+from registry.log.entries import START, Entry, Record
+from registry.log.history import End, Gap, Placed
+from registry.log.journal import BEGINNING, Position
+from registry.log.numbers import Numbers
+from registry.log.refusals import Refused, refuse_if
+from registry.log.undoing import Undo
 from registry.store.pack import PackInfo
-
-_MISSING: Any = object()
-
-
-class Refused(RegistryError):
-    """A record contradicts what was recorded before it. Never reaches users as it is."""
 
 
 class LivePack(NamedTuple):
@@ -76,9 +72,10 @@ class Ledger:
         self.seq = 0
         self.digest = START
         self.end = BEGINNING
+        self._undo = Undo()
         self.versions: dict[str, tuple[str, int]] = {}
-        self.next: dict[str, int] = {}
-        self.missing: dict[str, tuple[range, ...]] = {}
+        self._numbers = Numbers(self._undo)
+        self.next, self.missing = self._numbers.next, self._numbers.missing
         self.aliases: dict[tuple[str, str], str] = {}
         self.aliases_of: dict[str, frozenset[str]] = {}
         self.tags: dict[str, dict[str, None]] = {}
@@ -96,7 +93,6 @@ class Ledger:
         self.skipped: list[Record] = []
         self.strays: dict[str, PackInfo] = {}
         self._freed: dict[str, tuple[str, int]] = {}
-        self._undo: list[tuple[dict[Any, Any], Any, Any]] = []
 
     def is_live(self, manifest_id: str) -> bool:
         """Whether a manifest is that of a version or an artifact."""
@@ -125,8 +121,6 @@ class Ledger:
         """Whether entries are lost, and nobody has accepted that."""
         return any(gap.last >= gap.first for gap in self.gaps)
 
-    # -- reading -----------------------------------------------------------------------------------------
-
     def follow(self, history: Iterable[Any]) -> None:
         """Take in entries in their order, and note what cannot be read."""
         for item in history:
@@ -145,7 +139,7 @@ class Ledger:
         Behind a gap, what contradicts may have been right before: records are taken in one by one then, as far as they
         can be.
         """
-        self._undo.clear()
+        self._undo.begin()
         self._freed.clear()
         try:
             for record in entry.records:
@@ -157,147 +151,113 @@ class Ledger:
                     self.skipped.append(record)
                 else:
                     if record.get("manifest") is not None:
-                        self._set(self.texts, record["id"], (entry.seq, start))
+                        self._undo.set(self.texts, record["id"], (entry.seq, start))
         except Refused as error:
-            for table, key, value in reversed(self._undo):
-                if value is _MISSING:
-                    table.pop(key, None)
-                else:
-                    table[key] = value
+            self._undo.take_back()
             ids = tuple(record["id"] for record in entry.records if record["op"] in ("publish", "artifact"))
-            self.voids.append(Void(entry.seq, entry.at, str(error), ids))
+            self.voids.append(Void(seq=entry.seq, at=entry.at, problem=str(error), ids=ids))
         self.seq, self.digest = entry.seq, entry.digest
-
-    def _set(self, table: dict[Any, Any], key: Any, value: Any) -> None:
-        self._undo.append((table, key, table.get(key, _MISSING)))
-        if value is _MISSING:
-            table.pop(key, None)
-        else:
-            table[key] = value
-
-    def _drop(self, table: dict[Any, Any], key: Any) -> None:
-        self._set(table, key, _MISSING)
-
-    # -- packs -------------------------------------------------------------------------------------------
 
     def _pack(self, record: Record, entry: Entry) -> None:
         digest = record["digest"]
-        _refuse_if(digest in self.packs, f"pack {digest[:12]} is there already")
-        _refuse_if(digest in self.doomed, f"pack {digest[:12]} was doomed")
-        self._set(self._counts, "packs", self.pack_count + 1)
+        refuse_if(digest in self.packs, f"pack {digest[:12]} is there already")
+        refuse_if(digest in self.doomed, f"pack {digest[:12]} was doomed")
+        self._undo.set(self._counts, "packs", self.pack_count + 1)
         pack = LivePack(self.pack_count, record["size"], bool(record.get("differences")))
-        self._set(self.packs, digest, pack)
+        self._undo.set(self.packs, digest, pack)
 
     def _damaged(self, record: Record, entry: Entry) -> None:
         pack = self._live_pack(record["pack"])
-        self._set(self.packs, record["pack"], pack._replace(damaged=True))
+        self._undo.set(self.packs, record["pack"], pack._replace(damaged=True))
 
     def _replace(self, record: Record, entry: Entry) -> None:
         old, new = record["old"], record["new"]
-        _refuse_if(old == new, f"pack {old[:12]} would take its own place")
+        refuse_if(old == new, f"pack {old[:12]} would take its own place")
         self._live_pack(old)
         self._live_pack(new)
-        self._drop(self.packs, old)
-        self._set(self.doomed, old, entry.at)
+        self._undo.drop(self.packs, old)
+        self._undo.set(self.doomed, old, entry.at)
 
     def _doom(self, record: Record, entry: Entry) -> None:
         for digest in record["packs"]:
             self._live_pack(digest)
-            self._drop(self.packs, digest)
-            self._set(self.doomed, digest, entry.at)
+            self._undo.drop(self.packs, digest)
+            self._undo.set(self.doomed, digest, entry.at)
         for manifest_id in record["manifests"]:
-            _refuse_if(self.is_live(manifest_id), f"manifest {manifest_id[:12]} is needed")
-            self._drop(self.released, manifest_id)
-            self._set(self.doomed, manifest_id, entry.at)
+            refuse_if(self.is_live(manifest_id), f"manifest {manifest_id[:12]} is needed")
+            self._undo.drop(self.released, manifest_id)
+            self._undo.set(self.doomed, manifest_id, entry.at)
 
     def _live_pack(self, digest: str) -> LivePack:
         found = self.packs.get(digest)
-        _refuse_if(found is None, f"there is no pack {digest[:12]}")
+        refuse_if(found is None, f"there is no pack {digest[:12]}")
         assert found is not None
         return found
 
-    # -- versions ----------------------------------------------------------------------------------------
-
     def _publish(self, record: Record, entry: Entry) -> None:
         manifest_id, model, version = record["id"], record["model"], record["version"]
-        _refuse_if(manifest_id in self.versions, f"{manifest_id[:12]} is a version already")
+        refuse_if(manifest_id in self.versions, f"{manifest_id[:12]} is a version already")
         instead = record.get("instead")
         if instead is None:
-            self._give_number(model, version, is_adopted=bool(record.get("adopted")))
+            self._numbers.give(model, version, is_adopted=bool(record.get("adopted")))
         else:
             freed = self._freed.pop(instead, None)
-            if freed is None and self.has_gaps:  # What said which number it had is lost; this says it too.
-                self._give_number(model, version, is_adopted=True)
+            if freed is None and self.has_gaps:
+                # What said which number it had is lost; this says it too.
+                self._numbers.give(model, version, is_adopted=True)
             else:
-                _refuse_if(freed != (model, version), f"{model}:v{version} is not what {instead[:12]} was")
+                refuse_if(freed != (model, version), f"{model}:v{version} is not what {instead[:12]} was")
         self._revive(manifest_id, record)
-        self._set(self.versions, manifest_id, (model, version))
-
-    def _give_number(self, model: str, version: int, *, is_adopted: bool) -> None:
-        following, missing = self.next.get(model, 1), self.missing.get(model, ())
-        is_free = version >= following or (is_adopted and any(version in numbers for numbers in missing))
-        _refuse_if(not is_free, f"{model} has had a version v{version}")
-        if version > following:
-            missing = (*missing, range(following, version))
-        if version < following:
-            parts = (
-                (range(one.start, version), range(version + 1, one.stop)) for one in missing if version in one
-            )
-            others = (one for one in missing if version not in one)
-            missing = (*others, *(part for pair in parts for part in pair if part))
-        self._set(self.missing, model, missing or _MISSING)
-        self._set(self.next, model, max(version + 1, following))
+        self._undo.set(self.versions, manifest_id, (model, version))
 
     def _revive(self, manifest_id: str, record: Record) -> None:
-        _refuse_if(
+        refuse_if(
             manifest_id in self.doomed and "manifest" not in record,
             f"manifest {manifest_id[:12]} was doomed, and its text is not there",
         )
-        self._drop(self.released, manifest_id)
+        self._undo.drop(self.released, manifest_id)
 
     def _release(self, manifest_id: str) -> None:
         if not self.is_live(manifest_id):
-            self._drop(self.doomed, manifest_id)
-            self._drop(self.texts, manifest_id)
-            self._set(self.released, manifest_id, None)
+            self._undo.drop(self.doomed, manifest_id)
+            self._undo.drop(self.texts, manifest_id)
+            self._undo.set(self.released, manifest_id, None)
 
     def _remove(self, record: Record, entry: Entry) -> None:
         manifest_id = record["id"]
         if self.has_gaps and manifest_id not in self.versions:
-            self._release(manifest_id)  # What made it known is lost; it is gone all the same.
+            # What made it known is lost; it is gone all the same.
+            self._release(manifest_id)
         model, version = self._version(manifest_id)
         aliases = self.aliases_of.get(manifest_id, frozenset())
         tags = self.tags.get(manifest_id, {})
         differs = set(record["aliases"]) != aliases or set(record["tags"]) != tags.keys()
-        _refuse_if(differs and not self.has_gaps, f"{model}:v{version} has other aliases or tags")
+        refuse_if(differs and not self.has_gaps, f"{model}:v{version} has other aliases or tags")
         for alias in aliases:
-            self._drop(self.aliases, (model, alias))
+            self._undo.drop(self.aliases, (model, alias))
         for table in (self.aliases_of, self.tags, self.notes, self.versions):
-            self._drop(table, manifest_id)
+            self._undo.drop(table, manifest_id)
         self._freed[manifest_id] = (model, version)
         self._release(manifest_id)
 
     def _version(self, manifest_id: str) -> tuple[str, int]:
         found = self.versions.get(manifest_id)
-        _refuse_if(found is None, f"there is no version {manifest_id[:12]}")
+        refuse_if(found is None, f"there is no version {manifest_id[:12]}")
         assert found is not None
         return found
 
     def _next(self, record: Record, entry: Entry) -> None:
-        model, version = record["model"], record["version"]
-        _refuse_if(version < self.next.get(model, 1), f"{model} has had a version v{version}")
-        self._set(self.next, model, version)
-
-    # -- names -------------------------------------------------------------------------------------------
+        self._numbers.go_on_at(record["model"], record["version"])
 
     def _alias(self, record: Record, entry: Entry) -> None:
         model, alias, manifest_id = record["model"], record["alias"], record["id"]
         if self.has_gaps and manifest_id not in self.versions:
-            self._unpoint(model, alias, record["was"])  # It does not point where it did before.
-        _refuse_if(self._version(manifest_id)[0] != model, f"{manifest_id[:12]} is no version of {model}")
+            # It does not point where it did before.
+            self._unpoint(model, alias, record["was"])
+        refuse_if(self._version(manifest_id)[0] != model, f"{manifest_id[:12]} is no version of {model}")
         self._unpoint(model, alias, record["was"])
-        self._set(self.aliases, (model, alias), manifest_id)
-        self._set(self.aliases_of, manifest_id, self.aliases_of.get(manifest_id, frozenset()) | {alias})
+        self._undo.set(self.aliases, (model, alias), manifest_id)
+        self._undo.set(self.aliases_of, manifest_id, self.aliases_of.get(manifest_id, frozenset()) | {alias})
 
     def _unalias(self, record: Record, entry: Entry) -> None:
         self._unpoint(record["model"], record["alias"], record["was"])
@@ -310,34 +270,32 @@ class Ledger:
                 one for one in self.skipped if (one["op"], one.get("model"), one.get("alias")) != said
             ]
         found = self.aliases.get((model, alias))
-        _refuse_if(found != was and not self.has_gaps, f"{model}@{alias} points elsewhere")
+        refuse_if(found != was and not self.has_gaps, f"{model}@{alias} points elsewhere")
         if found is not None:
-            self._drop(self.aliases, (model, alias))
-            self._set(self.aliases_of, found, self.aliases_of[found] - {alias})
+            self._undo.drop(self.aliases, (model, alias))
+            self._undo.set(self.aliases_of, found, self.aliases_of[found] - {alias})
 
     def _tag(self, record: Record, entry: Entry) -> None:
         manifest_id = record["id"]
         self._version(manifest_id)
-        self._set(self.tags.setdefault(manifest_id, {}), record["tag"], None)
+        self._undo.set(self.tags.setdefault(manifest_id, {}), record["tag"], None)
 
     def _untag(self, record: Record, entry: Entry) -> None:
         manifest_id = record["id"]
         self._version(manifest_id)
-        self._drop(self.tags.setdefault(manifest_id, {}), record["tag"])
+        self._undo.drop(self.tags.setdefault(manifest_id, {}), record["tag"])
 
     def _note(self, record: Record, entry: Entry) -> None:
         manifest_id = record["id"]
         self._version(manifest_id)
         written = (record["at"], record["text"])
-        self._set(self.notes, manifest_id, (*self.notes.get(manifest_id, ()), written))
+        self._undo.set(self.notes, manifest_id, (*self.notes.get(manifest_id, ()), written))
 
     def _run(self, record: Record, entry: Entry) -> None:
         model, at = record["model"], record["at"]
         before = self.runs.get(record["name"])
-        _refuse_if(before is not None and before[:2] != (model, at), f"there is another run {record['name']}")
-        self._set(self.runs, record["name"], (model, at, record["record"]))
-
-    # -- artifacts ---------------------------------------------------------------------------------------
+        refuse_if(before is not None and before[:2] != (model, at), f"there is another run {record['name']}")
+        self._undo.set(self.runs, record["name"], (model, at, record["record"]))
 
     def _artifact(self, record: Record, entry: Entry) -> None:
         key, manifest_id = record["key"], record["id"]
@@ -345,8 +303,8 @@ class Ledger:
         self._revive(manifest_id, record)
         if before is not None:
             self._unkey(key, before)
-        self._set(self.artifacts, key, (manifest_id, record["at"], record["record"]))
-        self._set(self.keys_of, manifest_id, self.keys_of.get(manifest_id, frozenset()) | {key})
+        self._undo.set(self.artifacts, key, (manifest_id, record["at"], record["record"]))
+        self._undo.set(self.keys_of, manifest_id, self.keys_of.get(manifest_id, frozenset()) | {key})
         if before is not None:
             self._release(before)
 
@@ -359,14 +317,12 @@ class Ledger:
     def _expected_artifact(self, key: str, was: str | None) -> str | None:
         found = self.artifacts.get(key)
         manifest_id = found[0] if found else None
-        _refuse_if(manifest_id != was and not self.has_gaps, f"artifact {key[:12]} is another")
+        refuse_if(manifest_id != was and not self.has_gaps, f"artifact {key[:12]} is another")
         return manifest_id
 
     def _unkey(self, key: str, manifest_id: str) -> None:
-        self._drop(self.artifacts, key)
-        self._set(self.keys_of, manifest_id, self.keys_of[manifest_id] - {key} or _MISSING)
-
-    # -- damage ------------------------------------------------------------------------------------------
+        self._undo.drop(self.artifacts, key)
+        self._undo.set_unless_empty(self.keys_of, manifest_id, self.keys_of[manifest_id] - {key})
 
     def _begin(self, record: Record, entry: Entry) -> None:
         """The registry is new."""
@@ -399,8 +355,3 @@ _OPERATIONS: dict[str, Callable[[Ledger, Record, Entry], None]] = {
     "drop-artifact": Ledger._drop_artifact,
     "adopt": Ledger._adopt,
 }
-
-
-def _refuse_if(wrong: bool, problem: str) -> None:
-    if wrong:
-        raise Refused(problem)

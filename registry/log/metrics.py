@@ -99,7 +99,8 @@ def is_smallest_best(name: str) -> bool | None:
         return None
     while words and (words[-1] in _QUALIFIERS or words[-1].isdigit()):
         words.pop()
-    if not words or words[-1] in _LOSSES:  # The loss of an accuracy is a loss, whatever it is called before.
+    # The loss of an accuracy is a loss, whatever it is called before.
+    if not words or words[-1] in _LOSSES:
         return True if words else None
     if words[-1] not in _SMALLEST | _LARGEST:
         return None

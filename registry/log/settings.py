@@ -77,10 +77,12 @@ def _text(path: Path) -> str:
 
 def _format_in(text: str, path: Path) -> Any:
     """The format in settings that somebody has edited."""
+    # Lazy: start-up.
     import tomllib
 
     try:
         return tomllib.loads(text).get("format")
-    except (RecursionError, ValueError) as error:  # A number of thousands of digits is a ValueError, too.
+    except (RecursionError, ValueError) as error:
+        # A number of thousands of digits is a ValueError, too.
         told = "nested too deep" if isinstance(error, RecursionError) else printable(str(error))
         raise Invalid(f"{path}: {told}; it needs one line: format = {FORMAT}") from None

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from registry import Registry
-from registry.catalog.metrics import is_smallest_best
+from registry.log.metrics import is_smallest_best
 from registry.store.errors import Invalid, NotFound
 
 SMALLEST = (

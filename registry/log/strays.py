@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from registry.catalog.ledger import LivePack
+from registry.log.ledger import LivePack
 from registry.store.errors import RegistryError
 
 if TYPE_CHECKING:
-    from registry.catalog.ledger import Ledger
+    from registry.log.ledger import Ledger
     from registry.store.pack import PackInfo
     from registry.store.store import Store
 

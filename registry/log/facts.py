@@ -11,9 +11,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from registry.catalog.entries import MAX_NUMBER
-from registry.catalog.metrics import is_metric
-from registry.catalog.reference import MAX_EDGE, check_run_name
+from registry.log.entries import MAX_NUMBER
+from registry.log.metrics import is_metric
+from registry.log.reference import MAX_EDGE, check_run_name
 from registry.store.digest import is_digest
 from registry.store.errors import Corrupt, RegistryError
 from registry.store.manifest import Manifest
@@ -44,7 +44,17 @@ class Facts(NamedTuple):
     problems: Sequence[str]
 
 
-UNKNOWN = Facts("", None, None, None, None, {}, (), {"components": {}}, ("the manifest cannot be read",))
+UNKNOWN = Facts(
+    created="",
+    epoch=None,
+    step=None,
+    loss=None,
+    run=None,
+    metrics={},
+    lineage=(),
+    shown={"components": {}},
+    problems=("the manifest cannot be read",),
+)
 """Of a manifest that cannot be read."""
 
 

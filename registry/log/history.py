@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from registry.catalog.entries import START, Entry
-from registry.catalog.journal import SEGMENT, Journal, Line, Position
+from registry.log.entries import START, Entry
+from registry.log.journal import SEGMENT, Journal, Line, Position
 
 
 class Placed(NamedTuple):
@@ -95,17 +95,23 @@ def walk(lines: Iterable[Line], seq: int = 0, digest: str = START) -> Iterator[P
             problem = problem or f"entry {entry.seq} stands there again"
             rest.add(line)
         elif entry.seq == expected and known and entry.prev != prev:
-            yield Gap(expected, expected, "it does not follow from the entry before it", before, entry.at)
+            yield Gap(
+                expected,
+                expected,
+                "it does not follow from the entry before it",
+                before=before,
+                after=entry.at,
+            )
             expected, known, before, problem = expected + 1, False, entry.at, ""
             rest = _Rest()
         else:
             if entry.seq > expected or problem:
-                yield Gap(expected, entry.seq - 1, problem or "it is missing", before, entry.at)
+                yield Gap(expected, entry.seq - 1, problem or "it is missing", before=before, after=entry.at)
             yield Placed(entry, line.start, line.end)
             expected, prev, before, known, problem = entry.seq + 1, entry.digest, entry.at, True, ""
             rest = _Rest()
     if problem:
-        yield Gap(expected, expected, problem, before)
+        yield Gap(expected, expected, problem, before=before)
     if end is not None:
         yield end
 
@@ -159,7 +165,7 @@ def merge(
         second = copy.take() if theirs is not None and theirs.seq == seq else None
         at = first.entry.at if first else second.at if second else ""
         if seq > expected:
-            yield Gap(expected, seq - 1, log.problem(expected, seq - 1), before, at)
+            yield Gap(expected, seq - 1, log.problem(expected, seq - 1), before=before, after=at)
             known = False
         fits = [one for one in (first and first.entry, second) if one and (not known or one.prev == prev)]
         if first and second and first.entry.digest != second.digest and len(fits) == 2:
@@ -171,14 +177,18 @@ def merge(
             yield Placed(second, None, None, in_copy=True)
         else:
             yield Gap(
-                seq, seq, log.problem(seq, seq, "it does not follow from the entry before it"), before, at
+                seq,
+                seq,
+                log.problem(seq, seq, "it does not follow from the entry before it"),
+                before=before,
+                after=at,
             )
         known = bool(fits)
         if known:
             prev = fits[0].digest
         before, expected = at, seq + 1
     if log.has_problem(expected):
-        yield Gap(expected, expected, log.problem(expected, expected), before)
+        yield Gap(expected, expected, log.problem(expected, expected), before=before)
     if log.end:
         yield log.end
 
@@ -273,7 +283,8 @@ def heal(journal: Journal, history: Iterable[Placed | Gap | End | Fork]) -> tupl
 
     for item in history:
         if isinstance(item, Gap) and item.last >= item.first and item.first not in names:
-            group = []  # What neither has lies in this segment, perhaps at its end.
+            # What neither has lies in this segment, perhaps at its end.
+            group = []
         if not isinstance(item, Placed):
             continue
         if not segment or item.entry.seq in names or size >= SEGMENT:

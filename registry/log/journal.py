@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from registry.catalog.entries import MAX_LINE, Entry, digest_of_line, parse
+from registry.log.entries import MAX_LINE, Entry, digest_of_line, parse
 from registry.store import durable
 from registry.store.errors import Corrupt, StorageError, Unsupported
 
@@ -71,6 +71,7 @@ class Journal:
         self._tmp = root / "tmp"
 
     def path(self, segment: int) -> Path:
+        """The file of a segment."""
         return self.folder / f"{segment:016d}.log"
 
     def create(self) -> None:
@@ -162,12 +163,12 @@ class Journal:
                     offset += len(raw)
                     if not raw.endswith(b"\n") and offset < size:
                         problem = f"it is longer than the {MAX_LINE} bytes that an entry may have"
-                        yield Line(None, problem, start, Position(segment, size))
+                        yield Line(None, problem=problem, start=start, end=Position(segment, size))
                         return
                     yield _line(raw, start, Position(segment, offset), is_last=is_last and offset >= size)
         except OSError as error:
             problem = f"it cannot be read ({error.strerror})"
-            yield Line(None, problem, Position(segment, offset), Position(segment, size))
+            yield Line(None, problem=problem, start=Position(segment, offset), end=Position(segment, size))
 
     def append(self, entry: Entry, end: Position) -> Position:
         """Add an entry behind the last one, durably; on an error the log is as before.
@@ -227,10 +228,10 @@ class Journal:
 
 def _line(raw: bytes, start: Position, end: Position, *, is_last: bool) -> Line:
     try:
-        return Line(parse(raw), "", start, end)
+        return Line(parse(raw), problem="", start=start, end=end)
     except Unsupported:
         raise
     except Corrupt as error:
         is_torn = is_last and digest_of_line(raw) is None
         has_end = _END.search(raw, max(0, len(raw) - _TAIL)) is not None
-        return Line(None, str(error), start, end, is_torn=is_torn, has_end=has_end)
+        return Line(None, problem=str(error), start=start, end=end, is_torn=is_torn, has_end=has_end)

@@ -1,20 +1,20 @@
-"""Format 1: reading the registries of version 0.1, and what takes them to format 2.
+"""Format 1: the journal of version 0.1, and how what it says is said again as entries of the log.
 
-Format 1 kept a journal of lines beside the manifests, and bookkeeping of packs in the catalog alone. Both are read here,
-compared, and said again as entries of the log. `docs/FORMAT.md` has what little of the old format is needed for that.
+Format 1 kept a journal of lines beside the manifests, and bookkeeping of packs in the catalog alone. The journal is read
+here and compared with what `registry.catalog.old_format` has read of the catalog. `docs/FORMAT.md` has what little of the
+old format is needed for that.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from registry.catalog.entries import MAX_RECORDS, Record, check_record, manifest_text, pack_record
+from registry.log.entries import MAX_RECORDS, Record, check_record, manifest_text, pack_record
 from registry.store import durable
 from registry.store.digest import digest, is_digest
 from registry.store.errors import Corrupt, Invalid, RegistryError
@@ -158,32 +158,48 @@ def journal_path(root: Path) -> Path:
     return root / "manifests" / JOURNAL
 
 
-def read(root: Path, store: Store, connection: sqlite3.Connection | None) -> Found:
+class Catalog(NamedTuple):
+    """What a catalog says.
+
+    Attributes:
+        state: of the registry.
+        applied: bytes of the journal from which it follows.
+    """
+
+    state: State
+    applied: int
+
+
+def read(root: Path, store: Store, catalog: Callable[[], Catalog] | None) -> Found:
     """Read journal and catalog, and compare them.
 
     Args:
-        connection: to the catalog; None if it is lost.
+        catalog: reads the catalog; None if it is lost.
+
+    Raises:
+        Corrupt: from `catalog`.
     """
     lines = list(_lines(journal_path(root)))
     end = lines[-1].end if lines else 0
-    if connection is None:
+    if catalog is None:
         journal = State()
         journal.take_all(lines)
         return Found(journal, [line.problem for line in lines if line.record is None])
-    catalog, applied = _catalog(connection)
-    if applied > end:  # The journal was lost, or an older one was put back.
-        return Found(catalog, [])
+    theirs, applied = catalog()
+    if applied > end:
+        # The journal was lost, or an older one was put back.
+        return Found(theirs, [])
     before = [line for line in lines if line.end <= applied]
     after = lines[len(before) :]
     problems = [line.problem for line in after if line.record is None]
-    state = _copied(catalog)
+    state = _copied(theirs)
     if all(line.record is not None for line in before):
         state = State()
         state.take_all(before)
-        _leave_out(state, catalog, store)
-        problems += _differences(state, catalog)
+        _leave_out(state, theirs, store)
+        problems += _differences(state, theirs)
     state.take_all(after)
-    state.packs = catalog.packs
+    state.packs = theirs.packs
     return Found(state, problems)
 
 
@@ -203,7 +219,8 @@ def _lines(path: Path) -> Iterator[_Line]:
     end = 0
     for raw in data.splitlines(keepends=True):
         start, end = end, end + len(raw)
-        if raw.endswith(b"\n") and raw.strip():  # A last line without an end is one that a crash cut short.
+        # A last line without an end is one that a crash cut short.
+        if raw.endswith(b"\n") and raw.strip():
             yield _Line(_parsed(raw), end, f"{path}: the line at byte {start} is damaged")
 
 
@@ -244,32 +261,6 @@ def _parsed(raw: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
-
-
-def _catalog(connection: sqlite3.Connection) -> tuple[State, int]:
-    """What the catalog says, and how many bytes of the journal it has applied.
-
-    Raises:
-        Corrupt: if it does not have the tables of format 1.
-    """
-    state = State()
-    rows = connection.execute
-    try:
-        state.versions = {row[0]: row[1:] for row in rows("SELECT id, model, version FROM versions")}
-        state.next = dict(rows("SELECT name, next_version FROM models").fetchall())
-        state.aliases = {row[:2]: row[2] for row in rows("SELECT model, name, id FROM aliases")}
-        state.tags = {tuple(row) for row in rows("SELECT id, name FROM tags")}
-        state.notes = {tuple(row) for row in rows("SELECT id, written, text FROM notes")}
-        runs = rows("SELECT name, model, started, record FROM runs").fetchall()
-        state.runs = {name: (model, at, json.loads(record)) for name, model, at, record in runs}
-        artifacts = rows("SELECT key, id, created, record FROM artifacts").fetchall()
-        state.artifacts = {key: (found, at, json.loads(record)) for key, found, at, record in artifacts}
-        used = "SELECT digest FROM packs WHERE number IN (SELECT pack FROM uses) ORDER BY number"
-        state.packs = [row[0] for row in rows(used)]
-        ((applied,),) = rows("SELECT value FROM state WHERE key = 'journal'")
-        return state, int(applied)
-    except (sqlite3.Error, ValueError, TypeError) as error:
-        raise Corrupt(f"the catalog of format 1 cannot be read: {error}") from None
 
 
 def _differences(journal: State, catalog: State) -> list[str]:
@@ -318,7 +309,8 @@ def _in_parts(records: Iterator[Record] | list[Record]) -> Iterator[list[Record]
 def _records(store: Store, state: State) -> Iterator[Record]:
     following: dict[str, int] = {}
     for version_id, (model, number) in sorted(state.versions.items(), key=lambda item: item[1]):
-        if following.get(model, 1) < number:  # Those in between were removed.
+        # Those in between were removed.
+        if following.get(model, 1) < number:
             yield {"op": "next", "model": model, "version": number}
         following[model] = number + 1
         yield {

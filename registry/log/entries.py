@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from registry.catalog.reference import check_name, check_run_name, check_text
+from registry.log.reference import check_name, check_run_name, check_text
 from registry.store.digest import digest, is_digest
 from registry.store.errors import Corrupt, Invalid, RegistryError, Unsupported
 from registry.store.text import quoted

@@ -1,0 +1,377 @@
+"""The database of a catalog: its file, a thread's connection to it, and what tells it from another that takes its place.
+
+Nothing but SQLite opens the file or its index: by the rules of POSIX, whoever closes a file gives up all locks that its
+process has on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from registry.catalog import pairing, schema
+from registry.log import settings
+from registry.log.journal import Journal, Position
+from registry.store import durable
+from registry.store.errors import Corrupt, Invalid, NotFound, RegistryError, StorageError, Unsupported
+from registry.store.places import is_local
+from registry.store.text import printable, quoted
+
+if TYPE_CHECKING:
+    from registry.store.store import Store
+
+NAME = "catalog.sqlite"
+OLD = "catalog.sqlite.format1"
+"""What the catalog of format 1 is called once the present format has taken its place."""
+
+BUSY_SECONDS = 60
+PARTS = ("", "-wal", "-shm", "-journal", pairing.WHOLE)
+"""What is added to the name of the database for the files beside it; the last one is our own."""
+
+ALONE = "mode=ro&immutable=1"
+"""How SQLite opens a database as if nobody else had it, without what lies beside it."""
+
+UNREADABLE = (sqlite3.Error, UnicodeDecodeError)
+"""What reading a damaged database raises; the second where its own message holds what is damaged."""
+
+_LONGEST = 256 << 20
+"""Bytes of a value that SQLite may make, so that a forged table cannot ask for more memory."""
+
+
+class Damaged(Corrupt):
+    """The catalog contradicts itself; made anew, it will not."""
+
+
+class Replaced(RegistryError):
+    """The catalog's file is another one by now. Never reaches users."""
+
+
+class FileId(NamedTuple):
+    """Device and inode."""
+
+    device: int
+    inode: int
+
+
+class OldState(NamedTuple):
+    """Size, time and inode of the journal and the catalog of a registry of format 1."""
+
+    journal: object
+    catalog: object
+
+
+class Still(NamedTuple):
+    """What shows whether a catalog that is read as if it never changed has changed all the same."""
+
+    device: int
+    inode: int
+    size: int
+    changed: int
+
+
+class LogState(NamedTuple):
+    """The last segment of the log, its size, and the digest at its end."""
+
+    segment: int
+    size: int
+    digest: str | None
+
+
+class Database:
+    """The database of a registry's catalog, and the log that it follows from.
+
+    Args:
+        root: the registry's folder.
+        store: gives the store, whose manifests and packs a change reads.
+
+    Attributes:
+        path: of the database.
+        journal: the log in the folder.
+        format: the format that the registry has.
+    """
+
+    def __init__(self, root: Path, store: Callable[[], Store]) -> None:
+        self.root = root
+        self.path = root / NAME
+        self.journal = Journal(root)
+        self.format = settings.FORMAT
+        self._store = store
+        self._local = threading.local()
+
+    @property
+    def store(self) -> Store:
+        """The registry's manifests and packs."""
+        return self._store()
+
+    @property
+    def held(self) -> Held | None:
+        """This thread's connection; after a fork it may be that of the parent."""
+        return getattr(self._local, "held", None)
+
+    def hold(self, connection: sqlite3.Connection, identity: object) -> Held:
+        """Keep a connection for this thread, and let go of the one before.
+
+        Args:
+            identity: what tells its file.
+        """
+        self._local.held = held = Held(self.path, connection, identity)
+        return held
+
+    def close(self) -> None:
+        """Close this thread's connection."""
+        held = self.held
+        if held is not None:
+            held.close()
+            self._local.held = None
+
+    def look_for_another_format(self) -> None:
+        """Notice that another process has taken the registry to the present format."""
+        self.format = settings.read_format(self.root)
+        if self.format != 1:
+            self.close()
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether this process may change the catalog."""
+        return os.access(self.root, os.W_OK) and (
+            os.access(self.path, os.W_OK) or not os.path.lexists(self.path)
+        )
+
+    def check_writable(self) -> None:
+        """See that this process may change the catalog.
+
+        Raises:
+            NotFound: if the registry is not there any more.
+            StorageError: if this process may not change the catalog.
+        """
+        self.check_is_there()
+        if not self.is_writable:
+            raise StorageError(f"{self.path}: cannot be written; ask its owner for access")
+
+    def check_is_there(self) -> None:
+        """See that the registry has its folder.
+
+        Raises:
+            NotFound: if the registry is not there any more.
+        """
+        if durable.status_of(self.path) is None and not settings.are_there(self.root):
+            raise NotFound(
+                f"{self.root}: the registry was renamed or deleted meanwhile; open it by its new name"
+            )
+
+    def identity(self, like: object = None) -> object:
+        """What tells the catalog's file, or the log that one in memory was made from, from another that takes its place.
+
+        Args:
+            like: what was returned before.
+        """
+        if isinstance(like, LogState):
+            return self.log_state()
+        if isinstance(like, OldState):
+            return self.old_state()
+        if isinstance(like, Still):
+            return self.still()
+        return _identity_of(self.path)
+
+    def still(self) -> Still | None:
+        """The state of a catalog that no process has open; None if one has, or may have."""
+        status = durable.status_of(self.path)
+        if status is None or durable.status_of(self.path.with_name(f"{NAME}-wal")) is not None:
+            return None
+        return Still(
+            device=status.st_dev, inode=status.st_ino, size=status.st_size, changed=status.st_mtime_ns
+        )
+
+    def log_state(self) -> LogState:
+        """What shows that the log has changed."""
+        segments = self.journal.segments()
+        if not segments:
+            return LogState(0, 0, None)
+        size = self.journal.size(segments[-1]) or 0
+        return LogState(segments[-1], size, self.journal.digest_before(Position(segments[-1], size)))
+
+    def old_state(self) -> OldState:
+        """What shows that a registry of format 1 has changed."""
+        # Lazy: start-up.
+        from registry.log.format1 import journal_path
+
+        found = (durable.status_of(journal_path(self.root), inner=1), durable.status_of(self.path))
+        return OldState(*(status and (status.st_size, status.st_mtime_ns, status.st_ino) for status in found))
+
+    def connect(self, path: Path, mode: str = "mode=rw", *, is_ours: bool = True) -> sqlite3.Connection:
+        """Connect to the catalog's file, or to one that was set aside.
+
+        Args:
+            mode: how SQLite opens it.
+            is_ours: whether the file has the present format.
+
+        Raises:
+            Corrupt: if the file, or one beside it, is a link or no regular file.
+            Damaged: if SQLite finds it damaged.
+            StorageError: if it cannot be opened.
+        """
+        for part in PARTS:
+            beside = path.with_name(path.name + part)
+            status = durable.status_of(beside)
+            if status is not None:
+                durable.refuse_odd(status, beside)
+        with self.errors():
+            connection = sqlite3.connect(
+                f"{path.absolute().as_uri()}?{mode}",
+                uri=True,
+                timeout=BUSY_SECONDS,
+                isolation_level=None,
+                check_same_thread=False,
+            )
+            try:
+                connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST)
+                connection.execute("PRAGMA trusted_schema = OFF")
+                connection.execute("PRAGMA foreign_keys = ON")
+                if mode == "mode=rw" and is_ours:
+                    self._set_mode(connection)
+            except BaseException:
+                connection.close()
+                raise
+        return connection
+
+    def _set_mode(self, connection: sqlite3.Connection) -> None:
+        """Let readers and a writer work side by side where the file system allows it.
+
+        Either way a power cut leaves a consistent catalog. That it may have forgotten the last changes does no harm, as
+        the log has them.
+        """
+        # On other file systems SQLite's write-ahead log does not work.
+        local = is_local(self.root)
+        mode = "wal" if local else "delete"
+        end = time.monotonic() + BUSY_SECONDS
+        while connection.execute("PRAGMA journal_mode").fetchone() != (mode,):
+            try:
+                connection.execute(f"PRAGMA journal_mode = {mode}")
+            except sqlite3.OperationalError as error:
+                # SQLite does not wait for others here.
+                if "locked" not in str(error) or time.monotonic() > end:
+                    raise
+                time.sleep(0.01)
+        connection.execute(f"PRAGMA synchronous = {'NORMAL' if local else 'FULL'}")
+
+    def alone(self) -> pairing.Alone:
+        """The catalog's file as it is without what lies beside it."""
+        return pairing.look(self.path, lambda: self.connect(self.path, ALONE))
+
+    def is_sound(self, connection: sqlite3.Connection) -> bool:
+        """Whether the tables are those that this program makes.
+
+        Raises:
+            Unsupported: if a newer program made them.
+        """
+        version = schema.version(connection)
+        if version is not None and version > schema.VERSION:
+            raise Unsupported(
+                f"{self.path} has schema {version}, this version knows up to {schema.VERSION}; upgrade with: "
+                "pip install -U torch-registry"
+            )
+        return version == schema.VERSION and schema.is_ours(connection)
+
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        """Say what a failing database means and what to do.
+
+        Raises:
+            Damaged: if the database is.
+            StorageError: if the system refuses, or another process keeps it locked.
+            Invalid: if a text is not valid Unicode.
+        """
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            raise self._meaning(error) from error
+        except UnicodeEncodeError as error:
+            raise Invalid(f"{quoted(error.object)} is not valid Unicode text") from None
+        except (sqlite3.DatabaseError, OverflowError, UnicodeDecodeError) as error:
+            text = printable(str(error))
+            raise Damaged(f"{self.path}: {text}; recreate it with: registry rebuild") from error
+
+    def _meaning(self, error: sqlite3.OperationalError) -> RegistryError:
+        text = printable(str(error))
+        code = getattr(error, "sqlite_errorcode", None)
+        if code == sqlite3.SQLITE_IOERR_SHORT_READ:
+            # As where the write-ahead log was deleted under a program that has it open.
+            return Damaged(f"{self.path}: it, or what SQLite keeps beside it, was cut short")
+        if "full" in text or code == sqlite3.SQLITE_IOERR_SHMSIZE:
+            return StorageError(f"{self.path}: no space left on the device; free some and repeat")
+        if "readonly" in text or "unable to open" in text:
+            return StorageError(f"{self.path}: cannot be written ({text}); ask its owner for access")
+        if "locked" in text:
+            return StorageError(
+                f"{self.path}: another process has kept the catalog locked for {BUSY_SECONDS} s; repeat"
+            )
+        if "no such" in text or "decode" in text:
+            return Damaged(f"{self.path}: {text}; recreate it with: registry rebuild")
+        limit = ", and what limits the size of files" if code == sqlite3.SQLITE_IOERR_WRITE else ""
+        return StorageError(f"{self.path}: {text}; check the disk{limit}")
+
+
+def in_memory() -> sqlite3.Connection:
+    """A connection to an empty database in memory."""
+    return sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+
+
+class Held:
+    """A thread's connection, closed when the thread or the process ends.
+
+    SQLite removes the write-ahead log by its name when the last connection is closed. So one to a file that has been
+    replaced stays open until the process ends, and so does one that a child process has from its parent: closing it
+    would take away what belongs to others.
+
+    Attributes:
+        identity: what tells its file.
+        looked: when it was last seen to show all that the log has, by the monotonic clock.
+        pid: the process that opened it.
+        close: closes it, once.
+    """
+
+    def __init__(self, path: Path, connection: sqlite3.Connection, identity: object) -> None:
+        self.connection = connection
+        self.identity = identity
+        self.looked = time.monotonic()
+        self.pid = os.getpid()
+        self.close = weakref.finalize(self, let_go, path, connection, identity=identity, pid=self.pid)
+
+
+def let_go(
+    path: Path, connection: sqlite3.Connection, *, identity: object, pid: int, is_whole: bool = True
+) -> None:
+    """Close a connection, unless that would take away what belongs to others; see `Held`.
+
+    Args:
+        identity: what tells its file.
+        pid: the process that opened it.
+        is_whole: whether the catalog's file was seen to be whole when it was opened.
+    """
+    now = _identity_of(path)
+    # Nobody makes another one where the folder is gone.
+    is_gone = now is None and not path.parent.exists()
+    is_another = isinstance(identity, FileId) and identity != now and not is_gone
+    if pid == os.getpid() and not is_another:
+        if isinstance(identity, FileId) and is_whole:
+            pairing.close(path, connection)
+        else:
+            connection.close()
+        return
+    # Lazy: start-up.
+    import ctypes
+
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
+
+
+def _identity_of(path: Path) -> FileId | None:
+    """What tells a file from another one that gets its name."""
+    status = durable.status_of(path)
+    return None if status is None else FileId(status.st_dev, status.st_ino)

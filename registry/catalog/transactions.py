@@ -1,0 +1,238 @@
+"""Transactions: catching up with the log, and adding an entry to it and to the tables, wholly or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sqlite3
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+from registry.catalog import pairing
+from registry.catalog.change import Change
+from registry.catalog.copies import Material, gaps_in, head, not_before, state, text_in
+from registry.catalog.database import Damaged, Database, Held, Replaced
+from registry.catalog.invariants import broken_by
+from registry.catalog.lookups import locate
+from registry.catalog.refolding import refold_in_place
+from registry.log import entries
+from registry.log.entries import Entry, Record
+from registry.log.history import End, Gap, walk
+from registry.log.ledger import Ledger
+from registry.log.refusals import Refused
+from registry.store import durable
+from registry.store.errors import StorageError
+from registry.store.location import Location
+from registry.store.store import Store
+
+_logger = logging.getLogger(__name__)
+
+
+class View:
+    """The catalog inside a change: what is read here holds until the change is made.
+
+    Attributes:
+        store: the manifests and packs.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, store: Store) -> None:
+        self._connection = connection
+        self.store = store
+
+    def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """The rows of a query that only reads."""
+        return self._connection.execute(sql, parameters).fetchall()
+
+    def locate(self, digests: Collection[str]) -> dict[str, Location]:
+        """Where stored tensors lie."""
+        return locate(self.query, digests)
+
+    def next_version(self, model: str) -> int:
+        """The number of a model's next version.
+
+        Raises:
+            Damaged: if the catalog contradicts itself.
+        """
+        rows = self.query("SELECT next_version, next_again FROM models WHERE name = ?", [model])
+        ((newest,),) = self.query("SELECT MAX(version) FROM versions WHERE model = ?", [model])
+        number, again = rows[0] if rows else (1, 1)
+        if type(number) is not int or number != again or (newest or 0) >= number:
+            raise Damaged(f"the catalog does not know the next version of {model}; run: registry rebuild")
+        return number
+
+
+@contextlib.contextmanager
+def exclusive(database: Database, connection: sqlite3.Connection, identity: object) -> Iterator[Change]:
+    """A transaction that no other writer has beside it, even one with another catalog.
+
+    Args:
+        identity: what told the catalog's file when it was opened.
+
+    Raises:
+        Replaced: if the catalog's file is another one by now.
+    """
+    database.check_writable()
+    with database.errors(), durable.storage_errors(database.path), database.journal.locked():
+        if identity != database.identity(identity):
+            raise Replaced
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.Error:
+            if identity != database.identity(identity):
+                raise Replaced from None
+            raise
+        try:
+            change = Change(connection, Material(database.store, text_in(connection)))
+            change.beside = pairing.after(database.path, connection, database.alone)
+            yield change
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+            raise
+        if connection.in_transaction:
+            connection.execute("COMMIT")
+
+
+def catch_up(database: Database, change: Change, *, heals: bool = True) -> None:
+    """Apply what the log holds and the catalog does not.
+
+    Args:
+        heals: whether the folder's log may be put in order on the way.
+    """
+    connection, journal = change.connection, database.journal
+    seq, digest, end = head(connection)
+    if journal.ends_at(end, seq) and (not seq or journal.digest_before(end) == digest):
+        return
+    if heals:
+        journal.sync()
+    size = journal.size(end.segment) or 0
+    if size < end.offset or (seq and journal.digest_before(end) != digest):
+        refold_in_place(database, change, connection, heals=heals)
+        return
+    for item in walk(journal.read(end), seq, digest):
+        if isinstance(item, End):
+            if item.is_torn and heals:
+                journal.cut(item.position)
+            return
+        if isinstance(item, Gap):
+            refold_in_place(database, change, connection, heals=heals)
+            return
+        connection.execute("SAVEPOINT entry")
+        try:
+            change.take(item.entry)
+        except Refused:
+            # It contradicts those before it, and has no effect; verify names it.
+            connection.execute("ROLLBACK TO entry")
+            if any(record["op"] in ("adopt", "publish") for record in item.entry.records):
+                change.is_unsure = True
+        connection.execute("RELEASE entry")
+        if change.is_unsure:
+            refold_in_place(database, change, connection, heals=heals)
+            return
+        change.keep(item.entry)
+        assert item.end is not None
+        change.set_head(item.entry, item.end)
+
+
+def commit(database: Database, held: Held, compute: Callable[[View], Sequence[Record]]) -> Entry | None:
+    """Make one change, once; see `registry.catalog.catalog.Catalog.commit`.
+
+    Args:
+        held: this thread's connection, to the catalog's file.
+
+    Raises:
+        Replaced: if the catalog's file is another one by now.
+        Damaged: if the catalog contradicts itself, or the change does.
+    """
+    store = database.store
+    is_shown = True
+    with exclusive(database, held.connection, held.identity) as change:
+        catch_up(database, change)
+        _refuse_gaps(database, change)
+        records = [dict(record) for record in compute(View(change.connection, store))]
+        if not records:
+            return None
+        for record in records:
+            entries.check_record(record)
+        seq, digest, end = head(change.connection)
+        entry = entries.write(seq + 1, digest, records)
+        try:
+            change.take(entry)
+        except Refused as error:
+            raise Damaged(f"{database.path}: {error}; run: registry rebuild") from None
+        if problem := broken_by(change, entry, store):
+            raise Damaged(f"{database.path}: {problem}; run: registry rebuild")
+        change.keep(entry)
+        end = database.journal.append(entry, end)
+        try:
+            change.set_head(entry, end)
+            change.connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            # It has happened all the same: the log has it.
+            is_shown = False
+            with contextlib.suppress(sqlite3.Error):
+                change.connection.execute("ROLLBACK")
+            _logger.warning(
+                "%s: %s; entry %d is in the log, and the catalog shows it once it can be written",
+                database.path,
+                error,
+                entry.seq,
+            )
+    if not is_shown:
+        database.close()
+    return entry
+
+
+def _refuse_gaps(database: Database, change: Change) -> None:
+    gaps = state(change.connection, "gaps")
+    if gaps:
+        raise not_before(database.journal, gaps_in(gaps)[0])
+
+
+def adopt(
+    database: Database, held: Held, compute: Callable[[Ledger], Sequence[Record]], *, reason: str
+) -> Entry | None:
+    """Accept that what cannot be read in the log is lost, and go on behind it.
+
+    Args:
+        held: this thread's connection, to the catalog's file.
+        compute: says what else is to be recorded, from what follows from the readable entries.
+        reason: why, for those who read the log.
+
+    Returns:
+        The entry of the log; None if there was nothing to record.
+
+    Raises:
+        StorageError: if the folder cannot be written.
+    """
+    connection, journal = held.connection, database.journal
+    with exclusive(database, connection, held.identity) as change:
+        ledger = refold_in_place(database, change, connection).ledger
+        gaps = [[gap.first, gap.last] for gap in ledger.gaps if gap.last >= gap.first]
+        accepted = [{"op": "adopt", "gaps": gaps, "reason": reason}] if gaps else []
+        records = [*accepted, *compute(ledger)]
+        if not records:
+            return None
+        for record in records:
+            entries.check_record(record)
+        entry = entries.write(ledger.seq + 1, ledger.digest, records)
+        if (journal.size(ledger.end.segment) or 0) > ledger.end.offset:
+            journal.cut(ledger.end)
+        journal.append(entry, ledger.end)
+        refold_in_place(database, change, connection)
+    return entry
+
+
+def finish_interrupted(database: Database, connection: sqlite3.Connection, identity: object) -> bool:
+    """Finish a change that a crash interrupted, unless another process is at it or the disk is full; false then."""
+    try:
+        with exclusive(database, connection, identity) as change:
+            catch_up(database, change)
+    except StorageError as error:
+        _logger.debug("the catalog is behind the log: %s", error)
+        return False
+    except Replaced:
+        # It is opened again.
+        pass
+    return True
