@@ -10,7 +10,6 @@ import math
 import mmap
 import os
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,19 +20,17 @@ import torch
 from registry.store.differences import Decoding
 from registry.store.digest import tensor_digest
 from registry.store.dtypes import ELEMENT_TYPES
-from registry.store.durable import status_of, storage_errors
-from registry.store.errors import Corrupt, RegistryError
+from registry.store.errors import Corrupt, RegistryError, storage_errors
 from registry.store.location import Location
 from registry.store.manifest import TensorInfo
-from registry.store.pack import INNER, map_file, open_regular, pack_path
+from registry.store.pack import INNER, map_file, pack_path
 from registry.store.parallel import SMALL, in_order, in_parallel
-from registry.store.places import is_local
+from registry.store.places import FileState, is_local, open_regular, state_of
 from registry.store.tree import torch_type
 
 _ARENA = 64 << 20
 _READ = 8 << 20
 _GAP = 4 << 10
-_SETTLED = 100_000_000  # nanoseconds
 _MAX_BUFFERS = 1_000  # the system takes 1,024
 _REMAP = 1 << 20  # a second use of the same stored tensor is mapped again from here on, and copied below
 
@@ -65,7 +62,7 @@ class Mapped:
         self._packs = packs
         self._maps: dict[tuple[str, int], mmap.mmap] = {}
         self._uses: dict[tuple[str, int], int] = {}
-        self._states: dict[str, _FileState | None] = {}
+        self._states: dict[str, FileState | None] = {}
         self._decoded: dict[str, mmap.mmap] = {}
 
     def decode(self, items: Iterable[Wanted]) -> None:
@@ -138,7 +135,9 @@ class Mapped:
     def is_unchanged(self) -> bool:
         """Whether the system says that no mapped file has changed since before it was mapped."""
         return is_local(self._packs) and all(
-            state is not None and state.is_settled and _state_of(pack_path(self._packs, pack)) == state
+            state is not None
+            and state.is_settled
+            and state_of(pack_path(self._packs, pack), inner=INNER) == state
             for pack, state in self._states.items()
         )
 
@@ -153,7 +152,7 @@ class Mapped:
         if mapping is None:
             path = pack_path(self._packs, location.pack)
             if location.pack not in self._states:
-                self._states[location.pack] = _state_of(path)
+                self._states[location.pack] = state_of(path, inner=INNER)
             mapping = map_file(path, location.pack_size, inner=INNER)
             self._maps[location.pack, use] = mapping
         return mapping
@@ -169,27 +168,6 @@ class Read(Mapped):
         with _Files(self._packs) as files:
             files.read(_Read(wanted, place.start, size, [data]))
         return data
-
-
-class _FileState(NamedTuple):
-    """What the system records about a file; every change to the bytes changes it."""
-
-    device: int
-    inode: int
-    size: int
-    modified: int
-    changed: int
-    is_settled: bool
-    """Whether its times are so old that a change from now on gives others; they count in steps of some milliseconds."""
-
-
-def _state_of(path: Path) -> _FileState | None:
-    status = status_of(path, inner=INNER)
-    if status is None:
-        return None
-    times = status.st_mtime_ns, status.st_ctime_ns
-    is_settled = max(times) < time.time_ns() - _SETTLED
-    return _FileState(status.st_dev, status.st_ino, status.st_size, *times, is_settled)
 
 
 def view(buffer: mmap.mmap | memoryview, info: TensorInfo, offset: int) -> torch.Tensor:

@@ -21,10 +21,11 @@ from registry.store import header
 from registry.store.digest import digest as digest_of
 from registry.store.digest import is_digest, tensor_hasher
 from registry.store.dtypes import BY_CODE, ELEMENT_TYPES, byte_count
-from registry.store.durable import NewFile, open_file, storage_errors
-from registry.store.errors import Corrupt, Invalid, Missing, Unsupported
+from registry.store.durable import NewFile
+from registry.store.errors import Corrupt, Invalid, Unsupported, storage_errors
 from registry.store.location import Location
 from registry.store.parallel import in_parallel
+from registry.store.places import open_regular
 from registry.store.text import quoted
 
 ALIGNMENT = 64
@@ -309,49 +310,11 @@ def _opaque(text: str) -> tuple[str, tuple[int, ...]]:
     return dtype, tuple(map(int, sizes))
 
 
-class open_regular:
-    """Open a file for reading, refusing links, devices and pipes; a context manager with `fileno` and `read`.
-
-    Args:
-        inner: how many of the folders that it is in belong to a registry, which has no links.
-
-    Raises:
-        Corrupt: if there is no regular file at `path`.
-        StorageError: if the system refuses.
-    """
-
-    def __init__(self, path: Path, *, inner: int = 0) -> None:
-        self._fd = -1
-        with storage_errors(path):
-            try:
-                self._fd = open_file(path, os.O_RDONLY, inner=inner)
-            except FileNotFoundError:
-                raise Missing(f"{path}: the file is missing") from None
-
-    def __enter__(self) -> open_regular:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
-
-    def fileno(self) -> int:
-        return self._fd
-
-    def read(self, size: int) -> bytes:
-        parts = []
-        while size > 0:
-            part = os.read(self._fd, min(size, 64 << 20))
-            if not part:
-                break
-            parts.append(part)
-            size -= len(part)
-        return b"".join(parts)
-
-
 def map_file(path: Path, size: int, *, inner: int = 0) -> mmap.mmap:
     """Map a file copy-on-write: what is written to the mapping never reaches the file.
 
     Args:
+        size: how many bytes the file must have.
         inner: as for `open_regular`.
 
     Raises:

@@ -14,11 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from registry.store import durable
+from registry.store import durable, places
 from registry.store.digest import digest as digest_of
 from registry.store.digest import is_digest
-from registry.store.durable import storage_errors
-from registry.store.errors import Corrupt, Incompatible, Invalid, Missing, NotFound, StorageError
+from registry.store.errors import (
+    Corrupt,
+    Incompatible,
+    Invalid,
+    Missing,
+    NotFound,
+    StorageError,
+    storage_errors,
+)
 from registry.store.location import Index, Location
 from registry.store.manifest import (
     MAX_SIZE,
@@ -30,7 +37,8 @@ from registry.store.manifest import (
     slots_of,
     untagged,
 )
-from registry.store.pack import INNER, PackInfo, open_regular, pack_path, read_pack_info
+from registry.store.pack import INNER, PackInfo, pack_path, read_pack_info
+from registry.store.places import open_regular
 from registry.store.text import quoted
 
 if TYPE_CHECKING:
@@ -394,7 +402,7 @@ class Store:
 
     def has(self, digest: str) -> bool:
         """Whether a manifest of this digest is stored."""
-        status = durable.status_of(self.manifest_path(digest), inner=INNER) if is_digest(digest) else None
+        status = places.status_of(self.manifest_path(digest), inner=INNER) if is_digest(digest) else None
         return status is not None and stat.S_ISREG(status.st_mode)
 
     def manifest(self, digest: str, *, text_of: Callable[[str], bytes | None] | None = None) -> Manifest:
@@ -460,7 +468,7 @@ class Store:
 
     def _recent_manifest(self, digest: str) -> Manifest:
         """As `manifest`, parsed once for loads of the same one in a row, while its file stays as it was."""
-        status = durable.status_of(self.manifest_path(digest), inner=INNER) if is_digest(digest) else None
+        status = places.status_of(self.manifest_path(digest), inner=INNER) if is_digest(digest) else None
         if status is None:
             return self.manifest(digest)
         state = (digest, status.st_ino, status.st_size, status.st_mtime_ns)
@@ -492,7 +500,7 @@ class Store:
 
     def pack_is_whole(self, digest: str, size: int) -> bool:
         """Whether a pack's file is there in its full size."""
-        status = durable.status_of(self.pack_path(digest), inner=INNER)
+        status = places.status_of(self.pack_path(digest), inner=INNER)
         return status is not None and stat.S_ISREG(status.st_mode) and status.st_size == size
 
     @contextlib.contextmanager
@@ -690,8 +698,8 @@ def names_of(folder: Path, suffix: str) -> list[str]:
         Corrupt: if a folder on the way is none.
     """
     found = []
-    for part in durable.names_in(folder, inner=1):
+    for part in places.names_in(folder, inner=1):
         if _SHARD.match(part):
-            names = durable.names_in(folder / part, inner=INNER)
+            names = places.names_in(folder / part, inner=INNER)
             found += [name.removesuffix(suffix) for name in names if name.endswith(suffix)]
     return sorted(filter(is_digest, found))

@@ -23,8 +23,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from registry.catalog import pairing, schema, settings
 from registry.catalog.journal import BEGINNING, Journal, Position
 from registry.catalog.lookups import locate
-from registry.store import durable
-from registry.store.errors import Corrupt, Invalid, NotFound, RegistryError, StorageError, Unsupported
+from registry.store import durable, places
+from registry.store.errors import (
+    Corrupt,
+    Invalid,
+    NotFound,
+    RegistryError,
+    StorageError,
+    Unsupported,
+    storage_errors,
+)
 from registry.store.places import is_local
 from registry.store.text import printable, quoted
 
@@ -141,7 +149,7 @@ class Catalog:
         """
         self.journal.create()
         with self.journal.locked():
-            if durable.status_of(self.path) is None:
+            if places.status_of(self.path) is None:
                 self._refold("")
 
         def begin(view: View) -> list[Record]:
@@ -212,7 +220,7 @@ class Catalog:
         Raises:
             NotFound: if the registry is not there any more.
         """
-        if durable.status_of(self.path) is None and not settings.are_there(self._root):
+        if places.status_of(self.path) is None and not settings.are_there(self._root):
             raise NotFound(
                 f"{self._root}: the registry was renamed or deleted meanwhile; open it by its new name"
             )
@@ -233,8 +241,8 @@ class Catalog:
 
     def _still(self) -> _Still | None:
         """The state of a catalog that no process has open; None if one has, or may have."""
-        status = durable.status_of(self.path)
-        if status is None or durable.status_of(self.path.with_name(f"{NAME}-wal")) is not None:
+        status = places.status_of(self.path)
+        if status is None or places.status_of(self.path.with_name(f"{NAME}-wal")) is not None:
             return None
         return _Still(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
@@ -350,7 +358,7 @@ class Catalog:
 
         state = self._log_state()
         copy = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-        with durable.storage_errors(self._root):
+        with storage_errors(self._root):
             connection.backup(copy)
             self._catch_up(Change(copy, _Material(self._store(), self._text_in(copy))), heals=False)
         copy.execute("PRAGMA query_only = ON")
@@ -362,7 +370,7 @@ class Catalog:
 
         state = self._old_state() if self.format == 1 else self._log_state()
         connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-        with self._errors(), durable.storage_errors(self._root):
+        with self._errors(), storage_errors(self._root):
             change = Change(connection, _Material(self._store(), lambda _: None))
             if self.format == 1:
                 connection.execute("CREATE TEMP TABLE history (seq INTEGER PRIMARY KEY, entry BLOB NOT NULL)")
@@ -384,14 +392,14 @@ class Catalog:
         """What shows that a registry of format 1 has changed."""
         from registry.catalog.format1 import journal_path
 
-        found = (durable.status_of(journal_path(self._root), inner=1), durable.status_of(self.path))
+        found = (places.status_of(journal_path(self._root), inner=1), places.status_of(self.path))
         return _OldState(
             *(status and (status.st_size, status.st_mtime_ns, status.st_ino) for status in found)
         )
 
     def _old_catalog(self) -> sqlite3.Connection | None:
         """A connection to a catalog of format 1; None if it is lost or cannot be read."""
-        if durable.status_of(self.path) is None:
+        if places.status_of(self.path) is None:
             return None
         try:
             connection = self._connect(self.path, "mode=rw" if self.is_writable else "mode=ro", is_ours=False)
@@ -466,7 +474,7 @@ class Catalog:
             StorageError: if the folder cannot be written.
         """
         self.check_writable()
-        with durable.storage_errors(self._root):
+        with storage_errors(self._root):
             self.journal.create()
             with self.journal.locked():
                 self._look_for_another_format()
@@ -521,9 +529,9 @@ class Catalog:
     def _connect(self, path: Path, mode: str = "mode=rw", *, is_ours: bool = True) -> sqlite3.Connection:
         for part in _PARTS:
             beside = path.with_name(path.name + part)
-            status = durable.status_of(beside)
+            status = places.status_of(beside)
             if status is not None:
-                durable.refuse_odd(status, beside)
+                places.refuse_odd(status, beside)
         with self._errors():
             connection = sqlite3.connect(
                 f"{path.absolute().as_uri()}?{mode}",
@@ -693,7 +701,7 @@ class Catalog:
         from registry.catalog.change import Change
 
         self.check_writable()
-        with self._errors(), durable.storage_errors(self.path), self.journal.locked():
+        with self._errors(), storage_errors(self.path), self.journal.locked():
             if identity != self._identity(identity):
                 raise Replaced
             try:
@@ -846,7 +854,7 @@ class Catalog:
         """
         self.check_writable()
         problems = self.migrate(chooses=True) if self.format == 1 else []
-        with durable.storage_errors(self._root):
+        with storage_errors(self._root):
             self.journal.create()
             tries = 0
             while True:
@@ -901,7 +909,7 @@ class Catalog:
         Raises:
             Unsupported: if a newer program made it.
         """
-        if durable.status_of(self.path) is None:
+        if places.status_of(self.path) is None:
             return None
         connection = None
         try:
@@ -940,18 +948,18 @@ class Catalog:
         for part in _PARTS[1:]:  # Those of a file that was removed would be taken for its own.
             durable.unlink(self.path.with_name(NAME + part))
         with contextlib.suppress(FileExistsError):
-            os.close(durable.open_file(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL))
+            os.close(places.open_file(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL))
 
     def _set_aside(self) -> str | None:
         """Give a catalog that cannot be read another name; None if there is none."""
-        status = durable.status_of(self.path)
+        status = places.status_of(self.path)
         if status is None:
             return None
-        durable.refuse_odd(status, self.path)
+        places.refuse_odd(status, self.path)
         name = f"{NAME}.damaged-{int(time.time())}"
         for part in reversed(_PARTS):
             path = self.path.with_name(NAME + part)
-            if durable.status_of(path) is not None:
+            if places.status_of(path) is not None:
                 durable.rename(path, path.with_name(name + part))
         return name
 
@@ -1161,7 +1169,7 @@ class Catalog:
         """The rows of a query that only reads."""
         for _ in range(_TRIES):
             try:
-                with self._errors(), durable.storage_errors(self.path):
+                with self._errors(), storage_errors(self.path):
                     connection = self.connection()
                     rows = connection.execute(sql, parameters).fetchall()
                     identity = self._local.held.identity
@@ -1404,5 +1412,5 @@ def _let_go(
 
 def _identity_of(path: Path) -> _FileId | None:
     """What tells a file from another one that gets its name."""
-    status = durable.status_of(path)
+    status = places.status_of(path)
     return None if status is None else _FileId(status.st_dev, status.st_ino)

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from registry.progress import Progress, silent
 from registry.store import header
 from registry.store.dtypes import ELEMENT_TYPES
-from registry.store.durable import Buffer, NewFile, storage_errors
-from registry.store.errors import Conflict, Invalid, NotFound, Unsupported, fix
+from registry.store.durable import Buffer, NewFile
+from registry.store.errors import Conflict, Invalid, NotFound, Unsupported, fix, storage_errors
 from registry.store.places import refuse_inside
 from registry.store.text import printable, quoted
 

@@ -28,11 +28,11 @@ from registry.progress import Progress, silent
 from registry.store import header
 from registry.store.digest import digest
 from registry.store.dtypes import BY_CODE, ELEMENT_TYPES
-from registry.store.durable import storage_errors
-from registry.store.errors import Conflict, Invalid, NotFound, Unsupported
+from registry.store.errors import Conflict, Invalid, NotFound, Unsupported, storage_errors
 from registry.store.loading import naming, view
 from registry.store.manifest import TensorInfo
-from registry.store.pack import map_file, open_regular
+from registry.store.pack import map_file
+from registry.store.places import open_regular
 from registry.store.text import printable, quoted
 
 if TYPE_CHECKING:

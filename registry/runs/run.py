@@ -33,8 +33,8 @@ from registry.runs import provenance
 from registry.runs.logs import run_log
 from registry.store.arena import Arena
 from registry.store.digest import is_digest
-from registry.store.durable import host, make_folder, storage_errors, unlink, write_file
-from registry.store.errors import Invalid, RegistryError
+from registry.store.durable import host, make_folder, unlink, write_file
+from registry.store.errors import Invalid, RegistryError, storage_errors
 from registry.store.text import quoted
 from registry.transfer.plan import TransferPlan, plan_document
 from registry.upkeep.compaction import compact
