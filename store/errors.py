@@ -150,3 +150,15 @@ def _owner(path: Path) -> str:
             owner = place.stat().st_uid
             return f" ({place} belongs to user {owner}, this process runs as {os.geteuid()})"
     return ""
+
+
+@contextlib.contextmanager
+def naming(label: str) -> Iterator[None]:
+    """Put the name of the checkpoint that is being read in front of what goes wrong."""
+    try:
+        yield
+    except RegistryError as error:
+        named = type(error)(f"{label}: {error}")
+        if isinstance(error, Corrupt) and isinstance(named, Corrupt):
+            named.pack = error.pack
+        raise named from error.__cause__

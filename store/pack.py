@@ -23,7 +23,7 @@ from registry.store.digest import is_digest, tensor_hasher
 from registry.store.dtypes import BY_CODE, ELEMENT_TYPES, byte_count
 from registry.store.durable import NewFile
 from registry.store.errors import Corrupt, Invalid, Unsupported, storage_errors
-from registry.store.location import Location
+from registry.store.locating import Location
 from registry.store.parallel import in_parallel
 from registry.store.places import open_regular
 from registry.store.text import quoted

@@ -12,6 +12,7 @@ import errno
 import functools
 import os
 import stat
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -195,6 +196,69 @@ class open_regular:
             parts.append(part)
             size -= len(part)
         return b"".join(parts)
+
+
+class OpenFiles:
+    """Regular files that are opened once each, and read by several threads; a context manager."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, open_regular] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> OpenFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._open.values():
+            file.__exit__()
+
+    def read(
+        self, path: Path, size: int, start: int, end: int, buffers: list[memoryview], *, inner: int = 0
+    ) -> bool:
+        """Fill buffers with the bytes of a file from `start` to `end`.
+
+        Args:
+            size: how many bytes the file must have.
+            buffers: writable, and as long together as what is read.
+            inner: as for `open_regular`.
+
+        Returns:
+            False if the file ends before.
+
+        Raises:
+            Corrupt: if the file does not have `size` bytes.
+            StorageError: if the system refuses.
+        """
+        fd = self._descriptor(path, size, inner)
+        with storage_errors(path):
+            while start < end:
+                count = os.preadv(fd, buffers, start)
+                if count == 0:
+                    return False
+                start += count
+                buffers = _after(buffers, count) if start < end else []
+        return True
+
+    def _descriptor(self, path: Path, size: int, inner: int) -> int:
+        name = str(path)
+        with self._lock:
+            if name not in self._open:
+                file = open_regular(path, inner=inner)
+                actual = os.fstat(file.fileno()).st_size
+                if actual != size:
+                    file.__exit__()
+                    raise Corrupt(f"{path}: has {actual} bytes instead of {size}")
+                self._open[name] = file
+            return self._open[name].fileno()
+
+
+def _after(buffers: list[memoryview], count: int) -> list[memoryview]:
+    """What is left to fill after a read that filled `count` bytes."""
+    for i, buffer in enumerate(buffers):
+        if count < len(buffer):
+            return [buffer[count:], *buffers[i + 1 :]]
+        count -= len(buffer)
+    return []
 
 
 class FileState(NamedTuple):

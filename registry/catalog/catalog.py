@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from registry.catalog.entries import Entry, Record
     from registry.catalog.history import End, Fork, Gap, Placed
     from registry.catalog.ledger import Ledger
-    from registry.store.location import Location
+    from registry.store.locating import Location
     from registry.store.manifest import Manifest
     from registry.store.pack import PackInfo
     from registry.store.store import Store

@@ -12,8 +12,8 @@ from registry.store.errors import Conflict, RegistryError
 
 if TYPE_CHECKING:
     from registry.catalog.catalog import Catalog, View
-    from registry.store.location import Location
-    from registry.store.saving import State
+    from registry.store.locating import Location
+    from registry.store.saving import Encoded
     from registry.store.store import Store, Stored, Written
 
 _ATTEMPTS = 6
@@ -30,7 +30,7 @@ class Taken(Stale):
 def publish(
     catalog: Catalog,
     store: Store,
-    state: State | Written,
+    state: Encoded | Written,
     record: dict[str, Any],
     records: Callable[[View, str, Mapping[str, str]], Sequence[Record]],
     *,

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from registry.catalog.lookups import batches, locate, marks
 from registry.store.errors import RegistryError
-from registry.store.location import Location
+from registry.store.locating import Location
 from registry.store.pack import PackInfo
 
 

@@ -20,7 +20,7 @@ from registry.progress import Progress, silent
 from registry.store import header
 from registry.store.dtypes import ELEMENT_TYPES
 from registry.store.durable import Buffer, NewFile
-from registry.store.errors import Conflict, Invalid, NotFound, Unsupported, fix, storage_errors
+from registry.store.errors import Conflict, Invalid, NotFound, Unsupported, fix, naming, storage_errors
 from registry.store.places import refuse_inside
 from registry.store.text import printable, quoted
 
@@ -151,7 +151,6 @@ def _new_file(path: Path, force: bool, total: int, progress: Progress) -> Iterat
 
 def _tree(checkpoint: Checkpoint, component: str | None, verify: bool) -> Any:
     from registry.files.layouts import join
-    from registry.store.loading import naming
 
     if component is not None:
         return checkpoint.state_dict(component, verify=verify)

@@ -28,8 +28,8 @@ from registry.progress import Progress, silent
 from registry.store import header
 from registry.store.digest import digest
 from registry.store.dtypes import BY_CODE, ELEMENT_TYPES
-from registry.store.errors import Conflict, Invalid, NotFound, Unsupported, storage_errors
-from registry.store.loading import naming, view
+from registry.store.errors import Conflict, Invalid, NotFound, Unsupported, naming, storage_errors
+from registry.store.loading import view
 from registry.store.manifest import TensorInfo
 from registry.store.pack import map_file
 from registry.store.places import open_regular

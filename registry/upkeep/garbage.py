@@ -26,8 +26,8 @@ from registry.catalog.schema import UNUSED
 from registry.store import durable, places
 from registry.store.digest import is_digest
 from registry.store.errors import Corrupt, NotFound, RegistryError, storage_errors
+from registry.store.folder_index import names_of
 from registry.store.pack import INNER
-from registry.store.store import names_of
 
 if TYPE_CHECKING:
     from registry.catalog.catalog import Catalog, View

@@ -13,7 +13,7 @@ from registry.store.errors import Corrupt, NotFound
 if TYPE_CHECKING:
     from registry.catalog.catalog import Catalog, View
     from registry.catalog.lookups import Query
-    from registry.store.location import Location
+    from registry.store.locating import Location
     from registry.store.pack import PackInfo
     from registry.store.store import Store
 
