@@ -3,6 +3,8 @@
 Nothing else in this package changes a file of the store. The steps go through the module's `disk`, so that a
 test can record them, fail one of them, or rebuild the state that a crash after any of them would leave. As in
 `registry.store.places`, `inner` says how many of the last folders of a path belong to the registry.
+
+The steps stand in one file, so that a test can see that no other module changes files.
 """
 
 from __future__ import annotations
@@ -43,31 +45,41 @@ class Disk:
         return set()
 
     def write(self, fd: int, path: Path, data: memoryview) -> int:
+        """Write some of the bytes at the file's position, and return how many."""
         return os.write(fd, data)
 
     def write_at(self, fd: int, path: Path, data: memoryview, offset: int) -> int:
+        """Write some of the bytes at an offset, and return how many."""
         return os.pwrite(fd, data, offset)
 
     def sync(self, fd: int, path: Path) -> None:
+        """Make a file's bytes durable."""
         os.fsync(fd)
 
     def sync_folder(self, path: Path, folder: int) -> None:
+        """Make the names in a folder durable."""
         os.fsync(folder)
 
     def rename(self, source: Path, target: Path, source_folder: int, target_folder: int) -> None:
+        """Give a file another name; what has that name is replaced."""
         os.replace(source.name, target.name, src_dir_fd=source_folder, dst_dir_fd=target_folder)
 
     def unlink(self, path: Path, folder: int) -> None:
+        """Remove a file."""
         os.unlink(path.name, dir_fd=folder)
 
     def mkdir(self, path: Path, folder: int) -> None:
+        """Create a folder."""
         os.mkdir(path.name, dir_fd=folder)
 
     def truncate(self, fd: int, path: Path, size: int) -> None:
+        """Cut an open file back to `size` bytes."""
         os.ftruncate(fd, size)
 
 
 disk = Disk()
+"""State of the process: what the steps go through, and with it the folders that are known to be durable. Tests put a
+`Disk` of their own in its place."""
 
 
 class Moved(Exception):
@@ -91,7 +103,8 @@ class NewFile:
             self.path = folder / f"{host()}-{os.getpid()}-{os.urandom(16).hex()}"
             self.fd = open_file(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, inner=inner)
             lock(self.fd)
-            if self._is_there():  # Nobody took it for a dead writer's before it was locked.
+            # Nobody took it for a dead writer's before it was locked.
+            if self._is_there():
                 break
             os.close(self.fd)
         self._position = 0
@@ -106,6 +119,7 @@ class NewFile:
         self._position = self._written_back = os.lseek(self.fd, offset, os.SEEK_SET)
 
     def write(self, data: Buffer) -> None:
+        """Write at the end of what is there."""
         rest = memoryview(data).cast("B")
         while rest:
             count = disk.write(self.fd, self.path, rest[:_CHUNK])
@@ -116,6 +130,7 @@ class NewFile:
                 self._written_back = self._position
 
     def write_at(self, data: Buffer, offset: int) -> None:
+        """Write at an offset that `skip_to` left out."""
         rest = memoryview(data).cast("B")
         while rest:
             count = disk.write_at(self.fd, self.path, rest, offset)
@@ -269,8 +284,9 @@ def make_folder(path: Path, *, inner: int = 0) -> None:
                     disk.mkdir(path, folder)
             disk.sync_folder(path.parent, folder)
     except PermissionError:
+        # Only the folder that the registry lies in may be somebody else's.
         if inner or not is_there:
-            raise  # Only the folder that the registry lies in may be somebody else's.
+            raise
     with opened_folder(path, inner) as folder:
         disk.safe_folders.add(_identity(folder))
 
@@ -418,6 +434,7 @@ def _start_writeback(fd: int, offset: int, size: int) -> None:
 def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
     if not sys.platform.startswith("linux"):
         return None
+    # Lazy: start-up.
     import ctypes
 
     function = getattr(ctypes.CDLL(None), "sync_file_range", None)

@@ -30,8 +30,11 @@ from registry.store.tree import torch_type
 _ARENA = 64 << 20
 _READ = 8 << 20
 _GAP = 4 << 10
-_MAX_BUFFERS = 1_000  # the system takes 1,024
-_REMAP = 1 << 20  # a second use of the same stored tensor is mapped again from here on, and copied below
+_MAX_BUFFERS = 1_000
+"""Buffers of one read; the system takes 1,024."""
+
+_REMAP = 1 << 20
+"""Bytes from which on a second use of the same stored tensor is mapped again; below, it is copied."""
 
 
 class Mapped:
@@ -141,6 +144,7 @@ class Read(Mapped):
     """Reads stored bytes instead of mapping them, as a file that shrinks meanwhile would end the process otherwise."""
 
     def stored(self, wanted: Wanted) -> memoryview:
+        """The bytes of a tensor as they are in the pack, in memory of their own."""
         place = wanted.location
         size = wanted.size if place.coded is None else place.coded
         data = memoryview(bytearray(size))
@@ -213,7 +217,8 @@ def verifying(packs: Path, items: Sequence[Wanted], mapped: Mapped) -> Iterator[
         try:
             yield
             verification.result()
-        except BaseException:  # Ctrl-C, say
+        except BaseException:
+            # It may be Ctrl-C.
             stop.set()
             raise
 
@@ -224,6 +229,7 @@ def _check(packs: Path, item: Wanted, data: memoryview) -> None:
 
 
 def damaged(packs: Path, item: Wanted) -> Corrupt:
+    """The error for a tensor whose bytes are not what was saved."""
     end = item.location.start + (item.size if item.location.coded is None else item.location.coded)
     error = Corrupt(
         f"{item.name}: the bytes {item.location.start} to {end} of pack "
@@ -348,7 +354,8 @@ def _arenas(items: Sequence[Wanted]) -> list[tuple[mmap.mmap, list[tuple[Wanted,
 def _anonymous(size: int) -> mmap.mmap:
     mapping = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel built without huge pages
+        # A kernel may be built without huge pages.
+        with contextlib.suppress(OSError):
             mapping.madvise(mmap.MADV_HUGEPAGE)
     return mapping
 

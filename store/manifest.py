@@ -36,6 +36,7 @@ class TensorInfo(NamedTuple):
 
     @property
     def elements(self) -> int:
+        """How many elements the tensor has."""
         return math.prod(self.shape)
 
     @property
@@ -59,6 +60,7 @@ class Listed(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
+        """Whether it was stored as one, and not in shards."""
         return self.shards[0][0] is None
 
 

@@ -32,6 +32,9 @@ ALIGNMENT = 64
 INNER = 2
 """Folders that a pack or a manifest is in, below the registry's own: `packs/ab`."""
 
+_DIGEST = 64
+_LONGEST_CODE = max(map(len, BY_CODE))
+_LONGEST_OPAQUE = max(len(name) for name, kind in ELEMENT_TYPES.items() if kind.pack_code is None)
 _FORMAT = "torch-registry pack 1"
 _SALT = 16
 _COALESCE = 64 << 10
@@ -63,6 +66,8 @@ class PackedTensor:
 
 @dataclass(frozen=True)
 class PackInfo:
+    """What a pack holds; its size is in bytes."""
+
     digest: str
     size: int
     tensors: tuple[PackedTensor, ...]
@@ -132,7 +137,7 @@ class PackWriter:
                 hashed; otherwise `finish` checks those that were written.
         """
         self._fill()
-        code = ELEMENT_TYPES[dtype].code
+        code = ELEMENT_TYPES[dtype].pack_code
         self._tensors.append(PackedTensor(digest, dtype, tuple(shape), self._position))
         if not is_sure:
             self._unsure.append(self._tensors[-1])
@@ -177,6 +182,7 @@ class PackWriter:
         return PackInfo(name, self._position, tuple(self._tensors))
 
     def discard(self) -> None:
+        """Remove what was written."""
         self._file.discard()
 
     def _changed(self) -> list[str]:
@@ -243,12 +249,15 @@ def difference_bound(dtype: str, shape: Sequence[int]) -> int:
 
 
 def _entry_bound(dtype: str, shape: Sequence[int]) -> int:
-    """Bytes of header that a tensor takes at most, its filler entry and opaque type included."""
+    """Bytes of header that a tensor takes at most, its padding entry and opaque type included."""
     dimensions = sum(len(str(n)) + 1 for n in shape)
-    entry = 64 + len('"":{"dtype":"F8_E4M3FNUZ","shape":[],"data_offsets":[,]},') + dimensions + 2 * 15
-    filler = len('"pad.1000000":{"dtype":"U8","shape":[63],"data_offsets":[,]},') + 2 * 15
-    opaque = 64 + len('"":"float4_e2m1fn_x2 ",') + dimensions if ELEMENT_TYPES[dtype].code is None else 0
-    return entry + filler + opaque
+    entry = (
+        _DIGEST + _LONGEST_CODE + len('"":{"dtype":"","shape":[],"data_offsets":[,]},') + dimensions + 2 * 15
+    )
+    padding = len('"pad.1000000":{"dtype":"U8","shape":[63],"data_offsets":[,]},') + 2 * 15
+    if ELEMENT_TYPES[dtype].pack_code is not None:
+        return entry + padding
+    return entry + padding + _DIGEST + _LONGEST_OPAQUE + len('"":" ",') + dimensions
 
 
 def pack_path(packs: Path, digest: str) -> Path:

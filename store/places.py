@@ -312,7 +312,10 @@ def is_local(path: Path) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _file_system(place: str, _device: int) -> str:
-    """The kind of file system; empty if it cannot be told."""
+    """The kind of file system; empty if it cannot be told.
+
+    State of the process: the answers are kept. `_file_system.cache_clear()` forgets them.
+    """
     try:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
             best, kind = "", ""
