@@ -26,8 +26,8 @@ from registry.cli.output import (
     version_document,
     warn,
 )
-from registry.store.durable import open_file, opened_folder, storage_errors
-from registry.store.errors import Conflict, NotFound
+from registry.store.errors import Conflict, NotFound, storage_errors
+from registry.store.places import open_file, opened_folder
 
 if TYPE_CHECKING:
     from registry.catalog.versions import Version

@@ -14,7 +14,7 @@ from registry.catalog.catalog import Catalog
 from registry.log import settings
 from registry.release import VERSION
 from registry.store import durable
-from registry.store.errors import Conflict, NotFound
+from registry.store.errors import Conflict, NotFound, storage_errors
 
 if TYPE_CHECKING:
     from registry.store.store import Store
@@ -71,7 +71,7 @@ class Home:
                 f"{self.root} holds a registry without {settings.NAME}; if the file was lost, recreate it with one "
                 f"line: format = {settings.FORMAT}"
             )
-        with durable.storage_errors(self.root):
+        with storage_errors(self.root):
             is_own = not self.root.is_dir() or not any(self.root.iterdir())
             for folder in FOLDERS:
                 durable.make_folder(self.root / folder, inner=1)

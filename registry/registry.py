@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from registry.configs.config import Config
     from registry.log.metrics import Monitor
     from registry.runs.run import Run
-    from registry.store.saving import State
+    from registry.store.saving import Encoded
     from registry.store.store import Written
     from registry.transfer.plan import TransferPlan
     from registry.transfer.report import DiffReport
@@ -212,7 +212,7 @@ class Registry(Home):
     def save(
         self,
         model: str,
-        components: Mapping[str, Any] | State | Written,
+        components: Mapping[str, Any] | Encoded | Written,
         *,
         epoch: int | None = None,
         step: int | None = None,

@@ -1,7 +1,7 @@
 """Lossless coding of a tensor as its difference from another one of the same type and shape.
 
 The elements of both are taken as whole numbers without a sign; their differences, small ones of either sign made
-small, are split into planes of equally significant bytes. Where training moved weights a little the high planes are
+small, are split into planes of equally significant bytes. Where training moved parameters a little the high planes are
 almost all zero, and zstd takes them down to next to nothing. `docs/FORMAT.md` describes the bytes.
 """
 
@@ -18,12 +18,14 @@ import zstandard
 from registry.store.errors import Corrupt
 
 ITEM_SIZES = (2, 4, 8)
+"""Bytes of an element that this coding can work with: those that numpy has whole numbers of."""
+
 CHUNK = 1 << 17
 """Elements that are coded at a time: what is worked on fits a processor's cache."""
 
 _HEAD = struct.Struct("<II")
-_SIGNED = {2: np.int16, 4: np.int32, 8: np.int64}
-_UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
+_SIGNED = {size: np.dtype(f"i{size}").type for size in ITEM_SIZES}
+_UNSIGNED = {size: np.dtype(f"u{size}").type for size in ITEM_SIZES}
 _PARAMETERS = zstandard.ZstdCompressionParameters(
     strategy=zstandard.STRATEGY_FAST,
     window_log=17,
@@ -36,8 +38,11 @@ _PARAMETERS = zstandard.ZstdCompressionParameters(
 """Few and long matches: what a plane holds is runs and uneven frequencies, and short matches by chance cost both time
 and bytes."""
 
-_WORTH_IT = 0.98  # of a plane's bytes, below which its compressed form is kept
+_WORTH_IT = 0.98
+"""Part of a plane's bytes below which its compressed form is kept."""
+
 _local = threading.local()
+"""State of the process: the zstd coder and decoder of each thread. They keep nothing of what they have coded."""
 
 Run = Callable[[Sequence[Any], Callable[[Any], None]], None]
 """Calls a function for each of some jobs, on as many threads as it likes."""
@@ -124,7 +129,8 @@ class Decoding:
         if len(coded) == count:
             return np.frombuffer(coded, np.uint8)
         try:
-            if zstandard.frame_content_size(coded) != count:  # asked before memory is reserved for it
+            # Asked before memory is reserved for it.
+            if zstandard.frame_content_size(coded) != count:
                 raise Corrupt("a plane of a difference has another length than it should")
             return np.frombuffer(_codecs()[1].decompress(coded, max_output_size=count), np.uint8)
         except zstandard.ZstdError as error:

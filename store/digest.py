@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from blake3 import blake3
 
 ALL_CORES: int = blake3.AUTO
-_PARALLEL = 1 << 20  # below this, starting threads costs more than they save
+_PARALLEL = 1 << 20
+"""Bytes below which starting threads costs more than they save."""
+
 _HEX = re.compile(r"[0-9a-f]{64}\Z")
 
 Buffer = bytes | bytearray | memoryview
 
 _is_forked = False
+"""State of the process: whether it was forked from one that hashed. It stays so until the process ends."""
 
 
 def _note_fork() -> None:
@@ -62,4 +65,5 @@ def tensor_hasher(dtype: str, shape: Sequence[int], threads: int) -> blake3:
 
 
 def is_digest(text: object) -> bool:
+    """Whether something has the form of a digest: 64 lower-case hex digits."""
     return isinstance(text, str) and _HEX.match(text) is not None

@@ -1,11 +1,10 @@
 """Every step that must survive a power cut: write, fsync, rename, unlink, mkdir.
 
 Nothing else in this package changes a file of the store. The steps go through the module's `disk`, so that a
-test can record them, fail one of them, or rebuild the state that a crash after any of them would leave.
+test can record them, fail one of them, or rebuild the state that a crash after any of them would leave. As in
+`registry.store.places`, `inner` says how many of the last folders of a path belong to the registry.
 
-A registry may come from somebody else. So its folders are opened one by one, without following links: an argument
-`inner` says how many of the last folders of a path belong to the registry. The folders before them are the user's own,
-and links among these are followed.
+The steps stand in one file, so that a test can see that no other module changes files.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-from registry.store.errors import Corrupt, StorageError
-from registry.store.places import refuse_inside
+from registry.store.errors import StorageError, storage_errors
+from registry.store.places import open_file, opened_folder, refuse_inside, status_of
 
 Buffer = bytes | bytearray | memoryview
 
@@ -32,7 +31,6 @@ WRITEBACK = 4 << 20
 _CHUNK = 4 << 20
 _SYNC_FILE_RANGE_WRITE = 2
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 class Disk:
@@ -47,150 +45,45 @@ class Disk:
         return set()
 
     def write(self, fd: int, path: Path, data: memoryview) -> int:
+        """Write some of the bytes at the file's position, and return how many."""
         return os.write(fd, data)
 
     def write_at(self, fd: int, path: Path, data: memoryview, offset: int) -> int:
+        """Write some of the bytes at an offset, and return how many."""
         return os.pwrite(fd, data, offset)
 
     def sync(self, fd: int, path: Path) -> None:
+        """Make a file's bytes durable."""
         os.fsync(fd)
 
     def sync_folder(self, path: Path, folder: int) -> None:
+        """Make the names in a folder durable."""
         os.fsync(folder)
 
     def rename(self, source: Path, target: Path, source_folder: int, target_folder: int) -> None:
+        """Give a file another name; what has that name is replaced."""
         os.replace(source.name, target.name, src_dir_fd=source_folder, dst_dir_fd=target_folder)
 
     def unlink(self, path: Path, folder: int) -> None:
+        """Remove a file."""
         os.unlink(path.name, dir_fd=folder)
 
     def mkdir(self, path: Path, folder: int) -> None:
+        """Create a folder."""
         os.mkdir(path.name, dir_fd=folder)
 
     def truncate(self, fd: int, path: Path, size: int) -> None:
+        """Cut an open file back to `size` bytes."""
         os.ftruncate(fd, size)
 
 
 disk = Disk()
+"""State of the process: what the steps go through, and with it the folders that are known to be durable. Tests put a
+`Disk` of their own in its place."""
 
 
 class Moved(Exception):
     """A file that was being written is not under its name any more. Never reaches users."""
-
-
-@contextlib.contextmanager
-def opened_folder(path: Path, inner: int = 0) -> Iterator[int]:
-    """Open a folder without following links to it.
-
-    Args:
-        inner: how many of the last parts of the path belong to the registry; the folders before them are followed.
-
-    Raises:
-        Corrupt: if one of these is something else than a folder.
-    """
-    names = str(path).rsplit("/", inner) if inner else [str(path)]  # strings, as this is called very often
-    place = names.pop(0) or "/" if len(names) > inner else "."
-    fd = os.open(place, _FOLDER)
-    try:
-        for name in names:
-            place = f"{place}/{name}"
-            below = _open_inner_folder(name, fd, place)
-            os.close(fd)
-            fd = below
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def _open_inner_folder(name: str, folder: int, place: str) -> int:
-    try:
-        return os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.ENOTDIR):
-            error.filename = place
-            raise
-        raise Corrupt(
-            f"{place}: is no folder but {_kind(os.stat(name, dir_fd=folder, follow_symlinks=False))}, which a "
-            "registry does not have there; nothing was changed"
-        ) from None
-
-
-def _kind(status: os.stat_result) -> str:
-    kinds = {
-        stat.S_IFLNK: "a symbolic link",
-        stat.S_IFREG: "a file",
-        stat.S_IFDIR: "a folder",
-        stat.S_IFIFO: "a pipe",
-        stat.S_IFSOCK: "a socket",
-    }
-    return kinds.get(stat.S_IFMT(status.st_mode), "a device")
-
-
-def open_file(path: Path, flags: int, *, inner: int = 0, mode: int = 0o666) -> int:
-    """Open a regular file without following links.
-
-    Args:
-        inner: how many of the folders that it is in belong to the registry.
-
-    Raises:
-        Corrupt: if there is no regular file of this name.
-        FileNotFoundError: if there is nothing.
-    """
-    with opened_folder(path.parent, inner) as folder:
-        try:
-            fd = os.open(path.name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode, dir_fd=folder)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                refuse_odd(os.stat(path.name, dir_fd=folder, follow_symlinks=False), path)
-            error.filename = str(path)
-            raise
-    try:
-        refuse_odd(os.fstat(fd), path)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def refuse_odd(status: os.stat_result, path: Path) -> None:
-    """Check that something is a regular file.
-
-    Raises:
-        Corrupt: if it is anything else.
-    """
-    if not stat.S_ISREG(status.st_mode):
-        raise Corrupt(f"{path}: is {_kind(status)}, not a regular file")
-
-
-def read_file(path: Path, limit: int, *, inner: int = 0) -> bytes:
-    """The first bytes of a small file of the registry, up to a limit."""
-    fd = open_file(path, os.O_RDONLY, inner=inner)
-    try:
-        parts = []
-        while limit > 0 and (part := os.read(fd, limit)):
-            parts.append(part)
-            limit -= len(part)
-        return b"".join(parts)
-    finally:
-        os.close(fd)
-
-
-def status_of(path: Path, *, inner: int = 0) -> os.stat_result | None:
-    """What the system knows of a file, links not followed; None if there is nothing."""
-    try:
-        with opened_folder(path.parent, inner) as folder:
-            return os.stat(path.name, dir_fd=folder, follow_symlinks=False)
-    except FileNotFoundError:
-        return None
-
-
-def names_in(path: Path, *, inner: int = 0) -> list[str]:
-    """The names in a folder, sorted; none if it is not there."""
-    try:
-        with opened_folder(path, inner) as folder:
-            return sorted(os.listdir(folder))
-    except FileNotFoundError:
-        return []
 
 
 class NewFile:
@@ -210,7 +103,8 @@ class NewFile:
             self.path = folder / f"{host()}-{os.getpid()}-{os.urandom(16).hex()}"
             self.fd = open_file(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, inner=inner)
             lock(self.fd)
-            if self._is_there():  # Nobody took it for a dead writer's before it was locked.
+            # Nobody took it for a dead writer's before it was locked.
+            if self._is_there():
                 break
             os.close(self.fd)
         self._position = 0
@@ -225,6 +119,7 @@ class NewFile:
         self._position = self._written_back = os.lseek(self.fd, offset, os.SEEK_SET)
 
     def write(self, data: Buffer) -> None:
+        """Write at the end of what is there."""
         rest = memoryview(data).cast("B")
         while rest:
             count = disk.write(self.fd, self.path, rest[:_CHUNK])
@@ -235,6 +130,7 @@ class NewFile:
                 self._written_back = self._position
 
     def write_at(self, data: Buffer, offset: int) -> None:
+        """Write at an offset that `skip_to` left out."""
         rest = memoryview(data).cast("B")
         while rest:
             count = disk.write_at(self.fd, self.path, rest, offset)
@@ -388,8 +284,9 @@ def make_folder(path: Path, *, inner: int = 0) -> None:
                     disk.mkdir(path, folder)
             disk.sync_folder(path.parent, folder)
     except PermissionError:
+        # Only the folder that the registry lies in may be somebody else's.
         if inner or not is_there:
-            raise  # Only the folder that the registry lies in may be somebody else's.
+            raise
     with opened_folder(path, inner) as folder:
         disk.safe_folders.add(_identity(folder))
 
@@ -527,38 +424,6 @@ def _last_try(step: Callable[[], None]) -> None:
         ) from None
 
 
-_ADVICE = {
-    errno.ENOSPC: "no space left on the device; free some and repeat",
-    errno.EDQUOT: "the disk quota is used up; free some space and repeat",
-    errno.EFBIG: "the file would exceed the allowed file size; raise the limit (ulimit -f) and repeat",
-    errno.EROFS: "the file system is read-only; use another --root or remount it",
-    errno.EMFILE: "too many open files; raise the limit (ulimit -n) and repeat",
-    errno.EIO: "the disk reports an I/O error; check the disk",
-}
-
-
-@contextlib.contextmanager
-def storage_errors(path: Path | str) -> Iterator[None]:
-    """Turn an operating system's refusal into a `StorageError` that names the file and what to do."""
-    try:
-        yield
-    except OSError as error:
-        where = error.filename or path
-        if error.errno in (errno.EACCES, errno.EPERM):
-            advice = f"permission denied{_owner(Path(os.fsdecode(where)))}; ask its owner for access"
-        else:
-            advice = _ADVICE.get(error.errno or 0) or (error.strerror or str(error))
-        raise StorageError(f"{os.fsdecode(where)}: {advice}") from error
-
-
-def _owner(path: Path) -> str:
-    for place in (path, *path.parents):
-        with contextlib.suppress(OSError):
-            owner = place.stat().st_uid
-            return f" ({place} belongs to user {owner}, this process runs as {os.geteuid()})"
-    return ""
-
-
 def _start_writeback(fd: int, offset: int, size: int) -> None:
     sync = _sync_file_range()
     if sync is not None:
@@ -569,6 +434,7 @@ def _start_writeback(fd: int, offset: int, size: int) -> None:
 def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
     if not sys.platform.startswith("linux"):
         return None
+    # Lazy: start-up.
     import ctypes
 
     function = getattr(ctypes.CDLL(None), "sync_file_range", None)

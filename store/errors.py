@@ -7,12 +7,26 @@ layer can raise them.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 _OPTIONS = {"adapters": "adapt"}
 """What the command line calls an argument, where it is not the same word."""
+
+_ADVICE = {
+    errno.ENOSPC: "no space left on the device; free some and repeat",
+    errno.EDQUOT: "the disk quota is used up; free some space and repeat",
+    errno.EFBIG: "the file would exceed the allowed file size; raise the limit (ulimit -f) and repeat",
+    errno.EROFS: "the file system is read-only; use another --root or remount it",
+    errno.EMFILE: "too many open files; raise the limit (ulimit -n) and repeat",
+    errno.EIO: "the disk reports an I/O error; check the disk",
+}
+"""What to do where the operating system refuses."""
 
 
 class Fix(NamedTuple):
@@ -113,3 +127,38 @@ class Invalid(RegistryError):
 
 class StorageError(RegistryError):
     """The operating system refused to read or write: no space, no permission, an I/O error."""
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path | str) -> Iterator[None]:
+    """Turn an operating system's refusal into a `StorageError` that names the file and what to do."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or path
+        if error.errno in (errno.EACCES, errno.EPERM):
+            advice = f"permission denied{_owner(Path(os.fsdecode(where)))}; ask its owner for access"
+        else:
+            advice = _ADVICE.get(error.errno or 0) or (error.strerror or str(error))
+        raise StorageError(f"{os.fsdecode(where)}: {advice}") from error
+
+
+def _owner(path: Path) -> str:
+    """Whom a path belongs to, or the nearest folder above it that can be seen."""
+    for place in (path, *path.parents):
+        with contextlib.suppress(OSError):
+            owner = place.stat().st_uid
+            return f" ({place} belongs to user {owner}, this process runs as {os.geteuid()})"
+    return ""
+
+
+@contextlib.contextmanager
+def naming(label: str) -> Iterator[None]:
+    """Put the name of the checkpoint that is being read in front of what goes wrong."""
+    try:
+        yield
+    except RegistryError as error:
+        named = type(error)(f"{label}: {error}")
+        if isinstance(error, Corrupt) and isinstance(named, Corrupt):
+            named.pack = error.pack
+        raise named from error.__cause__

@@ -20,8 +20,11 @@ SMALLEST = 4 << 10
 """Bytes below which hashing costs less than remembering."""
 
 _PART = 1 << 20
-_LARGE_PART = 8 << 20  # which several cores share
-_MOST = 1 << 17  # entries, some 300 bytes each
+_LARGE_PART = 8 << 20
+"""Bytes that several cores hash at a time."""
+
+_MOST = 1 << 17
+"""Entries that are kept, some 300 bytes each."""
 
 Place = tuple[int, str, tuple[int, ...]]
 """Where a tensor lies in memory, its dtype and its shape."""
@@ -64,7 +67,8 @@ class Remembered:
             return before.digest
         digest = tensor_digest(dtype, shape, data, threads=threads)
         if before.digest == digest:
-            self._entries.pop(place, None)  # it changes no longer
+            # It changes no longer.
+            self._entries.pop(place, None)
         else:
             self._entries[place] = _Entry(digest, None)
         return digest
@@ -101,4 +105,4 @@ class Remembered:
 
 
 remembered = Remembered()
-"""What this process remembers."""
+"""State of the process: digests by the places of tensors in its memory. `remembered.forget()` forgets them."""

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from registry.store.dtypes import BY_CODE, ELEMENT_TYPES
+from registry.store.dtypes import BITS
 from registry.store.errors import Invalid
 from registry.store.text import quoted
 
@@ -25,9 +25,10 @@ MAX_NAME = 1_024
 MAX_DIMENSIONS = 64
 PAGE = 4_096
 
-_PACKED = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # bits an element
 _MAX_ELEMENTS = (1 << 63) - 1
-_SURROGATE = re.compile("[\ud800-\udfff]")  # what JSON can spell and UTF-8 cannot
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""What JSON can spell and UTF-8 cannot."""
+
 _FORBIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 
 
@@ -44,6 +45,8 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
+    """What the header of a safetensors file says."""
+
     entries: tuple[Entry, ...]
     """In the order of their bytes in the file."""
     metadata: Mapping[str, str]
@@ -154,7 +157,7 @@ def _entry(name: str, value: Any, base: int) -> Entry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise Invalid(f"tensor {shown} must have exactly dtype, shape and data_offsets")
     code, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(code, str) or (code not in BY_CODE and code not in _PACKED):
+    if not isinstance(code, str) or code not in BITS:
         raise Invalid(f"tensor {shown} has the unknown dtype {quoted(str(code))}")
     if not _whole_numbers(shape) or len(shape) > MAX_DIMENSIONS or _overflows(shape):
         raise Invalid(f"tensor {shown} has a malformed shape")
@@ -176,11 +179,9 @@ def _overflows(shape: list[int]) -> bool:
 
 
 def _byte_count(code: str, shape: list[int]) -> int | None:
-    elements = math.prod(shape)
-    if code in _PACKED:
-        size, rest = divmod(elements * _PACKED[code], 8)
-        return None if rest else size
-    return elements * ELEMENT_TYPES[BY_CODE[code]].size
+    """Bytes of a tensor; None if its elements end within a byte."""
+    size, rest = divmod(math.prod(shape) * BITS[code], 8)
+    return None if rest else size
 
 
 def render(entries: Iterable[tuple[str, str, Iterable[int], int, int]], metadata: Mapping[str, str]) -> bytes:

@@ -8,9 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-import os
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,41 +19,22 @@ import torch
 from registry.store.differences import Decoding
 from registry.store.digest import tensor_digest
 from registry.store.dtypes import ELEMENT_TYPES
-from registry.store.durable import status_of, storage_errors
-from registry.store.errors import Corrupt, RegistryError
-from registry.store.location import Location
+from registry.store.errors import Corrupt
+from registry.store.locating import Location, Wanted
 from registry.store.manifest import TensorInfo
-from registry.store.pack import INNER, map_file, open_regular, pack_path
+from registry.store.pack import INNER, map_file, pack_path
 from registry.store.parallel import SMALL, in_order, in_parallel
-from registry.store.places import is_local
+from registry.store.places import FileState, OpenFiles, is_local, state_of
 from registry.store.tree import torch_type
 
 _ARENA = 64 << 20
 _READ = 8 << 20
 _GAP = 4 << 10
-_SETTLED = 100_000_000  # nanoseconds
-_MAX_BUFFERS = 1_000  # the system takes 1,024
-_REMAP = 1 << 20  # a second use of the same stored tensor is mapped again from here on, and copied below
+_MAX_BUFFERS = 1_000
+"""Buffers of one read; the system takes 1,024."""
 
-
-class Wanted(NamedTuple):
-    """A tensor to load: a key for the caller, what it is, where it lies, its name for messages, its bytes.
-
-    Attributes:
-        base: the tensor that it is stored as a difference from, if it is.
-    """
-
-    slot: int
-    info: TensorInfo
-    location: Location
-    name: str
-    size: int
-    base: Wanted | None = None
-
-    @property
-    def places(self) -> list[Location]:
-        """Where it lies, and what it is a difference from."""
-        return [self.location, *(self.base.places if self.base else ())]
+_REMAP = 1 << 20
+"""Bytes from which on a second use of the same stored tensor is mapped again; below, it is copied."""
 
 
 class Mapped:
@@ -65,7 +44,7 @@ class Mapped:
         self._packs = packs
         self._maps: dict[tuple[str, int], mmap.mmap] = {}
         self._uses: dict[tuple[str, int], int] = {}
-        self._states: dict[str, _FileState | None] = {}
+        self._states: dict[str, FileState | None] = {}
         self._decoded: dict[str, mmap.mmap] = {}
 
     def decode(self, items: Iterable[Wanted]) -> None:
@@ -138,7 +117,9 @@ class Mapped:
     def is_unchanged(self) -> bool:
         """Whether the system says that no mapped file has changed since before it was mapped."""
         return is_local(self._packs) and all(
-            state is not None and state.is_settled and _state_of(pack_path(self._packs, pack)) == state
+            state is not None
+            and state.is_settled
+            and state_of(pack_path(self._packs, pack), inner=INNER) == state
             for pack, state in self._states.items()
         )
 
@@ -153,7 +134,7 @@ class Mapped:
         if mapping is None:
             path = pack_path(self._packs, location.pack)
             if location.pack not in self._states:
-                self._states[location.pack] = _state_of(path)
+                self._states[location.pack] = state_of(path, inner=INNER)
             mapping = map_file(path, location.pack_size, inner=INNER)
             self._maps[location.pack, use] = mapping
         return mapping
@@ -163,33 +144,13 @@ class Read(Mapped):
     """Reads stored bytes instead of mapping them, as a file that shrinks meanwhile would end the process otherwise."""
 
     def stored(self, wanted: Wanted) -> memoryview:
+        """The bytes of a tensor as they are in the pack, in memory of their own."""
         place = wanted.location
         size = wanted.size if place.coded is None else place.coded
         data = memoryview(bytearray(size))
-        with _Files(self._packs) as files:
-            files.read(_Read(wanted, place.start, size, [data]))
+        with OpenFiles() as files:
+            _read(self._packs, files, _Read(wanted, place.start, size, [data]))
         return data
-
-
-class _FileState(NamedTuple):
-    """What the system records about a file; every change to the bytes changes it."""
-
-    device: int
-    inode: int
-    size: int
-    modified: int
-    changed: int
-    is_settled: bool
-    """Whether its times are so old that a change from now on gives others; they count in steps of some milliseconds."""
-
-
-def _state_of(path: Path) -> _FileState | None:
-    status = status_of(path, inner=INNER)
-    if status is None:
-        return None
-    times = status.st_mtime_ns, status.st_ctime_ns
-    is_settled = max(times) < time.time_ns() - _SETTLED
-    return _FileState(status.st_dev, status.st_ino, status.st_size, *times, is_settled)
 
 
 def view(buffer: mmap.mmap | memoryview, info: TensorInfo, offset: int) -> torch.Tensor:
@@ -256,17 +217,19 @@ def verifying(packs: Path, items: Sequence[Wanted], mapped: Mapped) -> Iterator[
         try:
             yield
             verification.result()
-        except BaseException:  # Ctrl-C, say
+        except BaseException:
+            # It may be Ctrl-C.
             stop.set()
             raise
 
 
-def _check(packs: Path, item: Wanted, data: memoryview, actual: str | None = None) -> None:
-    if (actual or tensor_digest(item.info.dtype, item.info.shape, data, threads=1)) != item.info.digest:
+def _check(packs: Path, item: Wanted, data: memoryview) -> None:
+    if tensor_digest(item.info.dtype, item.info.shape, data, threads=1) != item.info.digest:
         raise damaged(packs, item)
 
 
 def damaged(packs: Path, item: Wanted) -> Corrupt:
+    """The error for a tensor whose bytes are not what was saved."""
     end = item.location.start + (item.size if item.location.coded is None else item.location.coded)
     error = Corrupt(
         f"{item.name}: the bytes {item.location.start} to {end} of pack "
@@ -305,8 +268,9 @@ def read_into(packs: Path, items: Iterable[Wanted], memory: Callable[[Wanted], m
         if first.setdefault(place, item) is not item:
             repeated.append((item, first[place]))
     ordered = [first[place] for place in sorted(first)]
-    with _Files(packs) as files:
-        in_order(_reads(ordered, memory), files.read, sum(item.size for item in ordered))
+    with OpenFiles() as files:
+        reads, size = _reads(ordered, memory), sum(item.size for item in ordered)
+        in_order(reads, lambda one: _read(packs, files, one), size)
     for item, source in repeated:
         memory(item)[:] = memory(source)
 
@@ -338,6 +302,13 @@ def _reads(items: Iterable[Wanted], memory: Callable[[Wanted], memoryview]) -> I
             size = start + len(part) - run.start
     if run:
         yield run._replace(size=size)
+
+
+def _read(packs: Path, files: OpenFiles, job: _Read) -> None:
+    location = job.item.location
+    path, end = pack_path(packs, location.pack), job.start + job.size
+    if not files.read(path, location.pack_size, job.start, end, job.buffers, inner=INNER):
+        raise damaged(packs, job.item)
 
 
 def owned(packs: Path, items: Sequence[Wanted], *, check: bool) -> dict[int, torch.Tensor]:
@@ -383,68 +354,62 @@ def _arenas(items: Sequence[Wanted]) -> list[tuple[mmap.mmap, list[tuple[Wanted,
 def _anonymous(size: int) -> mmap.mmap:
     mapping = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel built without huge pages
+        # A kernel may be built without huge pages.
+        with contextlib.suppress(OSError):
             mapping.madvise(mmap.MADV_HUGEPAGE)
     return mapping
 
 
-class _Files:
-    """The packs that a load reads from, opened once each."""
+def load(packs: Path, items: Sequence[Wanted], *, copy: bool, check: bool) -> dict[int, torch.Tensor]:
+    """Tensors by the callers' keys, mapped or in memory of their own.
 
-    def __init__(self, packs: Path) -> None:
-        self._packs = packs
-        self._open: dict[str, open_regular] = {}
-        self._lock = threading.Lock()
+    Args:
+        copy: read them into fresh memory; else they are mapped copy-on-write.
+        check: check their digests.
 
-    def __enter__(self) -> _Files:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._open.values():
-            file.__exit__()
-
-    def read(self, job: _Read) -> None:
-        location, offset, buffers = job.item.location, job.start, job.buffers
-        fd = self._descriptor(location)
-        end = job.start + job.size
-        with storage_errors(pack_path(self._packs, location.pack)):
-            while offset < end:
-                count = os.preadv(fd, buffers, offset)
-                if count == 0:
-                    raise damaged(self._packs, job.item)
-                offset += count
-                buffers = _after(buffers, count) if offset < end else []
-
-    def _descriptor(self, location: Location) -> int:
-        pack = location.pack
-        with self._lock:
-            if pack not in self._open:
-                path = pack_path(self._packs, pack)
-                file = open_regular(path, inner=INNER)
-                size = os.fstat(file.fileno()).st_size
-                if size != location.pack_size:
-                    file.__exit__()
-                    raise Corrupt(f"{path}: has {size} bytes instead of {location.pack_size}")
-                self._open[pack] = file
-            return self._open[pack].fileno()
+    Raises:
+        Corrupt: naming the tensor and the pack, if a byte is not what was saved.
+    """
+    if copy:
+        return owned(packs, items, check=check)
+    mapped = Mapped(packs)
+    mapped.decode(items)
+    with verifying(packs, items, mapped) if check else contextlib.nullcontext():
+        return {item.slot: mapped.tensor(item) for item in items}
 
 
-def _after(buffers: list[memoryview], count: int) -> list[memoryview]:
-    """What is left to fill after a read that filled `count` bytes."""
-    for i, buffer in enumerate(buffers):
-        if count < len(buffer):
-            return [buffer[count:], *buffers[i + 1 :]]
-        count -= len(buffer)
-    return []
+def lent(
+    packs: Path, items: Sequence[Wanted], checks: contextlib.ExitStack | None
+) -> dict[int, torch.Tensor]:
+    """Mapped tensors by the callers' keys, to be copied elsewhere.
+
+    Args:
+        checks: closed behind the copying, it sees that what was copied is what was verified; None to check nothing.
+
+    Raises:
+        Corrupt: as `steady`.
+    """
+    mapped = Mapped(packs)
+    mapped.decode(items)
+    if checks is not None:
+        checks.enter_context(steady(packs, items, mapped))
+    return {item.slot: mapped.tensor(item) for item in items}
 
 
-@contextlib.contextmanager
-def naming(label: str) -> Iterator[None]:
-    """Prefix what went wrong with the checkpoint that was being read."""
-    try:
-        yield
-    except RegistryError as error:
-        named = type(error)(f"{label}: {error}")
-        if isinstance(error, Corrupt) and isinstance(named, Corrupt):
-            named.pack = error.pack
-        raise named from error.__cause__
+def fill(packs: Path, tensors: Sequence[torch.Tensor], items: Sequence[Wanted], *, check: bool) -> None:
+    """Copy stored tensors into live ones.
+
+    Args:
+        tensors: the live ones, by the callers' keys.
+        check: check the digests before the first one is changed.
+
+    Raises:
+        Corrupt: as `steady`.
+    """
+    mapped = Mapped(packs)
+    mapped.decode(items)
+    mapped.open(items)
+    with steady(packs, items, mapped) if check else contextlib.nullcontext():
+        for item in items:
+            if item.size:
+                tensors[item.slot].copy_(view(mapped.bytes(item), item.info, 0))

@@ -6,6 +6,7 @@ into live trees.
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import functools
 import json
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 from registry.store.digest import digest, is_digest
 from registry.store.dtypes import ELEMENT_TYPES, byte_count
-from registry.store.errors import Corrupt, Unsupported
+from registry.store.errors import Corrupt, NotFound, Unsupported
 from registry.store.text import quoted
 
 FORMAT = 1
@@ -35,6 +36,7 @@ class TensorInfo(NamedTuple):
 
     @property
     def elements(self) -> int:
+        """How many elements the tensor has."""
         return math.prod(self.shape)
 
     @property
@@ -58,6 +60,7 @@ class Listed(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
+        """Whether it was stored as one, and not in shards."""
         return self.shards[0][0] is None
 
 
@@ -138,6 +141,25 @@ class Manifest:
             for name in names
         }
         return Manifest(record, components, [self.tensors[slot] for slot in places])
+
+    def chosen(self, only: str | Sequence[str] | None) -> Mapping[str, Any]:
+        """The components' documents, cut down to what a pattern or several of them name; as they are for None.
+
+        Raises:
+            NotFound: if a pattern selects nothing.
+        """
+        if only is None:
+            return self.components
+        patterns = [only] if isinstance(only, str) else list(only)
+        names = [path for path, _ in self.slots]
+        for pattern in patterns:
+            if not self.select([pattern]):
+                near = difflib.get_close_matches(pattern, [*self.components, *names], 1, 0.4)
+                hint = f"; did you mean {quoted(near[0])}?" if near else ""
+                if any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                    hint = "; the items of a list or tuple are selected together, by its own name"
+                raise NotFound(f"nothing matches {quoted(pattern)}{hint}")
+        return self.select(patterns)
 
     def select(self, patterns: Sequence[str]) -> dict[str, Any]:
         """The components' documents cut down to what the patterns name (see `Store.get`)."""

@@ -21,16 +21,20 @@ from registry.store import header
 from registry.store.digest import digest as digest_of
 from registry.store.digest import is_digest, tensor_hasher
 from registry.store.dtypes import BY_CODE, ELEMENT_TYPES, byte_count
-from registry.store.durable import NewFile, open_file, storage_errors
-from registry.store.errors import Corrupt, Invalid, Missing, Unsupported
-from registry.store.location import Location
+from registry.store.durable import NewFile
+from registry.store.errors import Corrupt, Invalid, Unsupported, storage_errors
+from registry.store.locating import Location
 from registry.store.parallel import in_parallel
+from registry.store.places import open_regular
 from registry.store.text import quoted
 
 ALIGNMENT = 64
 INNER = 2
 """Folders that a pack or a manifest is in, below the registry's own: `packs/ab`."""
 
+_DIGEST = 64
+_LONGEST_CODE = max(map(len, BY_CODE))
+_LONGEST_OPAQUE = max(len(name) for name, kind in ELEMENT_TYPES.items() if kind.pack_code is None)
 _FORMAT = "torch-registry pack 1"
 _SALT = 16
 _COALESCE = 64 << 10
@@ -62,6 +66,8 @@ class PackedTensor:
 
 @dataclass(frozen=True)
 class PackInfo:
+    """What a pack holds; its size is in bytes."""
+
     digest: str
     size: int
     tensors: tuple[PackedTensor, ...]
@@ -131,7 +137,7 @@ class PackWriter:
                 hashed; otherwise `finish` checks those that were written.
         """
         self._fill()
-        code = ELEMENT_TYPES[dtype].code
+        code = ELEMENT_TYPES[dtype].pack_code
         self._tensors.append(PackedTensor(digest, dtype, tuple(shape), self._position))
         if not is_sure:
             self._unsure.append(self._tensors[-1])
@@ -176,6 +182,7 @@ class PackWriter:
         return PackInfo(name, self._position, tuple(self._tensors))
 
     def discard(self) -> None:
+        """Remove what was written."""
         self._file.discard()
 
     def _changed(self) -> list[str]:
@@ -242,12 +249,15 @@ def difference_bound(dtype: str, shape: Sequence[int]) -> int:
 
 
 def _entry_bound(dtype: str, shape: Sequence[int]) -> int:
-    """Bytes of header that a tensor takes at most, its filler entry and opaque type included."""
+    """Bytes of header that a tensor takes at most, its padding entry and opaque type included."""
     dimensions = sum(len(str(n)) + 1 for n in shape)
-    entry = 64 + len('"":{"dtype":"F8_E4M3FNUZ","shape":[],"data_offsets":[,]},') + dimensions + 2 * 15
-    filler = len('"pad.1000000":{"dtype":"U8","shape":[63],"data_offsets":[,]},') + 2 * 15
-    opaque = 64 + len('"":"float4_e2m1fn_x2 ",') + dimensions if ELEMENT_TYPES[dtype].code is None else 0
-    return entry + filler + opaque
+    entry = (
+        _DIGEST + _LONGEST_CODE + len('"":{"dtype":"","shape":[],"data_offsets":[,]},') + dimensions + 2 * 15
+    )
+    padding = len('"pad.1000000":{"dtype":"U8","shape":[63],"data_offsets":[,]},') + 2 * 15
+    if ELEMENT_TYPES[dtype].pack_code is not None:
+        return entry + padding
+    return entry + padding + _DIGEST + _LONGEST_OPAQUE + len('"":" ",') + dimensions
 
 
 def pack_path(packs: Path, digest: str) -> Path:
@@ -309,49 +319,11 @@ def _opaque(text: str) -> tuple[str, tuple[int, ...]]:
     return dtype, tuple(map(int, sizes))
 
 
-class open_regular:
-    """Open a file for reading, refusing links, devices and pipes; a context manager with `fileno` and `read`.
-
-    Args:
-        inner: how many of the folders that it is in belong to a registry, which has no links.
-
-    Raises:
-        Corrupt: if there is no regular file at `path`.
-        StorageError: if the system refuses.
-    """
-
-    def __init__(self, path: Path, *, inner: int = 0) -> None:
-        self._fd = -1
-        with storage_errors(path):
-            try:
-                self._fd = open_file(path, os.O_RDONLY, inner=inner)
-            except FileNotFoundError:
-                raise Missing(f"{path}: the file is missing") from None
-
-    def __enter__(self) -> open_regular:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
-
-    def fileno(self) -> int:
-        return self._fd
-
-    def read(self, size: int) -> bytes:
-        parts = []
-        while size > 0:
-            part = os.read(self._fd, min(size, 64 << 20))
-            if not part:
-                break
-            parts.append(part)
-            size -= len(part)
-        return b"".join(parts)
-
-
 def map_file(path: Path, size: int, *, inner: int = 0) -> mmap.mmap:
     """Map a file copy-on-write: what is written to the mapping never reaches the file.
 
     Args:
+        size: how many bytes the file must have.
         inner: as for `open_regular`.
 
     Raises:

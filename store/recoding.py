@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from registry.store import differences, header, loading
 from registry.store.digest import tensor_digest
 from registry.store.dtypes import ELEMENT_TYPES
+from registry.store.locating import Locator, Wanted
 from registry.store.pack import Changed, PackInfo, PackWriter, difference_bound, index_bound
 from registry.store.parallel import in_parallel
-
-if TYPE_CHECKING:
-    from registry.store.loading import Mapped, Wanted
 
 SMALLEST = 4 << 10
 """Bytes of a tensor from which on a difference is tried."""
@@ -22,22 +20,22 @@ _WORTH_IT = 0.9
 
 
 def copy_to_new_pack(
-    wanted: Sequence[Wanted],
-    stored_bases: Sequence[Wanted],
-    bases: Mapping[str, str],
-    *,
-    packs: Path,
-    tmp: Path,
+    locator: Locator, digests: Collection[str], bases: Mapping[str, str], *, packs: Path, tmp: Path
 ) -> PackInfo:
-    """Copy stored tensors to a pack of their own; see `Store.copy_to_new_pack`.
+    """Copy stored tensors to a pack of their own, verified, so that the packs they are in can go.
 
     Args:
-        wanted: the tensors.
-        stored_bases: those that some of them may be stored as a difference from.
-        bases: digests of these, by that of the tensor.
+        locator: finds the tensors.
+        digests: which to copy.
+        bases: by digest, the stored tensor of the same dtype and shape that one may be stored as a difference from;
+            it is, where that saves a tenth.
         packs: the folder of the packs.
         tmp: the folder where the new one lies until it is complete.
+
+    Raises:
+        Corrupt: if a byte is not what was saved.
     """
+    wanted, stored_bases = locator.by_digest(digests), locator.by_digest({*bases.values()})
     mapped = loading.Mapped(packs)
     sound: set[str] = set()
     differing = _differing(wanted, {item.info.digest: item for item in stored_bases}, bases)
@@ -66,11 +64,11 @@ def copy_to_new_pack(
                     continue
             writer.add(item.info.digest, item.info.dtype, item.info.shape, data, is_sure=False)
         return writer.finish(packs)
-    except Changed as error:  # the pack that it was copied from, behind the check
+    except Changed as error:
+        # The pack that it was copied from has changed since it was checked.
         writer.discard()
-        raise loading.damaged(
-            packs, next(one for one in wanted if one.info.digest in error.digests)
-        ) from None
+        changed = next(one for one in wanted if one.info.digest in error.digests)
+        raise loading.damaged(packs, changed) from None
     except BaseException:
         writer.discard()
         raise
@@ -95,7 +93,7 @@ def _differing(
     return found
 
 
-def _copy_difference(packs: Path, item: Wanted, mapped: Mapped, writer: PackWriter) -> None:
+def _copy_difference(packs: Path, item: Wanted, mapped: loading.Mapped, writer: PackWriter) -> None:
     """Copy a difference as it is, once it is seen to give what was saved."""
     loading.verify(packs, [item], loading.Mapped(packs))
     info, place = item.info, item.location

@@ -1,4 +1,6 @@
-"""The save pipeline: hash, look up, write.
+"""The save pipeline: encode, snapshot, hash, look up, write.
+
+An `Encoded` state may be copied into an `Arena` first, so that training goes on while it is saved.
 
 Threads hash tensors ahead of the writer (the hashes release the GIL). The writer starts with the first batch that
 holds a new tensor, so that a small save gets an exactly sized header and an unchanged one writes no pack at all.
@@ -16,6 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+import torch
+
 from registry.store.digest import ALL_CORES
 from registry.store.fingerprints import SMALLEST, remembered
 from registry.store.manifest import TensorInfo
@@ -26,6 +31,7 @@ FIRST_BATCH = 4 << 20
 """Bytes to hash before looking up which of them are new, and writing those."""
 BATCH = 16 << 20
 """The same, once the writer is at work."""
+
 AHEAD = 48 << 20
 """Bytes that are hashed and not yet written, from which on hashing leaves a core to the writer."""
 
@@ -36,16 +42,19 @@ COPIES_IN_FLIGHT = 32 << 20
 """Bytes of host copies (of device tensors and views that are not contiguous) that may wait for the writer."""
 
 MANY = 1 << 16
-"""Tensors from which on all are hashed before the first is written: room in the header is kept for each that may be new."""
+"""Tensors from which on all are hashed before the first is written: the header has room for each that may be new."""
 
 _logger = logging.getLogger(__name__)
 
-_LARGE = 32 << 20  # a tensor this large is hashed by all cores at once, not to end alone
+_ALIGNMENT = 64
+_LARGE = 32 << 20
+"""Bytes from which on all cores hash a tensor at once, so that it is not left over at the end."""
+
 _THREADS = min(os.cpu_count() or 1, 4)
 
 
 @dataclass(slots=True)
-class State:
+class Encoded:
     """Encoded components, ready to be put: the trees' documents and their distinct tensors."""
 
     components: dict[str, Any]
@@ -61,25 +70,90 @@ class State:
         return [TensorInfo(leaf.dtype, leaf.shape, digest or "") for leaf, digest in pairs]
 
 
+class Arena:
+    """Host memory for one snapshot at a time, used again by the next; it grows to the largest and is kept.
+
+    Faulting in fresh memory costs twice as much as the copy itself, so it is worth keeping. Where tensors come
+    from a CUDA device the memory is pinned.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._layout: list[tuple[torch.dtype, tuple[int, ...]]] = []
+        self._parts: list[torch.Tensor] = []
+
+    def snapshot(self, state: Encoded) -> Encoded:
+        """The state as it is now, whatever becomes of the live tensors; valid until the next snapshot."""
+        tensors = [leaf.source for leaf in state.leaves if _is_tensor(leaf)]
+        copies = iter(self._copied([t.detach() if t.requires_grad else t for t in tensors]))
+        leaves = []
+        for leaf in state.leaves:
+            if _is_tensor(leaf):
+                leaves.append(leaf._replace(source=next(copies), is_plain=True, is_live=False))
+            elif isinstance(leaf.source, np.ndarray):
+                leaves.append(leaf._replace(source=leaf.source.copy(), is_plain=True, is_live=False))
+            else:
+                leaves.append(leaf)
+        return Encoded(state.components, leaves)
+
+    def _copied(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        on_cuda = any(tensor.is_cuda for tensor in tensors)
+        layout = [(tensor.dtype, tuple(tensor.shape)) for tensor in tensors]
+        if layout != self._layout or (on_cuda and not self._memory.is_pinned()):
+            self._lay_out(tensors, pinned=on_cuda)
+            self._layout = layout
+        with torch.no_grad():
+            torch._foreach_copy_(self._parts, tensors, non_blocking=on_cuda)
+        for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+            torch.cuda.synchronize(device)
+        return self._parts
+
+    def _lay_out(self, tensors: list[torch.Tensor], *, pinned: bool) -> None:
+        """Give each tensor a part of the memory."""
+        self._parts, starts, end = [], [], 0
+        for tensor in tensors:
+            starts.append(end)
+            end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+        if end > len(self._memory) or (pinned and not self._memory.is_pinned()):
+            # The old memory is freed before the larger one is asked for.
+            self._memory = torch.empty(0, dtype=torch.uint8)
+            self._memory = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
+        for tensor, start in zip(tensors, starts, strict=True):
+            part = self._memory[start : start + tensor.nbytes]
+            self._parts.append(part.view(tensor.dtype).view(tensor.shape))
+
+
+def _is_tensor(leaf: Leaf) -> bool:
+    return isinstance(leaf.source, torch.Tensor) and leaf.size > 0
+
+
 class Known(Protocol):
+    """Knows what is stored."""
+
     def __call__(self, digests: Collection[str]) -> Collection[str]:
         """Those of the digests whose tensors are stored and intact."""
         ...
 
 
 def write_new(
-    state: State, known: Known, tmp: Path, packs: Path, progress: Callable[[int, int], None]
+    state: Encoded, known: Known, *, tmp: Path, packs: Path, progress: Callable[[int, int], None]
 ) -> PackInfo | None:
     """Hash a state's tensors and write those that are not known into one pack.
 
     A tensor that another thread changes meanwhile is saved as it was at one moment, from a copy.
+
+    Args:
+        known: tells which tensors are stored.
+        tmp: the folder where the pack lies until it is complete.
+        packs: the folder of the packs.
+        progress: told the bytes done and the bytes in all.
 
     Returns:
         The published pack, or None if every tensor was known. Fills in `state.digests`.
     """
     for attempt in itertools.count():
         try:
-            return _write_new(state, known, tmp, packs, progress)
+            return _write_new(state, known, tmp=tmp, packs=packs, progress=progress)
         except Changed as error:
             if not attempt:
                 _logger.warning(
@@ -94,11 +168,12 @@ def write_new(
 
 
 def _write_new(
-    state: State, known: Known, tmp: Path, packs: Path, progress: Callable[[int, int], None]
+    state: Encoded, known: Known, *, tmp: Path, packs: Path, progress: Callable[[int, int], None]
 ) -> PackInfo | None:
     if len(state.leaves) > MANY:
         _hash(state)
-    possible = set(range(len(state.leaves)))  # that may be new, and are not in a batch yet
+    # Slots that may be new and are in no batch yet.
+    possible = set(range(len(state.leaves)))
     digests = {digest for digest in state.digests if digest}
     if None not in state.digests and digests:
         stored = known(digests)
@@ -111,23 +186,12 @@ def _write_new(
     try:
         with contextlib.closing(hashing.batches()) as batches:
             for batch in batches:
-                stored = known({item.digest for item in batch} - seen)
-                new, rest = [], []
-                for item in batch:
-                    if item.digest in stored or item.digest in seen:
-                        rest.append(item)
-                    else:
-                        seen.add(item.digest)
-                        new.append(item)
+                new, rest = _parted(batch, known, seen)
                 hashing.release(rest, writing=bool(new))
                 possible.difference_update(item.slot for item in batch)
-                for item in new:
-                    if writer is None:
-                        candidates = [*(one.leaf for one in new), *(state.leaves[slot] for slot in possible)]
-                        writer = PackWriter(tmp, [(leaf.dtype, leaf.shape) for leaf in candidates])
-                    leaf, data = item.leaf, item.leaf.buffer() if item.data is None else item.data
-                    writer.add(item.digest, leaf.dtype, leaf.shape, data, is_sure=item.is_sure)
-                    hashing.release([item], writing=True)
+                if new:
+                    writer = writer or _writer_of(state, new, possible, tmp)
+                    _write(writer, new, hashing)
                 done += sum(item.leaf.size for item in batch)
                 progress(done, total)
         return writer.finish(packs) if writer else None
@@ -137,7 +201,37 @@ def _write_new(
         raise
 
 
-def _hash(state: State) -> None:
+def _parted(batch: Sequence[_Hashed], known: Known, seen: set[str]) -> tuple[list[_Hashed], list[_Hashed]]:
+    """The tensors of a batch that are new, the first of equal ones, and the others.
+
+    Args:
+        seen: digests of the new ones so far; those of this batch are added.
+    """
+    stored = known({item.digest for item in batch} - seen)
+    new, rest = [], []
+    for item in batch:
+        if item.digest in stored or item.digest in seen:
+            rest.append(item)
+        else:
+            seen.add(item.digest)
+            new.append(item)
+    return new, rest
+
+
+def _writer_of(state: Encoded, new: Sequence[_Hashed], possible: Collection[int], tmp: Path) -> PackWriter:
+    """A writer with room in the header for tensors that are new, and for those that may be."""
+    leaves = [*(item.leaf for item in new), *(state.leaves[slot] for slot in possible)]
+    return PackWriter(tmp, [(leaf.dtype, leaf.shape) for leaf in leaves])
+
+
+def _write(writer: PackWriter, new: Sequence[_Hashed], hashing: _Hashing) -> None:
+    for item in new:
+        leaf, data = item.leaf, item.leaf.buffer() if item.data is None else item.data
+        writer.add(item.digest, leaf.dtype, leaf.shape, data, is_sure=item.is_sure)
+        hashing.release([item], writing=True)
+
+
+def _hash(state: Encoded) -> None:
     """Find all digests of a state, and write nothing."""
     hashing = _Hashing(state)
     with contextlib.closing(hashing.batches()) as batches:
@@ -169,7 +263,7 @@ class _Hashing:
     A thread claims a run of small tensors at a time, as handing over single ones costs more than hashing them.
     """
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: Encoded) -> None:
         self._state = state
         self._runs = list(_runs(state.leaves))
         lock = threading.Lock()
@@ -248,7 +342,8 @@ class _Hashing:
                         self._in_order += 1
                     if self._has_batch():
                         self._progress.notify()
-        except BaseException as error:  # reaches the caller of batches()
+        except BaseException as error:
+            # It reaches the caller of `batches`.
             with self._progress:
                 self._error = error
                 self._progress.notify()

@@ -3,50 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
-import fnmatch
-import re
-import stat
-import threading
-from collections import OrderedDict
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from registry.store import durable
-from registry.store.digest import digest as digest_of
 from registry.store.digest import is_digest
-from registry.store.durable import storage_errors
-from registry.store.errors import Corrupt, Incompatible, Invalid, Missing, NotFound, StorageError
-from registry.store.location import Index, Location
-from registry.store.manifest import (
-    MAX_SIZE,
-    Listed,
-    Manifest,
-    TensorInfo,
-    parse,
-    record_document,
-    slots_of,
-    untagged,
-)
-from registry.store.pack import INNER, PackInfo, open_regular, pack_path, read_pack_info
-from registry.store.text import quoted
+from registry.store.errors import Corrupt, Missing, NotFound, naming, storage_errors
+from registry.store.folder_index import FolderIndex, ManifestFolder, PackFolder
+from registry.store.locating import Index, Locator, Wanted, filling, while_packs_move
+from registry.store.manifest import Manifest, TensorInfo, record_document, untagged
+from registry.store.pack import INNER, PackInfo
 
 if TYPE_CHECKING:
     import torch
 
-    from registry.store.loading import Wanted
-    from registry.store.saving import State
+    from registry.store.saving import Encoded
 
-Result = TypeVar("Result")
-
-_MAX_CHAIN = 8
-_MOST_KEPT = 200_000
-"""Tensors in the indexes of packs that are kept in memory."""
-
-_MOST_MANIFESTS = 256
-_SHARD = re.compile(r"[0-9a-f]{2}\Z")
 FOLDERS = ("packs", "manifests", "tmp")
 
 
@@ -93,26 +68,28 @@ class Store:
         self.index: Index = index or FolderIndex(self.packs)
         self.distrusted: set[str] = set()
         """Packs that were found damaged; what is saved again is written again, and heals them."""
-        self._recent: tuple[tuple[object, ...], Manifest] | None = None
-        self._kept = _Kept()
+        self._packs = PackFolder(self.packs)
+        self._manifests = ManifestFolder(self.manifests, self.tmp, self.index)
+        self._locator = Locator(self.index, self._packs)
 
     def __repr__(self) -> str:
         return f"Store({str(self.root)!r})"
 
-    def encode(self, components: Mapping[str, Any]) -> State:
+    def encode(self, components: Mapping[str, Any]) -> Encoded:
         """Check and encode trees for `put`, without reading a tensor's values.
 
         Raises:
             Unsupported: naming the path and the type of what cannot be stored.
         """
-        from registry.store.saving import State
+        # Lazy: loads torch.
+        from registry.store.saving import Encoded
         from registry.store.tree import encode
 
-        return State(*encode(components))
+        return Encoded(*encode(components))
 
     def put(
         self,
-        components: Mapping[str, Any] | State | Written,
+        components: Mapping[str, Any] | Encoded | Written,
         record: Mapping[str, Any] | None = None,
         *,
         progress: Callable[[int, int], None] = lambda done, total: None,
@@ -133,81 +110,61 @@ class Store:
             Corrupt: if shards that `add` stored do not make up whole tensors; no manifest is written.
             StorageError: if the system refuses; at most an orphan file is left, which `gc` removes.
         """
-        from registry.store.saving import State
+        # Lazy: loads torch.
+        from registry.store.saving import Encoded
 
-        plain = untagged(record_document(record or {}))  # Refused before a byte is written.
+        # Refused before a byte is written.
+        plain = untagged(record_document(record or {}))
         if isinstance(components, Written):
             written = components
         else:
-            state = components if isinstance(components, State) else self.encode(components)
+            state = components if isinstance(components, Encoded) else self.encode(components)
             pack = self.add(state, progress=progress)
             written = Written(state.components, state.tensors(), [pack] if pack else [])
         manifest = Manifest(plain, written.components, written.tensors)
         if written is components:
-            _ = manifest.listed  # the shards that several processes wrote must make up whole tensors
+            # The shards that several processes wrote must make up whole tensors.
+            _ = manifest.listed
         with storage_errors(self.root):
             digest, text = self.write_manifest(manifest)
-        self._kept.add_manifest(digest, manifest)
+        self._manifests.keep(digest, manifest)
         for pack in written.packs:
-            self._kept.add_pack(pack)
+            self._packs.keep(pack)
         return Stored(digest, manifest, written.packs, text)
 
     def add(
-        self, state: State, *, progress: Callable[[int, int], None] = lambda done, total: None
+        self, state: Encoded, *, progress: Callable[[int, int], None] = lambda done, total: None
     ) -> PackInfo | None:
         """Store the tensors of a state, for a manifest that is written later.
 
         Returns:
             The pack with those that were new, if any were.
+
+        Raises:
+            StorageError: if the system refuses.
         """
+        # Lazy: loads torch.
         from registry.store.saving import write_new
 
+        known = functools.partial(self._locator.intact, distrusted=self.distrusted)
         with storage_errors(self.root):
             packs: list[PackInfo | None] = []
 
             def write() -> None:
                 for folder in (self.packs, self.manifests, self.tmp):
                     durable.make_folder(folder, inner=1)
-                packs.append(write_new(state, self._intact, self.tmp, self.packs, progress))
+                packs.append(write_new(state, known, tmp=self.tmp, packs=self.packs, progress=progress))
 
             durable.again_on_trouble(write)
             return packs[-1]
 
-    def write_manifest(self, manifest: Manifest) -> tuple[str, bytes]:
-        """Write a manifest, durably, and return its digest and its bytes.
-
-        Raises:
-            Invalid: if it is too large.
-        """
-        data = manifest.render()
-        if len(data) > MAX_SIZE:
-            raise Invalid(
-                f"the plain values of this checkpoint take {len(data) >> 20} MB, at most {MAX_SIZE >> 20} are "
-                "stored; put long lists into tensors or arrays"
-            )
-        digest = digest_of(data)
-        self._write_manifest_file(digest, data)
-        return digest, data
-
-    def _write_manifest_file(self, digest: str, data: bytes) -> None:
-        durable.write_file(self.manifest_path(digest), data, folder=self.tmp, inner=INNER, read_only=True)
-
     def copy_to_new_pack(self, digests: Collection[str], bases: Mapping[str, str] | None = None) -> PackInfo:
-        """Copy stored tensors to a pack of their own, verified, so that the packs they are in can go.
-
-        Args:
-            bases: by digest, the stored tensor of the same dtype and shape that one may be stored as a difference from;
-                it is, where that saves a tenth.
-
-        Raises:
-            Corrupt: if a byte is not what was saved.
-        """
+        """Copy stored tensors to a pack of their own; see `registry.store.recoding.copy_to_new_pack`."""
+        # Lazy: loads torch.
         from registry.store.recoding import copy_to_new_pack
 
         with storage_errors(self.root):
-            bases = bases or {}
-            wanted, stored_bases = self.wanted(digests), self.wanted({*bases.values()})
-            return copy_to_new_pack(wanted, stored_bases, bases, packs=self.packs, tmp=self.tmp)
+            return copy_to_new_pack(self._locator, digests, bases or {}, packs=self.packs, tmp=self.tmp)
 
     def discard_pack(self, digest: str) -> None:
         """Remove a pack that was written for nothing: nobody else can have come to rely on it, as its name is new."""
@@ -215,20 +172,8 @@ class Store:
             durable.unlink(self.pack_path(digest), inner=INNER)
 
     def wanted(self, digests: Collection[str]) -> list[Wanted]:
-        """Stored tensors by digest alone, in the order of their places; their types are those in the packs."""
-        from registry.store.loading import Wanted
-
-        located = self.index.locate(digests)
-        bases = self.bases(located)
-        found: list[Wanted] = []
-        for name in {place.pack for place in located.values()}:
-            for tensor in self.pack_info(name).tensors:
-                place = located.get(tensor.digest)
-                if place and (place.pack, place.start) == (name, tensor.start):
-                    info = TensorInfo(tensor.dtype, tensor.shape, tensor.digest)
-                    base = self._base(info, place, bases, tensor.digest) if place.base else None
-                    found.append(Wanted(len(found), info, place, tensor.digest, info.size, base))
-        return found
+        """Stored tensors by digest alone; see `registry.store.locating.Locator.by_digest`."""
+        return self._locator.by_digest(digests)
 
     def get(
         self,
@@ -259,14 +204,16 @@ class Store:
             NotFound: if there is no such manifest, or a pattern selects nothing.
             Corrupt: naming component, tensor and pack, if a byte is not what was saved.
         """
+        # Lazy: loads torch.
+        from registry.store.loading import load
         from registry.store.tree import decode
 
         with self._reading(digest, label):
-            manifest = self._recent_manifest(digest)
-            documents = self._chosen(manifest, only)
-            tensors = self._while_packs_move(
-                lambda: self._locate(manifest, documents),
-                lambda wanted: self._tensors(wanted, copy=copy, verify=verify),
+            manifest = self._manifests.recent(digest)
+            documents = manifest.chosen(only)
+            tensors = while_packs_move(
+                lambda: self._locator.in_documents(manifest, documents),
+                lambda wanted: load(self.packs, wanted, copy=copy, check=verify),
             )
             return {name: decode(document, tensors.__getitem__) for name, document in documents.items()}
 
@@ -279,36 +226,23 @@ class Store:
         Raises:
             Corrupt: as `get`, and if a byte was changed on the disk meanwhile, so that it is not known what was copied.
         """
-        from registry.store import loading
+        # Lazy: loads torch.
+        from registry.store.loading import lent
         from registry.store.tree import decode
 
         with contextlib.ExitStack() as checks:
             with self._reading(digest, label):
-                manifest = self._recent_manifest(digest)
-                documents = self._chosen(manifest, only)
+                manifest = self._manifests.recent(digest)
+                documents = manifest.chosen(only)
 
-                def tensors(wanted: Sequence[Wanted]) -> dict[int, torch.Tensor]:
-                    mapped = loading.Mapped(self.packs)
-                    mapped.decode(wanted)
-                    if verify:
-                        checks.enter_context(loading.steady(self.packs, wanted, mapped))
-                    return {item.slot: mapped.tensor(item) for item in wanted}
-
-                found = self._while_packs_move(lambda: self._locate(manifest, documents), tensors)
+                found = while_packs_move(
+                    lambda: self._locator.in_documents(manifest, documents),
+                    lambda wanted: lent(self.packs, wanted, checks if verify else None),
+                )
                 trees = {name: decode(document, found.__getitem__) for name, document in documents.items()}
             yield trees
             with self._reading(digest, label):
                 checks.close()
-
-    def _tensors(self, wanted: Sequence[Wanted], *, copy: bool, verify: bool) -> dict[int, torch.Tensor]:
-        from registry.store import loading
-
-        if copy:
-            return loading.owned(self.packs, wanted, check=verify)
-        mapped = loading.Mapped(self.packs)
-        mapped.decode(wanted)
-        with loading.verifying(self.packs, wanted, mapped) if verify else contextlib.nullcontext():
-            return {item.slot: mapped.tensor(item) for item in wanted}
 
     def load_into(
         self, digest: str, targets: Mapping[str, Any], *, verify: bool = True, label: str = ""
@@ -322,56 +256,19 @@ class Store:
             Incompatible: listing what differs; nothing was changed.
             Corrupt: as for `get`; nothing was changed.
         """
+        # Lazy: loads torch.
         import torch
 
-        from registry.store.tree import box, tensor_paths, torch_type, unfillable
+        from registry.store.loading import fill
+        from registry.store.tree import tensor_paths
 
         with self._reading(digest, label), torch.no_grad():
-            manifest = self._recent_manifest(digest)
-            stored: dict[str, Listed] = {}
-            live = tensor_paths(targets)
-            problems = []
-            for path, tensor in live.items():
-                one = manifest.named.get(path)
-                if one is None:
-                    known = path in manifest.named
-                    what = "names several tensors of the checkpoint" if known else "is not in the checkpoint"
-                    problems.append(f"{path} {what}")
-                    continue
-                stored[path] = one
-                if reason := unfillable(tensor):
-                    problems.append(f"{path} is {reason}")
-                    continue
-                info = one.info
-                if info.shape != tuple(tensor.shape):
-                    problems.append(f"{path} has shape {list(tensor.shape)}, stored is {list(info.shape)}")
-                elif torch_type(info.dtype) != tensor.dtype:
-                    problems.append(f"{path} is {tensor.dtype}, stored is torch.{info.dtype}")
-            if problems:
-                more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-                raise Incompatible("; ".join(problems[:3]) + more)
-            tensors: list[torch.Tensor] = []
-            chosen = []
-            for path, tensor in live.items():
-                target = tensor.detach() if tensor.requires_grad else tensor
-                for offsets, slot in stored[path].shards:
-                    chosen.append((len(tensors), slot, path))
-                    shape = manifest.tensors[slot].shape
-                    tensors.append(target if offsets is None else box(target, offsets, shape))
-            self._while_packs_move(
-                lambda: self._wanted(manifest, chosen), lambda wanted: self._fill(tensors, wanted, verify)
+            manifest = self._manifests.recent(digest)
+            tensors, chosen = filling(manifest, tensor_paths(targets))
+            while_packs_move(
+                lambda: self._locator.chosen(manifest, chosen),
+                lambda wanted: fill(self.packs, tensors, wanted, check=verify),
             )
-
-    def _fill(self, tensors: Sequence[torch.Tensor], wanted: Sequence[Wanted], verify: bool) -> None:
-        from registry.store import loading
-
-        mapped = loading.Mapped(self.packs)
-        mapped.decode(wanted)
-        mapped.open(wanted)
-        with loading.steady(self.packs, wanted, mapped) if verify else contextlib.nullcontext():
-            for item in wanted:
-                if item.size:
-                    tensors[item.slot].copy_(loading.view(mapped.bytes(item), item.info, 0))
 
     def tensors_at(
         self, digest: str, slots: Mapping[int, str], *, verify: bool = True, label: str = ""
@@ -384,122 +281,20 @@ class Store:
         Raises:
             Corrupt: as for `get`.
         """
+        # Lazy: loads torch.
+        from registry.store.loading import load
+
         with self._reading(digest, label):
-            manifest = self._recent_manifest(digest)
+            manifest = self._manifests.recent(digest)
             chosen = [(slot, slot, name) for slot, name in slots.items()]
-            return self._while_packs_move(
-                lambda: self._wanted(manifest, chosen),
-                lambda wanted: self._tensors(wanted, copy=False, verify=verify),
+            return while_packs_move(
+                lambda: self._locator.chosen(manifest, chosen),
+                lambda wanted: load(self.packs, wanted, copy=False, check=verify),
             )
-
-    def has(self, digest: str) -> bool:
-        """Whether a manifest of this digest is stored."""
-        status = durable.status_of(self.manifest_path(digest), inner=INNER) if is_digest(digest) else None
-        return status is not None and stat.S_ISREG(status.st_mode)
-
-    def manifest(self, digest: str, *, text_of: Callable[[str], bytes | None] | None = None) -> Manifest:
-        """Read a manifest and check it against its digest; needs no torch.
-
-        Args:
-            text_of: gives a second copy, where the file is missing or damaged; by default the index does, and the file
-                is written again.
-
-        Raises:
-            NotFound: if it is not stored.
-            Corrupt: if its bytes are not what was saved.
-        """
-        if not is_digest(digest):
-            raise Invalid(f"{quoted(digest)} is not a digest of 64 hex digits")
-        path = self.manifest_path(digest)
-        try:
-            with open_regular(path, inner=INNER) as file:
-                data = file.read(MAX_SIZE + 1)
-            if digest_of(data) != digest:
-                raise Corrupt(f"{path}: the manifest is not what was saved; restore it from a backup")
-        except Corrupt as error:
-            text = (text_of or self.index.manifest_text)(digest)
-            if text is None or digest_of(text) != digest:
-                if isinstance(error, Missing):
-                    raise NotFound(f"{path}: the manifest is missing") from None
-                raise
-            data = text
-            if text_of is None:
-                with contextlib.suppress(StorageError):
-                    self._write_manifest_file(digest, data)
-        return parse(data)
-
-    def just_written(self, digest: str) -> Manifest | None:
-        """The manifest of this digest, if it is the last one that was written here."""
-        return self._kept.manifest(digest)
-
-    def tensors_of(
-        self, digest: str, *, text_of: Callable[[str], bytes | None] | None = None
-    ) -> frozenset[str]:
-        """The digests of a manifest's tensors; kept, since a manifest never changes.
-
-        Raises:
-            NotFound, Corrupt: as for `manifest`.
-        """
-        found = self._kept.tensors(digest)
-        if found is None:
-            tensors = (self._kept.manifest(digest) or self.manifest(digest, text_of=text_of)).tensors
-            found = self._kept.add_tensors(digest, frozenset(tensor.digest for tensor in tensors))
-        return found
-
-    def pack_info(self, digest: str) -> PackInfo:
-        """What a pack holds, from its header; kept, since a pack never changes.
-
-        Raises:
-            Corrupt: if the header is not the one that the pack's name covers.
-        """
-        found = self._kept.pack(digest)
-        if found is None:
-            found = read_pack_info(self.pack_path(digest))
-            self._kept.add_pack(found)
-        return found
-
-    def _recent_manifest(self, digest: str) -> Manifest:
-        """As `manifest`, parsed once for loads of the same one in a row, while its file stays as it was."""
-        status = durable.status_of(self.manifest_path(digest), inner=INNER) if is_digest(digest) else None
-        if status is None:
-            return self.manifest(digest)
-        state = (digest, status.st_ino, status.st_size, status.st_mtime_ns)
-        if self._recent is None or self._recent[0] != state:
-            self._recent = state, self.manifest(digest)
-        return self._recent[1]
-
-    def __iter__(self) -> Iterator[str]:
-        """The digests of all stored manifests, sorted."""
-        return iter(names_of(self.manifests, ".json"))
-
-    def pack_digests(self) -> Iterator[str]:
-        """The digests of all pack files, sorted."""
-        return iter(names_of(self.packs, ".safetensors"))
-
-    def manifest_path(self, digest: str) -> Path:
-        """Where a manifest's file is.
-
-        Raises:
-            Corrupt: if that is no digest, and so might name any file.
-        """
-        if not is_digest(digest):
-            raise Corrupt(f"{quoted(digest)} names no manifest, as it is no digest")
-        return self.manifests / digest[:2] / f"{digest}.json"
-
-    def pack_path(self, digest: str) -> Path:
-        """Where a pack's file is; see `registry.store.pack.pack_path`."""
-        return pack_path(self.packs, digest)
-
-    def pack_is_whole(self, digest: str, size: int) -> bool:
-        """Whether a pack's file is there in its full size."""
-        status = durable.status_of(self.pack_path(digest), inner=INNER)
-        return status is not None and stat.S_ISREG(status.st_mode) and status.st_size == size
 
     @contextlib.contextmanager
     def _reading(self, digest: str, label: str) -> Iterator[None]:
         """Name the checkpoint in what goes wrong, remember damage, and tell damage from removal."""
-        from registry.store.loading import naming
-
         label = label or digest[:12]
         try:
             with naming(label), storage_errors(self.root):
@@ -511,187 +306,48 @@ class Store:
                 self.distrusted.add(error.pack)
             raise
 
-    @staticmethod
-    def _while_packs_move(
-        locate: Callable[[], Sequence[Wanted]], use: Callable[[Sequence[Wanted]], Result]
-    ) -> Result:
-        """Use stored tensors, and look again where they lie if a pack is gone that others have replaced meanwhile."""
-        wanted = locate()
-        while True:
-            try:
-                return use(wanted)
-            except Missing:
-                again = locate()
-                if [item.places for item in again] == [item.places for item in wanted]:
-                    raise
-                wanted = again
+    def __iter__(self) -> Iterator[str]:
+        """The digests of all stored manifests, sorted."""
+        return iter(self._manifests.digests())
 
-    def _intact(self, digests: Collection[str]) -> Collection[str]:
-        located = self.index.locate(digests)
-        bases = self.bases(located)
-        packs = {place.pack: place.pack_size for place in (*located.values(), *bases.values())}
-        whole = {pack for pack, size in packs.items() if self.pack_is_whole(pack, size)} - self.distrusted
+    def has(self, digest: str) -> bool:
+        """Whether a manifest of this digest is stored."""
+        return self._manifests.has(digest)
 
-        def intact(place: Location | None, depth: int = 0) -> bool:
-            if place is None or place.is_damaged or place.pack not in whole or depth > _MAX_CHAIN:
-                return False
-            return place.base is None or intact(bases.get(place.base), depth + 1)
+    def manifest(self, digest: str, *, text_of: Callable[[str], bytes | None] | None = None) -> Manifest:
+        """Read a manifest; see `registry.store.folder_index.ManifestFolder.read`."""
+        return self._manifests.read(digest, text_of=text_of)
 
-        return {digest for digest, place in located.items() if intact(place)}
+    def just_written(self, digest: str) -> Manifest | None:
+        """The manifest of this digest, if it is the last one that was written here."""
+        return self._manifests.just_written(digest)
 
-    def bases(self, located: Mapping[str, Location]) -> dict[str, Location]:
-        """Where the tensors lie that others are stored as differences from, by digest."""
-        found: dict[str, Location] = {}
-        wanted = {place.base for place in located.values() if place.base}
-        while wanted:
-            new = self.index.locate(wanted)
-            found.update(new)
-            wanted = {place.base for place in new.values() if place.base} - set(found)
-        return found
+    def tensors_of(
+        self, digest: str, *, text_of: Callable[[str], bytes | None] | None = None
+    ) -> frozenset[str]:
+        """The digests of a manifest's tensors; see `registry.store.folder_index.ManifestFolder.tensors_of`."""
+        return self._manifests.tensors_of(digest, text_of=text_of)
 
-    def _chosen(self, manifest: Manifest, only: str | Sequence[str] | None) -> Mapping[str, Any]:
-        if only is None:
-            return manifest.components
-        patterns = [only] if isinstance(only, str) else list(only)
-        names = [path for path, _ in manifest.slots]
-        for pattern in patterns:
-            if not manifest.select([pattern]):
-                near = difflib.get_close_matches(pattern, [*manifest.components, *names], 1, 0.4)
-                hint = f"; did you mean {quoted(near[0])}?" if near else ""
-                if any(fnmatch.fnmatchcase(name, pattern) for name in names):
-                    hint = "; the items of a list or tuple are selected together, by its own name"
-                raise NotFound(f"nothing matches {quoted(pattern)}{hint}")
-        return manifest.select(patterns)
+    def write_manifest(self, manifest: Manifest) -> tuple[str, bytes]:
+        """Write a manifest, durably; see `registry.store.folder_index.ManifestFolder.write`."""
+        return self._manifests.write(manifest)
 
-    def _locate(self, manifest: Manifest, documents: Mapping[str, Any]) -> list[Wanted]:
-        first: dict[int, str] = {}
-        for path, slot in manifest.slots if documents is manifest.components else slots_of(documents):
-            first.setdefault(slot, path)
-        return self._wanted(manifest, [(slot, slot, path) for slot, path in first.items()])
+    def manifest_path(self, digest: str) -> Path:
+        """Where a manifest's file is; see `registry.store.folder_index.ManifestFolder.path`."""
+        return self._manifests.path(digest)
 
-    def _wanted(self, manifest: Manifest, chosen: Sequence[tuple[int, int, str]]) -> list[Wanted]:
-        """What to load, from (key, slot in the manifest, path)."""
-        from registry.store.loading import Wanted
+    def pack_digests(self) -> Iterator[str]:
+        """The digests of all pack files, sorted."""
+        return iter(self._packs.digests())
 
-        located = self.index.locate({manifest.tensors[slot].digest for _, slot, _ in chosen})
-        bases = self.bases(located)
-        wanted = []
-        for key, slot, path in chosen:
-            info = manifest.tensors[slot]
-            location = located.get(info.digest)
-            if location is None:
-                raise Corrupt(f"{path}: no pack holds tensor {info.digest}; run: registry verify")
-            base = self._base(info, location, bases, path) if location.base else None
-            wanted.append(Wanted(key, info, location, path, info.size, base))
-        return wanted
+    def pack_info(self, digest: str) -> PackInfo:
+        """What a pack holds, from its header; see `registry.store.folder_index.PackFolder.info`."""
+        return self._packs.info(digest)
 
-    def _base(
-        self, info: TensorInfo, place: Location, bases: Mapping[str, Location], path: str, depth: int = 0
-    ) -> Wanted:
-        """What a tensor is a difference from, and what that is, if it is one too."""
-        from registry.store.loading import Wanted
+    def pack_path(self, digest: str) -> Path:
+        """Where a pack's file is; see `registry.store.pack.pack_path`."""
+        return self._packs.path(digest)
 
-        assert place.base is not None
-        its_place = bases.get(place.base)
-        if its_place is None or depth > _MAX_CHAIN:
-            raise Corrupt(f"{path}: no pack holds tensor {place.base}, which it is a difference from")
-        its_info = TensorInfo(info.dtype, info.shape, place.base)
-        further = self._base(its_info, its_place, bases, path, depth + 1) if its_place.base else None
-        return Wanted(-1, its_info, its_place, path, info.size, further)
-
-
-class FolderIndex:
-    """Finds tensors by reading the headers of the packs in a folder; for a store without a catalog."""
-
-    def __init__(self, packs: Path) -> None:
-        self._packs = packs
-        self._read: set[str] = set()
-        self._located: dict[str, Location] = {}
-        self._lock = threading.Lock()
-
-    def locate(self, digests: Collection[str]) -> dict[str, Location]:
-        with self._lock:
-            self._refresh()
-            return {digest: self._located[digest] for digest in digests if digest in self._located}
-
-    def _refresh(self) -> None:
-        present = names_of(self._packs, ".safetensors")
-        gone = self._read.difference(present)
-        if gone:
-            self._read.clear()
-            self._located.clear()
-        for name in present:
-            if name not in self._read:
-                info = read_pack_info(pack_path(self._packs, name))
-                self._read.add(name)
-                for digest, place in info.places.items():
-                    known = self._located.setdefault(digest, place)
-                    if known.base and not place.base:  # what needs no other tensor is better
-                        self._located[digest] = place
-
-    def manifest_text(self, manifest_id: str) -> bytes | None:
-        """There is no second copy."""
-        return None
-
-    def was_removed(self, manifest_id: str) -> bool:
-        """What is in a folder was not removed."""
-        return False
-
-
-class _Kept:
-    """What was read of packs and manifests, which never change; the oldest goes first."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._packs: OrderedDict[str, PackInfo] = OrderedDict()
-        self._tensors: OrderedDict[str, frozenset[str]] = OrderedDict()
-        self._manifests: OrderedDict[str, Manifest] = OrderedDict()
-        self._size = 0
-
-    def pack(self, digest: str) -> PackInfo | None:
-        with self._lock:
-            return self._packs.get(digest)
-
-    def add_pack(self, info: PackInfo) -> None:
-        with self._lock:
-            if info.digest not in self._packs:
-                self._packs[info.digest] = info
-                self._size += len(info.tensors)
-                while self._size > _MOST_KEPT and len(self._packs) > 1:
-                    _, oldest = self._packs.popitem(last=False)
-                    self._size -= len(oldest.tensors)
-
-    def tensors(self, digest: str) -> frozenset[str] | None:
-        with self._lock:
-            return self._tensors.get(digest)
-
-    def add_tensors(self, digest: str, tensors: frozenset[str]) -> frozenset[str]:
-        with self._lock:
-            self._tensors[digest] = tensors
-            while len(self._tensors) > _MOST_MANIFESTS:
-                self._tensors.popitem(last=False)
-        return tensors
-
-    def manifest(self, digest: str) -> Manifest | None:
-        with self._lock:
-            return self._manifests.get(digest)
-
-    def add_manifest(self, digest: str, manifest: Manifest) -> None:
-        """Keep a manifest that was just written, until the next one is."""
-        with self._lock:
-            self._manifests.clear()
-            self._manifests[digest] = manifest
-
-
-def names_of(folder: Path, suffix: str) -> list[str]:
-    """The digests that files below a folder of packs or manifests are named by, sorted.
-
-    Raises:
-        Corrupt: if a folder on the way is none.
-    """
-    found = []
-    for part in durable.names_in(folder, inner=1):
-        if _SHARD.match(part):
-            names = durable.names_in(folder / part, inner=INNER)
-            found += [name.removesuffix(suffix) for name in names if name.endswith(suffix)]
-    return sorted(filter(is_digest, found))
+    def pack_is_whole(self, digest: str, size: int) -> bool:
+        """Whether a pack's file is there in its full size, in bytes."""
+        return self._packs.is_whole(digest, size)

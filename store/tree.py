@@ -3,6 +3,8 @@
 A tree is made of dict, list, tuple, str, int, float, bool, None, tensors, and the few other types that real
 state dicts hold. Anything else is refused by path and type, before a byte is written. `docs/FORMAT.md`
 describes the document.
+
+Both directions stand in one file, so that each form of a value is next to its counterpart.
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ class Leaf(NamedTuple):
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Leaf:
+        """The leaf of a torch tensor of a dtype that can be stored."""
         kind, shape, size = _TORCH_TYPES[tensor.dtype], tuple(tensor.shape), tensor.nbytes
         return cls(kind, shape, tensor, size, is_plain(tensor), tensor.data_ptr() if size else 0)
 
@@ -335,7 +338,8 @@ def _whole(shape: Sequence[int], parts: Sequence[tuple[Sequence[int], torch.Tens
     whole = torch.empty(shape, dtype=parts[0][1].dtype)
     for offsets, part in parts:
         target = box(whole, offsets, part.shape)
-        if part.itemsize == 1:  # not all of these types can be copied, but their bytes can
+        # Not all types of one byte can be copied, but their bytes can.
+        if part.itemsize == 1:
             target, part = target.view(torch.uint8), part.view(torch.uint8)
         target.copy_(part)
     return whole

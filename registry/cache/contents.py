@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from registry.store.digest import digest, hasher, is_digest
-from registry.store.durable import make_folder, read_file, storage_errors, write_file
-from registry.store.errors import Conflict, Corrupt, NotFound, StorageError, Unsupported
+from registry.store.durable import make_folder, write_file
+from registry.store.errors import Conflict, Corrupt, NotFound, StorageError, Unsupported, storage_errors
+from registry.store.places import read_file
 from registry.store.text import printable
 
 FOLDER = "digests"

@@ -16,8 +16,8 @@ from filelock import FileLock, Timeout
 from registry.cache.artifacts import Artifact, Artifacts
 from registry.cache.keys import Key, Keys
 from registry.cache.results import pack, unpack
-from registry.store.durable import make_folder, storage_errors
-from registry.store.errors import Corrupt, Invalid, NotFound, StorageError
+from registry.store.durable import make_folder
+from registry.store.errors import Corrupt, Invalid, NotFound, StorageError, storage_errors
 
 if TYPE_CHECKING:
     from registry.home import Home

@@ -20,15 +20,15 @@ from registry.catalog.copies import gaps_in, is_behind, not_before, text_in
 from registry.catalog.database import Damaged, Database, FileId, Held, LogState, Replaced, Still
 from registry.catalog.lookups import locate
 from registry.catalog.opening import Opening
-from registry.store import durable
-from registry.store.errors import Corrupt, RegistryError, StorageError
+from registry.store import places
+from registry.store.errors import Corrupt, RegistryError, StorageError, storage_errors
 
 if TYPE_CHECKING:
     from registry.catalog.refolding import Refolded
     from registry.catalog.transactions import View
     from registry.log.entries import Entry, Record
     from registry.log.ledger import Ledger
-    from registry.store.location import Location
+    from registry.store.locating import Location
     from registry.store.store import Store
 
 _TRIES = 4
@@ -77,7 +77,7 @@ class Catalog:
 
         self.journal.create()
         with self.journal.locked():
-            if durable.status_of(self.path) is None:
+            if places.status_of(self.path) is None:
                 refold_locked(self._database, self.ledger)
 
         def begin(view: View) -> list[Record]:
@@ -268,7 +268,7 @@ class Catalog:
         database = self._database
         for _ in range(_TRIES):
             try:
-                with database.errors(), durable.storage_errors(self.path):
+                with database.errors(), storage_errors(self.path):
                     held = self._held()
                     rows = held.connection.execute(sql, parameters).fetchall()
                     if not isinstance(held.identity, Still) or held.identity == database.still():

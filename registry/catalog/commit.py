@@ -14,8 +14,8 @@ from registry.store.store import Written
 if TYPE_CHECKING:
     from registry.catalog.catalog import Catalog
     from registry.catalog.transactions import View
-    from registry.store.location import Location
-    from registry.store.saving import State
+    from registry.store.locating import Location
+    from registry.store.saving import Encoded
     from registry.store.store import Store, Stored
 
 _ATTEMPTS = 6
@@ -32,7 +32,7 @@ class Taken(Stale):
 def publish(
     catalog: Catalog,
     store: Store,
-    state: State | Written,
+    state: Encoded | Written,
     record: dict[str, Any],
     records: Callable[[View, str, Mapping[str, str]], Sequence[Record]],
     *,

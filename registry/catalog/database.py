@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from registry.catalog import pairing, schema
 from registry.log import settings
 from registry.log.journal import Journal, Position
-from registry.store import durable
+from registry.store import places
 from registry.store.errors import Corrupt, Invalid, NotFound, RegistryError, StorageError, Unsupported
 from registry.store.places import is_local
 from registry.store.text import printable, quoted
@@ -161,7 +161,7 @@ class Database:
         Raises:
             NotFound: if the registry is not there any more.
         """
-        if durable.status_of(self.path) is None and not settings.are_there(self.root):
+        if places.status_of(self.path) is None and not settings.are_there(self.root):
             raise NotFound(
                 f"{self.root}: the registry was renamed or deleted meanwhile; open it by its new name"
             )
@@ -182,8 +182,8 @@ class Database:
 
     def still(self) -> Still | None:
         """The state of a catalog that no process has open; None if one has, or may have."""
-        status = durable.status_of(self.path)
-        if status is None or durable.status_of(self.path.with_name(f"{NAME}-wal")) is not None:
+        status = places.status_of(self.path)
+        if status is None or places.status_of(self.path.with_name(f"{NAME}-wal")) is not None:
             return None
         return Still(
             device=status.st_dev, inode=status.st_ino, size=status.st_size, changed=status.st_mtime_ns
@@ -202,7 +202,7 @@ class Database:
         # Lazy: start-up.
         from registry.log.format1 import journal_path
 
-        found = (durable.status_of(journal_path(self.root), inner=1), durable.status_of(self.path))
+        found = (places.status_of(journal_path(self.root), inner=1), places.status_of(self.path))
         return OldState(*(status and (status.st_size, status.st_mtime_ns, status.st_ino) for status in found))
 
     def connect(self, path: Path, mode: str = "mode=rw", *, is_ours: bool = True) -> sqlite3.Connection:
@@ -219,9 +219,9 @@ class Database:
         """
         for part in PARTS:
             beside = path.with_name(path.name + part)
-            status = durable.status_of(beside)
+            status = places.status_of(beside)
             if status is not None:
-                durable.refuse_odd(status, beside)
+                places.refuse_odd(status, beside)
         with self.errors():
             connection = sqlite3.connect(
                 f"{path.absolute().as_uri()}?{mode}",
@@ -373,5 +373,5 @@ def let_go(
 
 def _identity_of(path: Path) -> FileId | None:
     """What tells a file from another one that gets its name."""
-    status = durable.status_of(path)
+    status = places.status_of(path)
     return None if status is None else FileId(status.st_dev, status.st_ino)

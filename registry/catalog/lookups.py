@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from registry.store.digest import is_digest
 from registry.store.errors import Corrupt
-from registry.store.location import Location
+from registry.store.locating import Location
 
 _BATCH = 500
 

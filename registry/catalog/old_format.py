@@ -16,8 +16,8 @@ from registry.catalog.refolding import add_copy, begin_copy, fill_anew
 from registry.log import entries, format1, settings
 from registry.log.journal import BEGINNING
 from registry.log.ledger import Ledger
-from registry.store import durable
-from registry.store.errors import Corrupt
+from registry.store import durable, places
+from registry.store.errors import Corrupt, storage_errors
 
 _logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class OldFormat:
         """
         database = self._database
         database.check_writable()
-        with durable.storage_errors(database.root):
+        with storage_errors(database.root):
             database.journal.create()
             with database.journal.locked():
                 database.look_for_another_format()
@@ -128,7 +128,7 @@ class OldFormat:
     def _catalog(self) -> sqlite3.Connection | None:
         """A connection to the catalog; None if it is lost or cannot be read."""
         database = self._database
-        if durable.status_of(database.path) is None:
+        if places.status_of(database.path) is None:
             return None
         mode = "mode=rw" if database.is_writable else "mode=ro"
         try:

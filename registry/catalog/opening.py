@@ -12,8 +12,7 @@ from typing import NamedTuple
 from registry.catalog import pairing
 from registry.catalog.copies import Material, is_behind, text_in
 from registry.catalog.database import ALONE, Damaged, Database, in_memory, let_go
-from registry.store import durable
-from registry.store.errors import Corrupt, StorageError
+from registry.store.errors import Corrupt, StorageError, storage_errors
 
 _ATTEMPTS = 3
 
@@ -196,7 +195,7 @@ class Opening:
         database = self._database
         state = database.log_state()
         copy = in_memory()
-        with durable.storage_errors(database.root):
+        with storage_errors(database.root):
             connection.backup(copy)
             catch_up(database, Change(copy, Material(database.store, text_in(copy))), heals=False)
         copy.execute("PRAGMA query_only = ON")
@@ -212,7 +211,7 @@ class Opening:
         database = self._database
         state = database.old_state() if database.format == 1 else database.log_state()
         connection = in_memory()
-        with database.errors(), durable.storage_errors(database.root):
+        with database.errors(), storage_errors(database.root):
             change = Change(connection, Material(database.store))
             if database.format == 1:
                 begin_copy(connection)

@@ -27,7 +27,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from registry.log.journal import Journal, Position
-from registry.store import durable
+from registry.store import durable, places
 from registry.store.errors import RegistryError
 from registry.store.places import is_local
 
@@ -72,7 +72,7 @@ def close(path: Path, connection: sqlite3.Connection) -> None:
         found = _stamp_in(connection)
     connection.close()
     with contextlib.suppress(OSError, RegistryError, durable.Moved):
-        is_open = durable.status_of(path.with_name(f"{path.name}-wal")) is not None
+        is_open = places.status_of(path.with_name(f"{path.name}-wal")) is not None
         if found is not None and not is_open and found != _noted(path):
             durable.note(path.with_name(f"{path.name}{WHOLE}"), found.encode(), folder=path.parent / "tmp")
 
@@ -175,7 +175,7 @@ def _holds_a_change(path: Path) -> bool:
     Source: https://www.sqlite.org/fileformat2.html#walformat
     """
     try:
-        fd = durable.open_file(path.with_name(f"{path.name}-wal"), os.O_RDONLY)
+        fd = places.open_file(path.with_name(f"{path.name}-wal"), os.O_RDONLY)
     except FileNotFoundError:
         return False
     with os.fdopen(fd, "rb") as log:
@@ -221,7 +221,7 @@ def _is_of(journal: Journal, state: Mapping[str, str]) -> bool:
 def _first_bytes(path: Path, count: int) -> bytes:
     """The first bytes of a file; none if there is none."""
     try:
-        fd = durable.open_file(path, os.O_RDONLY)
+        fd = places.open_file(path, os.O_RDONLY)
     except FileNotFoundError:
         return b""
     try:

@@ -24,8 +24,8 @@ from registry.log.history import End, Fork, Gap, Placed, heal, merge, walk
 from registry.log.journal import Journal
 from registry.log.ledger import Ledger
 from registry.log.strays import use_strays
-from registry.store import durable
-from registry.store.errors import Corrupt, RegistryError, StorageError
+from registry.store import durable, places
+from registry.store.errors import Corrupt, RegistryError, StorageError, storage_errors
 
 _TRIES = 4
 
@@ -144,7 +144,7 @@ def refold(database: Database, ledger: Callable[[], Ledger], *, why: str = "") -
         Corrupt: if the log and the copy tell different histories.
         StorageError: if the folder cannot be written.
     """
-    with durable.storage_errors(database.root):
+    with storage_errors(database.root):
         database.journal.create()
         tries = 0
         while True:
@@ -201,7 +201,7 @@ def _usable(database: Database) -> sqlite3.Connection | None:
     Raises:
         Unsupported: if a newer program made it.
     """
-    if durable.status_of(database.path) is None:
+    if places.status_of(database.path) is None:
         return None
     connection = None
     try:
@@ -243,18 +243,18 @@ def _touch(database: Database) -> None:
     for part in PARTS[1:]:
         durable.unlink(database.path.with_name(NAME + part))
     with contextlib.suppress(FileExistsError):
-        os.close(durable.open_file(database.path, os.O_RDWR | os.O_CREAT | os.O_EXCL))
+        os.close(places.open_file(database.path, os.O_RDWR | os.O_CREAT | os.O_EXCL))
 
 
 def _set_aside(database: Database) -> str | None:
     """Give a catalog that cannot be read another name; None if there is none."""
-    status = durable.status_of(database.path)
+    status = places.status_of(database.path)
     if status is None:
         return None
-    durable.refuse_odd(status, database.path)
+    places.refuse_odd(status, database.path)
     name = f"{NAME}.damaged-{int(time.time())}"
     for part in reversed(PARTS):
         path = database.path.with_name(NAME + part)
-        if durable.status_of(path) is not None:
+        if places.status_of(path) is not None:
             durable.rename(path, path.with_name(name + part))
     return name

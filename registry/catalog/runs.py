@@ -12,7 +12,7 @@ from registry.catalog.resolving import hint
 from registry.log.entries import now
 from registry.log.facts import sound_run
 from registry.log.reference import check_run_name
-from registry.store import durable
+from registry.store import durable, places
 from registry.store.errors import Conflict, NotFound, RegistryError
 from registry.store.manifest import record_document, untagged
 from registry.store.text import quoted
@@ -143,7 +143,7 @@ class Runs:
             return False
         path = self._root / "runs" / info.name / PROCESS
         try:
-            machine, pid = durable.read_file(path, 256, inner=INNER).decode().split()
+            machine, pid = places.read_file(path, 256, inner=INNER).decode().split()
         except (OSError, ValueError, RegistryError):
             return False
         return durable.is_gone(machine, pid)

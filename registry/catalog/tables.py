@@ -20,7 +20,7 @@ from registry.log.facts import Facts
 from registry.log.ledger import Ledger
 from registry.log.refusals import refuse_if
 from registry.store.errors import RegistryError
-from registry.store.location import Location
+from registry.store.locating import Location
 from registry.store.manifest import Manifest
 from registry.store.pack import PackInfo
 

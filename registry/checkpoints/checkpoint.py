@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from registry.catalog.resolving import resolve
 from registry.catalog.versions import Version
+from registry.store.errors import naming
 from registry.store.text import printable
 
 if TYPE_CHECKING:
@@ -188,7 +189,6 @@ class Checkpoint:
         from registry.live import components
         from registry.live import rng as generators
         from registry.live.freezing import check_again, freeze_again
-        from registry.store.loading import naming
 
         for name in live:
             if name not in self.components:

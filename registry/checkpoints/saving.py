@@ -23,7 +23,7 @@ from registry.log.reference import MAX_EDGE, check_name, check_text, check_versi
 from registry.progress import Progress, silent
 from registry.release import VERSION
 from registry.store.errors import Invalid, NotFound
-from registry.store.saving import State
+from registry.store.saving import Encoded
 from registry.store.store import Written
 from registry.store.text import quoted
 
@@ -83,7 +83,7 @@ class Facts:
 def save(
     home: Home,
     model: str,
-    components: Mapping[str, Any] | State | Written,
+    components: Mapping[str, Any] | Encoded | Written,
     about: Facts,
     *,
     best_by: Monitor | None = None,
@@ -98,7 +98,7 @@ def save(
         progress: told the bytes done and the bytes in all.
     """
     check_name(model, "model")
-    state = components if isinstance(components, State | Written) else None
+    state = components if isinstance(components, Encoded | Written) else None
     for component in state.components if state else components:  # type: ignore[union-attr]
         check_name(component, "component")
     record = about.record(model)

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from registry.store.durable import storage_errors
-from registry.store.errors import Invalid, NotFound, Unsupported
+from registry.store.errors import Invalid, NotFound, Unsupported, storage_errors
 from registry.store.text import printable, quoted
 
 if TYPE_CHECKING:

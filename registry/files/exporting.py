@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from registry.progress import Progress, silent
 from registry.store import header
-from registry.store.dtypes import ELEMENT_TYPES
-from registry.store.durable import Buffer, NewFile, storage_errors
-from registry.store.errors import Conflict, Invalid, NotFound, Unsupported, fix
+from registry.store.dtypes import ELEMENT_TYPES, to_safetensors
+from registry.store.durable import Buffer, NewFile
+from registry.store.errors import Conflict, Invalid, NotFound, Unsupported, fix, naming, storage_errors
 from registry.store.places import refuse_inside
 from registry.store.text import printable, quoted
 
@@ -151,7 +151,6 @@ def _new_file(path: Path, force: bool, total: int, progress: Progress) -> Iterat
 
 def _tree(checkpoint: Checkpoint, component: str | None, verify: bool) -> Any:
     from registry.files.layouts import join
-    from registry.store.loading import naming
 
     if component is not None:
         return checkpoint.state_dict(component, verify=verify)
@@ -207,15 +206,13 @@ def _flat(tree: Any, component: str) -> dict[str, Leaf]:
 
 
 def _code_and_shape(leaf: Leaf, where: str = "") -> tuple[str, tuple[int, ...]]:
-    """The safetensors dtype, and the shape in its elements; F4 counts both halves of a byte."""
-    code = ELEMENT_TYPES[leaf.dtype].code
-    if code is not None:
-        return code, leaf.shape
-    if leaf.dtype == "float4_e2m1fn_x2" and leaf.shape:
-        return "F4", (*leaf.shape[:-1], 2 * leaf.shape[-1])
-    raise Unsupported(
-        f"{where}: safetensors has no dtype for {leaf.dtype} of shape {list(leaf.shape)}; export to a .pt file"
-    )
+    """The safetensors dtype, and the shape in its elements."""
+    found = to_safetensors(leaf.dtype, leaf.shape)
+    if found is None:
+        raise Unsupported(
+            f"{where}: safetensors has no dtype for {leaf.dtype} of shape {list(leaf.shape)}; export to a .pt file"
+        )
+    return found
 
 
 def _write_safetensors(file: _Output, leaves: Mapping[str, Leaf], metadata: Mapping[str, str]) -> None:

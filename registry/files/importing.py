@@ -27,12 +27,12 @@ from registry.files.torch_files import TORCH_SUFFIXES, file_status, read_torch_f
 from registry.progress import Progress, silent
 from registry.store import header
 from registry.store.digest import digest
-from registry.store.dtypes import BY_CODE, ELEMENT_TYPES
-from registry.store.durable import storage_errors
-from registry.store.errors import Conflict, Invalid, NotFound, Unsupported
-from registry.store.loading import naming, view
+from registry.store.dtypes import ELEMENT_TYPES, from_safetensors
+from registry.store.errors import Conflict, Invalid, NotFound, Unsupported, naming, storage_errors
+from registry.store.loading import view
 from registry.store.manifest import TensorInfo
-from registry.store.pack import map_file, open_regular
+from registry.store.pack import map_file
+from registry.store.places import open_regular
 from registry.store.text import printable, quoted
 
 if TYPE_CHECKING:
@@ -230,14 +230,13 @@ def _tensors_of(path: Path, size: int) -> tuple[mmap.mmap, dict[str, torch.Tenso
 
 
 def _tensor(data: mmap.mmap, entry: header.Entry) -> torch.Tensor:
-    dtype, shape = BY_CODE.get(entry.code), entry.shape
-    if entry.code == "F4" and shape and shape[-1] % 2 == 0:
-        dtype, shape = "float4_e2m1fn_x2", (*shape[:-1], shape[-1] // 2)
-    if dtype is None:
+    found = from_safetensors(entry.code, entry.shape)
+    if found is None:
         raise Unsupported(
-            f"tensor {quoted(entry.name)} has dtype {entry.code} and shape {list(shape)}, which torch cannot "
+            f"tensor {quoted(entry.name)} has dtype {entry.code} and shape {list(entry.shape)}, which torch cannot "
             "represent; convert it with the program that wrote it"
         )
+    dtype, shape = found
     info = TensorInfo(dtype, shape, "")
     start, size = entry.start, entry.end - entry.start
     if (

@@ -23,8 +23,7 @@ import torch
 
 from registry.files import pickled
 from registry.files.foreign import kind_of
-from registry.store.durable import storage_errors
-from registry.store.errors import Invalid, NotFound, Unsupported
+from registry.store.errors import Invalid, NotFound, Unsupported, storage_errors
 from registry.store.text import printable, quoted
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from registry.log.entries import MAX_RECORDS, Record, check_record, manifest_text, pack_record
-from registry.store import durable
+from registry.store import places
 from registry.store.digest import digest, is_digest
 from registry.store.errors import Corrupt, Invalid, RegistryError
 from registry.store.manifest import MAX_SIZE, record_document
@@ -213,7 +213,7 @@ class _Line(NamedTuple):
 
 def _lines(path: Path) -> Iterator[_Line]:
     try:
-        data = durable.read_file(path, _LARGEST, inner=1)
+        data = places.read_file(path, _LARGEST, inner=1)
     except FileNotFoundError:
         return
     end = 0
@@ -346,7 +346,7 @@ def _text(store: Store, manifest_id: str) -> dict[str, str]:
     if not is_digest(manifest_id):
         raise Corrupt(f"{quoted(str(manifest_id))} is no digest")
     with contextlib.suppress(OSError, RegistryError):
-        data = durable.read_file(store.manifest_path(manifest_id), MAX_SIZE, inner=INNER)
+        data = places.read_file(store.manifest_path(manifest_id), MAX_SIZE, inner=INNER)
         if digest(data) == manifest_id:
             return manifest_text(data)
     return {}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from registry.log.entries import MAX_LINE, Entry, digest_of_line, parse
-from registry.store import durable
+from registry.store import durable, places
 from registry.store.errors import Corrupt, StorageError, Unsupported
 
 FOLDER = "journal"
@@ -78,7 +78,7 @@ class Journal:
         """Make the folder, and the file that is locked."""
         durable.make_folder(self.folder, inner=1)
         with contextlib.suppress(FileExistsError):
-            os.close(durable.open_file(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, inner=1))
+            os.close(places.open_file(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, inner=1))
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -88,10 +88,10 @@ class Journal:
             StorageError: if another process keeps it for a minute.
         """
         try:
-            fd = durable.open_file(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, inner=1)
+            fd = places.open_file(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, inner=1)
         except FileNotFoundError:
             self.create()
-            fd = durable.open_file(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, inner=1)
+            fd = places.open_file(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, inner=1)
         try:
             if not durable.lock(fd):
                 raise StorageError(f"{self.folder}: another process has kept the log locked for 60 s; repeat")
@@ -108,12 +108,12 @@ class Journal:
         Raises:
             Corrupt: if the folder is none.
         """
-        matches = map(_NAME.match, durable.names_in(self.folder, inner=1))
+        matches = map(_NAME.match, places.names_in(self.folder, inner=1))
         return [int(match[1]) for match in matches if match and int(match[1])]
 
     def size(self, segment: int) -> int | None:
         """Bytes of a segment; None if it is not there."""
-        status = durable.status_of(self.path(segment), inner=1)
+        status = places.status_of(self.path(segment), inner=1)
         return None if status is None else status.st_size
 
     def ends_at(self, position: Position, seq: int) -> bool:
@@ -219,7 +219,7 @@ class Journal:
 
     @contextlib.contextmanager
     def _opened(self, segment: int) -> Iterator[int]:
-        fd = durable.open_file(self.path(segment), os.O_RDONLY, inner=1)
+        fd = places.open_file(self.path(segment), os.O_RDONLY, inner=1)
         try:
             yield fd
         finally:

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from registry.store import durable
-from registry.store.errors import Invalid, Unsupported
+from registry.store import durable, places
+from registry.store.errors import Invalid, Unsupported, storage_errors
 from registry.store.text import printable, quoted
 
 FORMAT = 2
@@ -21,8 +21,8 @@ _FORMAT_LINE = re.compile(r"(?m)^(\s*format\s*=\s*)1(\s*(#.*)?)$")
 
 def are_there(root: Path) -> bool:
     """Whether a folder has settings, and so is a registry."""
-    with durable.storage_errors(root / NAME):
-        return durable.status_of(root / NAME) is not None
+    with storage_errors(root / NAME):
+        return places.status_of(root / NAME) is not None
 
 
 def create(root: Path, created_by: str) -> None:
@@ -34,7 +34,7 @@ def create(root: Path, created_by: str) -> None:
 def hide_from_git(root: Path) -> None:
     """Let Git ignore a registry that lies in one of its working trees, unless the user has said something of it."""
     path = root / ".gitignore"
-    if durable.status_of(path) is None and any((folder / ".git").exists() for folder in root.parents):
+    if places.status_of(path) is None and any((folder / ".git").exists() for folder in root.parents):
         durable.write_file(path, b"*\n", folder=root / "tmp")
 
 
@@ -71,8 +71,8 @@ def switch_format(root: Path) -> None:
 
 
 def _text(path: Path) -> str:
-    with durable.storage_errors(path):
-        return durable.read_file(path, _LONGEST).decode("utf-8", errors="replace")
+    with storage_errors(path):
+        return places.read_file(path, _LONGEST).decode("utf-8", errors="replace")
 
 
 def _format_in(text: str, path: Path) -> Any:

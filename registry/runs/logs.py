@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
-from registry.store.durable import open_file
 from registry.store.errors import Invalid, StorageError
+from registry.store.places import open_file
 from registry.store.text import printable, quoted
 
 _FORMAT = "[%(asctime)s] - %(levelname)s: [%(filename)s][%(lineno)d] %(message)s"

@@ -31,10 +31,10 @@ from registry.live.ranks import Ranks
 from registry.log.reference import check_name
 from registry.runs import provenance
 from registry.runs.logs import run_log
-from registry.store.arena import Arena
 from registry.store.digest import is_digest
-from registry.store.durable import host, make_folder, storage_errors, unlink, write_file
-from registry.store.errors import Invalid, RegistryError
+from registry.store.durable import host, make_folder, unlink, write_file
+from registry.store.errors import Invalid, RegistryError, storage_errors
+from registry.store.saving import Arena, Encoded
 from registry.store.text import quoted
 from registry.transfer.plan import TransferPlan, plan_document
 from registry.upkeep.compaction import compact
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from registry.catalog.versions import Version
     from registry.checkpoints.sharded import RegistryWriter
     from registry.home import Home
-    from registry.store.saving import State
 
 _RESERVED = ("rng", "extra", "ranks")
 
@@ -350,7 +349,7 @@ class Run:
 
     def _encoded(
         self, live: Mapping[str, Any], own: Sequence[dict[str, Any]], extra: Mapping[str, Any] | None
-    ) -> tuple[State, dict[str, Any]]:
+    ) -> tuple[Encoded, dict[str, Any]]:
         shared = {name: part for name, part in live.items() if name not in own[0]}
         trees = {name: components.capture(name, part) for name, part in shared.items()} | own[0]
         if len(own) > 1:
@@ -417,7 +416,7 @@ class Run:
         used = used_artifacts(self._home.root)
         return {"dataset": used[0] if len(used) == 1 else None, "artifacts": used}
 
-    def _publish(self, state: State, about: Mapping[str, Any], fields: Mapping[str, Any]) -> Checkpoint:
+    def _publish(self, state: Encoded, about: Mapping[str, Any], fields: Mapping[str, Any]) -> Checkpoint:
         described = Facts(**fields, **self._origin(about))
         saved = save(self._home, self.model, state, described, best_by=self._retention.monitor)
         self._retain()

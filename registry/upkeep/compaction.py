@@ -35,7 +35,6 @@ _MANIFESTS = 128
 
 _WORTH_IT = 0.9
 """A pack of which a larger part is needed stays as it is."""
-_FLOATS = ("float", "bfloat")
 
 
 class Compacted(NamedTuple):
@@ -240,8 +239,8 @@ def _named(manifest: Manifest) -> Iterator[tuple[tuple[str, int], TensorInfo]]:
 
 
 def _alike(a: TensorInfo, b: TensorInfo) -> bool:
-    is_float = a.dtype.startswith(_FLOATS) and ELEMENT_TYPES[a.dtype].size > 1
-    return is_float and (a.dtype, a.shape) == (b.dtype, b.shape)
+    kind = ELEMENT_TYPES[a.dtype]
+    return kind.is_float and kind.size > 1 and (a.dtype, a.shape) == (b.dtype, b.shape)
 
 
 def _rewrite(catalog: Catalog, store: Store, pack: str, size: int, bases: Mapping[str, str]) -> int | None:

@@ -20,11 +20,10 @@ from registry.catalog.database import OLD
 from registry.log import settings
 from registry.log.entries import Record
 from registry.log.format1 import journal_path
-from registry.store import durable
-from registry.store.durable import storage_errors
-from registry.store.errors import Corrupt, NotFound, RegistryError
+from registry.store import durable, places
+from registry.store.errors import Corrupt, NotFound, RegistryError, storage_errors
+from registry.store.folder_index import names_of
 from registry.store.pack import INNER
-from registry.store.store import names_of
 from registry.upkeep.dooming import Dooming
 
 if TYPE_CHECKING:
@@ -122,16 +121,16 @@ class _Sweep:
     def _check_folders(self) -> None:
         """See that every folder is one and every file is one, before the first file goes."""
         store = self._store
-        durable.names_in(self._catalog.journal.folder, inner=1)
-        paths = [(store.tmp / name, 1) for name in durable.names_in(store.tmp, inner=1)]
+        places.names_in(self._catalog.journal.folder, inner=1)
+        paths = [(store.tmp / name, 1) for name in places.names_in(store.tmp, inner=1)]
         for folder, suffix in ((store.packs, ".safetensors"), (store.manifests, ".json")):
             paths += [
                 (folder / digest[:2] / f"{digest}{suffix}", INNER) for digest in names_of(folder, suffix)
             ]
         for path, inner in paths:
-            status = durable.status_of(path, inner=inner)
+            status = places.status_of(path, inner=inner)
             if status is not None:
-                durable.refuse_odd(status, path)
+                places.refuse_odd(status, path)
 
     def _knows_of_some(self) -> bool:
         """Whether what the log does not name is known to be garbage.
@@ -158,7 +157,7 @@ class _Sweep:
         ledger = self._catalog.ledger()
         for digest in names_of(folder, suffix):
             path = folder / digest[:2] / f"{digest}{suffix}"
-            status = durable.status_of(path, inner=INNER)
+            status = places.status_of(path, inner=INNER)
             if status is None:
                 continue
             if digest in dead:
@@ -214,13 +213,13 @@ class _Sweep:
 
     def _sweep_temporary(self) -> None:
         """Remove temporary files that no writer holds."""
-        for name in durable.names_in(self._store.tmp, inner=1):
+        for name in places.names_in(self._store.tmp, inner=1):
             path = self._store.tmp / name
-            status = durable.status_of(path, inner=1)
+            status = places.status_of(path, inner=1)
             if status is None:
                 continue
             try:
-                fd = durable.open_file(path, os.O_RDONLY, inner=1)
+                fd = places.open_file(path, os.O_RDONLY, inner=1)
             except (FileNotFoundError, Corrupt):
                 continue
             try:
@@ -239,8 +238,8 @@ class _Sweep:
         root = self._store.root
         old = [root / f"{OLD}{part}" for part in ("", "-journal")]
         for path, inner in (*((path, 0) for path in old), (journal_path(root), 1)):
-            status = durable.status_of(path, inner=inner)
-            since = durable.status_of(root / settings.NAME)
+            status = places.status_of(path, inner=inner)
+            since = places.status_of(root / settings.NAME)
             if status is None or since is None or not self._is_due(since.st_mtime, status.st_size):
                 continue
             if self._dry_run or durable.unlink(path, inner=inner):

@@ -12,9 +12,8 @@ from registry.log.facts import facts_of
 from registry.log.reference import check_name
 from registry.log.strays import needed_strays, stray_manifests
 from registry.progress import Progress, silent
-from registry.store import durable
-from registry.store.durable import storage_errors
-from registry.store.errors import RegistryError
+from registry.store import places
+from registry.store.errors import RegistryError, storage_errors
 from registry.store.manifest import MAX_SIZE
 from registry.store.pack import INNER
 
@@ -174,7 +173,7 @@ def _adoption(store: Store, ledger: Ledger) -> Sequence[Record]:
     numbers = _numbers(ledger, sorted(orphans))
     publishes: list[Record] = []
     for orphan in sorted(orphans, key=lambda one: (one.model, numbers[one.id])):
-        text = durable.read_file(store.manifest_path(orphan.id), MAX_SIZE, inner=INNER)
+        text = places.read_file(store.manifest_path(orphan.id), MAX_SIZE, inner=INNER)
         publish = {"op": "publish", "id": orphan.id, "model": orphan.model, "version": numbers[orphan.id]}
         publishes.append({**publish, "adopted": True, **manifest_text(text)})
     names = _names(ledger, {one.id for one in orphans})

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from registry.catalog.catalog import Catalog
     from registry.catalog.lookups import Query
     from registry.catalog.transactions import View
-    from registry.store.location import Location
+    from registry.store.locating import Location
     from registry.store.pack import PackInfo
     from registry.store.store import Store
 

@@ -20,9 +20,10 @@ from registry.progress import Progress, silent
 from registry.store.digest import digest as digest_of
 from registry.store.digest import is_digest, tensor_digest
 from registry.store.errors import Corrupt, Missing, RegistryError
-from registry.store.location import Location
+from registry.store.locating import Location
 from registry.store.manifest import MAX_SIZE, parse
-from registry.store.pack import INNER, PackInfo, open_regular, read_pack_info
+from registry.store.pack import INNER, PackInfo, read_pack_info
+from registry.store.places import open_regular
 
 if TYPE_CHECKING:
     from registry.catalog.catalog import Catalog

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from registry.files.importing import import_file
 from registry.registry import Registry
-from registry.store import header
+from registry.store import dtypes, header
 from registry.store.errors import Invalid, NotFound, RegistryError, Unsupported
 
 
@@ -543,7 +543,7 @@ def test_a_device_is_refused(tmp_path: Path, refused: Callable[[Path], RegistryE
     assert "not a regular file" in str(refused(tmp_path / "a.pt"))
 
 
-CODES = [*header.BY_CODE, "F4", "F6_E2M3", "F6_E3M2", "X9"]
+CODES = [*dtypes.BY_CODE, "F4", "F6_E2M3", "F6_E3M2", "X9"]
 
 
 @st.composite
@@ -555,8 +555,8 @@ def headers(draw: st.DrawFn) -> bytes:
         code = draw(st.sampled_from(CODES))
         sizes = st.sampled_from([0, 1, 2, 3, 4, 8] * 8 + [1 << 31, 1 << 62, 10**19 - 1])
         shape = draw(st.lists(sizes, max_size=4))
-        kind = header.BY_CODE.get(code)
-        bits = header.ELEMENT_TYPES[kind].size * 8 if kind else {"F4": 4}.get(code, 6)
+        kind = dtypes.BY_CODE.get(code)
+        bits = dtypes.ELEMENT_TYPES[kind].size * 8 if kind else {"F4": 4}.get(code, 6)
         size = 1
         for n in shape:
             size *= n

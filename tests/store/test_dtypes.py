@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from registry.store.dtypes import ELEMENT_TYPES
+from registry.store.dtypes import BITS, ELEMENT_TYPES, byte_count, from_safetensors, to_safetensors
 from registry.store.store import Store
 
 DTYPES = [getattr(torch, name) for name in ELEMENT_TYPES if hasattr(torch, name)]
@@ -42,6 +43,24 @@ def test_no_type_of_torch_that_a_state_dict_can_hold_is_missing() -> None:
     odd = {kind for kind in packed if str(kind).removeprefix("torch.") not in ELEMENT_TYPES}
     assert kinds - set(DTYPES) - quantized - odd == set()
     assert all(str(kind).removeprefix("torch.").startswith("bits") or kind.itemsize == 1 for kind in odd)
+
+
+@pytest.mark.parametrize("name", ELEMENT_TYPES)
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (2, 3)], ids=str)
+def test_a_type_that_safetensors_has_is_found_again_by_its_code(name: str, shape: tuple[int, ...]) -> None:
+    found = to_safetensors(name, shape)
+    if found is None:
+        assert ELEMENT_TYPES[name].code is None or (ELEMENT_TYPES[name].packed > 1 and not shape)
+        return
+    code, there = found
+    assert from_safetensors(code, there) == (name, shape)
+    assert math.prod(there) * BITS[code] == 8 * byte_count(name, shape)
+
+
+def test_what_torch_cannot_represent_has_no_type() -> None:
+    assert from_safetensors("F4", (2, 3)) is None
+    assert from_safetensors("F4", ()) is None
+    assert from_safetensors("F6_E2M3", (4,)) is None
 
 
 BASE = torch.arange(24.0).reshape(4, 6)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from registry.store import durable
-from registry.store.durable import NewFile, append, storage_errors, write_file
-from registry.store.errors import StorageError
+from registry.store.durable import NewFile, append, write_file
+from registry.store.errors import StorageError, storage_errors
 
 
 class Stingy(durable.Disk):

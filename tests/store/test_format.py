@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 from collections import Counter, OrderedDict
 from pathlib import Path
 from types import ModuleType
@@ -15,9 +16,11 @@ import torch
 import torchvision
 
 from registry import Registry
+from registry.store.dtypes import ELEMENT_TYPES
 from registry.store.store import Written
 
 SOURCE = Path(__file__).with_name("format_reader.py")
+DOCUMENT = Path(__file__).parents[2] / "docs" / "FORMAT.md"
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +109,21 @@ def test_the_reader_understands_every_tag_and_type(tmp_path: Path, reader: Modul
         "counter": {"a": 2},
         "ordered": {"b": 1, "a": 2},
     }
+
+
+def test_the_document_lists_every_element_type() -> None:
+    table = DOCUMENT.read_text().split("The names are torch's.")[0].split("| element type |")[-1]
+    listed = re.findall(r"\| (\w+) \| (\d+) \| (\w+) \|", table)
+    expected = [(name, str(kind.size), kind.pack_code or "opaque") for name, kind in ELEMENT_TYPES.items()]
+    assert sorted(listed) == sorted(expected)
+
+
+@pytest.mark.parametrize("name", [name for name in ELEMENT_TYPES if hasattr(torch, name)])
+def test_the_reader_knows_the_element_type(tmp_path: Path, reader: ModuleType, name: str) -> None:
+    raw = torch.randint(0, 2 if name == "bool" else 256, (6 * ELEMENT_TYPES[name].size,), dtype=torch.uint8)
+    tensor = raw.view(getattr(torch, name)).reshape(2, 3)
+    _, read = reader.read(tmp_path, Registry(tmp_path).save("net", {"x": {"w": tensor}}).id)
+    assert same(read["x"]["w"], tensor)
 
 
 def test_the_reader_puts_shards_together(tmp_path: Path, reader: ModuleType) -> None:

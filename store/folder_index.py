@@ -1,0 +1,279 @@
+"""The folders of a store: its packs and manifests by digest, and an index of what the packs hold.
+
+Packs and manifests never change, so what was read of them is kept in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import stat
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+
+from registry.store.digest import digest as digest_of
+from registry.store.digest import is_digest
+from registry.store.durable import write_file
+from registry.store.errors import Corrupt, Invalid, Missing, NotFound, StorageError
+from registry.store.locating import Index, Location
+from registry.store.manifest import MAX_SIZE, Manifest, TensorInfo, parse
+from registry.store.pack import INNER, PackInfo, pack_path, read_pack_info
+from registry.store.places import names_in, open_regular, status_of
+from registry.store.text import quoted
+
+_MOST_KEPT = 200_000
+"""Tensors in the headers of packs that are kept in memory."""
+
+_MOST_MANIFESTS = 256
+"""Manifests whose tensors are kept in memory."""
+
+_SHARD = re.compile(r"[0-9a-f]{2}\Z")
+
+
+class PackFolder:
+    """The packs of a store; safe to use from several threads.
+
+    Args:
+        folder: where they lie.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[str, PackInfo] = OrderedDict()
+        self._size = 0
+
+    def path(self, digest: str) -> Path:
+        """Where a pack's file is; see `registry.store.pack.pack_path`."""
+        return pack_path(self._folder, digest)
+
+    def digests(self) -> list[str]:
+        """The digests of all pack files, sorted; see `names_of`."""
+        return names_of(self._folder, ".safetensors")
+
+    def is_whole(self, digest: str, size: int) -> bool:
+        """Whether a pack's file is there in its full size, in bytes."""
+        status = status_of(self.path(digest), inner=INNER)
+        return status is not None and stat.S_ISREG(status.st_mode) and status.st_size == size
+
+    def info(self, digest: str) -> PackInfo:
+        """What a pack holds, from its header; the oldest that are kept go first.
+
+        Raises:
+            Corrupt: if the header is not the one that the pack's name covers.
+        """
+        with self._lock:
+            found = self._kept.get(digest)
+        if found is None:
+            found = read_pack_info(self.path(digest))
+            self.keep(found)
+        return found
+
+    def listed(self, digest: str) -> Iterable[tuple[TensorInfo, int]]:
+        """The tensors that a pack's header lists, and the first byte of each.
+
+        Raises:
+            Corrupt: as `info`.
+        """
+        for tensor in self.info(digest).tensors:
+            yield TensorInfo(tensor.dtype, tensor.shape, tensor.digest), tensor.start
+
+    def keep(self, info: PackInfo) -> None:
+        """Keep the header of a pack in memory."""
+        with self._lock:
+            if info.digest not in self._kept:
+                self._kept[info.digest] = info
+                self._size += len(info.tensors)
+                while self._size > _MOST_KEPT and len(self._kept) > 1:
+                    _, oldest = self._kept.popitem(last=False)
+                    self._size -= len(oldest.tensors)
+
+
+class ManifestFolder:
+    """The manifests of a store; safe to use from several threads.
+
+    Args:
+        folder: where they lie.
+        tmp: where a new one lies until it is complete.
+        index: gives a second copy of one whose file is missing or damaged.
+    """
+
+    def __init__(self, folder: Path, tmp: Path, index: Index) -> None:
+        self._folder = folder
+        self._tmp = tmp
+        self._index = index
+        self._lock = threading.Lock()
+        self._tensors: OrderedDict[str, frozenset[str]] = OrderedDict()
+        self._written: tuple[str, Manifest] | None = None
+        self._recent: tuple[tuple[object, ...], Manifest] | None = None
+
+    def path(self, digest: str) -> Path:
+        """Where a manifest's file is.
+
+        Raises:
+            Corrupt: if that is no digest, and so might name any file.
+        """
+        if not is_digest(digest):
+            raise Corrupt(f"{quoted(digest)} names no manifest, as it is no digest")
+        return self._folder / digest[:2] / f"{digest}.json"
+
+    def digests(self) -> list[str]:
+        """The digests of all manifest files, sorted; see `names_of`."""
+        return names_of(self._folder, ".json")
+
+    def has(self, digest: str) -> bool:
+        """Whether a manifest of this digest is stored."""
+        status = status_of(self.path(digest), inner=INNER) if is_digest(digest) else None
+        return status is not None and stat.S_ISREG(status.st_mode)
+
+    def write(self, manifest: Manifest) -> tuple[str, bytes]:
+        """Write a manifest, durably, and return its digest and its bytes.
+
+        Raises:
+            Invalid: if it is too large.
+        """
+        data = manifest.render()
+        if len(data) > MAX_SIZE:
+            raise Invalid(
+                f"the plain values of this checkpoint take {len(data) >> 20} MB, at most {MAX_SIZE >> 20} are "
+                "stored; put long lists into tensors or arrays"
+            )
+        digest = digest_of(data)
+        self._write(digest, data)
+        return digest, data
+
+    def _write(self, digest: str, data: bytes) -> None:
+        write_file(self.path(digest), data, folder=self._tmp, inner=INNER, read_only=True)
+
+    def read(self, digest: str, *, text_of: Callable[[str], bytes | None] | None = None) -> Manifest:
+        """Read a manifest and check it against its digest; needs no torch.
+
+        Args:
+            text_of: gives a second copy, where the file is missing or damaged; by default the index does, and the file
+                is written again.
+
+        Raises:
+            Invalid: if this is no digest.
+            NotFound: if it is not stored.
+            Corrupt: if its bytes are not what was saved.
+        """
+        if not is_digest(digest):
+            raise Invalid(f"{quoted(digest)} is not a digest of 64 hex digits")
+        path = self.path(digest)
+        try:
+            with open_regular(path, inner=INNER) as file:
+                data = file.read(MAX_SIZE + 1)
+            if digest_of(data) != digest:
+                raise Corrupt(f"{path}: the manifest is not what was saved; restore it from a backup")
+        except Corrupt as error:
+            text = (text_of or self._index.manifest_text)(digest)
+            if text is None or digest_of(text) != digest:
+                if isinstance(error, Missing):
+                    raise NotFound(f"{path}: the manifest is missing") from None
+                raise
+            data = text
+            if text_of is None:
+                with contextlib.suppress(StorageError):
+                    self._write(digest, data)
+        return parse(data)
+
+    def recent(self, digest: str) -> Manifest:
+        """As `read`, parsed once for loads of the same one in a row, while its file stays as it was."""
+        status = status_of(self.path(digest), inner=INNER) if is_digest(digest) else None
+        if status is None:
+            return self.read(digest)
+        state = (digest, status.st_ino, status.st_size, status.st_mtime_ns)
+        if self._recent is None or self._recent[0] != state:
+            self._recent = state, self.read(digest)
+        return self._recent[1]
+
+    def tensors_of(
+        self, digest: str, *, text_of: Callable[[str], bytes | None] | None = None
+    ) -> frozenset[str]:
+        """The digests of a manifest's tensors; the oldest that are kept go first.
+
+        Raises:
+            NotFound, Corrupt: as `read`.
+        """
+        with self._lock:
+            found = self._tensors.get(digest)
+        if found is None:
+            manifest = self.just_written(digest) or self.read(digest, text_of=text_of)
+            found = frozenset(tensor.digest for tensor in manifest.tensors)
+            with self._lock:
+                self._tensors[digest] = found
+                while len(self._tensors) > _MOST_MANIFESTS:
+                    self._tensors.popitem(last=False)
+        return found
+
+    def keep(self, digest: str, manifest: Manifest) -> None:
+        """Keep a manifest that was just written, until the next one is."""
+        self._written = digest, manifest
+
+    def just_written(self, digest: str) -> Manifest | None:
+        """The manifest of this digest, if it is the last one that was written here."""
+        written = self._written
+        return written[1] if written and written[0] == digest else None
+
+
+class FolderIndex:
+    """Finds tensors by reading the headers of the packs in a folder; for a store without a catalog.
+
+    It is an `Index`, and safe to use from several threads.
+    """
+
+    def __init__(self, packs: Path) -> None:
+        self._packs = packs
+        self._read: set[str] = set()
+        self._located: dict[str, Location] = {}
+        self._lock = threading.Lock()
+
+    def locate(self, digests: Collection[str]) -> dict[str, Location]:
+        """The locations of those of the digests that are stored.
+
+        Raises:
+            Corrupt: if the header of a pack cannot be read.
+        """
+        with self._lock:
+            self._refresh()
+            return {digest: self._located[digest] for digest in digests if digest in self._located}
+
+    def _refresh(self) -> None:
+        present = names_of(self._packs, ".safetensors")
+        gone = self._read.difference(present)
+        if gone:
+            self._read.clear()
+            self._located.clear()
+        for name in present:
+            if name not in self._read:
+                info = read_pack_info(pack_path(self._packs, name))
+                self._read.add(name)
+                for digest, place in info.places.items():
+                    known = self._located.setdefault(digest, place)
+                    # One that needs no other tensor is better.
+                    if known.base and not place.base:
+                        self._located[digest] = place
+
+    def manifest_text(self, manifest_id: str) -> bytes | None:
+        """There is no second copy."""
+        return None
+
+    def was_removed(self, manifest_id: str) -> bool:
+        """What is in a folder was not removed."""
+        return False
+
+
+def names_of(folder: Path, suffix: str) -> list[str]:
+    """The digests that files below a folder of packs or manifests are named by, sorted.
+
+    Raises:
+        Corrupt: if a folder on the way is none.
+    """
+    found = []
+    for part in names_in(folder, inner=1):
+        if _SHARD.match(part):
+            names = names_in(folder / part, inner=INNER)
+            found += [name.removesuffix(suffix) for name in names if name.endswith(suffix)]
+    return sorted(filter(is_digest, found))
