@@ -22,7 +22,7 @@ import zstandard
 from benchmarks.measure import Result, Scale, Section, Table, middle_half
 from benchmarks.series import digit_batches, fine_tuned, trained
 from registry.store import differences
-from registry.store.loading import in_parallel
+from registry.store.parallel import in_parallel
 
 Array = Any
 Code = Callable[[Array, Array, Array], bytes]

@@ -10,7 +10,7 @@ import re
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Container, Iterable
 from pathlib import Path
 
 from registry.store.digest import digest as digest_of
@@ -71,14 +71,19 @@ class PackFolder:
             self.keep(found)
         return found
 
-    def listed(self, digest: str) -> Iterable[tuple[TensorInfo, int]]:
-        """The tensors that a pack's header lists, and the first byte of each.
+    def listed(self, digest: str, only: Container[str]) -> Iterable[tuple[TensorInfo, int]]:
+        """Those of some tensors that a pack's header lists, and the first byte of each.
+
+        Args:
+            digest: the pack's.
+            only: digests of the tensors.
 
         Raises:
             Corrupt: as `info`.
         """
         for tensor in self.info(digest).tensors:
-            yield TensorInfo(tensor.dtype, tensor.shape, tensor.digest), tensor.start
+            if tensor.digest in only:
+                yield TensorInfo(tensor.dtype, tensor.shape, tensor.digest), tensor.start
 
     def keep(self, info: PackInfo) -> None:
         """Keep the header of a pack in memory."""

@@ -11,7 +11,7 @@ It loads no torch, as the catalog gives locations to commands that only read met
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from registry.store.errors import Corrupt, Incompatible, Missing
@@ -69,8 +69,8 @@ class Packs(Protocol):
         """Whether a pack's file is there in its full size."""
         ...
 
-    def listed(self, digest: str) -> Iterable[tuple[TensorInfo, int]]:
-        """The tensors that a pack's header lists, and the first byte of each.
+    def listed(self, digest: str, only: Container[str]) -> Iterable[tuple[TensorInfo, int]]:
+        """Those of some tensors that a pack's header lists, and the first byte of each.
 
         Raises:
             Corrupt: if the header cannot be read.
@@ -149,9 +149,9 @@ class Locator:
         bases = self._bases(located)
         found: list[Wanted] = []
         for name in {place.pack for place in located.values()}:
-            for info, start in self._packs.listed(name):
-                place = located.get(info.digest)
-                if place and (place.pack, place.start) == (name, start):
+            for info, start in self._packs.listed(name, located):
+                place = located[info.digest]
+                if (place.pack, place.start) == (name, start):
                     base = _base(info, place, bases, info.digest) if place.base else None
                     found.append(Wanted(len(found), info, place, info.digest, info.size, base))
         return found

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from registry.store import differences
 from registry.store.errors import Corrupt
-from registry.store.loading import in_parallel
+from registry.store.parallel import in_parallel
 
 
 def run(jobs, work) -> None:  # type: ignore[no-untyped-def]
