@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from registry.live.freezing import Freeze, in_order, resolved
+from registry.live.freezing import Freeze, expanded, in_order
 from registry.patterns import below, escaped, fits, meant, unused
 from registry.store.errors import Conflict, Fix, Incompatible, Invalid, fix
 from registry.store.text import quoted
@@ -441,7 +441,7 @@ def _frozen(freeze: str | Sequence[str] | None, steps: Sequence[Step], right: Si
             names += [escaped(step.target) for step in steps if step.action == "copy" and step.target]
         else:
             layers = in_order(right.module) if right.module is not None else ()
-            names += resolved([pattern], parameters, right.entries, layers)
+            names += expanded([pattern], parameters, right.entries, layers)
     found = Freeze(tuple(dict.fromkeys(names)))
     if all(map(found.covers, parameters)):
         raise Invalid("freezing that leaves no parameter to train; leave the head out")
