@@ -441,13 +441,12 @@ def advise(
     from registry.transfer.advice import CAVEATS
     from registry.transfer.advice import advise as judge
     from registry.transfer.planning import plan_transfer
-    from registry.transfer.sides import on_meta
 
     checkpoint = registry[reference]
     target = model or checkpoint.provenance.get("builder", checkpoint.model)
     config = checkpoint.provenance.get("network") if model is None else None
     known = target in builders.names()
-    network = on_meta(lambda: builders.builder(target).build(config)) if known else target
+    network = builders.on_meta(lambda: builders.builder(target).build(config)) if known else target
     made = plan_transfer(checkpoint.name, network, everything=True, registry=registry)
     loaded, all_of_them = made.parameters
     parameters = [step for step in made.steps if step.target and not step.buffer]

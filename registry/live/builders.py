@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from registry.catalog.reference import check_name
 from registry.configs.config import Config
@@ -104,6 +106,17 @@ def builder(name: str) -> Builder:
     return found
 
 
+def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
+    """Make a network on the meta device: without memory for its parameters, however large it is."""
+    try:
+        with torch.device("meta"):
+            return make()
+    except NotImplementedError:
+        # The constructor computes with tensors, as RegNet's does.
+        with _EmptyOnMeta():
+            return make()
+
+
 def names() -> list[str]:
     """The names of all builders, those of installed packages included."""
     return sorted({*_builders, *(entry.name for entry in entry_points(group=GROUP))})
@@ -149,3 +162,15 @@ def config_kind(model: Any) -> str | None:
 
 def _place(make: Callable[..., Any]) -> str:
     return f"{make.__module__}.{make.__qualname__}"
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Puts the uninitialised memory that layers ask for on the meta device, and nothing else."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        if function is torch.empty:
+            given["device"] = "meta"
+        return function(*args, **given)

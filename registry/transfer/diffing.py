@@ -17,7 +17,8 @@ from registry.configs.documents import differences
 from registry.live.freezing import frozen_names
 from registry.transfer.matching import LOADABLE, Category, Pair, match
 from registry.transfer.plan import FrozenPart, TransferPlan
-from registry.transfer.sides import Side, Source, side_of
+from registry.transfer.sides import Side
+from registry.transfer.sources import Source, side_of
 from registry.transfer.suggestions import suggestions
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from registry.store.durable import write_file
 from registry.store.errors import Conflict, Incompatible, Invalid, NotFound, Unsupported, fix
 from registry.store.text import printable, quoted
 from registry.transfer.adapters import Rows, adapt, needs_source
-from registry.transfer.sides import STATE_DICT, Side, Source, side_of
+from registry.transfer.sides import Side
+from registry.transfer.sources import STATE_DICT, Source, side_of
 
 if TYPE_CHECKING:
     from registry.home import Home

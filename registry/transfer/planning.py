@@ -17,7 +17,8 @@ from registry.store.text import quoted
 from registry.transfer.adapters import ADAPTERS, Rows, adapt, check_adapter, needs_source
 from registry.transfer.matching import LOADABLE, Category, Pair, match
 from registry.transfer.plan import SCHEMA, Step, TransferPlan, percent
-from registry.transfer.sides import Side, Source, side_of
+from registry.transfer.sides import Side
+from registry.transfer.sources import Source, side_of
 from registry.transfer.suggestions import suggestions
 
 if TYPE_CHECKING:

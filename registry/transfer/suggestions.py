@@ -8,8 +8,10 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from registry.transfer.matching import LOADABLE, Category, Pair, Rename, aligned
-from registry.transfer.sides import Entry, Side
+from registry.transfer.matching import LOADABLE, Category, Pair
+from registry.transfer.positions import aligned
+from registry.transfer.renames import Rename
+from registry.transfer.sides import Side, StateEntry
 
 _PEFT = "base_model.model."
 _PEFT_LAYER = ".base_layer."
@@ -66,14 +68,14 @@ def suggestions(left: Side, right: Side, pairs: Sequence[Pair]) -> Iterator[Sugg
         if _fitting(rules, left.entries, right.entries) == before + len(ours):
             yield Suggestion(rules, f"the same {len(mine)} shapes in the same order")
             return
-    evidence: tuple[tuple[str, Callable[[Entry], object]], ...] = (
+    evidence: tuple[tuple[str, Callable[[StateEntry], object]], ...] = (
         ("the only ones of shape {shape}", lambda e: e.shape),
         ("the only {leaf} of shape {shape}", lambda e: (e.name.rpartition(".")[2], e.shape)),
         ("the only ones of shape {shape} in {parent}", lambda e: (e.name.rpartition(".")[0], e.shape)),
     )
-    by_key: list[tuple[dict[object, list[Entry]], Counter[object]]] = []
+    by_key: list[tuple[dict[object, list[StateEntry]], Counter[object]]] = []
     for _, key in evidence:
-        places: dict[object, list[Entry]] = defaultdict(list)
+        places: dict[object, list[StateEntry]] = defaultdict(list)
         for other in theirs:
             places[key(other)].append(other)
         by_key.append((places, Counter(map(key, ours))))
@@ -98,7 +100,7 @@ def _leaves(a: str, b: str, leaves: Iterable[tuple[str, tuple[int, ...]]]) -> li
 
 
 def _whole(
-    left: Side, right: Side, before: int, ours: Sequence[Entry], theirs: Sequence[Entry]
+    left: Side, right: Side, before: int, ours: Sequence[StateEntry], theirs: Sequence[StateEntry]
 ) -> tuple[int, Suggestion | None]:
     """The rules that map the most names, and how many more fit than without; one that swaps prefixes maps several."""
     best: tuple[int, Suggestion | None] = (0, None)
@@ -111,7 +113,7 @@ def _whole(
     return best
 
 
-def _fitting(rules: Sequence[str], ours: Mapping[str, Entry], theirs: Mapping[str, Entry]) -> int:
+def _fitting(rules: Sequence[str], ours: Mapping[str, StateEntry], theirs: Mapping[str, StateEntry]) -> int:
     """How many names have a partner of their shape under some rules."""
     renames = [Rename(rule) for rule in rules]
     goals: Counter[str] = Counter()
@@ -124,9 +126,9 @@ def _fitting(rules: Sequence[str], ours: Mapping[str, Entry], theirs: Mapping[st
     return fits if max(goals.values(), default=1) == 1 else 0
 
 
-def _prefixes(ours: Iterable[Entry], theirs: Iterable[Entry]) -> list[tuple[tuple[str, ...], str]]:
+def _prefixes(ours: Iterable[StateEntry], theirs: Iterable[StateEntry]) -> list[tuple[tuple[str, ...], str]]:
     """Changes of a prefix by which names of one side may become names of the other, the most frequent first."""
-    ends: dict[str, list[Entry]] = defaultdict(list)
+    ends: dict[str, list[StateEntry]] = defaultdict(list)
     for entry in theirs:
         for _, end in _cuts(entry.name):
             if len(ends[end]) < _MOST_ALIKE:
@@ -158,7 +160,7 @@ def _how(old: str, new: str) -> str:
     return "without the prefix" if old else "with the prefix"
 
 
-def _peft(ours: Sequence[Entry], theirs: Sequence[Entry]) -> list[tuple[tuple[str, ...], str]]:
+def _peft(ours: Sequence[StateEntry], theirs: Sequence[StateEntry]) -> list[tuple[tuple[str, ...], str]]:
     """Rules for a network that PEFT has wrapped on one side."""
     if any(entry.name.startswith(_PEFT) for entry in ours):
         rule = rf"re:{re.escape(_PEFT)}(.+?)(?:\.base_layer|\.modules_to_save\.default)?(\.[^.]+)=\1\2"
@@ -177,7 +179,7 @@ def _peft(ours: Sequence[Entry], theirs: Sequence[Entry]) -> list[tuple[tuple[st
     return found[::-1]  # By the layers' own names, if that is enough: such rules are shorter.
 
 
-def _wrapped(entries: Sequence[Entry], inner: str) -> set[str]:
+def _wrapped(entries: Sequence[StateEntry], inner: str) -> set[str]:
     """Paths of the layers that PEFT has wrapped, or keeps a copy of."""
     names = [entry.name for entry in entries if entry.name.startswith(_PEFT) and inner in entry.name]
     return {name.removeprefix(_PEFT).partition(inner)[0] for name in names}
@@ -196,7 +198,7 @@ def _moved(left: Side, right: Side, pairs: Sequence[Pair]) -> Iterator[Suggestio
             yield Suggestion(rules, "the only order in which the layers fit")
 
 
-def _layers_of(entries: Sequence[Entry]) -> dict[str, tuple[tuple[str, tuple[int, ...]], ...]]:
+def _layers_of(entries: Sequence[StateEntry]) -> dict[str, tuple[tuple[str, tuple[int, ...]], ...]]:
     """The leaves and shapes of each layer, in order."""
     found: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
     for entry in entries:

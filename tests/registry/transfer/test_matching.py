@@ -20,8 +20,9 @@ from registry.models import LeNet5, LeNet6
 from registry.reports.text import grouped
 from registry.store.errors import Conflict, Invalid, NotFound, Unsupported
 from registry.transfer.diffing import LayerDifference
-from registry.transfer.matching import Category, Pair, match, without_wrappers
-from registry.transfer.sides import side_of
+from registry.transfer.matching import Category, Pair, match
+from registry.transfer.renames import without_wrappers
+from registry.transfer.sources import side_of
 
 
 def matched(a: Any, b: Any, **given: Any) -> list[Pair]:

@@ -14,10 +14,11 @@ import torchvision
 from torch import nn
 
 from registry import Registry, TransferPlan, diff, freeze, plan_transfer, unfreeze
+from registry.live.builders import on_meta
 from registry.models import LeNet5, LeNet6
 from registry.store.errors import Conflict, Incompatible, Invalid, NotFound
 from registry.transfer.matching import match
-from registry.transfer.sides import on_meta, side_of
+from registry.transfer.sources import side_of
 
 MEANT = {"fc.5.*": "skip", "fc.7.*": "new"}
 
