@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from registry.live import components
+from registry.live.layers import buffers_of, in_order, is_frozen, joined, layer_of, owner_of
 from registry.patterns import escaped, fits, meant, unused
 from registry.store.errors import Invalid, Unsupported
 from registry.store.text import quoted
@@ -97,12 +98,12 @@ def unfreeze(model: nn.Module, patterns: str | Iterable[str] = "*") -> tuple[str
     rule = Freeze(expanded(_listed(patterns), names, [*names, *buffers], in_order(plain), what="unfreeze"))
     thawed = tuple(name for name, p in names.items() if rule.covers(name) and not p.requires_grad)
     held = {path: part for path, part in plain.named_modules() if _HELD in part.__dict__}
-    complete = {path for path in held if _is_frozen(_owner(plain, path)[1])}
+    complete = {path for path in held if is_frozen(owner_of(plain, path)[1])}
     for name in thawed:
         names[name].requires_grad_(True)
     for path, part in held.items():
-        is_thawed = path in complete and not _is_frozen(_owner(plain, path)[1])
-        if is_thawed or any(map(rule.covers, _buffers_of(plain, path))):
+        is_thawed = path in complete and not is_frozen(owner_of(plain, path)[1])
+        if is_thawed or any(map(rule.covers, buffers_of(plain, path))):
             _release(part, plain.training)
     return thawed
 
@@ -127,7 +128,7 @@ def freeze_again(model: nn.Module, names: Sequence[str], going_on: Collection[st
         return
     plain: nn.Module = components.plain_module(model)
     is_held = {
-        path: part for path, part in plain.named_modules() if set(_buffers_of(plain, path)) <= set(names)
+        path: part for path, part in plain.named_modules() if set(buffers_of(plain, path)) <= set(names)
     }
     rule = Freeze(map(escaped, names))
     _freeze(model, names, "update", may_be_whole=True)
@@ -144,7 +145,7 @@ def frozen_names(model: nn.Module) -> tuple[str, ...]:
     found = [name for name, p in plain.named_parameters(remove_duplicate=False) if not p.requires_grad]
     for path, part in plain.named_modules():
         if _HELD in part.__dict__:
-            found += _buffers_of(plain, path)
+            found += buffers_of(plain, path)
     return tuple(found)
 
 
@@ -162,12 +163,12 @@ def watched_names(model: nn.Module) -> tuple[str, ...]:
     plain: nn.Module = components.plain_module(model)
     found = [name for name, p in plain.named_parameters(remove_duplicate=False) if not p.requires_grad]
     for path, part in plain.named_modules():
-        _, owner = _owner(plain, path)
-        is_complete = _is_frozen(owner) and next(owner.parameters(), None) is not None
+        _, owner = owner_of(plain, path)
+        is_complete = is_frozen(owner) and next(owner.parameters(), None) is not None
         asked = part.__dict__.get(_ASKED, ())
         is_whole = _HELD in part.__dict__ or (is_complete and _GOES_ON not in part.__dict__)
         found += [
-            _joined(path, name) for name, _ in part.named_buffers(recurse=False) if is_whole or name in asked
+            joined(path, name) for name, _ in part.named_buffers(recurse=False) if is_whole or name in asked
         ]
     return tuple(found)
 
@@ -226,17 +227,6 @@ def expanded(
             found.append(meant(pattern, names))
         else:
             raise Invalid(f"{what}: the pattern {quoted(pattern)} {unused(pattern, names)}")
-    return found
-
-
-def in_order(model: nn.Module) -> list[str]:
-    """Names of the parameters, and of the buffers of layers without parameters, in the order of the layers."""
-    found = []
-    for path, part in model.named_modules(remove_duplicate=False):
-        own = [name for name, _ in part.named_parameters(recurse=False)]
-        if not own and _owner(model, path)[1] is not part and ".parametrizations." not in f".{path}":
-            own = [name for name, _ in part.named_buffers(recurse=False)]
-        found += [_joined(path, name) for name in own]
     return found
 
 
@@ -301,7 +291,7 @@ def _note_asked(model: nn.Module, rule: Freeze) -> list[str]:
     """Note at their layers the buffers that were to be frozen and cannot be held; returns their names."""
     found = []
     for path, part in model.named_modules(remove_duplicate=False):
-        for name in _buffers_of(model, path):
+        for name in buffers_of(model, path):
             if rule.covers(name) and _HELD not in part.__dict__:
                 object.__setattr__(part, _ASKED, {*part.__dict__.get(_ASKED, ()), name.rpartition(".")[2]})
                 found.append(name)
@@ -326,7 +316,7 @@ def _listed(patterns: str | Iterable[str]) -> list[str]:
 
 def _first(pattern: str, parameters: Sequence[str], order: Sequence[str]) -> list[str]:
     """What `first:N` stands for: patterns of the names of the first layers."""
-    layers = list(dict.fromkeys(_layer(name) for name in parameters))
+    layers = list(dict.fromkeys(layer_of(name) for name in parameters))
     try:
         count = int(pattern.removeprefix(_FIRST))
     except ValueError:
@@ -338,16 +328,10 @@ def _first(pattern: str, parameters: Sequence[str], order: Sequence[str]) -> lis
         )
     chosen = set(layers[:count])
     known = set(parameters)
-    is_left = [name in known and _layer(name) not in chosen for name in order]
+    is_left = [name in known and layer_of(name) not in chosen for name in order]
     rest = is_left.index(True) if any(is_left) else len(order)
     between = [name for name in order[:rest] if name not in known]
-    return [escaped(name) for name in [*(n for n in parameters if _layer(n) in chosen), *between]]
-
-
-def _layer(name: str) -> str:
-    """The path of the layer that a parameter belongs to; a parametrized layer counts as one."""
-    layer, is_parametrized, _ = name.partition(".parametrizations.")
-    return layer if is_parametrized else name.rpartition(".")[0]
+    return [escaped(name) for name in [*(n for n in parameters if layer_of(n) in chosen), *between]]
 
 
 def _complete(model: nn.Module, rule: Freeze) -> Iterator[tuple[str, nn.Module]]:
@@ -356,43 +340,16 @@ def _complete(model: nn.Module, rule: Freeze) -> Iterator[tuple[str, nn.Module]]
     For a layer without parameters, a pattern that fits one of its buffers is enough, as it can only be held as a whole.
     """
     for path, part in model.named_modules(remove_duplicate=False):
-        buffers = [_joined(path, name) for name, _ in part.named_buffers(recurse=False)]
+        buffers = [joined(path, name) for name, _ in part.named_buffers(recurse=False)]
         if not buffers:
             continue
-        above, owner = _owner(model, path)
-        parameters = [_joined(above, name) for name, _ in owner.named_parameters(remove_duplicate=False)]
+        above, owner = owner_of(model, path)
+        parameters = [joined(above, name) for name, _ in owner.named_parameters(remove_duplicate=False)]
         is_about = any(map(rule.covers, [*buffers, *parameters]))
         enough = all if ".parametrizations." in f".{path}" else any
         is_named = owner is not part and enough(map(rule.covers, buffers))
-        if is_about and (is_named or (_is_frozen(owner) and next(owner.parameters(), None) is not None)):
+        if is_about and (is_named or (is_frozen(owner) and next(owner.parameters(), None) is not None)):
             yield path, part
-
-
-def _owner(model: nn.Module, path: str) -> tuple[str, nn.Module]:
-    """The layer whose parameters decide about the buffers of a layer, and its path.
-
-    It is the layer itself, or the next above it that has parameters, as for a parametrization.
-    """
-    part = model.get_submodule(path)
-    while path and next(part.parameters(), None) is None:
-        path = path.rpartition(".")[0]
-        part = model.get_submodule(path)
-    return path, part
-
-
-def _is_frozen(part: nn.Module) -> bool:
-    return not any(parameter.requires_grad for parameter in part.parameters())
-
-
-def _buffers_of(model: nn.Module, path: str) -> list[str]:
-    """Names of a layer's own buffers that its state dict has."""
-    part = model.get_submodule(path)
-    left_out = part._non_persistent_buffers_set
-    return [_joined(path, name) for name, _ in part.named_buffers(recurse=False) if name not in left_out]
-
-
-def _joined(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 def _hold(part: nn.Module) -> None:
