@@ -11,7 +11,7 @@ from registry.patterns import escaped, fits
 from registry.store.errors import Incompatible, Invalid, fix
 from registry.transfer.adapters import ADAPTERS, adapt, needs_source
 from registry.transfer.matching import LOADABLE, Category, Pair
-from registry.transfer.plan import Action, Step
+from registry.transfer.plan import Step
 from registry.transfer.rows import Rows
 from registry.transfer.sides import StateEntry
 
@@ -65,8 +65,7 @@ def decide(pair: Pair, terms: Terms) -> Decision:
         if pair.b is not None and (pair.a is not None) == needs_source(adapter):
             return Decision(pair, _adapted(pair, adapter, terms), pattern)
     elif pattern and _is_possible(meaning, pair):
-        action: Action = "unused" if pair.b is None else "keep"
-        return Decision(pair, Step(action=action, why=meaning, **_place(pair)), pattern)
+        return Decision(pair, _left_alone(pair, meaning), pattern)
     found = _by_category(pair, terms)
     if found is not None:
         return Decision(pair, found)
