@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,13 +11,16 @@ import click
 
 from registry.cli.options import Reference, casts, command, pairs, renames
 from registry.cli.output import print_json, say, told
-from registry.store.errors import Incompatible, Invalid, NotFound
-from registry.store.text import quoted
+from registry.store.errors import Invalid, NotFound
+from registry.transfer.adapters import ADAPTERS
 
 if TYPE_CHECKING:
     from registry.registry import Registry
     from registry.reports.blocks import Block
     from registry.transfer.report import DiffReport
+
+_TAKE_ROWS = ", ".join(name for name, adapter in ADAPTERS.items() if adapter.takes_rows)
+"""Names of the adapters that need the classes of both sides."""
 
 
 def _registry(root: str | None) -> Registry | None:
@@ -133,10 +136,13 @@ def _write(text: str, output: str | None) -> None:
     multiple=True,
     callback=pairs,
     metavar="PATTERN=ADAPTER",
-    help="Make names fit: 'conv1.*=channels-sum'.",
+    help=f"Make names fit: 'conv1.*=channels-sum'. There are {', '.join(ADAPTERS)}.",
 )
 @click.option(
-    "--classes", type=click.Path(), metavar="FILE", help='For class-rows: {"source": [...], "target": [...]}.'
+    "--classes",
+    type=click.Path(),
+    metavar="FILE",
+    help=f'For {_TAKE_ROWS}: {{"source": [...], "target": [...]}}.',
 )
 @click.option("--freeze", metavar="loaded|PATTERN", help="Freeze what is loaded, names, or first:N layers.")
 @click.option(
@@ -298,9 +304,6 @@ def _network(registry: Registry, target: str) -> tuple[Any, str]:
         return builders.builder(target).build(None), target
 
 
-_NOT_HELD = "the parameters of its layer are frozen, and it was not held"
-
-
 @command("verify-frozen", "registry verify-frozen lenet6:v1 lenet6@best")
 @click.argument("a", type=Reference())
 @click.argument("b", type=Reference())
@@ -310,64 +313,27 @@ def verify_frozen(a: str, b: str, registry: Registry, as_json: bool) -> int:
     The frozen names are those that B was saved with. The exit status is 1 if one moved. Buffers of frozen layers that were not held
     are named if they moved.
     """
+    # Lazy: start-up.
+    from registry.transfer.frozen import check_frozen
+
     left, right = registry[a], registry[b]
-    frozen = right.provenance.get("frozen", {}).get("model")
-    if not frozen:
-        raise Invalid(f"{right.name} was saved without anything frozen")
-    before, after = (
-        {
-            path.partition("/")[2]: digest
-            for path, _, _, digest in side.parameters()
-            if path.startswith("model/")
-        }
-        for side in (left, right)
-    )
-    lost = [name for name in frozen if name not in before]
-    if lost:
-        raise Incompatible(f"{left.name} has no {quoted(lost[0])}, which is frozen in {right.name}")
-    moved = [name for name in frozen if before[name] != after[name]]
-    was = set(left.provenance.get("frozen", {}).get("model", ()))
-    buffers = right.provenance.get("buffers", {}).get("model", ())
-    reasons = {name: _reason(name, was, buffers) for name in moved}
-    loose = [name for name in _loose(set(frozen), after.keys(), buffers) if before.get(name) != after[name]]
+    found = check_frozen(left, right)
+    count = len(found.frozen)
     if as_json:
+        went_on = list(found.went_on)
         print_json(
-            {"a": left.name, "b": right.name, "frozen": len(frozen), "moved": reasons, "went_on": loose}
+            {"a": left.name, "b": right.name, "frozen": count, "moved": found.moved, "went_on": went_on}
         )
-        return 1 if moved else 0
-    for name in loose:
-        meant = name.rpartition(".")[0] in right.provenance.get("going_on", {}).get("model", ())
-        say(f"{name} moved: {'its statistics go on, as was asked for' if meant else _NOT_HELD}")
-    if moved:
-        for name in moved:
-            say(f"{name}: {reasons[name]}")
-        say(f"{len(moved)} of {len(frozen)} frozen names moved between {left.name} and {right.name}")
+        return 1 if found.moved else 0
+    for name, why in found.went_on.items():
+        say(f"{name} moved: {why}")
+    for name, why in found.moved.items():
+        say(f"{name}: {why}")
+    if found.moved:
+        say(f"{len(found.moved)} of {count} frozen names moved between {left.name} and {right.name}")
     else:
-        say(f"all {len(frozen)} frozen names are equal in {left.name} and {right.name}, bit for bit")
-    return 1 if moved else 0
-
-
-def _loose(frozen: set[str], names: Collection[str], buffers: Sequence[str]) -> list[str]:
-    """The buffers that are not frozen, of layers that have parameters and whose parameters all are."""
-    layers: dict[str, list[str]] = {}
-    for name in set(names) - set(buffers):
-        layers.setdefault(name.rpartition(".")[0], []).append(name)
-    return [
-        name
-        for name in buffers
-        if name in names
-        and name not in frozen
-        and (own := layers.get(name.rpartition(".")[0]))
-        and frozen.issuperset(own)
-    ]
-
-
-def _reason(name: str, frozen_before: set[str], buffers: Any) -> str:
-    if name not in frozen_before:
-        return "it was not frozen yet in the first"
-    if name in buffers:
-        return "a buffer: its layer was in training mode, or writes to it in evaluation mode, too"
-    return "something wrote to it, or the optimizer had it"
+        say(f"all {count} frozen names are equal in {left.name} and {right.name}, bit for bit")
+    return 1 if found.moved else 0
 
 
 @command(
@@ -438,30 +404,20 @@ def advise(
     reference: str, samples: int, similar: str, model: str | None, registry: Registry, as_json: bool
 ) -> None:
     """Say whether to fine-tune or to freeze, by a rule of thumb."""
+    # Lazy: loads torch.
     from registry.live import builders
-    from registry.transfer.advice import CAVEATS
+    from registry.transfer.advice import CAVEATS, Counts
     from registry.transfer.advice import advise as judge
     from registry.transfer.planning import plan_transfer
-    from registry.transfer.sides import on_meta
 
     checkpoint = registry[reference]
     target = model or checkpoint.provenance.get("builder", checkpoint.model)
     config = checkpoint.provenance.get("network") if model is None else None
     known = target in builders.names()
-    network = on_meta(lambda: builders.builder(target).build(config)) if known else target
+    network = builders.on_meta(lambda: builders.builder(target).build(config)) if known else target
     made = plan_transfer(checkpoint.name, network, everything=True, registry=registry)
-    loaded, all_of_them = made.parameters
-    parameters = [step for step in made.steps if step.target and not step.buffer]
-    layers = [(step.target or "").rpartition(".")[0] for step in parameters]
-    last = sum(s.elements for s, layer in zip(parameters, layers, strict=True) if layer == layers[-1])
-    found = judge(
-        samples=samples,
-        similar=similar == "yes",
-        trainable=all_of_them,
-        head=all_of_them - loaded or last,
-        layers=len(set(layers)),
-        is_new=loaded < all_of_them,
-    )
+    counts = Counts.of(made)
+    found = judge(counts, samples=samples, similar=similar == "yes")
     if as_json:
         print_json({**found._asdict(), "caveats": CAVEATS, "plan": made.summary})
         return
@@ -469,7 +425,7 @@ def advise(
     say(f"  because {found.why}")
     say(f"  {made.summary} of {target} from {checkpoint.name}")
     say(f"  {samples:,} samples; {found.per_sample_all:,.1f} parameters a sample when all are trained,")
-    frozen = "what was loaded" if loaded < all_of_them else "all but the last layer"
+    frozen = "what was loaded" if counts.is_new else "all but the last layer"
     say(f"  {found.per_sample_head:,.1f} when {frozen} is frozen")
     say(f"  try: registry train {target} --from {checkpoint.name} {found.option}".rstrip())
     for caveat in CAVEATS:

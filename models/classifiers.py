@@ -14,7 +14,7 @@ from registry.files.importing import read_checkpoint_file
 from registry.store.digest import digest
 from registry.store.errors import Incompatible, Invalid, NotFound
 from registry.store.text import quoted
-from registry.transfer.sides import torchvision_name
+from registry.transfer.sources import torchvision_name
 
 _AUXILIARY = "aux_classifier"
 

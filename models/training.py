@@ -26,7 +26,7 @@ from registry.models.data import Data, few
 from registry.models.pictures import embedding_of, figure_of_predictions
 from registry.store.errors import Incompatible
 from registry.transfer.planning import plan_transfer
-from registry.transfer.sides import Source
+from registry.transfer.sources import Source
 
 _logger = logging.getLogger(__name__)
 

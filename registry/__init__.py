@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from registry.live.builders import register_model as register_model
     from registry.live.devices import get_devices as get_devices
     from registry.live.devices import parallelize as parallelize
-    from registry.live.freezing import check_optimizer as check_optimizer
     from registry.live.freezing import freeze as freeze
-    from registry.live.freezing import frozen_proof as frozen_proof
-    from registry.live.freezing import param_groups as param_groups
-    from registry.live.freezing import remap_optimizer as remap_optimizer
     from registry.live.freezing import unfreeze as unfreeze
+    from registry.live.optimizers import check_optimizer as check_optimizer
+    from registry.live.optimizers import param_groups as param_groups
+    from registry.live.optimizers import remap_optimizer as remap_optimizer
+    from registry.live.proof import frozen_proof as frozen_proof
     from registry.live.resumable import ResumableLoader as ResumableLoader
     from registry.registry import Registry as Registry
     from registry.runs.logs import setup_logging as setup_logging
@@ -52,17 +52,17 @@ _HOMES = {
     "Run": "registry.runs.run",
     "TransferPlan": "registry.transfer.plan",
     "cached": "registry.cache.decorator",
-    "check_optimizer": "registry.live.freezing",
+    "check_optimizer": "registry.live.optimizers",
     "diff": "registry.transfer.diffing",
     "freeze": "registry.live.freezing",
-    "frozen_proof": "registry.live.freezing",
+    "frozen_proof": "registry.live.proof",
     "get_devices": "registry.live.devices",
-    "param_groups": "registry.live.freezing",
+    "param_groups": "registry.live.optimizers",
     "parallelize": "registry.live.devices",
     "plan_transfer": "registry.transfer.planning",
     "register_model": "registry.live.builders",
     "register_result": "registry.cache.results",
-    "remap_optimizer": "registry.live.freezing",
+    "remap_optimizer": "registry.live.optimizers",
     "setup_logging": "registry.runs.logs",
     "unfreeze": "registry.live.freezing",
 }

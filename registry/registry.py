@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from registry.store.store import Written
     from registry.transfer.plan import TransferPlan
     from registry.transfer.report import DiffReport
-    from registry.transfer.sides import Source
+    from registry.transfer.sources import Source
     from registry.upkeep.compaction import Compacted
     from registry.upkeep.garbage import Collected
     from registry.upkeep.rebuilding import Rebuilt

@@ -5,5 +5,5 @@ network. Frozen: parameters that do not train, and layers that are held in evalu
 that train together.
 
 It imports `registry.configs`, `registry.patterns`, `registry.log.reference` and `registry.store`, and touches no folder
-of a registry. What is captured and restored is decided in `components`.
+of a registry. What is captured and restored is decided in `components`; what freezing holds, in `freezing`.
 """

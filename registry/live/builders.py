@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from registry.configs.config import Config
 from registry.configs.plain import plain_table
@@ -24,6 +26,8 @@ from registry.store.text import quoted
 _logger = logging.getLogger(__name__)
 
 GROUP = "registry.models"
+"""The entry points by which installed packages register their networks."""
+
 Built = TypeVar("Built", bound=Callable[..., nn.Module])
 
 
@@ -43,7 +47,8 @@ class Builder(NamedTuple):
         if self.config is not None:
             return self.make(self.config.from_dict(config or {}, source=f"the configuration of {self.name}"))
         try:
-            of_class = getattr(self.make, "config_class", None)  # As those of Hugging Face have it.
+            # Networks of Hugging Face name the class of their configuration.
+            of_class = getattr(self.make, "config_class", None)
             if config and callable(from_dict := getattr(of_class, "from_dict", None)):
                 return self.make(from_dict(dict(config)))
             return self.make(**(config or {}))
@@ -92,7 +97,8 @@ def builder(name: str) -> Builder:
     """
     if name not in _builders:
         for entry in entry_points(group=GROUP, name=name):
-            entry.load()  # registers its builders as it is imported
+            # A package registers its builders as it is imported.
+            entry.load()
     found = _builders.get(name)
     if found is None:
         near = difflib.get_close_matches(name, names(), 1)
@@ -102,6 +108,17 @@ def builder(name: str) -> Builder:
             f"@register_model({quoted(name)}) above its network first"
         )
     return found
+
+
+def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
+    """Make a network on the meta device: without memory for its parameters, however large it is."""
+    try:
+        with torch.device("meta"):
+            return make()
+    except NotImplementedError:
+        # The constructor computes with tensors, as RegNet's does.
+        with _EmptyOnMeta():
+            return make()
 
 
 def names() -> list[str]:
@@ -116,8 +133,11 @@ def name_for(model: Any) -> str | None:
 
 
 def config_of(model: Any) -> dict[str, Any] | None:
-    """A network's own configuration as plain values: its attribute `config`, if that is a `Config`, a mapping, a
-    namespace, a dataclass, or has `to_dict()`. Keys that are numbers, as transformers numbers its labels, become texts."""
+    """A network's own configuration as plain values; None if it has none, or one that cannot be recorded.
+
+    It is the attribute `config`, if that is a `Config`, a mapping, a namespace, a dataclass, or has `to_dict()`. Keys that
+    are numbers, as transformers numbers its labels, become texts.
+    """
     config = getattr(plain_module(model), "config", None)
     if isinstance(config, Config):
         return config.to_dict()
@@ -148,4 +168,17 @@ def config_kind(model: Any) -> str | None:
 
 
 def _place(make: Callable[..., Any]) -> str:
+    """Where a builder is defined."""
     return f"{make.__module__}.{make.__qualname__}"
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Puts the uninitialised memory that layers ask for on the meta device, and nothing else."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        if function is torch.empty:
+            given["device"] = "meta"
+        return function(*args, **given)

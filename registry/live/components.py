@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,15 +21,32 @@ from registry.store.errors import Incompatible, Invalid, NotFound, RegistryError
 from registry.store.text import quoted
 
 _SHOWN = 3
+"""Problems that an error names."""
+
 _INNER = {
     "DataParallel": "module",
     "DistributedDataParallel": "module",
     "OptimizedModule": "_orig_mod",
 }
-_SHAPED_LIKE_PARAMETERS = (
-    *("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"),
-    "SparseAdam",
+"""The attribute in which each wrapper has the network that it wraps."""
+
+_SHAPED_LIKE_PARAMETERS = frozenset(
+    {
+        "Adadelta",
+        "Adagrad",
+        "Adam",
+        "AdamW",
+        "Adamax",
+        "ASGD",
+        "NAdam",
+        "RAdam",
+        "RMSprop",
+        "Rprop",
+        "SGD",
+        "SparseAdam",
+    }
 )
+"""Optimizers whose state has the shape of its parameter, or none."""
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers as wide as an element."""
@@ -72,6 +89,7 @@ def _blaming(name: str, component: Any) -> Iterator[None]:
 
 
 def _not_sharded(name: str, state: OrderedDict[str, Any]) -> OrderedDict[str, Any]:
+    """The state of a network, refused where it is sharded over processes."""
     if any(hasattr(value, "device_mesh") for value in state.values()):
         raise Unsupported(
             f"{name} is sharded over processes; each saves its own part with "
@@ -93,9 +111,8 @@ def kind_of(component: Any) -> str:
 def class_of(component: Any) -> type:
     """The class of a component, as it was before it was wrapped or sharded."""
     kind = type(plain_module(component))
-    if any(
-        base.__name__ == "FSDPModule" for base in kind.__bases__
-    ):  # which FSDP puts before the network's own
+    # FSDP puts a class of its own before the network's class.
+    if any(base.__name__ == "FSDPModule" for base in kind.__bases__):
         return kind.__bases__[-1]
     return kind
 
@@ -123,7 +140,7 @@ def restore(states: Mapping[str, Any], components: Mapping[str, Any], kinds: Map
         _check(name, component, states[name], kinds.get(name))
     undo: dict[str, Callable[[], object]] = {}
     try:
-        # networks come last: what could still fail then is only their own hooks
+        # Networks come last: what could still fail then is only their own hooks.
         for name, component in sorted(components.items(), key=lambda item: isinstance(item[1], nn.Module)):
             undo[name] = _way_back(component)
             _put(component, states[name])
@@ -141,6 +158,11 @@ def restore(states: Mapping[str, Any], components: Mapping[str, Any], kinds: Map
 
 
 def _check(name: str, component: Any, state: Any, kind: str | None) -> None:
+    """See that a state fits a component, before anything is changed.
+
+    Raises:
+        Incompatible, Invalid: if it does not.
+    """
     if isinstance(component, nn.Module):
         _check_module(name, component, state)
     elif isinstance(component, torch.optim.Optimizer):
@@ -152,6 +174,7 @@ def _check(name: str, component: Any, state: Any, kind: str | None) -> None:
 
 
 def _check_module(name: str, module: nn.Module, state: Any) -> None:
+    """See that a state has exactly the names and shapes of a network."""
     if not isinstance(state, Mapping):
         raise Incompatible(f"{name}: the checkpoint holds no state dict of a network under this name")
     live = _plain_state(module)
@@ -193,6 +216,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, state: Any, kind: str | None) -> None:
+    """See that a state is of the same class of optimizer, over groups of the same sizes."""
     if not isinstance(state, Mapping) or not {"state", "param_groups"} <= set(state):
         raise Incompatible(f"{name}: the checkpoint holds no state of an optimizer under this name")
     if kind is not None and kind != type(optimizer).__qualname__:
@@ -211,19 +235,25 @@ def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, state: Any, ki
         if missing := sorted(set(ours) - set(theirs) - {"param_names"}):
             problems.append(f"group {i} has {', '.join(missing)}, which the checkpoint lacks")
     if not problems and type(optimizer).__qualname__ in _SHAPED_LIKE_PARAMETERS:
-        places = (place for group in stored for place in group["params"])
-        parameters = (parameter for group in live for parameter in group["params"])
-        for place, parameter in zip(places, parameters, strict=True):
-            for key, value in state["state"].get(place, {}).items():
-                if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameter.shape:
-                    problems.append(
-                        f"{key} of parameter {place} has shape {list(value.shape)}, the parameter "
-                        f"{list(parameter.shape)}"
-                    )
+        problems += _other_shapes(optimizer, state)
     _raise(name, problems)
 
 
+def _other_shapes(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> Iterator[str]:
+    """Tensors of an optimizer's state that have not the shape of their parameter."""
+    places = (place for group in state["param_groups"] for place in group["params"])
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    for place, parameter in zip(places, parameters, strict=True):
+        for key, value in state["state"].get(place, {}).items():
+            if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameter.shape:
+                yield (
+                    f"{key} of parameter {place} has shape {list(value.shape)}, the parameter "
+                    f"{list(parameter.shape)}"
+                )
+
+
 def _adapted(component: Any, state: Any) -> Any:
+    """A state as its component takes it."""
     if isinstance(component, torch.optim.Optimizer):
         return _by_parameter(state)
     if isinstance(component, nn.Module) and isinstance(state, Mapping):
@@ -259,14 +289,16 @@ def _by_parameter(state: Any) -> Any:
 
 
 def _raise(name: str, problems: list[str]) -> None:
+    """Raise what does not fit, if anything does not."""
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise Incompatible(f"{name}: {'; '.join(problems[:_SHOWN])}{more}")
 
 
 def _put(component: Any, state: Any) -> None:
+    """Put a state that fits into a component."""
     if isinstance(component, nn.Module):
-        names = dict(_names(component))
+        names = _plain_names(component, component.state_dict())
         renamed = OrderedDict((actual, state[plain]) for actual, plain in names.items() if plain in state)
         if hasattr(state, "_metadata"):
             renamed._metadata = _unfolded(component, state._metadata)  # type: ignore[attr-defined]
@@ -278,7 +310,7 @@ def _put(component: Any, state: Any) -> None:
 def _way_back(component: Any) -> Callable[[], object]:
     """What undoes a failed `load_state_dict`."""
     if isinstance(component, torch.optim.Optimizer):
-        # loading replaces the state and the groups' values; it does not write into the old tensors
+        # Loading replaces the state and the groups' values; it does not write into the old tensors.
         state, groups = component.state, [dict(group) for group in component.param_groups]
         return lambda: component.__setstate__({"state": state, "param_groups": groups})
     if isinstance(component, nn.Module) and not _has_own_loading(component):
@@ -300,14 +332,12 @@ def _has_own_loading(module: nn.Module) -> bool:
     )
 
 
-# -- names ---------------------------------------------------------------------------------------------------
-
-
 def _plain_state(module: nn.Module, *, keep_vars: bool = False) -> OrderedDict[str, Any]:
+    """The state of a network, and its `_metadata`, under the names of the plain module."""
     state: OrderedDict[str, Any] = module.state_dict(keep_vars=keep_vars)  # type: ignore[assignment]
     if not any(map(_inner, module.modules())):
         return state
-    names = dict(_plain_names(module, state))
+    names = _plain_names(module, state)
     plain = OrderedDict((names[actual], value) for actual, value in state.items())
     metadata = getattr(state, "_metadata", {})
     folded = OrderedDict((_plain_name(module, actual), value) for actual, value in metadata.items())
@@ -322,13 +352,9 @@ def _unfolded(module: nn.Module, metadata: Mapping[str, Any]) -> OrderedDict[str
     return OrderedDict((path, metadata[name]) for path, name in plain if name in metadata)
 
 
-def _names(module: nn.Module) -> Iterator[tuple[str, str]]:
-    return _plain_names(module, module.state_dict())
-
-
-def _plain_names(module: nn.Module, names: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for name in names:
-        yield name, _plain_name(module, name)
+def _plain_names(module: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """The plain name of each of a network's names."""
+    return {name: _plain_name(module, name) for name in names}
 
 
 def _plain_name(module: nn.Module, name: str) -> str:
@@ -343,6 +369,7 @@ def _plain_name(module: nn.Module, name: str) -> str:
 
 
 def _inner(module: nn.Module) -> str | None:
+    """The attribute in which a wrapper has its network; None for what is no wrapper."""
     name = _INNER.get(type(module).__name__)
     return name if name in module._modules else None
 

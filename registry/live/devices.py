@@ -68,7 +68,8 @@ def parallelize(
     model.to(devices[0])
     if ranks.count() > 1:
         if not any(parameter.requires_grad for parameter in model.parameters()):
-            return model  # there are no gradients to share
+            # There are no gradients to share.
+            return model
         ids = devices if devices[0].type == "cuda" else None
         return DistributedDataParallel(
             model, device_ids=ids, find_unused_parameters=exact and ranks.count() > 2
@@ -77,12 +78,18 @@ def parallelize(
         return model
     _logger.warning(
         "each batch is split over %d devices: a batch must not be smaller than %d samples",
-        *(len(devices), len(devices)),
+        len(devices),
+        len(devices),
     )
     return DataParallel(model, device_ids=devices)
 
 
 def _parsed(wanted: int | Sequence[int] | str | torch.device | None) -> int | list[int] | str | None:
+    """What was asked for: None for everything, how many, which numbers, or a name.
+
+    Raises:
+        Invalid: if it is none of these.
+    """
     if wanted is None:
         return None
     if isinstance(wanted, torch.device):
@@ -105,6 +112,7 @@ def _parsed(wanted: int | Sequence[int] | str | torch.device | None) -> int | li
 
 
 def _choose(wanted: int | list[int] | str | None) -> list[torch.device]:
+    """The devices that are there, of those that were asked for."""
     there = _accelerators()
     if wanted is None:
         return there or [torch.device("cpu")]
@@ -120,6 +128,11 @@ def _choose(wanted: int | list[int] | str | None) -> list[torch.device]:
 
 
 def _named(name: str, there: Sequence[torch.device]) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        NotFound: if it is not there.
+    """
     everything = [torch.device("cpu"), *there]
     for device in everything:
         if name in (str(device), device.type):
@@ -128,6 +141,7 @@ def _named(name: str, there: Sequence[torch.device]) -> torch.device:
 
 
 def _accelerators() -> list[torch.device]:
+    """Every accelerator of this machine, all of one kind."""
     if torch.cuda.is_available():
         return [torch.device("cuda", place) for place in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():

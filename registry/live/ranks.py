@@ -108,17 +108,20 @@ class Ranks:
         self._meet(what)
         outcomes: list[Any] = [None] * self.count
         self._talk(what, lambda: dist.all_gather_object(outcomes, outcome, group=self._group))
-        outcomes[self.rank] = outcome  # not the one that went through the wire
+        # Not the copy that went through the wire.
+        outcomes[self.rank] = outcome
         return [one.get(rank) for rank, one in enumerate(outcomes)]
 
     def close(self) -> None:
         """Give the group up; the process group of the training stays."""
         if self._group is not None:
             group, self._group = self._group, None
-            with contextlib.suppress(RuntimeError, ValueError):  # the program has given up all groups already
+            # The program may have given up all groups already.
+            with contextlib.suppress(RuntimeError, ValueError):
                 dist.destroy_process_group(group)
 
     def _gather_all(self) -> None:
+        """Wait until every process has begun."""
         global _made
         place = self._sign(f"{_made}")
         _made += 1
@@ -146,9 +149,15 @@ class Ranks:
         return place
 
     def _absent(self, place: Store) -> list[str]:
+        """The ranks that have not come."""
         return [str(rank) for rank in range(self.count) if not place.check([str(rank)])]
 
     def _talk(self, what: str, speak: Callable[[], object], absent: Callable[[], list[str]] = list) -> None:
+        """Do something together.
+
+        Raises:
+            Conflict: if a process does not take part, naming those that `absent` returns.
+        """
         try:
             speak()
         except RuntimeError as error:
@@ -171,12 +180,14 @@ class _Outcome:
 
     @classmethod
     def of(cls, step: Callable[[], Any]) -> _Outcome:
+        """Call a step, and keep what it returns or raises."""
         try:
             return cls(step(), None)
         except Exception as error:
             return cls(None, error)
 
     def get(self, rank: int = 0) -> Any:
+        """Return what the step returned, or raise what it raised, with the rank of the process that it comes from."""
         if self._error is None:
             return self._value
         if rank and mine() != rank and isinstance(self._error, RegistryError):
@@ -185,6 +196,7 @@ class _Outcome:
 
     def __getstate__(self) -> Mapping[str, Any]:
         error = self._error
-        if error is not None and not isinstance(error, RegistryError):  # which another process may not know
+        # Another process may not know the class of an error that is not ours.
+        if error is not None and not isinstance(error, RegistryError):
             error = RuntimeError(f"{type(error).__name__}: {error}")
         return {"_value": self._value, "_error": error}

@@ -46,7 +46,8 @@ class ResumableLoader:
         return len(self.loader)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "loader":  # while being unpickled
+        # While it is unpickled, it has no loader yet.
+        if name == "loader":
             raise AttributeError(name)
         return getattr(self.loader, name)
 
@@ -104,8 +105,6 @@ class ResumableLoader:
             next(batches._sampler_iter if by_index else batches)
         self._set_random_state(now)
         return batches
-
-    # -- random states ---------------------------------------------------------------------------------------
 
     def _random_state(self) -> dict[str, Any]:
         return {"global": rng.capture(), "generators": self._generator_states()}

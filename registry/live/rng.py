@@ -36,11 +36,9 @@ def restore(state: Mapping[str, Any]) -> None:
     """Set the generators as they were; those of devices that are not here are passed over."""
     python, numpy = state["python"], state["numpy"]
     random.setstate((python["version"], tuple(python["state"].tolist()), python["gauss"]))
+    keys = numpy["keys"].numpy().astype(np.uint32)
     np.random.set_state(
-        (
-            *(numpy["kind"], numpy["keys"].numpy().astype(np.uint32)),
-            *(numpy["position"], numpy["has_gauss"], numpy["cached"]),
-        )
+        (numpy["kind"], keys, numpy["position"], numpy["has_gauss"], numpy["cached"]),
     )
     torch.set_rng_state(state["torch"].clone())
     if "cuda" in state and torch.cuda.is_available():

@@ -1,43 +1,78 @@
-"""Adapters: named ways to make a tensor that does not fit as it is, used only where a plan asks for one."""
+"""Adapters: named ways to make a tensor that does not fit as it is, used only where a plan asks for one.
+
+To add one: a function here and a row in `ADAPTERS`, a row in the table of docs/transfer.md, and a test. What is planned, applied,
+printed and offered by the command line follows from the row. The help of the command line reads the names, so this module loads
+torch only where a tensor is made.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-
-import torch
-from pydantic import BaseModel, ConfigDict, Field
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from registry.store.errors import Incompatible, Invalid
 from registry.store.text import quoted
 
-Shape = tuple[int, ...]
+if TYPE_CHECKING:
+    import torch
+
+    from registry.transfer.rows import Rows
 
 
-class Rows(BaseModel):
-    """Which rows of a classifier go where: pairs of a row in the source and one in the target, of so many there."""
+class Adapter(NamedTuple):
+    """A way to make a tensor that fits a target.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    Attributes:
+        make: takes the source's tensor, the target's with its present values, and the rows of classes; returns a new tensor
+            of the target's shape, and changes neither. It raises a `ValueError` for shapes that it does not take, with words
+            that follow its name in a sentence. Plans are tried on the meta device, where tensors have no values.
+        needs_source: whether it makes its tensor from one of the source; otherwise it makes a new one.
+        takes_rows: whether it is given the rows of classes; the others get None.
+        after_relu: whether it makes a layer that begins as the identity, which is exact only after a ReLU.
+    """
 
-    pairs: tuple[tuple[int, int], ...]
-    of: int = Field(ge=1)
+    make: Callable[[Any, torch.Tensor, Rows | None], torch.Tensor]
+    needs_source: bool = True
+    takes_rows: bool = False
+    after_relu: bool = False
 
-    @classmethod
-    def by_class(cls, old: Sequence[str], new: Sequence[str]) -> Rows:
-        """Rows by the names of their classes.
 
-        Raises:
-            Invalid: if a class is named twice, or none is on both sides.
-        """
-        for names in (old, new):
-            if len(set(names)) < len(names):
-                twice = next(name for name in names if list(names).count(name) > 1)
-                raise Invalid(f"the class {quoted(twice)} is named twice")
-        places = {name: i for i, name in enumerate(old)}
-        pairs = tuple((places[name], i) for i, name in enumerate(new) if name in places)
-        if not pairs:
-            raise Invalid("no class of the target is one of the source's")
-        return cls(pairs=pairs, of=len(new))
+def check_adapter(name: str) -> None:
+    """See that there is an adapter of a name.
+
+    Raises:
+        Invalid: if there is none, with the names of those that there are.
+    """
+    if name not in ADAPTERS:
+        raise Invalid(f"there is no adapter {quoted(name)}; there are {', '.join(ADAPTERS)}")
+
+
+def needs_source(name: str) -> bool:
+    """Whether an adapter makes its tensor from one of the source; so does a name that is no adapter."""
+    return name not in ADAPTERS or ADAPTERS[name].needs_source
+
+
+def adapt(
+    name: str, value: torch.Tensor | None, target: torch.Tensor, rows: Rows | None = None
+) -> torch.Tensor:
+    """Make a tensor that fits a target.
+
+    Args:
+        value: of the source; None for an adapter that needs none.
+        target: the tensor to fit, with its present values; it is not changed.
+        rows: for an adapter that takes them.
+
+    Raises:
+        Invalid: if there is no such adapter.
+        Incompatible: if the adapter does not fit the shapes.
+    """
+    check_adapter(name)
+    try:
+        return ADAPTERS[name].make(value, target.detach(), rows)
+    except ValueError as error:
+        shapes = f"{list(target.shape)}" if value is None else f"{list(value.shape)} to {list(target.shape)}"
+        raise Incompatible(f"the adapter {name} {error}, not {shapes}") from None
 
 
 def _channels_sum(value: torch.Tensor, target: torch.Tensor, rows: Rows | None) -> torch.Tensor:
@@ -59,6 +94,9 @@ def _positions(value: torch.Tensor, target: torch.Tensor, rows: Rows | None) -> 
     """Position embeddings [1, 1 + n*n, width] of a square grid to another, by bicubic interpolation."""
     if value.dim() != 3 or target.dim() != 3 or value.shape[::2] != target.shape[::2]:
         raise ValueError("takes [1, 1 + n*n, width] to another n")
+    # Lazy: loads torch.
+    import torch
+
     old, new = (math.isqrt(t.shape[1] - 1) for t in (value, target))
     if old * old + 1 != value.shape[1] or new * new + 1 != target.shape[1]:
         raise ValueError("takes one class token and a square grid")
@@ -70,6 +108,9 @@ def _positions(value: torch.Tensor, target: torch.Tensor, rows: Rows | None) -> 
 
 def _class_rows(value: torch.Tensor, target: torch.Tensor, rows: Rows | None) -> torch.Tensor:
     """Rows of a classifier by the names of their classes; classes that are new keep the target's own rows."""
+    # Lazy: loads torch.
+    import torch
+
     if rows is None:
         raise ValueError("needs the classes of both sides")
     if not value.dim() or not target.dim() or value.shape[1:] != target.shape[1:]:
@@ -83,6 +124,9 @@ def _class_rows(value: torch.Tensor, target: torch.Tensor, rows: Rows | None) ->
 
 def _identity(value: torch.Tensor | None, target: torch.Tensor, rows: Rows | None) -> torch.Tensor:
     """A new layer that changes nothing: the identity for a square weight, zeros for a bias. Exact only after a ReLU."""
+    # Lazy: loads torch.
+    import torch
+
     if target.dim() == 1:
         return torch.zeros_like(target)
     square = target.dim() >= 2 and target.shape[0] == target.shape[1]
@@ -92,46 +136,11 @@ def _identity(value: torch.Tensor | None, target: torch.Tensor, rows: Rows | Non
     return torch.nn.init.eye_(found) if target.dim() == 2 else torch.nn.init.dirac_(found)
 
 
-ADAPTERS: dict[str, Callable[..., torch.Tensor]] = {
-    "channels-sum": _channels_sum,
-    "channels-repeat": _channels_repeat,
-    "positions": _positions,
-    "class-rows": _class_rows,
-    "identity": _identity,
+ADAPTERS = {
+    "channels-sum": Adapter(_channels_sum),
+    "channels-repeat": Adapter(_channels_repeat),
+    "positions": Adapter(_positions),
+    "class-rows": Adapter(_class_rows, takes_rows=True),
+    "identity": Adapter(_identity, needs_source=False, after_relu=True),
 }
-
-
-def needs_source(name: str) -> bool:
-    """Whether an adapter makes its tensor from one of the source."""
-    return name != "identity"
-
-
-def check_adapter(name: str) -> None:
-    """
-    Raises:
-        Invalid: if there is no such adapter.
-    """
-    if name not in ADAPTERS:
-        raise Invalid(f"there is no adapter {quoted(name)}; there are {', '.join(ADAPTERS)}")
-
-
-def adapt(
-    name: str, value: torch.Tensor | None, target: torch.Tensor, rows: Rows | None = None
-) -> torch.Tensor:
-    """Make a tensor that fits a target.
-
-    Args:
-        value: of the source; None for an adapter that needs none.
-        target: the tensor to fit, with its present values; it is not changed.
-        rows: for `class-rows`.
-
-    Raises:
-        Invalid: if there is no such adapter.
-        Incompatible: if the adapter does not fit the shapes.
-    """
-    check_adapter(name)
-    try:
-        return ADAPTERS[name](value, target.detach(), rows)
-    except ValueError as error:
-        shapes = f"{list(target.shape)}" if value is None else f"{list(value.shape)} to {list(target.shape)}"
-        raise Incompatible(f"the adapter {name} {error}, not {shapes}") from None
+"""Every adapter by its name."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from registry.transfer.plan import TransferPlan
+
 SMALL = 10.0
-"""Samples for each parameter that is trained when all are, times 1,000, below which the data counts as small."""
+"""Samples for 1,000 parameters, when all are trained, below which the data counts as small."""
 
 _CASES = {
     (True, True): (
@@ -41,8 +43,44 @@ CAVEATS = (
 )
 
 
+class Counts(NamedTuple):
+    """What is left to train after a transfer.
+
+    Attributes:
+        trainable: elements of the parameters that are trained when all are.
+        head: elements of those that are trained when the rest is frozen.
+        layers: how many layers have parameters.
+        is_new: whether the head is what was not loaded; otherwise everything was, and the head is the last layer.
+    """
+
+    trainable: int
+    head: int
+    layers: int
+    is_new: bool
+
+    @classmethod
+    def of(cls, plan: TransferPlan) -> Counts:
+        """The counts of a plan."""
+        loaded, trainable = plan.parameters
+        layers: dict[str, int] = {}
+        last = ""
+        for step in plan.steps:
+            if step.target and not step.buffer:
+                last = step.target.rpartition(".")[0]
+                layers[last] = layers.get(last, 0) + step.elements
+        is_new = loaded < trainable
+        head = trainable - loaded if is_new else layers[last]
+        return cls(trainable=trainable, head=head, layers=len(layers), is_new=is_new)
+
+
 class Advice(NamedTuple):
-    """The case, what to do in it, why, and the numbers that it was judged by."""
+    """The case, what to do in it, why, and the numbers that it was judged by.
+
+    Attributes:
+        option: the options of `registry train` that do it; empty for none.
+        trainable, head: as in `Counts`.
+        per_sample_all, per_sample_head: the same for each sample.
+    """
 
     case: str
     advice: str
@@ -55,24 +93,28 @@ class Advice(NamedTuple):
     per_sample_head: float
 
 
-def advise(
-    *, samples: int, similar: bool, trainable: int, head: int, layers: int, is_new: bool = True
-) -> Advice:
-    """Which of the four cases it is.
+def advise(counts: Counts, *, samples: int, similar: bool) -> Advice:
+    """Say which of the four cases it is.
+
+    >>> advise(Counts(trainable=61_000, head=850, layers=5, is_new=True), samples=500, similar=True).case
+    'small and similar'
 
     Args:
-        samples: images or examples to train on.
-        similar: your judgement.
-        trainable: parameters that are trained when all are.
-        head: parameters that are trained when the rest is frozen.
-        layers: how many layers have parameters.
-        is_new: whether the head is what was not loaded, or else the last layer.
+        counts: what a plan leaves to train; see `Counts.of`.
+        samples: how many samples there are to train on.
+        similar: whether they are like those before, in your judgement.
     """
-    small = samples / max(1, trainable) < SMALL / 1_000
-    case, advice, why, option = _CASES[small, similar]
-    option = option.format(head="loaded" if is_new else "first:-1", early=max(1, layers // 2))
+    is_small = samples / max(1, counts.trainable) < SMALL / 1_000
+    case, advice, why, option = _CASES[is_small, similar]
+    head = "loaded" if counts.is_new else "first:-1"
     return Advice(
-        *(case, advice, why, option, samples, trainable, head),
-        per_sample_all=trainable / max(1, samples),
-        per_sample_head=head / max(1, samples),
+        case=case,
+        advice=advice,
+        why=why,
+        option=option.format(head=head, early=max(1, counts.layers // 2)),
+        samples=samples,
+        trainable=counts.trainable,
+        head=counts.head,
+        per_sample_all=counts.trainable / max(1, samples),
+        per_sample_head=counts.head / max(1, samples),
     )

@@ -22,8 +22,9 @@ from registry.transfer.report import (
     SideInfo,
     Verdict,
 )
-from registry.transfer.rows import Row
-from registry.transfer.sides import Side, Source, side_of
+from registry.transfer.report_rows import Row
+from registry.transfer.sides import Side
+from registry.transfer.sources import Source, side_of
 from registry.transfer.suggestions import suggestions
 from registry.transfer.values import by_module, changes
 

@@ -19,8 +19,10 @@ from registry.reports.text import render
 from registry.store.durable import write_file
 from registry.store.errors import Conflict, Incompatible, Invalid, NotFound, Unsupported, fix
 from registry.store.text import printable, quoted
-from registry.transfer.adapters import Rows, adapt, needs_source
-from registry.transfer.sides import STATE_DICT, Side, Source, side_of
+from registry.transfer.adapters import ADAPTERS, adapt, needs_source
+from registry.transfer.rows import Rows
+from registry.transfer.sides import Side
+from registry.transfer.sources import STATE_DICT, Source, side_of
 
 if TYPE_CHECKING:
     from registry.home import Home
@@ -240,7 +242,8 @@ class TransferPlan(BaseModel):
             if step.action == "make" and (
                 step.target is None or not step.adapter or needs_source(step.adapter)
             ):
-                raise Invalid(f"{source}: a step that makes needs a target and the adapter identity")
+                makers = " or ".join(name for name, adapter in ADAPTERS.items() if not adapter.needs_source)
+                raise Invalid(f"{source}: a step that makes needs a target and the adapter {makers}")
             if step.target is not None:
                 if step.target in seen:
                     raise Conflict(

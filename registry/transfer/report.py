@@ -16,7 +16,7 @@ from registry.reports import html, text
 from registry.reports.blocks import Bars, Block, Cell, Code, Column, Lines, Node, Table, Title, Tone, Tree
 from registry.transfer.matching import LOADABLE, Category
 from registry.transfer.plan import FrozenPart, TransferPlan, percent
-from registry.transfer.rows import Part, Row, grouped
+from registry.transfer.report_rows import Part, Row, grouped
 
 SCHEMA = 1
 Verdict = Literal["IDENTICAL", "SAME STRUCTURE", "COMPATIBLE", "INCOMPATIBLE"]

@@ -8,15 +8,20 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from registry.transfer.matching import LOADABLE, Category, Pair, Rename, aligned
-from registry.transfer.sides import Entry, Side
+from registry.transfer.matching import LOADABLE, Category, Pair
+from registry.transfer.positions import aligned
+from registry.transfer.renames import Rename
+from registry.transfer.sides import Side, StateEntry
 
 _PEFT = "base_model.model."
+"""What PEFT puts before every name."""
+
 _PEFT_LAYER = ".base_layer."
 _PEFT_SAVED = ".modules_to_save.default."
-"""What PEFT puts before every name, and into those of the layers that it has wrapped."""
+"""What PEFT puts into the names of the layers that it has wrapped, and of those that it keeps a copy of."""
 
 _SWAPPED = "with the other prefix"
+"""The evidence for another prefix in the place of one."""
 
 _MOST_LAYERS = 50
 """Layers for which a rule each is suggested."""
@@ -26,6 +31,20 @@ _TRIED = 5
 
 _MOST_ALIKE = 8
 """Names with the same end that are looked at; more say nothing."""
+
+
+_Leaves = tuple[tuple[str, tuple[int, ...]], ...]
+"""Last components of the names in one layer, each with its shape."""
+
+_EVIDENCE: tuple[tuple[str, Callable[[StateEntry], object]], ...] = (
+    ("the only ones of shape {shape}", lambda entry: entry.shape),
+    ("the only {leaf} of shape {shape}", lambda entry: (entry.name.rpartition(".")[2], entry.shape)),
+    (
+        "the only ones of shape {shape} in {parent}",
+        lambda entry: (entry.name.rpartition(".")[0], entry.shape),
+    ),
+)
+"""What speaks for a pair of single names: in words, and what the two must have in common."""
 
 
 class Suggestion(NamedTuple):
@@ -47,58 +66,62 @@ def suggestions(left: Side, right: Side, pairs: Sequence[Pair]) -> Iterator[Sugg
     ours = [pair.a for pair in pairs if pair.category == Category.ONLY_A and pair.a]
     theirs = [pair.b for pair in pairs if pair.category == Category.ONLY_B and pair.b]
     yield from _moved(left, right, pairs)
+    before = sum(pair.category in LOADABLE or pair.category == Category.CAST for pair in pairs)
     mine, others = _layers_of(ours), _layers_of(theirs)
     are_alike = len(mine) > 1 and list(mine.values()) == list(others.values())
-    before = sum(pair.category in LOADABLE or pair.category == Category.CAST for pair in pairs)
     gain, whole = _whole(left, right, before, ours, theirs)
     if whole is not None and not (are_alike and gain < len(ours)):
         yield whole
         return
     if are_alike and len(mine) <= _MOST_LAYERS:
-        # The deeper ones first, as the first rule that fits a name is the one that counts.
-        moves = sorted(zip(mine, others, strict=True), key=lambda pair: -pair[0].count("."))
-        rules = tuple(
-            rule
-            for a, b in moves
-            if a != b
-            for rule in ([f"{a}.*={b}.*"] if a and b else _leaves(a, b, mine[a]))
-        )
+        rules = _in_order(mine, others)
         if _fitting(rules, left.entries, right.entries) == before + len(ours):
             yield Suggestion(rules, f"the same {len(mine)} shapes in the same order")
             return
-    evidence: tuple[tuple[str, Callable[[Entry], object]], ...] = (
-        ("the only ones of shape {shape}", lambda e: e.shape),
-        ("the only {leaf} of shape {shape}", lambda e: (e.name.rpartition(".")[2], e.shape)),
-        ("the only ones of shape {shape} in {parent}", lambda e: (e.name.rpartition(".")[0], e.shape)),
+    yield from _single(ours, theirs)
+
+
+def _in_order(mine: Mapping[str, _Leaves], others: Mapping[str, _Leaves]) -> tuple[str, ...]:
+    """Rules that rename each layer of one side to the layer in the same place of the other."""
+    # The deeper ones first, as the first rule that fits a name is the one that counts.
+    moves = sorted(zip(mine, others, strict=True), key=lambda pair: -pair[0].count("."))
+    return tuple(
+        rule
+        for a, b in moves
+        if a != b
+        for rule in ([f"{a}.*={b}.*"] if a and b else _leaf_rules(a, b, mine[a]))
     )
-    by_key: list[tuple[dict[object, list[Entry]], Counter[object]]] = []
-    for _, key in evidence:
-        places: dict[object, list[Entry]] = defaultdict(list)
+
+
+def _single(ours: Sequence[StateEntry], theirs: Sequence[StateEntry]) -> Iterator[Suggestion]:
+    """A rule for each name that is alike to one name of the other side only, by the first evidence that says so."""
+    by_key: list[tuple[dict[object, list[StateEntry]], Counter[object]]] = []
+    for _, key in _EVIDENCE:
+        places: dict[object, list[StateEntry]] = defaultdict(list)
         for other in theirs:
             places[key(other)].append(other)
         by_key.append((places, Counter(map(key, ours))))
     for entry in ours:
-        for (told, key), (places, count) in zip(evidence, by_key, strict=True):
+        if not entry.shape or "=" in entry.name:
+            continue
+        for (told, key), (places, count) in zip(_EVIDENCE, by_key, strict=True):
             same = places.get(key(entry), ())
-            if entry.shape and len(same) == count[key(entry)] == 1 and "=" not in entry.name:
+            if len(same) == count[key(entry)] == 1:
                 parent, _, leaf = entry.name.rpartition(".")
                 why = told.format(shape=list(entry.shape), leaf=leaf, parent=parent)
                 yield Suggestion((f"{entry.name}={same[0].name}",), why)
                 break
 
 
-def _leaves(a: str, b: str, leaves: Iterable[tuple[str, tuple[int, ...]]]) -> list[str]:
+def _leaf_rules(a: str, b: str, leaves: _Leaves) -> list[str]:
     """A rule for each name of a layer, where one of the two is the network itself."""
     return [
         f"{f'{a}.' if a else ''}{leaf}={f'{b}.' if b else ''}{leaf}" for leaf, _ in leaves if "=" not in leaf
     ]
 
 
-# -- rules for many names at once ----------------------------------------------------------------------------
-
-
 def _whole(
-    left: Side, right: Side, before: int, ours: Sequence[Entry], theirs: Sequence[Entry]
+    left: Side, right: Side, before: int, ours: Sequence[StateEntry], theirs: Sequence[StateEntry]
 ) -> tuple[int, Suggestion | None]:
     """The rules that map the most names, and how many more fit than without; one that swaps prefixes maps several."""
     best: tuple[int, Suggestion | None] = (0, None)
@@ -111,7 +134,7 @@ def _whole(
     return best
 
 
-def _fitting(rules: Sequence[str], ours: Mapping[str, Entry], theirs: Mapping[str, Entry]) -> int:
+def _fitting(rules: Sequence[str], ours: Mapping[str, StateEntry], theirs: Mapping[str, StateEntry]) -> int:
     """How many names have a partner of their shape under some rules."""
     renames = [Rename(rule) for rule in rules]
     goals: Counter[str] = Counter()
@@ -124,9 +147,9 @@ def _fitting(rules: Sequence[str], ours: Mapping[str, Entry], theirs: Mapping[st
     return fits if max(goals.values(), default=1) == 1 else 0
 
 
-def _prefixes(ours: Iterable[Entry], theirs: Iterable[Entry]) -> list[tuple[tuple[str, ...], str]]:
+def _prefixes(ours: Iterable[StateEntry], theirs: Iterable[StateEntry]) -> list[tuple[tuple[str, ...], str]]:
     """Changes of a prefix by which names of one side may become names of the other, the most frequent first."""
-    ends: dict[str, list[Entry]] = defaultdict(list)
+    ends: dict[str, list[StateEntry]] = defaultdict(list)
     for entry in theirs:
         for _, end in _cuts(entry.name):
             if len(ends[end]) < _MOST_ALIKE:
@@ -149,16 +172,18 @@ def _cuts(name: str) -> Iterator[tuple[str, str]]:
 
 
 def _prefix_rule(old: str, new: str) -> tuple[str, ...]:
+    """The rule that changes one prefix into another; either may be empty."""
     return (f"{old}*={new}*" if old else f"**={new}**",)
 
 
 def _how(old: str, new: str) -> str:
+    """A change of a prefix in words."""
     if old and new:
         return _SWAPPED
     return "without the prefix" if old else "with the prefix"
 
 
-def _peft(ours: Sequence[Entry], theirs: Sequence[Entry]) -> list[tuple[tuple[str, ...], str]]:
+def _peft(ours: Sequence[StateEntry], theirs: Sequence[StateEntry]) -> list[tuple[tuple[str, ...], str]]:
     """Rules for a network that PEFT has wrapped on one side."""
     if any(entry.name.startswith(_PEFT) for entry in ours):
         rule = rf"re:{re.escape(_PEFT)}(.+?)(?:\.base_layer|\.modules_to_save\.default)?(\.[^.]+)=\1\2"
@@ -174,16 +199,14 @@ def _peft(ours: Sequence[Entry], theirs: Sequence[Entry]) -> list[tuple[tuple[st
                 rules.append(rf"re:({start}(?:{any_of}))(\.[^.]+)={_PEFT}\1{inner[:-1]}\2")
         if rules and len(paths) + len(saved) <= _MOST_LAYERS:
             found.append(((*rules, f"**={_PEFT}**"), "with what PEFT adds"))
-    return found[::-1]  # By the layers' own names, if that is enough: such rules are shorter.
+    # By the layers' own names first, if that is enough: such rules are shorter.
+    return found[::-1]
 
 
-def _wrapped(entries: Sequence[Entry], inner: str) -> set[str]:
+def _wrapped(entries: Sequence[StateEntry], inner: str) -> set[str]:
     """Paths of the layers that PEFT has wrapped, or keeps a copy of."""
     names = [entry.name for entry in entries if entry.name.startswith(_PEFT) and inner in entry.name]
     return {name.removeprefix(_PEFT).partition(inner)[0] for name in names}
-
-
-# -- numbers and layers --------------------------------------------------------------------------------------
 
 
 def _moved(left: Side, right: Side, pairs: Sequence[Pair]) -> Iterator[Suggestion]:
@@ -196,7 +219,7 @@ def _moved(left: Side, right: Side, pairs: Sequence[Pair]) -> Iterator[Suggestio
             yield Suggestion(rules, "the only order in which the layers fit")
 
 
-def _layers_of(entries: Sequence[Entry]) -> dict[str, tuple[tuple[str, tuple[int, ...]], ...]]:
+def _layers_of(entries: Sequence[StateEntry]) -> dict[str, _Leaves]:
     """The leaves and shapes of each layer, in order."""
     found: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
     for entry in entries:

@@ -16,10 +16,10 @@ from conftest import Run
 from torch import nn
 
 from registry import Registry, freeze
+from registry.live.builders import on_meta
 from registry.models import LeNet5, LeNet6, ResNet18, ResNet18Config
 from registry.models.classifiers import find_head, replace_head
 from registry.store.errors import Invalid, NotFound
-from registry.transfer.sides import on_meta
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

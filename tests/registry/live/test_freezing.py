@@ -22,7 +22,8 @@ from registry import (
     remap_optimizer,
     unfreeze,
 )
-from registry.live.freezing import Thawed, frozen_names
+from registry.live.freezing import frozen_names
+from registry.live.proof import Thawed
 from registry.store.errors import Incompatible, Invalid, Unsupported
 
 

@@ -16,7 +16,7 @@ from registry.transfer.report import (
     SideInfo,
     ValueChange,
 )
-from registry.transfer.rows import Row
+from registry.transfer.report_rows import Row
 
 PLAN = TransferPlan(
     schema=1,

@@ -18,10 +18,11 @@ from torch import nn
 from registry import Registry, diff
 from registry.models import LeNet5, LeNet6
 from registry.store.errors import Conflict, Invalid, NotFound, Unsupported
-from registry.transfer.matching import Category, Pair, match, without_wrappers
+from registry.transfer.matching import Category, Pair, match
+from registry.transfer.renames import without_wrappers
 from registry.transfer.report import LayerDifference
-from registry.transfer.rows import grouped
-from registry.transfer.sides import side_of
+from registry.transfer.report_rows import grouped
+from registry.transfer.sources import side_of
 
 
 def matched(a: Any, b: Any, **given: Any) -> list[Pair]:

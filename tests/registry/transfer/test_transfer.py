@@ -14,10 +14,11 @@ import torchvision
 from torch import nn
 
 from registry import Registry, TransferPlan, diff, freeze, plan_transfer, unfreeze
+from registry.live.builders import on_meta
 from registry.models import LeNet5, LeNet6
 from registry.store.errors import Conflict, Incompatible, Invalid, NotFound
 from registry.transfer.matching import match
-from registry.transfer.sides import on_meta, side_of
+from registry.transfer.sources import side_of
 
 MEANT = {"fc.5.*": "skip", "fc.7.*": "new"}
 
@@ -42,7 +43,7 @@ def unchanged(module: nn.Module, before: dict[str, torch.Tensor]) -> bool:
 # -- the textbook's case -------------------------------------------------------------------------------------
 
 
-def test_lenet5_to_lenet6(registry: Registry, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lenet5_to_lenet6(registry: Registry, caplog: pytest.LogCaptureFixture) -> None:
     target = LeNet6()
     own = values(target)
     plan = plan_transfer("lenet5", target, expect=MEANT, freeze="loaded", registry=registry)
@@ -61,7 +62,9 @@ def test_lenet5_to_lenet6(registry: Registry, capsys: pytest.CaptureFixture[str]
         "fc.7.bias",
     }
     built = registry.from_pretrained(LeNet6, "lenet5", freeze=True)
-    assert capsys.readouterr().out == f"{plan.summary}\n"
+    (logged,) = [record for record in caplog.records if record.name == "registry.transfer.planning"]
+    # Warnings are shown without any set-up of logging.
+    assert (logged.getMessage(), logged.levelname) == (plan.summary, "WARNING")
     assert torch.equal(built.conv[0].weight, source["conv.0.weight"])
     assert not built.conv[0].weight.requires_grad
 
