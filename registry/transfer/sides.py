@@ -16,7 +16,8 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from registry.checkpoints.checkpoint import Checkpoint
-from registry.files.importing import FORMS, read_checkpoint_file
+from registry.files.formats import INDEX, SUFFIXES
+from registry.files.reading import read_checkpoint_file
 from registry.home import Home
 from registry.live import components
 from registry.store.digest import digest as digest_of
@@ -27,7 +28,7 @@ from registry.store.tree import Leaf, tensor_paths
 
 STATE_DICT = "a state dict"
 TORCHVISION = "torchvision:"
-_FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".index.json")
+_FILES = (*SUFFIXES, INDEX)
 
 Source = Any
 """A reference, a path to a file, `torchvision:NAME`, a live network, or a pair of a network and a reference."""
@@ -398,4 +399,4 @@ def _torchvision(source: str) -> Side:
     return side
 
 
-__all__ = ["FORMS", "Entry", "Side", "Source", "side_of"]
+__all__ = ["Entry", "Side", "Source", "side_of"]
