@@ -246,7 +246,7 @@ class Registry(Home):
             run: the training session that saves it; see `run`.
             parent: name of the checkpoint that training went on from, such as `lenet5:v3`.
             provenance: how it was made, as plain values.
-            dcp: how a flat state dict is laid out in the trees; see `registry.checkpoints.sharded`.
+            dcp: how a flat state dict is laid out in the trees; see `registry.checkpoints.sharded_trees`.
             best_by: move the alias `best` to the version with the best value of this metric.
             progress: told the bytes done and the bytes in all.
 

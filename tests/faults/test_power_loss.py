@@ -32,7 +32,7 @@ from registry import Registry
 from registry.cache.artifacts import Artifact
 from registry.catalog import catalog, history, journal
 from registry.catalog.invariants import invariants
-from registry.checkpoints.sharded import RegistryWriter
+from registry.checkpoints.sharded_writer import RegistryWriter
 
 STEM = "test_power_loss"
 FAILED = soak.COUNTS / f"{STEM}.failed"
