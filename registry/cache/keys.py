@@ -23,7 +23,7 @@ from registry.cache.contents import Content, content_of
 from registry.store.digest import digest, tensor_digest
 from registry.store.errors import Invalid, RegistryError, Unsupported
 from registry.store.text import quoted
-from registry.store.tree import Leaf
+from registry.store.tree import Leaf, encode
 
 
 class Key(NamedTuple):
@@ -215,8 +215,6 @@ def canonical(value: Any, path: str) -> Any:
 
 
 def _tensor(value: Any, path: str) -> str:
-    from registry.store.tree import encode
-
     try:
         _, (leaf, *_) = encode({"value": value})
     except Unsupported as error:

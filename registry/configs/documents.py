@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,8 +97,6 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> Document:
 
 
 def _parse_toml(text: str) -> Any:
-    import tomllib
-
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -105,6 +104,7 @@ def _parse_toml(text: str) -> Any:
 
 
 def _parse_yaml(text: str) -> Any:
+    # Lazy: loads yaml.
     import yaml
 
     try:
@@ -120,6 +120,7 @@ def _parse_yaml(text: str) -> Any:
 
 def yaml_text(document: Mapping[str, Any]) -> str:
     """The document as YAML that `read_document` reads back as the same values."""
+    # Lazy: loads yaml.
     import yaml
 
     class Dumper(yaml.SafeDumper):
@@ -138,6 +139,7 @@ def yaml_text(document: Mapping[str, Any]) -> str:
 
 def _yaml_loader() -> type[yaml.SafeLoader]:
     """A safe loader that follows YAML 1.2 where 1.1 surprises: 1e-3 is a number, `no` is a word, 010 is ten."""
+    # Lazy: loads yaml.
     import yaml
 
     class Loader(yaml.SafeLoader):

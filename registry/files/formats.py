@@ -69,6 +69,7 @@ class Format:
         self._function("write")(checkpoint, component, file, verify=verify)
 
     def _function(self, name: str) -> Callable[..., Any]:
+        # Lazy: loads torch.
         function: Callable[..., Any] = getattr(import_module(self.module), name)
         return function
 
