@@ -156,7 +156,8 @@ def _is_path(name: str, function: Callable[..., Any]) -> bool:
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     try:
         return typing.get_type_hints(function)
-    except Exception:  # an annotation that cannot be evaluated here says nothing
+    except Exception:
+        # An annotation that cannot be evaluated here says nothing.
         return {}
 
 

@@ -50,10 +50,12 @@ class Checkpoint:
 
     @property
     def model(self) -> str:
+        """The model that it is a version of."""
         return self._version.model
 
     @property
     def version(self) -> int:
+        """The number of the version, from 1 on."""
         return self._version.version
 
     @property
@@ -68,14 +70,17 @@ class Checkpoint:
 
     @property
     def epoch(self) -> int | None:
+        """Epochs that were complete, if it was recorded."""
         return self._version.epoch
 
     @property
     def step(self) -> int | None:
+        """Steps that were done, if it was recorded."""
         return self._version.step
 
     @property
     def loss(self) -> float | None:
+        """The loss, if it was recorded; it may be NaN."""
         return self._version.loss
 
     @property
@@ -85,10 +90,12 @@ class Checkpoint:
 
     @property
     def aliases(self) -> tuple[str, ...]:
+        """The aliases that point at it, such as `best`."""
         return self._version.aliases
 
     @property
     def tags(self) -> tuple[str, ...]:
+        """The tags that are attached to it."""
         return self._version.tags
 
     @property
@@ -133,6 +140,7 @@ class Checkpoint:
 
     @property
     def components(self) -> tuple[str, ...]:
+        """The names of its components, such as `model` and `optimizer`."""
         return tuple(self._version.record["components"])
 
     @property

@@ -114,7 +114,8 @@ def save(
     (version,) = (one["version"] for one in made if one["op"] == "publish")
     try:
         return Checkpoint(home.store, resolve(home.catalog, f"{model}:v{version}"))
-    except NotFound:  # The catalog could not be written, or others have removed the version already.
+    except NotFound:
+        # The catalog could not be written, or others have removed the version already.
         manifest = home.store.just_written(saved) or home.store.manifest(saved)
         return Checkpoint(home.store, version_of(saved, model, version, manifest))
 
@@ -142,7 +143,8 @@ def _whole(value: Any, what: str) -> int | None:
     """A count; 0-dimensional tensors and scalars of NumPy are taken, too."""
     if value is None:
         return None
-    with contextlib.suppress(TypeError, ValueError, RuntimeError):  # Which tensors of several elements raise.
+    # Tensors of several elements raise these.
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):
         number = operator.index(value)
         if not isinstance(value, bool) and 0 <= number < 1 << 63:
             return number

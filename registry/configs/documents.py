@@ -72,7 +72,8 @@ def read_document(path: Path | str, form: str = "") -> Document:
         raise Invalid(f"{shown}: nested deeper than {MAX_DEPTH} levels") from None
     except Invalid as error:
         raise Invalid(f"{shown}: {error}") from None
-    except ValueError as error:  # a number of too many digits, in any of the three
+    except ValueError as error:
+        # A number has too many digits, in any of the three formats.
         raise Invalid(f"{shown}: {printable(str(error).partition(';')[0])}") from None
     if not isinstance(document, dict):
         found = "nothing" if document is None else f"a {type(document).__name__}"
@@ -128,7 +129,7 @@ def yaml_text(document: Mapping[str, Any]) -> str:
             return True
 
         def represent_text(self, text: str) -> yaml.ScalarNode:
-            # YAML folds some line breaks when it reads; between double quotes they are spelled out
+            # YAML folds some line breaks when it reads; between double quotes they are spelled out.
             style = None if text.isprintable() else '"'
             return self.represent_scalar("tag:yaml.org,2002:str", text, style)
 
