@@ -241,7 +241,7 @@ class Registry(Home):
             provenance=provenance,
             dcp=dcp,
         )
-        return save(self, model, components, about, best_by=best_by, progress=progress)
+        return save(self, model, components, about=about, best_by=best_by, progress=progress)
 
     def __getitem__(self, reference: str) -> Checkpoint:
         """The checkpoint that a reference names: `lenet5`, `lenet5:v3`, `lenet5@best`, or an id prefix.
@@ -308,7 +308,7 @@ class Registry(Home):
             model = self.resolve(model).model
         if by is None:
             return list_versions(self.catalog, model, tag=tag, limit=limit)[0]
-        direction = direction_of(self.catalog, model, by, smallest)
+        direction = direction_of(self.catalog, model, by, smallest=smallest)
         found, _ = rank_versions(self.catalog, model, by, smallest=direction, tag=tag, limit=limit)
         if not found and tag is None:
             raise no_such_metric(self.catalog, model, by)
@@ -333,7 +333,7 @@ class Registry(Home):
 
         check_name(model, "model")
         found = best_version(
-            self.catalog, model, metric, smallest=direction_of(self.catalog, model, metric, smallest)
+            self.catalog, model, metric, smallest=direction_of(self.catalog, model, metric, smallest=smallest)
         )
         if found is None:
             self.resolve(model)
@@ -395,7 +395,7 @@ class Registry(Home):
         # Lazy: start-up.
         from registry.upkeep.verification import verify
 
-        return verify(self.catalog, self.store, references, progress)
+        return verify(self.catalog, self.store, references, progress=progress)
 
     def compact(
         self,

@@ -135,7 +135,7 @@ class RegistryWriter(StorageWriter):
             together = {"processes": len(results)} if len(results) > 1 else {}
             provenance = {**together, **(self._about.provenance or {})}
             about = replace(self._about, provenance=provenance, dcp=tree.record)
-            saved = save(self.registry, self.model, written, about, best_by=self._best_by)
+            saved = save(self.registry, self.model, written, about=about, best_by=self._best_by)
         except BaseException:
             # The log may have the version all the same.
             named = self.registry.catalog.ledger().packs

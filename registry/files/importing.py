@@ -61,7 +61,7 @@ def import_checkpoint(
         lineage=[{"kind": "imported-from", "parent": printable(imported.source["file"])}],
         source=imported.source,
     )
-    checkpoint = save(home, model, imported.components, about, progress=progress)
+    checkpoint = save(home, model, imported.components, about=about, progress=progress)
     for path, stamp in imported.stamps.items():
         if _was_rewritten(path, stamp):
             remove(home.catalog, [checkpoint.name], force=True)

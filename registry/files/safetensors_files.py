@@ -48,7 +48,7 @@ def read(path: Path) -> Imported:
     status = file_status(path)
     with naming(printable(str(path))):
         data, tensors, metadata = _contents(path, status.st_size)
-    source = source_of(path, status, "safetensors", data)
+    source = source_of(path, status, "safetensors", data=data)
     components: dict[str, Any] = {"model": tensors}
     if len(json.dumps(metadata)) > _MAX_METADATA or any(key.startswith("$") for key in metadata):
         components["extra"] = {"metadata": metadata}

@@ -297,14 +297,14 @@ class Run:
 
     def _publish(self, state: State, about: Mapping[str, Any], fields: Mapping[str, Any]) -> Checkpoint:
         described = Facts(**fields, **self._origin(about))
-        saved = save(self._home, self.model, state, described, best_by=self._retention.monitor)
+        saved = save(self._home, self.model, state, about=described, best_by=self._retention.monitor)
         self._retain()
         return saved
 
     def _retain(self) -> None:
         """Remove, and thin, what the run's rules no longer keep."""
         chain = self._runs.chain(self.name)
-        self._retention.apply(self._home.catalog, self._home.store, chain, self.model)
+        self._retention.apply(self._home.catalog, self._home.store, runs=chain, model=self.model)
 
     def _origin(self, about: Mapping[str, Any]) -> dict[str, Any]:
         return self._recording.origin(about, run=self.name, last=self._last)
