@@ -30,7 +30,7 @@ from registry.store.tree import torch_type
 RECORD = "dcp"
 """The key of a manifest's record that says which flat name is where."""
 
-Path = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 """The keys that lead to a place in a state dict or in the trees of a checkpoint."""
 
 
@@ -119,7 +119,7 @@ def _as_document(node: Any) -> Any:
     return {str(key): _as_document(child) for key, child in node.items()}
 
 
-def _paths(metadata: Metadata) -> dict[str, Path] | None:
+def _paths(metadata: Metadata) -> dict[str, KeyPath] | None:
     """The path in the user's state dict of each flat name; None where the planner did not flatten."""
     data = metadata.planner_data
     if data is None:
@@ -135,8 +135,8 @@ def _paths(metadata: Metadata) -> dict[str, Path] | None:
 
 
 def _places(
-    names: Mapping[str, Any], paths: Mapping[str, Path], document: Callable[[str, Any], Any]
-) -> dict[str, Path]:
+    names: Mapping[str, Any], paths: Mapping[str, KeyPath], document: Callable[[str, Any], Any]
+) -> dict[str, KeyPath]:
     """Where in the components' trees each flat name goes."""
     found = {name: paths.get(name, (name,)) for name in names}
     loose = {
