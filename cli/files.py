@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +11,26 @@ import click
 
 from registry.cli.options import Reference, command, pairs
 from registry.cli.output import counted, print_json, progress, say, size, version_document, warn
+from registry.files.formats import FORMATS, listed
 from registry.store.errors import Invalid, RegistryError
 from registry.store.text import printable, quoted
 
 if TYPE_CHECKING:
     from registry.catalog.versions import Version
     from registry.registry import Registry
+
+_READABLE = ", ".join(
+    listed(row.suffixes, "and") + (f" ({row.reading})" if row.reading else "") for row in FORMATS
+)
+_WRITABLE = listed(row.suffixes[0] for row in FORMATS)
+_WHOLE = listed(row.suffixes[0] for row in FORMATS if row.holds_all)
+_ABOUT = " ".join(row.about for row in FORMATS)
+
+
+def _told(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Put what the table of formats says into the text of a command's help."""
+    function.__doc__ = (function.__doc__ or "").format(readable=_READABLE, writable=_WRITABLE, about=_ABOUT)
+    return function
 
 
 @command("init", "registry init\nregistry init --root /data/models")
@@ -60,6 +74,7 @@ def init(folder: str | None, root: str | None, as_json: bool) -> None:
     help="Of torchvision:NAME: weights fetched by hand.",
 )
 @click.option("--random", "seed", type=int, metavar="SEED", help="Of torchvision:NAME: random weights.")
+@_told
 def import_(
     files: tuple[str, ...],
     model: str,
@@ -75,11 +90,12 @@ def import_(
 ) -> int:
     """Store checkpoint files, or a network of torchvision, as new versions.
 
-    Each FILE becomes one version of the model; torchvision:resnet18 stands for that network with --weights, --file or --random. Reads .pt and .pth (without running code that they hold), .safetensors, and folders of shards with their
+    Each FILE becomes one version of the model; torchvision:resnet18 stands for that network with --weights, --file or --random. Reads {readable}, and folders of shards with their
     index. What the file says of epoch and loss is kept unless --meta says otherwise. A FILE that cannot be read is named, the others are stored, and the exit status is 1.
     """
     from registry.configs.documents import read_document
-    from registry.files.importing import import_checkpoint, read_checkpoint_file
+    from registry.files.importing import import_checkpoint
+    from registry.files.reading import read_checkpoint_file
     from registry.log.reference import check_name
 
     if any(file.startswith("torchvision:") for file in files):
@@ -199,15 +215,17 @@ def _number(text: str, what: str) -> float:
 @command("export", "registry export lenet5@best lenet5.safetensors")
 @click.argument("reference", type=Reference())
 @click.argument("file", type=click.Path())
-@click.option("--component", metavar="NAME", help="Export this component alone. [default: all of a .pt file]")
+@click.option(
+    "--component", metavar="NAME", help=f"Export this component alone. [default: all of a {_WHOLE} file]"
+)
 @click.option("--force", is_flag=True, help="Overwrite FILE.")
+@_told
 def export(
     reference: str, file: str, component: str | None, force: bool, registry: Registry, as_json: bool
 ) -> None:
     """Write a checkpoint to a file.
 
-    FILE ends in .safetensors or .pt. A .safetensors file holds one component's tensors (by default the model's). A .pt file that was imported
-    comes back in the layout that it had.
+    FILE ends in {writable}. {about}
     """
     from registry.files.exporting import export as write
 

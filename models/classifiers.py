@@ -10,7 +10,7 @@ from torch import nn
 
 from registry import Registry
 from registry.checkpoints.checkpoint import Checkpoint
-from registry.files.importing import read_checkpoint_file
+from registry.files.reading import read_checkpoint_file
 from registry.store.digest import digest
 from registry.store.errors import Incompatible, Invalid, NotFound
 from registry.store.text import quoted

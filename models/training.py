@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import logging
 import random
-import signal
-import threading
 import warnings
 from collections.abc import Callable, Sequence
-from types import FrameType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +21,7 @@ from registry.live import freezing, ranks
 from registry.live.builders import builder
 from registry.models.data import Data, few
 from registry.models.pictures import embedding_of, figure_of_predictions
+from registry.runs.process import Interrupts
 from registry.store.errors import Incompatible
 from registry.transfer.planning import plan_transfer
 from registry.transfer.sources import Source
@@ -180,7 +178,7 @@ def train(
         with warnings.catch_warnings(), _random_state_kept():
             warnings.simplefilter("ignore")  # of the tracer
             run.writer.add_graph(plain, torch.zeros(1, data.channels, 28, 28, device=device))
-        with _Interrupts() as interrupts:
+        with Interrupts() as interrupts:
             while epoch < config.epochs and not (config.patience and stale >= config.patience):
                 network.train()
                 if sampler:
@@ -288,39 +286,6 @@ class _random_state_kept:
 
     def __exit__(self, *_: object) -> None:
         torch.set_rng_state(self._state)
-
-
-class _Interrupts:
-    """Holds Ctrl-C and SIGTERM back until a batch is complete, so that what is saved then can be resumed exactly.
-
-    A second one comes through at once.
-    """
-
-    def __init__(self) -> None:
-        self.pending: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.pending is not None:
-            self.deliver()
-        self.pending = number
-
-    def deliver(self) -> None:
-        """Raise what was held back."""
-        if self.pending == signal.SIGINT:
-            raise KeyboardInterrupt
-        if self.pending is not None:
-            raise SystemExit(128 + self.pending)
 
 
 def _seed(seed: int) -> None:

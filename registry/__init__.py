@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from registry.cache.decorator import cached as cached
     from registry.cache.results import register_result as register_result
     from registry.checkpoints.checkpoint import Checkpoint as Checkpoint
-    from registry.checkpoints.sharded import RegistryReader as RegistryReader
-    from registry.checkpoints.sharded import RegistryWriter as RegistryWriter
+    from registry.checkpoints.sharded_reader import RegistryReader as RegistryReader
+    from registry.checkpoints.sharded_writer import RegistryWriter as RegistryWriter
     from registry.configs.config import Config as Config
     from registry.configs.config import ModelConfig as ModelConfig
     from registry.live.builders import register_model as register_model
@@ -46,8 +46,8 @@ _HOMES = {
     "ModelConfig": "registry.configs.config",
     "Registry": "registry.registry",
     "RegistryError": "registry.store.errors",
-    "RegistryReader": "registry.checkpoints.sharded",
-    "RegistryWriter": "registry.checkpoints.sharded",
+    "RegistryReader": "registry.checkpoints.sharded_reader",
+    "RegistryWriter": "registry.checkpoints.sharded_writer",
     "ResumableLoader": "registry.live.resumable",
     "Run": "registry.runs.run",
     "TransferPlan": "registry.transfer.plan",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from registry.store.store import Store
 
 SETTINGS = settings.NAME
+"""The name of the file in which a registry's folder says what it is."""
 
 
 def default_root() -> Path:
@@ -29,6 +30,10 @@ def default_root() -> Path:
 
 class Home:
     """The folder of a registry, with its catalog and its store.
+
+    Attributes:
+        root: the folder, as an absolute path.
+        catalog: what is known of models, versions and runs.
 
     Args:
         root: the folder; `REGISTRY_ROOT` or `./.registry` unless given.
@@ -41,7 +46,8 @@ class Home:
 
     def __init__(self, root: Path | str | None = None, *, create: bool = True) -> None:
         given = Path(root) if root is not None else default_root()
-        self.root = Path(os.path.abspath(given))  # A program may change its working directory.
+        # A program may change its working directory.
+        self.root = Path(os.path.abspath(given))
         self.catalog = Catalog(self.root, lambda: self.store)
         if not settings.are_there(self.root):
             if not create:
@@ -52,6 +58,7 @@ class Home:
     @functools.cached_property
     def store(self) -> Store:
         """The store, which the catalog tells where tensors lie."""
+        # Lazy: start-up.
         from registry.store.store import Store
 
         return Store(self.root, self.catalog)
@@ -63,10 +70,12 @@ class Home:
         return type(self), (str(self.root.absolute()),)
 
     def _create(self) -> None:
+        # Lazy: start-up.
         from registry.store.store import FOLDERS
 
         holds_something = any(any((self.root / name).glob("*")) for name in ("packs", "manifests"))
-        if holds_something and not settings.are_there(self.root):  # Which another process may just have made.
+        # Another process may just have made the settings.
+        if holds_something and not settings.are_there(self.root):
             raise Conflict(
                 f"{self.root} holds a registry without {settings.NAME}; if the file was lost, recreate it with one "
                 f"line: format = {settings.FORMAT}"

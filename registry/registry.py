@@ -1,4 +1,4 @@
-"""The registry: saves, finds and keeps checkpoints in a folder."""
+"""The registry: one method for everything that a user asks, which passes it on to the part that does it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from registry.catalog.versions import (
 from registry.home import Home
 from registry.log.reference import check_name
 from registry.progress import Progress, silent
-from registry.store.errors import Conflict, Incompatible, Invalid, NotFound
+from registry.store.errors import Conflict, Invalid, NotFound
 from registry.store.text import quoted
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 class Registry(Home):
     """A registry in a folder: everything that can be asked of it.
 
+    The class is long, as each thing that can be asked is a method, and its docstring is what an editor shows the user.
+
     Args:
         root: the folder; `REGISTRY_ROOT` or `./.registry` unless given.
         create: make a new registry if the folder does not hold one.
@@ -58,11 +60,10 @@ class Registry(Home):
         Unsupported: if a newer version of this package made it.
     """
 
-    # -- artifacts ---------------------------------------------------------------------------------------
-
     @property
     def artifacts(self) -> Artifacts:
         """The results of cached functions."""
+        # Lazy: start-up.
         from registry.cache.artifacts import Artifacts
 
         return Artifacts(self)
@@ -72,15 +73,15 @@ class Registry(Home):
 
         registry.cached(key=["size"])(function)
         """
+        # Lazy: loads torch.
         from registry.cache.decorator import cached
 
         return cached(function, **options, registry=self)
 
-    # -- training ----------------------------------------------------------------------------------------
-
     @property
     def runs(self) -> Runs:
         """The training sessions that the registry knows."""
+        # Lazy: start-up.
         from registry.catalog.runs import Runs
 
         return Runs(self.catalog, self.root)
@@ -110,79 +111,51 @@ class Registry(Home):
 
         Args:
             model: the model that gets new versions.
-            config: the hyperparameters, which every checkpoint records. Paths, devices, dtypes, enums, scalars,
-                dataclasses and namespaces are recorded as plain values.
+            config: the hyperparameters; every checkpoint records them as plain values, paths, dtypes and enums too.
             name: what to call the run below the model; `run-1`, `run-2` and so on unless given.
-            dataset: digest of the data.
-            builder: name under which the network is registered, if it is not found by its class.
-            resume: the checkpoint that training goes on from.
-            plan: the transfer by which the network got its first weights; it is recorded.
+            dataset, builder: digest of the data; name under which the network is registered, if its class does not tell.
+            resume, plan: the checkpoint that training goes on from; the transfer that gave the network its parameters.
             monitor: a metric, or `loss`; the alias `best` follows the version that has its best value.
-            mode: `min` if the smallest value is the best, `max` if the largest is; without it the metric's name says
-                so: `min` for a loss, an error, a perplexity and the like, `max` for an accuracy, F1, AUC and the like.
+            mode: `min` or `max`, the best value; without it the metric's name says so, such as `max` for an accuracy.
             keep_last, keep_best: keep that many of the run's newest versions, and of its best ones; others are
                 removed, but never one with an alias, a tag or a descendant. Without either all stay.
-            keep_optimizer: older versions than that many keep their weights and lose everything else.
+            keep_optimizer: older versions than that many keep the component `model` and lose everything else.
             compact: once the run has finished, store the model's older versions as differences; see `compact`.
             timeout: seconds that processes which train together wait for one another.
 
         Raises:
             Invalid: if a name or a rule is malformed, or the metric's name does not tell which value is better.
-            Conflict: if the model has a run of this name.
-            NotFound: if there is no checkpoint to resume.
+            Conflict, NotFound: if the model has a run of this name; if there is no checkpoint to resume.
         """
+        # Lazy: loads torch.
         from registry.runs.run import Run
+
+        # Lazy: start-up.
         from registry.upkeep.retention import Retention
 
-        retention = Retention.of(monitor, mode, keep_last, keep_best, keep_optimizer)
-        resumed = self[resume] if isinstance(resume, str) else resume
         return Run(
-            *(self, model),
+            self,
+            model,
+            retention=Retention.of(monitor, mode, keep_last, keep_best, keep_optimizer),
             config=config,
             name=name,
             dataset=dataset,
             builder=builder,
-            resumed=resumed,
+            resumed=self[resume] if isinstance(resume, str) else resume,
             plan=plan,
-            retention=retention,
             compact=compact,
             timeout=timeout,
         )
 
     def build(self, reference: str, *, component: str = "model") -> nn.Module:
-        """The network of a checkpoint, with its weights, in evaluation mode.
+        """The network of a checkpoint, with its parameters and buffers, in evaluation mode.
 
-        Its builder must be registered (see `registry.register_model`); no code that a file names is run.
-
-        Raises:
-            NotFound: if there is no such checkpoint, or its builder is not registered.
-            Incompatible: if the builder's network does not fit the weights.
+        Its builder must be registered (see `registry.register_model`). See `registry.checkpoints.building.build`.
         """
-        from registry.live.builders import builder
+        # Lazy: loads torch.
+        from registry.checkpoints.building import build
 
-        checkpoint = self[reference]
-        about = checkpoint.provenance
-        made = builder(about.get("builder", checkpoint.model))
-        advice = f"build the network yourself, then registry[{str(checkpoint.name)!r}].restore({component}=network)"
-        if kind := about.get("unrecorded"):
-            raise Invalid(
-                f"{checkpoint.name} does not record its network's configuration, a {quoted(kind)}: it is no Config, and "
-                f"gives no plain values; {advice}"
-            )
-        network = made.build(about.get("network"))
-        live: dict[str, Any] = {component: network}
-        try:
-            checkpoint.restore(rng=False, **live)
-        except Incompatible as error:
-            if about.get("network"):
-                raise
-            raise Incompatible(
-                f"{error}; {checkpoint.name} does not record how its network was made, and the builder {quoted(made.name)} "
-                f"makes another by default: {advice}"
-            ) from None
-        return network.eval()
-
-    # -- transfer ----------------------------------------------------------------------------------------
+        return build(self, reference, component=component)
 
     def diff(
         self,
@@ -195,6 +168,7 @@ class Registry(Home):
         plan: TransferPlan | None = None,
     ) -> DiffReport:
         """Compare two models by name, shape, dtype and value; see `registry.transfer.diffing.diff`."""
+        # Lazy: loads torch.
         from registry.transfer.diffing import diff
 
         return diff(a, b, registry=self, values=values, rename=rename, exclude=exclude, plan=plan)
@@ -203,11 +177,10 @@ class Registry(Home):
         self, make: Any, source: Source, *, freeze: bool | str | Sequence[str] = False, **given: Any
     ) -> nn.Module:
         """A new network with whatever fits from a source; see `registry.transfer.planning.from_pretrained`."""
+        # Lazy: loads torch.
         from registry.transfer.planning import from_pretrained
 
         return from_pretrained(self, make, source, freeze=freeze, **given)
-
-    # -- saving ------------------------------------------------------------------------------------------
 
     def save(
         self,
@@ -231,22 +204,18 @@ class Registry(Home):
     ) -> Checkpoint:
         """Save named state trees as the next version of a model.
 
-        When this returns, the version survives a crash or a power cut. Equal tensors that the registry holds
-        already are not written again.
+        When this returns, the version survives a crash or a power cut. Tensors that are stored already are not written again.
 
         Args:
             model: name of the model family.
-            components: state trees by component name, such as `{"model": net.state_dict()}`, or what
-                `store.encode` or `store.add` made of them.
-            loss, metrics: plain numbers; NaN is recorded and never counts as best.
-            config: the hyperparameters, as plain values.
-            meta: anything else, as plain values.
+            components: state trees by name, such as `{"model": net.state_dict()}`, or what `store.encode` or `store.add` gave.
+            epoch, step, loss, metrics: plain numbers; NaN is recorded and never counts as best.
+            config, meta: the hyperparameters, and anything else; as plain values.
             lineage: edges to other checkpoints or files, each with `kind` and `parent`.
             source: where an imported checkpoint came from.
-            run: the training session that saves it; see `run`.
-            parent: name of the checkpoint that training went on from, such as `lenet5:v3`.
+            run, parent: the training session that saves it, and the checkpoint that training went on from.
             provenance: how it was made, as plain values.
-            dcp: how a flat state dict is laid out in the trees; see `registry.checkpoints.sharded`.
+            dcp: how a flat state dict is laid out in the trees; see `registry.checkpoints.sharded_trees`.
             best_by: move the alias `best` to the version with the best value of this metric.
             progress: told the bytes done and the bytes in all.
 
@@ -255,8 +224,8 @@ class Registry(Home):
             Unsupported: if a value cannot be stored, naming its path and type; nothing is written.
             StorageError: if the disk is full or refuses; no version is made.
         """
-        from registry.checkpoints.saving import Facts
-        from registry.checkpoints.saving import save as saved
+        # Lazy: loads torch.
+        from registry.checkpoints.saving import Facts, save
 
         about = Facts(
             epoch=epoch,
@@ -272,9 +241,7 @@ class Registry(Home):
             provenance=provenance,
             dcp=dcp,
         )
-        return saved(self, model, components, about, best_by=best_by, progress=progress)
-
-    # -- finding -----------------------------------------------------------------------------------------
+        return save(self, model, components, about=about, best_by=best_by, progress=progress)
 
     def __getitem__(self, reference: str) -> Checkpoint:
         """The checkpoint that a reference names: `lenet5`, `lenet5:v3`, `lenet5@best`, or an id prefix.
@@ -284,6 +251,7 @@ class Registry(Home):
             NotFound: if nothing has that name; suggests the nearest.
             Conflict: if an id prefix is ambiguous.
         """
+        # Lazy: start-up.
         from registry.checkpoints.checkpoint import Checkpoint
 
         return Checkpoint(self.store, self.resolve(reference))
@@ -340,7 +308,7 @@ class Registry(Home):
             model = self.resolve(model).model
         if by is None:
             return list_versions(self.catalog, model, tag=tag, limit=limit)[0]
-        direction = direction_of(self.catalog, model, by, smallest)
+        direction = direction_of(self.catalog, model, by, smallest=smallest)
         found, _ = rank_versions(self.catalog, model, by, smallest=direction, tag=tag, limit=limit)
         if not found and tag is None:
             raise no_such_metric(self.catalog, model, by)
@@ -360,11 +328,12 @@ class Registry(Home):
             Invalid: if the name does not tell which value is better.
             NotFound: if no version of the model has the metric.
         """
+        # Lazy: start-up.
         from registry.checkpoints.checkpoint import Checkpoint
 
         check_name(model, "model")
         found = best_version(
-            self.catalog, model, metric, smallest=direction_of(self.catalog, model, metric, smallest)
+            self.catalog, model, metric, smallest=direction_of(self.catalog, model, metric, smallest=smallest)
         )
         if found is None:
             self.resolve(model)
@@ -376,9 +345,8 @@ class Registry(Home):
         return list_names(self.catalog, prefix)
 
     def _ipython_key_completions_(self) -> list[str]:
+        """What a notebook completes between brackets."""
         return self.names()
-
-    # -- naming ------------------------------------------------------------------------------------------
 
     def set_alias(self, reference: str, alias: str) -> Checkpoint:
         """Point an alias of the checkpoint's model at the checkpoint; see `registry.catalog.naming.set_alias`."""
@@ -402,6 +370,7 @@ class Registry(Home):
 
     def thin(self, reference: str) -> Checkpoint:
         """Keep only the weights of a version, whose id changes; see `registry.upkeep.thinning.thin`."""
+        # Lazy: start-up.
         from registry.upkeep.thinning import thin
 
         return self[thin(self.catalog, self.store, reference)]
@@ -415,8 +384,6 @@ class Registry(Home):
         """
         return naming.remove(self.catalog, references, force=force, dry_run=dry_run)
 
-    # -- keeping house -----------------------------------------------------------------------------------
-
     def verify(self, references: Iterable[str] = (), *, progress: Progress = silent) -> Verification:
         """Compare every stored byte, or those that some checkpoints need, with its digest.
 
@@ -425,9 +392,10 @@ class Registry(Home):
         Returns:
             What was checked, and the problems found: damage is reported, not raised.
         """
+        # Lazy: start-up.
         from registry.upkeep.verification import verify
 
-        return verify(self.catalog, self.store, references, progress)
+        return verify(self.catalog, self.store, references, progress=progress)
 
     def compact(
         self,
@@ -437,6 +405,7 @@ class Registry(Home):
         progress: Callable[[int, int, int], None] = lambda done, total, saved: None,
     ) -> list[Compacted]:
         """Store older versions as differences from a neighbour; see `registry.upkeep.compaction.compact`."""
+        # Lazy: start-up.
         from registry.upkeep.compaction import compact
 
         return compact(self.catalog, self.store, models, dry_run=dry_run, progress=progress)
@@ -455,6 +424,7 @@ class Registry(Home):
             dry_run: report what would be removed, and remove nothing.
             tell: called with the path and the bytes of each file that goes.
         """
+        # Lazy: start-up.
         from registry.upkeep.garbage import collect_garbage
 
         return collect_garbage(self.catalog, self.store, grace=grace, dry_run=dry_run, tell=tell)
@@ -465,12 +435,14 @@ class Registry(Home):
         Args:
             adopt: accept as lost what cannot be read, and take in checkpoints that the log does not know.
         """
+        # Lazy: start-up.
         from registry.upkeep.rebuilding import rebuild
 
         return rebuild(self.catalog, self.store, adopt=adopt, progress=progress)
 
     def status(self) -> Status:
         """What the registry holds, from the catalog alone."""
+        # Lazy: start-up.
         from registry.upkeep.status import status
 
         return status(self.root, self.catalog)

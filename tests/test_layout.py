@@ -1,8 +1,8 @@
 """The layout: which folder may import which, and that no imports go in a circle.
 
 Every import counts: at the top, inside a function, or for types only. `from registry.x import y` points at the module y if
-there is one, else at x. Names of modules in strings count where a table loads them: `_HOMES` of the package, and the
-commands of the command line.
+there is one, else at x. Names of modules in strings count where a table loads them: `_HOMES` of the package, the formats
+of files, and the commands of the command line.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _in_tables(module: str, tree: ast.Module) -> Iterator[tuple[str, int]]:
             continue
         name = ast.unparse(node.targets[0])
         texts = [(n.value, n.lineno) for n in ast.walk(node.value) if isinstance(n, ast.Constant)]
-        if name == "_HOMES":
+        if name in ("_HOMES", "FORMATS"):
             yield from ((text, line) for text, line in texts if text in MODULES)
         elif name == "_MODULES":
             yield from ((f"registry.cli.{text}", n) for text, n in texts if f"registry.cli.{text}" in MODULES)

@@ -50,6 +50,7 @@ class Artifact(NamedTuple):
 
     @property
     def function(self) -> str:
+        """The name of the function that computed it."""
         return str(self.record.get("function", "?"))
 
 
@@ -143,9 +144,11 @@ class Artifacts:
         if seen and check:
             seen.keep(packs)
         path = store.manifest_path(id)
-        with contextlib.suppress(FileNotFoundError):  # Dropped and collected by now; what was read is whole.
+        # An artifact may be dropped and collected by now; what was read is whole.
+        with contextlib.suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime > _TOUCH_SECONDS and os.access(path, os.W_OK):
-                os.utime(path)  # when it was last of use
+                # The file's time says when the artifact was last of use.
+                os.utime(path)
         return tree
 
     def _packs(self, id: str) -> dict[str, tuple[str, str]]:

@@ -125,9 +125,8 @@ def mark(path: Path, status: os.stat_result | None = None) -> str:
 def _read(path: Path) -> str:
     hashed = hasher()
     try:
-        with path.open(
-            "rb", buffering=0
-        ) as file:  # mapped, a file that shrinks meanwhile would kill the process
+        # The file is not mapped: one that shrinks meanwhile would kill the process.
+        with path.open("rb", buffering=0) as file:
             while data := file.read(_AT_ONCE):
                 hashed.update(data)
         return hashed.hexdigest()
@@ -159,7 +158,8 @@ class Seen:
                 if isinstance(state, str) and isinstance(known, str) and is_digest(known)
             }
         except (OSError, ValueError, AttributeError, TypeError, RecursionError, Corrupt):
-            return {}  # it only saves time
+            # What was kept only saves time.
+            return {}
 
     def keep(self, found: dict[str, tuple[str, str]]) -> None:
         """Keep what was found, but not of files that have changed just now: their times would not show the next change."""

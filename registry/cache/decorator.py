@@ -9,18 +9,16 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, cast
+from typing import Any, Generic, Literal, ParamSpec, TypeVar, cast
 
 from filelock import FileLock, Timeout
 
 from registry.cache.artifacts import Artifact, Artifacts
 from registry.cache.keys import Key, Keys
 from registry.cache.results import pack, unpack
+from registry.home import SETTINGS, Home, default_root
 from registry.store.durable import make_folder
 from registry.store.errors import Corrupt, Invalid, NotFound, StorageError, storage_errors
-
-if TYPE_CHECKING:
-    from registry.home import Home
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -124,8 +122,6 @@ class _Cached(Generic[P, R]):
         return cast("Callable[P, R]", wrapper)
 
     def _home(self) -> Home:
-        from registry.home import Home, default_root
-
         if isinstance(self._given, Home):
             return self._given
         return _opened(default_root() if self._given is None else Path(self._given))
@@ -236,8 +232,6 @@ def _try(lock: FileLock) -> bool:
 
 def _opened(root: Path) -> Home:
     """One object for each folder, as opening the catalog takes longer than a small hit."""
-    from registry.home import SETTINGS, Home
-
     where = str(root.absolute())
     if where not in _homes or not (root / SETTINGS).is_file():
         _homes[where] = Home(root)

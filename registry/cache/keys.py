@@ -23,7 +23,7 @@ from registry.cache.contents import Content, content_of
 from registry.store.digest import digest, tensor_digest
 from registry.store.errors import Invalid, RegistryError, Unsupported
 from registry.store.text import quoted
-from registry.store.tree import Leaf
+from registry.store.tree import Leaf, encode
 
 
 class Key(NamedTuple):
@@ -156,7 +156,8 @@ def _is_path(name: str, function: Callable[..., Any]) -> bool:
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     try:
         return typing.get_type_hints(function)
-    except Exception:  # an annotation that cannot be evaluated here says nothing
+    except Exception:
+        # An annotation that cannot be evaluated here says nothing.
         return {}
 
 
@@ -215,8 +216,6 @@ def canonical(value: Any, path: str) -> Any:
 
 
 def _tensor(value: Any, path: str) -> str:
-    from registry.store.tree import encode
-
     try:
         _, (leaf, *_) = encode({"value": value})
     except Unsupported as error:

@@ -76,7 +76,8 @@ def pack(value: Any, path: str = "the result") -> Any:
         raise Unsupported(
             f"{path} is a {kind.__qualname__}; {_REFUSED.get(kind, 'return its tensors instead')}"
         )
-    return value  # the store's own trees; it refuses the rest by path and type
+    # The store takes its own kinds of trees, and refuses the rest by path and type.
+    return value
 
 
 _REFUSED: dict[type, str] = {
@@ -170,9 +171,6 @@ def _pack_dict(value: Mapping[Any, Any], path: str) -> Any:
     else:
         packed = [pack(item, f"{path}[{key!r}]") for key, item in value.items()]
     return {"$dict": [keys, packed]}
-
-
-# -- and back ------------------------------------------------------------------------------------------------
 
 
 def unpack(tree: Any) -> Any:

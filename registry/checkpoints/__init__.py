@@ -3,5 +3,6 @@
 Checkpoint: a version, with what it holds still on the disk. Component: one named tree of its state. Shard: the part of it
 that one of several processes holds.
 
-It imports `registry.live`, `registry.catalog`, `registry.log`, `registry.progress` and `registry.store`.
+It imports `registry.live`, `registry.catalog`, `registry.log`, `registry.configs`, `registry.home`, `registry.progress`, `registry.release` and
+`registry.store`. A new field of a version is added to `Facts` in `saving`, and then to `Checkpoint`.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -50,10 +51,12 @@ class Checkpoint:
 
     @property
     def model(self) -> str:
+        """The model that it is a version of."""
         return self._version.model
 
     @property
     def version(self) -> int:
+        """The number of the version, from 1 on."""
         return self._version.version
 
     @property
@@ -68,14 +71,17 @@ class Checkpoint:
 
     @property
     def epoch(self) -> int | None:
+        """Epochs that were complete, if it was recorded."""
         return self._version.epoch
 
     @property
     def step(self) -> int | None:
+        """Steps that were done, if it was recorded."""
         return self._version.step
 
     @property
     def loss(self) -> float | None:
+        """The loss, if it was recorded; it may be NaN."""
         return self._version.loss
 
     @property
@@ -85,10 +91,12 @@ class Checkpoint:
 
     @property
     def aliases(self) -> tuple[str, ...]:
+        """The aliases that point at it, such as `best`."""
         return self._version.aliases
 
     @property
     def tags(self) -> tuple[str, ...]:
+        """The tags that are attached to it."""
         return self._version.tags
 
     @property
@@ -133,6 +141,7 @@ class Checkpoint:
 
     @property
     def components(self) -> tuple[str, ...]:
+        """The names of its components, such as `model` and `optimizer`."""
         return tuple(self._version.record["components"])
 
     @property
@@ -154,6 +163,7 @@ class Checkpoint:
             Corrupt: if a byte is not what was saved.
         """
         if component not in self.components:
+            # Lazy: loads torch.
             from registry.live.components import missing
 
             raise missing(component, self.name, self.components)
@@ -184,8 +194,10 @@ class Checkpoint:
             Incompatible: saying what differs; nothing was changed.
             Corrupt: if a byte is not what was saved; nothing was changed.
         """
+        # Lazy: loads torch.
         from torch import nn
 
+        # Lazy: loads torch.
         from registry.live import components
         from registry.live import rng as generators
         from registry.live.freezing import check_again, freeze_again
@@ -207,7 +219,8 @@ class Checkpoint:
             if networks:
                 lent = self._store.borrowed(self.id, networks, verify=verify, label=self.name)
                 states |= borrowed.enter_context(lent)
-            if others:  # which keep the tensors that they are given
+            # Other objects than networks keep the tensors that they are given, so they need copies.
+            if others:
                 states |= self.load(others, copy=True, verify=verify)
                 states |= self._of_this_rank(others, verify)
             with naming(self.name):
@@ -226,13 +239,16 @@ class Checkpoint:
 
     def _of_this_rank(self, names: Collection[str], verify: bool) -> dict[str, Any]:
         """What this process has of its own where several train together, in place of the leading one's."""
+        # Lazy: loads torch.
         from registry.live import ranks, rng
 
         before, now, rank = self.provenance.get("processes", 1), ranks.count(), ranks.mine()
         if before != now and "rng" in names:
             _logger.warning(
                 "%s was saved by %d processes and goes on with %d: from here on the training is another one",
-                *(self.name, before, now),
+                self.name,
+                before,
+                now,
             )
         if not rank or "ranks" not in self.components:
             return {}
@@ -261,8 +277,6 @@ class Checkpoint:
         yield from self._facts()
 
     def _repr_html_(self) -> str:
-        import html
-
         rows = "".join(
             f"<tr><th>{html.escape(key)}</th><td>{html.escape(printable(str(value)))}</td></tr>"
             for key, value in self._facts()

@@ -89,13 +89,22 @@ def save(
     best_by: Monitor | None = None,
     progress: Progress = silent,
 ) -> Checkpoint:
-    """Save named state trees as the next version of a model; as `registry.Registry.save`, which names the errors.
+    """Save named state trees as the next version of a model.
+
+    When this returns, the version survives a crash or a power cut. Tensors that are stored already are not written again.
 
     Args:
+        home: the registry that gets the version.
+        model: name of the model family.
         components: state trees by component name, or what `store.encode` or `store.add` made of them.
         about: what is recorded of the version.
         best_by: move the alias `best` to the version with the best value of this metric.
         progress: told the bytes done and the bytes in all.
+
+    Raises:
+        Invalid: if a name or a number has the wrong form.
+        Unsupported: if a value cannot be stored, naming its path and type; nothing is written.
+        StorageError: if the disk is full or refuses; no version is made.
     """
     check_name(model, "model")
     state = components if isinstance(components, Encoded | Written) else None
@@ -106,17 +115,20 @@ def save(
         state = home.store.encode(components)  # type: ignore[arg-type]
 
     def records(view: View, manifest_id: str, text: Mapping[str, str]) -> list[Record]:
-        found = [publish_version(view, model, manifest_id, text)]
-        best = _best_with(view, model, best_by, manifest_id, record) if best_by else None
-        return [*found, *(point(view, model, "best", best) if best else ())]
+        found = [publish_version(view, model, manifest_id, text=text)]
+        best = _best_with(view, model, best_by, manifest_id=manifest_id, record=record) if best_by else None
+        return [*found, *(point(view, model, "best", manifest_id=best) if best else ())]
 
-    saved, made = publish(home.catalog, home.store, state, record, records, what=model, progress=progress)
+    saved, made = publish(
+        home.catalog, home.store, state, record=record, records=records, what=model, progress=progress
+    )
     (version,) = (one["version"] for one in made if one["op"] == "publish")
     try:
         return Checkpoint(home.store, resolve(home.catalog, f"{model}:v{version}"))
-    except NotFound:  # The catalog could not be written, or others have removed the version already.
+    except NotFound:
+        # The catalog could not be written, or others have removed the version already.
         manifest = home.store.just_written(saved) or home.store.manifest(saved)
-        return Checkpoint(home.store, version_of(saved, model, version, manifest))
+        return Checkpoint(home.store, version_of(saved, model, version, manifest=manifest))
 
 
 def _best_with(
@@ -142,7 +154,8 @@ def _whole(value: Any, what: str) -> int | None:
     """A count; 0-dimensional tensors and scalars of NumPy are taken, too."""
     if value is None:
         return None
-    with contextlib.suppress(TypeError, ValueError, RuntimeError):  # Which tensors of several elements raise.
+    # Tensors of several elements raise these.
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):
         number = operator.index(value)
         if not isinstance(value, bool) and 0 <= number < 1 << 63:
             return number

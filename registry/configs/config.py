@@ -190,7 +190,8 @@ def _fields_at(cls: type[BaseModel], place: Sequence[int | str]) -> list[str]:
         fields = [model.model_fields[str(key)] for model in models if key in model.model_fields]
         if fields:
             models = [model for field in fields for model in _models(field.annotation)]
-        else:  # an index of a list, a key of a table, or the name of a class in a union
+        else:
+            # The key is an index of a list, a key of a table, or the name of a class in a union.
             models = [model for model in models if model.__name__ == key] or models
     return [name for model in models for name in model.model_fields]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,8 @@ def read_document(path: Path | str, form: str = "") -> Document:
         raise Invalid(f"{shown}: nested deeper than {MAX_DEPTH} levels") from None
     except Invalid as error:
         raise Invalid(f"{shown}: {error}") from None
-    except ValueError as error:  # a number of too many digits, in any of the three
+    except ValueError as error:
+        # A number has too many digits, in any of the three formats.
         raise Invalid(f"{shown}: {printable(str(error).partition(';')[0])}") from None
     if not isinstance(document, dict):
         found = "nothing" if document is None else f"a {type(document).__name__}"
@@ -95,8 +97,6 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> Document:
 
 
 def _parse_toml(text: str) -> Any:
-    import tomllib
-
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -104,6 +104,7 @@ def _parse_toml(text: str) -> Any:
 
 
 def _parse_yaml(text: str) -> Any:
+    # Lazy: loads yaml.
     import yaml
 
     try:
@@ -119,6 +120,7 @@ def _parse_yaml(text: str) -> Any:
 
 def yaml_text(document: Mapping[str, Any]) -> str:
     """The document as YAML that `read_document` reads back as the same values."""
+    # Lazy: loads yaml.
     import yaml
 
     class Dumper(yaml.SafeDumper):
@@ -126,7 +128,7 @@ def yaml_text(document: Mapping[str, Any]) -> str:
             return True
 
         def represent_text(self, text: str) -> yaml.ScalarNode:
-            # YAML folds some line breaks when it reads; between double quotes they are spelled out
+            # YAML folds some line breaks when it reads; between double quotes they are spelled out.
             style = None if text.isprintable() else '"'
             return self.represent_scalar("tag:yaml.org,2002:str", text, style)
 
@@ -137,6 +139,7 @@ def yaml_text(document: Mapping[str, Any]) -> str:
 
 def _yaml_loader() -> type[yaml.SafeLoader]:
     """A safe loader that follows YAML 1.2 where 1.1 surprises: 1e-3 is a number, `no` is a word, 010 is ten."""
+    # Lazy: loads yaml.
     import yaml
 
     class Loader(yaml.SafeLoader):

@@ -1,6 +1,7 @@
 """Layouts: where the parts of a checkpoint lie in the dict that a training program saved.
 
-`split` takes such a dict apart into components and remembers how, `join` puts the same dict together again.
+`split` takes such a dict apart into components and remembers how, `join` puts the same dict together again. `tree_of`
+gives the dict of a checkpoint.
 """
 
 from __future__ import annotations
@@ -8,14 +9,17 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from registry.files.torch_files import values
+from registry.files.imported import values
 from registry.log.metrics import is_metric
-from registry.store.errors import Corrupt
+from registry.store.errors import Corrupt, naming
 from registry.store.text import quoted
+
+if TYPE_CHECKING:
+    from registry.checkpoints.checkpoint import Checkpoint
 
 COMPONENT_KEYS = {
     "model": ("model_state_dict", "state_dict", "model", "net", "weights"),
@@ -40,8 +44,10 @@ FIELD_KEYS = {
 }
 _CONFIG_KEYS = ("config", "hyper_parameters", "hparams", "args")
 
-_MAX_KEYS = 256  # a dict with more is no container of components
+# A dict with more keys is no container of components.
+_MAX_KEYS = 256
 MAX_CONFIG = 4 << 20
+"""Bytes of the largest configuration that is taken in."""
 
 
 def split(tree: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -94,12 +100,45 @@ def join(layout: Any, components: Mapping[str, Any], *, is_thin: bool = False) -
         raise Corrupt(f"the recorded layout does not fit the components ({quoted(str(error))})") from None
 
 
+def tree_of(checkpoint: Checkpoint, component: str | None = None, *, verify: bool = True) -> Any:
+    """The tree that a file of a checkpoint holds.
+
+    A checkpoint that was imported from a file of `torch.save` has the layout of that file. Another one is a dict of its
+    components and of `epoch`, `step`, `loss`, `metrics` and `config` where they are recorded.
+
+    Args:
+        component: the tree of this component alone.
+        verify: check the digests of what is read.
+
+    Raises:
+        NotFound: if there is no such component.
+        Corrupt: if a stored byte is not what was saved, or the recorded layout does not fit.
+    """
+    if component is not None:
+        return checkpoint.state_dict(component, verify=verify)
+    components = checkpoint.load(verify=verify)
+    source = checkpoint.record.get("source") or {}
+    if source.get("format") == "torch" and "layout" in source:
+        with naming(checkpoint.name):
+            return join(source["layout"], components, is_thin="thinned-from" in checkpoint.record)
+    metrics = {key: math.nan if value is None else value for key, value in checkpoint.metrics.items()}
+    fields = {"epoch": checkpoint.epoch, "step": checkpoint.step, "loss": _loss(checkpoint)}
+    recorded = {**fields, "metrics": metrics or None, "config": checkpoint.config or None}
+    missing = {key for key, value in recorded.items() if value is not None} - set(components)
+    return {**components, **{key: recorded[key] for key in recorded if key in missing}}
+
+
+def _loss(checkpoint: Checkpoint) -> float | None:
+    return math.nan if checkpoint.record.get("loss_is_nan") else checkpoint.loss
+
+
 def _places(tree: Any) -> dict[str, str]:
     """The component of each top-level key that holds one; none if the tree is no container of components."""
     if type(tree) not in (dict, OrderedDict) or not 0 < len(tree) <= _MAX_KEYS:
         return {}
     if vars(tree) if type(tree) is OrderedDict else False:
-        return {}  # the _metadata of a state dict
+        # Attributes are the _metadata of a state dict.
+        return {}
     if not all(type(key) in (str, int) for key in tree) or all(
         isinstance(v, torch.Tensor) for v in tree.values()
     ):
@@ -114,6 +153,10 @@ def _places(tree: Any) -> dict[str, str]:
 
 
 def fields_of(tree: Any) -> dict[str, Any]:
+    """What a loaded dict says of itself: epoch, step, loss, metrics and config, by the names of `Registry.save`.
+
+    A field that it does not say is None; what is no dict, and a dict of tensors alone, says nothing.
+    """
     if type(tree) not in (dict, OrderedDict) or all(isinstance(v, torch.Tensor) for v in tree.values()):
         return {}
     fields: dict[str, Any] = {}

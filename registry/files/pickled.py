@@ -13,6 +13,8 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import numpy
+
 _NUMBERS = "biufc"
 _TEXT = "US"
 _LONGEST = 1 << 20
@@ -43,8 +45,6 @@ class _DType:
 
 def _scalar(dtype: Any, data: Any) -> Any:
     """Stands for `numpy.core.multiarray.scalar`."""
-    import numpy
-
     if not isinstance(dtype, _DType) or not isinstance(data, bytes) or len(data) > _LONGEST:
         raise pickle.UnpicklingError("a scalar of NumPy that is none")
     kind = numpy.dtype(dtype.text)

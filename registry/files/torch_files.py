@@ -9,35 +9,75 @@ from __future__ import annotations
 
 import logging
 import mmap
-import os
 import pickle
 import re
-import stat
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from registry.files import pickled
 from registry.files.foreign import kind_of
-from registry.store.errors import Invalid, NotFound, Unsupported, storage_errors
+from registry.files.imported import Imported, check_content, file_status, source_of, stamp_of, values
+from registry.files.layouts import fields_of, split, tree_of
+from registry.store.errors import Invalid, Unsupported, storage_errors
 from registry.store.text import printable, quoted
 
-TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+if TYPE_CHECKING:
+    from registry.checkpoints.checkpoint import Checkpoint
+    from registry.files.outgoing import Outgoing
 
 _logger = logging.getLogger(__name__)
 
 _ADVICE = "save it again from its own program as a plain state dict: torch.save(model.state_dict(), ...)"
-# the pickled number that every file of torch.save before 1.6 starts with
+# The pickled number that every file of torch.save before 1.6 starts with.
 _LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _BY_LENGTH = re.compile(rb"c(?:__builtin__|builtins)\nbytearray\n")
 _MAX_VALUES = 20_000_000
 _MAX_TEXT = 256 << 20
-_UNFOLDING = 16  # times a file's size: what its tensors may take in memory, and the values it may hold
+# Times a file's size: what its tensors may take in memory, and how many values it may hold.
+_UNFOLDING = 16
 _SLACK = 64 << 20
+
+
+def read(path: Path) -> Imported:
+    """What a file of `torch.save` holds, taken apart into components and fields.
+
+    A dict of tensors alone is the component `model`. In a dict of more, the keys of `layouts.COMPONENT_KEYS` are
+    components, those of `layouts.FIELD_KEYS` fields, and the rest makes up the component `extra`; a dict without any
+    component key, or anything else that has tensors, is `model` as it is.
+
+    Raises:
+        NotFound, Invalid, Unsupported: as `read_torch_file`.
+        Invalid: if it holds no tensors.
+    """
+    status = file_status(path)
+    tree = read_torch_file(path)
+    components, layout = split(tree)
+    check_content(path, components)
+    source = source_of(path, status, "torch") | {"layout": layout}
+    return Imported(components, **fields_of(tree), source=source, stamps={path: stamp_of(status)})
+
+
+def write(checkpoint: Checkpoint, component: str | None, file: Outgoing, *, verify: bool = True) -> None:
+    """Write a checkpoint, or one component of it, as a `.pt` file; see `layouts.tree_of` for how it is laid out.
+
+    Tensors come contiguous and without `requires_grad`; tied tensors stay tied.
+
+    Raises:
+        NotFound: if the checkpoint has no such component.
+        Unsupported: if torch cannot write a value.
+        Corrupt: if a stored byte is not what was saved.
+        Conflict, StorageError: as `Outgoing.opened`.
+    """
+    tree = tree_of(checkpoint, component, verify=verify)
+    contents = checkpoint.record["components"]
+    total = sum(held["bytes"] for name, held in contents.items() if component in (None, name))
+    with file.opened(total) as take:
+        write_torch_file(tree, take)
 
 
 def read_torch_file(path: Path) -> Any:
@@ -94,30 +134,6 @@ def _tree_in(path: Path) -> Any:
     if count:
         _logger.warning("%s: an argparse.Namespace is read as a dict", shown)
     return tree
-
-
-def file_status(path: Path) -> os.stat_result:
-    """Status of a regular file that is not empty; links are followed.
-
-    Raises:
-        NotFound: if there is nothing at `path`.
-        Invalid: if it is a folder, a pipe, a device or an empty file.
-        StorageError: if the system refuses.
-    """
-    shown = printable(str(path))
-    try:
-        with storage_errors(path):
-            try:
-                status = os.stat(path)
-            except (FileNotFoundError, NotADirectoryError):
-                raise NotFound(f"{shown}: there is no such file") from None
-    except ValueError:
-        raise Invalid(f"{shown}: a path cannot hold this character") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise Invalid(f"{shown}: not a regular file")
-    if status.st_size == 0:
-        raise Invalid(f"{shown}: the file is empty")
-    return status
 
 
 def _check_archive(path: Path, size: int) -> None:
@@ -199,7 +215,8 @@ def _check_extent(tree: Any, size: int) -> None:
     for count, value in enumerate(values(tree)):
         if isinstance(value, torch.Tensor):
             if value.layout != torch.strided or value.device.type == "meta" or value.is_nested:
-                continue  # the store refuses these by name
+                # The store refuses these by name.
+                continue
             view = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
             if view not in seen:
                 seen.add(view)
@@ -212,20 +229,6 @@ def _check_extent(tree: Any, size: int) -> None:
             )
         if unfolded > _UNFOLDING * size + _SLACK:
             raise Invalid(f"its tensors unfold to over {unfolded} bytes, the file has only {size}")
-
-
-def values(tree: Any) -> Iterator[Any]:
-    """Every value in a tree, dict keys included, without recursion; endless if the tree holds itself."""
-    stack = [tree]
-    while stack:
-        value = stack.pop()
-        yield value
-        if isinstance(value, Mapping):
-            for key, item in value.items():
-                stack += (item, key)
-            stack += vars(value).values() if hasattr(value, "__dict__") else ()
-        elif isinstance(value, list | tuple | set):
-            stack += value
 
 
 def write_torch_file(tree: Any, write: Callable[[memoryview], object]) -> None:
@@ -244,7 +247,8 @@ def write_torch_file(tree: Any, write: Callable[[memoryview], object]) -> None:
         torch.save(tree, sink, pickle_module=module)  # type: ignore[arg-type]
     except Exception as error:
         if sink.error is not None:
-            raise sink.error from None  # torch reports only that the writing stopped
+            # Torch reports only that the writing stopped.
+            raise sink.error from None
         text = str(error).partition("\n")[0]
         raise Unsupported(f"torch cannot write this as a .pt file: {quoted(text)}") from error
 

@@ -48,7 +48,8 @@ def setup_logging(
         raise Invalid(f"name is {quoted(name)}, which cannot begin the name of a file")
     try:
         file = _DayFile(Path(directory), name)
-    except ValueError as error:  # a null byte or half a character
+    except ValueError as error:
+        # The path holds a null byte or half a character.
         raise Invalid(f"{quoted(f'{directory}/{name}')} cannot be a path ({printable(str(error))})") from None
     except OSError as error:
         where = printable(str(error.filename or directory))
@@ -91,7 +92,8 @@ def run_log(path: Path, *, inner: int = 0) -> Iterator[None]:
     handler.setFormatter(_OneRecord(_FORMAT, "%Y-%m-%d %H:%M:%S"))
     handler.setLevel(logging.INFO)
     console = None
-    if not root.handlers:  # warnings went to the console by default, and still should
+    # Without a handler warnings went to the console by default, and they still should.
+    if not root.handlers:
         console = _Console(sys.stderr)
         console.setLevel(logging.WARNING)
         root.addHandler(console)
@@ -137,7 +139,8 @@ class _DayFile(logging.FileHandler):
                 self.baseFilename = path
                 self._directory.mkdir(parents=True, exist_ok=True)
             super().emit(record)
-        except OSError:  # the new day's file cannot be opened: reported, and the program goes on
+        except OSError:
+            # The new day's file cannot be opened. That is reported, and the program goes on.
             self.handleError(record)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from registry.checkpoints.checkpoint import Checkpoint
-from registry.files.importing import read_checkpoint_file
+from registry.files.reading import read_checkpoint_file
 from registry.home import Home
 from registry.live import builders, components
 from registry.live.builders import on_meta

@@ -41,7 +41,8 @@ from registry import Registry
 from registry.cache.keys import Key
 from registry.cli.app import app
 from registry.files.exporting import export
-from registry.files.importing import import_file
+from registry.files.importing import import_checkpoint
+from registry.files.reading import read_checkpoint_file
 from registry.log.metrics import Monitor
 from registry.store import durable
 from registry.store.digest import digest
@@ -578,7 +579,7 @@ class Machine(RuleBasedStateMachine):
 
         def run(registry: Registry, reference: str) -> None:
             export(registry[reference], path, force=True)
-            import_file(registry, path, model)
+            import_checkpoint(registry, read_checkpoint_file(path), model)
 
         def change(after: Expected, name: Name) -> None:
             assert isinstance(made, Saved)

@@ -21,7 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from registry.files.importing import import_file
+from registry.files.importing import import_checkpoint
+from registry.files.reading import read_checkpoint_file
 from registry.registry import Registry
 from registry.store import dtypes, header
 from registry.store.errors import Invalid, NotFound, RegistryError, Unsupported
@@ -39,7 +40,7 @@ def refused(tmp_path: Path) -> Iterator[Callable[[Path], RegistryError]]:
 
     def check(path: Path) -> RegistryError:
         with pytest.raises(RegistryError) as caught:
-            import_file(registry, path, "net")
+            import_checkpoint(registry, read_checkpoint_file(path), "net")
         text = str(caught.value)
         assert text.isprintable(), text
         assert len(text) < 700
@@ -165,14 +166,14 @@ def test_a_tensor_name_that_could_do_harm_is_refused(
 
 _BOUNDED = """
 import resource, sys, time
-import registry.files.importing
+import registry.files.reading
 from pathlib import Path
 from registry.store.errors import RegistryError
 size = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) << 10
 resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 30),) * 2)
 resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
 try:
-    registry.files.importing.read_checkpoint_file(Path(sys.argv[1]))
+    registry.files.reading.read_checkpoint_file(Path(sys.argv[1]))
 except RegistryError as error:
     print(error)
     sys.exit(7)
@@ -444,7 +445,9 @@ def test_a_link_within_the_folder_is_a_shard(tmp_path: Path) -> None:
     write_index(folder, hub(folder))
     (folder / "model-1.safetensors").rename(folder / "blob")
     (folder / "model-1.safetensors").symlink_to("blob")
-    assert import_file(Registry(tmp_path / "registry"), folder, "net").components == ("model",)
+    assert import_checkpoint(
+        Registry(tmp_path / "registry"), read_checkpoint_file(folder), "net"
+    ).components == ("model",)
 
 
 def test_a_missing_shard_is_named(tmp_path: Path, refused: Callable[[Path], RegistryError]) -> None:

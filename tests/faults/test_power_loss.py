@@ -32,7 +32,7 @@ from registry import Registry
 from registry.cache.artifacts import Artifact
 from registry.catalog import database
 from registry.catalog.invariants import invariants
-from registry.checkpoints.sharded import RegistryWriter
+from registry.checkpoints.sharded_writer import RegistryWriter
 from registry.log import history, journal
 
 STEM = "test_power_loss"

@@ -38,7 +38,8 @@ from registry import Registry
 from registry.catalog.versions import Version
 from registry.cli.app import app
 from registry.files.exporting import export
-from registry.files.importing import import_file
+from registry.files.importing import import_checkpoint
+from registry.files.reading import read_checkpoint_file
 from registry.log import entries
 from registry.log.journal import Journal
 from registry.store import durable
@@ -808,7 +809,7 @@ def test_two_programs_with_two_catalogs_save_under_names_of_their_own(tmp_path: 
 def test_an_exported_checkpoint_with_empty_bytes_is_imported_again(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "r")
     registry.save("net", {"model": {"w": torch.ones(2)}, "extra": {"b": b"", "c": b"x"}})
-    import_file(registry, export(registry["net"], tmp_path / "x.pt"), "back")
+    import_checkpoint(registry, read_checkpoint_file(export(registry["net"], tmp_path / "x.pt")), "back")
     assert registry["back"].load()["extra"]["extra"] == {"b": b"", "c": b"x"}
 
 

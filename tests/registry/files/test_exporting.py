@@ -19,10 +19,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from registry.files.exporting import export
-from registry.files.importing import import_file, read_checkpoint_file
+from registry.files.formats import FORMATS
+from registry.files.importing import import_checkpoint
+from registry.files.reading import read_checkpoint_file
 from registry.registry import Registry
 from registry.store import durable
 from registry.store.errors import Conflict, Corrupt, Invalid, NotFound, StorageError, Unsupported
+
+EVERY_FORMAT = pytest.mark.parametrize("name", [f"a{row.suffixes[0]}" for row in FORMATS])
 
 
 @pytest.fixture
@@ -130,7 +134,7 @@ def test_an_imported_torch_file_comes_back_in_the_same_layout(
     tmp_path: Path, registry: Registry, name: str
 ) -> None:
     torch.save(LAYOUTS[name], tmp_path / "in.pt")
-    checkpoint = import_file(registry, tmp_path / "in.pt", "net", epoch=99)
+    checkpoint = import_checkpoint(registry, read_checkpoint_file(tmp_path / "in.pt"), "net", epoch=99)
     assert export(checkpoint, tmp_path / "out.pt") == tmp_path / "out.pt"
     assert same(torch.load(tmp_path / "out.pt"), torch.load(tmp_path / "in.pt"))
 
@@ -144,7 +148,7 @@ def test_a_training_checkpoint_comes_back_bit_for_bit(
 ) -> None:
     tree = {"epoch": 1, **trained(kind, **options)}
     torch.save(tree, tmp_path / "in.pt")
-    export(import_file(registry, tmp_path / "in.pt", "net"), tmp_path / "out.pt")
+    export(import_checkpoint(registry, read_checkpoint_file(tmp_path / "in.pt"), "net"), tmp_path / "out.pt")
     loaded = torch.load(tmp_path / "out.pt")
     assert same(loaded, torch.load(tmp_path / "in.pt"))
     net = torchvision.models.resnet18(weights=None, num_classes=10)
@@ -178,7 +182,7 @@ def test_an_imported_torch_file_that_was_cut_down_to_its_weights_is_exported_wit
         "epoch": 3,
     }
     torch.save(tree, tmp_path / "a.pt")
-    import_file(registry, tmp_path / "a.pt", "net")
+    import_checkpoint(registry, read_checkpoint_file(tmp_path / "a.pt"), "net")
     registry.thin("net")
     export(registry["net"], tmp_path / "b.pt")
     assert same(torch.load(tmp_path / "b.pt"), {name: tree[name] for name in ("model", "note", "epoch")})
@@ -205,14 +209,14 @@ def test_a_checkpoint_saved_here_has_the_usual_layout(tmp_path: Path, registry: 
         "config": {"lr": 0.1},
     }
     assert same(loaded, expected)
-    again = import_file(registry, tmp_path / "a.pt", "again")
+    again = import_checkpoint(registry, read_checkpoint_file(tmp_path / "a.pt"), "again")
     assert (again.epoch, again.step, again.config) == (4, 5, {"lr": 0.1})
 
 
 def test_one_component_is_written_bare(tmp_path: Path, registry: Registry) -> None:
     tree = trained(torch.optim.SGD, lr=0.1, momentum=0.9)
     torch.save(tree, tmp_path / "in.pt")
-    checkpoint = import_file(registry, tmp_path / "in.pt", "net")
+    checkpoint = import_checkpoint(registry, read_checkpoint_file(tmp_path / "in.pt"), "net")
     assert same(torch.load(export(checkpoint, tmp_path / "m.pt", component="model")), tree["model"])
     assert same(torch.load(export(checkpoint, tmp_path / "o.pt", component="optimizer")), tree["optimizer"])
     with pytest.raises(NotFound, match="no component 'ema'"):
@@ -250,7 +254,7 @@ def test_the_metadata_of_a_safetensors_file_comes_back(
     tmp_path: Path, registry: Registry, metadata: dict[str, str]
 ) -> None:
     save_file({"w": TIED}, tmp_path / "in.safetensors", metadata=metadata)
-    checkpoint = import_file(registry, tmp_path / "in.safetensors", "net")
+    checkpoint = import_checkpoint(registry, read_checkpoint_file(tmp_path / "in.safetensors"), "net")
     with safe_open(export(checkpoint, tmp_path / "out.safetensors"), "pt") as file:
         assert file.metadata() == {"format": "pt", **metadata}
 
@@ -276,7 +280,7 @@ def test_what_safetensors_cannot_hold_is_named(
     assert sorted(os.listdir(tmp_path)) == ["a.pt", "registry"]
 
 
-@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+@EVERY_FORMAT
 def test_a_file_is_overwritten_only_by_force(tmp_path: Path, registry: Registry, name: str) -> None:
     checkpoint = registry.save("net", {"model": {"w": TIED}})
     (tmp_path / name).write_bytes(b"mine")
@@ -288,7 +292,7 @@ def test_a_file_is_overwritten_only_by_force(tmp_path: Path, registry: Registry,
     assert sorted(os.listdir(tmp_path)) == [name, "registry"]
 
 
-@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+@EVERY_FORMAT
 @pytest.mark.usefixtures("umask")
 def test_the_mode_follows_the_umask(tmp_path: Path, registry: Registry, name: str) -> None:
     path = export(registry.save("net", {"model": {"w": TIED}}), tmp_path / name)
@@ -318,7 +322,7 @@ def test_what_is_no_file_is_never_replaced(tmp_path: Path, registry: Registry) -
         export(checkpoint, tmp_path / "a\0.pt")
 
 
-@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+@EVERY_FORMAT
 @pytest.mark.parametrize("kept", [0, 2000])
 def test_a_full_disk_leaves_the_earlier_file(
     tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch, name: str, kept: int
@@ -359,7 +363,7 @@ def test_a_folder_without_permission_is_named(
         export(checkpoint, tmp_path / "a.pt")
 
 
-@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+@EVERY_FORMAT
 def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path, registry: Registry, name: str) -> None:
     checkpoint = registry.save("net", {"model": {"w": torch.zeros(1000)}})
     (pack,) = registry.store.pack_digests()
@@ -373,7 +377,7 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path, registry: Registry
     assert os.listdir(tmp_path) == ["registry"]
 
 
-@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+@EVERY_FORMAT
 def test_progress_is_told_in_bytes_of_tensors(tmp_path: Path, registry: Registry, name: str) -> None:
     tree = {"model": {f"w{i}": torch.full((1 << 18,), float(i)) for i in range(4)}, "extra": torch.ones(5)}
     checkpoint = registry.save("net", tree)
@@ -400,7 +404,7 @@ export(checkpoint, Path(sys.argv[2]), verify=False)
 
 
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_DATA") or sys.platform != "linux", reason="Linux only")
-@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+@EVERY_FORMAT
 def test_a_large_checkpoint_is_not_built_in_memory(tmp_path: Path, registry: Registry, name: str) -> None:
     """Private mappings count as data as soon as they are writable, so one copy of the tensors must fit."""
     registry.save("net", {"model": {f"w{i}": torch.full((2 << 20,), float(i)) for i in range(16)}})

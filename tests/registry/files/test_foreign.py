@@ -18,7 +18,8 @@ from torch import nn
 from torch.distributed import checkpoint as dcp
 
 from registry import Registry
-from registry.files.importing import import_file, read_checkpoint_file
+from registry.files.importing import import_checkpoint
+from registry.files.reading import read_checkpoint_file
 from registry.store.errors import Invalid, RegistryError, Unsupported
 
 TENSORS = {"w": torch.ones(2, 3)}
@@ -112,7 +113,7 @@ def test_safetensors_under_a_name_that_is_not_utf8_are_imported(tmp_path: Path) 
     safetensors.torch.save_file(TENSORS, tmp_path / "b.safetensors")
     path = tmp_path / os.fsdecode(b"a\xff.safetensors")
     (tmp_path / "b.safetensors").rename(path)
-    checkpoint = import_file(Registry(tmp_path / "r"), path, "net")
+    checkpoint = import_checkpoint(Registry(tmp_path / "r"), read_checkpoint_file(path), "net")
     assert torch.equal(checkpoint.state_dict()["w"], TENSORS["w"])
     assert checkpoint.record["source"]["file"] == r"a\udcff.safetensors"
 

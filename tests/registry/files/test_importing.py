@@ -19,7 +19,8 @@ import torchvision
 from safetensors.torch import save_file
 
 from registry.files.exporting import export
-from registry.files.importing import import_checkpoint, import_file, read_checkpoint_file
+from registry.files.importing import import_checkpoint
+from registry.files.reading import read_checkpoint_file
 from registry.registry import Registry
 from registry.store.digest import digest
 from registry.store.errors import Conflict, Invalid, NotFound, RegistryError, Unsupported
@@ -65,7 +66,9 @@ def same(left: Any, right: Any) -> bool:
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".ckpt", ".bin", ".PT"])
 def test_a_bare_state_dict_is_the_component_model(tmp_path: Path, registry: Registry, suffix: str) -> None:
     net = torchvision.models.resnet18(weights=None)
-    checkpoint = import_file(registry, saved(tmp_path / f"net{suffix}", net.state_dict()), "resnet18")
+    checkpoint = import_checkpoint(
+        registry, read_checkpoint_file(saved(tmp_path / f"net{suffix}", net.state_dict())), "resnet18"
+    )
     assert checkpoint.components == ("model",)
     fresh = torchvision.models.resnet18(weights=None)
     fresh.load_state_dict(checkpoint.state_dict())
@@ -95,7 +98,9 @@ def test_a_training_checkpoint_fills_components_and_fields(
         "metrics": {"accuracy": 0.5, "no\nname": 1.0},
         "arch": "resnet18",
     }
-    checkpoint = import_file(registry, saved(tmp_path / "last.pt", tree), "resnet18")
+    checkpoint = import_checkpoint(
+        registry, read_checkpoint_file(saved(tmp_path / "last.pt", tree)), "resnet18"
+    )
     assert set(checkpoint.components) == {"model", "optimizer", "scheduler", "extra"}
     assert (checkpoint.epoch, checkpoint.loss, dict(checkpoint.metrics)) == (7, 0.25, {"accuracy": 0.5})
     assert same(checkpoint.state_dict("optimizer"), optimizer.state_dict())
@@ -145,7 +150,7 @@ def test_a_lightning_checkpoint_is_understood(tmp_path: Path, registry: Registry
         "lr_schedulers": [{"last_epoch": 3}],
         "hyper_parameters": {"lr": 0.1, "layers": [1, 2]},
     }
-    checkpoint = import_file(registry, saved(tmp_path / "a.ckpt", tree), "net")
+    checkpoint = import_checkpoint(registry, read_checkpoint_file(saved(tmp_path / "a.ckpt", tree)), "net")
     assert (checkpoint.epoch, checkpoint.step) == (3, 1200)
     assert checkpoint.config == {"lr": 0.1, "layers": [1, 2]}
     assert same(checkpoint.state_dict("optimizer"), tree["optimizer_states"])
@@ -197,7 +202,7 @@ def test_networks_under_names_of_their_own_stay_together_as_the_model(tmp_path: 
     [torch.ones(3), [torch.ones(3), 1], {0: torch.ones(3), "a": 1}, (torch.ones(1),), {None: torch.ones(1)}],
 )
 def test_any_tree_with_a_tensor_can_be_imported(tmp_path: Path, registry: Registry, tree: Any) -> None:
-    checkpoint = import_file(registry, saved(tmp_path / "a.pt", tree), "odd")
+    checkpoint = import_checkpoint(registry, read_checkpoint_file(saved(tmp_path / "a.pt", tree)), "odd")
     assert same(checkpoint.state_dict(), tree)
 
 
@@ -216,9 +221,9 @@ def test_arguments_override_what_the_file_says(tmp_path: Path, registry: Registr
         "metrics": {"f1": 0.1, "auc": 0.2},
         "config": {"lr": 1},
     }
-    checkpoint = import_file(
+    checkpoint = import_checkpoint(
         registry,
-        saved(tmp_path / "a.pt", tree),
+        read_checkpoint_file(saved(tmp_path / "a.pt", tree)),
         "net",
         epoch=0,
         step=20,
@@ -235,7 +240,7 @@ def test_arguments_override_what_the_file_says(tmp_path: Path, registry: Registr
 def test_the_source_names_the_file_without_its_folder(tmp_path: Path, registry: Registry) -> None:
     path = saved(tmp_path / "best \x1b[31m.pt", {"w": torch.ones(2)})
     before = path.read_bytes()
-    checkpoint = import_file(registry, path, "net")
+    checkpoint = import_checkpoint(registry, read_checkpoint_file(path), "net")
     source = checkpoint.record["source"]
     assert source["file"] == "best \\x1b[31m.pt"
     assert (source["format"], source["size"], source["digest"]) == ("torch", len(before), digest(before))
@@ -246,9 +251,11 @@ def test_the_source_names_the_file_without_its_folder(tmp_path: Path, registry: 
 
 def test_tied_tensors_stay_tied(tmp_path: Path, registry: Registry) -> None:
     weight = torch.randn(5, 4)
-    checkpoint = import_file(
+    checkpoint = import_checkpoint(
         registry,
-        saved(tmp_path / "a.pt", {"model": {"in": weight, "out": weight}, "ema": {"in": weight}}),
+        read_checkpoint_file(
+            saved(tmp_path / "a.pt", {"model": {"in": weight, "out": weight}, "ema": {"in": weight}})
+        ),
         "net",
     )
     loaded = checkpoint.load()
@@ -258,10 +265,10 @@ def test_tied_tensors_stay_tied(tmp_path: Path, registry: Registry) -> None:
 
 def test_importing_a_file_again_stores_no_tensor_twice(tmp_path: Path, registry: Registry) -> None:
     tensors = {"a": torch.randn(64, 64), "b": torch.randn(10).bfloat16()}
-    import_file(registry, saved(tmp_path / "a.pt", tensors), "net")
+    import_checkpoint(registry, read_checkpoint_file(saved(tmp_path / "a.pt", tensors)), "net")
     packs = list(registry.store.pack_digests())
     save_file(tensors, tmp_path / "a.safetensors")
-    second = import_file(registry, tmp_path / "a.safetensors", "net")
+    second = import_checkpoint(registry, read_checkpoint_file(tmp_path / "a.safetensors"), "net")
     assert list(registry.store.pack_digests()) == packs
     assert same(dict(sorted(second.state_dict().items())), tensors)
 
@@ -277,7 +284,7 @@ def test_a_safetensors_file_is_read_with_every_element_type(tmp_path: Path, regi
         tensors[name] = torch.arange(6, dtype=torch.uint8).reshape(3, 2).view(getattr(torch, name))
     tensors["float4"] = torch.arange(6, dtype=torch.uint8).reshape(3, 2).view(torch.float4_e2m1fn_x2)
     save_file(tensors, tmp_path / "a.safetensors", metadata={"format": "pt"})
-    checkpoint = import_file(registry, tmp_path / "a.safetensors", "net")
+    checkpoint = import_checkpoint(registry, read_checkpoint_file(tmp_path / "a.safetensors"), "net")
     loaded = checkpoint.state_dict()
     assert set(loaded) == set(tensors)
     for name, tensor in tensors.items():
@@ -314,7 +321,7 @@ def test_training_on_imported_tensors_leaves_the_file_alone(tmp_path: Path) -> N
 def test_metadata_of_any_size_and_name_is_kept(tmp_path: Path, registry: Registry) -> None:
     for i, metadata in enumerate([{"a": "b"}, {"$tensor": "0"}, {"tags": "x" * 100_000}]):
         save_file({"w": torch.ones(1)}, tmp_path / "a.safetensors", metadata=metadata)
-        checkpoint = import_file(registry, tmp_path / "a.safetensors", "net")
+        checkpoint = import_checkpoint(registry, read_checkpoint_file(tmp_path / "a.safetensors"), "net")
         kept = checkpoint.record["source"].get("metadata")
         assert (kept or checkpoint.state_dict("extra")["metadata"]) == metadata
         assert len(json.dumps(checkpoint.record)) < 30_000, i
@@ -347,12 +354,12 @@ def test_a_folder_of_shards_is_one_model(
     tensors = sharded(folder, kind)
     (folder / "config.json").write_text('{"hidden_size": 4, "layers": [1, null]}')
     index = next(folder.glob("*.index.json"))
-    checkpoint = import_file(registry, index if by_index else folder, "bert")
+    checkpoint = import_checkpoint(registry, read_checkpoint_file(index if by_index else folder), "bert")
     assert same(checkpoint.state_dict(), tensors)
     assert checkpoint.config == {"hidden_size": 4, "layers": [1, None]}
     source = checkpoint.record["source"]
     assert (source["file"], source["digest"], source["shards"]) == (index.name, digest(index.read_bytes()), 2)
-    again = import_file(registry, folder, "bert", config={"mine": 1})
+    again = import_checkpoint(registry, read_checkpoint_file(folder), "bert", config={"mine": 1})
     assert again.config == {"mine": 1}
 
 
@@ -417,7 +424,7 @@ def test_namespaces_scalars_of_numpy_and_paths_become_plain_values(
         "torch": torch.__version__,
     }
     torch.save(tree, tmp_path / "a.pt", **HALF_OF_RESEARCH[form])
-    found = import_file(registry, tmp_path / "a.pt", "net")
+    found = import_checkpoint(registry, read_checkpoint_file(tmp_path / "a.pt"), "net")
     assert (found.epoch, found.loss, found.config) == (3, 0.5, plain)
     extra = found.load()["extra"]
     assert same(extra["args"], plain)
@@ -468,7 +475,7 @@ def test_tuples_that_nest_too_deeply_are_refused(tmp_path: Path) -> None:
         deep = (deep,)
     torch.save({"w": torch.ones(2), "x": deep}, tmp_path / "a.pt")
     with pytest.raises((Invalid, Unsupported)):
-        import_file(Registry(tmp_path / "r"), tmp_path / "a.pt", "net")
+        import_checkpoint(Registry(tmp_path / "r"), read_checkpoint_file(tmp_path / "a.pt"), "net")
 
 
 def test_a_whole_module_is_refused_with_advice(tmp_path: Path) -> None:
@@ -480,7 +487,9 @@ def test_a_whole_module_is_refused_with_advice(tmp_path: Path) -> None:
 def test_a_legacy_file_is_read(tmp_path: Path, registry: Registry) -> None:
     tensors = {"a": torch.randn(3), "b": torch.arange(3)}
     torch.save(tensors, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    assert same(import_file(registry, tmp_path / "old.pth", "old").state_dict(), tensors)
+    assert same(
+        import_checkpoint(registry, read_checkpoint_file(tmp_path / "old.pth"), "old").state_dict(), tensors
+    )
 
 
 def test_a_missing_file_is_not_found(tmp_path: Path) -> None:
@@ -515,7 +524,7 @@ def test_a_file_that_is_written_to_during_the_import_leaves_no_version(
         os.utime(path, ns=(1, 1))
 
     with pytest.raises(Conflict, match="written to during the import"):
-        import_file(registry, path, "net", progress=meddle)
+        import_checkpoint(registry, read_checkpoint_file(path), "net", progress=meddle)
     assert registry.names() == []
 
 
@@ -532,5 +541,5 @@ def test_a_file_that_was_replaced_after_reading_does_no_harm(tmp_path: Path, reg
 def test_a_tree_that_cannot_be_stored_is_refused_by_path(tmp_path: Path, registry: Registry) -> None:
     path = saved(tmp_path / "a.pt", {"model": {"w": torch.eye(3).to_sparse()}})
     with pytest.raises(RegistryError, match="model/w"):
-        import_file(registry, path, "net")
+        import_checkpoint(registry, read_checkpoint_file(path), "net")
     assert registry.names() == []

@@ -1,0 +1,260 @@
+"""Recording: what a run records of a version: the state of live objects, what made them, and where they come from."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from registry.cache.decorator import used_artifacts
+from registry.configs.config import Config
+from registry.configs.plain import plain_table
+from registry.live import builders, components, rng
+from registry.live.freezing import frozen_names, parts_going_on
+from registry.runs import provenance
+from registry.store.digest import is_digest
+from registry.store.errors import Invalid
+from registry.store.saving import Encoded
+from registry.store.text import quoted
+from registry.transfer.plan import TransferPlan, plan_document
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from registry.checkpoints.checkpoint import Checkpoint
+    from registry.home import Home
+    from registry.log.metrics import Monitor
+
+_RESERVED = ("rng", "extra", "ranks")
+"""Components that a run makes itself."""
+
+_logger = logging.getLogger(__name__)
+
+
+class Recording:
+    """Makes of live objects, and of what a user says of them, what the next version of a run is saved with.
+
+    Args:
+        home: the registry that the run saves into.
+        model: the model that gets new versions.
+        config: the hyperparameters, as `Registry.run` takes them.
+        dataset: digest of the data, if it was named.
+        builder: name under which the network is registered, if it is not found by its class.
+        resumed: the checkpoint that training goes on from.
+        plan: the transfer by which the network got its first parameters.
+        monitor: what decides which version is the best.
+        processes: how many processes train together.
+
+    Attributes:
+        values: the hyperparameters as plain values.
+
+    Raises:
+        Invalid: if the configuration has no plain values, or `dataset` is no digest.
+    """
+
+    def __init__(
+        self,
+        home: Home,
+        model: str,
+        *,
+        config: Config | Mapping[str, Any] | Namespace | None,
+        dataset: str | None,
+        builder: str | None,
+        resumed: Checkpoint | None,
+        plan: TransferPlan | None,
+        monitor: Monitor | None,
+        processes: int,
+    ) -> None:
+        self._home = home
+        self._model = model
+        self._config = config
+        self.values = config.to_dict() if isinstance(config, Config) else plain_table(config or {}, "config")
+        if dataset is not None and not is_digest(dataset):
+            raise Invalid(f"dataset is {quoted(dataset)}, expected a digest of 64 hex digits")
+        self._dataset = dataset
+        self._builder = builder
+        self._resumed = resumed
+        self._plan = plan
+        self._monitor = monitor
+        self._processes = processes
+        self._started = time.monotonic()
+        self._unmonitored: int | None = 0
+        """Saves without the value that is monitored; None once one had it."""
+
+    def log_config(self, logger: logging.Logger) -> None:
+        """Put the hyperparameters into the log, one line each."""
+        config = self._config if isinstance(self._config, Config) else Config()
+        config.log(logger)
+        if not isinstance(self._config, Config):
+            for key, value in self.values.items():
+                logger.info("# %s = %s", key, value)
+
+    def session(self) -> dict[str, Any]:
+        """What the log keeps of the run itself when it begins."""
+        found = {
+            "config": self.values,
+            **self._data(),
+            **self._together(),
+            "resumed": self._resumed.id if self._resumed else None,
+            **provenance.of_process(),
+        }
+        return _said(found)
+
+    def fields(
+        self, *, epoch: Any, step: Any, loss: Any, metrics: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        """The fields of a version, as `Facts` takes them; a tensor of one element becomes its number.
+
+        Raises:
+            Invalid: if `metrics` is no dict.
+        """
+        if not isinstance(metrics, Mapping | None):
+            raise Invalid(f"metrics is a {type(metrics).__name__}, expected a dict of numbers by name")
+        values = {key: _plain_number(value) for key, value in (metrics or {}).items()}
+        loss = _plain_number(loss)
+        loss = values.get("loss") if loss is None else loss
+        self._look_for_monitored(loss, values)
+        return {"epoch": epoch, "step": step, "loss": loss, "metrics": values}
+
+    def own(self, live: Mapping[str, Any]) -> dict[str, Any]:
+        """The state that differs between the processes of a training, as this one has it."""
+        parts = {name: part for name, part in live.items() if getattr(part, "per_rank", False)}
+        captured = {name: components.capture(name, part) for name, part in parts.items()}
+        return {"rng": rng.capture(), **captured}
+
+    def encoded(
+        self, live: Mapping[str, Any], own: Sequence[dict[str, Any]], extra: Mapping[str, Any] | None
+    ) -> tuple[Encoded, dict[str, Any]]:
+        """The state of live objects, ready to be written, and its provenance.
+
+        Args:
+            live: components by name.
+            own: what `own` gave in each process.
+            extra: plain values and tensors of the user.
+
+        Raises:
+            Unsupported: if something cannot be stored, naming it.
+        """
+        shared = {name: part for name, part in live.items() if name not in own[0]}
+        trees = {name: components.capture(name, part) for name, part in shared.items()} | own[0]
+        if len(own) > 1:
+            trees["ranks"] = {str(rank): part for rank, part in enumerate(own) if rank}
+        if extra:
+            trees["extra"] = dict(extra)
+        state = self._home.store.encode(trees)
+        tensors = [leaf.source for leaf in state.leaves if isinstance(leaf.source, torch.Tensor)]
+        return state, self.provenance_of(live, tensors)
+
+    def provenance_of(self, live: Mapping[str, Any], tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """How a version was made, as plain values.
+
+        Args:
+            live: components by name.
+            tensors: theirs; what is recorded of them is the kind of their devices.
+        """
+        model = live.get("model")
+        networks = {name: part for name, part in live.items() if isinstance(part, torch.nn.Module)}
+        going_on = {name: list(parts) for name, part in networks.items() if (parts := parts_going_on(part))}
+        builder = self._builder or (builders.name_for(model) if model is not None else None)
+        network = builders.config_of(model) if model is not None else None
+        is_unrecorded = model is not None and network is None
+        found = {
+            "kinds": {name: components.kind_of(component) for name, component in live.items()},
+            "buffers": {
+                name: [buffer for buffer, _ in components.plain_module(part).named_buffers()]
+                for name, part in networks.items()
+            },
+            "frozen": {
+                name: list(frozen) for name, part in networks.items() if (frozen := frozen_names(part))
+            },
+            "going_on": going_on,
+            "builder": builder or self._model,
+            "network": network,
+            "unrecorded": builders.config_kind(model) if is_unrecorded else None,
+            "config_digest": self._config.digest() if isinstance(self._config, Config) else None,
+            **self._data(),
+            **self._together(),
+            "seconds": round(time.monotonic() - self._started, 3),
+            "devices": provenance.devices(tensors),
+            **provenance.of_process(),
+        }
+        return _said(found)
+
+    def origin(self, about: Mapping[str, Any], *, run: str, last: Checkpoint | None) -> dict[str, Any]:
+        """What a version records of where it comes from, as `Facts` takes it.
+
+        Args:
+            about: its provenance.
+            run: the name of the run.
+            last: the version that the run saved before, if there is one.
+        """
+        before = last or self._resumed
+        lineage = []
+        if self._resumed and not last:
+            lineage.append({"kind": "resumed-from", "parent": self._resumed.id})
+        if self._plan and not last:
+            lineage.append({"kind": "transferred-from", "parent": self._plan.source_id or self._plan.source})
+            about = {**about, "plan": plan_document(self._plan)}
+        return {
+            "config": self.values or None,
+            "lineage": lineage,
+            "run": run,
+            "parent": before.name if before else None,
+            "provenance": about,
+        }
+
+    def _look_for_monitored(self, loss: float | None, values: Mapping[str, float]) -> None:
+        """Say once if saves do not have what decides which version is the best; one alone may be in mid-epoch."""
+        by = self._monitor
+        if by is None or self._unmonitored is None:
+            return
+        if (loss if by.metric == "loss" else values.get(by.metric)) is not None:
+            self._unmonitored = None
+            return
+        self._unmonitored += 1
+        if self._unmonitored == 2:
+            there = [*(["loss"] if loss is not None else []), *values]
+            _logger.warning(
+                "monitor=%r: no save has had such a value (this one has %s); until one has, there is no best version, and "
+                "keep_best removes nothing",
+                by.metric,
+                ", ".join(map(quoted, there)) or "none",
+            )
+
+    def _together(self) -> dict[str, Any]:
+        return {"processes": self._processes} if self._processes > 1 else {}
+
+    def _data(self) -> dict[str, Any]:
+        """The data set that was named, or else the artifacts that the program has used; the only one is the data set."""
+        if self._dataset:
+            return {"dataset": self._dataset}
+        used = used_artifacts(self._home.root)
+        return {"dataset": used[0] if len(used) == 1 else None, "artifacts": used}
+
+
+def check_components(live: Mapping[str, Any]) -> None:
+    """Refuse live objects that cannot be saved, by their names alone.
+
+    Raises:
+        Invalid: if there is none, or one has the name of a component that a run makes itself.
+    """
+    for name in _RESERVED:
+        if name in live:
+            raise Invalid(f"{name!r} is not the name of a component of yours; choose another")
+    if not live:
+        raise Invalid("there is nothing to save; name components, such as save(model=model)")
+
+
+def _plain_number(value: Any) -> Any:
+    """A tensor of one element as its number; whoever saves checks the rest."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value.item()
+    return value
+
+
+def _said(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What has a value."""
+    return {key: value for key, value in found.items() if value not in (None, {}, [])}
