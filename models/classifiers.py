@@ -49,7 +49,8 @@ def replace_head(model: nn.Module, classes: int, name: str | None = None) -> str
     """
     heads = _auxiliary_heads(model)
     if heads and name not in (None, find_head(model)):
-        heads = []  # Only the layer that is named.
+        # Only the layer that is named is replaced.
+        heads = []
     name = name or find_head(model)
     try:
         old = model.get_submodule(name)
@@ -62,7 +63,13 @@ def replace_head(model: nn.Module, classes: int, name: str | None = None) -> str
         if classes % old.groups:
             raise Invalid(f"{name} has {old.groups} groups, into which {classes} classes cannot be divided")
         new = nn.Conv2d(
-            *(old.in_channels, classes, old.kernel_size, old.stride, old.padding, old.dilation, old.groups),  # type: ignore[arg-type]
+            old.in_channels,
+            classes,
+            kernel_size=old.kernel_size,  # type: ignore[arg-type]
+            stride=old.stride,  # type: ignore[arg-type]
+            padding=old.padding,  # type: ignore[arg-type]
+            dilation=old.dilation,  # type: ignore[arg-type]
+            groups=old.groups,
             bias=old.bias is not None,
             padding_mode=old.padding_mode,
         )
@@ -108,6 +115,7 @@ def import_torchvision(
             to put it.
         Incompatible: if the file does not fit the network.
     """
+    # Lazy: loads torchvision.
     import torchvision
 
     kind = torchvision_name(source)
@@ -124,14 +132,7 @@ def import_torchvision(
         _fill(model, state, file.name, kind)
     if weights is not None:
         entry = _weights(kind, weights)
-        try:
-            state = entry.get_state_dict(progress=False, check_hash=True)
-        except Exception as error:
-            raise NotFound(
-                f"the weights of {kind} could not be downloaded ({error}); fetch {entry.url} by hand and use "
-                f"--file {Path(entry.url).name}"
-            ) from None
-        _fill(model, state, weights, kind)
+        _fill(model, _downloaded(entry, kind), weights, kind)
         known = {
             key: value
             for key, value in entry.meta.items()
@@ -149,6 +150,7 @@ def import_torchvision(
 
 
 def _weights(kind: str, name: str) -> Any:
+    # Lazy: loads torchvision.
     import torchvision
 
     found = torchvision.models.get_model_weights(kind)
@@ -157,6 +159,21 @@ def _weights(kind: str, name: str) -> Any:
     except KeyError:
         raise NotFound(
             f"{kind} has no weights {quoted(name)}; there are {', '.join(one.name for one in found)}"
+        ) from None
+
+
+def _downloaded(entry: Any, kind: str) -> Any:
+    """The state dict of published weights.
+
+    Raises:
+        NotFound: if they cannot be downloaded: which file to fetch by hand.
+    """
+    try:
+        return entry.get_state_dict(progress=False, check_hash=True)
+    except Exception as error:
+        raise NotFound(
+            f"the weights of {kind} could not be downloaded ({error}); fetch {entry.url} by hand and use "
+            f"--file {Path(entry.url).name}"
         ) from None
 
 
