@@ -99,6 +99,7 @@ class App(click.Group):
         return command
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Run the command line, and end the process with its exit status."""
         kwargs["standalone_mode"] = False
         sys.exit(_guarded(lambda: super(App, self).main(*args, **kwargs)))
 

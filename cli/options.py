@@ -105,6 +105,7 @@ class ReferenceType(click.ParamType[str, str]):
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
+        """The references that begin with what is typed; none if they cannot be read."""
         # Lazy: start-up.
         from registry.registry import Registry
 

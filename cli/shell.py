@@ -26,4 +26,4 @@ def completion(shell: str) -> None:
     # Bash would take lenet5:v3 and lenet5@best for several words.
     if shell == "bash":
         click.echo("COMP_WORDBREAKS=${COMP_WORDBREAKS//[:@]/}")
-    click.echo(found(app, {}, "registry", "_REGISTRY_COMPLETE").source())
+    click.echo(found(app, ctx_args={}, prog_name="registry", complete_var="_REGISTRY_COMPLETE").source())

@@ -129,10 +129,10 @@ def import_torchvision(
     if file is not None:
         state = read_checkpoint_file(file).components.get("model", {})
         parent = f"{file.name} {digest(file.read_bytes())[:12]}"
-        _fill(model, state, file.name, kind)
+        _fill(model, state, what=file.name, kind=kind)
     if weights is not None:
         entry = _weights(kind, weights)
-        _fill(model, _downloaded(entry, kind), weights, kind)
+        _fill(model, _downloaded(entry, kind), what=weights, kind=kind)
         known = {
             key: value
             for key, value in entry.meta.items()
@@ -177,7 +177,15 @@ def _downloaded(entry: Any, kind: str) -> Any:
         ) from None
 
 
-def _fill(model: nn.Module, state: Any, what: str, kind: str) -> None:
+def _fill(model: nn.Module, state: Any, *, what: str, kind: str) -> None:
+    """Load a state dict.
+
+    Args:
+        what: where it comes from, as an error names it.
+
+    Raises:
+        Incompatible: if it does not fit the network.
+    """
     try:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:

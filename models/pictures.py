@@ -37,7 +37,7 @@ def draw_predictions(writer: Any, data: Data, logits: Tensor, *, epoch: int) -> 
     """
     writer.add_figure("Testing/Predictions", figure_of_predictions(data, logits), epoch)
     features, labels, images = embedding_of(data, logits)
-    writer.add_embedding(features, labels, images, epoch, tag="Testing/Logits")
+    writer.add_embedding(features, metadata=labels, label_img=images, global_step=epoch, tag="Testing/Logits")
 
 
 def figure_of_predictions(data: Data, logits: Tensor) -> Any:

@@ -120,7 +120,9 @@ def command_lines() -> dict[str, list[list[str]]]:
 def test_every_command_is_tried() -> None:
     from registry.cli.app import app
 
-    assert {name for name, _ in commands_of(app)} == {name for name, lines in command_lines().items() if lines}
+    assert {name for name, _ in commands_of(app)} == {
+        name for name, lines in command_lines().items() if lines
+    }
 
 
 def call(words: list[str]) -> Outcome:
@@ -535,7 +537,10 @@ def test_no_text_reaches_the_terminal_as_it_is(tmp_path: Path) -> None:
     (folder / "run.log").write_text(evil * 3)
     registry.catalog.close()
     chosen = [
-        line for lines in command_lines().values() for line in lines if "{file}" not in line and "--yes" not in line
+        line
+        for lines in command_lines().values()
+        for line in lines
+        if "{file}" not in line and "--yes" not in line
     ]
     for words in chosen:
         given = [str(tmp_path / "out.safetensors") if word == "{out}" else word for word in words]
