@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import click
 
@@ -19,25 +19,63 @@ from registry.cli.output import name_commands, told
 from registry.store.errors import RegistryError
 from registry.store.text import printable
 
-_MODULES = (
-    ("files", "init import_ export"),
-    ("training", "train eval_ predict"),
-    ("transfers", "diff plan transfer verify_frozen compare advise"),
-    ("reading", "list_ show"),
-    ("runs", "history best lineage runs log board"),
-    ("reading", "status"),
-    ("caches", "cache"),
-    ("naming", "alias tag note rm"),
-    ("upkeep", "verify gc compact rebuild"),
-    ("configs", "config"),
-    ("shell", "completion"),
+
+class Row(NamedTuple):
+    """Where a command is, and what it may load.
+
+    Attributes:
+        module: the module of `registry.cli` that holds its function.
+        function: the function's name: that of the command, with `_` for `-`, and after a word of Python such as `import`.
+        is_light: whether the command, or every command of a group, needs the metadata alone. It loads no torch, numpy or
+            pydantic then; tests/cli/test_startup.py runs the examples of its help to see this.
+    """
+
+    module: str
+    function: str
+    is_light: bool = False
+
+    @property
+    def name(self) -> str:
+        """The command as it is typed."""
+        return self.function.rstrip("_").replace("_", "-")
+
+
+_ROWS = (
+    Row("files", "init", is_light=True),
+    Row("files", "import_"),
+    Row("files", "export"),
+    Row("training", "train"),
+    Row("training", "eval_"),
+    Row("training", "predict"),
+    Row("diffs", "diff"),
+    Row("transfers", "plan"),
+    Row("transfers", "transfer"),
+    Row("transfers", "verify_frozen"),
+    Row("diffs", "compare", is_light=True),
+    Row("transfers", "advise"),
+    Row("reading", "list_", is_light=True),
+    Row("reading", "show", is_light=True),
+    Row("history", "history", is_light=True),
+    Row("history", "best", is_light=True),
+    Row("history", "lineage", is_light=True),
+    Row("runs", "runs", is_light=True),
+    Row("runs", "log", is_light=True),
+    Row("runs", "board"),
+    Row("reading", "status", is_light=True),
+    Row("caches", "cache", is_light=True),
+    Row("naming", "alias", is_light=True),
+    Row("naming", "tag", is_light=True),
+    Row("naming", "note", is_light=True),
+    Row("naming", "rm", is_light=True),
+    Row("upkeep", "verify", is_light=True),
+    Row("upkeep", "gc", is_light=True),
+    Row("upkeep", "compact"),
+    Row("upkeep", "rebuild", is_light=True),
+    Row("configs", "config", is_light=True),
+    Row("shell", "completion", is_light=True),
 )
-COMMANDS = {
-    function.rstrip("_").replace("_", "-"): (module, function)
-    for module, functions in _MODULES
-    for function in functions.split()
-}
-"""Module and function of each command, in the order of their use."""
+COMMANDS = {row.name: row for row in _ROWS}
+"""The row of each command, in the order of their use. Help, completion and docs/cli.md follow from it."""
 
 _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
@@ -56,11 +94,12 @@ class App(click.Group):
         """A command of that name, if there is one."""
         if cmd_name not in COMMANDS:
             return None
-        module, function = COMMANDS[cmd_name]
-        command: click.Command = getattr(import_module(f"registry.cli.{module}"), function)
+        row = COMMANDS[cmd_name]
+        command: click.Command = getattr(import_module(f"registry.cli.{row.module}"), row.function)
         return command
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Run the command line, and end the process with its exit status."""
         kwargs["standalone_mode"] = False
         sys.exit(_guarded(lambda: super(App, self).main(*args, **kwargs)))
 

@@ -36,13 +36,17 @@ def list_(registry: Registry, as_json: bool) -> None:
         say("# nothing is cached; put @cached from registry above a function that prepares data")
         return
     rows = [
-        [
-            *(one.key[:12], one.function, size(one.size), time_of(one.created)),
-            *(_ago(one.used), ", ".join(one.runs) or "-"),
-        ]
+        (
+            one.key[:12],
+            one.function,
+            size(one.size),
+            time_of(one.created),
+            _ago(one.used),
+            ", ".join(one.runs) or "-",
+        )
         for one in found
     ]
-    print_table(["KEY", "FUNCTION", "SIZE", "CREATED", "USED", "BY RUNS"], rows)
+    print_table(("KEY", "FUNCTION", "SIZE", "CREATED", "USED", "BY RUNS"), rows, left=("CREATED",))
 
 
 @command("show", "registry cache show 3f2a91c04b7e")

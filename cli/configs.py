@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from registry.cli.options import Reference, command, example_text, open_registry
+from registry.cli.options import ReferenceType, command, example_text, open_registry
 from registry.cli.output import print_json, say
+from registry.configs.documents import SUFFIXES, assign, differences, flatten, read_document
 from registry.store.errors import Invalid, NotFound
 from registry.store.text import quoted
 
@@ -26,12 +29,10 @@ def config() -> None:
 
 
 @command("show", "registry config show configs/lenet5.json --set optimizer.lr=1e-3")
-@click.argument("source", type=Reference())
+@click.argument("source", type=ReferenceType())
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override a value.")
 def show(source: str, assignments: tuple[str, ...], root: str | None, as_json: bool) -> None:
     """Print the configuration in SOURCE, a JSON, YAML or TOML file or a checkpoint, one value a line."""
-    from registry.configs.documents import assign, flatten
-
     document = assign(_document(source, root), assignments)
     if as_json:
         print_json(document)
@@ -49,8 +50,6 @@ def validate(files: tuple[str, ...], target: str | None, assignments: tuple[str,
 
     They must be well formed, give no key twice, and have the types that your class asks for. --class imports your module, as running your program would.
     """
-    from registry.configs.documents import assign, read_document
-
     cls = _config_class(target) if target else None
     checked = []
     for file in files:
@@ -67,12 +66,10 @@ def validate(files: tuple[str, ...], target: str | None, assignments: tuple[str,
 
 
 @command("diff", "registry config diff configs/a.yaml configs/b.yaml")
-@click.argument("left", type=Reference())
-@click.argument("right", type=Reference())
+@click.argument("left", type=ReferenceType())
+@click.argument("right", type=ReferenceType())
 def diff(left: str, right: str, root: str | None, as_json: bool) -> None:
     """Compare two configurations, each a file or a checkpoint, value by value."""
-    from registry.configs.documents import differences
-
     found = differences(_document(left, root), _document(right, root))
     if as_json:
         rows = [{"key": d.key, "kind": d.kind, "left": d.left, "right": d.right} for d in found]
@@ -95,8 +92,6 @@ for subcommand in (show, validate, diff):
 
 def _document(source: str, root: str | None) -> Mapping[str, Any]:
     """The configuration in a file, or the one recorded with a checkpoint."""
-    from registry.configs.documents import SUFFIXES, read_document
-
     path = Path(source)
     if path.suffix.lower() in SUFFIXES or path.is_file():
         return read_document(path)
@@ -107,9 +102,13 @@ def _document(source: str, root: str | None) -> Mapping[str, Any]:
 
 
 def _config_class(target: str) -> type[Config]:
-    import importlib
-    import sys
+    """The class that `--class` names, of a module that Python finds from the working directory.
 
+    Raises:
+        NotFound: if there is none of that name.
+        Invalid: if it is no class derived from `registry.Config`.
+    """
+    # Lazy: loads pydantic.
     from registry.configs.config import Config
 
     module, colon, name = target.partition(":")

@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from registry.cli.options import Reference, command, pairs
-from registry.cli.output import counted, print_json, progress, say, size, version_document, warn
+from registry.cli.options import ReferenceType, command, pairs
+from registry.cli.output import counted, print_json, progress_bar, say, size, version_document, warn
+from registry.configs.documents import read_document, read_value
+from registry.files.exporting import export as export_checkpoint
 from registry.files.formats import FORMATS, listed
+from registry.log.reference import check_name
 from registry.store.errors import Invalid, RegistryError
 from registry.store.text import printable, quoted
 
 if TYPE_CHECKING:
-    from registry.catalog.versions import Version
+    from registry.checkpoints.checkpoint import Checkpoint
     from registry.registry import Registry
 
 _READABLE = ", ".join(
@@ -40,6 +43,7 @@ def init(folder: str | None, root: str | None, as_json: bool) -> None:
 
     In FOLDER, or else --root, $REGISTRY_ROOT or ./.registry. One that is there already is left as it is.
     """
+    # Lazy: start-up.
     from registry.home import SETTINGS, default_root
     from registry.registry import Registry
 
@@ -93,32 +97,30 @@ def import_(
     Each FILE becomes one version of the model; torchvision:resnet18 stands for that network with --weights, --file or --random. Reads {readable}, and folders of shards with their
     index. What the file says of epoch and loss is kept unless --meta says otherwise. A FILE that cannot be read is named, the others are stored, and the exit status is 1.
     """
-    from registry.configs.documents import read_document
-    from registry.files.importing import import_checkpoint
-    from registry.files.reading import read_checkpoint_file
-    from registry.log.reference import check_name
-
     if any(file.startswith("torchvision:") for file in files):
-        _import_network(registry, files, model, weights, weights_file, seed, tags, as_json)
+        _import_network(
+            registry,
+            files,
+            model,
+            weights=weights,
+            weights_file=weights_file,
+            seed=seed,
+            tags=tags,
+            as_json=as_json,
+        )
         return 0
     if weights or weights_file or seed is not None:
         raise click.UsageError("--weights, --file and --random go with torchvision:NAME")
     if len(files) == 1 and not os.path.lexists(files[0]):
         raise click.BadParameter(f"Path {files[0]!r} does not exist.", param_hint="'FILE...'")
-    fields = _fields(meta)
-    metrics = {name: _number(value, f"--metric {name}") for name, value in metric.items()}
-    document = read_document(Path(config)) if config else None
+    facts = _facts(meta, metric, config)
     for name in (model, *tags):
         check_name(name, "tag" if name in tags else "model")
     imported, failed = [], []
     for file in files:
         before = registry.status().stored
         try:
-            content = read_checkpoint_file(Path(file))
-            with progress(f"importing {printable(Path(file).name)}") as report:
-                checkpoint = import_checkpoint(
-                    registry, content, model, metrics=metrics, config=document, progress=report, **fields
-                )
+            checkpoint, left_out = _import_file(registry, file, model, facts=facts)
         except RegistryError as error:
             if len(files) == 1 and not as_json:
                 raise
@@ -127,33 +129,59 @@ def import_(
             continue
         for tag in tags:
             registry.set_tag(checkpoint.name, tag)
-        written = registry.status().stored - before
-        version = registry.resolve(checkpoint.name)
-        imported.append(
-            {"file": file, "written": written, "left_out": content.left_out, **version_document(version)}
+        document = _stored(registry, checkpoint.name, before, about={"left_out": left_out}, as_json=as_json)
+        imported.append({"file": file, **document})
+    _sum_up(imported, failed, as_json)
+    return 1 if failed else 0
+
+
+def _import_file(
+    registry: Registry, file: str, model: str, *, facts: Mapping[str, Any]
+) -> tuple[Checkpoint, Sequence[str]]:
+    """Store a file as a new version; returns it, and the names of what a folder holds beside it."""
+    # Lazy: loads torch.
+    from registry.files.importing import import_checkpoint
+    from registry.files.reading import read_checkpoint_file
+
+    content = read_checkpoint_file(Path(file))
+    with progress_bar(f"importing {printable(Path(file).name)}") as report:
+        return import_checkpoint(registry, content, model, progress=report, **facts), content.left_out
+
+
+def _stored(
+    registry: Registry, name: str, before: int, *, about: Mapping[str, Any], as_json: bool
+) -> dict[str, Any]:
+    """Say what was stored, unless JSON is asked for; returns it as a document.
+
+    Args:
+        before: bytes that the registry held before.
+        about: what else the document has; `left_out` names what was not stored.
+    """
+    version = registry.resolve(name)
+    written = registry.status().stored - before
+    if not as_json:
+        amount = (
+            f"{counted(version.tensors, 'tensor')}, {size(version.size)}, {size(written)} more on the disk"
         )
-        if not as_json:
-            say(f"{checkpoint.name}  {checkpoint.id[:12]}  {_amount(version, written)}")
-            if content.left_out:
-                say(f"left out: {_listed(content.left_out)}")
+        say(f"{version.name}  {version.id[:12]}  {amount}")
+        if about.get("left_out"):
+            say(f"left out: {_listed(about['left_out'])}")
+    return {"written": written, **about, **version_document(version)}
+
+
+def _sum_up(imported: Sequence[Any], failed: Sequence[Mapping[str, str]], as_json: bool) -> None:
+    """Print the document of an import, and which files are not in it."""
     if as_json:
         print_json({"imported": imported, **({"failed": failed} if failed else {})})
     if failed:
-        warn(
-            f"registry: {len(imported)} of {len(files)} files were imported; not: {_listed([one['file'] for one in failed])}"
-        )
-    return 1 if failed else 0
+        names = _listed([one["file"] for one in failed])
+        warn(f"registry: {len(imported)} of {len(imported) + len(failed)} files were imported; not: {names}")
 
 
 def _named(error: RegistryError, file: str) -> str:
     """An error that names the file."""
     text = printable(error.for_command_line())
     return text if printable(file) in text else f"{printable(file)}: {text}"
-
-
-def _amount(version: Version, written: int) -> str:
-    """What a version holds, and what it cost."""
-    return f"{counted(version.tensors, 'tensor')}, {size(version.size)}, {size(written)} more on the disk"
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -166,13 +194,15 @@ def _import_network(
     registry: Registry,
     files: tuple[str, ...],
     model: str,
+    *,
     weights: str | None,
     weights_file: str | None,
     seed: int | None,
     tags: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    from registry.log.reference import check_name
+    """Store a network of torchvision as a new version."""
+    # Lazy: loads torch.
     from registry.models.classifiers import import_torchvision
 
     if len(files) > 1:
@@ -184,18 +214,20 @@ def _import_network(
     checkpoint = import_torchvision(registry, files[0], model, weights=weights, file=file, seed=seed)
     for tag in tags:
         registry.set_tag(checkpoint.name, tag)
-    version = registry.resolve(checkpoint.name)
-    written = registry.status().stored - before
+    document = _stored(registry, checkpoint.name, before, about={}, as_json=as_json)
     if as_json:
-        print_json({"imported": [{"file": files[0], "written": written, **version_document(version)}]})
-    else:
-        say(f"{version.name}  {version.id[:12]}  {_amount(version, written)}")
+        print_json({"imported": [{"file": files[0], **document}]})
+
+
+def _facts(meta: Mapping[str, str], metric: Mapping[str, str], config: str | None) -> dict[str, Any]:
+    """What options record of every file, as `import_checkpoint` takes it."""
+    fields = _fields(meta)
+    metrics = {name: _number(value, f"--metric {name}") for name, value in metric.items()}
+    return {**fields, "metrics": metrics, "config": read_document(Path(config)) if config else None}
 
 
 def _fields(meta: Mapping[str, str]) -> dict[str, Any]:
     """The named fields among the facts, typed; the rest as the value that it reads as."""
-    from registry.configs.documents import read_value
-
     rest = {name: read_value(text) for name, text in meta.items()}
     fields: dict[str, Any] = {}
     for name in ("epoch", "step", "loss"):
@@ -206,6 +238,11 @@ def _fields(meta: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _number(text: str, what: str) -> float:
+    """Read a number.
+
+    Raises:
+        Invalid: for anything else, naming the option that gave it.
+    """
     try:
         return float(text)
     except ValueError:
@@ -213,7 +250,7 @@ def _number(text: str, what: str) -> float:
 
 
 @command("export", "registry export lenet5@best lenet5.safetensors")
-@click.argument("reference", type=Reference())
+@click.argument("reference", type=ReferenceType())
 @click.argument("file", type=click.Path())
 @click.option(
     "--component", metavar="NAME", help=f"Export this component alone. [default: all of a {_WHOLE} file]"
@@ -227,11 +264,9 @@ def export(
 
     FILE ends in {writable}. {about}
     """
-    from registry.files.exporting import export as write
-
     checkpoint = registry[reference]
-    with progress(f"exporting {checkpoint.name}") as report:
-        path = write(checkpoint, Path(file), component=component, force=force, progress=report)
+    with progress_bar(f"exporting {checkpoint.name}") as report:
+        path = export_checkpoint(checkpoint, Path(file), component=component, force=force, progress=report)
     count = path.stat().st_size
     if as_json:
         print_json({"name": checkpoint.name, "file": str(path), "size": count})

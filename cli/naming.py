@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from registry.catalog.versions import list_aliases
-from registry.cli.options import Reference, command
+from registry.cli.options import ReferenceType, command
 from registry.cli.output import counted, print_json, print_table, say, size, version_document
 from registry.log.reference import parse_reference
 from registry.store.errors import Conflict
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @command("alias", "registry alias lenet5:v3 production\nregistry alias --remove lenet5@production")
-@click.argument("reference", required=False, type=Reference())
+@click.argument("reference", required=False, type=ReferenceType())
 @click.argument("name", required=False)
 @click.option("--remove", is_flag=True, help="Take the alias REFERENCE away; the checkpoint stays.")
 def alias(reference: str | None, name: str | None, remove: bool, registry: Registry, as_json: bool) -> None:
@@ -43,16 +43,18 @@ def alias(reference: str | None, name: str | None, remove: bool, registry: Regis
     else:
         found = list_aliases(registry.catalog)
         rows = [
-            {"alias": f"{model}@{alias}", "name": f"{model}:v{v}", "id": id} for model, alias, v, id in found
+            {"alias": f"{model}@{alias}", "name": f"{model}:v{number}", "id": version_id}
+            for model, alias, number, version_id in found
         ]
         if as_json:
             print_json({"aliases": rows})
         else:
-            print_table(("ALIAS", "CHECKPOINT", "ID"), [(r["alias"], r["name"], r["id"][:12]) for r in rows])
+            heads = ("ALIAS", "CHECKPOINT", "ID")
+            print_table(heads, [(r["alias"], r["name"], r["id"][:12]) for r in rows], left=heads)
 
 
 @command("tag", "registry tag lenet5:v3 paper\nregistry tag --remove lenet5:v3 paper")
-@click.argument("reference", type=Reference())
+@click.argument("reference", type=ReferenceType())
 @click.argument("tags", nargs=-1, required=True, metavar="TAG...")
 @click.option("--remove", is_flag=True, help="Take the tags off.")
 def tag(reference: str, tags: tuple[str, ...], remove: bool, registry: Registry, as_json: bool) -> None:
@@ -68,7 +70,7 @@ def tag(reference: str, tags: tuple[str, ...], remove: bool, registry: Registry,
 
 
 @command("note", 'registry note lenet5:v3 "trained with the corrected labels"')
-@click.argument("reference", type=Reference())
+@click.argument("reference", type=ReferenceType())
 @click.argument("text")
 def note(reference: str, text: str, registry: Registry, as_json: bool) -> None:
     """Attach a note to a checkpoint."""
@@ -81,7 +83,7 @@ def note(reference: str, text: str, registry: Registry, as_json: bool) -> None:
 
 
 @command("rm", "registry rm lenet5:v1 lenet5:v2 --dry-run")
-@click.argument("references", nargs=-1, required=True, type=Reference(), metavar="REFERENCE...")
+@click.argument("references", nargs=-1, required=True, type=ReferenceType(), metavar="REFERENCE...")
 @click.option("--force", is_flag=True, help="Also versions that an alias or a tag holds.")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")

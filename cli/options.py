@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
+from registry.store.errors import NotFound
+
 if TYPE_CHECKING:
     from registry.registry import Registry
 
@@ -62,9 +64,21 @@ def open_registry(root: str | None = None) -> Registry:
     Raises:
         NotFound: saying how to make one.
     """
+    # Lazy: start-up.
     from registry.registry import Registry
 
     return Registry(_root(root), create=False)
+
+
+def registry_if_any(root: str | None) -> Registry | None:
+    """The registry in a folder, or none if there is none: two files can be compared without."""
+    # Lazy: start-up.
+    from registry.registry import Registry
+
+    try:
+        return Registry(root, create=False)
+    except NotFound:
+        return None
 
 
 direction = click.option(
@@ -83,7 +97,7 @@ renames = click.option(
 casts = click.option("--allow-cast", is_flag=True, help="Load values of another dtype.")
 
 
-class Reference(click.ParamType[str, str]):
+class ReferenceType(click.ParamType[str, str]):
     """A reference; the shell completes it from the catalog."""
 
     name = "reference"
@@ -91,12 +105,15 @@ class Reference(click.ParamType[str, str]):
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
+        """The references that begin with what is typed; none if they cannot be read."""
+        # Lazy: start-up.
         from registry.registry import Registry
 
         try:
             root = ctx.params.get("root") or ctx.find_root().params.get("root")
             names = Registry(root, create=False).names(incomplete)
-        except Exception:  # a shell that completes must not print errors
+        # A shell that completes must not print errors.
+        except Exception:
             return []
         return [CompletionItem(name) for name in names]
 

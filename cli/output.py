@@ -9,7 +9,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from registry.store.errors import RegistryError
 
 _PATIENCE = 1.0
-_LEFT = "RUN STATE PARENT CLASS IMAGE OR MODEL NAME LATEST METRICS ALIASES TAGS CREATED ID COMPONENT PATH DTYPE SHAPE DIGEST ALIAS CHECKPOINT"
+"""Seconds of work before a bar appears."""
+
 _DISPENSABLE = ("ID", "DIGEST", "CREATED")
+"""Columns that a narrow terminal leaves out; `show` and `--json` have them all."""
 
 
 _commands: list[str] = []
@@ -84,25 +86,31 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print rows under headings; columns that are empty throughout are left out."""
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, left: Collection[str] = ()) -> None:
+    """Print rows under headings; columns that are empty throughout are left out.
+
+    Args:
+        left: the headings of the columns that hold text, which are aligned left; the others are aligned right.
+    """
     texts = [[_cell(value) for value in row] for row in rows]
     kept = [i for i in range(len(columns)) if i == 0 or any(row[i] for row in texts)]
     columns = [columns[i] for i in kept]
     texts = [[row[i] for i in kept] for row in texts]
     if sys.stdout.isatty():
-        _rich_table(columns, texts)
+        _rich_table(columns, texts, left)
         return
     widths = [max(map(len, column)) for column in zip(columns, *texts, strict=True)]
     for row in [columns, *texts]:
         cells = [
-            cell.ljust(width) if name in _LEFT.split() else cell.rjust(width)
+            cell.ljust(width) if name in left else cell.rjust(width)
             for name, cell, width in zip(columns, row, widths, strict=True)
         ]
         click.echo("  ".join(cells).rstrip())
 
 
-def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[str]) -> None:
+    """Print a table on a terminal, without what is dispensable if it is narrow."""
+    # Lazy: loads rich.
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -110,17 +118,17 @@ def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     console = Console()
     shown = list(range(len(columns)))
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    for name in _DISPENSABLE:  # on a narrow terminal; `show` and `--json` have them all
+    for name in _DISPENSABLE:
         if sum(widths[i] + 2 for i in shown) > console.width and name in columns and len(shown) > 1:
             shown.remove(columns.index(name))
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     for i in shown:
-        left = columns[i] in _LEFT.split()
+        is_text = columns[i] in left
         table.add_column(
             columns[i],
-            justify="left" if left else "right",
+            justify="left" if is_text else "right",
             style="cyan" if i == 0 else None,
-            no_wrap=not left or i == 0,
+            no_wrap=not is_text or i == 0,
             overflow="fold",
         )
     for row in rows:
@@ -212,7 +220,7 @@ def version_document(version: Version) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def progress(label: str) -> Iterator[Callable[..., None]]:
+def progress_bar(label: str) -> Iterator[Callable[..., None]]:
     """A callback for long work; a bar appears on a terminal's error stream after a second.
 
     It takes what is done, what there is in all, and optionally what was saved so far, all of them in bytes.
@@ -228,6 +236,7 @@ def progress(label: str) -> Iterator[Callable[..., None]]:
         bar: list[Any] = []
 
         def report(done: int, total: int, saved: int = 0) -> None:
+            # Lazy: loads rich.
             from rich.markup import escape
 
             if not bar and time.monotonic() - started < _PATIENCE:
@@ -242,6 +251,7 @@ def progress(label: str) -> Iterator[Callable[..., None]]:
 
 
 def _bar() -> Any:
+    # Lazy: loads rich.
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from registry.cli.options import Reference, command, direction
+from registry.catalog.resolving import no_such_metric
+from registry.catalog.versions import Version, list_models, list_versions, name_of, rank_versions
+from registry.cli.options import ReferenceType, command, direction
 from registry.cli.output import (
     counted,
     number,
@@ -21,17 +23,21 @@ from registry.cli.output import (
     time_of,
     version_document,
 )
+from registry.log.metrics import is_smallest_best
 from registry.store.text import quoted
 
 if TYPE_CHECKING:
-    from registry.catalog.versions import Version
     from registry.registry import Registry
 
 _MANY = 4
+"""Metrics that get a column each in a table of versions."""
+
+_TEXTS = ("MODEL", "NAME", "LATEST", "METRICS", "ALIASES", "TAGS", "CREATED", "ID")
+"""Columns of text in a table of versions."""
 
 
 @command("list", "registry list\nregistry list lenet5 --sort accuracy --limit 5")
-@click.argument("model", required=False, type=Reference())
+@click.argument("model", required=False, type=ReferenceType())
 @click.option("--sort", "metric", metavar="METRIC", help="Order by a metric or the loss, the best first.")
 @direction
 @click.option("--tag", metavar="TAG", help="Only versions with this tag.")
@@ -49,10 +55,6 @@ def list_(
 
     The newest versions come first. --sort puts the best first, and the largest where a metric's name does not tell which is better.
     """
-    from registry.catalog.resolving import no_such_metric
-    from registry.catalog.versions import list_versions, rank_versions
-    from registry.log.metrics import is_smallest_best
-
     if model is None and not (metric or tag):
         _list_models(registry, as_json)
         return
@@ -61,7 +63,8 @@ def list_(
     if metric:
         versions, total = rank_versions(
             registry.catalog,
-            *(model, metric),
+            model,
+            metric,
             smallest=bool(is_smallest_best(metric) if smallest is None else smallest),
             tag=tag,
             limit=limit or None,
@@ -74,14 +77,13 @@ def list_(
         print_json({"total": total, "versions": [version_document(version) for version in versions]})
         return
     columns, rows = _table(versions)
-    print_table(columns, [(version.name, *row) for version, row in zip(versions, rows, strict=True)])
+    named = [(version.name, *row) for version, row in zip(versions, rows, strict=True)]
+    print_table(columns, named, left=_TEXTS)
     if total > len(versions):
         say(f"{counted(len(versions), 'version')} of {total:,}; --limit 0 shows all")
 
 
 def _list_models(registry: Registry, as_json: bool) -> None:
-    from registry.catalog.versions import list_models
-
     models = list_models(registry.catalog)
     if as_json:
         print_json(
@@ -105,6 +107,7 @@ def _list_models(registry: Registry, as_json: bool) -> None:
     print_table(
         ("MODEL", "VERSIONS", "LATEST", *columns[1:]),
         [(*count, *row) for count, row in zip(counts, rows, strict=True)],
+        left=_TEXTS,
     )
 
 
@@ -115,10 +118,16 @@ def _table(versions: Sequence[Version]) -> tuple[tuple[str, ...], list[tuple[Any
     columns = ("NAME", "EPOCH", "STEP", "LOSS", *map(str.upper, each), "METRICS", "ALIASES", "TAGS")
     rows = [
         (
-            *(version.epoch, version.step, version.loss),
+            version.epoch,
+            version.step,
+            version.loss,
             *[version.metrics.get(name) for name in each],
             [] if each else [f"{name}={number(value)}" for name, value in version.metrics.items()],
-            *(version.aliases, version.tags, size(version.size), time_of(version.created), version.id[:12]),
+            version.aliases,
+            version.tags,
+            size(version.size),
+            time_of(version.created),
+            version.id[:12],
         )
         for version in versions
     ]
@@ -126,7 +135,7 @@ def _table(versions: Sequence[Version]) -> tuple[tuple[str, ...], list[tuple[Any
 
 
 @command("show", "registry show lenet5@best --params")
-@click.argument("reference", type=Reference())
+@click.argument("reference", type=ReferenceType())
 @click.option("--params", is_flag=True, help="List every tensor: name, dtype, shape, digest.")
 def show(reference: str, params: bool, registry: Registry, as_json: bool) -> None:
     """Show what is recorded of a checkpoint."""
@@ -150,6 +159,7 @@ def show(reference: str, params: bool, registry: Registry, as_json: bool) -> Non
             (name, part["tensors"], f"{part['elements']:,}", size(part["bytes"]))
             for name, part in components.items()
         ],
+        left=("COMPONENT",),
     )
     if params:
         click.echo()
@@ -159,10 +169,12 @@ def show(reference: str, params: bool, registry: Registry, as_json: bool) -> Non
                 (path, dtype, "x".join(map(str, shape)) or "scalar", f"{math.prod(shape):,}", digest[:12])
                 for path, dtype, shape, digest in tensors
             ],
+            left=("PATH", "DTYPE", "SHAPE", "DIGEST"),
         )
 
 
 def _show_facts(registry: Registry, version: Version) -> None:
+    # Lazy: start-up.
     from registry.configs.documents import flatten
 
     record = version.record
@@ -194,8 +206,6 @@ def _show_facts(registry: Registry, version: Version) -> None:
 
 def _known(registry: Registry, parent: str) -> str:
     """The name of a version that an edge gives by its id; otherwise the edge's text, such as a file."""
-    from registry.catalog.versions import name_of
-
     return name_of(registry.catalog, parent) or parent
 
 
@@ -219,9 +229,9 @@ def _made(provenance: Mapping[str, Any], registry: Registry) -> list[tuple[str, 
 
 def _data(provenance: Mapping[str, Any], registry: Registry) -> str | None:
     """The digest of the data set, and the cached function that made it."""
-    ids = [provenance["dataset"]] if "dataset" in provenance else list(provenance.get("artifacts", ()))
-    made = {one.id: one.function for one in registry.artifacts.find()} if ids else {}
-    return ", ".join(f"{made[id]} {id}" if id in made else id for id in ids) or None
+    digests = [provenance["dataset"]] if "dataset" in provenance else list(provenance.get("artifacts", ()))
+    made = {one.id: one.function for one in registry.artifacts.find()} if digests else {}
+    return ", ".join(f"{made[one]} {one}" if one in made else one for one in digests) or None
 
 
 def _nearby(path: str) -> str:

@@ -1,4 +1,4 @@
-"""Looking back: runs, history, best, lineage, log, board."""
+"""Training sessions: runs, log, board."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,37 +14,24 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from registry.catalog.runs import INNER, LOG, RunInfo
-from registry.cli.options import Reference, command, direction
-from registry.cli.output import (
-    counted,
-    number,
-    print_json,
-    print_table,
-    say,
-    size,
-    time_of,
-    version_document,
-    warn,
-)
+from registry.cli.options import ReferenceType, command
+from registry.cli.output import counted, print_json, print_table, say, time_of, warn
 from registry.store.errors import Conflict, NotFound, storage_errors
 from registry.store.places import open_file, opened_folder
 
 if TYPE_CHECKING:
-    from registry.catalog.versions import Version
     from registry.registry import Registry
 
-
-_DEEPEST = 50
-"""Levels of the tree that `lineage` shows."""
 
 _LONGEST_LOG = 4 << 20
 """Bytes at the end of a run's log that are shown."""
 
 _LONGEST_LINE = 1 << 20
+"""Characters of a line of a log that are printed at once."""
 
 
 @command("runs", "registry runs lenet5")
-@click.argument("model", required=False, type=Reference())
+@click.argument("model", required=False, type=ReferenceType())
 def runs(model: str | None, registry: Registry, as_json: bool) -> None:
     """List training sessions, the newest first."""
     found = registry.runs.find(model)
@@ -77,6 +64,7 @@ def runs(model: str | None, registry: Registry, as_json: bool) -> None:
             (info.name, state, counts.get(info.name, 0), time_of(info.started), _duration(info))
             for info, state in zip(found, states, strict=True)
         ],
+        left=("RUN", "STATE"),
     )
 
 
@@ -85,6 +73,7 @@ def _state(registry: Registry, info: RunInfo) -> str:
 
 
 def _duration(info: RunInfo) -> str:
+    """How long a run took; empty while it runs, a question mark if its times are damaged."""
     if not info.ended:
         return ""
     try:
@@ -96,174 +85,18 @@ def _duration(info: RunInfo) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-@command("history", "registry history lenet5")
-@click.argument("model", type=Reference())
-@click.option("--limit", default=50, show_default=True, type=click.IntRange(0), help="Rows; 0 for all.")
-def history(model: str, limit: int, registry: Registry, as_json: bool) -> None:
-    """Show how a model came to be, version by version.
-
-    PARENT is the version that training went on from, OWN what was written for the version alone.
-    """
-    from registry.catalog.versions import list_versions, own_sizes
-
-    model = registry.resolve(model).model
-    versions, total = list_versions(registry.catalog, model, limit=limit or None)
-    own = own_sizes(registry.catalog, model, min((v.version for v in versions), default=1))
-    if as_json:
-        rows = [
-            {
-                **version_document(version),
-                "run": version.record.get("run"),
-                "parent": version.record.get("parent"),
-                "own": own.get(version.id, 0),
-            }
-            for version in versions
-        ]
-        print_json({"total": total, "versions": rows})
-        return
-    names = list(dict.fromkeys(name for version in versions for name in version.metrics))
-    print_table(
-        ("NAME", "EPOCH", "STEP", "LOSS", *map(str.upper, names), "ALIASES", "PARENT", "RUN", "OWN"),
-        [
-            (
-                *(version.name, version.epoch, version.step, version.loss),
-                *[version.metrics.get(name) for name in names],
-                *(version.aliases, version.record.get("parent"), version.record.get("run")),
-                size(own.get(version.id, 0)),
-            )
-            for version in versions
-        ],
-    )
-    if total > len(versions):
-        say(f"{counted(len(versions), 'version')} of {total:,}; --limit 0 shows all")
-
-
-@command("best", "registry best lenet5 --by accuracy\nregistry best lenet5 --by val/loss")
-@click.argument("model", type=Reference())
-@click.option("--by", "metric", required=True, metavar="METRIC", help="A metric, or loss.")
-@direction
-def best(model: str, metric: str, smallest: bool | None, registry: Registry, as_json: bool) -> None:
-    """Find the best version of a model."""
-    found = registry.best(model, metric, smallest=smallest)
-    version = registry.resolve(found.name)
-    if as_json:
-        print_json(version_document(version))
-        return
-    value = version.loss if metric == "loss" else version.metrics[metric]
-    say(f"{version.name}  {metric} {number(value or 0.0)}  epoch {version.epoch}")
-
-
-@command("lineage", "registry lineage lenet5@best")
-@click.argument("reference", type=Reference())
-def lineage(reference: str, registry: Registry, as_json: bool) -> None:
-    """Show what a checkpoint came from and what came from it, as a tree."""
-    version = registry.resolve(reference)
-    sources, led_to = _sources(registry, version, {}), _children(registry, version, {})
-    document = {**_node(version), "from": sources, "led_to": led_to}
-    if as_json:
-        print_json(document)
-        return
-    say(_label(document))
-    _print_branches(document["from"], "")
-    if document["led_to"]:
-        say("")
-        say("led to")
-        _print_branches(document["led_to"], "")
-
-
-def _node(version: Version) -> dict[str, Any]:
-    return {
-        "name": version.name,
-        "id": version.id,
-        "epoch": version.epoch,
-        "metrics": dict(version.metrics),
-        "run": version.record.get("run"),
-    }
-
-
-def _sources(
-    registry: Registry, version: Version, seen: dict[str, None], depth: int = 0
-) -> list[dict[str, Any]]:
-    """What a version came from: its own edges, or the version before it in the same run.
-
-    Args:
-        seen: ids of the versions whose own sources are in the tree already; there may be many ways to one.
-    """
-    seen[version.id] = None
-    found = []
-    for edge in version.record.get("lineage", []):
-        parent = _by_id(registry, edge["parent"])
-        if parent is None:
-            found.append({"kind": edge["kind"], "name": edge["parent"], "from": []})
-        else:
-            found.append({"kind": edge["kind"], **_branch(registry, parent, _sources, seen, depth)})
-    if not found and (name := version.record.get("parent")):
-        with contextlib.suppress(NotFound):
-            parent = registry.resolve(name)
-            found.append({"kind": "trained on from", **_branch(registry, parent, _sources, seen, depth)})
-    return found
-
-
-def _children(
-    registry: Registry, version: Version, seen: dict[str, None], depth: int = 0
-) -> list[dict[str, Any]]:
-    from registry.catalog.ancestry import children
-
-    seen[version.id] = None
-    return [
-        {"kind": kind, **_branch(registry, child, _children, seen, depth)}
-        for child, kind in children(registry.catalog, version)
-    ]
-
-
-def _branch(
-    registry: Registry,
-    version: Version,
-    below: Callable[[Registry, Version, dict[str, None], int], list[dict[str, Any]]],
-    seen: dict[str, None],
-    depth: int,
-) -> dict[str, Any]:
-    """A version in the tree, and what is below it, unless that is there already or too far down."""
-    if version.id in seen:
-        return {**_node(version), "from": [], "more": "above"}
-    if depth >= _DEEPEST:
-        return {**_node(version), "from": [], "more": f"registry lineage {version.name}"}
-    return {**_node(version), "from": below(registry, version, seen, depth + 1)}
-
-
-def _by_id(registry: Registry, id: str) -> Version | None:
-    from registry.catalog.versions import find_versions
-
-    found = find_versions(registry.catalog, "v.id = ?", [id])
-    return found[0] if found else None
-
-
-def _label(node: dict[str, Any]) -> str:
-    parts = [node["name"]]
-    if node.get("epoch") is not None:
-        parts.append(f"epoch {node['epoch']}")
-    parts += [f"{name} {number(value)}" for name, value in node.get("metrics", {}).items()]
-    if node.get("run"):
-        parts.append(node["run"])
-    if node.get("more"):
-        parts.append(f"(more: {node['more']})")
-    return "  ".join(parts)
-
-
-def _print_branches(nodes: list[dict[str, Any]], indent: str) -> None:
-    for i, node in enumerate(nodes):
-        last = i == len(nodes) - 1
-        say(f"{indent}{'└── ' if last else '├── '}{node['kind']}  {_label(node)}")
-        _print_branches(node["from"], indent + ("    " if last else "│   "))
-
-
-class _Source(Reference):
+class _Source(ReferenceType):
     """A run, or a checkpoint for the run that saved it."""
 
     name = "run"
 
 
 def _run_of(registry: Registry, text: str) -> RunInfo:
+    """The run that a text names, or that saved the checkpoint that it names.
+
+    Raises:
+        NotFound: if there is none.
+    """
     if "/" in text:
         return registry.runs[text]
     version = registry.resolve(text)
@@ -295,7 +128,8 @@ def log(source: str, follow: bool, registry: Registry, as_json: bool) -> None:
         if before > 0:
             warn(f"only the last {_LONGEST_LOG >> 20} MB are shown; the whole log is {path}")
             file.seek(before)
-            file.readline(_LONGEST_LINE)  # The rest of a line that is cut.
+            # The rest of a line that is cut.
+            file.readline(_LONGEST_LINE)
         if as_json:
             lines = file.read(_LONGEST_LOG).splitlines()
             print_json({"run": info.name, "file": str(path), "lines": lines})
@@ -326,6 +160,7 @@ def board(sources: tuple[str, ...], host: str, port: int, registry: Registry, as
     _check_port(host, port)
     with contextlib.ExitStack() as stack:
         if chosen:
+            # Lazy: start-up.
             import tempfile
 
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="registry-board-")))
@@ -361,6 +196,12 @@ def _link(runs: Path, names: Sequence[str], folder: Path) -> None:
 
 
 def _launch(folder: Path, host: str, port: int) -> str:
+    """Start TensorBoard; returns its address.
+
+    Raises:
+        Conflict: if it does not start.
+    """
+    # Lazy: loads tensorboard.
     from tensorboard import program
 
     server = program.TensorBoard()
@@ -373,6 +214,12 @@ def _launch(folder: Path, host: str, port: int) -> str:
 
 
 def _check_port(host: str, port: int) -> None:
+    """See that a port is free.
+
+    Raises:
+        Conflict: if it is not, naming one that is.
+    """
+    # Lazy: start-up.
     import socket
 
     def is_free(number: int) -> bool:
@@ -391,7 +238,7 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _tunnel(port: int) -> str | None:
-    """The command that forwards the port to a person who came by SSH."""
+    """The `ssh` command that forwards the port to the user's own machine; none without SSH."""
     parts = os.environ.get("SSH_CONNECTION", "").split()
     if len(parts) != 4:
         return None

@@ -23,6 +23,7 @@ def completion(shell: str) -> None:
     app = click.get_current_context().find_root().command
     found = get_completion_class(shell)
     assert found is not None
-    if shell == "bash":  # which would take lenet5:v3 and lenet5@best for several words
+    # Bash would take lenet5:v3 and lenet5@best for several words.
+    if shell == "bash":
         click.echo("COMP_WORDBREAKS=${COMP_WORDBREAKS//[:@]/}")
-    click.echo(found(app, {}, "registry", "_REGISTRY_COMPLETE").source())
+    click.echo(found(app, ctx_args={}, prog_name="registry", complete_var="_REGISTRY_COMPLETE").source())

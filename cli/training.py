@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from registry.cli.options import Reference, casts, command, renames
+from registry.cli.options import ReferenceType, casts, command, renames
 from registry.cli.output import number, print_facts, print_json, print_table, say, version_document, warn
+from registry.configs.documents import read_document
 from registry.store.errors import Incompatible, Invalid, NotFound
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from registry.models.data import Data
     from registry.models.training import TrainConfig
     from registry.registry import Registry
+    from registry.runs.run import Run
 
 _DATA = (
     "digits (the default), fashion-mnist, mnist, cifar10, or folder: your own images, a folder for each class"
@@ -40,7 +42,7 @@ _DATA = (
 @click.option("--epochs", type=int, help="Passes over the data.")
 @click.option("--config", type=click.Path(), metavar="FILE", help="Hyperparameters: JSON, YAML or TOML.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override a hyperparameter.")
-@click.option("--resume", type=Reference(), metavar="REF", help="Go on from a checkpoint, bit for bit.")
+@click.option("--resume", type=ReferenceType(), metavar="REF", help="Go on from a checkpoint, bit for bit.")
 @click.option(
     "--from", "source", metavar="REF", help="First weights: whatever fits of a checkpoint or a file."
 )
@@ -74,81 +76,95 @@ def train(
     freeze: str | None,
     name: str | None,
     devices: str | None,
-    keep_last: int | None,
-    keep_best: int | None,
-    keep_optimizer: int | None,
-    compact: bool,
     registry: Registry,
     as_json: bool,
+    # The options from --keep-last to --compact, named as `Registry.run` names them.
+    **keep: Any,
 ) -> None:
     """Train a network and record every epoch.
 
     MODEL is the name of a network: lenet5, lenet6, or one that an installed package provides. Ctrl-C saves at the next batch and says how to resume. In several processes: torchrun --nproc-per-node=2 -m registry.cli train MODEL.
     """
+    # Lazy: loads torch.
     from registry.live.devices import get_devices
     from registry.models.data import load
     from registry.models.training import train as run_training
 
+    _check_start(resume, source, freeze, has_rules=bool(rules or allow_cast))
+    resumed = registry[resume] if resume else None
+    given = {"model": model, "data": data, "epochs": epochs}
+    settings = _settings(given, config, resumed).override(*assignments)
+    content = load(settings.data, data_dir, download=download, seed=settings.seed)
+    place = name or (resumed.model if resumed else settings.model)
+    chosen = get_devices(devices or "cpu")
+    with (
+        _several_processes(chosen[0]) as leads,
+        _shown_training(quiet=as_json or not leads) as progress,
+        _told_how_to_resume(registry, place, leads=leads),
+    ):
+        if devices and leads and not as_json:
+            say(f"training on {', '.join(map(str, chosen))}")
+        run = run_training(
+            registry,
+            settings,
+            content,
+            name=place,
+            resume=resumed,
+            source=source,
+            rename=rules,
+            allow_cast=allow_cast,
+            freeze=freeze,
+            devices=chosen,
+            progress=progress,
+            **keep,
+        )
+    if leads:
+        _tell(registry, run, place, as_json=as_json)
+
+
+def _check_start(resume: str | None, source: str | None, freeze: str | None, *, has_rules: bool) -> None:
+    """Refuse options of a start that contradict one another.
+
+    Args:
+        has_rules: whether rules are given by which a source is loaded.
+
+    Raises:
+        click.UsageError: if they do.
+    """
     if resume and (source or freeze):
         raise click.UsageError(
             "--resume goes on with what was loaded and frozen; leave --from and --freeze out"
         )
     if freeze == "loaded" and not source:
         raise click.UsageError("--freeze loaded needs --from, which says what is loaded")
-    if (rules or allow_cast) and not source:
+    if has_rules and not source:
         raise click.UsageError("--rename and --allow-cast go with --from, which says what is loaded")
-    resumed = registry[resume] if resume else None
-    settings = _settings(model, data, epochs, config, assignments, resumed)
-    content = load(settings.data, data_dir, download=download, seed=settings.seed)
-    keep = {"keep_last": keep_last, "keep_best": keep_best, "keep_optimizer": keep_optimizer}
-    place = name or (resumed.model if resumed else settings.model)
-    chosen = get_devices(devices or "cpu")
-    with _several_processes(chosen[0]) as leads, _shown_training(quiet=as_json or not leads) as progress:
-        if devices and leads and not as_json:
-            say(f"training on {', '.join(map(str, chosen))}")
-        try:
-            run = run_training(
-                registry,
-                settings,
-                content,
-                name=place,
-                resume=resumed,
-                source=source,
-                rename=rules,
-                allow_cast=allow_cast,
-                freeze=freeze,
-                devices=chosen,
-                progress=progress,
-                compact=compact,
-                **keep,
-            )
-        except (KeyboardInterrupt, SystemExit):
-            if leads:
-                _say_how_to_resume(registry, place)
-            raise
-    if not leads:
-        return
+
+
+def _tell(registry: Registry, run: Run, model: str, *, as_json: bool) -> None:
+    """Say what a training came to, once its last version is stored."""
     last = run.wait()
-    best = registry[f"{place}@best"]
+    best = registry[f"{model}@best"]
     if as_json:
-        document = {name: version_document(registry.resolve(one.name)) for name, one in (("best", best),)}
         latest = version_document(registry.resolve(last.name)) if last else None
-        print_json({"run": run.name, "log": str(run.log_file), "latest": latest, **document})
+        document = {"run": run.name, "log": str(run.log_file), "latest": latest}
+        print_json({**document, "best": version_document(registry.resolve(best.name))})
         return
     say(f"{run.name} finished: the best is {best.name}, accuracy {number(best.metrics['accuracy'])}")
-    say(f"see it with: registry history {place}, registry board {run.name}, registry log {run.name}")
+    say(f"see it with: registry history {model}, registry board {run.name}, registry log {run.name}")
 
 
-def _settings(
-    model: str | None,
-    data: str | None,
-    epochs: int | None,
-    config: str | None,
-    assignments: tuple[str, ...],
-    resumed: Checkpoint | None,
-) -> TrainConfig:
-    """Hyperparameters from the checkpoint to resume, or a file; then from options, which win."""
-    from registry.configs.documents import read_document
+def _settings(given: Mapping[str, Any], config: str | None, resumed: Checkpoint | None) -> TrainConfig:
+    """Hyperparameters from the checkpoint to resume, or a file.
+
+    Args:
+        given: those that have options of their own, which win; none where an option is not given.
+
+    Raises:
+        Invalid: if a value is not allowed, or both a file and a checkpoint are given.
+        Incompatible: if the checkpoint cannot be resumed, or is another network than the one that is named.
+    """
+    # Lazy: loads torch.
     from registry.models.training import TrainConfig
 
     if resumed and config:
@@ -165,7 +181,6 @@ def _settings(
                 f"{resumed.name} cannot be resumed: it has no {'optimizer' if resumed.config else 'configuration'}"
             )
         document, source = dict(resumed.config), resumed.name
-    given = {"model": model, "data": data, "epochs": epochs}
     for key, value in given.items():
         if value is None:
             continue
@@ -174,17 +189,19 @@ def _settings(
         document[key] = value
     if "model" not in document:
         raise click.UsageError("name a network, such as: registry train lenet5")
-    return TrainConfig.from_dict(document, source=source).override(*assignments)
+    return TrainConfig.from_dict(document, source=source)
 
 
 @contextlib.contextmanager
 def _several_processes(device: torch.device) -> Iterator[bool]:
     """Join the processes that torchrun started with this one; yields whether this one speaks for all."""
+    # Lazy: loads torch.
     from registry.live import ranks
 
     if ranks.started() == 1 or ranks.count() > 1:
         yield ranks.mine() == 0
         return
+    # Lazy: loads torch.
     import torch
     import torch.distributed as dist
 
@@ -197,18 +214,30 @@ def _several_processes(device: torch.device) -> Iterator[bool]:
         dist.destroy_process_group()
 
 
-def _say_how_to_resume(registry: Registry, model: str) -> None:
-    with contextlib.suppress(NotFound):
-        latest = registry[model]
-        warn(
-            f"interrupted; {latest.name} has epoch {latest.epoch}, step {latest.step}. Go on with: "
-            f"registry train --resume {latest.name}"
-        )
+@contextlib.contextmanager
+def _told_how_to_resume(registry: Registry, model: str, *, leads: bool) -> Iterator[None]:
+    """Where training is interrupted, say how to go on.
+
+    Args:
+        leads: whether this process speaks for all.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if leads:
+            with contextlib.suppress(NotFound):
+                latest = registry[model]
+                warn(
+                    f"interrupted; {latest.name} has epoch {latest.epoch}, step {latest.step}. Go on with: "
+                    f"registry train --resume {latest.name}"
+                )
+        raise
 
 
 @contextlib.contextmanager
 def _shown_training(*, quiet: bool) -> Iterator[Any]:
     """Show the training's log lines, and on a terminal a bar below them; yields the bar's callback."""
+    # Lazy: start-up.
     import logging
 
     logger = logging.getLogger("registry.models.training")
@@ -227,6 +256,7 @@ def _shown_training(*, quiet: bool) -> Iterator[Any]:
 
 def _handler(line: Callable[[str], None]) -> logging.Handler:
     """Passes messages on without time and place, and without the details within an epoch: the log has them."""
+    # Lazy: start-up.
     import logging
 
     class Lines(logging.Handler):
@@ -238,6 +268,8 @@ def _handler(line: Callable[[str], None]) -> logging.Handler:
 
 
 def _bar(stack: contextlib.ExitStack) -> tuple[Any, Any]:
+    """A bar on the error stream: what moves it, and what prints a line above it."""
+    # Lazy: loads rich.
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -258,7 +290,7 @@ def _bar(stack: contextlib.ExitStack) -> tuple[Any, Any]:
 
 
 @command("eval", "registry eval lenet5@best --data digits")
-@click.argument("reference", type=Reference())
+@click.argument("reference", type=ReferenceType())
 @click.option("--data", metavar="NAME", help=f"What to test on: {_DATA}.")
 @click.option("--data-dir", type=click.Path(), metavar="DIR", help="Where the data is.")
 @click.option("--download", is_flag=True, help="Fetch missing data to --data-dir.")
@@ -266,11 +298,10 @@ def eval_(
     reference: str, data: str | None, data_dir: str | None, download: bool, registry: Registry, as_json: bool
 ) -> None:
     """Measure a checkpoint on held-out data."""
-    import torch
-
+    # Lazy: loads torch.
     from registry.models.data import load
+    from registry.models.measuring import evaluate
     from registry.models.pictures import labels_of
-    from registry.models.training import evaluate
 
     checkpoint = registry[reference]
     trained = checkpoint.config or {}
@@ -280,14 +311,8 @@ def eval_(
     network = registry.build(checkpoint.name)
     _check_fit(checkpoint, network, content)
     loss, accuracy, logits = evaluate(network, content.test)
-    labels, guesses = labels_of(content), logits.argmax(1)
-    rows = []
-    for place, name in enumerate(content.classes):
-        mine = labels == place
-        share = (guesses[mine] == place).float().mean().item() if mine.any() else float("nan")
-        wrong = guesses[mine & (guesses != place)]
-        mistaken = content.classes[int(torch.mode(wrong).values)] if len(wrong) else ""
-        rows.append((name, int(mine.sum()), share, mistaken))
+    labels = labels_of(content)
+    rows = _by_class(content.classes, labels, logits.argmax(1))
     if as_json:
         classes = [
             {"class": name, "images": count, "accuracy": share, "mistaken_for": mistaken or None}
@@ -307,10 +332,33 @@ def eval_(
     facts = [("checkpoint", checkpoint.name), ("data", content.name), ("images", len(labels))]
     print_facts([*facts, ("accuracy", accuracy), ("loss", loss)])
     click.echo()
-    print_table(("CLASS", "IMAGES", "ACCURACY", "MISTAKEN FOR"), rows)
+    print_table(("CLASS", "IMAGES", "ACCURACY", "MISTAKEN FOR"), rows, left=("CLASS",))
+
+
+def _by_class(
+    classes: Sequence[str], labels: torch.Tensor, guesses: torch.Tensor
+) -> list[tuple[str, int, float, str]]:
+    """For each class its name, how many images show it, the share that is seen to, and what it is mistaken for most.
+
+    Args:
+        labels, guesses: int64 [images].
+    """
+    rows = []
+    for place, name in enumerate(classes):
+        mine = labels == place
+        share = (guesses[mine] == place).float().mean().item() if mine.any() else float("nan")
+        wrong = guesses[mine & (guesses != place)]
+        mistaken = classes[int(wrong.mode().values)] if len(wrong) else ""
+        rows.append((name, int(mine.sum()), share, mistaken))
+    return rows
 
 
 def _check_fit(checkpoint: Checkpoint, network: Any, content: Data) -> None:
+    """See that a network takes such images and knows as many classes.
+
+    Raises:
+        Incompatible: if not.
+    """
     config = network.config
     if (config.channels, config.classes) != (content.channels, len(content.classes)):
         raise Incompatible(
@@ -320,7 +368,7 @@ def _check_fit(checkpoint: Checkpoint, network: Any, content: Data) -> None:
 
 
 @command("predict", "registry predict lenet5@best digit.png photo.jpg --fit")
-@click.argument("reference", type=Reference())
+@click.argument("reference", type=ReferenceType())
 @click.argument("images", nargs=-1, required=True, type=click.Path(), metavar="IMAGE...")
 @click.option("--fit", is_flag=True, help="Scale images of another size, and convert colour.")
 @click.option("--invert", is_flag=True, help="Turn dark on bright into bright on dark, as digits has it.")
@@ -328,6 +376,7 @@ def predict(
     reference: str, images: tuple[str, ...], fit: bool, invert: bool, registry: Registry, as_json: bool
 ) -> None:
     """Say what images show."""
+    # Lazy: loads torch.
     from registry.models.predicting import predict as classify
 
     checkpoint = registry[reference]
@@ -341,4 +390,4 @@ def predict(
         (one.image, one.label, f"{one.probability:.1%}", f"{one.second} {one.second_probability:.1%}")
         for one in found
     ]
-    print_table(("IMAGE", "CLASS", "PROBABILITY", "OR"), rows)
+    print_table(("IMAGE", "CLASS", "PROBABILITY", "OR"), rows, left=("IMAGE", "CLASS", "OR"))

@@ -1,117 +1,23 @@
-"""Comparing and transferring: diff, plan, transfer, verify-frozen."""
+"""From one network into another: plan, transfer, verify-frozen, advise."""
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from registry.cli.options import Reference, casts, command, pairs, renames
-from registry.cli.output import print_json, say, told
+from registry.cli.options import ReferenceType, casts, command, pairs, registry_if_any, renames
+from registry.cli.output import print_json, say, version_document
+from registry.configs.documents import read_document
 from registry.store.errors import Invalid, NotFound
 from registry.transfer.adapters import ADAPTERS
 
 if TYPE_CHECKING:
     from registry.registry import Registry
-    from registry.reports.blocks import Block
-    from registry.transfer.report import DiffReport
 
 _TAKE_ROWS = ", ".join(name for name, adapter in ADAPTERS.items() if adapter.takes_rows)
 """Names of the adapters that need the classes of both sides."""
-
-
-def _registry(root: str | None) -> Registry | None:
-    """The registry, if there is one: two files can be compared without."""
-    from registry.registry import Registry
-
-    try:
-        return Registry(root, create=False)
-    except NotFound:
-        return None
-
-
-@command(
-    "diff",
-    "registry diff lenet5@best lenet6 --values\nregistry diff a.safetensors b.pt --format html -o diff.html",
-)
-@click.argument("a", type=Reference())
-@click.argument("b", type=Reference())
-@click.option("--values", is_flag=True, help="Also say how far the values moved.")
-@click.option(
-    "--rename", "rules", multiple=True, metavar="OLD=NEW", help="Rename names of A: 'backbone.*=*'."
-)
-@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave names out.")
-@click.option("--plan", "file", type=click.Path(), metavar="FILE", help="Show a plan from A to B too.")
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["text", "json", "md", "html"]),
-    default="text",
-    show_default=True,
-    help="What to write.",
-)
-@click.option("--output", "-o", type=click.Path(), metavar="FILE", help="Write to a file.")
-def diff(
-    a: str,
-    b: str,
-    values: bool,
-    rules: tuple[str, ...],
-    exclude: tuple[str, ...],
-    file: str | None,
-    form: Literal["text", "json", "md", "html"],
-    output: str | None,
-    root: str | None,
-    as_json: bool,
-) -> int:
-    """Compare two models by name, shape, dtype and value.
-
-    A and B are each a reference, a file, torchvision:NAME, or the name of a network. The exit status is 0 if they are identical, 1 if they differ, 2 if one cannot be read.
-    """
-    from registry.store.errors import RegistryError
-    from registry.transfer.diffing import diff as compare
-    from registry.transfer.plan import TransferPlan
-
-    try:
-        plan = TransferPlan.load(file) if file else None
-        report = compare(
-            a, b, registry=_registry(root), values=values, rename=rules, exclude=exclude, plan=plan
-        )
-        if file:
-            report = report.model_copy(update={"command": f"{report.command} {shlex.join(['--plan', file])}"})
-        text = _rendered(report, "json" if as_json else form)
-        _write(text, output)
-    except RegistryError as error:
-        click.echo(f"registry: {told(error)}", err=True)
-        return 2
-    return 0 if report.is_same else 1
-
-
-def _rendered(report: DiffReport, form: str) -> str:
-    if form == "json":
-        return report.model_dump_json(by_alias=True, indent=2) + "\n"
-    return _drawn(report.blocks(), form)
-
-
-def _drawn(blocks: Sequence[Block], form: str) -> str:
-    """Blocks as one of the forms that `--format` takes."""
-    from registry.reports import html, markdown, text
-
-    if form == "md":
-        return markdown.render(blocks)
-    return html.render(blocks) if form == "html" else text.render(blocks) + "\n"
-
-
-def _write(text: str, output: str | None) -> None:
-    from registry.store.durable import write_file
-
-    if output is None:
-        click.echo(text, nl=False)
-        return
-    write_file(Path(output), text.encode())
-    say(f"wrote {output}")
 
 
 @command(
@@ -120,8 +26,8 @@ def _write(text: str, output: str | None) -> None:
     "registry plan resnet.pth resnet18 --expect 'fc.*=skip' --freeze loaded\n"
     "registry plan resnet.pth resnet18 --adapt 'fc.*=class-rows' --classes c.json",
 )
-@click.argument("source", type=Reference())
-@click.argument("target", type=Reference())
+@click.argument("source", type=ReferenceType())
+@click.argument("target", type=ReferenceType())
 @click.option(
     "--expect",
     multiple=True,
@@ -179,6 +85,7 @@ def plan(
 
     Each is a reference, a file, torchvision:NAME, or the name of a network. A difference that is not expected is an error.
     """
+    # Lazy: loads torch.
     from registry.transfer.planning import plan_transfer
 
     made = plan_transfer(
@@ -194,7 +101,7 @@ def plan(
         allow_cast=allow_cast,
         allow_positional=allow_positional,
         allow_nan=allow_nan,
-        registry=_registry(root),
+        registry=registry_if_any(root),
     )
     if output:
         made.save(output)
@@ -210,8 +117,6 @@ def _classes(path: str | None) -> tuple[list[str], list[str]] | None:
     """The names of classes on both sides, from a JSON file."""
     if path is None:
         return None
-    from registry.configs.documents import read_document
-
     found = read_document(Path(path))
     sides = [found.get(key) for key in ("source", "target")]
     if not all(isinstance(side, list) and all(isinstance(name, str) for name in side) for side in sides):
@@ -223,8 +128,8 @@ def _classes(path: str | None) -> tuple[list[str], list[str]] | None:
     "transfer",
     "registry transfer lenet5@best lenet6 --name lenet6\nregistry transfer lenet5@best lenet6 --plan plan.json --name lenet6",
 )
-@click.argument("source", type=Reference())
-@click.argument("target", type=Reference())
+@click.argument("source", type=ReferenceType())
+@click.argument("target", type=ReferenceType())
 @click.option(
     "--plan", "file", type=click.Path(), metavar="FILE", help="A plan; without one, what fits is loaded."
 )
@@ -247,13 +152,14 @@ def transfer(
 
     TARGET is the name of a network, which is built anew, or a checkpoint, which gives what SOURCE does not.
     """
+    # Lazy: loads torch.
     import torch
 
-    from registry.cli.output import version_document
+    # Lazy: loads torch.
     from registry.transfer.plan import TransferPlan
     from registry.transfer.planning import plan_transfer
 
-    checkpoints = [_id(registry, text) for text in (source, target)]
+    checkpoints = [_manifest_id(registry, text) for text in (source, target)]
     if checkpoints[0] and checkpoints[0] == checkpoints[1]:
         raise Invalid(f"source and target are the same checkpoint, {registry.resolve(source).name}")
     torch.manual_seed(0)
@@ -284,7 +190,7 @@ def transfer(
     say(f"{saved.name}: {made.summary} from {made.source}")
 
 
-def _id(registry: Registry, text: str) -> str | None:
+def _manifest_id(registry: Registry, text: str) -> str | None:
     """The id of a checkpoint, if a text names one."""
     try:
         return registry.resolve(text).id
@@ -293,6 +199,8 @@ def _id(registry: Registry, text: str) -> str | None:
 
 
 def _network(registry: Registry, target: str) -> tuple[Any, str]:
+    """The network that a reference or a builder's name stands for, and the name of its builder."""
+    # Lazy: loads torch.
     from registry.live import builders
 
     try:
@@ -305,8 +213,8 @@ def _network(registry: Registry, target: str) -> tuple[Any, str]:
 
 
 @command("verify-frozen", "registry verify-frozen lenet6:v1 lenet6@best")
-@click.argument("a", type=Reference())
-@click.argument("b", type=Reference())
+@click.argument("a", type=ReferenceType())
+@click.argument("b", type=ReferenceType())
 def verify_frozen(a: str, b: str, registry: Registry, as_json: bool) -> int:
     """Check that what was frozen did not move between two versions.
 
@@ -336,63 +244,8 @@ def verify_frozen(a: str, b: str, registry: Registry, as_json: bool) -> int:
     return 1 if found.moved else 0
 
 
-@command(
-    "compare",
-    "registry compare lenet6-scratch lenet6-finetuned --at 1,5,10\n"
-    "registry compare lenet5/run-1 lenet5/run-2 --metric loss\n"
-    "registry compare lenet5 lenet6 --format html -o compare.html",
-)
-@click.argument("models", nargs=-1, required=True, type=Reference(), metavar="MODEL...")
-@click.option("--metric", default="accuracy", show_default=True, help="A metric, or loss.")
-@click.option("--at", "epochs", metavar="EPOCHS", help="Only these epochs, such as 1,5,10.")
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["text", "md", "html"]),
-    default="text",
-    show_default=True,
-    help="What to write.",
-)
-@click.option("--output", "-o", type=click.Path(), metavar="FILE", help="Write to a file.")
-def compare(
-    models: tuple[str, ...],
-    metric: str,
-    epochs: str | None,
-    form: str,
-    output: str | None,
-    registry: Registry,
-    as_json: bool,
-) -> None:
-    """Compare a metric of several models, runs or versions, epoch by epoch.
-
-    Each MODEL is a model's name, for all its versions, a run's such as lenet5/run-2, or a reference, for one version.
-    """
-    from registry.cli.output import print_table
-    from registry.transfer import curves as comparing
-
-    at = _epochs(epochs)
-    found = comparing.curves(registry, models, metric)
-    if as_json:
-        chosen = {
-            curve.name: {epoch: value for epoch, value in curve.values.items() if not at or epoch in at}
-            for curve in found
-        }
-        print_json({"metric": metric, "models": chosen})
-    elif form == "text" and output is None:
-        print_table(*comparing.table(found, at))
-    else:
-        _write(_drawn(comparing.blocks(found, metric, at), form), output)
-
-
-def _epochs(text: str | None) -> list[int]:
-    try:
-        return [int(part) for part in (text or "").split(",") if part.strip()]
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is no list of epochs such as 1,5,10", param_hint="--at") from None
-
-
 @command("advise", "registry advise lenet5@best --samples 500 --similar yes --model lenet6")
-@click.argument("reference", type=Reference())
+@click.argument("reference", type=ReferenceType())
 @click.option(
     "--samples", required=True, type=click.IntRange(1), help="How many samples there are to train on."
 )

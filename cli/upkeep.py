@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING
 
 import click
 
-from registry.cli.options import Reference, command, seconds
-from registry.cli.output import counted, print_json, progress, say, size, warn
+from registry.cli.options import ReferenceType, command, seconds
+from registry.cli.output import counted, print_json, progress_bar, say, size, warn
 
 if TYPE_CHECKING:
     from registry.registry import Registry
 
 
 @command("verify", "registry verify\nregistry verify lenet5@best")
-@click.argument("references", nargs=-1, type=Reference(), metavar="[REFERENCE]...")
+@click.argument("references", nargs=-1, type=ReferenceType(), metavar="[REFERENCE]...")
 def verify(references: tuple[str, ...], registry: Registry, as_json: bool) -> int:
     """Compare every stored byte with its digest.
 
     With REFERENCEs, only the bytes that these need. Ends with status 1 if anything is not as it was saved. What is found damaged is written
     again when something saves it again, and heals the versions that hold it.
     """
-    with progress("verifying") as report:
+    with progress_bar("verifying") as report:
         found = registry.verify(references, progress=report)
     if as_json:
         print_json(asdict(found))
@@ -85,7 +85,7 @@ def compact(models: tuple[str, ...], dry_run: bool, registry: Registry, as_json:
     become differences from one of them, where that saves a tenth. Loading turns them back and checks every digest.
     A model that cannot be compacted is named, the others go on, and the exit status is 1.
     """
-    with progress("compacting") as report:
+    with progress_bar("compacting") as report:
         found = registry.compact(models, dry_run=dry_run, progress=report)
     if as_json:
         print_json({"dry_run": dry_run, "models": [one._asdict() for one in found]})
@@ -119,7 +119,7 @@ def rebuild(adopt: bool, registry: Registry, as_json: bool) -> int:
     comes from the other. What both have lost is named; with --adopt it is accepted as lost, and the checkpoints that no
     entry of the log names are taken in. Ends with status 1 if something could not be brought back.
     """
-    with progress("rebuilding") as report:
+    with progress_bar("rebuilding") as report:
         found = registry.rebuild(adopt=adopt, progress=report)
     if as_json:
         print_json(asdict(found))

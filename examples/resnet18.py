@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from registry import Registry, TransferPlan, check_optimizer, frozen_proof, param_groups, plan_transfer
 from registry.models import ResNet18, ResNet18Config, data
-from registry.models.training import evaluate
+from registry.models.measuring import evaluate
 from registry.transfer.curves import curves, table
 
 Task = tuple[

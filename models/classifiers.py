@@ -49,7 +49,8 @@ def replace_head(model: nn.Module, classes: int, name: str | None = None) -> str
     """
     heads = _auxiliary_heads(model)
     if heads and name not in (None, find_head(model)):
-        heads = []  # Only the layer that is named.
+        # Only the layer that is named is replaced.
+        heads = []
     name = name or find_head(model)
     try:
         old = model.get_submodule(name)
@@ -62,7 +63,13 @@ def replace_head(model: nn.Module, classes: int, name: str | None = None) -> str
         if classes % old.groups:
             raise Invalid(f"{name} has {old.groups} groups, into which {classes} classes cannot be divided")
         new = nn.Conv2d(
-            *(old.in_channels, classes, old.kernel_size, old.stride, old.padding, old.dilation, old.groups),  # type: ignore[arg-type]
+            old.in_channels,
+            classes,
+            kernel_size=old.kernel_size,  # type: ignore[arg-type]
+            stride=old.stride,  # type: ignore[arg-type]
+            padding=old.padding,  # type: ignore[arg-type]
+            dilation=old.dilation,  # type: ignore[arg-type]
+            groups=old.groups,
             bias=old.bias is not None,
             padding_mode=old.padding_mode,
         )
@@ -108,6 +115,7 @@ def import_torchvision(
             to put it.
         Incompatible: if the file does not fit the network.
     """
+    # Lazy: loads torchvision.
     import torchvision
 
     kind = torchvision_name(source)
@@ -121,17 +129,10 @@ def import_torchvision(
     if file is not None:
         state = read_checkpoint_file(file).components.get("model", {})
         parent = f"{file.name} {digest(file.read_bytes())[:12]}"
-        _fill(model, state, file.name, kind)
+        _fill(model, state, what=file.name, kind=kind)
     if weights is not None:
         entry = _weights(kind, weights)
-        try:
-            state = entry.get_state_dict(progress=False, check_hash=True)
-        except Exception as error:
-            raise NotFound(
-                f"the weights of {kind} could not be downloaded ({error}); fetch {entry.url} by hand and use "
-                f"--file {Path(entry.url).name}"
-            ) from None
-        _fill(model, state, weights, kind)
+        _fill(model, _downloaded(entry, kind), what=weights, kind=kind)
         known = {
             key: value
             for key, value in entry.meta.items()
@@ -149,6 +150,7 @@ def import_torchvision(
 
 
 def _weights(kind: str, name: str) -> Any:
+    # Lazy: loads torchvision.
     import torchvision
 
     found = torchvision.models.get_model_weights(kind)
@@ -160,7 +162,30 @@ def _weights(kind: str, name: str) -> Any:
         ) from None
 
 
-def _fill(model: nn.Module, state: Any, what: str, kind: str) -> None:
+def _downloaded(entry: Any, kind: str) -> Any:
+    """The state dict of published weights.
+
+    Raises:
+        NotFound: if they cannot be downloaded: which file to fetch by hand.
+    """
+    try:
+        return entry.get_state_dict(progress=False, check_hash=True)
+    except Exception as error:
+        raise NotFound(
+            f"the weights of {kind} could not be downloaded ({error}); fetch {entry.url} by hand and use "
+            f"--file {Path(entry.url).name}"
+        ) from None
+
+
+def _fill(model: nn.Module, state: Any, *, what: str, kind: str) -> None:
+    """Load a state dict.
+
+    Args:
+        what: where it comes from, as an error names it.
+
+    Raises:
+        Incompatible: if it does not fit the network.
+    """
     try:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:

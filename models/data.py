@@ -99,6 +99,7 @@ def split(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _digits(seed: int) -> Data:
+    # Lazy: loads sklearn.
     from sklearn.datasets import load_digits
 
     found = load_digits()
@@ -106,16 +107,17 @@ def _digits(seed: int) -> Data:
     labels = torch.from_numpy(found.target.astype(np.int64))
     train, test = split(labels, seed)
     return Data(
-        "digits",
-        TensorDataset(images[train], labels[train]),
-        TensorDataset(images[test], labels[test]),
-        tuple(map(str, range(10))),
-        1,
-        _digest_of(images[train], labels[train], images[test], labels[test]),
+        name="digits",
+        train=TensorDataset(images[train], labels[train]),
+        test=TensorDataset(images[test], labels[test]),
+        classes=tuple(map(str, range(10))),
+        channels=1,
+        digest=_digest_of(images[train], labels[train], images[test], labels[test]),
     )
 
 
 def _torchvision(name: str, directory: Path | str | None, download: bool) -> Data:
+    # Lazy: loads torchvision.
     from torchvision import datasets
 
     kind = getattr(datasets, _TORCHVISION[name])
@@ -133,12 +135,12 @@ def _torchvision(name: str, directory: Path | str | None, download: bool) -> Dat
         raise NotFound(f"{name} could not be fetched to {directory}: {error}") from None
     ours, held_out = _images_and_labels(train), _images_and_labels(test)
     return Data(
-        name,
-        TensorDataset(*ours),
-        TensorDataset(*held_out),
-        tuple(train.classes),
-        ours[0].shape[1],
-        _digest_of(*ours, *held_out),
+        name=name,
+        train=TensorDataset(*ours),
+        test=TensorDataset(*held_out),
+        classes=tuple(train.classes),
+        channels=ours[0].shape[1],
+        digest=_digest_of(*ours, *held_out),
     )
 
 
@@ -149,6 +151,7 @@ def _images_and_labels(part: Any) -> tuple[Tensor, Tensor]:
 
 
 def _folder(directory: Path | str | None, seed: int) -> Data:
+    # Lazy: loads torchvision.
     from torchvision.datasets import ImageFolder
 
     if directory is None:
@@ -167,12 +170,12 @@ def _folder(directory: Path | str | None, seed: int) -> Data:
         for i, (file, _) in enumerate(found.samples)
     )
     return Data(
-        "folder",
-        Subset(found, train.tolist()),
-        Subset(found, test.tolist()),
-        tuple(found.classes),
-        3,
-        digest(content.encode()),
+        name="folder",
+        train=Subset(found, train.tolist()),
+        test=Subset(found, test.tolist()),
+        classes=tuple(found.classes),
+        channels=3,
+        digest=digest(content.encode()),
     )
 
 

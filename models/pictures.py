@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from registry.models.data import Data
+from registry.models.data import SIZE, Data
 
 _ROWS, _COLUMNS = 4, 8
 _POINTS = 1_000
+
+
+def draw_graph(writer: Any, network: nn.Module, *, channels: int, device: torch.device) -> None:
+    """Show a network as a graph.
+
+    Args:
+        writer: of TensorBoard, such as `run.writer`.
+        channels: of the images that the network takes.
+    """
+    images = torch.zeros(1, channels, SIZE, SIZE, device=device)
+    # The tracer that makes the graph warns, and must not change what training draws next.
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=()):
+        warnings.simplefilter("ignore")
+        writer.add_graph(network, images)
+
+
+def draw_predictions(writer: Any, data: Data, logits: Tensor, *, epoch: int) -> None:
+    """Show some test images with what the network says of each, and all of them in the space of the logits.
+
+    Args:
+        writer: of TensorBoard, such as `run.writer`.
+        logits: float32 [samples, classes], of the test images in order.
+    """
+    writer.add_figure("Testing/Predictions", figure_of_predictions(data, logits), epoch)
+    features, labels, images = embedding_of(data, logits)
+    writer.add_embedding(features, metadata=labels, label_img=images, global_step=epoch, tag="Testing/Logits")
 
 
 def figure_of_predictions(data: Data, logits: Tensor) -> Any:
@@ -19,6 +46,7 @@ def figure_of_predictions(data: Data, logits: Tensor) -> Any:
     Args:
         logits: float32 [samples, classes], of the test images in order.
     """
+    # Lazy: loads matplotlib.
     from matplotlib.figure import Figure
 
     guesses = logits.argmax(1)

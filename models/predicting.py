@@ -52,11 +52,20 @@ def predict(
     values, places = chances.topk(min(2, len(classes)), dim=1)
     found = []
     for file, value, place in zip(files, values.tolist(), places.tolist(), strict=True):
-        found.append(Prediction(str(file), classes[place[0]], value[0], classes[place[-1]], value[-1]))
+        found.append(
+            Prediction(
+                image=str(file),
+                label=classes[place[0]],
+                probability=value[0],
+                second=classes[place[-1]],
+                second_probability=value[-1],
+            )
+        )
     return found
 
 
 def _read(file: Path, channels: int, fit: bool) -> Tensor:
+    # Lazy: loads PIL.
     from PIL import Image, UnidentifiedImageError
 
     shown = printable(str(file))

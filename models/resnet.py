@@ -29,13 +29,16 @@ class ResNet18(nn.Module):
     """
 
     def __init__(self, config: ResNet18Config | None = None) -> None:
+        # Lazy: loads torchvision.
         from torchvision.models import resnet18
 
         super().__init__()
         self.config = config or ResNet18Config()
         network = resnet18(weights=None)
         if self.config.channels != 3:
-            network.conv1 = nn.Conv2d(self.config.channels, 64, 7, 2, 3, bias=False)
+            network.conv1 = nn.Conv2d(
+                self.config.channels, 64, kernel_size=7, stride=2, padding=3, bias=False
+            )
         replace_head(network, self.config.classes, "fc")
         for name, part in network.named_children():
             self.add_module(name, part)

@@ -1,26 +1,31 @@
-"""The training loop of the reference networks: small enough to read in one sitting, complete enough to use."""
+"""The training loop of the reference networks: small enough to read in one sitting, complete enough to copy.
+
+It reads from top to bottom. `train` sets up the network and what trains it, goes on from a checkpoint if there is one, and
+trains and tests epoch after epoch inside a run of the registry. `_train_epoch` is the loop over the batches. All of it
+stands in one file, so that one file can be copied.
+"""
 
 from __future__ import annotations
 
 import logging
 import random
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from pydantic import Field
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, Subset
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler
 
-from registry import Config, Registry, ResumableLoader, Run, parallelize
+from registry import Config, Registry, ResumableLoader, Run, TransferPlan, parallelize
 from registry.checkpoints.checkpoint import Checkpoint
 from registry.live import freezing, ranks
 from registry.live.builders import builder
 from registry.models.data import Data, few
-from registry.models.pictures import embedding_of, figure_of_predictions
+from registry.models.measuring import evaluate, evaluate_together, mean_over_ranks
+from registry.models.pictures import draw_graph, draw_predictions
 from registry.runs.process import Interrupts
 from registry.store.errors import Incompatible
 from registry.transfer.planning import plan_transfer
@@ -28,27 +33,112 @@ from registry.transfer.sources import Source
 
 _logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int, float, float], None]
-"""Told steps done and in all, the loss and the accuracy of the last batch."""
+StepProgress = Callable[[int, int, float, float], None]
+"""Told the steps done and in all, and the loss and the accuracy of the last batch."""
 
 
 class TrainConfig(Config):
-    """Hyperparameters of a training."""
+    """Hyperparameters of a training.
+
+    Attributes:
+        epochs: passes over the data.
+        batch_size: samples of a batch in each process.
+        lr: the highest learning rate; see `warmup_steps`.
+        warmup_steps: steps in which the learning rate rises; a tenth of all steps unless given.
+        patience: epochs without a better accuracy before training stops.
+        log_every: steps from one line of the log to the next; 50, or a fifth of an epoch if that is fewer.
+        workers: processes that load data.
+        samples: train on so many alone.
+        seed: of the first weights, of the order of the data, and of its split.
+    """
 
     model: str = "lenet5"
     data: str = "digits"
     epochs: int = Field(default=10, ge=1)
-    batch_size: int = Field(default=32, ge=1)  # in each process
+    batch_size: int = Field(default=32, ge=1)
     optimizer: Literal["adam", "adamw", "sgd"] = "adamw"
     lr: float = Field(default=2e-3, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    warmup_steps: int | None = Field(default=None, ge=0)  # a tenth of all steps
-    patience: int | None = Field(default=None, ge=1)  # epochs without a better accuracy before training stops
-    log_every: int | None = Field(default=None, ge=1)  # steps: 50, or a fifth of an epoch if that is fewer
+    warmup_steps: int | None = Field(default=None, ge=0)
+    patience: int | None = Field(default=None, ge=1)
+    log_every: int | None = Field(default=None, ge=1)
     workers: int = Field(default=0, ge=0)
-    samples: int | None = Field(default=None, ge=1)  # train on so many only
+    samples: int | None = Field(default=None, ge=1)
     seed: int = 0
+
+
+@dataclass
+class TrainingState:
+    """How far a training is; a checkpoint records all of it.
+
+    Attributes:
+        epoch: epochs that are complete.
+        step: steps that are done, over all epochs.
+        best: the best accuracy on the held-out data, from 0 to 1; -1 before the first epoch.
+        stale: epochs since the best one.
+        seen: samples of the epoch so far.
+        summed: the sum of their losses.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    best: float = -1.0
+    stale: int = 0
+    seen: int = 0
+    summed: float = 0.0
+
+    @property
+    def mean_loss(self) -> float:
+        """The mean loss of the samples of the epoch so far; NaN before the first."""
+        return self.summed / self.seen if self.seen else float("nan")
+
+    def is_over(self, config: TrainConfig) -> bool:
+        """Whether all epochs are complete, or the last ones brought nothing better."""
+        is_stale = config.patience is not None and self.stale >= config.patience
+        return self.epoch >= config.epochs or is_stale
+
+
+@dataclass(frozen=True)
+class Training:
+    """What trains, and what it trains on.
+
+    Attributes:
+        plain: the network as its builder made it.
+        network: the same network over all devices and processes; it takes images and labels, and gives losses and logits.
+        sampler: the share of this process, if several train together.
+        devices: those of this process; several of them share each batch.
+    """
+
+    config: TrainConfig
+    data: Data
+    plain: nn.Module
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    loader: ResumableLoader
+    sampler: DistributedSampler[Any] | None
+    devices: Sequence[torch.device]
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """What a checkpoint saves and restores."""
+        return {
+            "model": self.network,
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "loader": self.loader,
+        }
+
+    @property
+    def steps(self) -> int:
+        """Steps of all epochs."""
+        return self.config.epochs * len(self.loader)
+
+    @property
+    def log_every(self) -> int:
+        """Steps from one line of the log to the next."""
+        return self.config.log_every or max(1, min(50, len(self.loader) // 5))
 
 
 def train(
@@ -63,15 +153,14 @@ def train(
     allow_cast: bool = False,
     freeze: str | None = None,
     devices: Sequence[torch.device] = (torch.device("cpu"),),
-    progress: Progress = lambda done, total, loss, accuracy: None,
+    progress: StepProgress = lambda done, total, loss, accuracy: None,
     **options: Any,
 ) -> Run:
     """Train a network, and record every epoch.
 
-    A version's `loss` is the mean over the samples of its epoch; the events have that of each batch.
-
-    Training that is interrupted records where it is, so that it can be resumed at the very batch. Under `torchrun`
-    each process takes its share of the data; the leading one records the means over all of them.
+    A version's `loss` is the mean over the samples of its epoch; the events have that of each batch. Training that is
+    interrupted records where it is, so that it can be resumed at the very batch. Under `torchrun` each process takes
+    its share of the data; the leading one records the means over all of them.
 
     Args:
         name: the model to save under; the network's own name unless given.
@@ -83,77 +172,15 @@ def train(
         options: `keep_last`, `keep_best`, `keep_optimizer` and `compact` of `Registry.run`.
 
     Raises:
-        Incompatible: if the checkpoint to resume was trained on other data or is complete, or there are more
-            processes than samples.
+        Incompatible: if `resume` was trained on other data or is complete, or a process has no sample.
         KeyboardInterrupt: after the state was saved.
     """
-    if config.samples is not None:
-        data = few(data, config.samples)
-    count, rank, device = ranks.count(), ranks.mine(), devices[0]
-    samples = len(data.train)  # type: ignore[arg-type]
-    if samples < count:
-        raise Incompatible(
-            f"{data.name} has {samples} samples to train on, too few for {count} processes; start fewer"
-        )
-    _seed(config.seed)
-    network: nn.Module = builder(config.model).build(
-        {"channels": data.channels, "classes": len(data.classes)}
-    )
-    plan = None
-    if source is not None:
-        plan = plan_transfer(
-            source,
-            network,
-            everything=True,
-            rename=rename,
-            allow_cast=allow_cast,
-            freeze=freeze,
-            registry=registry,
-        )
-        plan.apply(network, registry=registry)
-        if rank == 0:
-            _logger.info("%s from %s", plan.summary, plan.source)
-    elif freeze:
-        freezing.freeze(network, freeze)
-    elif resume and (frozen := resume.provenance.get("frozen", {}).get("model")):
-        freezing.freeze_again(network, frozen, resume.provenance.get("going_on", {}).get("model", ()))
-    plain, network = network, parallelize(network, devices, exact=True)
-    optimizer = _optimizer(config, plain)
-    sampler: DistributedSampler[Any] | None = None
-    if count > 1:
-        _seed(config.seed + rank)  # the networks are equal by now
-        sampler = DistributedSampler(data.train, seed=config.seed)
-    loader = ResumableLoader(
-        DataLoader(
-            data.train, config.batch_size, shuffle=not sampler, sampler=sampler, num_workers=config.workers
-        )
-    )
-    total = config.epochs * len(loader)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(config, total))
-    everything: dict[str, Any] = {
-        "model": network,
-        "optimizer": optimizer,
-        "scheduler": scheduler,
-        "loader": loader,
-    }
-    epoch, step, best, stale = 0, 0, -1.0, 0
-    seen, summed = 0, 0.0  # samples of the epoch, and their losses
-    if resume:
-        if resume.provenance.get("dataset") not in (None, data.digest):
-            raise Incompatible(
-                f"{resume.name} was trained on other data than {data.name}; resume on the same"
-            )
-        epoch, step = resume.epoch or 0, resume.step or 0
-        if epoch >= config.epochs:
-            raise Incompatible(
-                f"{resume.name} is complete after {epoch} epochs; to train on: --set epochs={epoch + config.epochs}"
-            )
-        resume.restore(**everything)
-        before = resume.extra
-        best, stale = before.get("best", -1.0), before.get("stale", 0)
-        seen, summed = before.get("seen", 0), before.get("summed", 0.0)
-    every = config.log_every or max(1, min(50, len(loader) // 5))
-
+    data = _training_data(config, data)
+    network = _network(config, data)
+    rules = {"rename": rename, "allow_cast": allow_cast}
+    plan = _first_weights(network, registry, resume=resume, source=source, freeze=freeze, rules=rules)
+    training = _set_up(network, config=config, data=data, devices=devices)
+    state = _resume(training, resume) if resume else TrainingState()
     with registry.run(
         name or config.model,
         config=config,
@@ -164,134 +191,103 @@ def train(
         mode="max",
         **options,
     ) as run:
-
-        def save(loss: float, wait: bool = False, **measured: float) -> None:
-            extra = {"best": best, "stale": stale, "classes": list(data.classes), "data": data.name}
-            extra |= {"seen": seen, "summed": summed}
-            run.save(
-                **everything, epoch=epoch, step=step, loss=loss, metrics=measured, extra=extra, wait=wait
-            )
-
-        if rank == 0:
-            where = ", ".join(map(str, devices))
-            _logger.info("training on %s; processes: %d", where, count, extra={"detail": True})
-        with warnings.catch_warnings(), _random_state_kept():
-            warnings.simplefilter("ignore")  # of the tracer
-            run.writer.add_graph(plain, torch.zeros(1, data.channels, 28, 28, device=device))
+        _show_beginning(training, run)
         with Interrupts() as interrupts:
-            while epoch < config.epochs and not (config.patience and stale >= config.patience):
-                network.train()
-                if sampler:
-                    sampler.set_epoch(epoch)
-                for images, labels in loader:
-                    images, labels = images.to(device), labels.to(device)
-                    loss, logits = network(images, labels)
-                    loss = loss.mean()  # of the devices
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    rate = scheduler.get_last_lr()[0]
-                    scheduler.step()
-                    step += 1
-                    accuracy = (logits.argmax(1) == labels).float().mean()
-                    loss_value, accuracy, signals = _over_ranks(loss, accuracy, interrupts.pending or 0)
-                    interrupts.pending = int(signals) or None
-                    seen, summed = seen + len(labels), summed + loss_value * len(labels)
-                    progress(step, total, loss_value, accuracy)
-                    if loader.position % every == 0 or loader.position == len(loader):
-                        run.writer.add_scalar("Training/Accuracy", accuracy, step)
-                        run.writer.add_scalar("Training/Loss", loss_value, step)
-                        run.writer.add_scalar("Training/Learning Rate", rate, step)
-                        if rank == 0:
-                            _logger.info(
-                                "Epochs[%d/%d] -- batch[%d/%d] -- Acc: %.3f -- loss: %.4f",
-                                *(epoch + 1, config.epochs, loader.position, len(loader)),
-                                *(accuracy, loss_value),
-                                extra={"detail": loader.position < len(loader)},
-                            )
-                    if interrupts.pending and loader.position < len(loader):
-                        save(summed / seen, wait=True)
-                        interrupts.deliver()
-                epoch += 1
-                mean_loss = summed / seen if seen else float("nan")
-                seen, summed = 0, 0.0
-                test_loss, test_accuracy = _test(plain, data.test, config.batch_size)
-                best, stale = (test_accuracy, 0) if test_accuracy > best else (best, stale + 1)
-                if rank == 0:
-                    _logger.info(
-                        "Epochs[%d/%d] -- Testing Acc: %.4f -- loss: %.4f -- training loss: %.4f",
-                        *(epoch, config.epochs, test_accuracy, test_loss, mean_loss),
-                    )
-                run.writer.add_scalar("Testing/Accuracy", test_accuracy, epoch)
-                run.writer.add_scalar("Testing/Loss", test_loss, epoch)
-                save(mean_loss, accuracy=test_accuracy, test_loss=test_loss)
-                for parameter_name, parameter in plain.named_parameters():
-                    run.writer.add_histogram(f"Weights/{parameter_name}", parameter, epoch)
+            while not state.is_over(config):
+                _train_epoch(training, state, run, interrupts=interrupts, progress=progress)
+                _finish_epoch(training, state, run)
                 interrupts.deliver()
-        if rank == 0:
-            _draw(run, config, data, plain, best)
+        _show_end(training, state, run)
     return run
 
 
-@torch.inference_mode()
-def evaluate(network: nn.Module, data: Any, batch_size: int = 256) -> tuple[float, float, Tensor]:
-    """Mean loss, accuracy and logits over a data set; leaves the network in the mode that it was in."""
-    device = next(network.parameters()).device
-    training = network.training
-    network.eval()
-    losses, right, outputs = 0.0, 0, []
-    with _random_state_kept():
-        for images, labels in DataLoader(data, batch_size):
-            labels = labels.to(device)
-            loss, logits = network(images.to(device), labels)
-            losses += loss.item() * len(labels)
-            right += int((logits.argmax(1) == labels).sum())
-            outputs.append(logits.cpu())
-    network.train(training)
-    count = sum(map(len, outputs))
-    return losses / count, right / count, torch.cat(outputs)
+def _training_data(config: TrainConfig, data: Data) -> Data:
+    """The data to train on: all of it, or as many samples as are asked for.
+
+    Raises:
+        Incompatible: if a process would have none.
+    """
+    if config.samples is not None:
+        data = few(data, config.samples)
+    samples, processes = len(data.train), ranks.count()  # type: ignore[arg-type]
+    if samples < processes:
+        raise Incompatible(
+            f"{data.name} has {samples} samples to train on, too few for {processes} processes; start fewer"
+        )
+    return data
 
 
-def _test(network: nn.Module, data: Any, batch_size: int) -> tuple[float, float]:
-    """Mean loss and accuracy over a data set, of which each process takes its share."""
-    count = ranks.count()
-    if count == 1:
-        return evaluate(network, data, batch_size)[:2]
-    for buffer in network.buffers():  # all test the network that the leading process saves
-        dist.broadcast(buffer, 0)
-    share = range(ranks.mine(), len(data), count)
-    loss, accuracy = evaluate(network, Subset(data, share), batch_size)[:2] if share else (0.0, 0.0)
-    device = next(network.parameters()).device
-    sums = torch.tensor([loss * len(share), accuracy * len(share)], dtype=torch.float64, device=device)
-    dist.all_reduce(sums)
-    return tuple((sums / len(data)).tolist())
-
-
-def _over_ranks(loss: Tensor, accuracy: Tensor, signal: int) -> tuple[float, float, float]:
-    """The means of a loss and an accuracy over all processes, and a signal that any of them was sent."""
-    if ranks.count() == 1:
-        return loss.item(), accuracy.item(), signal
-    mine = torch.stack([loss.detach().float(), accuracy, accuracy.new_tensor(signal)])
-    all_of_them = [torch.empty_like(mine) for _ in range(ranks.count())]
-    dist.all_gather(all_of_them, mine)
-    losses, accuracies, signals = torch.stack(all_of_them).T
-    return losses.mean().item(), accuracies.mean().item(), signals.max().item()
-
-
-class _random_state_kept:
-    """Evaluation must not change what training draws next: a `DataLoader` takes a random number."""
-
-    def __enter__(self) -> None:
-        self._state = torch.get_rng_state()
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_rng_state(self._state)
+def _network(config: TrainConfig, data: Data) -> nn.Module:
+    """A new network for the data, the same in every process."""
+    _seed(config.seed)
+    network: nn.Module = builder(config.model).build(
+        {"channels": data.channels, "classes": len(data.classes)}
+    )
+    return network
 
 
 def _seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def _first_weights(
+    network: nn.Module,
+    registry: Registry,
+    *,
+    resume: Checkpoint | None,
+    source: Source | None,
+    freeze: str | None,
+    rules: Mapping[str, Any],
+) -> TransferPlan | None:
+    """Load what fits of a source, and freeze what is to be frozen; returns the plan by which it was loaded."""
+    if source is not None:
+        plan = plan_transfer(source, network, everything=True, freeze=freeze, registry=registry, **rules)
+        plan.apply(network, registry=registry)
+        if ranks.mine() == 0:
+            _logger.info("%s from %s", plan.summary, plan.source)
+        return plan
+    if freeze:
+        freezing.freeze(network, freeze)
+    # The optimizer is made of what is not frozen, so this comes before it; the values are restored with the rest.
+    elif resume and (frozen := resume.provenance.get("frozen", {}).get("model")):
+        freezing.freeze_again(network, frozen, resume.provenance.get("going_on", {}).get("model", ()))
+    return None
+
+
+def _set_up(
+    plain: nn.Module, *, config: TrainConfig, data: Data, devices: Sequence[torch.device]
+) -> Training:
+    """Spread a network over devices and processes, and make what trains it."""
+    network = parallelize(plain, devices, exact=True)
+    optimizer = _optimizer(config, plain)
+    sampler: DistributedSampler[Any] | None = None
+    if ranks.count() > 1:
+        # The networks are equal by now. From here on each process draws random numbers of its own.
+        _seed(config.seed + ranks.mine())
+        sampler = DistributedSampler(data.train, seed=config.seed)
+    loader = ResumableLoader(
+        DataLoader(
+            data.train,
+            config.batch_size,
+            shuffle=sampler is None,
+            sampler=sampler,
+            num_workers=config.workers,
+        )
+    )
+    schedule = _schedule(config, config.epochs * len(loader))
+    return Training(
+        config=config,
+        data=data,
+        plain=plain,
+        network=network,
+        optimizer=optimizer,
+        scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, schedule),
+        loader=loader,
+        sampler=sampler,
+        devices=devices,
+    )
 
 
 def _optimizer(config: TrainConfig, network: nn.Module) -> torch.optim.Optimizer:
@@ -317,12 +313,172 @@ def _schedule(config: TrainConfig, total: int) -> Callable[[int], float]:
     return factor
 
 
-def _draw(run: Run, config: TrainConfig, data: Data, network: nn.Module, best: float) -> None:
-    """What is drawn once, at the end: sample predictions, the embedding of the test images, hyperparameters."""
-    _, accuracy, logits = evaluate(network, data.test, config.batch_size)
-    figure = figure_of_predictions(data, logits)
-    run.writer.add_figure("Testing/Predictions", figure, config.epochs)
-    features, labels, images = embedding_of(data, logits)
-    run.writer.add_embedding(features, labels, images, config.epochs, tag="Testing/Logits")
+def _resume(training: Training, checkpoint: Checkpoint) -> TrainingState:
+    """Restore a checkpoint, its random numbers and the place in the data among it; returns how far it was.
+
+    Raises:
+        Incompatible: if it was trained on other data, or is complete.
+    """
+    config, data = training.config, training.data
+    if checkpoint.provenance.get("dataset") not in (None, data.digest):
+        raise Incompatible(
+            f"{checkpoint.name} was trained on other data than {data.name}; resume on the same"
+        )
+    epoch = checkpoint.epoch or 0
+    if epoch >= config.epochs:
+        raise Incompatible(
+            f"{checkpoint.name} is complete after {epoch} epochs; to train on: --set epochs={epoch + config.epochs}"
+        )
+    checkpoint.restore(**training.components)
+    recorded = checkpoint.extra
+    return TrainingState(
+        epoch=epoch,
+        step=checkpoint.step or 0,
+        best=recorded.get("best", -1.0),
+        stale=recorded.get("stale", 0),
+        seen=recorded.get("seen", 0),
+        summed=recorded.get("summed", 0.0),
+    )
+
+
+def _train_epoch(
+    training: Training, state: TrainingState, run: Run, *, interrupts: Interrupts, progress: StepProgress
+) -> None:
+    """Train on every batch of the data; an epoch that was interrupted goes on at its next batch.
+
+    Raises:
+        KeyboardInterrupt, SystemExit: if any process was told to stop, after the state was saved.
+    """
+    network, optimizer, scheduler = training.network, training.optimizer, training.scheduler
+    loader, device = training.loader, training.devices[0]
+    network.train()
+    if training.sampler:
+        training.sampler.set_epoch(state.epoch)
+    for images, labels in loader:
+        images, labels = images.to(device), labels.to(device)
+        loss, logits = network(images, labels)
+        # `DataParallel` gives one loss for each device.
+        loss = loss.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rate = float(scheduler.get_last_lr()[0])
+        scheduler.step()
+        accuracy = (logits.argmax(1) == labels).float().mean()
+        mean_loss, mean_accuracy, interrupts.pending = mean_over_ranks(
+            loss, accuracy, interrupts.pending or 0
+        )
+        state.step += 1
+        state.seen += len(labels)
+        state.summed += mean_loss * len(labels)
+        progress(state.step, training.steps, mean_loss, mean_accuracy)
+        if loader.position % training.log_every == 0 or loader.position == len(loader):
+            _show_batch(training, state, run, loss=mean_loss, accuracy=mean_accuracy, rate=rate)
+        if interrupts.pending and loader.position < len(loader):
+            _save(training, state, run, loss=state.mean_loss, wait=True)
+            interrupts.deliver()
+
+
+def _finish_epoch(training: Training, state: TrainingState, run: Run) -> None:
+    """Test the network, and save it as a version, which becomes the best one if its accuracy is."""
+    writer, plain = run.writer, training.plain
+    loss = state.mean_loss
+    state.epoch += 1
+    state.seen, state.summed = 0, 0.0
+    test_loss, accuracy = evaluate_together(plain, training.data.test, training.config.batch_size)
+    if accuracy > state.best:
+        state.best, state.stale = accuracy, 0
+    else:
+        state.stale += 1
+    if ranks.mine() == 0:
+        _logger.info(
+            "Epochs[%d/%d] -- Testing Acc: %.4f -- loss: %.4f -- training loss: %.4f",
+            state.epoch,
+            training.config.epochs,
+            accuracy,
+            test_loss,
+            loss,
+        )
+    writer.add_scalar("Testing/Accuracy", accuracy, state.epoch)
+    writer.add_scalar("Testing/Loss", test_loss, state.epoch)
+    _save(training, state, run, loss=loss, metrics={"accuracy": accuracy, "test_loss": test_loss})
+    for name, parameter in plain.named_parameters():
+        writer.add_histogram(f"Weights/{name}", parameter, state.epoch)
+
+
+def _save(
+    training: Training,
+    state: TrainingState,
+    run: Run,
+    *,
+    loss: float,
+    metrics: Mapping[str, float] | None = None,
+    wait: bool = False,
+) -> None:
+    """Save a version, with all that `_resume` needs.
+
+    Args:
+        wait: until the version is stored; otherwise training goes on meanwhile.
+    """
+    extra = {
+        "best": state.best,
+        "stale": state.stale,
+        "classes": list(training.data.classes),
+        "data": training.data.name,
+        "seen": state.seen,
+        "summed": state.summed,
+    }
+    run.save(
+        **training.components,
+        epoch=state.epoch,
+        step=state.step,
+        loss=loss,
+        metrics=metrics or {},
+        extra=extra,
+        wait=wait,
+    )
+
+
+def _show_beginning(training: Training, run: Run) -> None:
+    """Log where the training runs, and draw the network's graph."""
+    if ranks.mine() == 0:
+        where = ", ".join(map(str, training.devices))
+        _logger.info("training on %s; processes: %d", where, ranks.count(), extra={"detail": True})
+    draw_graph(run.writer, training.plain, channels=training.data.channels, device=training.devices[0])
+
+
+def _show_batch(
+    training: Training, state: TrainingState, run: Run, *, loss: float, accuracy: float, rate: float
+) -> None:
+    """Log the batch that is done.
+
+    Args:
+        rate: the learning rate that it was trained with.
+    """
+    run.writer.add_scalar("Training/Accuracy", accuracy, state.step)
+    run.writer.add_scalar("Training/Loss", loss, state.step)
+    run.writer.add_scalar("Training/Learning Rate", rate, state.step)
+    if ranks.mine() == 0:
+        position, batches = training.loader.position, len(training.loader)
+        _logger.info(
+            "Epochs[%d/%d] -- batch[%d/%d] -- Acc: %.3f -- loss: %.4f",
+            state.epoch + 1,
+            training.config.epochs,
+            position,
+            batches,
+            accuracy,
+            loss,
+            extra={"detail": position < batches},
+        )
+
+
+def _show_end(training: Training, state: TrainingState, run: Run) -> None:
+    """Draw sample predictions, the embedding of the test images, and the hyperparameters."""
+    if ranks.mine() != 0:
+        return
+    config, data = training.config, training.data
+    _, accuracy, logits = evaluate(training.plain, data.test, config.batch_size)
+    draw_predictions(run.writer, data, logits, epoch=config.epochs)
     values = {key: value for key, value in config.to_dict().items() if value is not None}
-    run.writer.add_hparams(values, {"hparam/accuracy": accuracy, "hparam/best": best}, run_name=".")
+    measured = {"hparam/accuracy": accuracy, "hparam/best": state.best}
+    run.writer.add_hparams(values, measured, run_name=".")

@@ -8,12 +8,18 @@ of files, and the commands of the command line.
 from __future__ import annotations
 
 import ast
+import functools
+import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from registry import Registry
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
@@ -125,7 +131,7 @@ def _in_tables(module: str, tree: ast.Module) -> Iterator[tuple[str, int]]:
         texts = [(n.value, n.lineno) for n in ast.walk(node.value) if isinstance(n, ast.Constant)]
         if name in ("_HOMES", "FORMATS"):
             yield from ((text, line) for text, line in texts if text in MODULES)
-        elif name == "_MODULES":
+        elif name == "_ROWS":
             yield from ((f"registry.cli.{text}", n) for text, n in texts if f"registry.cli.{text}" in MODULES)
 
 
@@ -229,3 +235,102 @@ def test_a_package_says_what_it_is_for(package: str) -> None:
     first = (folder_of(package) / "__init__.py").read_text().lstrip()
     assert first.startswith('"""')
     assert len(first.split('"""')[1].split()) > 3
+
+
+LAZY_IN = ["registry.cli", "registry.models"]
+"""The packages whose imports inside functions say why they stand there."""
+
+UNMARKED = {("registry.cli.transfers", "advise")}
+"""Modules and functions in them whose imports need not say it."""
+
+HEAVY = {"torch", "torchvision", "tensorboard", "numpy", "pydantic", "safetensors", "yaml", "rich"}
+"""Packages that a command which needs the metadata alone does not load."""
+
+REASON = re.compile(r" *# Lazy: (?:loads (?P<package>\w+)|start-up)\.")
+
+
+def loaded_by(node: ast.Import | ast.ImportFrom) -> set[str]:
+    """What an import names: modules of the project, with the packages that they lie in, and packages of others."""
+    names = list(_targets(node))
+    if isinstance(node, ast.Import):
+        names += [alias.name for alias in node.names]
+    elif node.module:
+        names.append(node.module)
+    found = set()
+    for name in names:
+        parts = name.split(".")
+        inside = {".".join(parts[:count]) for count in range(1, len(parts) + 1)} & MODULES.keys()
+        found |= inside or {parts[0]}
+    return found
+
+
+@functools.cache
+def loaded_with() -> dict[str, set[str]]:
+    """For each module all that is loaded with it, itself among it: by imports at the top, of it and of what these load."""
+    after = {}
+    for module, path in MODULES.items():
+        tops = (node for node, where in placed(ast.parse(path.read_text())) if where == "top")
+        parents = {module.rpartition(".")[0]} & MODULES.keys()
+        after[module] = parents.union(*map(loaded_by, tops)) - {module}
+    return {module: _reached(module, after) | {module} for module in MODULES}
+
+
+def lazy_imports(module: str) -> Iterator[tuple[ast.Import | ast.ImportFrom, re.Match[str] | None]]:
+    """The imports inside functions of a module, each with the comment directly above its group."""
+    text = MODULES[module].read_text()
+    tree, lines = ast.parse(text), text.splitlines()
+    inside = [node for node, where in placed(tree) if where == "function"]
+    covered = {line for node in inside for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
+    skipped = {
+        line
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and (module, node.name) in UNMARKED
+        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    for node in inside:
+        if node.lineno not in skipped:
+            first = node.lineno
+            while first - 1 in covered:
+                first -= 1
+            yield node, REASON.fullmatch(lines[first - 2])
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """The modules of the project that `registry list` loads."""
+    program = (
+        "import sys\nfrom registry.cli import main\n"
+        "try: main()\nexcept SystemExit as done: assert not done.code\n"
+        "print(*sys.modules, file=sys.stderr)"
+    )
+    root = tmp_path_factory.mktemp("quick") / "r"
+    Registry(root).save("net", {"model": {}})
+    words = [sys.executable, "-c", program, "list", "--root", str(root)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    return set(done.stderr.split()) & MODULES.keys()
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if room_of(module) in LAZY_IN])
+def test_an_import_inside_a_function_says_why(module: str, quick: set[str]) -> None:
+    """`# Lazy: loads NAME.` is true: what is imported loads the package, and the module does not load it by itself.
+
+    `# Lazy: start-up.` stands in the command line, and in what `registry list` loads.
+    """
+    loads = loaded_with()
+    wrong = []
+    for node, reason in lazy_imports(module):
+        names = loaded_by(node)
+        problem = ""
+        if reason is None:
+            if names & (MODULES.keys() | HEAVY):
+                problem = "has no reason above it"
+        elif package := reason["package"]:
+            if package in loads[module]:
+                problem = f"could stand at the top, as the module loads {package} anyway"
+            elif package not in names.union(*(loads[name] for name in names & MODULES.keys())):
+                problem = f"does not load {package}"
+        elif room_of(module) != "registry.cli" and module not in quick:
+            problem = "is in a module that `registry list` does not load"
+        if problem:
+            wrong.append(f"{path_of(module)}:{node.lineno}: {ast.unparse(node)} {problem}")
+    assert wrong == []

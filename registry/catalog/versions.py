@@ -193,6 +193,12 @@ def own_sizes(catalog: Reader, model: str, since: int = 1) -> dict[str, int]:
     return dict(rows)
 
 
+def by_id(catalog: Reader, version_id: str) -> Version | None:
+    """The version with an id, if there is one."""
+    found = find_versions(catalog, "v.id = ?", [version_id])
+    return found[0] if found else None
+
+
 def name_of(catalog: Reader, version_id: str) -> str | None:
     """The name of the version with an id."""
     rows = catalog.query("SELECT model, version FROM versions WHERE id = ?", [version_id])

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import click
 import pytest
 import torch
 
 from registry import Registry
+from registry.cli.app import app
 
 
 class Done(NamedTuple):
@@ -36,8 +39,6 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
     """Runs `registry` with arguments, as in a pipe; text for its standard input may be given."""
 
     def execute(*arguments: object, typed: str = "") -> Done:
-        from registry.cli.app import app
-
         words = [str(argument) for argument in arguments]
         monkeypatch.setattr(sys, "argv", ["registry", *words])
         monkeypatch.setattr(sys, "stdin", StringIO(typed))
@@ -49,6 +50,30 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
         return Done(code, *capfd.readouterr())
 
     return execute
+
+
+def commands(command: click.Command = app, path: tuple[str, ...] = ()) -> Iterator[tuple[str, click.Command]]:
+    """A command and all below it, each with the words that are typed for it."""
+    yield " ".join(("registry", *path)), command
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            below = command.get_command(context, name)
+            assert below is not None
+            yield from commands(below, (*path, name))
+
+
+def examples(command: click.Command) -> list[str]:
+    """The examples at the end of a command's help."""
+    assert command.epilog is not None
+    return [line.strip() for line in command.epilog.partition("Example:")[2].splitlines() if line.strip()]
+
+
+def words_of(line: str) -> list[str]:
+    """The words of an example, from `registry` on; it may stand inside `eval "$(...)"`."""
+    if line.startswith("eval"):
+        line = line.partition("$(")[2].rstrip(')"')
+    return shlex.split(line)
 
 
 def fill(root: Path) -> Registry:

@@ -473,7 +473,7 @@ def test_long_work_shows_a_bar_after_a_second_on_a_terminal(
     monkeypatch.setattr(output, "_bar", Bar)
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    with output.progress("working") as report:
+    with output.progress_bar("working") as report:
         report(0, 3)
         report(1, 3)
         report(2, 3, 700_000)

@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
+from conftest import commands, examples, words_of
 
 from registry.cli.app import app
 
 ROOT = Path(__file__).parents[2]
 
 
-def commands(command: click.Command = app, path: tuple[str, ...] = ()) -> Iterator[tuple[str, click.Command]]:
-    yield " ".join(("registry", *path)), command
-    if isinstance(command, click.Group):
-        context = click.Context(command)
-        for name in command.list_commands(context):
-            below = command.get_command(context, name)
-            assert below is not None
-            yield from commands(below, (*path, name))
-
-
 ALL = dict(commands())
-
-
-def examples(command: click.Command) -> list[str]:
-    assert command.epilog is not None
-    return [line.strip() for line in command.epilog.partition("Example:")[2].splitlines() if line.strip()]
 
 
 @pytest.mark.parametrize("path", ALL)
@@ -39,10 +23,9 @@ def test_the_help_ends_in_an_example_that_can_be_typed(path: str) -> None:
     found = examples(ALL[path])
     assert found
     for line in found:
-        if line.startswith("eval"):
-            line = line.partition("$(")[2].rstrip(')"')
-        assert line.startswith(path)
-        words = shlex.split(line)[1:]
+        words = words_of(line)
+        assert words[: len(path.split())] == path.split()
+        words = words[1:]
         group: click.Command = app
         context = click.Context(app)
         while isinstance(group, click.Group):

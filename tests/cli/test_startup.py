@@ -1,14 +1,20 @@
-"""Commands that only read what is recorded load nothing heavy."""
+"""Commands that need the metadata alone load nothing heavy."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import torch
+from conftest import commands, examples, words_of
 
 from registry import Registry
+from registry.cli.app import COMMANDS
 
 HEAVY = {"torch", "torchvision", "tensorboard", "numpy", "pydantic", "safetensors", "yaml", "rich"}
 
@@ -21,34 +27,65 @@ except SystemExit as done:
     print(json.dumps([done.code, sorted({name.partition(".")[0] for name in sys.modules})]), file=sys.stderr)
 """
 
+KEY = "3f2a91c04b7e"
+"""The key of an artifact in the examples."""
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "--help",
-        "list",
-        "list lenet5 --json",
-        "list --sort accuracy",
-        "show lenet5",
-        "show lenet5:v2 --params",
-        "status",
-        "alias",
-        "alias lenet5 x",
-        "tag lenet5 x",
-        "note lenet5 x",
-        "rm lenet5:v1 --dry-run",
-        "rm lenet5:v1 --yes",
-        "gc --dry-run",
-        "gc",
-        "verify",
-        "config show lenet5",
-        "config diff lenet5:v1 lenet5:v2",
-    ],
+INSTEAD = {"/data/models": "models", ".yaml": ".json", "--class mypackage.configs:TrainConfig": ""}
+"""Parts of examples, and what is typed instead: a folder of this test's, a format and a check that need no package."""
+
+BESIDE = (
+    "registry --help",
+    "registry list lenet5 --json",
+    "registry show lenet5:v2",
+    "registry alias",
+    "registry rm lenet5:v1 --yes",
+    "registry gc",
+    "registry config show lenet5",
 )
-def test_a_command_loads_nothing_heavy(filled: Registry, command: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *command.split()], capture_output=True, text=True, check=True
-    )
+"""Command lines whose ways differ from those of the examples."""
+
+
+def lines() -> Iterator[str]:
+    """The examples of every light command, and of every command in a light group."""
+    for path, command in commands():
+        name = path.split()[1:2]
+        if name and COMMANDS[name[0]].is_light:
+            for example in examples(command):
+                for part, other in INSTEAD.items():
+                    example = example.replace(part, other)
+                yield example
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a registry and files in which the examples work."""
+    folder = tmp_path_factory.mktemp("golden")
+    registry = Registry(folder / ".registry")
+    for epoch in (1, 5, 10):
+        with registry.run("lenet5", config={"optimizer": {"lr": 0.1 * epoch}}, monitor="accuracy") as run:
+            measured = {"accuracy": epoch / 20, "val/loss": 1 / epoch}
+            run.save(model=torch.nn.Linear(1, epoch), epoch=epoch, loss=1 / epoch, metrics=measured)
+        for model in ("lenet6", "lenet6-scratch", "lenet6-finetuned"):
+            tree = {"model": {"w": torch.full((1,), float(epoch))}}
+            registry.save(model, tree, epoch=epoch, metrics={"accuracy": epoch / 30})
+    registry.set_alias("lenet5:v3", "production")
+    registry.set_tag("lenet5:v3", "paper")
+    registry.cached(lambda size: [size])(3)
+    registry.catalog.close()
+    (folder / "configs").mkdir()
+    for name in ("configs/a.json", "configs/b.json", "configs/lenet5.json", "train.json"):
+        (folder / name).write_text('{"optimizer": {"lr": 0.1}}')
+    return folder
+
+
+@pytest.mark.parametrize("line", sorted({*lines(), *BESIDE}))
+def test_a_light_command_loads_nothing_heavy(golden: Path, tmp_path: Path, line: str) -> None:
+    shutil.copytree(golden, tmp_path / "here")
+    if KEY in line:
+        (artifact,) = Registry(tmp_path / "here" / ".registry").artifacts.find()
+        line = line.replace(KEY, artifact.key)
+    words = [sys.executable, "-c", PROGRAM, *words_of(line)[1:]]
+    done = subprocess.run(words, cwd=tmp_path / "here", capture_output=True, text=True, check=True)
     status, modules = json.loads(done.stderr.splitlines()[-1])
     assert status == 0, done.stderr
     assert set(modules) & HEAVY == set()

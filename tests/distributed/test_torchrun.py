@@ -16,7 +16,8 @@ from together import together
 
 from registry import Registry, RegistryError
 from registry.models.data import Data, load
-from registry.models.training import TrainConfig, _test, evaluate, train
+from registry.models.measuring import evaluate, evaluate_together
+from registry.models.training import TrainConfig, train
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 COMMON = ["--set", "samples=192", "--set", "log_every=1", "--set", "workers=0"]
@@ -113,7 +114,7 @@ def too_many(root: str) -> list[str]:
     for parameter in network.parameters():
         torch.distributed.broadcast(parameter.data, 0)
     one = torch.utils.data.Subset(data.test, [3])
-    return [*found, repr(_test(network, one, 8)), repr(evaluate(network, one)[:2])]
+    return [*found, repr(evaluate_together(network, one, 8)), repr(evaluate(network, one)[:2])]
 
 
 def test_more_processes_than_samples(tmp_path: Path) -> None:

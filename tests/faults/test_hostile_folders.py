@@ -9,6 +9,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -90,23 +91,38 @@ COMMANDS: dict[str, list[list[str]]] = {
     "config diff": [["config", "diff", "net:v1", "net:v2"]],
     "completion": [["completion", "bash"]],
 }
-"""Arguments for each command; `{file}` is a file of the user's, `{out}` a place for one."""
+"""Arguments for commands; `{file}` is a file of the user's, `{out}` a place for one. The examples of its help stand for any other."""
 
 
-def names_of(group: click.Group, prefix: str = "") -> Iterator[str]:
+def commands_of(group: click.Group, prefix: str = "") -> Iterator[tuple[str, click.Command]]:
     context = click.Context(group)
     for name in group.list_commands(context):
         command = group.get_command(context, name)
         if isinstance(command, click.Group):
-            yield from names_of(command, f"{prefix}{name} ")
-        else:
-            yield f"{prefix}{name}"
+            yield from commands_of(command, f"{prefix}{name} ")
+        elif command:
+            yield f"{prefix}{name}", command
+
+
+def command_lines() -> dict[str, list[list[str]]]:
+    """What is tried of each command: those above, then the others by their examples, about the model of these tests."""
+    from registry.cli.app import app
+
+    found = dict(COMMANDS)
+    for name, command in commands_of(app):
+        if name not in found:
+            examples = (command.epilog or "").partition("Example:")[2].strip().splitlines()
+            about_net = [re.sub(r"lenet\d|resnet", "net", example) for example in examples]
+            found[name] = [shlex.split(example)[1:] for example in about_net]
+    return found
 
 
 def test_every_command_is_tried() -> None:
     from registry.cli.app import app
 
-    assert set(names_of(app)) == set(COMMANDS)
+    assert {name for name, _ in commands_of(app)} == {
+        name for name, lines in command_lines().items() if lines
+    }
 
 
 def call(words: list[str]) -> Outcome:
@@ -416,7 +432,7 @@ def try_one(golden: Path, top: Path, seed: int, lines_at_most: int = 12) -> int:
     place = chance.choice(sorted(root.glob(where)) or [root / where])
     odd(place, outside)
     before = snapshot(outside)
-    chosen = [line for lines in COMMANDS.values() for line in lines]
+    chosen = [line for lines in command_lines().values() for line in lines]
     chance.shuffle(chosen)
     given = {"{file}": str(top / "user" / "file.json"), "{out}": str(top / "user" / "out.safetensors")}
     lines = [
@@ -521,7 +537,10 @@ def test_no_text_reaches_the_terminal_as_it_is(tmp_path: Path) -> None:
     (folder / "run.log").write_text(evil * 3)
     registry.catalog.close()
     chosen = [
-        line for lines in COMMANDS.values() for line in lines if "{file}" not in line and "--yes" not in line
+        line
+        for lines in command_lines().values()
+        for line in lines
+        if "{file}" not in line and "--yes" not in line
     ]
     for words in chosen:
         given = [str(tmp_path / "out.safetensors") if word == "{out}" else word for word in words]

@@ -15,7 +15,8 @@ from registry import Registry, Run
 from registry.catalog.versions import list_versions
 from registry.models import data as data_sets
 from registry.models.data import Data
-from registry.models.training import TrainConfig, evaluate, train
+from registry.models.measuring import evaluate
+from registry.models.training import TrainConfig, train
 from registry.store.errors import Incompatible, NotFound
 
 

@@ -1,0 +1,157 @@
+"""Comparing: diff, compare."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from registry.cli.options import ReferenceType, command, registry_if_any
+from registry.cli.output import print_json, print_table, say, told
+from registry.reports import html, markdown, text
+from registry.store.durable import write_file
+from registry.store.errors import RegistryError
+from registry.transfer import curves
+
+if TYPE_CHECKING:
+    from registry.registry import Registry
+    from registry.reports.blocks import Block
+    from registry.transfer.report import DiffReport
+
+
+@command(
+    "diff",
+    "registry diff lenet5@best lenet6 --values\nregistry diff a.safetensors b.pt --format html -o diff.html",
+)
+@click.argument("a", type=ReferenceType())
+@click.argument("b", type=ReferenceType())
+@click.option("--values", is_flag=True, help="Also say how far the values moved.")
+@click.option(
+    "--rename", "rules", multiple=True, metavar="OLD=NEW", help="Rename names of A: 'backbone.*=*'."
+)
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave names out.")
+@click.option("--plan", "file", type=click.Path(), metavar="FILE", help="Show a plan from A to B too.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["text", "json", "md", "html"]),
+    default="text",
+    show_default=True,
+    help="What to write.",
+)
+@click.option("--output", "-o", type=click.Path(), metavar="FILE", help="Write to a file.")
+def diff(
+    a: str,
+    b: str,
+    values: bool,
+    rules: tuple[str, ...],
+    exclude: tuple[str, ...],
+    file: str | None,
+    form: Literal["text", "json", "md", "html"],
+    output: str | None,
+    root: str | None,
+    as_json: bool,
+) -> int:
+    """Compare two models by name, shape, dtype and value.
+
+    A and B are each a reference, a file, torchvision:NAME, or the name of a network. The exit status is 0 if they are identical, 1 if they differ, 2 if one cannot be read.
+    """
+    # Lazy: loads torch.
+    from registry.transfer.diffing import diff as report_of
+    from registry.transfer.plan import TransferPlan
+
+    try:
+        plan = TransferPlan.load(file) if file else None
+        report = report_of(
+            a, b, registry=registry_if_any(root), values=values, rename=rules, exclude=exclude, plan=plan
+        )
+        if file:
+            report = report.model_copy(update={"command": f"{report.command} {shlex.join(['--plan', file])}"})
+        _write(_rendered(report, "json" if as_json else form), output)
+    except RegistryError as error:
+        click.echo(f"registry: {told(error)}", err=True)
+        return 2
+    return 0 if report.is_same else 1
+
+
+def _rendered(report: DiffReport, form: str) -> str:
+    """A report as text, Markdown, HTML or JSON."""
+    if form == "json":
+        return report.model_dump_json(by_alias=True, indent=2) + "\n"
+    return _drawn(report.blocks(), form)
+
+
+def _drawn(blocks: Sequence[Block], form: str) -> str:
+    """Blocks as one of the forms that `--format` takes."""
+    if form == "md":
+        return markdown.render(blocks)
+    return html.render(blocks) if form == "html" else text.render(blocks) + "\n"
+
+
+@command(
+    "compare",
+    "registry compare lenet6-scratch lenet6-finetuned --at 1,5,10\n"
+    "registry compare lenet5/run-1 lenet5/run-2 --metric loss\n"
+    "registry compare lenet5 lenet6 --format html -o compare.html",
+)
+@click.argument("models", nargs=-1, required=True, type=ReferenceType(), metavar="MODEL...")
+@click.option("--metric", default="accuracy", show_default=True, help="A metric, or loss.")
+@click.option("--at", "epochs", metavar="EPOCHS", help="Only these epochs, such as 1,5,10.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["text", "md", "html"]),
+    default="text",
+    show_default=True,
+    help="What to write.",
+)
+@click.option("--output", "-o", type=click.Path(), metavar="FILE", help="Write to a file.")
+def compare(
+    models: tuple[str, ...],
+    metric: str,
+    epochs: str | None,
+    form: str,
+    output: str | None,
+    registry: Registry,
+    as_json: bool,
+) -> None:
+    """Compare a metric of several models, runs or versions, epoch by epoch.
+
+    Each MODEL is a model's name, for all its versions, a run's such as lenet5/run-2, or a reference, for one version.
+    """
+    at = _epochs(epochs)
+    found = curves.curves(registry, models, metric)
+    if as_json:
+        chosen = {
+            curve.name: {epoch: value for epoch, value in curve.values.items() if not at or epoch in at}
+            for curve in found
+        }
+        print_json({"metric": metric, "models": chosen})
+    elif form == "text" and output is None:
+        print_table(*curves.table(found, at))
+    else:
+        _write(_drawn(curves.blocks(found, metric, at), form), output)
+
+
+def _epochs(text: str | None) -> list[int]:
+    """Read epochs such as 1,5,10.
+
+    Raises:
+        click.BadParameter: for anything else.
+    """
+    try:
+        return [int(part) for part in (text or "").split(",") if part.strip()]
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no list of epochs such as 1,5,10", param_hint="--at") from None
+
+
+def _write(text: str, output: str | None) -> None:
+    """Print a text, or write it to a file."""
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    write_file(Path(output), text.encode())
+    say(f"wrote {output}")
