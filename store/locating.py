@@ -135,7 +135,7 @@ class Locator:
             location = located.get(info.digest)
             if location is None:
                 raise Corrupt(f"{path}: no pack holds tensor {info.digest}; run: registry verify")
-            base = _base(info, location, bases, path) if location.base else None
+            base = _base(info, location, bases, path=path) if location.base else None
             wanted.append(Wanted(key, info, location, path, info.size, base))
         return wanted
 
@@ -152,7 +152,7 @@ class Locator:
             for info, start in self._packs.listed(name, located):
                 place = located[info.digest]
                 if (place.pack, place.start) == (name, start):
-                    base = _base(info, place, bases, info.digest) if place.base else None
+                    base = _base(info, place, bases, path=info.digest) if place.base else None
                     found.append(Wanted(len(found), info, place, info.digest, info.size, base))
         return found
 
@@ -188,7 +188,7 @@ class Locator:
 
 
 def _base(
-    info: TensorInfo, place: Location, bases: Mapping[str, Location], path: str, depth: int = 0
+    info: TensorInfo, place: Location, bases: Mapping[str, Location], *, path: str, depth: int = 0
 ) -> Wanted:
     """What a tensor is a difference from, and what that is, if it is one too."""
     assert place.base is not None
@@ -196,7 +196,9 @@ def _base(
     if its_place is None or depth > _MAX_CHAIN:
         raise Corrupt(f"{path}: no pack holds tensor {place.base}, which it is a difference from")
     its_info = TensorInfo(info.dtype, info.shape, place.base)
-    further = _base(its_info, its_place, bases, path, depth + 1) if its_place.base else None
+    further = None
+    if its_place.base:
+        further = _base(its_info, its_place, bases, path=path, depth=depth + 1)
     return Wanted(-1, its_info, its_place, path, info.size, further)
 
 

@@ -59,7 +59,7 @@ def copy_to_new_pack(
                 if coded := _difference(item, data, mapped.bytes(base)):
                     info = item.info
                     writer.add_difference(
-                        info.digest, info.dtype, info.shape, base.info.digest, memoryview(coded)
+                        info.digest, info.dtype, info.shape, base=base.info.digest, coded=memoryview(coded)
                     )
                     continue
             writer.add(item.info.digest, item.info.dtype, item.info.shape, data, is_sure=False)
@@ -98,7 +98,8 @@ def _copy_difference(packs: Path, item: Wanted, mapped: loading.Mapped, writer: 
     loading.verify(packs, [item], loading.Mapped(packs))
     info, place = item.info, item.location
     assert place.base is not None
-    writer.add_difference(info.digest, info.dtype, info.shape, place.base, mapped.stored(item))
+    coded = mapped.stored(item)
+    writer.add_difference(info.digest, info.dtype, info.shape, base=place.base, coded=coded)
 
 
 def _can_differ(item: Wanted, base: Wanted) -> bool:
