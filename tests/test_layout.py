@@ -237,16 +237,10 @@ def test_a_package_says_what_it_is_for(package: str) -> None:
     assert len(first.split('"""')[1].split()) > 3
 
 
-LAZY_IN = ["registry.cli", "registry.models"]
-"""The packages whose imports inside functions say why they stand there."""
-
-UNMARKED = {("registry.cli.transfers", "advise")}
-"""Modules and functions in them whose imports need not say it."""
-
 HEAVY = {"torch", "torchvision", "tensorboard", "numpy", "pydantic", "safetensors", "yaml", "rich"}
 """Packages that a command which needs the metadata alone does not load."""
 
-REASON = re.compile(r" *# Lazy: (?:loads (?P<package>\w+)|start-up)\.")
+REASON = re.compile(r" *# Lazy: (?:loads (?P<package>[\w.]*\w)|start-up)\.")
 
 
 def loaded_by(node: ast.Import | ast.ImportFrom) -> set[str]:
@@ -259,8 +253,8 @@ def loaded_by(node: ast.Import | ast.ImportFrom) -> set[str]:
     found = set()
     for name in names:
         parts = name.split(".")
-        inside = {".".join(parts[:count]) for count in range(1, len(parts) + 1)} & MODULES.keys()
-        found |= inside or {parts[0]}
+        prefixes = {".".join(parts[:count]) for count in range(1, len(parts) + 1)}
+        found |= prefixes & MODULES.keys() or prefixes
     return found
 
 
@@ -281,18 +275,11 @@ def lazy_imports(module: str) -> Iterator[tuple[ast.Import | ast.ImportFrom, re.
     tree, lines = ast.parse(text), text.splitlines()
     inside = [node for node, where in placed(tree) if where == "function"]
     covered = {line for node in inside for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
-    skipped = {
-        line
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and (module, node.name) in UNMARKED
-        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
-    }
     for node in inside:
-        if node.lineno not in skipped:
-            first = node.lineno
-            while first - 1 in covered:
-                first -= 1
-            yield node, REASON.fullmatch(lines[first - 2])
+        first = node.lineno
+        while first - 1 in covered or (not lines[first - 2] and first - 2 in covered):
+            first -= 1
+        yield node, REASON.fullmatch(lines[first - 2])
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +297,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     return set(done.stderr.split()) & MODULES.keys()
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if room_of(module) in LAZY_IN])
+@pytest.mark.parametrize("module", MODULES)
 def test_an_import_inside_a_function_says_why(module: str, quick: set[str]) -> None:
     """`# Lazy: loads NAME.` is true: what is imported loads the package, and the module does not load it by itself.
 

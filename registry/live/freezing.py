@@ -173,7 +173,7 @@ def watched_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(found)
 
 
-def check(
+def rule_for(
     model: nn.Module, patterns: str | Iterable[str], *, may_be_whole: bool = False
 ) -> tuple[Freeze, dict[int, nn.Parameter]]:
     """Check a freeze before anything is changed.
@@ -255,7 +255,7 @@ def _freeze(
     *,
     may_be_whole: bool = False,
 ) -> Frozen:
-    rule, chosen = check(model, patterns, may_be_whole=may_be_whole)
+    rule, chosen = rule_for(model, patterns, may_be_whole=may_be_whole)
     plain: nn.Module = components.plain_module(model)
     names = dict(plain.named_parameters(remove_duplicate=False))
     notes = [

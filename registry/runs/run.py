@@ -136,7 +136,7 @@ class Run:
         if self._writer is None:
             if not self._ranks.leads:
                 return cast("SummaryWriter", Mute())
-            # Lazy: loads tensorboard.
+            # Lazy: loads torch.utils.tensorboard.
             from torch.utils.tensorboard import SummaryWriter
 
             make_folder(self.folder, inner=INNER)
@@ -325,6 +325,7 @@ class Run:
             epoch, step, loss, metrics: as for `save`.
             network: lets `Registry.build` find the builder and the configuration.
         """
+        # Lazy: loads torch.distributed.checkpoint.
         # Lazy: loads torch.distributed.checkpoint.
         from registry.checkpoints.sharded_writer import RegistryWriter
 

@@ -278,7 +278,7 @@ class TransferPlan(BaseModel):
         _check_finite(copies, left, self.allow_nan)
         _check_kept(self.steps, right)
         if self.freeze:
-            freezing.check(model, self.freeze)
+            freezing.rule_for(model, self.freeze)
         with torch.no_grad():
             for step, value in copies:
                 right.tensor(step.target).copy_(value)  # type: ignore[arg-type]
