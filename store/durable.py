@@ -114,6 +114,16 @@ class NewFile:
         status, own = status_of(self.path, inner=self._inner), os.fstat(self.fd)
         return status is not None and (status.st_dev, status.st_ino) == (own.st_dev, own.st_ino)
 
+    def share(self, like: Path) -> None:
+        """Let those use the file who can use another one, whatever the umask here."""
+        status = status_of(like)
+        if status is None:
+            return
+        with contextlib.suppress(PermissionError):
+            os.fchmod(self.fd, stat.S_IMODE(status.st_mode) & 0o666)
+            if os.geteuid() == 0:
+                os.fchown(self.fd, status.st_uid, status.st_gid)
+
     def skip_to(self, offset: int) -> None:
         """Leave the bytes before `offset` for a later `write_at`."""
         self._position = self._written_back = os.lseek(self.fd, offset, os.SEEK_SET)
@@ -327,14 +337,16 @@ def write_file(
         again_on_trouble(write)
 
 
-def note(path: Path, data: bytes, *, folder: Path) -> None:
+def note(path: Path, data: bytes, *, folder: Path, like: Path) -> None:
     """Write a small file whole or not at all for other programs; a power cut may take it back.
 
     Args:
         folder: a folder of the registry, where the file lies until it is complete.
+        like: a file whose readers are to read this one, whatever the umask of who writes it.
     """
     file = NewFile(folder)
     try:
+        file.share(like)
         file.write(data)
         file.publish(path, inner=0, is_durable=False)
     except BaseException:

@@ -152,11 +152,16 @@ class Artifacts:
         return tree
 
     def _packs(self, id: str) -> dict[str, tuple[str, str]]:
-        """The packs of an artifact, and what shows that one has changed."""
+        """The packs of an artifact, and what shows that one has changed; without those that cannot be looked at."""
         rows = self._home.catalog.query(
             "SELECT p.digest FROM uses u JOIN packs p ON p.number = u.pack WHERE u.id = ?", [id]
         )
-        return {name: (mark(self._home.store.pack_path(name)), name) for (name,) in rows}
+        found = {}
+        for (name,) in rows:
+            # Reading it will say what is wrong with it.
+            with contextlib.suppress(OSError):
+                found[name] = mark(self._home.store.pack_path(name)), name
+        return found
 
     def remove(self, keys: Iterable[str]) -> int:
         """Forget artifacts by their whole keys; returns how many there were."""

@@ -185,7 +185,7 @@ class Catalog:
                 self.refold(why="damaged")
         raise Corrupt(f"{self.path}: the catalog does not stay as it is made; check the disk")
 
-    def adopt(self, compute: Callable[[Ledger], Sequence[Record]], reason: str) -> Entry | None:
+    def adopt(self, compute: Callable[[Ledger], Sequence[Record]], reason: str) -> list[Record]:
         """Accept that what cannot be read in the log is lost; see `registry.catalog.transactions.adopt`."""
         # Lazy: start-up.
         from registry.catalog.transactions import adopt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,10 @@ class Taken(Stale):
     """Another version has the id already: equal values, saved at the same instant. Never reaches users."""
 
 
+class Doomed(Stale):
+    """The manifest has a name that was doomed, and no room in the log for its text. Never reaches users."""
+
+
 def publish(
     catalog: Catalog,
     store: Store,
@@ -42,7 +47,7 @@ def publish(
     """Store trees and make them known.
 
     Args:
-        record: what the manifest carries along; its time is set anew where another version has the same id.
+        record: what the manifest carries along; its time is set anew, or a salt is added, where its name is taken.
         records: says what makes the manifest known, from the view inside the commit, its id, and the field that
             carries its text.
         what: what to call it in an error.
@@ -67,7 +72,10 @@ def publish(
             nonlocal stored
             stored = stored or store.put(state, record, progress=progress)
             packs = _packs(view, stored, strict=again and attempt < _ATTEMPTS // 2)  # noqa: B023
-            return [*packs, *records(view, stored.digest, manifest_text(stored.text))]
+            text = manifest_text(stored.text)
+            if not text and view.query("SELECT 1 FROM doomed WHERE digest = ?", [stored.digest]):
+                raise Doomed(f"{stored.digest[:12]} was doomed")
+            return [*packs, *records(view, stored.digest, text)]
 
         try:
             entry = catalog.commit(compute)
@@ -84,6 +92,9 @@ def publish(
                 break
             if "created" in record:
                 record["created"] = now()
+            elif isinstance(error, Doomed):
+                # What records no time has its content for a name.
+                record["salt"] = secrets.token_hex(16)
     raise Conflict(f"{what}: other processes kept changing the registry during the save; repeat it")
 
 

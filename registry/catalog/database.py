@@ -20,7 +20,15 @@ from registry.catalog import pairing, schema
 from registry.log import settings
 from registry.log.journal import Journal, Position
 from registry.store import places
-from registry.store.errors import Corrupt, Invalid, NotFound, RegistryError, StorageError, Unsupported
+from registry.store.errors import (
+    Corrupt,
+    Invalid,
+    NotFound,
+    RegistryError,
+    StorageError,
+    Unsupported,
+    storage_errors,
+)
 from registry.store.places import is_local
 from registry.store.text import printable, quoted
 
@@ -263,7 +271,8 @@ class Database:
 
     def alone(self) -> pairing.Alone:
         """The catalog's file as it is without what lies beside it."""
-        return pairing.look(self.path, lambda: self.connect(self.path, ALONE))
+        with self.errors():
+            return pairing.look(self.path, lambda: self.connect(self.path, ALONE))
 
     def is_sound(self, connection: sqlite3.Connection) -> bool:
         """Whether the tables are those that this program makes.
@@ -289,7 +298,8 @@ class Database:
             Invalid: if a text is not valid Unicode.
         """
         try:
-            yield
+            with storage_errors(self.path):
+                yield
         except sqlite3.OperationalError as error:
             raise self._meaning(error) from error
         except UnicodeEncodeError as error:

@@ -197,6 +197,8 @@ class Opening:
         copy = in_memory()
         with storage_errors(database.root):
             connection.backup(copy)
+            # Or what hangs on a version that was removed would stay.
+            copy.execute("PRAGMA foreign_keys = ON")
             catch_up(database, Change(copy, Material(database.store, text_in(copy))), heals=False)
         copy.execute("PRAGMA query_only = ON")
         return Opened(copy, state)

@@ -74,7 +74,8 @@ def close(path: Path, connection: sqlite3.Connection) -> None:
     with contextlib.suppress(OSError, RegistryError, durable.Moved):
         is_open = places.status_of(path.with_name(f"{path.name}-wal")) is not None
         if found is not None and not is_open and found != _noted(path):
-            durable.note(path.with_name(f"{path.name}{WHOLE}"), found.encode(), folder=path.parent / "tmp")
+            note = path.with_name(f"{path.name}{WHOLE}")
+            durable.note(note, found.encode(), folder=path.parent / "tmp", like=path)
 
 
 def _stamp_in(connection: sqlite3.Connection) -> str:
@@ -83,8 +84,10 @@ def _stamp_in(connection: sqlite3.Connection) -> str:
 
 
 def _noted(path: Path) -> str:
-    """The stamp of the last catalog that was closed whole; empty if there is none."""
-    return _first_bytes(path.with_name(f"{path.name}{WHOLE}"), _LONGEST).decode("ascii", "replace")
+    """The stamp of the last catalog that was closed whole; empty if there is none, or if it cannot be read."""
+    with contextlib.suppress(PermissionError):
+        return _first_bytes(path.with_name(f"{path.name}{WHOLE}"), _LONGEST).decode("ascii", "replace")
+    return ""
 
 
 def after(path: Path, connection: sqlite3.Connection, look: Callable[[], Alone]) -> dict[str, str]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
+import re
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from registry.catalog import pairing, schema
@@ -28,6 +30,7 @@ from registry.store import durable, places
 from registry.store.errors import Corrupt, RegistryError, StorageError, storage_errors
 
 _TRIES = 4
+_SET_ASIDE = re.compile(rf"{re.escape(NAME)}\.damaged-[0-9]+\Z")
 
 _logger = logging.getLogger(__name__)
 
@@ -185,7 +188,10 @@ def refold_locked(database: Database, ledger: Callable[[], Ledger], *, why: str 
             usable.execute("PRAGMA foreign_keys = OFF")
             usable.execute("BEGIN EXCLUSIVE")
             try:
-                refolded = refold_in_place(database, Change(usable, Material(database.store)), copy)
+                change = Change(usable, Material(database.store))
+                refolded = refold_in_place(database, change, copy)
+                if refolded.ledger.has_gaps:
+                    refolded = _with_older_copies(database, change, refolded, besides=set_aside)
                 usable.execute("COMMIT")
             except BaseException:
                 with contextlib.suppress(sqlite3.Error):
@@ -193,6 +199,40 @@ def refold_locked(database: Database, ledger: Callable[[], Ledger], *, why: str 
                 raise
         pairing.close(database.path, usable)
     return refolded._replace(set_aside=set_aside)
+
+
+def _with_older_copies(
+    database: Database, change: Change, refolded: Refolded, *, besides: str | None
+) -> Refolded:
+    """Look for lost entries in the catalogs that were set aside before, as by a program that was killed then.
+
+    Args:
+        besides: the one that was looked into already.
+    """
+    journal, healed = database.journal, list(refolded.healed)
+    names = [name for name in places.names_in(database.root) if _SET_ASIDE.match(name) and name != besides]
+    for name in sorted(names, reverse=True):
+        if not refolded.ledger.has_gaps:
+            break
+        copy = _copy_in(database, name)
+        if copy is None:
+            continue
+        with contextlib.closing(copy):
+            # One of a history that went another way would not bring back more than it contradicts.
+            if _lost(history(journal, copy)) < _lost(history(journal, None)):
+                refolded = refold_in_place(database, change, copy)
+                healed += refolded.healed
+    return refolded._replace(healed=healed)
+
+
+def _lost(items: Iterable[Placed | Gap | End | Fork]) -> float:
+    """How many entries of a history cannot be read; infinite if it is two histories."""
+    lost = 0.0
+    for item in items:
+        if isinstance(item, Fork):
+            return math.inf
+        lost += max(0, item.last - item.first + 1) if isinstance(item, Gap) else 0
+    return lost
 
 
 def _usable(database: Database) -> sqlite3.Connection | None:
@@ -252,7 +292,7 @@ def _set_aside(database: Database) -> str | None:
     if status is None:
         return None
     places.refuse_odd(status, database.path)
-    name = f"{NAME}.damaged-{int(time.time())}"
+    name = f"{NAME}.damaged-{time.time_ns()}"
     for part in reversed(PARTS):
         path = database.path.with_name(NAME + part)
         if places.status_of(path) is not None:

@@ -191,7 +191,7 @@ def _refuse_gaps(database: Database, change: Change) -> None:
 
 def adopt(
     database: Database, held: Held, compute: Callable[[Ledger], Sequence[Record]], *, reason: str
-) -> Entry | None:
+) -> list[Record]:
     """Accept that what cannot be read in the log is lost, and go on behind it.
 
     Args:
@@ -200,7 +200,8 @@ def adopt(
         reason: why, for those who read the log.
 
     Returns:
-        The entry of the log; None if there was nothing to record.
+        What was recorded: in one entry, or in several where one would be too large. A crash between them leaves the rest
+        to be taken in later.
 
     Raises:
         StorageError: if the folder cannot be written.
@@ -212,15 +213,16 @@ def adopt(
         accepted = [{"op": "adopt", "gaps": gaps, "reason": reason}] if gaps else []
         records = [*accepted, *compute(ledger)]
         if not records:
-            return None
-        for record in records:
-            entries.check_record(record)
-        entry = entries.write(ledger.seq + 1, ledger.digest, records)
+            return []
         if (journal.size(ledger.end.segment) or 0) > ledger.end.offset:
             journal.cut(ledger.end)
-        journal.append(entry, ledger.end)
+        seq, digest, end = ledger.seq, ledger.digest, ledger.end
+        for part in entries.in_parts(records):
+            entry = entries.write(seq + 1, digest, part)
+            end = journal.append(entry, end)
+            seq, digest = entry.seq, entry.digest
         refold_in_place(database, change, connection)
-    return entry
+    return records
 
 
 def finish_interrupted(database: Database, connection: sqlite3.Connection, identity: object) -> bool:

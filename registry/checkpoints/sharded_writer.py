@@ -1,5 +1,6 @@
 """The sharded writer: checkpoints of `torch.distributed.checkpoint`, to which each of several processes writes its shards.
 
+import contextlib
 import torch.distributed.checkpoint as dcp
 
 dcp.save(state, storage_writer=RegistryWriter(registry, "gpt", epoch=1))
@@ -7,6 +8,7 @@ dcp.save(state, storage_writer=RegistryWriter(registry, "gpt", epoch=1))
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import uuid
@@ -137,11 +139,12 @@ class RegistryWriter(StorageWriter):
             about = replace(self._about, provenance=provenance, dcp=tree.record)
             saved = save(self.registry, self.model, written, about=about, best_by=self._best_by)
         except BaseException:
-            # The log may have the version all the same.
-            named = self.registry.catalog.ledger().packs
-            for pack in packs:
-                if pack.digest not in named:
-                    self.registry.store.discard_pack(pack.digest)
+            # The log may have the version all the same. Where it does not say, gc decides about them later.
+            with contextlib.suppress(RegistryError):
+                named = self.registry.catalog.ledger().packs
+                for pack in packs:
+                    if pack.digest not in named:
+                        self.registry.store.discard_pack(pack.digest)
             raise
         self.checkpoint = saved
         # In every process dcp.save returns it.

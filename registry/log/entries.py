@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +29,8 @@ MAX_LINE = 64 << 20
 MAX_RECORDS = 100_000
 MAX_TEXT = 16 << 20
 """Bytes of a manifest that an entry carries; a larger one is in its file alone."""
+_PART = 16 << 20
+"""Bytes of texts in an entry of many records, beyond which the next one begins."""
 MAX_NUMBER = (1 << 63) - 1
 MAX_VERSION = 999_999_999
 START = "0" * 64
@@ -167,6 +169,21 @@ def _check_manifest(record: Record) -> None:
         raise Corrupt(f"{record['op']}: the manifest is malformed")
     if digest(text.encode()) != record["id"]:
         raise Corrupt(f"{record['op']}: the manifest is not the one that its id names")
+
+
+def in_parts(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Records in their order, so many at a time as one entry takes."""
+    part: list[Record] = []
+    size = 0
+    for record in records:
+        check_record(record)
+        part.append(record)
+        size += len(record.get("manifest", "")) + len(record.get("text", ""))
+        if size > _PART or len(part) >= MAX_RECORDS:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
 
 
 def manifest_text(data: bytes) -> dict[str, str]:

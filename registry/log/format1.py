@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from registry.log.entries import MAX_RECORDS, Record, check_record, manifest_text, pack_record
+from registry.log.entries import Record, in_parts, manifest_text, pack_record
 from registry.store import places
 from registry.store.digest import digest, is_digest
 from registry.store.errors import Corrupt, Invalid, RegistryError
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 JOURNAL = "journal.jsonl"
 _LARGEST = 1 << 30
-_BYTES = 16 << 20
-"""Bytes of manifests that one entry carries."""
 
 
 @dataclass
@@ -288,22 +286,8 @@ def entries_of(store: Store, state: State) -> Iterator[list[Record]]:
     """What is to be recorded in the log, an entry at a time."""
     live = {*state.versions, *(found for found, _, _ in state.artifacts.values())}
     chosen = _packs(store, state, live)
-    yield from _in_parts([pack_record(pack) for pack in chosen])
-    yield from _in_parts(_records(store, state))
-
-
-def _in_parts(records: Iterator[Record] | list[Record]) -> Iterator[list[Record]]:
-    part: list[Record] = []
-    size = 0
-    for record in records:
-        check_record(record)
-        part.append(record)
-        size += len(record.get("manifest", "")) + len(record.get("text", ""))
-        if size > _BYTES or len(part) >= MAX_RECORDS:
-            yield part
-            part, size = [], 0
-    if part:
-        yield part
+    yield from in_parts([pack_record(pack) for pack in chosen])
+    yield from in_parts(_records(store, state))
 
 
 def _records(store: Store, state: State) -> Iterator[Record]:

@@ -301,9 +301,15 @@ class Run:
         return saved
 
     def _retain(self) -> None:
-        """Remove, and thin, what the run's rules no longer keep."""
-        chain = self._runs.chain(self.name)
-        self._retention.apply(self._home.catalog, self._home.store, runs=chain, model=self.model)
+        """Remove, and thin, what the run's rules no longer keep.
+
+        The new version is safe by now: what an older one prevents is said, and tried again behind the next save.
+        """
+        try:
+            chain = self._runs.chain(self.name)
+            self._retention.apply(self._home.catalog, self._home.store, runs=chain, model=self.model)
+        except RegistryError as error:
+            _logger.warning("%s: older versions stay, as the rules of the run fail: %s", self.name, error)
 
     def _origin(self, about: Mapping[str, Any]) -> dict[str, Any]:
         return self._recording.origin(about, run=self.name, last=self._last)
@@ -325,7 +331,6 @@ class Run:
             epoch, step, loss, metrics: as for `save`.
             network: lets `Registry.build` find the builder and the configuration.
         """
-        # Lazy: loads torch.distributed.checkpoint.
         # Lazy: loads torch.distributed.checkpoint.
         from registry.checkpoints.sharded_writer import RegistryWriter
 

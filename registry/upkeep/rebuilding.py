@@ -64,8 +64,7 @@ def rebuild(catalog: Catalog, store: Store, *, adopt: bool = False, progress: Pr
         unnamed = _unnamed(store, refolded.ledger)
         adopted: list[str] = []
         if adopt and (unnamed or refolded.ledger.has_gaps):
-            entry = catalog.adopt(lambda ledger: _adoption(store, ledger), "taken in by rebuild --adopt")
-            records = entry.records if entry else ()
+            records = catalog.adopt(lambda ledger: _adoption(store, ledger), "taken in by rebuild --adopt")
             adopted = [f"{one['model']}:v{one['version']}" for one in records if one["op"] == "publish"]
             unnamed = _unnamed(store, catalog.refold().ledger)
     ((versions, models, packs),) = catalog.query(
