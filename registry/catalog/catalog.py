@@ -282,7 +282,9 @@ class Catalog:
                 kept = database.held
                 if kept is None or kept.connection.in_transaction:
                     raise
-                if kept.identity == database.identity(kept.identity):
+                with storage_errors(self.path):
+                    is_same = kept.identity == database.identity(kept.identity)
+                if is_same:
                     raise
         raise StorageError(f"{self.path}: other processes keep changing the catalog; repeat")
 

@@ -218,21 +218,31 @@ def _with_older_copies(
         if copy is None:
             continue
         with contextlib.closing(copy):
-            # One of a history that went another way would not bring back more than it contradicts.
-            if _lost(history(journal, copy)) < _lost(history(journal, None)):
+            alone, together = _readable(history(journal, None)), _readable(history(journal, copy))
+            # One of a history that went another way would take the place of entries that can be read.
+            if together.in_log == alone.in_log and together.lost < alone.lost:
                 refolded = refold_in_place(database, change, copy)
                 healed += refolded.healed
     return refolded._replace(healed=healed)
 
 
-def _lost(items: Iterable[Placed | Gap | End | Fork]) -> float:
-    """How many entries of a history cannot be read; infinite if it is two histories."""
-    lost = 0.0
+class _Readable(NamedTuple):
+    """How many entries of a history the folder's log gives, and how many nothing gives; infinitely many of a fork."""
+
+    in_log: int
+    lost: float
+
+
+def _readable(items: Iterable[Placed | Gap | End | Fork]) -> _Readable:
+    in_log, lost = 0, 0.0
     for item in items:
         if isinstance(item, Fork):
-            return math.inf
-        lost += max(0, item.last - item.first + 1) if isinstance(item, Gap) else 0
-    return lost
+            return _Readable(in_log, math.inf)
+        if isinstance(item, Placed):
+            in_log += item.start is not None
+        elif isinstance(item, Gap):
+            lost += max(0, item.last - item.first + 1)
+    return _Readable(in_log, lost)
 
 
 def _usable(database: Database) -> sqlite3.Connection | None:

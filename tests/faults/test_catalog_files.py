@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import signal
 import sqlite3
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +15,23 @@ from pathlib import Path
 import pytest
 import torch
 from support import all_versions, broken_rules, check_whole, dump, fork, in_child, kill_me, save, wait
+from test_access import NOBODY
 from test_disk_trouble import fill, may_mount, small_disk
 
 from registry import Registry
-from registry.catalog import catalog
+from registry.catalog import catalog, refolding, transactions
+from registry.catalog.change import Change
+from registry.log.entries import Entry
+from registry.log.journal import Journal, Position
 from registry.store.errors import Conflict, NotFound, StorageError
 
 FILE = "catalog.sqlite"
 WAL = "catalog.sqlite-wal"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "r"
 
 
 def made_in_child(root: Path, *, removes: int, ends: bool) -> None:
@@ -498,3 +511,160 @@ def test_gc_keeps_what_an_entry_without_effect_names(tmp_path: Path, monkeypatch
     assert sorted(one.epoch for one in found) == [0, 1, 2, 3, 9, 100]
     for one in found:
         again[one.name].load(verify=True)
+
+
+def test_what_the_log_takes_and_the_catalog_cannot_is_shown_whole(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A removal takes aliases, tags and notes with it; an alias that is free again is shown where it points now."""
+    registry = Registry(root)
+    for number in range(3):
+        save(registry, number)
+    registry.set_alias("net:v2", "prod")
+    registry.set_tag("net:v2", "good")
+    registry.add_note("net:v2", "a note")
+    registry.catalog.close()
+
+    append, set_head, taken = Journal.append, Change.set_head, []
+
+    def noted(journal: Journal, entry: Entry, end: Position) -> Position:
+        taken.append(entry)
+        return append(journal, entry, end)
+
+    def refused(change: Change, last: Entry, end: Position) -> None:
+        if taken and taken.pop() == last:
+            raise sqlite3.OperationalError("database or disk is full")
+        set_head(change, last, end)
+
+    # As where the last bytes of a disk are enough for a line of the log, and not for a page of the catalog.
+    monkeypatch.setattr(Journal, "append", noted)
+    monkeypatch.setattr(Change, "set_head", refused)
+    monkeypatch.setattr(transactions, "finish_interrupted", lambda *_: False)
+    here = Registry(root)
+    here.remove(["net:v2"], force=True)
+    here.set_alias("net:v3", "prod")
+    here.set_tag("net:v3", "good")
+    for registry in (here, Registry(root)):
+        assert registry["net@prod"].name == "net:v3"
+        assert [row.name for row in registry.versions(tag="good")] == ["net:v3"]
+        assert registry.verify().problems == ()
+    # Or nothing of this was tried.
+    assert int(here.catalog.query("SELECT value FROM state WHERE key = 'seq'")[0][0]) == 10
+    with contextlib.closing(sqlite3.connect(root / FILE)) as connection:
+        assert connection.execute("SELECT value FROM state WHERE key = 'seq'").fetchone() == ("7",)
+    monkeypatch.undo()
+    registry = Registry(root)
+    assert registry["net@prod"].name == "net:v3"
+    assert broken_rules(registry) == []
+
+
+def test_the_note_of_a_whole_catalog_is_a_hint_alone(root: Path) -> None:
+    registry = Registry(root)
+    save(registry, 1)
+    registry.catalog.close()
+    note = root / f"{FILE}-whole"
+    assert note.exists()
+    note.chmod(0)
+
+    def look() -> None:
+        if os.geteuid() == 0:
+            for path in (root, *root.rglob("*")):
+                if path != note:
+                    os.chown(path, NOBODY, NOBODY)
+            for folder in root.parents:
+                if "pytest" in str(folder) and folder.stat().st_uid == 0:
+                    folder.chmod(0o755)
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+        registry = Registry(root)
+        assert len(all_versions(registry)) == 1
+        save(registry, 2)
+        assert registry.verify().problems == ()
+
+    assert in_child(look) == 0
+
+
+def test_whoever_may_use_the_catalog_may_read_the_note_beside_it(root: Path) -> None:
+    registry = Registry(root)
+    save(registry, 1)
+    registry.catalog.close()
+    (root / FILE).chmod(0o664)
+
+    def close_last() -> None:
+        os.umask(0o077)
+        registry = Registry(root)
+        save(registry, 2)
+        registry.catalog.close()
+
+    (root / f"{FILE}-whole").unlink(missing_ok=True)
+    assert in_child(close_last) == 0
+    assert stat.S_IMODE((root / f"{FILE}-whole").stat().st_mode) == 0o664
+
+
+def damaged_in_both(root: Path) -> None:
+    """Damage an alias's entry in the log, and the catalog's tables elsewhere; its copy of the log stays whole."""
+    registry = Registry(root)
+    for number in range(3):
+        save(registry, number)
+    registry.set_alias("net:v2", "prod")
+    registry.add_note("net:v2", "behind it")
+    registry.catalog.close()
+    (segment,) = (root / "journal").glob("*.log")
+    segment.write_bytes(segment.read_bytes().replace(b'"prod"', b'"prQd"'))
+    connection = sqlite3.connect(root / FILE)
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    ((size,),) = connection.execute("PRAGMA page_size").fetchall()
+    ((page,),) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'metrics'").fetchall()
+    connection.close()
+    with (root / FILE).open("r+b") as file:
+        file.seek((page - 1) * size)
+        file.write(b"\xff" * size)
+
+
+@pytest.mark.damages
+def test_a_rebuild_that_was_killed_behind_setting_the_catalog_aside_loses_no_copy(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged_in_both(root)
+
+    def killed() -> None:
+        monkeypatch.setattr(refolding, "_touch", lambda database: kill_me())
+        Registry(root).rebuild()
+
+    assert in_child(killed) == -signal.SIGKILL
+    assert list(root.glob(f"{FILE}.damaged-*"))
+    registry = Registry(root)
+    rebuilt = registry.rebuild()
+    assert rebuilt.damaged == ()
+    assert registry["net@prod"].name == "net:v2"
+    assert registry.verify().problems == ()
+
+
+@pytest.mark.damages
+def test_a_catalog_of_another_history_that_was_set_aside_brings_nothing_back(root: Path) -> None:
+    """An older branch has an entry for the gap, but what follows in the log does not follow from it."""
+    registry = Registry(root)
+    for number in range(3):
+        save(registry, number)
+    registry.catalog.close()
+    shutil.copytree(root, root.with_name("other"))
+    other = Registry(root.with_name("other"))
+    other.set_alias("net:v1", "wrong")
+    other.add_note("net:v1", "wrong")
+    other.catalog.close()
+    registry = Registry(root)
+    registry.set_alias("net:v2", "right")
+    registry.add_note("net:v2", "right")
+    registry.catalog.close()
+    (segment,) = (root / "journal").glob("*.log")
+    segment.write_bytes(segment.read_bytes().replace(b'"right","id"', b'"rigXt","id"'))
+    for path in root.glob(f"{FILE}*"):
+        path.unlink()
+    shutil.copy(root.with_name("other") / FILE, root / f"{FILE}.damaged-1")
+    before = segment.read_bytes()
+    registry = Registry(root)
+    rebuilt = registry.rebuild()
+    assert len(rebuilt.damaged) == 1
+    assert segment.read_bytes() == before
+    assert registry["net:v1"].aliases == ()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
 import re
 import shutil
+import signal
 import sqlite3
 import time
 from collections.abc import Callable
@@ -16,11 +18,25 @@ from typing import Any
 
 import pytest
 import torch
-from support import broken_rules, check_whole, collect, copy, dump, files, is_state, save, state
+from support import (
+    broken_rules,
+    check_whole,
+    collect,
+    copy,
+    dump,
+    files,
+    in_child,
+    is_state,
+    kill_me,
+    save,
+    state,
+)
 
 from registry import Registry
 from registry.catalog.catalog import Catalog
 from registry.log import entries
+from registry.log.entries import Entry
+from registry.log.journal import Journal, Position
 from registry.store.errors import Corrupt, NotFound, RegistryError, StorageError, Unsupported
 from registry.upkeep.garbage import GRACE
 
@@ -808,3 +824,57 @@ def test_rebuild_names_nothing_that_others_remove_while_it_looks(
     monkeypatch.setattr(Catalog, "locate", removed_first)
     assert list(registry.rebuild().damaged) == []
     assert list((tmp_path / "r").glob("packs/*/*")) == []
+
+
+def test_what_is_adopted_may_be_more_than_an_entry_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry(tmp_path / "r")
+    for number in range(6):
+        registry.save("net", state(number), meta={"log": "x" * 1000})
+    registry.set_alias("net:v2", "prod")
+    registry.catalog.close()
+    for path in (*registry.root.glob("catalog.sqlite*"), *(registry.root / "journal").glob("*.log")):
+        path.unlink()
+    monkeypatch.setattr(entries, "MAX_LINE", 9_000)
+    monkeypatch.setattr(entries, "_PART", 2_000)
+    registry = Registry(registry.root)
+    rebuilt = registry.rebuild(adopt=True)
+    assert len(rebuilt.adopted) == 6
+    assert registry.catalog.ledger().seq > 2
+    assert registry.verify().problems == ()
+    for number in range(6):
+        assert is_state(registry[f"net:v{number + 1}"].load(), number)
+    assert registry.rebuild(adopt=True).adopted == ()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_an_adoption_that_was_killed_between_its_entries_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    registry = Registry(tmp_path / "r")
+    for number in range(5):
+        registry.save("net", state(number), meta={"log": "x" * 1000})
+    registry.catalog.close()
+    for path in (*registry.root.glob("catalog.sqlite*"), *(registry.root / "journal").glob("*.log")):
+        path.unlink()
+    monkeypatch.setattr(entries, "_PART", 2_000)
+
+    def killed() -> None:
+        append, calls = Journal.append, itertools.count(1)
+
+        def counted(self: Journal, entry: Entry, end: Position) -> Position:
+            done = append(self, entry, end)
+            if next(calls) == count:
+                kill_me()
+            return done
+
+        monkeypatch.setattr(Journal, "append", counted)
+        Registry(registry.root).rebuild(adopt=True)
+
+    assert in_child(killed) == -signal.SIGKILL
+    registry = Registry(registry.root)
+    registry.rebuild(adopt=True)
+    assert registry.verify().problems == ()
+    found = [registry[f"net:v{number}"].load() for number in range(1, 6)]
+    assert all(any(is_state(tree, number) for tree in found) for number in range(5))

@@ -20,10 +20,12 @@ import numpy as np
 import pytest
 import torch
 from pydantic import BaseModel
+from support import in_child
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from registry import Registry, cached, register_result
-from registry.store.errors import Conflict, Invalid, NotFound, Unsupported
+from registry.log import entries
+from registry.store.errors import Conflict, Invalid, NotFound, RegistryError, Unsupported
 
 
 @pytest.fixture(autouse=True)
@@ -763,3 +765,59 @@ def test_an_artifact_that_is_used_is_not_old(registry: Registry) -> None:
     os.utime(path, (time.time() - 40 * 86_400,) * 2)
     f()
     assert registry.artifacts.clear(older_than=30 * 86_400) == []
+
+
+def test_a_result_too_large_for_the_log_comes_back_after_it_was_collected(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(entries, "MAX_TEXT", 1000)
+    calls = []
+
+    @cached(registry=registry)
+    def prepare(count: int) -> dict[str, Any]:
+        calls.append(count)
+        return {"text": "x" * count, "values": torch.ones(3)}
+
+    prepare(5000)
+    for number in (2, 3):
+        assert registry.artifacts.clear()
+        assert registry.collect_garbage(grace=0).packs
+        for _ in range(2):
+            assert len(prepare(5000)["text"]) == 5000
+        assert len(calls) == number
+    assert registry.verify().problems == ()
+    registry.rebuild()
+    assert len(prepare(5000)["text"]) == 5000
+    assert len(calls) == 3
+
+
+def test_a_pack_that_cannot_be_looked_at_is_an_error_that_names_it(
+    registry: Registry, tmp_path: Path
+) -> None:
+    @cached(registry=registry)
+    def prepare(count: int) -> torch.Tensor:
+        return torch.ones(count)
+
+    prepare(300)
+    prepare(300)
+    (pack,) = registry.store.packs.glob("*/*")
+    for folder in tmp_path.parents:
+        if "pytest" in str(folder) and folder.stat().st_uid == os.geteuid():
+            folder.chmod(0o755)
+
+    def ask() -> None:
+        if os.geteuid() == 0:
+            for path in (registry.root, *registry.root.rglob("*")):
+                if path != pack.parent:
+                    os.chown(path, 65_534, 65_534)
+            pack.parent.chmod(0o700)
+            os.setgroups([])
+            os.setgid(65_534)
+            os.setuid(65_534)
+        else:
+            pack.parent.chmod(0)
+        with pytest.raises(RegistryError, match="ask its owner"):
+            prepare(300)
+
+    assert in_child(ask) == 0
+    pack.parent.chmod(0o755)

@@ -949,3 +949,37 @@ def test_an_error_in_somebody_elses_state_dict_names_the_component(registry: Reg
         pytest.raises(Invalid, match=r"sampler: state_dict\(\) of .*Broken failed: KeyError: 'moment'"),
     ):
         run.save(model=nn.Linear(1, 1), sampler=Broken())
+
+
+@pytest.mark.damages
+def test_an_old_version_that_is_damaged_fails_no_save(
+    registry: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The rules of a run are applied once the new version is there: what they meet is said, and the training goes on."""
+    net = nn.Linear(4, 400)
+    optimizer = torch.optim.Adam(net.parameters())
+    step(net, optimizer)
+    with registry.run("net", keep_optimizer=1) as run:
+        run.save(model=net, optimizer=optimizer, epoch=1)
+        (pack,) = registry.store.packs.glob("*/*")
+        info = registry.store.pack_info(pack.stem)
+        pack.chmod(0o644)
+        data = bytearray(pack.read_bytes())
+        for place in info.places.values():
+            data[place.start] ^= 1
+        pack.write_bytes(data)
+        for epoch in (2, 3):
+            step(net, optimizer)
+            saved = run.save(model=net, optimizer=optimizer, epoch=epoch)
+            assert saved is not None
+            assert saved.version == epoch
+        assert "the rules of the run fail" in caplog.text
+        step(net, optimizer)
+        run.save(model=net, optimizer=optimizer, epoch=4, wait=False)
+    rows = list_versions(registry.catalog, "net")[0]
+    assert [(row.version, row.record.get("parent")) for row in rows] == [
+        (4, "net:v3"),
+        (3, "net:v2"),
+        (2, "net:v1"),
+        (1, None),
+    ]
