@@ -21,7 +21,7 @@ def test_resnet18(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("loaded 120 of 122 tensors, 99.97 % of parameters from resnet18-source:v1") == 2
+    assert done.stdout.count("loaded 120 of 122 tensors, 99.97% of parameters from resnet18-source:v1") == 2
     assert "none of 120 frozen tensors has moved" in done.stdout
     assert done.stdout.splitlines()[-2].split() == [
         *("EPOCH", "resnet18-scratch", "resnet18-finetuned", "resnet18-frozen")

@@ -48,7 +48,7 @@ def test_the_first_session_can_be_typed_as_it_stands(
     assert kinds == ["console", "console", "python", "python", "python", "console", "console", "console"]
     assert re.match(
         r"Checkpoint\(name=mine:v[12], id=[0-9a-f]{12}, epoch=[12], loss=0\.\d+\)\n"
-        r"loaded 8 of 12 tensors, 90\.90 % of parameters\n",
+        r"loaded 8 of 12 tensors, 90\.9% of parameters\n",
         capsys.readouterr().out,
     )
 

@@ -106,7 +106,7 @@ def _containers(side: Side, know_classes: bool, alone: set[str]) -> dict[str, li
     for name, entry in side.entries.items():
         parts = name.split(".") if name not in alone else []
         for depth, part in enumerate(parts[:-1]):
-            if part.isdigit():
+            if part.isdecimal():
                 path = "".join(f"{one}." for one in parts[:depth])
                 shapes[path][int(part)].append((".".join(parts[depth + 1 :]), entry.shape))
     modules = dict(side.module.named_modules()) if know_classes and side.module is not None else {}

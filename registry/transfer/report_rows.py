@@ -95,7 +95,7 @@ def _patterns(row: Row) -> list[tuple[object, ...]]:
     parts = row.name.split(".")
     alike = (row.category, row.shape_a, row.shape_b, row.dtype_a, row.dtype_b, row.kind, row.equal)
     return [
-        (*alike, tuple(parts[:i]), tuple(parts[i + 1 :])) for i, part in enumerate(parts) if part.isdigit()
+        (*alike, tuple(parts[:i]), tuple(parts[i + 1 :])) for i, part in enumerate(parts) if part.isdecimal()
     ]
 
 

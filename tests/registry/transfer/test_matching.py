@@ -486,3 +486,14 @@ def test_reports_come_in_every_form_and_are_harmless() -> None:
     assert "\x1b" not in page + markdown.render(report.blocks()) + str(report)
     assert "<script>" not in markdown.render(report.blocks())
     assert DiffReport.model_validate_json(report.model_dump_json(by_alias=True)) == report
+
+
+def test_a_digit_that_is_no_number_is_a_letter() -> None:
+    """The power of two is a digit for Python, and no number."""
+    a = {
+        "layers.\u00b2.weight": torch.ones(2),
+        "layers.0.weight": torch.ones(2),
+        "layers.1.weight": torch.ones(2),
+    }
+    b = {name: value + 1 for name, value in a.items()}
+    assert "layers.{0-1}.weight" in str(diff(a, b))

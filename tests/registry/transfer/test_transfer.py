@@ -47,7 +47,7 @@ def test_lenet5_to_lenet6(registry: Registry, caplog: pytest.LogCaptureFixture) 
     target = LeNet6()
     own = values(target)
     plan = plan_transfer("lenet5", target, expect=MEANT, freeze="loaded", registry=registry)
-    assert plan.summary == "loaded 8 of 12 tensors, 90.90 % of parameters"
+    assert plan.summary == "loaded 8 of 12 tensors, 90.9% of parameters"
     assert "freezes 8 parameters; 6,090 elements stay trainable" in str(plan)
     assert unchanged(target, own)
     assert plan.apply(target, registry=registry) is target
@@ -111,7 +111,7 @@ def test_buffers_alone_are_nothing() -> None:
 
 
 def test_coverage_is_guarded() -> None:
-    with pytest.raises(Incompatible, match=r"90.90 % of parameters, less than the 95.00 % that"):
+    with pytest.raises(Incompatible, match=r"90.9% of parameters, less than the 95% that"):
         plan_transfer(LeNet5(), LeNet6(), expect=MEANT, min_coverage=0.95)
     assert plan_transfer(LeNet5(), LeNet6(), expect=MEANT, min_coverage=0.9).coverage > 0.9
 
@@ -319,7 +319,7 @@ def test_rows_of_a_classifier_go_by_class_name() -> None:
     own = values(target)
     classes = (["cat", "dog", "cow"], ["cow", "fox", "cat", "elk"])
     plan = plan_transfer(source, target, adapters={"fc.*": "class-rows"}, classes=classes)
-    assert plan.summary == "loaded 2 of 2 tensors, 50.00 % of parameters"
+    assert plan.summary == "loaded 2 of 2 tensors, 50% of parameters"
     TransferPlan.from_json(plan.to_json()).apply(target, source)
     old, new = source.state_dict(), target.state_dict()
     for leaf in ("fc.weight", "fc.bias"):
@@ -502,7 +502,7 @@ def test_a_plan_is_saved_edited_and_replayed(registry: Registry, tmp_path: Path)
         (lambda d: d["steps"][0].update(action="make"), Invalid, "needs a target and the adapter identity"),
         (lambda d: d.update(freeze=["cnv.*"]), Invalid, "'cnv.*' matches nothing; it is a typo"),
         (lambda d: d.update(freeze=["*"]), Invalid, "leaves no parameter to train"),
-        (lambda d: d.update(min_coverage=0.99), Incompatible, "less than the 99.00 % that the plan asks for"),
+        (lambda d: d.update(min_coverage=0.99), Incompatible, "less than the 99% that the plan asks for"),
     ],
 )
 def test_a_plan_that_was_edited_wrongly_changes_nothing(
@@ -773,3 +773,11 @@ def test_errors_say_what_to_add_in_the_language_of_the_caller() -> None:
     assert "{" not in line
     copied = pickle.loads(pickle.dumps(caught.value))
     assert (str(copied), copied.for_command_line()) == (str(caught.value), line)
+
+
+def test_float8_is_cast_where_that_is_allowed() -> None:
+    source = {"weight": torch.randn(3, 2).to(torch.float8_e4m3fn), "bias": torch.zeros(3)}
+    with pytest.raises(Incompatible, match="allow_cast"):
+        plan_transfer(source, nn.Linear(2, 3))
+    net = plan_transfer(source, nn.Linear(2, 3), allow_cast=True).apply(nn.Linear(2, 3))
+    assert torch.equal(net.weight, source["weight"].to(torch.float32))
