@@ -365,16 +365,17 @@ def _train_epoch(
         rate = float(scheduler.get_last_lr()[0])
         scheduler.step()
         accuracy = (logits.argmax(1) == labels).float().mean()
-        mean_loss, mean_accuracy, interrupts.pending = mean_over_ranks(
-            loss, accuracy, interrupts.pending or 0
-        )
+        mean_loss, mean_accuracy, signal = mean_over_ranks(loss, accuracy, interrupts.pending or 0)
+        interrupts.pending = signal or interrupts.pending
         state.step += 1
         state.seen += len(labels)
         state.summed += mean_loss * len(labels)
         progress(state.step, training.steps, mean_loss, mean_accuracy)
         if loader.position % training.log_every == 0 or loader.position == len(loader):
             _show_batch(training, state, run, loss=mean_loss, accuracy=mean_accuracy, rate=rate)
-        if interrupts.pending and loader.position < len(loader):
+        # One that came since waits until the other processes, if there are any, hear of it with the next batch.
+        is_told = interrupts.pending if ranks.count() == 1 else signal
+        if is_told and loader.position < len(loader):
             _save(training, state, run, loss=state.mean_loss, wait=True)
             interrupts.deliver()
 

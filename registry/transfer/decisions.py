@@ -142,7 +142,7 @@ def is_lossless(a: str, b: str) -> bool:
     if one.is_floating_point != other.is_floating_point:
         return False
     try:
-        return torch.promote_types(one, other) == other
+        return bool(torch.promote_types(one, other) == other)
     except RuntimeError:
         # Torch promotes no float8 to anything, so that it cannot be told.
         return False

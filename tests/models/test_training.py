@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.utils.data import Subset
 from registry import Registry, Run
 from registry.catalog.versions import list_versions
 from registry.models import data as data_sets
+from registry.models import training
 from registry.models.data import Data
 from registry.models.measuring import evaluate
 from registry.models.training import TrainConfig, train
@@ -211,3 +213,22 @@ def test_what_cannot_be_resumed_is_refused(registry: Registry, few: Data) -> Non
     with pytest.raises(Incompatible, match="is a SGD, the checkpoint has the state of a AdamW"):
         train(registry, TrainConfig(epochs=2, optimizer="sgd"), few, resume=registry["lenet5"])
     assert len(list_versions(registry.catalog, "lenet5")[0]) == 1
+
+
+def test_ctrl_c_while_a_batch_is_measured_is_not_lost(
+    registry: Registry, few: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading a loss waits for the device, so that this is where most signals arrive."""
+    measured, calls = training.mean_over_ranks, []
+
+    def interrupted(*given: Any) -> tuple[float, float, int | None]:
+        calls.append(given)
+        found = measured(*given)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return found
+
+    monkeypatch.setattr(training, "mean_over_ranks", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(registry, TrainConfig(epochs=2), few)
+    assert registry["lenet5"].step == 2
