@@ -15,7 +15,7 @@ from registry.files.importing import import_checkpoint
 from registry.files.reading import read_checkpoint_file
 from registry.registry import Registry
 from registry.store.errors import Unsupported
-from registry.transfer.sides import side_of
+from registry.transfer.sources import side_of
 
 ROWS = pytest.mark.parametrize("row", FORMATS, ids=lambda row: row.suffixes[0])
 
