@@ -321,3 +321,49 @@ def test_an_import_inside_a_function_says_why(module: str, quick: set[str]) -> N
         if problem:
             wrong.append(f"{path_of(module)}:{node.lineno}: {ast.unparse(node)} {problem}")
     assert wrong == []
+
+
+LONGEST = {ast.ClassDef: 300, ast.FunctionDef: 60, ast.AsyncFunctionDef: 60}
+"""Lines of a class or function, without docstrings."""
+DEEPEST = 4
+"""Levels of statements that hold others, in a function."""
+
+_HOLDERS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.Match)
+
+
+def lines_of(node: ast.AST) -> int:
+    """The lines of a definition without those of docstrings in it."""
+    assert isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+    texts = [
+        inner.value
+        for inner in ast.walk(node)
+        if isinstance(inner, ast.Expr)
+        and isinstance(inner.value, ast.Constant)
+        and isinstance(inner.value.value, str)
+    ]
+    spent = sum((text.end_lineno or text.lineno) - text.lineno + 1 for text in texts)
+    return (node.end_lineno or node.lineno) - node.lineno + 1 - spent
+
+
+def depth_of(node: ast.AST, depth: int = 0) -> int:
+    """How many statements lie in one another; `elif` is no level of its own."""
+    deepest = depth
+    for child in ast.iter_child_nodes(node):
+        is_elif = isinstance(node, ast.If) and isinstance(child, ast.If) and node.orelse == [child]
+        inner = depth + (isinstance(child, _HOLDERS) and not is_elif)
+        deepest = max(deepest, depth_of(child, inner))
+    return deepest
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_is_long_or_deep_without_a_reason(module: str) -> None:
+    """Whatever is longer or deeper says in its docstring that it is long, and why."""
+    wrong = []
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if not isinstance(node, tuple(LONGEST)):
+            continue
+        lines, depth = lines_of(node), depth_of(node) if not isinstance(node, ast.ClassDef) else 0
+        is_long = lines > LONGEST[type(node)] or depth > DEEPEST
+        if is_long and "long" not in (ast.get_docstring(node) or ""):
+            wrong.append(f"{path_of(module)}:{node.lineno} {node.name}: {lines} lines, {depth} levels")
+    assert wrong == []

@@ -50,6 +50,10 @@ def test_a_wheel_holds_the_four_parts_under_one_name(wheel: Path) -> None:
     for folder, target in {"registry": "", "store": "store/", "models": "models/", "cli": "cli/"}.items():
         for path in (ROOT / folder).rglob("*.py"):
             assert f"registry/{target}{path.relative_to(ROOT / folder)}" in names
+    for path in (ROOT / "registry").rglob("*"):
+        if path.suffix in (".css", ".js"):
+            assert f"registry/{path.relative_to(ROOT / 'registry')}" in names
+    assert "registry/reports/page.css" in names
     assert "registry/py.typed" in names
     assert {name.split("/")[0] for name in names} == {
         "registry",
@@ -60,22 +64,18 @@ def test_a_wheel_holds_the_four_parts_under_one_name(wheel: Path) -> None:
     assert "registry = registry.cli:main" in zipfile.ZipFile(wheel).read(entry).decode()
 
 
-def test_an_installed_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
-    target = tmp_path / "site"
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--target",
-        str(target),
-        str(wheel),
-    ]
-    subprocess.run(command, check=True, capture_output=True)
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the wheel is installed."""
+    target = tmp_path_factory.mktemp("installed") / "site"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target)]
+    subprocess.run([*command, str(wheel)], check=True, capture_output=True)
+    return target
+
+
+def test_an_installed_wheel_works_away_from_the_checkout(installed: Path, tmp_path: Path) -> None:
     program = (
-        f"import sys; sys.path.insert(0, {str(target)!r})\n"
+        f"import sys; sys.path.insert(0, {str(installed)!r})\n"
         f"sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
         f"import {', '.join(PARTS)}\n"
         "import torch; from registry import Registry\n"
@@ -88,6 +88,41 @@ def test_an_installed_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: 
     )
     assert done.returncode == 0, done.stderr
     assert "net:v1" in done.stdout
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_does_the_work_of_the_demo(installed: Path, tmp_path: Path) -> None:
+    program = (
+        f"import sys; sys.path.insert(0, {str(installed)!r})\n"
+        "sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+        "import registry; assert registry.__file__.startswith(sys.path[0])\n"
+        "from registry.cli import main; main()\n"
+    )
+
+    def run(line: str, status: int = 0) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", program, *line.split()],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == status, f"{line}: {done.stderr}"
+        return done.stdout
+
+    run("init")
+    few = "--epochs 1 --set samples=100"
+    run(f"train lenet5 {few}")
+    run("diff lenet5@best lenet6 --format html -o diff.html", status=1)
+    assert "<style>" in (tmp_path / "diff.html").read_text()
+    run("plan lenet5@best lenet6 --everything --freeze loaded -o plan.json")
+    run(f"train lenet6 --from lenet5@best --freeze loaded {few}")
+    run("compare lenet5 lenet6 --format html -o compare.html")
+    run("export lenet5@best lenet5.pt")
+    run("import lenet5.pt --name again")
+    assert "again" in run("list")
+    for line in ("history lenet5", "best lenet5 --by accuracy", "lineage lenet6", "status", "gc", "verify"):
+        run(line)
 
 
 def test_the_editable_install_serves_the_four_parts_from_the_checkout(tmp_path: Path) -> None:

@@ -96,7 +96,6 @@ def plan_transfer(
         raise unexpected(refused, left, right, pairs)
     _check_used(expected, {decision.pattern for decision in decisions if decision.pattern}, names)
     _check_ties(left, right, steps)
-    notes = (*left.notes, *_identities(steps, right))
     plan = TransferPlan(
         schema=SCHEMA,
         source=left.label,
@@ -109,7 +108,7 @@ def plan_transfer(
         bn=bn,
         min_coverage=min_coverage,
         allow_nan=allow_nan,
-        notes=notes,
+        notes=(*left.notes, *_identities(steps, right)),
     )
     plan.remember(source, registry)
     if plan.coverage < min_coverage:
