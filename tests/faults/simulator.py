@@ -653,7 +653,7 @@ class World:
             return real_open(path, flags, **options)
 
         salt = random.Random(f"{self.seed} salt")
-        before = (durable.disk, durable.lock, places.open_file, pack.open_file)
+        before = (durable.disk, durable.lock, durable.open_file, places.open_file)
         secrets, entry_secrets, entry_now = pack.secrets, entries.secrets, entries.now
         import registry.catalog.commit as commit
         import registry.checkpoints.saving as saving
@@ -673,7 +673,7 @@ class World:
 
         look_again, catalog._LOOK_AGAIN = catalog._LOOK_AGAIN, Sometimes()  # type: ignore[assignment]
         durable.disk, durable.lock = Disk(self), lock
-        places.open_file = pack.open_file = open_file
+        durable.open_file = places.open_file = open_file
         pack.secrets = entries.secrets = Chance  # type: ignore[assignment]
         entries.now = commit.now = saving.now = now
         segment = journal.SEGMENT
@@ -681,7 +681,7 @@ class World:
         try:
             yield
         finally:
-            durable.disk, durable.lock, places.open_file, pack.open_file = before
+            durable.disk, durable.lock, durable.open_file, places.open_file = before
             pack.secrets, entries.secrets, entries.now = secrets, entry_secrets, entry_now
             commit.now, saving.now = commit_now, saving_now
             journal.SEGMENT = segment

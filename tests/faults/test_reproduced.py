@@ -45,7 +45,7 @@ from registry.log.journal import Journal
 from registry.store import durable
 from registry.store.digest import digest
 from registry.store.errors import Conflict, Corrupt, RegistryError
-from registry.store.store import Store
+from registry.store.locating import Locator
 from registry.upkeep import verification
 
 SHOWN = 300
@@ -879,17 +879,17 @@ def test_loading_beside_compaction_and_gc_gives_what_was_saved(
     series: tuple[Registry, Registry], monkeypatch: pytest.MonkeyPatch, load: str
 ) -> None:
     registry, other = series
-    wanted = Store._wanted
+    wanted = Locator.chosen
     done = []
 
-    def wanted_and_compact(store: Store, *given: Any) -> Any:
-        found = wanted(store, *given)
+    def wanted_and_compact(locator: Locator, *given: Any) -> Any:
+        found = wanted(locator, *given)
         if not done:
             done.append(True)
             compact_and_collect(other)
         return found
 
-    monkeypatch.setattr(Store, "_wanted", wanted_and_compact)
+    monkeypatch.setattr(Locator, "chosen", wanted_and_compact)
     assert torch.equal(LOADS[load](registry), torch.full((50, 30), 2.0))
     assert done
     assert registry.store.distrusted == set()
