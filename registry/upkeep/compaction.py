@@ -55,7 +55,7 @@ class Compacted(NamedTuple):
     problem: str | None = None
 
 
-Progress = Callable[[int, int, int], None]
+CompactionProgress = Callable[[int, int, int], None]
 """Called with the bytes that were looked at, the bytes in all, and the bytes saved so far."""
 
 
@@ -65,7 +65,7 @@ def compact(
     models: Sequence[str] = (),
     *,
     dry_run: bool = False,
-    progress: Progress = lambda done, total, saved: None,
+    progress: CompactionProgress = lambda done, total, saved: None,
 ) -> list[Compacted]:
     """Store older versions as differences from a neighbour, bit for bit; `collect_garbage` frees the space.
 
