@@ -78,7 +78,7 @@ class Catalog:
         self.journal.create()
         with self.journal.locked():
             if places.status_of(self.path) is None:
-                refold_locked(self._database, self.ledger)
+                refold_locked(self._database)
 
         def begin(view: View) -> list[Record]:
             is_new = not view.query("SELECT 1 FROM log LIMIT 1")

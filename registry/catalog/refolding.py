@@ -153,7 +153,8 @@ def refold(database: Database, ledger: Callable[[], Ledger], *, why: str = "") -
         while True:
             try:
                 with database.journal.locked():
-                    return refold_locked(database, ledger, why=why)
+                    refolded = refold_locked(database, why=why)
+                return refolded or Refolded(ledger())
             except StorageError as error:
                 # SQLite fails oddly where its files are deleted under it.
                 tries += 1
@@ -162,14 +163,13 @@ def refold(database: Database, ledger: Callable[[], Ledger], *, why: str = "") -
                 _logger.debug("%s; once more", error)
 
 
-def refold_locked(database: Database, ledger: Callable[[], Ledger], *, why: str = "") -> Refolded:
-    """See `refold`; the caller has locked the log."""
+def refold_locked(database: Database, *, why: str = "") -> Refolded | None:
+    """See `refold`; the caller has locked the log. None if another process has just made a catalog that was missing."""
     database.close()
     usable = _usable(database)
     if usable is not None and why == "missing":
-        # Another process has just made it.
         usable.close()
-        return Refolded(ledger())
+        return None
     if why:
         _logger.warning("%s is %s; it is made anew from the log", database.path, why)
     # A process may have been killed that was making it, or taking it to the present format.
