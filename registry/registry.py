@@ -333,7 +333,7 @@ class Registry(Home):
         return resolve(self.catalog, text)
 
     def best(self, model: str, metric: str, *, smallest: bool | None = None) -> Checkpoint:
-        """The version with the best value of a metric, or of `loss`. NaN never wins; of equal values the earlier one does.
+        """The version with the best value of a metric, or of `loss`. NaN never wins; of equal values the earlier does.
 
         Args:
             smallest: whether the smallest value is the best; without it the metric's name decides, as in `run`.
