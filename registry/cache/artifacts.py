@@ -173,7 +173,11 @@ class Artifacts:
         return len(entry.records) if entry else 0
 
     def clear(self, *, older_than: float | None = None, unused: bool = False) -> list[Artifact]:
-        """Forget all artifacts, or those that were not loaded for so many seconds, or that no run names.
+        """Forget all artifacts, or only some.
+
+        Args:
+            older_than: only those that were not loaded for this many seconds.
+            unused: only those that no run names.
 
         Returns:
             What was forgotten; its bytes are freed by the next `gc`.

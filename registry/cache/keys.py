@@ -54,6 +54,9 @@ class Key(NamedTuple):
 class Keys:
     """Makes the keys of one function's calls.
 
+    Args:
+        key, files, version, code: as for `registry.cache.decorator.cached`.
+
     Raises:
         Invalid: if a name is no parameter, and no attribute can have it.
     """

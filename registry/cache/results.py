@@ -51,12 +51,6 @@ def register_result(cls: Class) -> Class:
     return cls
 
 
-def _fields(cls: type) -> list[str]:
-    if issubclass(cls, BaseModel):
-        return list(cls.model_fields)
-    return [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-
-
 def pack(value: Any, path: str = "the result") -> Any:
     """Turn a result into a tree that the store can hold.
 
@@ -105,6 +99,12 @@ def unpack(tree: Any) -> Any:
         return _UNPACKERS[tag](tree)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise Corrupt(f"a cached result is malformed at {quoted(tag)}: {error}") from None
+
+
+def _fields(cls: type) -> list[str]:
+    if issubclass(cls, BaseModel):
+        return list(cls.model_fields)
+    return [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
 
 
 _REFUSED: dict[type, str] = {

@@ -37,7 +37,7 @@ def export(
             holds one component.
         force: replace a file that is there.
         verify: check the digests of what is read.
-        progress: called with bytes of tensors, written and in all.
+        progress: called with the bytes of tensors that are written, and of all.
 
     Returns:
         `path`, as a Path.

@@ -286,11 +286,16 @@ class Run:
             _logger.info("resumed from %s", self.resumed.name)
 
     def _save(
-        self, said: Mapping[str, Any], extra: Mapping[str, Any] | None, live: Mapping[str, Any], *, wait: bool
+        self,
+        given: Mapping[str, Any],
+        extra: Mapping[str, Any] | None,
+        live: Mapping[str, Any],
+        *,
+        wait: bool,
     ) -> Checkpoint | None:
         check_components(live)
         recording = self._recording
-        fields = recording.fields(**said)
+        fields = recording.fields(**given)
         what = f"{self.name}: a save"
         own = self._ranks.gather(lambda: recording.own(live), what)
         if wait:

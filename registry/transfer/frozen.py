@@ -48,11 +48,8 @@ def check_frozen(before: Checkpoint, after: Checkpoint) -> FrozenCheck:
     lost = [name for name in frozen if name not in old]
     if lost:
         raise Incompatible(f"{before.name} has no {quoted(lost[0])}, which is frozen in {after.name}")
-    were_frozen, buffers, going_on = (
-        _recorded(before, "frozen"),
-        _recorded(after, "buffers"),
-        _recorded(after, "going_on"),
-    )
+    were_frozen = _recorded(before, "frozen")
+    buffers, going_on = _recorded(after, "buffers"), _recorded(after, "going_on")
     return FrozenCheck(
         frozen=tuple(frozen),
         moved={name: _reason(name, were_frozen, buffers) for name in frozen if old[name] != new[name]},

@@ -165,7 +165,7 @@ class DiffReport(Part):
         blocks: list[Block] = [
             self._title(),
             self._summary(),
-            # A page says at its top what a list of lines says at its end, where the reader of a terminal looks.
+            # Pages have the advice at the top. Lines have it at the end, where the reader of a terminal looks.
             *(replace(block, where="pages") for block in advice),
             self._names(),
             self._modules(),
@@ -221,7 +221,7 @@ class DiffReport(Part):
         return Table("Names", _NAME_COLUMNS, rows, same=Category.MATCH, where="pages")
 
     def _exceptions(self) -> Table:
-        """What differs in structure, then what differs in value alone; equal layers stand in one line."""
+        """What differs in structure, then what differs in value alone; layers that differ alike stand in one line."""
         odd = [row for row in self.rows if row.category not in LOADABLE]
         odd += [row for row in self.rows if row.status == "VALUES"]
         rows = []

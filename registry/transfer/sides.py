@@ -123,7 +123,7 @@ class Side:
         return torch.equal(components.bits(self.tensor(name)), components.bits(other.tensor(its_name)))
 
     def explained_by(self, module: nn.Module, live: Side) -> Side:
-        """The same values, with what a live network knows of them: itself, and what is a parameter or a buffer.
+        """The same values as a side of a live network, which says what is a parameter and what a buffer.
 
         Args:
             live: the side of that network.

@@ -99,7 +99,7 @@ def torchvision_name(source: str) -> str:
 
 
 def _built(name: str) -> Side | None:
-    """A network that is registered under a name, as it would be built, on the meta device; None if there is none."""
+    """The side of a network that is registered under a name, built on the meta device; None if there is none."""
     if name not in builders.names():
         return None
     side = _live(on_meta(lambda: builders.builder(name).build(None)))
