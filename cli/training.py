@@ -57,7 +57,9 @@ _DATA = (
 )
 @click.option("--keep-last", type=int, metavar="N", help="Keep the run's N newest versions.")
 @click.option("--keep-best", type=int, metavar="N", help="Keep the run's N most accurate versions.")
-@click.option("--keep-optimizer", type=int, metavar="N", help="Older versions keep their weights alone.")
+@click.option(
+    "--keep-optimizer", type=int, metavar="N", help="Only the N newest versions keep the optimizer's state."
+)
 @click.option(
     "--compact", is_flag=True, help="Store older versions as differences when the run has finished."
 )

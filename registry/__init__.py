@@ -66,6 +66,7 @@ _HOMES = {
     "setup_logging": "registry.runs.logs",
     "unfreeze": "registry.live.freezing",
 }
+"""The module of each public name."""
 
 __all__ = [
     "Checkpoint",

@@ -1,6 +1,6 @@
 """The home of a registry: its folder, its catalog and its store.
 
-What needs a registry takes its home, or only the catalog or the store of it; `Registry` is the roof above all of them.
+Functions of this package take a `Home`, or only its catalog or its store. `Registry`, the class for users, is a `Home`.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class Home:
 
     Attributes:
         root: the folder, as an absolute path.
-        catalog: what is known of models, versions and runs.
+        catalog: the models, versions and runs that the registry knows.
 
     Args:
         root: the folder; `REGISTRY_ROOT` or `./.registry` unless given.
         create: make a new registry if the folder does not hold one.
 
     Raises:
-        NotFound: if there is none and `create` is false.
+        NotFound: if there is no registry and `create` is false.
         Unsupported: if a newer version of this package made it.
     """
 
@@ -57,7 +57,7 @@ class Home:
 
     @functools.cached_property
     def store(self) -> Store:
-        """The store, which the catalog tells where tensors lie."""
+        """The store of tensors; it asks the catalog where they lie."""
         # Lazy: start-up.
         from registry.store.store import Store
 

@@ -1,7 +1,7 @@
-"""Patterns of names: as for files, but a name that is written out always fits itself.
+"""Glob patterns of names, as for files. A pattern that spells out a whole name always fits that name.
 
-`*` stands for anything, dots included, `?` for one character, `[ab]` for one of several. So a bracket that belongs to a
-name, as in `blocks[0].weight`, is written `[[]`, unless the pattern is the whole name.
+`*` stands for any text, dots included, `?` for one character, `[ab]` for one of several. A bracket that belongs to a
+name, as in `blocks[0].weight`, is therefore written `[[]`, unless the pattern is the whole name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def fits(name: str, pattern: str) -> bool:
 
 
 def below(parent: str) -> str:
-    """The pattern of all names below one, which is empty for the names of the network itself.
+    """The pattern of all names below a parent; an empty parent is the network itself.
 
     >>> below("fc.5"), below("blocks[0]"), below("")
     ('fc.5.*', 'blocks[[]0].*', '*')
@@ -30,12 +30,12 @@ def below(parent: str) -> str:
 
 
 def escaped(name: str) -> str:
-    """The pattern that fits one name alone."""
+    """The pattern that fits this name and no other."""
     return glob.escape(name)
 
 
 def meant(pattern: str, names: Container[str]) -> str:
-    """The pattern that somebody means: where it is one of some names, that name alone.
+    """The pattern that the user means: one that is itself among the names stands for that name alone.
 
     >>> meant("blocks[0].weight", ["blocks[0].weight", "blocks0.weight"])
     'blocks[[]0].weight'
@@ -44,7 +44,7 @@ def meant(pattern: str, names: Container[str]) -> str:
 
 
 def unused(pattern: str, names: Iterable[str]) -> str:
-    """Why a pattern fits none of some names, for an error."""
+    """Why a pattern fits none of the names, in words for an error."""
     plain = pattern.replace("[", "[[]")
     if "[" in pattern and any(fnmatch.fnmatchcase(name, plain) for name in names):
         return f"matches nothing, as brackets stand for one of several characters; write it as {plain}"

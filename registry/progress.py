@@ -1,12 +1,12 @@
-"""How long work reports that it goes on."""
+"""Progress: how a long operation reports how far it is."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 Progress = Callable[[int, int], None]
-"""Called with what is done and what there is in all, in the same unit."""
+"""Called with the amount that is done and the total, in the same unit."""
 
 
 def silent(done: int, total: int) -> None:
-    """Report to nobody."""
+    """Ignore the progress."""

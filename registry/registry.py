@@ -1,4 +1,4 @@
-"""The registry: one method for everything that a user asks, which passes it on to the part that does it."""
+"""The registry: one method for each thing that a user can ask; it calls the part that does it."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ if TYPE_CHECKING:
 
 
 class Registry(Home):
-    """A registry in a folder: everything that can be asked of it.
+    """A registry in a folder, with everything that can be asked of it.
 
-    The class is long, as each thing that can be asked is a method, and its docstring is what an editor shows the user.
+    The class is long because each thing that can be asked is a method, whose docstring an editor shows to the user.
 
     Args:
         root: the folder; `REGISTRY_ROOT` or `./.registry` unless given.
         create: make a new registry if the folder does not hold one.
 
     Raises:
-        NotFound: if there is none and `create` is false.
+        NotFound: if there is no registry and `create` is false.
         Unsupported: if a newer version of this package made it.
     """
 
@@ -69,9 +69,11 @@ class Registry(Home):
         return Artifacts(self)
 
     def cached(self, function: Callable[..., Any] | None = None, **options: Any) -> Any:
-        """Keep a function's results in this registry, as a decorator or without one; see `registry.cache.decorator.cached`.
+        """Keep a function's results in this registry, as a decorator or in a call.
 
-        registry.cached(key=["size"])(function)
+            registry.cached(key=["size"])(function)
+
+        See `registry.cache.decorator.cached`.
         """
         # Lazy: loads torch.
         from registry.cache.decorator import cached
@@ -113,19 +115,23 @@ class Registry(Home):
             model: the model that gets new versions.
             config: the hyperparameters; every checkpoint records them as plain values, paths, dtypes and enums too.
             name: what to call the run below the model; `run-1`, `run-2` and so on unless given.
-            dataset, builder: digest of the data; name under which the network is registered, if its class does not tell.
-            resume, plan: the checkpoint that training goes on from; the transfer that gave the network its parameters.
+            dataset: digest of the data.
+            builder: name under which the network is registered, if its class does not tell.
+            resume: the checkpoint that training goes on from.
+            plan: the transfer that gave the network its parameters.
             monitor: a metric, or `loss`; the alias `best` follows the version that has its best value.
-            mode: `min` or `max`, the best value; without it the metric's name says so, such as `max` for an accuracy.
-            keep_last, keep_best: keep that many of the run's newest versions, and of its best ones; others are
-                removed, but never one with an alias, a tag or a descendant. Without either all stay.
-            keep_optimizer: older versions than that many keep the component `model` and lose everything else.
+            mode: `min` or `max`: which value is the best. By default the metric's name decides, such as `max` for an
+                accuracy.
+            keep_last, keep_best: keep this many of the run's newest versions, and of its best ones. Others are
+                removed, but never one with an alias, a tag or a descendant. Without either, all stay.
+            keep_optimizer: keep this many of the newest versions whole; older ones are thinned, see `thin`.
             compact: once the run has finished, store the model's older versions as differences; see `compact`.
             timeout: seconds that processes which train together wait for one another.
 
         Raises:
             Invalid: if a name or a rule is malformed, or the metric's name does not tell which value is better.
-            Conflict, NotFound: if the model has a run of this name; if there is no checkpoint to resume.
+            Conflict: if the model has a run of this name.
+            NotFound: if there is no checkpoint to resume.
         """
         # Lazy: loads torch.
         from registry.runs.run import Run
@@ -136,7 +142,13 @@ class Registry(Home):
         return Run(
             self,
             model,
-            retention=Retention.of(monitor, mode, keep_last, keep_best, keep_optimizer),
+            retention=Retention.of(
+                monitor=monitor,
+                mode=mode,
+                keep_last=keep_last,
+                keep_best=keep_best,
+                keep_optimizer=keep_optimizer,
+            ),
             config=config,
             name=name,
             dataset=dataset,
@@ -204,11 +216,13 @@ class Registry(Home):
     ) -> Checkpoint:
         """Save named state trees as the next version of a model.
 
-        When this returns, the version survives a crash or a power cut. Tensors that are stored already are not written again.
+        When this returns, the version survives a crash or a power cut. Tensors that are stored already are not written
+        again.
 
         Args:
             model: name of the model family.
-            components: state trees by name, such as `{"model": net.state_dict()}`, or what `store.encode` or `store.add` gave.
+            components: state trees by name, such as `{"model": net.state_dict()}`, or what `store.encode` or
+                `store.add` gave.
             epoch, step, loss, metrics: plain numbers; NaN is recorded and never counts as best.
             config, meta: the hyperparameters, and anything else; as plain values.
             lineage: edges to other checkpoints or files, each with `kind` and `parent`.
@@ -296,7 +310,7 @@ class Registry(Home):
             by: a metric or `loss`: only versions that have it, the best first.
             smallest: whether the smallest value is the best; without it the metric's name decides, as in `run`.
             tag: only versions with this tag.
-            limit: at most so many.
+            limit: return at most this many.
 
         Raises:
             NotFound: if there is no such model, or no version of it has the metric.
@@ -319,7 +333,7 @@ class Registry(Home):
         return resolve(self.catalog, text)
 
     def best(self, model: str, metric: str, *, smallest: bool | None = None) -> Checkpoint:
-        """The version with the best value of a metric, or of `loss`; NaN never wins, the earlier of two equals does.
+        """The version with the best value of a metric, or of `loss`. NaN never wins; of equal values the earlier does.
 
         Args:
             smallest: whether the smallest value is the best; without it the metric's name decides, as in `run`.
@@ -369,7 +383,7 @@ class Registry(Home):
         return self[naming.add_note(self.catalog, reference, text).name]
 
     def thin(self, reference: str) -> Checkpoint:
-        """Keep only the weights of a version, whose id changes; see `registry.upkeep.thinning.thin`."""
+        """Drop what only further training of a version needs; its id changes. See `registry.upkeep.thinning.thin`."""
         # Lazy: start-up.
         from registry.upkeep.thinning import thin
 
@@ -387,7 +401,7 @@ class Registry(Home):
     def verify(self, references: Iterable[str] = (), *, progress: Progress = silent) -> Verification:
         """Compare every stored byte, or those that some checkpoints need, with its digest.
 
-        Packs that are damaged are noted, so that what is saved again is written again.
+        Damaged packs are noted, so that the next save of their tensors writes them again.
 
         Returns:
             What was checked, and the problems found: damage is reported, not raised.
@@ -420,9 +434,9 @@ class Registry(Home):
         """Free what no checkpoint, artifact or running save needs.
 
         Args:
-            grace: seconds that something unneeded is left alone first.
+            grace: seconds for which unneeded files are left alone.
             dry_run: report what would be removed, and remove nothing.
-            tell: called with the path and the bytes of each file that goes.
+            tell: called with the path and the size in bytes of each file that is removed.
         """
         # Lazy: start-up.
         from registry.upkeep.garbage import collect_garbage

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from registry.log.entries import Record
 
 COMPONENT = "result"
+"""The component that holds the result in an artifact's manifest."""
+
 _TOUCH_SECONDS = 600.0
+"""Seconds within which a second load does not record its time."""
 
 
 class Artifact(NamedTuple):
@@ -33,8 +36,10 @@ class Artifact(NamedTuple):
     Attributes:
         key: digest of what it depends on.
         id: digest of its content, which a run records as its dataset.
-        used: when it was last loaded, in seconds since the epoch, to ten minutes.
+        created: time of the save, in UTC, ISO 8601.
+        used: time of the last load, in seconds since the epoch, accurate to ten minutes.
         size: bytes of its tensors.
+        tensors: how many tensors it has.
         runs: names of the runs that were trained on it.
         record: the function, its parameters, digests of its files, and the seconds that it took.
     """
@@ -74,6 +79,7 @@ class Artifacts:
         """The artifact whose key or id begins with some hex digits.
 
         Raises:
+            Invalid: if these are no hex digits.
             NotFound, Conflict: if there is none, or several.
         """
         if not prefix or set(prefix) - set("0123456789abcdef"):
@@ -119,8 +125,8 @@ class Artifacts:
             self._home.catalog,
             store,
             store.encode({COMPONENT: tree}),
-            {"kind": "artifact"},
-            records,
+            record={"kind": "artifact"},
+            records=records,
             what=key.function,
         )
         return artifact_id
@@ -151,18 +157,6 @@ class Artifacts:
                 os.utime(path)
         return tree
 
-    def _packs(self, id: str) -> dict[str, tuple[str, str]]:
-        """The packs of an artifact, and what shows that one has changed; without those that cannot be looked at."""
-        rows = self._home.catalog.query(
-            "SELECT p.digest FROM uses u JOIN packs p ON p.number = u.pack WHERE u.id = ?", [id]
-        )
-        found = {}
-        for (name,) in rows:
-            # Reading it will say what is wrong with it.
-            with contextlib.suppress(OSError):
-                found[name] = mark(self._home.store.pack_path(name)), name
-        return found
-
     def remove(self, keys: Iterable[str]) -> int:
         """Forget artifacts by their whole keys; returns how many there were."""
         chosen = list(dict.fromkeys(keys))
@@ -179,7 +173,11 @@ class Artifacts:
         return len(entry.records) if entry else 0
 
     def clear(self, *, older_than: float | None = None, unused: bool = False) -> list[Artifact]:
-        """Forget all artifacts, or those that were not loaded for so many seconds, or that no run names.
+        """Forget all artifacts, or only some.
+
+        Args:
+            older_than: only those that were not loaded for this many seconds.
+            unused: only those that no run names.
 
         Returns:
             What was forgotten; its bytes are freed by the next `gc`.
@@ -193,27 +191,48 @@ class Artifacts:
         self.remove(one.key for one in chosen)
         return chosen
 
+    def _packs(self, artifact_id: str) -> dict[str, tuple[str, str]]:
+        """The packs of an artifact, and what shows that one has changed; without those that cannot be looked at."""
+        rows = self._home.catalog.query(
+            "SELECT p.digest FROM uses u JOIN packs p ON p.number = u.pack WHERE u.id = ?", [artifact_id]
+        )
+        found = {}
+        for (name,) in rows:
+            # Reading it will say what is wrong with it.
+            with contextlib.suppress(OSError):
+                found[name] = mark(self._home.store.pack_path(name)), name
+        return found
+
     def _artifact(
         self,
         users: Mapping[str, tuple[str, ...]],
         key: str,
-        id: str,
+        artifact_id: str,
         created: str,
         size: int,
         tensors: int,
         record: str,
     ) -> Artifact:
         try:
-            used = self._home.store.manifest_path(id).stat().st_mtime
+            used = self._home.store.manifest_path(artifact_id).stat().st_mtime
         except OSError:
             used = 0.0
-        about = untagged(parsed(record))
-        return Artifact(key, id, created, used, size, tensors, users.get(id, ()), about)
+        return Artifact(
+            key=key,
+            id=artifact_id,
+            created=created,
+            used=used,
+            size=size,
+            tensors=tensors,
+            runs=users.get(artifact_id, ()),
+            record=untagged(parsed(record)),
+        )
 
     def _users(self) -> dict[str, tuple[str, ...]]:
+        """The names of the runs that used an artifact, by its id."""
         found: dict[str, tuple[str, ...]] = {}
         for run in Runs(self._home.catalog, self._home.root).find():
-            for id in {run.record.get("dataset"), *run.record.get("artifacts", ())}:
-                if id:
-                    found[id] = (*found.get(id, ()), run.name)
+            for artifact_id in {run.record.get("dataset"), *run.record.get("artifacts", ())}:
+                if artifact_id:
+                    found[artifact_id] = (*found.get(artifact_id, ()), run.name)
         return found

@@ -17,9 +17,13 @@ from registry.store.places import read_file
 from registry.store.text import printable
 
 FOLDER = "digests"
+"""The folder of a registry in which digests are remembered."""
+
 _AT_ONCE = 8 << 20
+"""Bytes that are read and hashed at once."""
+
 _LARGEST = 256 << 20
-"""Bytes of what is kept about the files of one folder."""
+"""The most bytes that are kept about the files of one folder."""
 
 _RECENT = 2.0
 """Seconds after a change in which a file may change again without another time stamp."""
@@ -77,6 +81,64 @@ def content_of(path: Path, root: Path) -> Content:
     return Content(path, whole, _signature(entries))
 
 
+def mark(path: Path, status: os.stat_result | None = None) -> str:
+    """Size, times and inode of a file.
+
+    Raises:
+        Unsupported: if it is no regular file.
+    """
+    status = status or path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise Unsupported(f"{printable(str(path))} is no regular file; its content cannot be part of a key")
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino} {status.st_dev}"
+
+
+class Seen:
+    """What was found out about some files, kept while sizes, times and inodes stay as they were.
+
+    Args:
+        root: the registry's folder.
+        what: a text that stands for these files; the same text finds their entries again.
+
+    Attributes:
+        entries: for each file what `mark` gave, and its digest.
+    """
+
+    def __init__(self, root: Path, what: str) -> None:
+        self._file = root / FOLDER / f"{digest(os.fsencode(what))[:32]}.json"
+        self.entries = self._read()
+
+    def keep(self, found: dict[str, tuple[str, str]]) -> None:
+        """Keep what was found, except of files that have changed just now: their times may not show the next change.
+
+        Args:
+            found: as `entries`.
+        """
+        now = time.time_ns()
+        settled = {
+            name: entry
+            for name, entry in found.items()
+            if now - max(map(int, entry[0].split()[1:3])) > _RECENT * 1e9
+        }
+        if settled and os.access(self._file.parent.parent, os.W_OK):
+            with storage_errors(self._file):
+                make_folder(self._file.parent, inner=1)
+                tmp = self._file.parent.parent / "tmp"
+                write_file(self._file, json.dumps(settled).encode(), folder=tmp, inner=1)
+
+    def _read(self) -> dict[str, tuple[str, str]]:
+        try:
+            found = json.loads(read_file(self._file, _LARGEST, inner=1))
+            return {
+                name: (state, known)
+                for name, (state, known) in found.items()
+                if isinstance(state, str) and isinstance(known, str) and is_digest(known)
+            }
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError, Corrupt):
+            # What was kept only saves time, so the files are read again.
+            return {}
+
+
 def _signature(entries: dict[str, str]) -> str:
     return digest(
         "".join(f"{name}\0{state}\n" for name, state in sorted(entries.items())).encode(
@@ -110,18 +172,6 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def mark(path: Path, status: os.stat_result | None = None) -> str:
-    """Size, times and inode of a file.
-
-    Raises:
-        Unsupported: if it is no regular file.
-    """
-    status = status or path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise Unsupported(f"{printable(str(path))} is no regular file; its content cannot be part of a key")
-    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino} {status.st_dev}"
-
-
 def _read(path: Path) -> str:
     hashed = hasher()
     try:
@@ -132,45 +182,3 @@ def _read(path: Path) -> str:
         return hashed.hexdigest()
     except OSError as error:
         raise StorageError(f"{printable(str(path))}: {error.strerror}") from error
-
-
-class Seen:
-    """What was found out about some files, kept while sizes, times and inodes stay as they were.
-
-    Args:
-        root: the registry's folder.
-        what: what the files are to each other: the same text finds them again.
-
-    Attributes:
-        entries: by file, what shows a change and the digest.
-    """
-
-    def __init__(self, root: Path, what: str) -> None:
-        self._file = root / FOLDER / f"{digest(os.fsencode(what))[:32]}.json"
-        self.entries = self._read()
-
-    def _read(self) -> dict[str, tuple[str, str]]:
-        try:
-            found = json.loads(read_file(self._file, _LARGEST, inner=1))
-            return {
-                name: (state, known)
-                for name, (state, known) in found.items()
-                if isinstance(state, str) and isinstance(known, str) and is_digest(known)
-            }
-        except (OSError, ValueError, AttributeError, TypeError, RecursionError, Corrupt):
-            # What was kept only saves time.
-            return {}
-
-    def keep(self, found: dict[str, tuple[str, str]]) -> None:
-        """Keep what was found, but not of files that have changed just now: their times would not show the next change."""
-        now = time.time_ns()
-        settled = {
-            name: entry
-            for name, entry in found.items()
-            if now - max(map(int, entry[0].split()[1:3])) > _RECENT * 1e9
-        }
-        if settled and os.access(self._file.parent.parent, os.W_OK):
-            with storage_errors(self._file):
-                make_folder(self._file.parent, inner=1)
-                tmp = self._file.parent.parent / "tmp"
-                write_file(self._file, json.dumps(settled).encode(), folder=tmp, inner=1)

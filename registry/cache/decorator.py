@@ -1,4 +1,4 @@
-"""The cache decorator: what a function computed is computed once, and found again by all that it depends on."""
+"""The cache decorator: a result is computed once, and found again by all that it depends on."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ def cached(
             return type(target)(decorate(target.__func__))
         if not callable(target):
             raise Invalid(f"{target!r} is no function; put @cached(...) above one")
-        return _Cached(target, Keys(target, key, files, version, code), version, verify, registry).wrapper()
+        keys = Keys(target, key=key, files=files, version=version, code=code)
+        return _Cached(target, keys, version=version, verify=verify, registry=registry).wrapper()
 
     return decorate if function is None else decorate(function)
 
@@ -149,7 +150,7 @@ class _Cached(Generic[P, R]):
                 return found[0], key
             began = time.perf_counter()
             result = self._function(*args, **kwargs)
-            self._keep(home, key, result, time.perf_counter() - began)
+            self._keep(home, key, result, seconds=time.perf_counter() - began)
             return result, key
         finally:
             if lock:
@@ -180,16 +181,16 @@ class _Cached(Generic[P, R]):
         """The stored result, if there is one and it is whole."""
         began = time.perf_counter()
         artifacts = Artifacts(home)
-        id = artifacts.id_for(key.digest)
-        if id is None:
+        artifact_id = artifacts.id_for(key.digest)
+        if artifact_id is None:
             return None
         try:
-            result = unpack(artifacts.load(id, verify=self._verify))
+            result = unpack(artifacts.load(artifact_id, verify=self._verify))
         except (Corrupt, NotFound) as error:
-            if artifacts.id_for(key.digest) == id:
+            if artifacts.id_for(key.digest) == artifact_id:
                 _logger.warning("cache %s: %s; it is computed again", key.function, error)
             return None
-        self._note(home, id)
+        self._note(home, artifact_id)
         _logger.info("cache hit %s: loaded in %.3f s", key.function, time.perf_counter() - began)
         return (result,)
 
@@ -199,16 +200,17 @@ class _Cached(Generic[P, R]):
             return
         try:
             tree = pack(result)
-            id = Artifacts(home).put(key, tree, version=self._version, seconds=seconds)
+            artifact_id = Artifacts(home).put(key, tree, version=self._version, seconds=seconds)
         except StorageError as error:
             _logger.warning("cache %s: the result is not kept: %s", key.function, error)
             return
-        self._note(home, id)
+        self._note(home, artifact_id)
         _logger.info("cache miss %s: processed in %.3f s", key.function, seconds)
 
     @staticmethod
-    def _note(home: Home, id: str) -> None:
-        _used.setdefault(str(home.root.absolute()), {})[id] = None
+    def _note(home: Home, artifact_id: str) -> None:
+        """Note that this process has used an artifact."""
+        _used.setdefault(str(home.root.absolute()), {})[artifact_id] = None
 
     @staticmethod
     def _lock(home: Home, key: Key) -> FileLock | None:
@@ -223,6 +225,7 @@ class _Cached(Generic[P, R]):
 
 
 def _try(lock: FileLock) -> bool:
+    """Take a lock if it is free; returns whether it was."""
     try:
         lock.acquire(blocking=False)
     except Timeout:
@@ -231,7 +234,7 @@ def _try(lock: FileLock) -> bool:
 
 
 def _opened(root: Path) -> Home:
-    """One object for each folder, as opening the catalog takes longer than a small hit."""
+    """The registry in a folder, opened once, as opening the catalog takes longer than a small hit."""
     where = str(root.absolute())
     if where not in _homes or not (root / SETTINGS).is_file():
         _homes[where] = Home(root)

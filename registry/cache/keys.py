@@ -30,7 +30,8 @@ class Key(NamedTuple):
     """What a call's result depends on.
 
     Attributes:
-        digest: of all that follows.
+        digest: of all that the result depends on.
+        function: the function's qualified name.
         parameters: chosen parameters and attributes, as plain values.
         contents: files and folders by parameter.
     """
@@ -52,6 +53,9 @@ class Key(NamedTuple):
 
 class Keys:
     """Makes the keys of one function's calls.
+
+    Args:
+        key, files, version, code: as for `registry.cache.decorator.cached`.
 
     Raises:
         Invalid: if a name is no parameter, and no attribute can have it.
@@ -104,7 +108,7 @@ class Keys:
         files = {name: [content.digest for content in found] for name, found in contents.items()}
         document = {**self._fixed, "parameters": parameters, "files": files}
         text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-        return Key(digest(text.encode()), self.name, parameters, contents)
+        return Key(digest=digest(text.encode()), function=self.name, parameters=parameters, contents=contents)
 
     def _value(self, name: str, bound: inspect.BoundArguments) -> Any:
         head, *rest = name.split(".")
@@ -143,35 +147,8 @@ class Keys:
         return found
 
 
-def _is_path(name: str, function: Callable[..., Any]) -> bool:
-    """Whether a parameter is called `..._path`, or annotated as a `Path`."""
-    if name.endswith("_path"):
-        return True
-    hint = _hints(function).get(name)
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    return any(isinstance(one, type) and issubclass(one, PurePath) for one in options)
-
-
-@functools.lru_cache(maxsize=256)
-def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(function)
-    except Exception:
-        # An annotation that cannot be evaluated here says nothing.
-        return {}
-
-
-def _source(function: Callable[..., Any]) -> str:
-    try:
-        return textwrap.dedent(inspect.getsource(function))
-    except (OSError, TypeError):
-        raise Invalid(
-            f"the source of {function.__qualname__} cannot be read; use version=... instead of code=True"
-        ) from None
-
-
 def canonical(value: Any, path: str) -> Any:
-    """A value as plain JSON, the same for the same meaning in every process.
+    """A value as plain JSON; equal values become equal JSON in every process.
 
     Raises:
         Invalid: naming the part that has no stable value.
@@ -213,6 +190,33 @@ def canonical(value: Any, path: str) -> Any:
         f"{path} is a {type(value).__qualname__}, which has no stable value; choose what the result depends on with "
         "key=[...]"
     )
+
+
+def _is_path(name: str, function: Callable[..., Any]) -> bool:
+    """Whether a parameter is called `..._path`, or annotated as a `Path`."""
+    if name.endswith("_path"):
+        return True
+    hint = _hints(function).get(name)
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return any(isinstance(one, type) and issubclass(one, PurePath) for one in options)
+
+
+@functools.lru_cache(maxsize=256)
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(function)
+    except Exception:
+        # An annotation that cannot be evaluated here says nothing.
+        return {}
+
+
+def _source(function: Callable[..., Any]) -> str:
+    try:
+        return textwrap.dedent(inspect.getsource(function))
+    except (OSError, TypeError):
+        raise Invalid(
+            f"the source of {function.__qualname__} cannot be read; use version=... instead of code=True"
+        ) from None
 
 
 def _tensor(value: Any, path: str) -> str:

@@ -20,7 +20,11 @@ from registry.store.errors import Conflict, Corrupt, NotFound, Unsupported
 from registry.store.text import quoted
 
 _LONG = 16
+"""Items from which on a list becomes a few tensors."""
+
 _SEPARATORS = ("\n", "\0", "\x1f", "\u241e")
+"""What may stand between joined strings; the first that none of them holds is taken."""
+
 _INT64 = range(-(2**63), 2**63)
 Class = TypeVar("Class", bound=type)
 
@@ -47,14 +51,11 @@ def register_result(cls: Class) -> Class:
     return cls
 
 
-def _fields(cls: type) -> list[str]:
-    if issubclass(cls, BaseModel):
-        return list(cls.model_fields)
-    return [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-
-
 def pack(value: Any, path: str = "the result") -> Any:
-    """A tree that the store can hold.
+    """Turn a result into a tree that the store can hold.
+
+    Args:
+        path: what to call the result in an error.
 
     Raises:
         Unsupported: naming the part that cannot be stored, and what to return instead.
@@ -78,6 +79,32 @@ def pack(value: Any, path: str = "the result") -> Any:
         )
     # The store takes its own kinds of trees, and refuses the rest by path and type.
     return value
+
+
+def unpack(tree: Any) -> Any:
+    """What `pack` was given; tensors are views of the tree's own.
+
+    Raises:
+        NotFound: if a class is not registered.
+        Corrupt: if the tree is malformed.
+    """
+    if isinstance(tree, list | tuple) and type(tree) in (list, tuple):
+        return type(tree)(map(unpack, tree))
+    if type(tree) is not dict:
+        return tree
+    tag = next(iter(tree), None)
+    if not isinstance(tag, str) or not tag.startswith("$"):
+        return {key: unpack(item) for key, item in tree.items()}
+    try:
+        return _UNPACKERS[tag](tree)
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise Corrupt(f"a cached result is malformed at {quoted(tag)}: {error}") from None
+
+
+def _fields(cls: type) -> list[str]:
+    if issubclass(cls, BaseModel):
+        return list(cls.model_fields)
+    return [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
 
 
 _REFUSED: dict[type, str] = {
@@ -140,6 +167,7 @@ def _pack_arrays(value: Sequence[np.ndarray[Any, Any]]) -> dict[str, Any] | None
 
 
 def _row(shapes: Sequence[Sequence[int]], row: Any) -> dict[str, Any]:
+    """The elements of several tensors in a row, with the shape that all have, or the rank and the sizes of each."""
     if len(set(shapes)) == 1:
         return {"$tensors": row, "shape": list(shapes[0])}
     ranks = np.array([len(shape) for shape in shapes], np.int64)
@@ -173,27 +201,8 @@ def _pack_dict(value: Mapping[Any, Any], path: str) -> Any:
     return {"$dict": [keys, packed]}
 
 
-def unpack(tree: Any) -> Any:
-    """What `pack` was given; tensors are views of the tree's own.
-
-    Raises:
-        NotFound: if a class is not registered.
-        Corrupt: if the tree is malformed.
-    """
-    if isinstance(tree, list | tuple) and type(tree) in (list, tuple):
-        return type(tree)(map(unpack, tree))
-    if type(tree) is not dict:
-        return tree
-    tag = next(iter(tree), None)
-    if not isinstance(tag, str) or not tag.startswith("$"):
-        return {key: unpack(item) for key, item in tree.items()}
-    try:
-        return _UNPACKERS[tag](tree)
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise Corrupt(f"a cached result is malformed at {quoted(tag)}: {error}") from None
-
-
 def _list(items: Sequence[Any], tree: Mapping[str, Any]) -> Any:
+    """The items as the list or tuple that was packed."""
     if len(items) != tree["count"]:
         raise ValueError(f"{len(items)} items instead of {tree['count']}")
     return list(items) if tree["kind"] == "list" else tuple(items)

@@ -180,13 +180,13 @@ class Checkpoint:
     def restore(self, *, rng: bool | None = None, verify: bool = True, **live: Any) -> None:
         """Put recorded state into live objects, all of them or none: `restore(model=model, optimizer=optimizer)`.
 
-        Names of wrapped networks (`DataParallel`, `torch.compile` and so on) are matched by the plain network's.
+        Wrapped networks (`DataParallel`, `torch.compile` and so on) are matched by the names of the plain network.
+        The log says what was restored.
 
         Args:
-            rng: restore the random number generators too; by default if not only networks are among the objects, such
-                as an optimizer, of whatever class, a scheduler or a loader, which means that training goes on. What
-                was frozen is frozen again then. Of several processes each gets its own, if as many as now saved the
-                checkpoint. The log says what was restored.
+            rng: restore the random number generators too, and freeze again what was frozen. By default this happens
+                if any object is no network, such as an optimizer, a scheduler or a loader: training then goes on.
+                Each of several processes gets its own generators, if as many processes saved the checkpoint.
             verify: check every byte against its digest.
 
         Raises:
@@ -219,7 +219,7 @@ class Checkpoint:
             if networks:
                 lent = self._store.borrowed(self.id, networks, verify=verify, label=self.name)
                 states |= borrowed.enter_context(lent)
-            # Other objects than networks keep the tensors that they are given, so they need copies.
+            # Objects other than networks keep the tensors that they are given, so they need copies.
             if others:
                 states |= self.load(others, copy=True, verify=verify)
                 states |= self._of_this_rank(others, verify)
@@ -237,8 +237,34 @@ class Checkpoint:
             told.append("no random numbers were recorded")
         _logger.info("%s was restored: %s", self.name, "; ".join(told))
 
+    @property
+    def extra(self) -> Mapping[str, Any]:
+        """The plain values and tensors that were saved as `extra`."""
+        return self.load("extra")["extra"] if "extra" in self.components else {}
+
+    def parameters(self) -> Iterator[tuple[str, str, tuple[int, ...], str]]:
+        """Path, dtype, shape and digest of every tensor; no tensor is read.
+
+        A tensor that several processes stored in shards has the digest of the list of its shards.
+        """
+        for path, info, _ in self._store.manifest(self.id).listed:
+            yield path, info.dtype, info.shape, info.digest
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({', '.join(f'{key}={value}' for key, value in self._facts())})"
+
+    def __rich_repr__(self) -> Iterator[tuple[str, Any]]:
+        yield from self._facts()
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th>{html.escape(key)}</th><td>{html.escape(printable(str(value)))}</td></tr>"
+            for key, value in self._facts()
+        )
+        return f"<table>{rows}</table>"
+
     def _of_this_rank(self, names: Collection[str], verify: bool) -> dict[str, Any]:
-        """What this process has of its own where several train together, in place of the leading one's."""
+        """The states of this process's own that replace the leading one's, where several train together."""
         # Lazy: loads torch.
         from registry.live import ranks, rng
 
@@ -256,32 +282,6 @@ class Checkpoint:
             return {"rng": rng.capture()} if "rng" in names else {}
         own = self.load(f"ranks/{rank}", copy=True, verify=verify)["ranks"][str(rank)]
         return {name: own[name] for name in names if name in own}
-
-    @property
-    def extra(self) -> Mapping[str, Any]:
-        """The plain values and tensors that were saved as `extra`."""
-        return self.load("extra")["extra"] if "extra" in self.components else {}
-
-    def parameters(self) -> Iterator[tuple[str, str, tuple[int, ...], str]]:
-        """Path, dtype, shape and digest of every tensor, without reading one.
-
-        The digest of a tensor that several processes stored in shards is that of the list of its shards.
-        """
-        for path, info, _ in self._store.manifest(self.id).listed:
-            yield path, info.dtype, info.shape, info.digest
-
-    def __repr__(self) -> str:
-        return f"Checkpoint({', '.join(f'{key}={value}' for key, value in self._facts())})"
-
-    def __rich_repr__(self) -> Iterator[tuple[str, Any]]:
-        yield from self._facts()
-
-    def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th>{html.escape(key)}</th><td>{html.escape(printable(str(value)))}</td></tr>"
-            for key, value in self._facts()
-        )
-        return f"<table>{rows}</table>"
 
     def _facts(self) -> list[tuple[str, Any]]:
         facts: list[tuple[str, Any]] = [("name", self.name), ("id", self.id[:12])]

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What is recorded of a version beside its tensors; `registry.Registry.save` says what each of them means."""
+    """What is recorded of a version beside its tensors; `registry.Registry.save` explains each field."""
 
     epoch: int | None = None
     step: int | None = None
@@ -52,10 +52,10 @@ class Facts:
     dcp: Mapping[str, Any] | None = None
 
     def record(self, model: str) -> dict[str, Any]:
-        """What a manifest records of a version that is saved now.
+        """What the manifest records of a version that is saved now.
 
         Raises:
-            Invalid: if something of it has the wrong form.
+            Invalid: if a field has the wrong form.
         """
         found: dict[str, Any] = {
             "kind": "checkpoint",
@@ -91,7 +91,8 @@ def save(
 ) -> Checkpoint:
     """Save named state trees as the next version of a model.
 
-    When this returns, the version survives a crash or a power cut. Tensors that are stored already are not written again.
+    When this returns, the version survives a crash or a power cut. Tensors that are stored already are not written
+    again.
 
     Args:
         home: the registry that gets the version.
@@ -134,7 +135,7 @@ def save(
 def _best_with(
     view: View, model: str, by: Monitor, manifest_id: str, record: Mapping[str, Any]
 ) -> str | None:
-    """The id of a model's best version once one more is published; NaN never wins, of equals the earlier does."""
+    """The id of a model's best version once one more is published. NaN never wins; of equal values the earlier does."""
     best = best_id(view.query, model, by.metric, smallest=by.smallest)
     value = record.get("loss") if by.metric == "loss" else record.get("metrics", {}).get(by.metric)
     if value is None or math.isnan(value):

@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 class RegistryReader(StorageReader):
     """Lets `dcp.load` read a checkpoint that `RegistryWriter` wrote, in as many processes as there are now.
 
-    Each process reads the shards that it needs, or the parts of them, from mapped packs. Nothing is changed before
-    all that a process reads is verified.
+    Each process reads the shards that it needs, or the parts of them, from mapped packs. It verifies all of them before
+    it changes a tensor.
 
     Args:
-        registry: in a folder that all processes share.
+        registry: the registry, in a folder that all processes share.
         reference: the checkpoint; `dcp.load(state, checkpoint_id="gpt:v3", storage_reader=reader)` names it too.
         verify: check every byte against its digest.
 
@@ -52,20 +52,9 @@ class RegistryReader(StorageReader):
             self._open(reference)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Begin another load; an id names the checkpoint."""
+        """Begin another load; `checkpoint_id` names the checkpoint."""
         if checkpoint_id is not None:
             self._open(str(checkpoint_id))
-
-    def _open(self, reference: str) -> None:
-        checkpoint = Checkpoint.named(self.registry, reference)
-        self._manifest = self.registry.store.manifest(checkpoint.id)
-        if RECORD not in self._manifest.record:
-            raise Incompatible(
-                f"{checkpoint.name} was not written by dcp.save; restore it before the network is sharded: "
-                f"registry['{checkpoint.name}'].restore(model=model)"
-            )
-        self._flat = FlatNames(self._manifest)
-        self.checkpoint = checkpoint
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """What the planner needs to know of the checkpoint.
@@ -135,6 +124,17 @@ class RegistryReader(StorageReader):
         except RegistryError:
             return False
         return True
+
+    def _open(self, reference: str) -> None:
+        checkpoint = Checkpoint.named(self.registry, reference)
+        self._manifest = self.registry.store.manifest(checkpoint.id)
+        if RECORD not in self._manifest.record:
+            raise Incompatible(
+                f"{checkpoint.name} was not written by dcp.save; restore it before the network is sharded: "
+                f"registry['{checkpoint.name}'].restore(model=model)"
+            )
+        self._flat = FlatNames(self._manifest)
+        self.checkpoint = checkpoint
 
 
 def _as_planners_expect(value: Any) -> io.BytesIO:

@@ -49,7 +49,7 @@ class Piece(NamedTuple):
 
 
 class Tree:
-    """The components that flat names and their paths make up, and the record of how.
+    """The components that are made from flat names and their paths, and the record of where each name went.
 
     Args:
         metadata: what the planner says of each flat name.
@@ -57,8 +57,8 @@ class Tree:
 
     Attributes:
         components: documents by name.
-        record: `tensors` and `values`, each with the place in the trees of every flat name; and `paths`, those of
-            them that the planner knows as another path, or None if it knows none.
+        record: `tensors` and `values` give the place in the trees of each flat name. `paths` gives the planner's own
+            path of a name where that is not its place; it is None if the planner has no paths.
 
     Raises:
         Unsupported: if the planner keeps data of its own.
@@ -100,67 +100,6 @@ class Tree:
             return {"$tensor": shards[0][1]}
         filled = [(chunk, slot) for chunk, slot in shards if chunk.sizes.numel()] or shards[:1]
         return {"$shards": [[list(chunk.offsets), slot] for chunk, slot in filled], "shape": list(about.size)}
-
-
-class _Document(NamedTuple):
-    """A leaf of a tree that is a document already."""
-
-    document: Any
-
-
-def _as_document(node: Any) -> Any:
-    """The document of a node; keys that are all whole numbers make a list."""
-    if isinstance(node, _Document):
-        return node.document
-    if node and all(isinstance(key, int) for key in node):
-        return [_as_document(node[i]) if i in node else None for i in range(max(node) + 1)]
-    if any(str(key).startswith("$") for key in node):
-        return {"$dict": [[key, _as_document(child)] for key, child in node.items()]}
-    return {str(key): _as_document(child) for key, child in node.items()}
-
-
-def _paths(metadata: Metadata) -> dict[str, KeyPath] | None:
-    """The path in the user's state dict of each flat name; None where the planner did not flatten."""
-    data = metadata.planner_data
-    if data is None:
-        return None
-    if isinstance(data, Mapping) and all(
-        isinstance(path, tuple | list) and all(isinstance(key, str | int) for key in path)
-        for path in data.values()
-    ):
-        return {str(name): tuple(path) for name, path in data.items()}
-    raise Unsupported(
-        "the planner keeps data of its own, which is not the path of each name; use another planner"
-    )
-
-
-def _places(
-    names: Mapping[str, Any], paths: Mapping[str, KeyPath], document: Callable[[str, Any], Any]
-) -> dict[str, KeyPath]:
-    """Where in the components' trees each flat name goes."""
-    found = {name: paths.get(name, (name,)) for name in names}
-    loose = {
-        name for name, path in found.items() if len(path) == 1 and not _is_tree(document(name, names[name]))
-    }
-    others = {path[0] for name, path in found.items() if name not in loose}
-    home = "extra" if others else "model"
-    taken = {
-        path[1] for name, path in found.items() if name not in loose and path[0] == home and len(path) > 1
-    }
-    for name in loose:
-        (key,) = found[name]
-        if key in taken or (home,) in found.values():
-            raise Invalid(f"{quoted(str(key))} stands beside {quoted(home)}; put it in")
-        found[name] = (home, key)
-    return found
-
-
-def _is_tree(document: Any) -> bool:
-    """Whether a document is that of a mapping, which can be a component."""
-    if not isinstance(document, dict):
-        return False
-    tag = next(iter(document), "")
-    return not tag.startswith("$") or tag in ("$dict", "$ordered")
 
 
 class FlatNames:
@@ -220,6 +159,70 @@ class FlatNames:
             return
         for offsets, slot in one.shards:
             yield ChunkStorageMetadata(torch.Size(offsets or ()), torch.Size(self._sizes[slot]))
+
+
+class _Document(NamedTuple):
+    """A leaf of a tree that is a document already."""
+
+    document: Any
+
+
+def _as_document(node: Any) -> Any:
+    """The document of a node; keys that are all whole numbers make a list."""
+    if isinstance(node, _Document):
+        return node.document
+    if node and all(isinstance(key, int) for key in node):
+        return [_as_document(node[i]) if i in node else None for i in range(max(node) + 1)]
+    if any(str(key).startswith("$") for key in node):
+        return {"$dict": [[key, _as_document(child)] for key, child in node.items()]}
+    return {str(key): _as_document(child) for key, child in node.items()}
+
+
+def _paths(metadata: Metadata) -> dict[str, KeyPath] | None:
+    """The path in the user's state dict of each flat name; None where the planner did not flatten."""
+    data = metadata.planner_data
+    if data is None:
+        return None
+    if isinstance(data, Mapping) and all(
+        isinstance(path, tuple | list) and all(isinstance(key, str | int) for key in path)
+        for path in data.values()
+    ):
+        return {str(name): tuple(path) for name, path in data.items()}
+    raise Unsupported(
+        "the planner keeps data of its own, which is not the path of each name; use another planner"
+    )
+
+
+def _places(
+    names: Mapping[str, Any], paths: Mapping[str, KeyPath], document: Callable[[str, Any], Any]
+) -> dict[str, KeyPath]:
+    """Where in the components' trees each flat name goes.
+
+    A name at the top that is no tree goes into `extra`, or into `model` if there is no other component.
+    """
+    found = {name: paths.get(name, (name,)) for name in names}
+    loose = {
+        name for name, path in found.items() if len(path) == 1 and not _is_tree(document(name, names[name]))
+    }
+    others = {path[0] for name, path in found.items() if name not in loose}
+    home = "extra" if others else "model"
+    taken = {
+        path[1] for name, path in found.items() if name not in loose and path[0] == home and len(path) > 1
+    }
+    for name in loose:
+        (key,) = found[name]
+        if key in taken or (home,) in found.values():
+            raise Invalid(f"{quoted(str(key))} stands beside {quoted(home)}; put it in")
+        found[name] = (home, key)
+    return found
+
+
+def _is_tree(document: Any) -> bool:
+    """Whether a document is that of a mapping, which can be a component."""
+    if not isinstance(document, dict):
+        return False
+    tag = next(iter(document), "")
+    return not tag.startswith("$") or tag in ("$dict", "$ordered")
 
 
 def _at(components: Mapping[str, Any], place: Sequence[str | int]) -> Any:

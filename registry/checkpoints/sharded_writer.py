@@ -1,6 +1,5 @@
-"""The sharded writer: checkpoints of `torch.distributed.checkpoint`, to which each of several processes writes its shards.
+"""The sharded writer: checkpoints of `torch.distributed.checkpoint`, of which each process writes its own shards.
 
-import contextlib
 import torch.distributed.checkpoint as dcp
 
 dcp.save(state, storage_writer=RegistryWriter(registry, "gpt", epoch=1))
@@ -40,7 +39,7 @@ class RegistryWriter(StorageWriter):
     """Lets `dcp.save` and `dcp.async_save` write a version of a model.
 
     Each process writes the shards that it has, in a pack of its own; what is stored already is not written again.
-    Then the first process makes the version known, in one transaction: it is there for all, or for nobody. The
+    Then the first process makes the version known, in one transaction: all processes have it, or none does. The
     mappings at the top of the state dict become components (`model`, `optimizer`); plain values beside them go to
     `extra`, and a state dict without any mapping is the component `model`.
 
@@ -48,7 +47,7 @@ class RegistryWriter(StorageWriter):
     names the model where the writer does not.
 
     Args:
-        registry: in a folder that all processes share.
+        registry: the registry, in a folder that all processes share.
         model: the model that gets a new version.
         about: what `Registry.save` takes to describe a version: `epoch`, `step`, `loss`, `metrics`, `config`, `run`
             and so on. `Run.sharded` fills it in.
@@ -77,16 +76,16 @@ class RegistryWriter(StorageWriter):
         return self.__dict__ | {"_saved": None, "checkpoint": None}
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Begin another save; an id names its model."""
+        """Begin another save; `checkpoint_id` names its model."""
         if checkpoint_id is not None:
             self.model = check_name(str(checkpoint_id), "model")
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Begin in this process.
+        """Begin a save in this process.
 
         Raises:
             Invalid: if no model is named.
-            Unsupported: for `use_collectives=False`, under which nobody would know that all is written.
+            Unsupported: for `use_collectives=False`: no process would know when the others have written their shards.
         """
         self.checkpoint = None
         if self.model is None:
@@ -105,7 +104,7 @@ class RegistryWriter(StorageWriter):
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write what is new of the items of this process.
+        """Write the items of this process; tensors that are stored already are not written again.
 
         Raises:
             Unsupported: naming what cannot be stored; nothing is written then.
@@ -139,7 +138,7 @@ class RegistryWriter(StorageWriter):
             about = replace(self._about, provenance=provenance, dcp=tree.record)
             saved = save(self.registry, self.model, written, about=about, best_by=self._best_by)
         except BaseException:
-            # The log may have the version all the same. Where it does not say, gc decides about them later.
+            # The log may name the version all the same. If it cannot be read, gc decides about the packs later.
             with contextlib.suppress(RegistryError):
                 named = self.registry.catalog.ledger().packs
                 for pack in packs:
@@ -167,7 +166,7 @@ class RegistryWriter(StorageWriter):
 
 
 def _shown(item: WriteItem) -> str:
-    """What to call an item in an error; different for those of a process."""
+    """What to call an item in an error; no two items of a process have the same name."""
     index = item.index
     is_shard = item.type == WriteItemType.SHARD
     return f"{index.fqn} at {list(index.offset)}" if is_shard and index.offset else index.fqn

@@ -29,8 +29,8 @@ from registry.store.text import printable, quoted
 class Config(BaseModel):
     """A configuration whose fields you declare; a key that is not declared is an error.
 
-    Values from files and overrides are checked strictly: a number in quotes is no number. Where JSON lacks a
-    type, its text or list is read as that type (paths, dates, enumerations, tuples).
+    Values from files and overrides are checked strictly: a number in quotes is no number. Types that JSON lacks
+    (paths, dates, enumerations, tuples) are read from text or a list.
     """
 
     model_config = ConfigDict(
@@ -112,7 +112,7 @@ class Config(BaseModel):
         return digest(text.encode())
 
     def log(self, logger: logging.Logger | None = None) -> None:
-        """Log one line `# key = value` a value at INFO, nested ones with dotted keys."""
+        """Log each value at INFO as a line `# key = value`; nested values have dotted keys."""
         for key, value in flatten(self.to_dict()).items():
             (logger or logging.getLogger(__name__)).info(
                 "# %s = %s", printable(key), printable(str(value)), stacklevel=2

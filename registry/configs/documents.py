@@ -1,8 +1,7 @@
 """Configuration documents: strict reading of JSON, YAML and TOML, and plain operations on nested tables.
 
 A document is a table of plain values (str, int, float, bool, None, lists and tables of these). Whatever two
-readers could understand differently is refused: a key given twice, YAML anchors and tags, dates, values that
-are no JSON.
+parsers could read differently is refused: a key given twice, YAML anchors and tags, dates, values that are no JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +23,10 @@ if TYPE_CHECKING:
 Document = dict[str, Any]
 
 MAX_SIZE = 16 << 20
+"""Bytes of the largest file that is read."""
+
 MAX_DEPTH = 100
+"""Levels of the deepest document that is read."""
 
 _FLOAT = re.compile(
     r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?\Z|[-+]?\.(inf|Inf|INF)\Z|\.(nan|NaN|NAN)\Z"
@@ -46,8 +48,8 @@ def read_document(path: Path | str, form: str = "") -> Document:
 
     Raises:
         NotFound: if there is no such file.
-        Unsupported: if the suffix is another.
-        Invalid: if it is malformed, naming file and line; or holds what JSON cannot express, such as a date.
+        Unsupported: if the suffix is none of these formats.
+        Invalid: if it is malformed, naming file and line, or holds what JSON cannot express, such as a date.
         StorageError: if the system refuses to read it.
     """
     path = Path(path)
@@ -80,44 +82,6 @@ def read_document(path: Path | str, form: str = "") -> Document:
     return document
 
 
-def _parse_json(text: str) -> Any:
-    try:
-        return json.loads(text, object_pairs_hook=_unique)
-    except json.JSONDecodeError as error:
-        raise Invalid(f"line {error.lineno}, column {error.colno}: {error.msg}") from None
-
-
-def _unique(pairs: Sequence[tuple[str, Any]]) -> Document:
-    table: Document = {}
-    for key, value in pairs:
-        if key in table:
-            raise Invalid(f"the key {quoted(key)} is given twice")
-        table[key] = value
-    return table
-
-
-def _parse_toml(text: str) -> Any:
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise Invalid(printable(str(error))) from None
-
-
-def _parse_yaml(text: str) -> Any:
-    # Lazy: loads yaml.
-    import yaml
-
-    try:
-        return _yaml_loader()(text).get_single_data()
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        problem = ", ".join(part for part in (error.context, error.problem) if part)
-        raise Invalid(f"{where}{printable(problem)}") from None
-    except yaml.YAMLError as error:
-        raise Invalid(printable(str(error).partition("\n")[0])) from None
-
-
 def yaml_text(document: Mapping[str, Any]) -> str:
     """The document as YAML that `read_document` reads back as the same values."""
     # Lazy: loads yaml.
@@ -137,93 +101,8 @@ def yaml_text(document: Mapping[str, Any]) -> str:
     return str(yaml.dump(document, Dumper=Dumper, sort_keys=False, allow_unicode=True))
 
 
-def _yaml_loader() -> type[yaml.SafeLoader]:
-    """A safe loader that follows YAML 1.2 where 1.1 surprises: 1e-3 is a number, `no` is a word, 010 is ten."""
-    # Lazy: loads yaml.
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            event = self.peek_event()  # type: ignore[no-untyped-call]
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                refused = "anchors and aliases are not read; write the value out"
-                raise yaml.MarkedYAMLError(problem=refused, problem_mark=event.start_mark)
-            if getattr(event, "tag", None):
-                refused = "tags are not read; write the plain value, text in quotes"
-                raise yaml.MarkedYAMLError(problem=refused, problem_mark=event.start_mark)
-            return super().compose_node(parent, index)
-
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            seen = set()
-            for key_node, _ in node.value:
-                key = self.construct_object(key_node, deep=True)
-                if not isinstance(key, str):
-                    raise yaml.MarkedYAMLError(
-                        problem=f"the key {quoted(str(key))} is not text; put it in quotes",
-                        problem_mark=key_node.start_mark,
-                    )
-                if key in seen:
-                    raise yaml.MarkedYAMLError(
-                        problem=f"the key {quoted(key)} is given twice", problem_mark=key_node.start_mark
-                    )
-                seen.add(key)
-            return super().construct_mapping(node, deep=True)
-
-        def construct_whole(self, node: yaml.ScalarNode) -> int:
-            text = str(self.construct_scalar(node))
-            return int(text, 0) if text.startswith(("0x", "0o")) else int(text)
-
-    _follow_version_1_2(Loader)
-    Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_whole)
-    return Loader
-
-
-def _follow_version_1_2(cls: type[yaml.SafeLoader] | type[yaml.SafeDumper]) -> None:
-    """Let it tell plain words from numbers and booleans as the core schema of YAML 1.2 does.
-
-    Dates stay apart, as in 1.1, so that they are refused and not taken for text.
-    """
-    ours = {f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float", "merge", "value")}
-    cls.yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag not in ours]
-        for first, resolvers in cls.yaml_implicit_resolvers.items()
-    }
-    for name, pattern, first in (
-        ("bool", _BOOL, "tTfF"),
-        ("int", _INT, _NUMERIC),
-        ("float", _FLOAT, _NUMERIC),
-    ):
-        cls.add_implicit_resolver(f"tag:yaml.org,2002:{name}", pattern, list(first))
-
-
-_PARSERS: dict[str, Callable[[str], Any]] = {
-    ".json": _parse_json,
-    ".yaml": _parse_yaml,
-    ".yml": _parse_yaml,
-    ".toml": _parse_toml,
-}
-SUFFIXES = tuple(_PARSERS)
-
-
-def _check(value: Any, path: str, depth: int) -> None:
-    """Refuse what is deeper than any configuration, values that JSON cannot express, and half characters."""
-    if depth > MAX_DEPTH:
-        raise Invalid(f"nested deeper than {MAX_DEPTH} levels")
-    if isinstance(value, dict):
-        for key, item in value.items():
-            _check(key, "a key", depth)
-            _check(item, f"{path}.{key}" if path else key, depth + 1)
-    elif isinstance(value, list):
-        for i, item in enumerate(value):
-            _check(item, f"{path}.{i}", depth + 1)
-    elif value is not None and type(value) not in (str, int, float, bool):
-        raise Invalid(f"{quoted(path)} is a {type(value).__name__}; put it in quotes")
-    elif isinstance(value, str) and _HALF_CHARACTER.search(value):
-        raise Invalid(f"{quoted(path)} holds half a character (a lone surrogate); write the whole one")
-
-
 def read_value(text: str) -> Any:
-    """A value as somebody types it: JSON where it is JSON, otherwise the text itself.
+    """The value of typed text: JSON if it parses as JSON, otherwise the text itself.
 
     Raises:
         Invalid: if it is a JSON table that gives a key twice.
@@ -297,7 +176,7 @@ def flatten(document: Mapping[str, Any], prefix: str = "") -> Document:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One value in which two documents differ; the side that lacks it is None."""
+    """One value in which two documents differ; it is None on the side that lacks it."""
 
     key: str
     left: Any
@@ -314,12 +193,136 @@ def differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[Diffe
     found = []
     for key in dict.fromkeys([*before, *after]):
         if key not in after:
-            found.append(Difference(key, before[key], None, "removed"))
+            found.append(Difference(key=key, left=before[key], right=None, kind="removed"))
         elif key not in before:
-            found.append(Difference(key, None, after[key], "added"))
+            found.append(Difference(key=key, left=None, right=after[key], kind="added"))
         elif not _equal(before[key], after[key]):
-            found.append(Difference(key, before[key], after[key], "changed"))
+            found.append(Difference(key=key, left=before[key], right=after[key], kind="changed"))
     return found
+
+
+def _parse_json(text: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        raise Invalid(f"line {error.lineno}, column {error.colno}: {error.msg}") from None
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> Document:
+    """The table of a JSON object; a key that comes twice is refused."""
+    table: Document = {}
+    for key, value in pairs:
+        if key in table:
+            raise Invalid(f"the key {quoted(key)} is given twice")
+        table[key] = value
+    return table
+
+
+def _parse_toml(text: str) -> Any:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise Invalid(printable(str(error))) from None
+
+
+def _parse_yaml(text: str) -> Any:
+    # Lazy: loads yaml.
+    import yaml
+
+    try:
+        return _yaml_loader()(text).get_single_data()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        problem = ", ".join(part for part in (error.context, error.problem) if part)
+        raise Invalid(f"{where}{printable(problem)}") from None
+    except yaml.YAMLError as error:
+        raise Invalid(printable(str(error).partition("\n")[0])) from None
+
+
+def _yaml_loader() -> type[yaml.SafeLoader]:
+    """A safe loader that follows YAML 1.2 where 1.1 surprises: 1e-3 is a number, `no` is a word, 010 is ten."""
+    # Lazy: loads yaml.
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+                refused = "anchors and aliases are not read; write the value out"
+                raise yaml.MarkedYAMLError(problem=refused, problem_mark=event.start_mark)
+            if getattr(event, "tag", None):
+                refused = "tags are not read; write the plain value, text in quotes"
+                raise yaml.MarkedYAMLError(problem=refused, problem_mark=event.start_mark)
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen = set()
+            for key_node, _ in node.value:
+                key = self.construct_object(key_node, deep=True)
+                if not isinstance(key, str):
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {quoted(str(key))} is not text; put it in quotes",
+                        problem_mark=key_node.start_mark,
+                    )
+                if key in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {quoted(key)} is given twice", problem_mark=key_node.start_mark
+                    )
+                seen.add(key)
+            return super().construct_mapping(node, deep=True)
+
+        def construct_whole(self, node: yaml.ScalarNode) -> int:
+            text = str(self.construct_scalar(node))
+            return int(text, 0) if text.startswith(("0x", "0o")) else int(text)
+
+    _follow_version_1_2(Loader)
+    Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_whole)
+    return Loader
+
+
+def _follow_version_1_2(cls: type[yaml.SafeLoader] | type[yaml.SafeDumper]) -> None:
+    """Make a class tell plain words from numbers and booleans as the core schema of YAML 1.2 does.
+
+    Dates stay a type of their own, as in 1.1, so that they are refused and not taken for text.
+    """
+    ours = {f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float", "merge", "value")}
+    cls.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in ours]
+        for first, resolvers in cls.yaml_implicit_resolvers.items()
+    }
+    for name, pattern, first in (
+        ("bool", _BOOL, "tTfF"),
+        ("int", _INT, _NUMERIC),
+        ("float", _FLOAT, _NUMERIC),
+    ):
+        cls.add_implicit_resolver(f"tag:yaml.org,2002:{name}", pattern, list(first))
+
+
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    ".json": _parse_json,
+    ".yaml": _parse_yaml,
+    ".yml": _parse_yaml,
+    ".toml": _parse_toml,
+}
+SUFFIXES = tuple(_PARSERS)
+
+
+def _check(value: Any, path: str, depth: int) -> None:
+    """Refuse too deep a document, values that JSON cannot express, and lone surrogates."""
+    if depth > MAX_DEPTH:
+        raise Invalid(f"nested deeper than {MAX_DEPTH} levels")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check(key, "a key", depth)
+            _check(item, f"{path}.{key}" if path else key, depth + 1)
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            _check(item, f"{path}.{i}", depth + 1)
+    elif value is not None and type(value) not in (str, int, float, bool):
+        raise Invalid(f"{quoted(path)} is a {type(value).__name__}; put it in quotes")
+    elif isinstance(value, str) and _HALF_CHARACTER.search(value):
+        raise Invalid(f"{quoted(path)} holds half a character (a lone surrogate); write the whole one")
 
 
 def _equal(left: Any, right: Any) -> bool:

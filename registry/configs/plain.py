@@ -31,7 +31,7 @@ def plain_table(values: Any, what: str) -> dict[str, Any]:
         what: what to call it in an error, such as `config`.
 
     Raises:
-        Invalid: naming the first key whose value, or which itself, is something else.
+        Invalid: if a key or a value is something else, naming the first such key.
     """
     try:
         found = _plain(values, what)

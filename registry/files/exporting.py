@@ -1,4 +1,4 @@
-"""Exporting: a checkpoint, or one component of it, as a file that other programs read; the formats are rows of a table."""
+"""Exporting: a checkpoint, or one component of it, as a file that other programs read."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def export(
 
     Args:
         path: its suffix decides the format, a row of `registry.files.formats.FORMATS`.
-        component: write this component alone. Unless told otherwise, a file holds the checkpoint whole, or `model` where
-            the format holds one component.
+        component: write this component alone. By default a file holds the whole checkpoint, or `model` if the format
+            holds one component.
         force: replace a file that is there.
         verify: check the digests of what is read.
-        progress: called with bytes of tensors, written and in all.
+        progress: called with the bytes of tensors that are written, and of all.
 
     Returns:
         `path`, as a Path.

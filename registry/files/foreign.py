@@ -1,4 +1,4 @@
-"""What a file or a folder is that cannot be imported, by its first bytes or its names, and what to do with it."""
+"""Foreign files: what a file or folder is that cannot be imported, told by its first bytes or its names."""
 
 from __future__ import annotations
 
@@ -23,12 +23,17 @@ _STARTS = (
     (b"\xfd7zXZ", "compressed by xz; unpack it first"),
     (b"(\xb5/\xfd", "compressed by zstd; unpack it first"),
 )
+"""First bytes of kinds of files, with what the kind is and what to do."""
+
 _TAR = slice(257, 262)
+"""Where a tar archive says that it is one."""
+
 _LONGEST_HEADER = 100_000_000
+"""Bytes of the longest header that safetensors allows."""
 
 
 def kind_of(path: Path) -> str | None:
-    """What a file is if it is neither one of `torch.save` nor safetensors by its name, and what to do; None if unknown.
+    """What a file is that cannot be read as what its name says, and what to do; None if unknown.
 
     Raises:
         OSError: if it cannot be read.
@@ -51,30 +56,8 @@ def kind_of(path: Path) -> str | None:
     return None
 
 
-def _archive(path: Path) -> str | None:
-    """What a zip archive holds, if that is not what `torch.save` writes."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError):
-        return None
-    inner = {name.partition("/")[2] for name in names}
-    if "constants.pkl" in inner and any(name.startswith("code/") for name in inner):
-        return (
-            "a TorchScript program, not a checkpoint; save its weights with: "
-            "torch.save(torch.jit.load(file).state_dict(), 'weights.pt')"
-        )
-    if any(name.startswith("models/") for name in (*names, *inner)) and "archive_format" in {*names, *inner}:
-        return "a program of torch.export; save its weights with: torch.save(torch.export.load(file).state_dict, 'weights.pt')"
-    if names and all(name.endswith(".npy") for name in names):
-        return "arrays of NumPy; save them as tensors: torch.save({k: torch.from_numpy(v) for k, v in numpy.load(file).items()}, 'weights.pt')"
-    if not any(name.endswith("data.pkl") for name in names):
-        return "a zip archive, not a file of torch.save; unpack it first"
-    return None
-
-
 def kind_of_folder(folder: Path, names: Collection[str]) -> str | None:
-    """What a folder without weights of its own is, and what to do; None if unknown.
+    """What a folder without a checkpoint file of its own is, and what to do; None if unknown.
 
     Args:
         names: of what lies in it.
@@ -104,13 +87,35 @@ def kind_of_folder(folder: Path, names: Collection[str]) -> str | None:
     return None
 
 
+def _archive(path: Path) -> str | None:
+    """What a zip archive holds, if that is not what `torch.save` writes."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return None
+    inner = {name.partition("/")[2] for name in names}
+    if "constants.pkl" in inner and any(name.startswith("code/") for name in inner):
+        return (
+            "a TorchScript program, not a checkpoint; save its weights with: "
+            "torch.save(torch.jit.load(file).state_dict(), 'weights.pt')"
+        )
+    if any(name.startswith("models/") for name in (*names, *inner)) and "archive_format" in {*names, *inner}:
+        return "a program of torch.export; save its weights with: torch.save(torch.export.load(file).state_dict, 'weights.pt')"
+    if names and all(name.endswith(".npy") for name in names):
+        return "arrays of NumPy; save them as tensors: torch.save({k: torch.from_numpy(v) for k, v in numpy.load(file).items()}, 'weights.pt')"
+    if not any(name.endswith("data.pkl") for name in names):
+        return "a zip archive, not a file of torch.save; unpack it first"
+    return None
+
+
 def _shown(path: Path) -> str:
     """A path to be pasted into a command."""
     return shlex.quote(printable(str(path)))
 
 
 def _parts(folder: Path, names: Collection[str]) -> list[str]:
-    """The parts of a pipeline that hold weights."""
+    """The parts of a pipeline that hold tensors."""
     return [
         name
         for name in sorted(names)

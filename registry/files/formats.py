@@ -3,9 +3,9 @@
 A format is one module with two functions:
 
 - `read(path: Path) -> Imported` gives what a file holds.
-- `write(checkpoint, component, file: Outgoing, *, verify: bool)` writes a checkpoint, or the component of it that is named.
+- `write(checkpoint, component, file: Outgoing, *, verify: bool)` writes a checkpoint, or the named component of it.
 
-The command line reads this table for its help, so nothing here loads torch: a row loads its module when it is first used.
+The command line reads this table for its help, so nothing here loads torch. A row loads its module on first use.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Format:
     Attributes:
         module: the module that has `read` and `write`.
         suffixes: what names of its files end in, in lower case; the usual one first.
-        holds_all: whether a file holds a checkpoint whole; otherwise it holds one component, `model` unless told otherwise.
+        holds_all: whether a file holds a whole checkpoint; otherwise it holds one component, by default `model`.
         about: what a user should know about files that are written, a sentence or two.
         reading: what a user should know about files that are read; a few words.
     """

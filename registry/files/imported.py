@@ -36,7 +36,7 @@ class Imported:
     stamps: Mapping[Path, Stamp] = field(default_factory=dict, repr=False)
     """The stamp of every file that was read, as it was before the reading."""
     left_out: tuple[str, ...] = ()
-    """Of a folder: names of what lies there and was not read."""
+    """Names of what lies in an imported folder and was not read; empty for a file."""
 
 
 def file_status(path: Path) -> os.stat_result:

@@ -1,7 +1,6 @@
 """Importing: files that other programs wrote become checkpoints.
 
-For a file of `torch.save`, the way its parts lay in it is recorded, so that `registry.files.exporting` gives the same tree
-back.
+The layout of a file of `torch.save` is recorded, so that `registry.files.exporting` gives the same tree back.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def import_checkpoint(
     meta: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> Checkpoint:
-    """Store a file as the next version of a model; arguments override what the file says, metrics one by one.
+    """Store a file as the next version of a model. Arguments override what the file says, metrics one by one.
 
         imported = read_checkpoint_file("best.pt")
         import_checkpoint(registry, imported, "lenet5", epoch=3)

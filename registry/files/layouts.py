@@ -42,10 +42,13 @@ FIELD_KEYS = {
     "step": ("step", "global_step", "iteration"),
     "loss": ("loss", "val_loss", "train_loss"),
 }
+"""Keys of a checkpoint dict that hold a field of a version, the likeliest first."""
+
 _CONFIG_KEYS = ("config", "hyper_parameters", "hparams", "args")
 
-# A dict with more keys is no container of components.
 _MAX_KEYS = 256
+"""Keys of the largest dict that is taken apart into components."""
+
 MAX_CONFIG = 4 << 20
 """Bytes of the largest configuration that is taken in."""
 
@@ -81,7 +84,7 @@ def join(layout: Any, components: Mapping[str, Any], *, is_thin: bool = False) -
     """The tree that `split` took apart.
 
     Args:
-        is_thin: whether components that are not there any more are left out.
+        is_thin: leave out components that the checkpoint no longer has.
 
     Raises:
         Corrupt: if the layout does not fit the components.
@@ -128,6 +131,43 @@ def tree_of(checkpoint: Checkpoint, component: str | None = None, *, verify: boo
     return {**components, **{key: recorded[key] for key in recorded if key in missing}}
 
 
+def fields_of(tree: Any) -> dict[str, Any]:
+    """What a loaded dict says of itself: epoch, step, loss, metrics and config, by the names of `Registry.save`.
+
+    A field that it lacks is None. For anything but a dict, and for a dict of tensors alone, the result is empty.
+    """
+    if type(tree) not in (dict, OrderedDict) or all(isinstance(v, torch.Tensor) for v in tree.values()):
+        return {}
+    fields: dict[str, Any] = {}
+    for name, keys in FIELD_KEYS.items():
+        numbers = (_number(tree.get(key)) for key in keys)
+        found = next((n for n in numbers if n is not None and (name == "loss" or _is_count(n))), None)
+        fields[name] = found if found is None or name == "loss" else int(found)
+    metrics = tree.get("metrics")
+    if isinstance(metrics, Mapping):
+        measured = {key: _number(value) for key, value in metrics.items() if is_metric(key)}
+        fields["metrics"] = {key: float(value) for key, value in measured.items() if value is not None}
+    fields["config"] = next((tree[key] for key in _CONFIG_KEYS if is_config(tree.get(key))), None)
+    return fields
+
+
+def is_config(value: Any) -> bool:
+    """Whether a value can stand in a record: plain values and string keys, no larger than a config file."""
+    if type(value) is not dict or not value:
+        return False
+    cost = 0
+    for part in values(value):
+        kind = type(part)
+        if part is not None and kind not in (bool, int, float, str, list, tuple, dict):
+            return False
+        if kind is dict and not all(type(key) is str and key[:1] != "$" for key in part):
+            return False
+        cost += len(part) if kind is str else 8
+        if cost > MAX_CONFIG:
+            return False
+    return True
+
+
 def _loss(checkpoint: Checkpoint) -> float | None:
     return math.nan if checkpoint.record.get("loss_is_nan") else checkpoint.loss
 
@@ -152,26 +192,6 @@ def _places(tree: Any) -> dict[str, str]:
     return places
 
 
-def fields_of(tree: Any) -> dict[str, Any]:
-    """What a loaded dict says of itself: epoch, step, loss, metrics and config, by the names of `Registry.save`.
-
-    A field that it does not say is None; what is no dict, and a dict of tensors alone, says nothing.
-    """
-    if type(tree) not in (dict, OrderedDict) or all(isinstance(v, torch.Tensor) for v in tree.values()):
-        return {}
-    fields: dict[str, Any] = {}
-    for name, keys in FIELD_KEYS.items():
-        numbers = (_number(tree.get(key)) for key in keys)
-        found = next((n for n in numbers if n is not None and (name == "loss" or _is_count(n))), None)
-        fields[name] = found if found is None or name == "loss" else int(found)
-    metrics = tree.get("metrics")
-    if isinstance(metrics, Mapping):
-        measured = {key: _number(value) for key, value in metrics.items() if is_metric(key)}
-        fields["metrics"] = {key: float(value) for key, value in measured.items() if value is not None}
-    fields["config"] = next((tree[key] for key in _CONFIG_KEYS if is_config(tree.get(key))), None)
-    return fields
-
-
 def _number(value: Any) -> int | float | None:
     if isinstance(value, torch.Tensor) and value.ndim == 0:
         plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
@@ -183,20 +203,3 @@ def _number(value: Any) -> int | float | None:
 
 def _is_count(number: float) -> bool:
     return 0 <= number < 1 << 63 and number == int(number) if math.isfinite(number) else False
-
-
-def is_config(value: Any) -> bool:
-    """Whether a value can stand in a record: plain values and string keys, no larger than a config file."""
-    if type(value) is not dict or not value:
-        return False
-    cost = 0
-    for part in values(value):
-        kind = type(part)
-        if part is not None and kind not in (bool, int, float, str, list, tuple, dict):
-            return False
-        if kind is dict and not all(type(key) is str and key[:1] != "$" for key in part):
-            return False
-        cost += len(part) if kind is str else 8
-        if cost > MAX_CONFIG:
-            return False
-    return True

@@ -18,7 +18,7 @@ Write = Callable[[Buffer], None]
 """Takes the next bytes of a file."""
 
 _HEAD = 64
-"""Bytes at the start of a file by which it is checked that the disk has kept them."""
+"""Bytes at the start of a file that are read back, to check that the disk has kept them."""
 
 
 class Outgoing:
@@ -27,7 +27,7 @@ class Outgoing:
     Args:
         path: where it is to be; a symbolic link there is followed.
         force: replace a file that is there.
-        progress: told bytes of tensors, written and in all.
+        progress: called with the bytes of tensors that are written, and of all.
 
     Raises:
         Conflict: if there is a file and `force` is false, or something at `path` that is no file.
@@ -44,14 +44,14 @@ class Outgoing:
 
     @contextlib.contextmanager
     def opened(self, total: int) -> Iterator[Write]:
-        """Make the file beside its target; it takes the target's name when the block ends well, and goes otherwise.
+        """Make the file beside its target. It takes the target's name when the block ends well; else it is deleted.
 
-        Everything that may be refused is best found out before, so that nothing is written in vain.
+        Check before whatever may be refused, so that nothing is written in vain.
 
         Args:
             total: bytes of the tensors that the file will hold.
 
-        Returns:
+        Yields:
             A function that takes the next bytes.
 
         Raises:
@@ -63,7 +63,7 @@ class Outgoing:
             try:
                 file = NewFile(target.parent, inner=0)
             except OSError as error:
-                # The folder is what refuses, and the user does not know our temporary name.
+                # The folder refuses. The user does not know the temporary name of the file.
                 error.filename = str(target.parent)
                 raise
             try:
@@ -99,7 +99,7 @@ class Outgoing:
 
 
 class _Output:
-    """A new file, its first bytes for the check that the disk kept them, and word of how far it is."""
+    """A new file that keeps its first bytes, to check them on the disk, and reports how far it is."""
 
     def __init__(self, file: NewFile, total: int, progress: Progress) -> None:
         self._file = file

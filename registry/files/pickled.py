@@ -1,8 +1,8 @@
-"""What else than tensors and plain values a `.pt` file may name, and what it becomes: nothing of it runs code.
+"""What a `.pt` file may hold besides tensors and plain values, and what it becomes. None of it runs code.
 
-`torch.load(weights_only=True)` knows names of classes and functions, and refuses all that it is not told to allow. What half
-of all research code has in its files is given stand-ins from here: `argparse.Namespace` becomes a dict, a scalar of
-NumPy a number of Python, a path a text.
+`torch.load(weights_only=True)` refuses every class and function that it is not told to allow. Those that are common in
+files of research code have stand-ins here: `argparse.Namespace` becomes a dict, a scalar of NumPy a number of Python, a
+path a text.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy
 _NUMBERS = "biufc"
 _TEXT = "US"
 _LONGEST = 1 << 20
+"""Bytes of the longest scalar of NumPy that is read."""
 
 
 class _Namespace(dict[str, Any]):
@@ -79,11 +80,11 @@ ALLOWED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (_empty, "builtins.bytes"),
     (_Version, "torch.torch_version.TorchVersion"),
 ]
-"""For `torch.serialization.safe_globals`."""
+"""The stand-ins with the names that they stand for, as `torch.serialization.safe_globals` takes them."""
 
 
 def plain(tree: Any) -> tuple[Any, int]:
-    """A tree with dicts in the place of namespaces, and how many there were; containers are changed in place."""
+    """A tree with dicts in the place of namespaces, and how many there were; the tree itself is changed."""
     count = 0
 
     def replaced(value: Any) -> Any:
@@ -117,7 +118,7 @@ def plain(tree: Any) -> tuple[Any, int]:
 
 
 class _Pickler(pickle._Pickler):
-    """Writes empty bytes as `torch.load` reads them; as a call of `bytes` it does not."""
+    """Writes empty bytes in a way that `torch.load` reads; it does not read a call of `bytes`."""
 
     def save_bytes(self, value: bytes) -> None:
         self.save_reduce(codecs.encode, (value.decode("latin1"), "latin1"), obj=value)  # type: ignore[attr-defined]
@@ -126,4 +127,4 @@ class _Pickler(pickle._Pickler):
 
 
 FOR_EMPTY_BYTES = types.SimpleNamespace(__name__="pickle", Pickler=_Pickler)
-"""For `torch.save(pickle_module=)` of a tree with empty bytes; slower than the one of the standard library."""
+"""For `torch.save(pickle_module=)` of a tree with empty bytes; slower than `pickle` itself."""

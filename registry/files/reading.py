@@ -1,8 +1,8 @@
 """Reading: the way from a path to what it holds, for files and for folders of shards with their index.
 
-The formats of files are the rows of `registry.files.formats`. Folders and their index come as Hugging Face writes them.
-Nothing that a file holds is ever run. What a file says of itself (epoch, step, loss, metrics, hyperparameters) fills the
-checkpoint's fields.
+The formats of files are the rows of `registry.files.formats`. Folders and their index are read as Hugging Face writes
+them. Nothing that a file holds is ever run. What a file says of itself (epoch, step, loss, metrics, hyperparameters)
+fills the checkpoint's fields.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ _MAX_SHARDS = 10_000
 
 
 def read_checkpoint_file(path: Path | str) -> Imported:
-    """Read a file of a known format, a folder of shards, or its index file; `read` of each format says what becomes of it.
+    """Read a file of a known format, a folder of shards, or its index file.
+
+    `read` of each format says what the file becomes.
 
     Raises:
         NotFound: if there is no such file.
@@ -67,7 +69,7 @@ def _read(path: Path) -> Imported:
 
 
 def _in_folder(folder: Path) -> Path:
-    """The file that stands for a folder: its index, or the weights themselves."""
+    """The file that stands for a folder: its index, or its only file of tensors."""
     shown = printable(str(folder))
     with storage_errors(folder):
         names = sorted(os.listdir(folder))
@@ -162,7 +164,7 @@ def _read_shard(path: Path, names: list[str]) -> dict[str, torch.Tensor]:
 
 
 def _with_config(imported: Imported, folder: Path) -> Imported:
-    """With the `config.json` beside the weights, if there is one."""
+    """The same, with the `config.json` of its folder, if there is one."""
     if not os.path.lexists(folder / "config.json"):
         return imported
     path = _inside(folder, "config.json")

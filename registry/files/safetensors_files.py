@@ -1,7 +1,7 @@
 """`.safetensors` files: the tensors of one component, by name, and a table of strings beside them.
 
-The format is <https://github.com/huggingface/safetensors#format>. It cannot tie tensors: tied ones are written once for each
-name.
+The format is <https://github.com/huggingface/safetensors#format>. It cannot tie tensors: tied ones are written once for
+each name.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from registry.files.outgoing import Outgoing, Write
 
 _ALIGNMENT = 64
-"""Bytes: the first tensor starts at a multiple of it."""
+"""The first tensor starts at a multiple of this many bytes."""
 
 _MAX_METADATA = 16 << 10
-"""Characters of JSON that the catalog keeps of a file's `__metadata__`; what is longer becomes the component `extra`."""
+"""Characters of the longest `__metadata__`, as JSON, that the catalog keeps; a longer one becomes component `extra`."""
 
 
 def read(path: Path) -> Imported:
@@ -67,7 +67,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 def write(checkpoint: Checkpoint, component: str | None, file: Outgoing, *, verify: bool = True) -> None:
     """Write one component of a checkpoint, `model` unless told otherwise, as a safetensors file.
 
-    Tensors come contiguous, those of the largest elements first, so that each starts at a multiple of its element's size.
+    Tensors are written contiguous, those with the largest elements first, so that each starts at a multiple of its
+    element's size.
 
     Raises:
         NotFound: if the checkpoint has no such component.

@@ -33,14 +33,24 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 _ADVICE = "save it again from its own program as a plain state dict: torch.save(model.state_dict(), ...)"
-# The pickled number that every file of torch.save before 1.6 starts with.
+
 _LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-_BY_LENGTH = re.compile(rb"c(?:__builtin__|builtins)\nbytearray\n")
+"""The pickled number that every file of torch.save before 1.6 starts with."""
+
+_BYTEARRAY = re.compile(rb"c(?:__builtin__|builtins)\nbytearray\n")
+"""The pickled name of `bytearray`, which makes as many zeros as a file says."""
+
 _MAX_VALUES = 20_000_000
+"""Values of the largest tree that is read."""
+
 _MAX_TEXT = 256 << 20
-# Times a file's size: what its tensors may take in memory, and how many values it may hold.
+"""Characters and bytes of all its strings together."""
+
 _UNFOLDING = 16
+"""Times a file's size: the bytes that its tensors may take in memory, and the number of its values."""
+
 _SLACK = 64 << 20
+"""Bytes that the tensors of even the smallest file may take in memory."""
 
 
 def read(path: Path) -> Imported:
@@ -65,7 +75,7 @@ def read(path: Path) -> Imported:
 def write(checkpoint: Checkpoint, component: str | None, file: Outgoing, *, verify: bool = True) -> None:
     """Write a checkpoint, or one component of it, as a `.pt` file; see `layouts.tree_of` for how it is laid out.
 
-    Tensors come contiguous and without `requires_grad`; tied tensors stay tied.
+    Tensors are written contiguous and without `requires_grad`; tied tensors stay tied.
 
     Raises:
         NotFound: if the checkpoint has no such component.
@@ -98,6 +108,28 @@ def read_torch_file(path: Path) -> Any:
         raise Unsupported(f"{printable(str(path))}: {kind}") from error
 
 
+def write_torch_file(tree: Any, write: Callable[[memoryview], object]) -> None:
+    """Write a tree as a `.pt` file, front to back, one tensor at a time.
+
+    Args:
+        write: takes the next bytes; what it raises comes out of here.
+
+    Raises:
+        Unsupported: if torch cannot write the tree.
+    """
+    sink = _Sink(write)
+    try:
+        has_empty_bytes = any(type(value) is bytes and not value for value in values(tree))
+        module = pickled.FOR_EMPTY_BYTES if has_empty_bytes else pickle
+        torch.save(tree, sink, pickle_module=module)  # type: ignore[arg-type]
+    except Exception as error:
+        if sink.error is not None:
+            # Torch reports only that the writing stopped.
+            raise sink.error from None
+        text = str(error).partition("\n")[0]
+        raise Unsupported(f"torch cannot write this as a .pt file: {quoted(text)}") from error
+
+
 def _tree_in(path: Path) -> Any:
     size = file_status(path).st_size
     shown = printable(str(path))
@@ -112,8 +144,8 @@ def _tree_in(path: Path) -> Any:
         if head[:1] == b"\x80":
             raise Unsupported(f"{shown}: a bare pickle, reading it could run code; {_ADVICE}")
         raise Invalid(f"{shown}: not a file of torch.save, by its first bytes")
-    elif _scan_file(path):
-        raise _by_length(shown)
+    elif _names_bytearray(path):
+        raise _bytearray_error(shown)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -146,8 +178,8 @@ def _check_archive(path: Path, size: int) -> None:
             if packed or sum(entry.file_size for entry in entries) > size:
                 raise Invalid(f"{shown}: a compressed archive, not a file of torch.save; unpack it first")
             pickles = [entry for entry in entries if entry.filename.endswith("data.pkl")]
-            if any(_BY_LENGTH.search(archive.read(entry)) for entry in pickles):
-                raise _by_length(shown)
+            if any(_BYTEARRAY.search(archive.read(entry)) for entry in pickles):
+                raise _bytearray_error(shown)
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
         text = printable(str(error).partition("\n")[0])[:160]
         raise Invalid(f"{shown}: not a readable file of torch.save ({text}); it may be cut short") from None
@@ -156,22 +188,25 @@ def _check_archive(path: Path, size: int) -> None:
             raise
 
 
-def _scan_file(path: Path) -> bool:
+def _names_bytearray(path: Path) -> bool:
+    """Whether a file that is no archive names `bytearray`."""
     with (
         storage_errors(path),
         path.open("rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
     ):
-        return _BY_LENGTH.search(data) is not None
+        return _BYTEARRAY.search(data) is not None
 
 
-def _by_length(shown: str) -> Unsupported:
+def _bytearray_error(shown: str) -> Unsupported:
+    """The error for a file that holds a bytearray."""
     return Unsupported(
         f"{shown}: holds a bytearray, which cannot be stored; convert it to bytes, then {_ADVICE}"
     )
 
 
 def _refused(path: Path, zipped: bool, error: Exception) -> Invalid | Unsupported:
+    """The error for a file that `torch.load` has refused."""
     shown = printable(str(path))
     blocked = _blocked(path) if zipped else ()
     if blocked:
@@ -187,6 +222,7 @@ def _refused(path: Path, zipped: bool, error: Exception) -> Invalid | Unsupporte
 
 
 def _blocked(path: Path) -> set[str]:
+    """The names in a file that are not allowed; empty if they cannot be told."""
     try:
         with torch.serialization.safe_globals(pickled.ALLOWED):
             return set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
@@ -195,6 +231,7 @@ def _blocked(path: Path) -> set[str]:
 
 
 def _reason(error: Exception) -> str:
+    """What `torch.load` says that it refuses."""
     text = str(error)
     named = re.search(r"GLOBAL (\S+)", text)
     if named:
@@ -229,28 +266,6 @@ def _check_extent(tree: Any, size: int) -> None:
             )
         if unfolded > _UNFOLDING * size + _SLACK:
             raise Invalid(f"its tensors unfold to over {unfolded} bytes, the file has only {size}")
-
-
-def write_torch_file(tree: Any, write: Callable[[memoryview], object]) -> None:
-    """Write a tree as a `.pt` file, front to back, one tensor at a time.
-
-    Args:
-        write: takes the next bytes; what it raises comes out of here.
-
-    Raises:
-        Unsupported: if torch cannot write the tree.
-    """
-    sink = _Sink(write)
-    try:
-        has_empty_bytes = any(type(value) is bytes and not value for value in values(tree))
-        module = pickled.FOR_EMPTY_BYTES if has_empty_bytes else pickle
-        torch.save(tree, sink, pickle_module=module)  # type: ignore[arg-type]
-    except Exception as error:
-        if sink.error is not None:
-            # Torch reports only that the writing stopped.
-            raise sink.error from None
-        text = str(error).partition("\n")[0]
-        raise Unsupported(f"torch cannot write this as a .pt file: {quoted(text)}") from error
 
 
 class _Sink:

@@ -39,7 +39,7 @@ class Builder(NamedTuple):
     config: type[Config] | None
 
     def build(self, config: Mapping[str, Any] | None) -> nn.Module:
-        """The network for a recorded configuration, with fresh weights.
+        """The network for a recorded configuration, with newly initialised parameters.
 
         Raises:
             Invalid: if the configuration does not fit the builder.
@@ -66,7 +66,7 @@ def register_model(name: str, *, config: type[Config] | None = None) -> Callable
 
     The builder is called with an instance of `config`, filled from what a checkpoint recorded; without `config`,
     with the recorded values as keyword arguments, or with what the class's `config_class` makes of them. A network's
-    configuration is its attribute `config`: a `Config`, or anything with `to_dict()`, as networks of Hugging Face have it.
+    configuration is its attribute `config`: a `Config`, or anything with `to_dict()`, as in networks of Hugging Face.
 
     >>> @register_model("doctest-linear")
     ... class Net(nn.Linear):
@@ -75,7 +75,7 @@ def register_model(name: str, *, config: type[Config] | None = None) -> Callable
 
     Raises:
         Invalid: if the name is malformed.
-        Conflict: if another builder has it.
+        Conflict: if another builder has this name.
     """
     check_name(name, "builder")
 
@@ -135,8 +135,8 @@ def name_for(model: Any) -> str | None:
 def config_of(model: Any) -> dict[str, Any] | None:
     """A network's own configuration as plain values; None if it has none, or one that cannot be recorded.
 
-    It is the attribute `config`, if that is a `Config`, a mapping, a namespace, a dataclass, or has `to_dict()`. Keys that
-    are numbers, as transformers numbers its labels, become texts.
+    It is the attribute `config`, if that is a `Config`, a mapping, a namespace, a dataclass, or has `to_dict()`. Keys
+    that are numbers become text; transformers numbers its labels.
     """
     config = getattr(plain_module(model), "config", None)
     if isinstance(config, Config):
@@ -151,20 +151,20 @@ def config_of(model: Any) -> dict[str, Any] | None:
         return None
 
 
+def config_kind(model: Any) -> str | None:
+    """The class of a network's configuration, if it has one."""
+    config = getattr(plain_module(model), "config", None)
+    return None if config is None else type(config).__qualname__
+
+
 def _with_text_keys(value: Any) -> Any:
-    """A tree whose numbers among the keys are texts, as JSON writes them."""
+    """A tree with its numeric keys as text, as JSON writes them."""
     if isinstance(value, Mapping):
         return {
             str(key) if type(key) in (int, float) else key: _with_text_keys(item)
             for key, item in value.items()
         }
     return [_with_text_keys(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def config_kind(model: Any) -> str | None:
-    """The class of a network's configuration, if it has one."""
-    config = getattr(plain_module(model), "config", None)
-    return None if config is None else type(config).__qualname__
 
 
 def _place(make: Callable[..., Any]) -> str:

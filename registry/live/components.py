@@ -46,10 +46,10 @@ _SHAPED_LIKE_PARAMETERS = frozenset(
         "SparseAdam",
     }
 )
-"""Optimizers whose state has the shape of its parameter, or none."""
+"""Optimizers whose state tensors have the shape of their parameter, or no dimension."""
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers as wide as an element."""
+"""The integer type of as many bytes as an element has."""
 
 
 def capture(name: str, component: Any) -> Any:
@@ -74,28 +74,6 @@ def capture(name: str, component: Any) -> Any:
         )
     with _blaming(name, component):
         return component.state_dict()
-
-
-@contextlib.contextmanager
-def _blaming(name: str, component: Any) -> Iterator[None]:
-    """Name the component whose own code fails."""
-    try:
-        yield
-    except RegistryError:
-        raise
-    except Exception as error:
-        kind = type(component).__qualname__
-        raise Invalid(f"{name}: state_dict() of {kind} failed: {type(error).__name__}: {error}") from error
-
-
-def _not_sharded(name: str, state: OrderedDict[str, Any]) -> OrderedDict[str, Any]:
-    """The state of a network, refused where it is sharded over processes."""
-    if any(hasattr(value, "device_mesh") for value in state.values()):
-        raise Unsupported(
-            f"{name} is sharded over processes; each saves its own part with "
-            "dcp.save(state, storage_writer=run.sharded(...)), see docs/distributed.md"
-        )
-    return state
 
 
 def live_state(module: nn.Module) -> OrderedDict[str, Any]:
@@ -128,7 +106,7 @@ def restore(states: Mapping[str, Any], components: Mapping[str, Any], kinds: Map
     """Put recorded states into live components: all of them, or none if one does not fit.
 
     Args:
-        states: what `capture` gave, by component name; what is no network may keep the tensors in it.
+        states: what `capture` gave, by component name; components other than networks may keep its tensors.
         components: live objects of the same names.
         kinds: classes of the recorded components, where they are known.
 
@@ -137,7 +115,7 @@ def restore(states: Mapping[str, Any], components: Mapping[str, Any], kinds: Map
     """
     states = {name: _adapted(components.get(name), state) for name, state in states.items()}
     for name, component in components.items():
-        _check(name, component, states[name], kinds.get(name))
+        _check(name, component, states[name], kind=kinds.get(name))
     undo: dict[str, Callable[[], object]] = {}
     try:
         # Networks come last: what could still fail then is only their own hooks.
@@ -157,6 +135,40 @@ def restore(states: Mapping[str, Any], components: Mapping[str, Any], kinds: Map
         raise
 
 
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements of a tensor in a row, as integers."""
+    row = tensor.detach().cpu().resolve_conj().resolve_neg().reshape(-1)
+    row = torch.view_as_real(row).reshape(-1) if row.is_complex() else row
+    return row.view(_INTEGERS[row.dtype.itemsize])
+
+
+def missing(name: str, reference: str, present: tuple[str, ...]) -> NotFound:
+    """The error for a component that a checkpoint does not have."""
+    return NotFound(f"{reference} has no component {quoted(name)}; it has {', '.join(present)}")
+
+
+@contextlib.contextmanager
+def _blaming(name: str, component: Any) -> Iterator[None]:
+    """Name the component whose own code fails."""
+    try:
+        yield
+    except RegistryError:
+        raise
+    except Exception as error:
+        kind = type(component).__qualname__
+        raise Invalid(f"{name}: state_dict() of {kind} failed: {type(error).__name__}: {error}") from error
+
+
+def _not_sharded(name: str, state: OrderedDict[str, Any]) -> OrderedDict[str, Any]:
+    """The state of a network; one that is sharded over processes is refused."""
+    if any(hasattr(value, "device_mesh") for value in state.values()):
+        raise Unsupported(
+            f"{name} is sharded over processes; each saves its own part with "
+            "dcp.save(state, storage_writer=run.sharded(...)), see docs/distributed.md"
+        )
+    return state
+
+
 def _check(name: str, component: Any, state: Any, kind: str | None) -> None:
     """See that a state fits a component, before anything is changed.
 
@@ -166,7 +178,7 @@ def _check(name: str, component: Any, state: Any, kind: str | None) -> None:
     if isinstance(component, nn.Module):
         _check_module(name, component, state)
     elif isinstance(component, torch.optim.Optimizer):
-        _check_optimizer(name, component, state, kind)
+        _check_optimizer(name, component, state, kind=kind)
     elif not callable(getattr(component, "load_state_dict", None)):
         raise Invalid(f"{name}: {type(component).__qualname__} has no load_state_dict()")
     elif kind is not None and kind_of(component) != kind:
@@ -194,7 +206,7 @@ def _check_module(name: str, module: nn.Module, state: Any) -> None:
 
 
 def _torn_ties(live: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
-    """Names that share memory in a network, and have different values in a state."""
+    """Pairs of names that share memory in a network and have different values in a state, in words."""
     first: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
     problems = []
     for key, tensor in live.items():
@@ -206,13 +218,6 @@ def _torn_ties(live: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
         if other != key and not torch.equal(bits(state[other]), bits(state[key])):
             problems.append(f"{other} and {key} share memory, and have different values in the checkpoint")
     return problems
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The elements of a tensor in a row, as integers."""
-    row = tensor.detach().cpu().resolve_conj().resolve_neg().reshape(-1)
-    row = torch.view_as_real(row).reshape(-1) if row.is_complex() else row
-    return row.view(_INTEGERS[row.dtype.itemsize])
 
 
 def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, state: Any, kind: str | None) -> None:
@@ -240,7 +245,7 @@ def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, state: Any, ki
 
 
 def _other_shapes(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> Iterator[str]:
-    """Tensors of an optimizer's state that have not the shape of their parameter."""
+    """The tensors of an optimizer's state whose shape is not that of their parameter, in words."""
     places = (place for group in state["param_groups"] for place in group["params"])
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     for place, parameter in zip(places, parameters, strict=True):
@@ -253,7 +258,7 @@ def _other_shapes(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) ->
 
 
 def _adapted(component: Any, state: Any) -> Any:
-    """A state as its component takes it."""
+    """A state in the form that its component takes."""
     if isinstance(component, torch.optim.Optimizer):
         return _by_parameter(state)
     if isinstance(component, nn.Module) and isinstance(state, Mapping):
@@ -262,7 +267,7 @@ def _adapted(component: Any, state: Any) -> Any:
 
 
 def _with_tied_names(module: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A network's state with all names of tensors that the network ties and a file has once."""
+    """A network's state with every name of its tied tensors; the given state may have only one of them."""
     live = live_state(module)
     lacking = [name for name in live if name not in state]
     if not lacking:
@@ -281,7 +286,7 @@ def _with_tied_names(module: nn.Module, state: Mapping[str, Any]) -> Mapping[str
 
 
 def _by_parameter(state: Any) -> Any:
-    """An optimizer's state under the keys that its groups name: `dcp.save` turns numbers into text."""
+    """An optimizer's state under the keys that its groups name; `dcp.save` has turned numbers into text."""
     if not isinstance(state, Mapping) or not isinstance(state.get("state"), Mapping):
         return state
     known = {str(key): key for group in state.get("param_groups", ()) for key in group["params"]}
@@ -289,7 +294,7 @@ def _by_parameter(state: Any) -> Any:
 
 
 def _raise(name: str, problems: list[str]) -> None:
-    """Raise what does not fit, if anything does not."""
+    """Raise an error that names the problems, if there are any."""
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise Incompatible(f"{name}: {'; '.join(problems[:_SHOWN])}{more}")
@@ -308,7 +313,7 @@ def _put(component: Any, state: Any) -> None:
 
 
 def _way_back(component: Any) -> Callable[[], object]:
-    """What undoes a failed `load_state_dict`."""
+    """A function that undoes a failed `load_state_dict`."""
     if isinstance(component, torch.optim.Optimizer):
         # Loading replaces the state and the groups' values; it does not write into the old tensors.
         state, groups = component.state, [dict(group) for group in component.param_groups]
@@ -372,8 +377,3 @@ def _inner(module: nn.Module) -> str | None:
     """The attribute in which a wrapper has its network; None for what is no wrapper."""
     name = _INNER.get(type(module).__name__)
     return name if name in module._modules else None
-
-
-def missing(name: str, reference: str, present: tuple[str, ...]) -> NotFound:
-    """The error for a component that a checkpoint does not have."""
-    return NotFound(f"{reference} has no component {quoted(name)}; it has {', '.join(present)}")

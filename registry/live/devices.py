@@ -1,4 +1,4 @@
-"""Devices: which of those that were asked for are there, and spreading a network over several."""
+"""Devices: choosing from those that are there, and spreading a network over several."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ _NUMBERS = re.compile(r"\d{1,4}(,\d{1,4})*\Z")
 
 
 def get_devices(wanted: int | Sequence[int] | str | torch.device | None = None) -> list[torch.device]:
-    """The devices to train on, which are really there; what was chosen is logged.
+    """Choose the devices to train on, of those that are there. The choice is logged.
 
-    Under `torchrun` each process gets one device: of those that were asked for, the one of its local rank.
+    Under `torchrun` each process gets one device: the one in the place of its local rank.
 
     Args:
-        wanted: None for every accelerator, or else the CPU; a number for so many of them, or as many as there
-            are; numbers such as `[0, 3]` for these; or a name: `cpu`, `mps`, `cuda`, `cuda:1`, `2`, `0,3`.
+        wanted: None for every accelerator, or the CPU if there is none; a number for this many accelerators, or as
+            many as there are; numbers such as `[0, 3]` for these; or a name: `cpu`, `mps`, `cuda`, `cuda:1`, `2`,
+            `0,3`.
 
     Returns:
         At least one device: accelerators of one kind, or the CPU alone.
@@ -51,7 +52,7 @@ def get_devices(wanted: int | Sequence[int] | str | torch.device | None = None) 
 def parallelize(
     model: nn.Module, devices: Sequence[torch.device] | None = None, *, exact: bool = False
 ) -> nn.Module:
-    """Put a network on devices, and let all of them work on each batch.
+    """Put a network on devices, so that all of them work on each batch.
 
     Several devices in one process give a `DataParallel`, whose forward pass returns one loss for each device: take
     the mean. Batches must not be smaller than the number of devices, or some of them have nothing to do. Several
@@ -59,10 +60,11 @@ def parallelize(
     process it is the network itself.
 
     Args:
-        devices: those of `get_devices`, which is asked for them if they are left out.
-        exact: let resumed training be bit for bit that which was not interrupted, also with more than two
-            processes. `DistributedDataParallel` otherwise sums gradients in another order after its first step than
-            in it; with more than two, this costs a walk over the graph in each step (`find_unused_parameters`).
+        devices: the devices; by default those of `get_devices()`.
+        exact: make resumed training equal uninterrupted training bit for bit, also with more than two processes.
+            Without it, `DistributedDataParallel` sums gradients in one order in its first step and in another one
+            after it. With more than two processes, this costs a walk over the graph in each step
+            (`find_unused_parameters`).
     """
     devices = get_devices() if devices is None else list(devices)
     model.to(devices[0])

@@ -1,6 +1,7 @@
-"""Freezing that holds, also after `train()`: parameters, stale gradients, and buffers that layers write to while training.
+"""Freezing that lasts, also after `train()`: of parameters, and of buffers that layers write to while training.
 
-`registry.live.proof` shows that nothing frozen has moved; `registry.live.optimizers` looks after the optimizers of what is left.
+`registry.live.proof` shows that nothing frozen has moved. `registry.live.optimizers` is about the optimizers of what
+still trains.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Frozen(NamedTuple):
 
     Attributes:
         parameters: names of all that are frozen now.
-        held: paths of the layers that this freeze keeps in evaluation mode, since they may write to their buffers otherwise.
+        held: paths of the layers that this freeze keeps in evaluation mode; in training mode they may write to their
+            buffers.
         notes: what is worth saying.
         trainable: elements of the parameters that are left to train.
     """
@@ -66,15 +68,15 @@ def freeze(
 ) -> Frozen:
     """Freeze parameters by pattern; calling it again adds to what is frozen.
 
-    Their gradients are dropped, as a stale gradient would still be stepped. A layer that has buffers of its own, such as
-    BatchNorm's statistics or the vectors of a spectral norm, stays in evaluation mode once all its parameters are frozen,
-    also after `model.train()`: in training mode it may write to them. Layers without buffers keep their mode, so a
-    Dropout within the frozen part goes on dropping; `eval()` it after each `train()` where it should not.
+    Their gradients are dropped, since an optimizer would still apply a stale one. A layer that has buffers of its own,
+    such as BatchNorm's statistics or the vectors of a spectral norm, stays in evaluation mode once all its parameters
+    are frozen, also after `model.train()`: in training mode it may write to them. Layers without buffers keep their
+    mode, so a Dropout in the frozen part goes on dropping. To stop that, call its `eval()` after each `train()`.
 
     Args:
         patterns: globs of names, such as `conv.*`, or `first:3` for the first three layers that have parameters, in
             the order in which the network registers them; `first:-1` for all but the last.
-        bn: `update` lets the statistics of frozen layers go on.
+        bn: `freeze` holds the statistics of frozen layers, `update` lets them go on.
 
     Raises:
         Invalid: if a pattern matches nothing, or nothing would be left to train.
@@ -95,7 +97,8 @@ def unfreeze(model: nn.Module, patterns: str | Iterable[str] = "*") -> tuple[str
     plain: nn.Module = components.plain_module(model)
     names = dict(plain.named_parameters(remove_duplicate=False))
     buffers = [name for name, _ in plain.named_buffers(remove_duplicate=False)]
-    rule = Freeze(expanded(_listed(patterns), names, [*names, *buffers], in_order(plain), what="unfreeze"))
+    order = in_order(plain)
+    rule = Freeze(expanded(_listed(patterns), names, [*names, *buffers], layers=order, what="unfreeze"))
     thawed = tuple(name for name, p in names.items() if rule.covers(name) and not p.requires_grad)
     held = {path: part for path, part in plain.named_modules() if _HELD in part.__dict__}
     complete = {path for path in held if is_frozen(owner_of(plain, path)[1])}
@@ -119,23 +122,21 @@ def check_again(model: nn.Module, names: Collection[str]) -> None:
 
 
 def freeze_again(model: nn.Module, names: Sequence[str], going_on: Collection[str] = ()) -> None:
-    """Freeze what a checkpoint recorded as frozen, unless it is already, as in a network that was wrapped since.
+    """Freeze what a checkpoint recorded as frozen, unless all of it is frozen already.
 
     Args:
-        going_on: the layers whose statistics were let go on.
+        going_on: the layers whose statistics go on.
     """
     if set(names) <= set(frozen_names(model)):
         return
     plain: nn.Module = components.plain_module(model)
-    is_held = {
-        path: part for path, part in plain.named_modules() if set(buffers_of(plain, path)) <= set(names)
-    }
+    to_hold = {path for path, _ in plain.named_modules() if set(buffers_of(plain, path)) <= set(names)}
     rule = Freeze(map(escaped, names))
     _freeze(model, names, "update", may_be_whole=True)
     for path, part in _complete(plain, rule):
         if path not in going_on:
             part.__dict__.pop(_GOES_ON, None)
-        if path in is_held:
+        if path in to_hold:
             _hold(part)
 
 
@@ -158,7 +159,8 @@ def parts_going_on(model: nn.Module) -> tuple[str, ...]:
 def watched_names(model: nn.Module) -> tuple[str, ...]:
     """Names that must not move: frozen parameters, and buffers of layers that are held or have nothing left to train.
 
-    Buffers whose statistics go on by `bn="update"` are left out. Those that were to be frozen and cannot be held are there.
+    Buffers whose statistics go on by `bn="update"` are left out. Buffers that were to be frozen and cannot be held are
+    included.
     """
     plain: nn.Module = components.plain_module(model)
     found = [name for name, p in plain.named_parameters(remove_duplicate=False) if not p.requires_grad]
@@ -192,7 +194,7 @@ def rule_for(
     plain: nn.Module = components.plain_module(model)
     names = dict(plain.named_parameters(remove_duplicate=False))
     buffers = [name for name, _ in plain.named_buffers(remove_duplicate=False)]
-    rule = Freeze(expanded(_listed(patterns), names, [*names, *buffers], in_order(plain)))
+    rule = Freeze(expanded(_listed(patterns), names, [*names, *buffers], layers=in_order(plain)))
     chosen = {id(p): p for name, p in names.items() if rule.covers(name)}
     if not may_be_whole and all(id(p) in chosen or not p.requires_grad for p in names.values()):
         raise Invalid("freezing that leaves no parameter to train; leave the head out")
@@ -212,8 +214,8 @@ def expanded(
     Args:
         parameters: names of parameters in the order of the network's registration.
         names: of everything that a pattern may match.
-        layers: names of parameters, and of the buffers of layers without parameters, in the order of the layers; those
-            of the second kind go with the layers before them.
+        layers: names of parameters, and of the buffers of layers without parameters, in the order of the layers. Such
+            buffers are frozen with the layers before them.
         what: what to call it in an error.
 
     Raises:
@@ -255,6 +257,7 @@ def _freeze(
     *,
     may_be_whole: bool = False,
 ) -> Frozen:
+    """Freeze as `freeze` does; `may_be_whole` as for `rule_for`."""
     rule, chosen = rule_for(model, patterns, may_be_whole=may_be_whole)
     plain: nn.Module = components.plain_module(model)
     names = dict(plain.named_parameters(remove_duplicate=False))
@@ -335,7 +338,7 @@ def _first(pattern: str, parameters: Sequence[str], order: Sequence[str]) -> lis
 
 
 def _complete(model: nn.Module, rule: Freeze) -> Iterator[tuple[str, nn.Module]]:
-    """The layers with buffers of their own that a rule is about and that have nothing left to train.
+    """The layers that have buffers of their own, that a rule is about, and that have nothing left to train.
 
     For a layer without parameters, a pattern that fits one of its buffers is enough, as it can only be held as a whole.
     """

@@ -38,7 +38,7 @@ def owner_of(model: nn.Module, path: str) -> tuple[str, nn.Module]:
 
 
 def is_frozen(part: nn.Module) -> bool:
-    """Whether nothing in a layer is left to train; so it is for one without parameters."""
+    """Whether nothing in a layer is left to train; true for a layer without parameters."""
     return not any(parameter.requires_grad for parameter in part.parameters())
 
 

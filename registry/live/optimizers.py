@@ -18,8 +18,8 @@ class OptimizerProblem(NamedTuple):
     """A parameter that an optimizer should not have, or lacks.
 
     Attributes:
-        problem: `frozen`, it cannot train; `missing`, it trains and the optimizer lacks it; `stale`, the network does not
-            have it; `duplicated`, the optimizer has it twice.
+        problem: `frozen`, it cannot train; `missing`, it trains and the optimizer lacks it; `stale`, the network does
+            not have it; `duplicated`, the optimizer has it twice.
         name: of the parameter; for a stale one its place and its shape.
     """
 
@@ -31,8 +31,8 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[
     """Compare an optimizer with the parameters of a network that train. They are told apart by identity, not by value.
 
     Returns:
-        The problems, in the order of the optimizer, and then what it lacks, in the order of the network. None means that
-        the optimizer has exactly the trainable parameters.
+        The problems, in the order of the optimizer, and then what it lacks, in the order of the network. An empty list
+        means that the optimizer has exactly the trainable parameters.
     """
     plain: nn.Module = components.plain_module(model)
     names = {id(p): name for name, p in plain.named_parameters()}

@@ -46,7 +46,7 @@ def frozen_proof(
     after = _digests(model, names)
     moved = [name for name in names if before[name] != after.get(name)]
     if moved:
-        causes = [f"{name} ({_cause(model, optimizer, name, objects[name])})" for name in moved[:3]]
+        causes = [f"{name} ({_cause(model, optimizer, name, was=objects[name])})" for name in moved[:3]]
         more = f", and {len(moved) - 3} more" if len(moved) > 3 else ""
         raise Thawed(f"{len(moved)} of {len(names)} frozen names moved: {', '.join(causes)}{more}")
 

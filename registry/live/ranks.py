@@ -45,7 +45,7 @@ def local_count() -> int:
 
 
 _made = 0
-"""How many `Ranks` this process has made, which is the same in all of them."""
+"""How many `Ranks` this process has made; all processes have made as many."""
 
 
 class Ranks:
@@ -77,7 +77,7 @@ class Ranks:
         return self.rank == 0
 
     def leader(self, step: Callable[[], Result], what: str) -> Result:
-        """What the leading process's step returned, on all of them; what it raised, they all raise.
+        """Run a step in the leading process alone; every process returns its result, or raises its error.
 
         Args:
             what: what the step is part of, for the error if a process does not come to it.
@@ -98,7 +98,7 @@ class Ranks:
         return outcome[0].get()  # type: ignore[no-any-return]
 
     def gather(self, step: Callable[[], Result], what: str) -> list[Result]:
-        """What the step returned on each process, in their order; what one of them raised, they all raise.
+        """Run a step in every process; each returns all results by rank, or raises the error of one of them.
 
         Args, Raises: as for `leader`.
         """
@@ -108,7 +108,7 @@ class Ranks:
         self._meet(what)
         outcomes: list[Any] = [None] * self.count
         self._talk(what, lambda: dist.all_gather_object(outcomes, outcome, group=self._group))
-        # Not the copy that went through the wire.
+        # This process keeps its own outcome, not the copy that was sent.
         outcomes[self.rank] = outcome
         return [one.get(rank) for rank, one in enumerate(outcomes)]
 
@@ -143,7 +143,7 @@ class Ranks:
         self._talk(what, wait, lambda: self._absent(place))
 
     def _sign(self, topic: str) -> Store:
-        """Say that this process has come; returns the list of those that have."""
+        """Say that this process has come; returns the store in which all of them say so."""
         place = PrefixStore(f"registry/{topic}", _get_default_store())
         place.set(str(self.rank), "here")
         return place
@@ -153,7 +153,7 @@ class Ranks:
         return [str(rank) for rank in range(self.count) if not place.check([str(rank)])]
 
     def _talk(self, what: str, speak: Callable[[], object], absent: Callable[[], list[str]] = list) -> None:
-        """Do something together.
+        """Call what all processes have to call together.
 
         Raises:
             Conflict: if a process does not take part, naming those that `absent` returns.

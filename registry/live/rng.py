@@ -33,7 +33,7 @@ def capture() -> dict[str, Any]:
 
 
 def restore(state: Mapping[str, Any]) -> None:
-    """Set the generators as they were; those of devices that are not here are passed over."""
+    """Set the generators to a captured state; devices that are not here are passed over."""
     python, numpy = state["python"], state["numpy"]
     random.setstate((python["version"], tuple(python["state"].tolist()), python["gauss"]))
     keys = numpy["keys"].numpy().astype(np.uint32)

@@ -1,7 +1,7 @@
 """Runs: one training session, with its log, its provenance and the versions that it saves.
 
-Run: the session, as a context manager. Provenance: what a version was made with: code, packages, machine, seeds. Process: what
-runs, which signals ask to stop.
+Run: the session, as a context manager. Provenance: how a version was made: command, code, software, devices. Process:
+the program that runs, and the signals that ask it to stop.
 
-It imports everything below but `registry.registry`. What a run records is decided in `recording`.
+It may import every layer below its own. What a run records is decided in `recording`.
 """

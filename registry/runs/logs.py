@@ -1,4 +1,4 @@
-"""One log file for all modules: every module that uses `logging` lands in it.
+"""One log file for all modules: it takes the records of every module that uses `logging`.
 
 [2026-11-23 14:05:01] - INFO: [train.py][42] Epochs[1/3] -- loss: 0.3906
 """
@@ -25,8 +25,8 @@ def setup_logging(
 ) -> Path:
     """Send the records of all modules to a file of the day, and to the console.
 
-    Calling it again replaces what the earlier call set up; handlers of others stay. Of the processes that torchrun
-    starts the first one writes; the others put their warnings and errors, which name them, on the console.
+    Calling it again replaces what the earlier call set up; handlers of others stay. Under `torchrun` only the first
+    process writes the file. The others show their warnings and errors on the console, marked with their rank.
 
     Args:
         name: the file is `<name>_<date>.txt`, appended to; at midnight the next day's file begins.
@@ -81,10 +81,10 @@ def run_log(path: Path, *, inner: int = 0) -> Iterator[None]:
     The console shows what it showed before.
 
     Args:
-        inner: how many of the folders that the file is in belong to a registry, which has no links.
+        inner: how many of the folders above the file belong to a registry; links to these are not followed.
 
     Raises:
-        Corrupt: if there is something else than a file.
+        Corrupt: if something that is no file has this name.
     """
     os.close(open_file(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, inner=inner))
     root = logging.getLogger()
@@ -116,7 +116,7 @@ def run_log(path: Path, *, inner: int = 0) -> Iterator[None]:
 
 
 class _Console(logging.StreamHandler):  # type: ignore[type-arg]
-    """The console, recognisable as ours."""
+    """A handler for the console, which its class tells from the handlers of others."""
 
 
 class _DayFile(logging.FileHandler):
@@ -145,7 +145,7 @@ class _DayFile(logging.FileHandler):
 
 
 class _OneRecord(logging.Formatter):
-    """Indents what follows a line break and spells out control characters: no message passes for another."""
+    """Indents what follows a line break and spells out control characters, so that no message looks like two."""
 
     def format(self, record: logging.LogRecord) -> str:
         lines = super().format(record).rstrip("\n").split("\n")

@@ -1,9 +1,9 @@
-"""The process of a run: who it is, how it is asked to stop, how it ends, and what is silent where it does not lead.
+"""The process of a run: who it is, how it is asked to stop, how it ended, and a writer that writes nothing.
 
-Two handlers of SIGTERM nest. `sigterm_as_exit` is the outer one, of a run: it makes SIGTERM an exception, so that contexts are
-left, and is set only where the program has no handler of its own. `Interrupts` is the inner one, of a training loop inside the
-run: it holds signals back until the loop can be left, and raises the same exceptions. Whoever sets a handler last takes it back
-first: `Interrupts` is entered after the run and left before it, and puts the run's handler back.
+Two handlers of SIGTERM nest. The outer one, `sigterm_as_exit`, belongs to a run: it turns SIGTERM into an exception, so
+that contexts are left. It is set only where the program has no handler of its own. The inner one, `Interrupts`, belongs
+to a training loop inside the run: it holds signals back until the loop can be left, and raises the same exceptions.
+`Interrupts` is entered after the run and left before it, and then puts the run's handler back.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def this_process() -> str:
 
 
 def ending(error: BaseException) -> str:
-    """How a run ended that an exception has ended: `interrupted`, or `failed: ` and the exception's class."""
+    """How a run ended, by the exception that ended it: `interrupted`, or `failed: ` and the exception's class."""
     if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
         return "interrupted"
     return f"failed: {type(error).__name__}"
@@ -58,7 +58,7 @@ def sigterm_as_exit() -> Iterator[None]:
 class Interrupts:
     """Holds Ctrl-C and SIGTERM back until a batch is complete, so that what is saved then can be resumed exactly.
 
-    A second one comes through at once. Only the main thread can hold signals back; in others nothing is changed.
+    A second signal comes through at once. Only the main thread can hold signals back; in others nothing is changed.
 
     Attributes:
         pending: the number of the signal that is held back; None if there is none.
@@ -78,11 +78,6 @@ class Interrupts:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.pending is not None:
-            self.deliver()
-        self.pending = number
-
     def deliver(self) -> None:
         """Raise what was held back.
 
@@ -95,9 +90,14 @@ class Interrupts:
         if self.pending is not None:
             raise SystemExit(128 + self.pending)
 
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.pending is not None:
+            self.deliver()
+        self.pending = number
+
 
 class Mute:
-    """Stands in for a `SummaryWriter` where nothing is to be written: takes everything, and does nothing."""
+    """Stands in for a `SummaryWriter` where nothing is to be written: each of its methods does nothing."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *_, **__: None

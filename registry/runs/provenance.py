@@ -1,4 +1,7 @@
-"""Provenance: how and on what a checkpoint was made, without naming people, machines, or places outside."""
+"""Provenance: how a checkpoint was made, and on which kinds of devices.
+
+It names no people, no machines, and no folders outside the working directory.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recording: what a run records of a version: the state of live objects, what made them, and where they come from."""
+"""Recording: what a run saves with a version: the state of live objects, how they were made, and their origin."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Recording:
-    """Makes of live objects, and of what a user says of them, what the next version of a run is saved with.
+    """Collects what the next version of a run is saved with, from live objects and from what the user says of them.
 
     Args:
         home: the registry that the run saves into.
@@ -82,7 +82,7 @@ class Recording:
         self._processes = processes
         self._started = time.monotonic()
         self._unmonitored: int | None = 0
-        """Saves without the value that is monitored; None once one had it."""
+        """How many saves lacked the monitored value; None once a save had it."""
 
     def log_config(self, logger: logging.Logger) -> None:
         """Put the hyperparameters into the log, one line each."""
@@ -120,7 +120,7 @@ class Recording:
         return {"epoch": epoch, "step": step, "loss": loss, "metrics": values}
 
     def own(self, live: Mapping[str, Any]) -> dict[str, Any]:
-        """The state that differs between the processes of a training, as this one has it."""
+        """This process's own part of the state, which differs between processes that train together."""
         parts = {name: part for name, part in live.items() if getattr(part, "per_rank", False)}
         captured = {name: components.capture(name, part) for name, part in parts.items()}
         return {"rng": rng.capture(), **captured}
@@ -153,7 +153,7 @@ class Recording:
 
         Args:
             live: components by name.
-            tensors: theirs; what is recorded of them is the kind of their devices.
+            tensors: the tensors of these components; the kinds of their devices are recorded.
         """
         model = live.get("model")
         networks = {name: part for name, part in live.items() if isinstance(part, torch.nn.Module)}
@@ -184,7 +184,7 @@ class Recording:
         return _said(found)
 
     def origin(self, about: Mapping[str, Any], *, run: str, last: Checkpoint | None) -> dict[str, Any]:
-        """What a version records of where it comes from, as `Facts` takes it.
+        """The fields of a version that say where it comes from, as `Facts` takes them.
 
         Args:
             about: its provenance.
@@ -207,7 +207,7 @@ class Recording:
         }
 
     def _look_for_monitored(self, loss: float | None, values: Mapping[str, float]) -> None:
-        """Say once if saves do not have what decides which version is the best; one alone may be in mid-epoch."""
+        """Warn if the first two saves lack the monitored value; a single one may be in mid-epoch."""
         by = self._monitor
         if by is None or self._unmonitored is None:
             return
@@ -228,7 +228,7 @@ class Recording:
         return {"processes": self._processes} if self._processes > 1 else {}
 
     def _data(self) -> dict[str, Any]:
-        """The data set that was named, or else the artifacts that the program has used; the only one is the data set."""
+        """The named data set, or else the artifacts that the program has used; a single one counts as the data set."""
         if self._dataset:
             return {"dataset": self._dataset}
         used = used_artifacts(self._home.root)
@@ -249,12 +249,12 @@ def check_components(live: Mapping[str, Any]) -> None:
 
 
 def _plain_number(value: Any) -> Any:
-    """A tensor of one element as its number; whoever saves checks the rest."""
+    """A tensor of one element as its number; `Facts.record` checks everything else."""
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         return value.item()
     return value
 
 
 def _said(found: Mapping[str, Any]) -> dict[str, Any]:
-    """What has a value."""
+    """The items that have a value."""
     return {key: value for key, value in found.items() if value not in (None, {}, [])}

@@ -1,6 +1,6 @@
 """A run: one training session with its log file, TensorBoard events, provenance and checkpoints.
 
-Where several processes train together, each has the run; the leading one writes, and all agree on how it went.
+Processes that train together each have a `Run`. The leading one writes; all get the same result, or the same error.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Run:
     save that is in flight. Leaving the context waits for that save, and records how the run ended.
 
     Processes that train together (`torchrun`) make the run together, and call `save` and `wait` together. The
-    leading one writes checkpoints, events and the log; what `writer` is told on the others goes nowhere.
+    leading one writes checkpoints, events and the log; `writer` does nothing in the others.
 
     Attributes:
         name: the full name, such as `lenet5/run-12`.
@@ -122,7 +122,7 @@ class Run:
 
     @property
     def log_file(self) -> Path:
-        """What the program logged while the run was open."""
+        """The file with what the program logged while the run was open."""
         return self.folder / LOG
 
     @property
@@ -158,12 +158,6 @@ class Run:
         if self._ranks.leads:
             self._introduce()
         return self
-
-    def _introduce(self) -> None:
-        _logger.info("run %s began", self.name)
-        self._recording.log_config(_logger)
-        if self.resumed:
-            _logger.info("resumed from %s", self.resumed.name)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -222,16 +216,16 @@ class Run:
             wait: return when the version is durable. Otherwise return as soon as the state is copied to host
                 memory; hashing and writing go on behind the training, at most one save at a time.
             live: components by name: anything with `state_dict()` and `load_state_dict()`, such as
-                `model=model, optimizer=optimizer, ema=ema`. Of several processes each records its own random
-                state, and its own state of components with a true attribute `per_rank`; everything else is the
-                leading one's.
+                `model=model, optimizer=optimizer, ema=ema`. Each of several processes records its own random
+                state, and its own state of components whose attribute `per_rank` is true. Everything else comes
+                from the leading process.
 
         Returns:
             The checkpoint, in each process; None with `wait=False`.
 
         Raises:
             Invalid, Unsupported: if something cannot be recorded, naming it; nothing is written.
-            StorageError: if the disk refuses, also for the save before that did not wait.
+            StorageError: if the disk refuses this save, or the one before that did not wait.
             Conflict: if one of several processes does not come to the save in time, naming it.
         """
         began = time.monotonic()
@@ -246,73 +240,12 @@ class Run:
         """Wait for the save that is in flight, and return the last checkpoint of the run.
 
         Raises:
-            RegistryError: if that save failed; once.
+            RegistryError: if that save failed; only the first call raises it.
         """
         if self._in_flight is not None:
             pending, self._in_flight = self._in_flight, None
             self._last = self._everywhere(pending.result, f"{self.name}: the save before")
         return self._last
-
-    def _save(
-        self, said: Mapping[str, Any], extra: Mapping[str, Any] | None, live: Mapping[str, Any], *, wait: bool
-    ) -> Checkpoint | None:
-        check_components(live)
-        recording = self._recording
-        fields = recording.fields(**said)
-        what = f"{self.name}: a save"
-        own = self._ranks.gather(lambda: recording.own(live), what)
-        if wait:
-            self._last = self._everywhere(
-                lambda: self._publish(*recording.encoded(live, own, extra), fields), what
-            )
-            return self._last
-
-        def begin() -> None:
-            if self._arena is None:
-                self._arena = Arena()
-            state, about = recording.encoded(live, own, extra)
-            copied = self._arena.snapshot(state)
-            self._in_flight = self._saver.submit(self._publish, copied, about, fields)
-
-        # In the processes that do not lead, it stands for the save of the leading one.
-        self._in_flight = Future()
-        try:
-            self._ranks.leader(begin, what)
-        except BaseException:
-            self._in_flight = None
-            raise
-        return None
-
-    def _everywhere(self, step: Callable[[], Checkpoint], what: str) -> Checkpoint:
-        """The checkpoint that the leading process has made, in each process."""
-        if self._ranks.count == 1:
-            return step()
-
-        def row() -> Version:
-            made = step().row
-            return made._replace(metrics=dict(made.metrics))
-
-        return Checkpoint(self._home.store, self._ranks.leader(row, what))
-
-    def _publish(self, state: Encoded, about: Mapping[str, Any], fields: Mapping[str, Any]) -> Checkpoint:
-        described = Facts(**fields, **self._origin(about))
-        saved = save(self._home, self.model, state, about=described, best_by=self._retention.monitor)
-        self._retain()
-        return saved
-
-    def _retain(self) -> None:
-        """Remove, and thin, what the run's rules no longer keep.
-
-        The new version is safe by now: what an older one prevents is said, and tried again behind the next save.
-        """
-        try:
-            chain = self._runs.chain(self.name)
-            self._retention.apply(self._home.catalog, self._home.store, runs=chain, model=self.model)
-        except RegistryError as error:
-            _logger.warning("%s: older versions stay, as the rules of the run fail: %s", self.name, error)
-
-    def _origin(self, about: Mapping[str, Any]) -> dict[str, Any]:
-        return self._recording.origin(about, run=self.name, last=self._last)
 
     def sharded(
         self,
@@ -346,9 +279,81 @@ class Run:
         origin = self._origin(about)
         return RegistryWriter(self._home, self.model, saved=saved, best_by=best_by, **fields, **origin)
 
+    def _introduce(self) -> None:
+        _logger.info("run %s began", self.name)
+        self._recording.log_config(_logger)
+        if self.resumed:
+            _logger.info("resumed from %s", self.resumed.name)
+
+    def _save(
+        self,
+        given: Mapping[str, Any],
+        extra: Mapping[str, Any] | None,
+        live: Mapping[str, Any],
+        *,
+        wait: bool,
+    ) -> Checkpoint | None:
+        check_components(live)
+        recording = self._recording
+        fields = recording.fields(**given)
+        what = f"{self.name}: a save"
+        own = self._ranks.gather(lambda: recording.own(live), what)
+        if wait:
+            self._last = self._everywhere(
+                lambda: self._publish(*recording.encoded(live, own, extra), fields), what
+            )
+            return self._last
+
+        def begin() -> None:
+            if self._arena is None:
+                self._arena = Arena()
+            state, about = recording.encoded(live, own, extra)
+            copied = self._arena.snapshot(state)
+            self._in_flight = self._saver.submit(self._publish, copied, about, fields)
+
+        # In the processes that do not lead, this stands for the save of the leading one.
+        self._in_flight = Future()
+        try:
+            self._ranks.leader(begin, what)
+        except BaseException:
+            self._in_flight = None
+            raise
+        return None
+
+    def _everywhere(self, step: Callable[[], Checkpoint], what: str) -> Checkpoint:
+        """The checkpoint that the leading process has made, in each process."""
+        if self._ranks.count == 1:
+            return step()
+
+        def row() -> Version:
+            made = step().row
+            return made._replace(metrics=dict(made.metrics))
+
+        return Checkpoint(self._home.store, self._ranks.leader(row, what))
+
+    def _publish(self, state: Encoded, about: Mapping[str, Any], fields: Mapping[str, Any]) -> Checkpoint:
+        described = Facts(**fields, **self._origin(about))
+        saved = save(self._home, self.model, state, about=described, best_by=self._retention.monitor)
+        self._retain()
+        return saved
+
+    def _retain(self) -> None:
+        """Remove, and thin, what the run's rules no longer keep.
+
+        The new version is safe by now, so a failure is only logged. The next save tries again.
+        """
+        try:
+            chain = self._runs.chain(self.name)
+            self._retention.apply(self._home.catalog, self._home.store, runs=chain, model=self.model)
+        except RegistryError as error:
+            _logger.warning("%s: older versions stay, as the rules of the run fail: %s", self.name, error)
+
+    def _origin(self, about: Mapping[str, Any]) -> dict[str, Any]:
+        return self._recording.origin(about, run=self.name, last=self._last)
+
 
 def _store_differences(home: Home, model: str) -> None:
-    """Compact a model and free the space; a failure is told in the log, as the run has finished well."""
+    """Compact a model and free the space; a failure is only logged, as the run has finished well."""
     try:
         (done,) = compact(home.catalog, home.store, [model])
         collect_garbage(home.catalog, home.store)

@@ -1,8 +1,8 @@
 """Adapters: named ways to make a tensor that does not fit as it is, used only where a plan asks for one.
 
-To add one: a function here and a row in `ADAPTERS`, a row in the table of docs/transfer.md, and a test. What is planned, applied,
-printed and offered by the command line follows from the row. The help of the command line reads the names, so this module loads
-torch only where a tensor is made.
+To add one: a function here and a row in `ADAPTERS`, a row in the table of docs/transfer.md, and a test. What is
+planned, applied, printed and offered by the command line follows from the row. The help of the command line reads the
+names, so this module loads torch only where a tensor is made.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ class Adapter(NamedTuple):
     """A way to make a tensor that fits a target.
 
     Attributes:
-        make: takes the source's tensor, the target's with its present values, and the rows of classes; returns a new tensor
-            of the target's shape, and changes neither. It raises a `ValueError` for shapes that it does not take, with words
-            that follow its name in a sentence. Plans are tried on the meta device, where tensors have no values.
+        make: takes the source's tensor, the target's with its present values, and the rows of classes. It returns a new
+            tensor of the target's shape, and changes neither. For shapes that it does not take it raises a
+            `ValueError`, whose words follow the adapter's name in a sentence. Plans try it on the meta device, where
+            tensors have no values.
         needs_source: whether it makes its tensor from one of the source; otherwise it makes a new one.
         takes_rows: whether it is given the rows of classes; the others get None.
         after_relu: whether it makes a layer that begins as the identity, which is exact only after a ReLU.
@@ -49,7 +50,7 @@ def check_adapter(name: str) -> None:
 
 
 def needs_source(name: str) -> bool:
-    """Whether an adapter makes its tensor from one of the source; so does a name that is no adapter."""
+    """Whether an adapter makes its tensor from one of the source; true for a name that is no adapter."""
     return name not in ADAPTERS or ADAPTERS[name].needs_source
 
 

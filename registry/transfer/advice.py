@@ -79,7 +79,7 @@ class Advice(NamedTuple):
     Attributes:
         option: the options of `registry train` that do it; empty for none.
         trainable, head: as in `Counts`.
-        per_sample_all, per_sample_head: the same for each sample.
+        per_sample_all, per_sample_head: `trainable` and `head` divided by the number of samples.
     """
 
     case: str

@@ -27,8 +27,8 @@ def curves(home: Home, names: Sequence[str], metric: str) -> list[Curve]:
     """A metric (or `loss`) of several models, runs or versions, by epoch.
 
     Args:
-        names: a model's name stands for all its versions, a run's, such as `lenet5/run-2`, for those that it saved, and any
-            other reference for one version. The newest version counts where an epoch has several.
+        names: a model's name stands for all its versions, a run's, such as `lenet5/run-2`, for those that it saved, and
+            any other reference for one version. If an epoch has several versions, the newest counts.
 
     Raises:
         NotFound: if there is nothing of that name, or no version of it has the metric and an epoch.
@@ -47,7 +47,29 @@ def curves(home: Home, names: Sequence[str], metric: str) -> list[Curve]:
     return found
 
 
+def table(found: Sequence[Curve], at: Sequence[int] = ()) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows: a row for each epoch, a column for each model."""
+    epochs = list(at) or sorted({epoch for curve in found for epoch in curve.values})
+    rows = [[str(epoch), *(_shown(curve.values.get(epoch)) for curve in found)] for epoch in epochs]
+    return ["EPOCH", *(curve.name for curve in found)], rows
+
+
+def blocks(found: Sequence[Curve], metric: str, at: Sequence[int] = ()) -> list[Block]:
+    """The curves for a renderer: as a picture, and as a table of the epochs asked for, or of all."""
+    head, rows = table(found, at)
+    columns = [
+        Column("epoch", is_number=True),
+        *(Column(name, is_number=True, is_given=True) for name in head[1:]),
+    ]
+    return [
+        Title(f"{metric} by epoch"),
+        Curves(metric, found, where="pages"),
+        Table("", columns, rows),
+    ]
+
+
 def _why_nothing(name: str, versions: Sequence[Version], metric: str) -> str:
+    """What to say of a name without a value to show."""
     whose, has = (name, "does not have") if ":" in name else (f"no version of {name}", "has")
     names = sorted({known for version in versions for known in version.metrics})
     meant = "" if metric == "loss" or metric in names else hint(metric, names)
@@ -65,26 +87,5 @@ def _versions(home: Home, given: str) -> tuple[str, Sequence[Version]]:
     return one.name, [one]
 
 
-def table(found: Sequence[Curve], at: Sequence[int] = ()) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows: a row for each epoch, a column for each model."""
-    epochs = list(at) or sorted({epoch for curve in found for epoch in curve.values})
-    rows = [[str(epoch), *(_shown(curve.values.get(epoch)) for curve in found)] for epoch in epochs]
-    return ["EPOCH", *(curve.name for curve in found)], rows
-
-
 def _shown(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
-
-
-def blocks(found: Sequence[Curve], metric: str, at: Sequence[int] = ()) -> list[Block]:
-    """The curves for a renderer: as a picture, and as a table of the epochs asked for, or of all."""
-    head, rows = table(found, at)
-    columns = [
-        Column("epoch", is_number=True),
-        *(Column(name, is_number=True, is_given=True) for name in head[1:]),
-    ]
-    return [
-        Title(f"{metric} by epoch"),
-        Curves(metric, found, where="pages"),
-        Table("", columns, rows),
-    ]

@@ -26,7 +26,7 @@ class Terms(NamedTuple):
         expect: what may differ, by pattern: `skip`, `new`, `unused` or `adapt`.
         adapters: names of adapters, by pattern.
         rows: the rows of classes, for adapters that take them.
-        allow_cast: copy between dtypes that lose something.
+        allow_cast: copy to dtypes that cannot hold every value of the source's.
         allow_positional: copy names whose numbers may have shifted.
     """
 
@@ -43,7 +43,7 @@ class Decision(NamedTuple):
     Attributes:
         step: the step of the plan.
         pattern: the expected pattern that decided it; empty where none did.
-        is_refused: whether it is a difference that nobody expected.
+        is_refused: whether it is a difference that was not expected.
     """
 
     pair: Pair
@@ -72,10 +72,27 @@ def decide(pair: Pair, terms: Terms) -> Decision:
     return Decision(pair, _left_alone(pair, f"{pair.category}"), is_refused=True)
 
 
+def is_benign(pair: Pair) -> bool:
+    """Whether a difference means nothing: counters of batches that files from before torch 0.4.1 do not have."""
+    return pair.name.endswith("num_batches_tracked") and not (pair.a and pair.b)
+
+
+def is_lossless(a: str, b: str) -> bool:
+    """Whether every value of one dtype is a value of the other."""
+    one, other = getattr(torch, a), getattr(torch, b)
+    if one.is_floating_point != other.is_floating_point:
+        return False
+    try:
+        return bool(torch.promote_types(one, other) == other)
+    except RuntimeError:
+        # Torch does not promote float8, which therefore counts as lossy.
+        return False
+
+
 def _by_category(pair: Pair, terms: Terms) -> Step | None:
     """The step that a category allows; None for a difference that must be expected."""
     a, b, category = pair.a, pair.b, pair.category
-    if a and b and _is_copied(a, b, category, terms):
+    if a and b and _is_copied(a, b, category, terms=terms):
         is_cast = category in (Category.CAST, Category.POSITIONAL) and a.dtype != b.dtype
         return Step(action="copy", why=category, cast=is_cast, **_place(pair))
     if category == Category.TIED:
@@ -120,7 +137,7 @@ def _adapted(pair: Pair, adapter: str, terms: Terms) -> Step:
     rows = terms.rows if ADAPTERS[adapter].takes_rows else None
     like = torch.empty(b.shape, dtype=getattr(torch, b.dtype), device="meta")
     value = torch.empty(a.shape, dtype=getattr(torch, a.dtype), device="meta") if a else None
-    adapt(adapter, value, like, rows)
+    adapt(adapter, value, like, rows=rows)
     if a is None:
         return Step(action="make", why=Category.ADAPTED, adapter=adapter, **_place(pair))
     is_cast = a.dtype != b.dtype
@@ -129,23 +146,6 @@ def _adapted(pair: Pair, adapter: str, terms: Terms) -> Step:
             f"{b.name} is {b.dtype}, the source {a.dtype}", fix("if that is meant", allow_cast=True)
         )
     return Step(action="copy", why=Category.ADAPTED, adapter=adapter, rows=rows, cast=is_cast, **_place(pair))
-
-
-def is_benign(pair: Pair) -> bool:
-    """Whether a difference means nothing: counters of batches that files from before torch 0.4.1 do not have."""
-    return pair.name.endswith("num_batches_tracked") and not (pair.a and pair.b)
-
-
-def is_lossless(a: str, b: str) -> bool:
-    """Whether every value of one dtype is a value of the other."""
-    one, other = getattr(torch, a), getattr(torch, b)
-    if one.is_floating_point != other.is_floating_point:
-        return False
-    try:
-        return bool(torch.promote_types(one, other) == other)
-    except RuntimeError:
-        # Torch promotes no float8 to anything, so that it cannot be told.
-        return False
 
 
 def _expected(pair: Pair, expect: Mapping[str, str]) -> tuple[str, str]:

@@ -43,7 +43,10 @@ def diff(
     component: str = "model",
     plan: TransferPlan | None = None,
 ) -> DiffReport:
-    """Compare two models. Structure alone is read from manifests and headers; no tensor is touched.
+    """Compare two models.
+
+    Names, shapes and dtypes are read from manifests and headers. Values are compared by their digests where these are
+    known, and otherwise bit for bit.
 
     Args:
         a, b: each a reference, a file, `torchvision:NAME`, a live network, or a pair of a network and a reference.
@@ -99,7 +102,7 @@ def diff(
         frozen=tuple(_frozen(left, right, plan)),
         suggestions=tuple(str(found) for found in suggestions(left, right, pairs)),
         warnings=tuple(warnings),
-        command=_command(left, right, values, rules, patterns),
+        command=_command(left, right, values=values, rename=rules, exclude=patterns),
     )
 
 
@@ -222,6 +225,7 @@ def _warnings(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _command(left: Side, right: Side, values: bool, rename: Sequence[str], exclude: Sequence[str]) -> str:
+    """The command line of the same diff; empty if a side is a live network of this program."""
     if (left.module and ":" not in left.label) or (right.module and ":" not in right.label):
         return ""
     words = ["registry", "diff", left.label, right.label]

@@ -1,4 +1,4 @@
-"""Frozen versions: whether what a version was saved with as frozen is the same in another one, and if not, why."""
+"""Frozen versions: whether the frozen names of a version have the same values in an earlier one, and if not, why."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _NOT_HELD = "the parameters of its layer are frozen, and it was not held"
 
 
 class FrozenCheck(NamedTuple):
-    """What moved between two versions, of what the second was saved with as frozen.
+    """Which of the names that are frozen in the second of two versions have moved since the first.
 
     Attributes:
         frozen: the frozen names.
         moved: those that have other values, each with the reason, as far as it can be known.
-        went_on: buffers that are not frozen, of layers whose parameters all are, that have other values; each with the
-            reason.
+        went_on: buffers that have other values and are not frozen themselves, though all parameters of their layer are;
+            each with the reason.
     """
 
     frozen: tuple[str, ...]
@@ -35,7 +35,7 @@ class FrozenCheck(NamedTuple):
 
 
 def check_frozen(before: Checkpoint, after: Checkpoint) -> FrozenCheck:
-    """Compare two versions by digests, over what `after` was saved with as frozen. No tensor is read.
+    """Compare two versions by digest, over the names that are frozen in `after`. No tensor is read.
 
     Raises:
         Invalid: if nothing was frozen in `after`.
@@ -48,11 +48,8 @@ def check_frozen(before: Checkpoint, after: Checkpoint) -> FrozenCheck:
     lost = [name for name in frozen if name not in old]
     if lost:
         raise Incompatible(f"{before.name} has no {quoted(lost[0])}, which is frozen in {after.name}")
-    were_frozen, buffers, going_on = (
-        _recorded(before, "frozen"),
-        _recorded(after, "buffers"),
-        _recorded(after, "going_on"),
-    )
+    were_frozen = _recorded(before, "frozen")
+    buffers, going_on = _recorded(after, "buffers"), _recorded(after, "going_on")
     return FrozenCheck(
         frozen=tuple(frozen),
         moved={name: _reason(name, were_frozen, buffers) for name in frozen if old[name] != new[name]},
@@ -80,7 +77,7 @@ def _digests(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _not_held(frozen: Collection[str], names: Collection[str], buffers: Collection[str]) -> list[str]:
-    """The buffers that are not frozen, of layers that have parameters and whose parameters all are."""
+    """The buffers that are not frozen, of layers that have parameters, all of them frozen."""
     is_frozen = set(frozen)
     layers: dict[str, list[str]] = {}
     for name in set(names) - set(buffers):

@@ -16,7 +16,7 @@ from registry.transfer.sides import Side, StateEntry
 
 
 class Category(StrEnum):
-    """What became of a name."""
+    """What became of a name; `registry.transfer.report.MEANING` says what each category means."""
 
     MATCH = "MATCH"
     RENAMED = "RENAMED"
@@ -70,7 +70,8 @@ def match(
     Args:
         rename: rules for the names of A; the first that fits a name wins; see `registry.transfer.renames.Rename`.
         exclude: glob patterns of names, on either side, to leave out.
-        apart: glob patterns of names that are known to be on one side only, and so shift no numbers unseen.
+        apart: glob patterns of names that are known to be on one side only. They are left out where the numbers of
+            layers are compared.
 
     Raises:
         Conflict: if rules bring two names of A to one of B.
@@ -78,18 +79,19 @@ def match(
     """
     pairs: list[Pair] = []
     left, right = dict(a.entries), dict(b.entries)
-    _excluded(left, right, exclude, pairs)
-    _by_rules(left, right, rename, pairs)
+    _excluded(left, right, exclude, pairs=pairs)
+    _by_rules(left, right, rename, pairs=pairs)
     shifted = positional(a, b, list(apart))
     for name in [name for name in left if name in right]:
-        pairs.append(_compared(left.pop(name), right.pop(name), Category.MATCH, shifted.get(name, "")))
+        pairs.append(_compared(left.pop(name), right.pop(name), Category.MATCH, note=shifted.get(name, "")))
     _by_torch_renames(left, right, pairs)
     _by_prefix(left, right, pairs)
     partnered = [(pair.a.name, pair.b.name) for pair in pairs if pair.a and pair.b]
-    for category, entry, note in _left_over(a, left, {name for name, _ in partnered}, Category.ONLY_A):
-        pairs.append(Pair(category, entry, None, note))
-    for category, entry, note in _left_over(b, right, {name for _, name in partnered}, Category.ONLY_B):
-        pairs.append(Pair(category, None, entry, note))
+    ours, theirs = {name for name, _ in partnered}, {name for _, name in partnered}
+    for category, entry, note in _left_over(a, left, partnered=ours, alone=Category.ONLY_A):
+        pairs.append(Pair(category, entry, None, note=note))
+    for category, entry, note in _left_over(b, right, partnered=theirs, alone=Category.ONLY_B):
+        pairs.append(Pair(category, None, entry, note=note))
     _check(a, b, pairs)
     order = {name: i for i, name in enumerate([*b.entries, *a.entries][::-1])}
     return sorted(pairs, key=lambda pair: -order[pair.name])
@@ -131,19 +133,20 @@ def _by_rules(
         sources[new] = name
     for new, name in sources.items():
         if new in right:
-            pairs.append(_compared(left.pop(name), right.pop(new), Category.RENAMED, "by rule"))
+            pairs.append(_compared(left.pop(name), right.pop(new), Category.RENAMED, note="by rule"))
 
 
 def _by_torch_renames(left: dict[str, StateEntry], right: dict[str, StateEntry], pairs: list[Pair]) -> None:
-    """Pair the names of which torch has changed one."""
+    """Pair the names that differ only because torch itself has renamed them."""
     for name in list(left):
         other = torch_rename(name, right)
         if other is not None:
-            pairs.append(_compared(left.pop(name), right.pop(other), Category.RENAMED, "torch's own rename"))
+            note = "torch's own rename"
+            pairs.append(_compared(left.pop(name), right.pop(other), Category.RENAMED, note=note))
 
 
 def _by_prefix(left: dict[str, StateEntry], right: dict[str, StateEntry], pairs: list[Pair]) -> None:
-    """Pair the names that are equal without what wrappers add."""
+    """Pair the names that are equal without the components that wrappers add."""
     ours: dict[str, list[str]] = defaultdict(list)
     theirs: dict[str, list[str]] = defaultdict(list)
     for name in left:
@@ -153,26 +156,25 @@ def _by_prefix(left: dict[str, StateEntry], right: dict[str, StateEntry], pairs:
     for plain, names in ours.items():
         others = theirs.get(plain, [])
         if len(names) == len(others) == 1:
-            pairs.append(
-                _compared(left.pop(names[0]), right.pop(others[0]), Category.PREFIX, "a wrapper's prefix")
-            )
+            note = "a wrapper's prefix"
+            pairs.append(_compared(left.pop(names[0]), right.pop(others[0]), Category.PREFIX, note=note))
         elif names and others:
             note = f"could be any of {', '.join(others)}"
-            pairs += [Pair(Category.AMBIGUOUS, left.pop(name), None, note) for name in names]
-            pairs += [Pair(Category.AMBIGUOUS, None, right.pop(name), "") for name in others]
+            pairs += [Pair(Category.AMBIGUOUS, left.pop(name), None, note=note) for name in names]
+            pairs += [Pair(Category.AMBIGUOUS, None, right.pop(name)) for name in others]
 
 
 def _compared(a: StateEntry, b: StateEntry, category: Category, note: str) -> Pair:
-    """The pair of two names, in the category of what differs, or else in the given one."""
+    """The pair of two names, in the category of their difference, or in the given one if there is none."""
     if a.shape != b.shape:
-        return Pair(Category.SHAPE, a, b, _shape_note(a.shape, b.shape))
+        return Pair(Category.SHAPE, a, b, note=_shape_note(a.shape, b.shape))
     if a.kind and b.kind and a.kind != b.kind:
-        return Pair(Category.KIND, a, b, f"{a.kind} against {b.kind}")
+        return Pair(Category.KIND, a, b, note=f"{a.kind} against {b.kind}")
     if category == Category.MATCH and note:
-        return Pair(Category.POSITIONAL, a, b, note)
+        return Pair(Category.POSITIONAL, a, b, note=note)
     if a.dtype != b.dtype:
-        return Pair(Category.CAST, a, b, note)
-    return Pair(category, a, b, note)
+        return Pair(Category.CAST, a, b, note=note)
+    return Pair(category, a, b, note=note)
 
 
 def _shape_note(a: Sequence[int], b: Sequence[int]) -> str:
@@ -200,7 +202,7 @@ def _left_over(
 
 
 def _check(a: Side, b: Side, pairs: Sequence[Pair]) -> None:
-    """Every name once, and the elements of both sides in all."""
+    """See that each name of both sides is in one pair, and that their elements add up."""
     for side, entries in (
         (a, [pair.a for pair in pairs if pair.a]),
         (b, [pair.b for pair in pairs if pair.b]),

@@ -1,4 +1,4 @@
-"""Plans: which tensors of a source go where in a network, as data that is read, edited and replayed, whole or not at all."""
+"""Plans: which tensors of a source go where in a network, as data that can be read, edited and replayed."""
 
 from __future__ import annotations
 
@@ -37,9 +37,13 @@ class Step(BaseModel):
     Attributes:
         action: `copy` from the source, `make` by an adapter that needs no source, `keep` the target's own value, or
             leave a name of the source `unused`.
+        target, source: the name in each; None where it has none.
         why: the category of the diff, or the expectation that covers it.
+        adapter: the name of the adapter that makes the tensor, if there is one.
         rows: for the adapter `class-rows`.
+        cast: whether the dtype may change.
         elements: of the target's tensor; of the source's for what is unused.
+        buffer: whether the target's name is a buffer.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -84,10 +88,11 @@ class FrozenPart(BaseModel):
 
     @classmethod
     def of(cls, where: str, sizes: Mapping[str, int], frozen: Container[str]) -> FrozenPart:
-        """
+        """What is frozen, counted.
+
         Args:
             sizes: elements of each parameter by name.
-            frozen: names of those that are frozen, and of anything else.
+            frozen: names that are frozen; names that are not in `sizes` are ignored.
         """
         names = tuple(name for name in sizes if name in frozen)
         elements = sum(sizes[name] for name in names)
@@ -95,7 +100,7 @@ class FrozenPart(BaseModel):
 
 
 class _Origin:
-    """What a plan was made from. It is no part of what the plan says: it is not compared, copied or pickled."""
+    """What a plan was made from. It does not belong to the plan's data: it is not compared, copied or pickled."""
 
     source: Source | None = None
     registry: Home | None = None
@@ -114,8 +119,10 @@ class TransferPlan(BaseModel):
 
     Attributes:
         source, target: labels for people.
-        source_digest: of the source's names and values, unless it is a live network; checked when the plan is applied.
-        target_digest: of the target's names, dtypes and shapes; likewise.
+        source_id: the id of the source, if it is a checkpoint.
+        source_digest: digest of the source's names and values, unless it is a live network; checked when the plan is
+            applied.
+        target_digest: digest of the target's names, dtypes and shapes; likewise.
         freeze: patterns of names to freeze after the copy.
     """
 
@@ -197,6 +204,7 @@ class TransferPlan(BaseModel):
         return render(self.blocks())
 
     def to_json(self) -> str:
+        """The plan as JSON, which `from_json` reads."""
         return self.model_dump_json(by_alias=True, indent=2, exclude_defaults=False) + "\n"
 
     def save(self, path: Path | str) -> None:
@@ -226,7 +234,15 @@ class TransferPlan(BaseModel):
 
     @classmethod
     def from_json(cls, text: str, *, source: str = "the plan") -> TransferPlan:
-        """Check a plan that is written as JSON."""
+        """Read and check a plan that is written as JSON.
+
+        Args:
+            source: what to call it in an error.
+
+        Raises:
+            Invalid: naming what is wrong with it.
+            Conflict: if two steps go to one name.
+        """
         try:
             plan = cls.model_validate_json(text)
         except ValidationError as error:
@@ -286,23 +302,13 @@ class TransferPlan(BaseModel):
             freezing.freeze(model, self.freeze, bn=self.bn)
         return model
 
-    def _side_of(self, source: Source | None, registry: Home | None) -> Side:
-        if source is None and self._origin.source is None:
-            if self.source_digest is None or self.source == STATE_DICT:
-                what = STATE_DICT if self.source == STATE_DICT else f"a live network, {quoted(self.source)}"
-                raise Invalid(f"the plan was made from {what}, which its file does not hold: pass source=")
-            source = self.source
-        elif source is None:
-            source, registry = self._origin.source, registry or self._origin.registry
-        return side_of(source, registry)
-
     def state_dict(
         self, model: nn.Module, source: Source | None = None, *, registry: Home | None = None
     ) -> OrderedDict[str, torch.Tensor]:
         """What the plan loads, as a state dict under the network's names; the network is not changed.
 
-        For those who load by themselves, such as before a network is sharded: `load_state_dict(..., strict=False)`. The
-        versions of layers (`_metadata`), by which torch's own layers read old state dicts, follow their names.
+        Load it with `load_state_dict(..., strict=False)`, such as before a network is sharded. The versions of layers
+        (`_metadata`), by which torch's own layers read old state dicts, follow their names.
 
         Args:
             model: the network that the plan was made for; its values fill what an adapter leaves.
@@ -324,19 +330,8 @@ class TransferPlan(BaseModel):
         found._metadata = metadata  # type: ignore[attr-defined]
         return found
 
-    def _values(self, left: Side, right: Side) -> Iterator[tuple[Step, torch.Tensor]]:
-        for step in self.steps:
-            if step.action not in ("copy", "make"):
-                continue
-            assert step.target is not None
-            value = left.tensor(step.source) if step.source else None
-            if step.adapter:
-                value = adapt(step.adapter, value, right.tensor(step.target), step.rows)
-            assert value is not None
-            yield step, value.detach()
-
     def check(self, left: Side, right: Side) -> None:
-        """Whether the plan fits its two sides as they are now.
+        """See that the plan fits its two sides as they are now.
 
         Raises:
             Incompatible, Unsupported: saying what does not fit.
@@ -371,6 +366,43 @@ class TransferPlan(BaseModel):
             if step.action == "copy":
                 _check_copy(step, left, right)
 
+    def _side_of(self, source: Source | None, registry: Home | None) -> Side:
+        """The side of a source; without one, of what the plan was made from."""
+        if source is None and self._origin.source is None:
+            if self.source_digest is None or self.source == STATE_DICT:
+                what = STATE_DICT if self.source == STATE_DICT else f"a live network, {quoted(self.source)}"
+                raise Invalid(f"the plan was made from {what}, which its file does not hold: pass source=")
+            source = self.source
+        elif source is None:
+            source, registry = self._origin.source, registry or self._origin.registry
+        return side_of(source, registry)
+
+    def _values(self, left: Side, right: Side) -> Iterator[tuple[Step, torch.Tensor]]:
+        """The steps that give the target a tensor, each with the tensor."""
+        for step in self.steps:
+            if step.action not in ("copy", "make"):
+                continue
+            assert step.target is not None
+            value = left.tensor(step.source) if step.source else None
+            if step.adapter:
+                value = adapt(step.adapter, value, right.tensor(step.target), rows=step.rows)
+            assert value is not None
+            yield step, value.detach()
+
+
+def percent(share: float) -> str:
+    """A share in percent, rounded down, so that only the whole is 100%.
+
+    >>> percent(0.99954), percent(1.0), percent(0.999999), percent(0.909), percent(0.0)
+    ('99.95%', '100%', '99.99%', '90.9%', '0%')
+    """
+    return f"{math.floor(share * 10_000) / 100:g}%"
+
+
+def plan_document(plan: TransferPlan) -> dict[str, Any]:
+    """The plan as plain values, as it is recorded with the checkpoint that came of it."""
+    return plan.model_dump(mode="json", by_alias=True)
+
 
 def _check_copy(step: Step, left: Side, right: Side) -> None:
     assert step.target is not None
@@ -396,8 +428,9 @@ def _check_finite(copies: list[tuple[Step, torch.Tensor]], left: Side, allowed: 
         sums[wide, value.device].append(value.sum(dtype=wide))
     if all(bool(torch.stack(several).isfinite().all()) for several in sums.values()):
         return
+    # A sum may also have overflowed, so each tensor is looked at.
     for step, value in floats:
-        if not bool(value.isfinite().all()):  # a sum may also overflow
+        if not bool(value.isfinite().all()):
             raise Invalid(
                 f"{step.source} of {left.label} holds NaN or infinity",
                 fix("if it is to be loaded all the same", allow_nan=True),
@@ -405,7 +438,7 @@ def _check_finite(copies: list[tuple[Step, torch.Tensor]], left: Side, allowed: 
 
 
 def _check_kept(steps: tuple[Step, ...], right: Side) -> None:
-    """What is not loaded keeps the network's own values, and those must be some."""
+    """Refuse NaN and infinity among the network's own values that are kept."""
     for step in steps:
         if step.action == "keep" and step.target:
             value = right.tensor(step.target)
@@ -413,17 +446,3 @@ def _check_kept(steps: tuple[Step, ...], right: Side) -> None:
                 raise Invalid(
                     f"{step.target} is not loaded, and holds NaN or infinity in the network; initialise it first"
                 )
-
-
-def percent(share: float) -> str:
-    """A share that never rounds up to all.
-
-    >>> percent(0.99954), percent(1.0), percent(0.999999), percent(0.909), percent(0.0)
-    ('99.95%', '100%', '99.99%', '90.9%', '0%')
-    """
-    return f"{math.floor(share * 10_000) / 100:g}%"
-
-
-def plan_document(plan: TransferPlan) -> dict[str, Any]:
-    """The plan as plain values, as it is recorded with the checkpoint that came of it."""
-    return plan.model_dump(mode="json", by_alias=True)

@@ -56,10 +56,10 @@ def plan_transfer(
             (`first:-1` for all but the last).
         bn: `freeze` keeps BatchNorm's statistics inside the frozen part as they are, `update` lets them go on.
         min_coverage: share of the target's parameters that must be loaded.
-        allow_cast: copy between dtypes that lose something.
+        allow_cast: copy to dtypes that cannot hold every value of the source's.
         allow_positional: copy names whose numbers may have shifted.
         allow_nan: copy values that are NaN or infinite.
-        adapters: names of what makes tensors fit, by glob pattern of the target's names; see
+        adapters: names of adapters, by glob pattern of the target's names; see
             `registry.transfer.adapters.ADAPTERS`.
         classes: names of the classes of the source and of the target, for adapters that take the rows of a classifier.
         everything: every difference is expected; what fits is loaded.
@@ -93,7 +93,7 @@ def plan_transfer(
         raise nothing_loaded(left, right, pairs)
     refused = [decision.pair for decision in decisions if decision.is_refused]
     if refused and not everything:
-        raise unexpected(refused, left, right, pairs)
+        raise unexpected(refused, left, right, pairs=pairs)
     _check_used(expected, {decision.pattern for decision in decisions if decision.pattern}, names)
     _check_ties(left, right, steps)
     plan = TransferPlan(
@@ -121,12 +121,12 @@ def from_pretrained(
 ) -> nn.Module:
     """A new network with whatever fits from a source; every difference is expected, loading nothing is an error.
 
+    What was loaded is logged.
+
     Args:
         make: a network, or its class or a function that makes it.
         freeze: freeze what was loaded (`True`), or patterns of names.
         given: arguments for `make`.
-
-    What was loaded is logged.
 
     Raises:
         Incompatible: if nothing would be loaded, with the reason.
@@ -170,10 +170,10 @@ def _check_arguments(
 
 
 def _check_words(expect: Mapping[str, str], adapters: Mapping[str, str], min_coverage: float) -> None:
-    """Refuse expectations and adapters that there are not, and a share that is none.
+    """Refuse unknown expectations and adapters, and a coverage that is no share.
 
     Raises:
-        Invalid: with what there is.
+        Invalid: with what is possible.
     """
     for name in adapters.values():
         check_adapter(name)
@@ -205,7 +205,7 @@ def _apart(expect: Mapping[str, str], adapters: Mapping[str, str]) -> list[str]:
 
 
 def _check_used(expect: Mapping[str, str], used: Collection[str], names: Collection[str]) -> None:
-    """Refuse a pattern that was of no use.
+    """Refuse an expected pattern that decided about no pair.
 
     Raises:
         Invalid: saying whether it fits no name, or fits names that cannot be what is expected.
@@ -240,7 +240,7 @@ def _identities(steps: Sequence[Step], right: Side) -> list[str]:
 
 
 def _before(module: nn.Module | None, layer: str) -> nn.Module | None:
-    """The module before a layer of a `Sequential` that does more than to drop out or to reshape."""
+    """The module before a layer of a `Sequential`, past dropout and reshaping; None if it is not known."""
     path, _, leaf = layer.rpartition(".")
     if module is None or not isinstance(module.get_submodule(path), nn.Sequential):
         return None
@@ -287,7 +287,7 @@ def _frozen(freeze: str | Sequence[str] | None, steps: Sequence[Step], right: Si
             names += [escaped(step.target) for step in steps if step.action == "copy" and step.target]
         else:
             layers = in_order(right.module) if right.module is not None else ()
-            names += expanded([pattern], parameters, right.entries, layers)
+            names += expanded([pattern], parameters, right.entries, layers=layers)
     found = Freeze(tuple(dict.fromkeys(names)))
     if all(map(found.covers, parameters)):
         raise Invalid("freezing that leaves no parameter to train; leave the head out")

@@ -25,7 +25,7 @@ class _NumberedLayer(NamedTuple):
 
     @property
     def looks(self) -> tuple[object, ...]:
-        """What makes it like another layer."""
+        """What two layers must have in common to be aligned."""
         return self.kind, self.shapes
 
 
@@ -36,7 +36,7 @@ def positional(a: Side, b: Side, apart: Sequence[str] = ()) -> dict[str, str]:
     containers by class and shapes puts it opposite its namesake.
 
     Args:
-        apart: glob patterns of names that are known to be on one side only, and so shift no numbers unseen.
+        apart: glob patterns of names that are known to be on one side only; they are left out of the alignment.
     """
     alone = {
         name for name in a.entries.keys() ^ b.entries.keys() if any(fits(name, pattern) for pattern in apart)
@@ -121,7 +121,7 @@ def _containers(side: Side, know_classes: bool, alone: set[str]) -> dict[str, li
 
 
 def _alignments(left: Sequence[object], right: Sequence[object]) -> list[set[int]]:
-    """For each item of the left the items of the right that it has in some longest common subsequence."""
+    """For each item of the left, the places on the right that some longest common subsequence gives it."""
     n, m = len(left), len(right)
     before = [[0] * (m + 1) for _ in range(n + 1)]
     after = [[0] * (m + 1) for _ in range(n + 1)]

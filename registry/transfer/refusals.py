@@ -20,7 +20,7 @@ _MOST_ADVISED = 12
 """Patterns or rules that an error names; more would not be read."""
 
 _MEANINGS = {Category.SHAPE: "skip", Category.ONLY_A: "unused", Category.ONLY_B: "new"}
-"""The expectation that makes a difference of a category one that is meant."""
+"""The expectation by which a difference of a category is accepted."""
 
 _CONSENTS = {Category.CAST: "allow_cast", Category.POSITIONAL: "allow_positional"}
 """The argument that lets names of a category be copied."""
@@ -30,7 +30,7 @@ def unexpected(found: Sequence[Pair], left: Side, right: Side, pairs: Sequence[P
     """The error for differences that were not expected.
 
     Args:
-        found: those differences.
+        found: the differences that were not expected.
         pairs: all pairs of the two sides.
     """
     described = "; ".join(_described(pair) for pair in found[:_SHOWN])
@@ -46,6 +46,12 @@ def unexpected(found: Sequence[Pair], left: Side, right: Side, pairs: Sequence[P
     if advised:
         fixes.append(fix("if that is meant", **advised))
     return Incompatible(f"{described}{more}: not expected", *fixes)
+
+
+def nothing_loaded(left: Side, right: Side, pairs: Sequence[Pair]) -> Incompatible:
+    """The error for a plan that would load no parameter: the reason, as far as it can be found, and what may help."""
+    why, fixes = _why_nothing(left, right, pairs)
+    return Incompatible(f"nothing would be loaded from {left.label}: {why}", *fixes)
 
 
 def _described(pair: Pair) -> str:
@@ -84,13 +90,8 @@ def _patterns(meanings: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def nothing_loaded(left: Side, right: Side, pairs: Sequence[Pair]) -> Incompatible:
-    """The error for a plan that would load no parameter: the reason, as far as it can be found, and what may help."""
-    why, fixes = _why_nothing(left, right, pairs)
-    return Incompatible(f"nothing would be loaded from {left.label}: {why}", *fixes)
-
-
 def _why_nothing(left: Side, right: Side, pairs: Sequence[Pair]) -> tuple[str, list[Fix]]:
+    """Why nothing would be loaded, by the first reason that applies, and what may help."""
     names = list(left.entries)
     if inner := _containers(left, right):
         give = f"give source{' or source'.join(inner)}"
@@ -116,7 +117,7 @@ def _why_nothing(left: Side, right: Side, pairs: Sequence[Pair]) -> tuple[str, l
 
 
 def _containers(left: Side, right: Side) -> list[str]:
-    """The subscripts that lead to containers of the source in which names of the target are."""
+    """The subscripts of the source that lead to containers with names of the target."""
     found = {}
     for name in left.entries:
         container, _, bare = name.rpartition("/")

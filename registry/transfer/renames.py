@@ -1,4 +1,4 @@
-"""Renames: rules for the names of a side, the components that wrappers add, and the names that torch itself has changed."""
+"""Renames: rules for the names of a side, and the changes of names that wrappers and torch itself make."""
 
 from __future__ import annotations
 
@@ -54,25 +54,8 @@ class Rename:
         return match.expand(self._new) if match else None
 
 
-def _glob(old: str, new: str, rule: str) -> tuple[re.Pattern[str], str]:
-    """The regular expression of a glob, and what `re.Match.expand` makes the new name from."""
-    parts = old.split(".")
-    found = []
-    for i, part in enumerate(parts):
-        if part == "**" or (part == "*" and i == len(parts) - 1):
-            found.append("(.+)")
-        else:
-            found.append(re.escape(part).replace(r"\*", r"([^.]*)" if part != "*" else r"([^.]+)"))
-    stars = iter(range(1, 100))
-    count = len(re.findall(r"\*+", new))
-    if count > len(re.findall(r"\*+", old)):
-        raise Invalid(f"the rename {quoted(rule)} has more stars on the right than on the left")
-    text = re.sub(r"\*+", lambda _: rf"\{next(stars)}", new.replace("\\", r"\\"))
-    return re.compile(r"\.".join(found)), text
-
-
 def torch_rename(name: str, names: Container[str]) -> str | None:
-    """The name among some others that torch itself gives to the same tensor, before or after weight norm's change.
+    """The other name, if it is among `names`, that torch gives to the same tensor before or after weight norm's change.
 
     >>> torch_rename("conv.weight_g", ["conv.parametrizations.weight.original0"])
     'conv.parametrizations.weight.original0'
@@ -100,3 +83,20 @@ def without_wrappers(name: str) -> str:
     """
     kept = [part for part in name.split(".") if part not in WRAPPERS]
     return ".".join(kept) or name
+
+
+def _glob(old: str, new: str, rule: str) -> tuple[re.Pattern[str], str]:
+    """The regular expression of a glob, and what `re.Match.expand` makes the new name from."""
+    parts = old.split(".")
+    found = []
+    for i, part in enumerate(parts):
+        if part == "**" or (part == "*" and i == len(parts) - 1):
+            found.append("(.+)")
+        else:
+            found.append(re.escape(part).replace(r"\*", r"([^.]*)" if part != "*" else r"([^.]+)"))
+    stars = iter(range(1, 100))
+    count = len(re.findall(r"\*+", new))
+    if count > len(re.findall(r"\*+", old)):
+        raise Invalid(f"the rename {quoted(rule)} has more stars on the right than on the left")
+    text = re.sub(r"\*+", lambda _: rf"\{next(stars)}", new.replace("\\", r"\\"))
+    return re.compile(r"\.".join(found)), text

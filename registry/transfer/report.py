@@ -108,7 +108,15 @@ class FieldDifference(Part):
 
 
 class DiffReport(Part):
-    """Everything that a diff found; text, JSON, Markdown and HTML are made from it."""
+    """Everything that a diff found; text, JSON, Markdown and HTML are made from it.
+
+    Attributes:
+        exceptions: how many names cannot be loaded as they are.
+        loadable: the target's parameters that can be loaded as they are.
+        target: all parameters of the target.
+        related: whether the lineage ties the two sides.
+        command: the command line of the same diff; empty if there is none.
+    """
 
     schema_version: int = Field(default=SCHEMA, alias="schema")
     a: SideInfo
@@ -157,7 +165,7 @@ class DiffReport(Part):
         blocks: list[Block] = [
             self._title(),
             self._summary(),
-            # A page says at its top what a list of lines says at its end, where the reader of a terminal looks.
+            # Pages have the advice at the top. Lines have it at the end, where the reader of a terminal looks.
             *(replace(block, where="pages") for block in advice),
             self._names(),
             self._modules(),
@@ -210,10 +218,10 @@ class DiffReport(Part):
             (Cell(row.status, _tone(row.status)), row.shown_name, row.shown_shape, row.note)
             for row in self.rows
         ]
-        return Table("Names", _OF_NAMES, rows, same=Category.MATCH, where="pages")
+        return Table("Names", _NAME_COLUMNS, rows, same=Category.MATCH, where="pages")
 
     def _exceptions(self) -> Table:
-        """What differs in structure, then what differs in value alone; equal layers stand in one line."""
+        """What differs in structure, then what differs in value alone; layers that differ alike stand in one line."""
         odd = [row for row in self.rows if row.category not in LOADABLE]
         odd += [row for row in self.rows if row.status == "VALUES"]
         rows = []
@@ -221,7 +229,7 @@ class DiffReport(Part):
             first = group.rows[0]
             count = f" ({len(group.rows)})" if len(group.rows) > 1 else ""
             rows.append((first.status, group.name + count, first.shown_shape, first.note))
-        return Table("What differs", _OF_NAMES, rows, where="lines")
+        return Table("What differs", _NAME_COLUMNS, rows, where="lines")
 
     def _modules(self) -> Tree:
         return Tree("Modules", _nodes([(_levels(row.name), row) for row in self.rows]), where="pages")
@@ -271,7 +279,7 @@ class DiffReport(Part):
         )
 
 
-_OF_NAMES = (
+_NAME_COLUMNS = (
     Column("status"),
     Column("name", is_code=True),
     Column("shape", is_code=True),

@@ -1,4 +1,4 @@
-"""Rows of a report, one for each name, and those that say the same of many layers merged: `layers.{0-3,5}.weight`."""
+"""Rows of a report: one for each name, or one for many layers that differ alike, as `layers.{0-3,5}.weight`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Row(Part):
 
     @property
     def shown_shape(self) -> str:
-        """The shape and, where it differs, the dtype; both of each where they differ."""
+        """The shape, or both where they differ; and both dtypes where these differ."""
         a, b = (_shape(shape) for shape in (self.shape_a, self.shape_b))
         shapes = f"{a} -> {b}" if a and b and a != b else a or b
         if self.dtype_a and self.dtype_b and self.dtype_a != self.dtype_b:

@@ -1,4 +1,4 @@
-"""Sides: the named tensors of a checkpoint, a file, or a live network, without reading a value until one is asked for."""
+"""Sides: the named tensors of a checkpoint, a file or a live network; values are read when they are asked for."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Side:
     """One of the two sides of a diff, or the source of a transfer; see `registry.transfer.sources.side_of`.
 
     Args:
-        tensor: reads the values of a name; None where there are none.
+        tensor: reads the values of a name; None if the side has no values.
         digests: digests of values that are known already, by name.
         shards: digests of all shards of a name together, where the digest of the whole is not known.
 
@@ -112,7 +112,7 @@ class Side:
     def equals(self, name: str, other: Side, its_name: str) -> bool | None:
         """Whether two names of equal dtype and shape have the same values, bit for bit; None where one has none.
 
-        Where a digest is known, digests are compared, and else the bits.
+        If one of the two digests is known, digests are compared; otherwise the bits.
         """
         if not (self.has_values and other.has_values):
             return None
@@ -123,7 +123,7 @@ class Side:
         return torch.equal(components.bits(self.tensor(name)), components.bits(other.tensor(its_name)))
 
     def explained_by(self, module: nn.Module, live: Side) -> Side:
-        """The same values, with what a live network knows of them: itself, and what is a parameter or a buffer.
+        """The same values as a side of a live network, which says what is a parameter and what a buffer.
 
         Args:
             live: the side of that network.

@@ -79,8 +79,27 @@ def side_of(source: Source, registry: Home | None = None, *, component: str = "m
         return built
 
 
+def torchvision_name(source: str) -> str:
+    """The network that `torchvision:NAME` names.
+
+    Raises:
+        NotFound: suggesting the nearest.
+    """
+    # Lazy: loads torchvision.
+    import torchvision
+
+    name, known = source.removeprefix(TORCHVISION), torchvision.models.list_models()
+    # Torchvision looks its names up in lower case.
+    if name.lower() not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        raise NotFound(
+            f"torchvision has no model {quoted(name)}{f'; did you mean {near[0]}?' if near else ''}"
+        )
+    return name
+
+
 def _built(name: str) -> Side | None:
-    """A network that is registered under a name, as it would be built, on the meta device; None if there is none."""
+    """The side of a network that is registered under a name, built on the meta device; None if there is none."""
     if name not in builders.names():
         return None
     side = _live(on_meta(lambda: builders.builder(name).build(None)))
@@ -100,7 +119,7 @@ def _stored(home: Home, reference: str, component: str) -> Side:
     for path, info, parts in manifest.entries({component: manifest.components[component]}):
         name = path.partition("/")[2]
         kind = ("buffer" if name in buffers else "parameter") if known else None
-        entries.append(StateEntry(name, info.dtype, info.shape, kind, parts))
+        entries.append(StateEntry(name, info.dtype, info.shape, kind=kind, tie=parts))
         if parts[0][0] is None:
             digests[name] = info.digest
         else:
@@ -189,6 +208,7 @@ def _own_tensors(module: nn.Module) -> set[int]:
 
 
 def _live_entry(name: str, tensor: torch.Tensor) -> StateEntry:
+    """The entry of a tensor of a live network."""
     if is_lazy(tensor):
         raise Unsupported(f"{name} is not initialised yet; run one batch through the network first")
     is_parameter = isinstance(tensor, nn.Parameter)
@@ -197,31 +217,15 @@ def _live_entry(name: str, tensor: torch.Tensor) -> StateEntry:
             f"{name} is a {type(tensor).__qualname__}; transfer and freeze before the network is sharded"
         )
     kind = "parameter" if is_parameter else "buffer"
-    return StateEntry(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), kind, id(tensor))
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return StateEntry(name, dtype, tuple(tensor.shape), kind=kind, tie=id(tensor))
 
 
 def _entry(name: str, tensor: torch.Tensor) -> StateEntry:
+    """The entry of a tensor that is in no network; names that share memory have the same place."""
     where = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride()) if tensor.numel() else id(tensor)
-    return StateEntry(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), None, where)
-
-
-def torchvision_name(source: str) -> str:
-    """The network that `torchvision:NAME` names.
-
-    Raises:
-        NotFound: suggesting the nearest.
-    """
-    # Lazy: loads torchvision.
-    import torchvision
-
-    name, known = source.removeprefix(TORCHVISION), torchvision.models.list_models()
-    # Torchvision looks its names up in lower case.
-    if name.lower() not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        raise NotFound(
-            f"torchvision has no model {quoted(name)}{f'; did you mean {near[0]}?' if near else ''}"
-        )
-    return name
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return StateEntry(name, dtype, tuple(tensor.shape), kind=None, tie=where)
 
 
 def _torchvision(source: str) -> Side:

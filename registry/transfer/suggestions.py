@@ -1,4 +1,4 @@
-"""Suggestions: rules of renaming that would explain what two sides do not have in common. Never applied by themselves."""
+"""Suggestions: rules of renaming that may explain the names without a partner. They are only shown, never applied."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class Suggestion(NamedTuple):
 def suggestions(left: Side, right: Side, pairs: Sequence[Pair]) -> Iterator[Suggestion]:
     """Rules that may explain what is left over, each with its evidence.
 
-    First what maps the most names at once: a prefix that one side has, or another one, or what PEFT adds; then layers of
-    the same shapes in the same order; then single names.
+    The rules that map the most names at once come first: a prefix that one side adds or changes, or what PEFT adds.
+    Then come layers of the same shapes in the same order, then single names.
     """
     ours = [pair.a for pair in pairs if pair.category == Category.ONLY_A and pair.a]
     theirs = [pair.b for pair in pairs if pair.category == Category.ONLY_B and pair.b]
@@ -69,7 +69,7 @@ def suggestions(left: Side, right: Side, pairs: Sequence[Pair]) -> Iterator[Sugg
     before = sum(pair.category in LOADABLE or pair.category == Category.CAST for pair in pairs)
     mine, others = _layers_of(ours), _layers_of(theirs)
     are_alike = len(mine) > 1 and list(mine.values()) == list(others.values())
-    gain, whole = _whole(left, right, before, ours, theirs)
+    gain, whole = _whole(left, right, before=before, ours=ours, theirs=theirs)
     if whole is not None and not (are_alike and gain < len(ours)):
         yield whole
         return
@@ -94,7 +94,7 @@ def _in_order(mine: Mapping[str, _Leaves], others: Mapping[str, _Leaves]) -> tup
 
 
 def _single(ours: Sequence[StateEntry], theirs: Sequence[StateEntry]) -> Iterator[Suggestion]:
-    """A rule for each name that is alike to one name of the other side only, by the first evidence that says so."""
+    """A rule for each name that matches only one name of the other side, by the first evidence that says so."""
     by_key: list[tuple[dict[object, list[StateEntry]], Counter[object]]] = []
     for _, key in _EVIDENCE:
         places: dict[object, list[StateEntry]] = defaultdict(list)
@@ -123,7 +123,12 @@ def _leaf_rules(a: str, b: str, leaves: _Leaves) -> list[str]:
 def _whole(
     left: Side, right: Side, before: int, ours: Sequence[StateEntry], theirs: Sequence[StateEntry]
 ) -> tuple[int, Suggestion | None]:
-    """The rules that map the most names, and how many more fit than without; one that swaps prefixes maps several."""
+    """How many more names fit under the rules that map the most, and these rules.
+
+    Args:
+        before: how many names fit without a rule.
+        ours, theirs: the names without a partner on each side.
+    """
     best: tuple[int, Suggestion | None] = (0, None)
     for rules, how in [*_prefixes(ours, theirs), *_peft(ours, theirs)]:
         fits = _fitting(rules, left.entries, right.entries)

@@ -15,8 +15,10 @@ from registry.transfer.sides import Side
 
 _CHUNK = 1 << 18
 """Elements that are widened to float64 at once."""
+
 _BLOCK = 1 << 13
 """Elements of one scalar product."""
+
 _Doubles = numpy.ndarray[Any, numpy.dtype[numpy.float64]]
 
 
@@ -27,9 +29,25 @@ def changes(pairs: Sequence[Pair], left: Side, right: Side) -> Iterator[ValueCha
     buffers = _Buffers()
     for pair in pairs:
         if pair.a and pair.b and pair.a.shape == pair.b.shape:
-            change = _change(pair.b.name, left.tensor(pair.a.name), right.tensor(pair.b.name), buffers)
+            before, after = left.tensor(pair.a.name), right.tensor(pair.b.name)
+            change = _change(pair.b.name, before, after, buffers=buffers)
             if change is not None:
                 yield change
+
+
+def by_module(moved: Sequence[ValueChange]) -> Iterator[ModuleChange]:
+    """The change of each module: the norms of its tensors' changes, combined."""
+    sums: dict[str, list[float]] = {}
+    for change in moved:
+        module = change.name.rpartition(".")[0]
+        own = sums.setdefault(module, [0, 0.0, 0.0])
+        own[0] += 1
+        own[1] += change.norm**2
+        if change.relative and math.isfinite(change.relative):
+            own[2] += (change.norm / change.relative) ** 2
+    for module, (count, after, before) in sums.items():
+        relative = math.sqrt(after / before) if before else math.inf
+        yield ModuleChange(module=module, tensors=int(count), norm=math.sqrt(after), relative=relative)
 
 
 class _Buffers:
@@ -45,7 +63,7 @@ class _Buffers:
 def _change(name: str, a: torch.Tensor, b: torch.Tensor, buffers: _Buffers) -> ValueChange | None:
     """The change of one tensor, chunk by chunk; None if there is none.
 
-    On one thread, by numpy: to wake another one for each of these small steps can take longer than the step.
+    It computes in one thread, by numpy: waking other threads for such small steps can take longer than the steps.
     """
     one, other = (_real(t) for t in (a, b))
     moved = before = cross = largest = 0.0
@@ -109,18 +127,3 @@ def _real(tensor: torch.Tensor) -> torch.Tensor:
         flat = torch.view_as_real(flat.resolve_conj()).reshape(-1)
     narrow = flat.is_floating_point() and flat.dtype.itemsize == 1
     return flat.to(torch.float32) if narrow or flat.dtype is torch.bool else flat
-
-
-def by_module(moved: Sequence[ValueChange]) -> Iterator[ModuleChange]:
-    """The change of each module: the norms of its tensors' changes, combined."""
-    sums: dict[str, list[float]] = {}
-    for change in moved:
-        module = change.name.rpartition(".")[0]
-        own = sums.setdefault(module, [0, 0.0, 0.0])
-        own[0] += 1
-        own[1] += change.norm**2
-        if change.relative and math.isfinite(change.relative):
-            own[2] += (change.norm / change.relative) ** 2
-    for module, (count, after, before) in sums.items():
-        relative = math.sqrt(after / before) if before else math.inf
-        yield ModuleChange(module=module, tensors=int(count), norm=math.sqrt(after), relative=relative)

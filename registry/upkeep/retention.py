@@ -1,4 +1,4 @@
-"""Retention: which of a run's versions are kept, and which keep only their weights.
+"""Retention: which of a run's versions are kept, and which of them keep the state of their optimizers.
 
 The rules unite: a version that one of them keeps is kept. It is applied after a new version is published, never
 before, and only to versions of the same run and of those that it was resumed from.

@@ -1,4 +1,4 @@
-"""Thinning: a version keeps its weights, and gives up what only training on from it would need."""
+"""Thinning: a version gives up the states of its optimizers and its random state; only training on would need them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def thin(catalog: Catalog, store: Store, reference: str) -> str:
-    """Keep only the weights of a version: its other components are dropped, and its id changes.
+    """Drop the states of optimizers and the random state of a version. Its other components stay, and its id changes.
 
     A version that others descend from, or that has no network under the name `model`, stays as it is.
     `collect_garbage` frees the space.
