@@ -148,10 +148,10 @@ def main() -> None:
     """Write the golden files anew; look at what has changed."""
     from pathlib import Path
 
-    from test_reports import BLOCKS, RENDER
+    from test_reports import BLOCKS, PARTS
 
     for name, blocks in BLOCKS.items():
-        for form, render in RENDER.items():
+        for form, render in PARTS.items():
             (Path(__file__).parent / "golden" / f"{name}.{form}").write_text(render(blocks))
 
 
