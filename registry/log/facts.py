@@ -1,7 +1,7 @@
 """Facts: what the catalog shows of a checkpoint, taken from the record in its manifest.
 
-A manifest may come from anywhere. A value of the wrong type is left out here, so that no reader of the catalog meets it,
-and `verify` names it.
+A manifest may come from anywhere. A value of the wrong type is left out here, so that no reader of the catalog meets
+it, and `verify` names it.
 """
 
 from __future__ import annotations

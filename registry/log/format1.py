@@ -1,8 +1,8 @@
 """Format 1: the journal of version 0.1, and its translation into entries of the log.
 
 Format 1 kept a journal of lines beside the manifests, and bookkeeping of packs in the catalog alone. The journal is read
-here and compared with what `registry.catalog.old_format` has read of the catalog. `docs/FORMAT.md` describes the parts of
-the old format that are needed for that.
+here and compared with what `registry.catalog.old_format` has read of the catalog. `docs/FORMAT.md` describes the parts
+of the old format that are needed for that.
 """
 
 from __future__ import annotations

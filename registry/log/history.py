@@ -31,8 +31,8 @@ class Gap(NamedTuple):
     """Entries that cannot be read.
 
     Attributes:
-        first, last: their numbers. `last` is smaller than `first` if no entry is missing there, but the log holds something
-            that is no entry.
+        first, last: their numbers. `last` is smaller than `first` if no entry is missing there, but the log holds
+            something that is no entry.
         problem: why they cannot be read.
         before, after: times of the entries around them, as far as they are known.
     """

@@ -50,8 +50,8 @@ class Line(NamedTuple):
         start: where it begins.
         end: where the next one begins.
         is_torn: whether it is the last one and its digest does not fit: a crash cut it short.
-        has_end: whether a damaged line ends like an entry, with a digest; of one line that a crash cut short, only the last
-            piece may.
+        has_end: whether a damaged line ends like an entry, with a digest; of one line that a crash cut short, only the
+            last piece may.
     """
 
     entry: Entry | None

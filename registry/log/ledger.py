@@ -144,8 +144,8 @@ class Ledger:
     def take(self, entry: Entry, start: Position | None = None) -> None:
         """Take in one entry: whole, or not at all if it contradicts those before it.
 
-        Behind a gap, a record may seem to contradict only because others are lost. There the records are taken in one by
-        one, and those that contradict are left out.
+        Behind a gap, a record may seem to contradict only because others are lost. There the records are taken in one
+        by one, and those that contradict are left out.
         """
         self._undo.begin()
         self._freed.clear()

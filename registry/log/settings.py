@@ -36,7 +36,7 @@ def create(root: Path, created_by: str) -> None:
 
 
 def hide_from_git(root: Path) -> None:
-    """Let Git ignore a registry that lies in one of its working trees, unless the registry has a `.gitignore` already."""
+    """Let Git ignore a registry that lies in a working tree, unless the registry has a `.gitignore` already."""
     path = root / ".gitignore"
     if places.status_of(path) is None and any((folder / ".git").exists() for folder in root.parents):
         durable.write_file(path, b"*\n", folder=root / "tmp")

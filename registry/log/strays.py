@@ -1,6 +1,7 @@
 """Strays: packs and manifests that no readable entry of the log names.
 
-An interrupted save leaves strays, and nothing needs them. Where entries are lost, a stray may be what one of these named.
+An interrupted save leaves strays, and nothing needs them. Where entries are lost, a stray may be what one of these
+named.
 """
 
 from __future__ import annotations
