@@ -138,8 +138,7 @@ class _Sweep:
         """Whether files that the log does not name are certain to be garbage.
 
         They are not if the log has never named a pack or a manifest, while there are several manifests: an old copy of
-            the
-        log may have taken its place. (A first save that was killed leaves one.)
+        the log may have taken its place. (A first save that was killed leaves one.)
         """
         ledger = self._catalog.ledger()
         if ledger.pack_count or ledger.texts or ledger.doomed or ledger.is_any_live:
