@@ -309,7 +309,7 @@ class Catalog:
     def _is_current(self, held: Held, writes: bool) -> bool:
         """Whether a connection shows what the log says.
 
-        Once it did, the log is looked at only now and then: a catalog stays behind only after trouble such as a full disk.
+        The log itself is looked at only now and then. A catalog is behind it only after trouble, such as a full disk.
         """
         database = self._database
         if held.identity != database.identity(held.identity):
