@@ -220,7 +220,7 @@ def verifying(packs: Path, items: Sequence[Wanted], mapped: Mapped) -> Iterator[
         return
     stop = threading.Event()
     with ThreadPoolExecutor(1, "registry-verify") as pool:
-        verification = pool.submit(verify, packs, items, mapped, stop=stop)
+        verification = pool.submit(verify, packs, items, mapped, stop)
         try:
             yield
             verification.result()
