@@ -125,7 +125,7 @@ class NewFile:
         self._position = self._written_back = os.lseek(self.fd, offset, os.SEEK_SET)
 
     def write(self, data: Buffer) -> None:
-        """Write at the end of what is there."""
+        """Write behind what was written before."""
         rest = memoryview(data).cast("B")
         while rest:
             count = disk.write(self.fd, self.path, rest[:_CHUNK])
@@ -163,14 +163,14 @@ class NewFile:
         disk.sync(self.fd, self.path)
 
     def publish(self, target: Path, *, inner: int = 2, is_durable: bool = True) -> None:
-        """Give the file its final name; what is there is replaced.
+        """Give the file its final name, in the place of a file that has it.
 
         Args:
             inner: how many of the last folders of the target's path belong to the registry.
             is_durable: whether its name is made durable.
 
         Raises:
-            Moved: if somebody has removed the file meanwhile.
+            Moved: if another process has removed the file meanwhile.
         """
         make_folder(target.parent, inner=inner)
         with (
@@ -410,7 +410,7 @@ def again_on_trouble(step: Callable[[], None]) -> None:
     """Run a step that writes a whole file, and once more from memory if the disk reports an I/O error.
 
     The kernel drops dirty pages after a failed fsync, so the same descriptor must not be synced again. A file that
-    somebody removes while it is written, as where locks do nothing, is written again too.
+    another process removes while it is written, as may happen where locks do nothing, is written again, too.
     """
     try:
         step()

@@ -45,7 +45,11 @@ class Fix(NamedTuple):
     evidence: str = ""
 
     def told(self, words: str) -> str:
-        """The advice in one of the two languages."""
+        """The whole advice.
+
+        Args:
+            words: `python` or `options`.
+        """
         lead = f"{self.lead}: " if self.lead else ""
         return f"{lead}{words}{f'  ({self.evidence})' if self.evidence else ''}"
 

@@ -31,6 +31,8 @@ Place = tuple[int, str, tuple[int, ...]]
 
 
 class _Entry(NamedTuple):
+    """A digest that is remembered."""
+
     digest: str
     fingerprint: bytes | None
     """None for a tensor that had changed when it was last seen, and is expected to change again."""

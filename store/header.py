@@ -98,6 +98,7 @@ def announced_length(head: bytes, file_size: int) -> int:
 
 
 def _document(text: bytes) -> dict[str, Any]:
+    """The JSON of a header, parsed after its size was bounded."""
     if not text.startswith(b"{"):
         raise Invalid("the header does not start with '{'")
     if text.count(b"{") > MAX_TENSORS or text.count(b"[") > 2 * MAX_TENSORS:
@@ -152,6 +153,11 @@ def check_name(name: str) -> None:
 
 
 def _entry(name: str, value: Any, base: int) -> Entry:
+    """One tensor of a header, after all checks.
+
+    Args:
+        base: the byte of the file from which offsets count.
+    """
     check_name(name)
     shown = quoted(name)
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:

@@ -111,7 +111,7 @@ class Locator:
         self._packs = packs
 
     def in_documents(self, manifest: Manifest, documents: Mapping[str, Any]) -> list[Wanted]:
-        """What some of a manifest's documents refer to, each tensor once, by its position.
+        """The tensors that some of a manifest's documents refer to, each once, with its position as the key.
 
         Raises:
             Corrupt: as `chosen`.
@@ -201,7 +201,7 @@ class Locator:
 def _base(
     info: TensorInfo, place: Location, bases: Mapping[str, Location], *, path: str, depth: int = 0
 ) -> Wanted:
-    """What a tensor is a difference from, and what that is, if it is one too."""
+    """The base of a tensor that is stored as a difference, with a base of its own if it is one too."""
     assert place.base is not None
     its_place = bases.get(place.base)
     if its_place is None or depth > _MAX_CHAIN:

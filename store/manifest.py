@@ -300,7 +300,7 @@ def _slots(path: str, node: Mapping[str, Any]) -> list[int]:
 
 
 def _in_shards(path: str, node: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> Listed:
-    """A tensor in shards, which must be of one type, apart from each other, and all of it."""
+    """A tensor in shards. They must have one dtype, not overlap, and make up the whole tensor."""
     shape = tuple(node["shape"])
     shards = [(offsets, tensors[slot], slot) for offsets, slot in node["$shards"]]
     dtypes = {info.dtype for _, info, _ in shards}

@@ -35,7 +35,7 @@ INNER = 2
 _DIGEST = 64
 _LONGEST_CODE = max(map(len, BY_CODE))
 _LONGEST_OPAQUE = max(len(name) for name, kind in ELEMENT_TYPES.items() if kind.pack_code is None)
-"""Of the names of *opaque* types: those without a code in a pack, whose tensors stand there as U8."""
+"""Characters of the longest name of an *opaque* type: one that has no code in a pack, and stands there as U8."""
 
 _FORMAT = "torch-registry pack 1"
 _SALT = 16

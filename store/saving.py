@@ -65,7 +65,7 @@ class Encoded:
         self.digests = [None] * len(self.leaves)
 
     def tensors(self) -> list[TensorInfo]:
-        """What the manifest lists; every digest must be known."""
+        """The tensors as the manifest lists them; every digest must be known."""
         pairs = zip(self.leaves, self.digests, strict=True)
         return [TensorInfo(leaf.dtype, leaf.shape, digest or "") for leaf, digest in pairs]
 
@@ -171,6 +171,7 @@ def write_new(
 def _write_new(
     state: Encoded, known: Known, *, tmp: Path, packs: Path, progress: Callable[[int, int], None]
 ) -> PackInfo | None:
+    """One attempt of `write_new`."""
     if len(state.leaves) > MANY:
         _hash(state)
     # Slots that may be new and are in no batch yet.
@@ -241,6 +242,8 @@ def _hash(state: Encoded) -> None:
 
 
 class _Hashed(NamedTuple):
+    """A tensor of a state with its digest."""
+
     slot: int
     digest: str
     leaf: Leaf

@@ -27,7 +27,7 @@ FOLDERS = ("packs", "manifests", "tmp")
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What a put left behind: the manifest, its digest and bytes, and the packs with the tensors that were new."""
+    """What `put` has stored: the manifest, its digest and bytes, and the packs with the tensors that were new."""
 
     digest: str
     manifest: Manifest

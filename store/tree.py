@@ -68,7 +68,7 @@ class Leaf(NamedTuple):
         )
 
     def copied(self) -> Leaf:
-        """The same with the values as they are now, which nobody else can change."""
+        """The leaf with a copy of its values as they are now, which nobody else can change."""
         return self._replace(source=bytes(self.buffer()), is_plain=True, address=0, is_live=False)
 
     def buffer(self) -> memoryview:
