@@ -316,6 +316,7 @@ class Database:
         connection.execute(f"PRAGMA synchronous = {'NORMAL' if local else 'FULL'}")
 
     def _meaning(self, error: sqlite3.OperationalError) -> RegistryError:
+        """The error that says what an SQLite error means and what to do."""
         text = printable(str(error))
         code = getattr(error, "sqlite_errorcode", None)
         if code == sqlite3.SQLITE_IOERR_SHORT_READ:

@@ -234,6 +234,7 @@ def _is_base(change: Change, digests: set[str] | frozenset[str]) -> bool:
 def _manifest_problems(
     query: Callable[..., list[tuple[object, ...]]], manifest_id: str, store: Store
 ) -> Iterator[str]:
+    """What a manifest lacks, and where the table `uses` is wrong about it, in words."""
     needed: set[str] = set()
     depth = 0
     try:

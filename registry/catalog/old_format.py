@@ -71,6 +71,7 @@ class OldFormat:
                 return self._migrate(chooses) if database.format == 1 else []
 
     def _migrate(self, chooses: bool) -> list[str]:
+        """See `migrate`; the caller has locked the log."""
         database = self._database
         database.close()
         _logger.info("%s: has format 1, and gets format %d", database.root, settings.FORMAT)

@@ -26,7 +26,7 @@ from registry.store.pack import PackInfo
 
 
 class Contents(Protocol):
-    """What is in packs and manifests, by their names; the same whenever it is asked."""
+    """Gives what packs and manifests hold, by digest; the same whenever it is asked."""
 
     def pack_info(self, digest: str) -> PackInfo:
         """The index of a pack.

@@ -164,7 +164,7 @@ def journal_path(root: Path) -> Path:
 
 
 class Catalog(NamedTuple):
-    """What a catalog says.
+    """What a catalog of format 1 says.
 
     Attributes:
         state: of the registry.

@@ -203,6 +203,7 @@ class Journal:
         durable.sync_folder(self.folder, inner=1)
 
     def _read_segment(self, segment: int, offset: int, *, is_last: bool) -> Iterator[Line]:
+        """The lines of a segment from an offset on. What cannot be read comes as one damaged line."""
         size = self.size(segment) or 0
         try:
             with self._opened(segment) as fd, os.fdopen(os.dup(fd), "rb") as file:
