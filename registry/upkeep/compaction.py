@@ -223,7 +223,7 @@ def _manifest_in(store: Store) -> Callable[[str], Manifest]:
 def _anchors(plain: Sequence[int], based: Collection[int], staying: Collection[int]) -> dict[int, int]:
     """The position of an anchor for each position that is to become a difference.
 
-    Positions that differences rest on already (`based`) come first, as they stay anyhow. Then come those that stay for
+    Positions that differences rest on already (`based`) come first, as they stay anyway. Then come those that stay for
     now (`staying`). Another one is chosen only where neither is within reach.
     """
     anchors = {*based}

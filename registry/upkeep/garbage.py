@@ -98,6 +98,7 @@ class _Sweep:
         self._wait = 0.0
 
     def run(self) -> Collected:
+        """Doom what nothing needs, and remove the files that have waited long enough."""
         with storage_errors(self._store.root):
             if not self._dry_run:
                 self._catalog.check_writable()

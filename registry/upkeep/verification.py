@@ -128,6 +128,7 @@ class _Check:
         self._has_waited = False
 
     def manifests(self) -> None:
+        """Check the manifests, and note which tensors each checkpoint has."""
         for manifest_id, name in self._live_names().items():
             manifest: Manifest | None
             try:
@@ -150,6 +151,7 @@ class _Check:
                 self._names.setdefault(manifest.tensors[slot].digest, []).append((name, path))
 
     def packs(self, progress: Progress) -> None:
+        """Check the packs, and that each tensor of the checkpoints is in one."""
         rows = self._pack_rows()
         total = sum(size for _, size, _ in rows)
         for digest, size, number in rows:
@@ -241,6 +243,7 @@ class _Check:
         return not self._catalog.locate([digest]) and bool(self._live_names(ids))
 
     def _check_pack(self, digest: str, size: int, number: int) -> None:
+        """Compare a pack with its name and with the catalog, and its bytes with their digests."""
         placed = {
             name: Location(pack=digest, start=start, pack_size=size, base=base, coded=coded)
             for name, start, base, coded in self._catalog.query(
