@@ -171,7 +171,7 @@ class Catalog:
             raise not_before(self.journal, gaps[0])
 
     def gaps(self) -> list[str]:
-        """What is damaged both in the log and in the catalog's copy, in words. While anything is, no change is possible."""
+        """What is damaged both in the log and in its copy, in words. While anything is, no change is possible."""
         found = self.query("SELECT value FROM state WHERE key = 'gaps'")
         return gaps_in(found[0][0]) if found else []
 
