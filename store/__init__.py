@@ -1,9 +1,10 @@
 """Content-addressed storage: trees of tensors and plain values in, digests out.
 
 Words: a *leaf* is one distinct tensor of a tree (tree.py). A *pack* is a file of tensors (pack.py), and a *manifest* the
-document that refers to them (manifest.py). A tensor may be stored as its *difference* from another one, its *base*
-(differences.py). A *location* says where a tensor lies, and what is *wanted* is loaded from there (locating.py). A save goes
-through three stages: `Encoded` (saving.py), `Written` and `Stored` (store.py).
+document that refers to them (manifest.py); a *slot* is the position of a tensor in its list. A tensor may be stored as
+its *difference* from another one, its *base* (differences.py). A *location* says where a tensor lies, and what is
+*wanted* is loaded from there (locating.py). A save goes through three stages: `Encoded` (saving.py), `Written` and
+`Stored` (store.py).
 
 It knows tensors, bytes and digests, and nothing of models, runs or metrics. It imports nothing of the project. To add an
 element type: a row in dtypes.py, and the other two steps in CONTRIBUTING.md.

@@ -1,8 +1,9 @@
 """Lossless coding of a tensor as its difference from another one of the same type and shape.
 
-The elements of both are taken as whole numbers without a sign; their differences, small ones of either sign made
-small, are split into planes of equally significant bytes. Where training moved parameters a little the high planes are
-almost all zero, and zstd takes them down to next to nothing. `docs/FORMAT.md` describes the bytes.
+The elements of both are read as whole numbers without a sign. Their differences are folded, so that small ones of
+either sign become small numbers, and split into *planes* of equally significant bytes. Where training moved parameters
+a little, the high planes are almost all zero, and zstd takes them down to next to nothing. `docs/FORMAT.md` describes
+the bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import zstandard
 from registry.store.errors import Corrupt
 
 ITEM_SIZES = (2, 4, 8)
-"""Bytes of an element that this coding can work with: those that numpy has whole numbers of."""
+"""Bytes that an element may have: numpy has whole numbers of these sizes."""
 
 CHUNK = 1 << 17
 """Elements that are coded at a time: what is worked on fits a processor's cache."""
@@ -49,7 +50,7 @@ Run = Callable[[Sequence[Any], Callable[[Any], None]], None]
 
 
 def encode(data: memoryview, base: memoryview, item_size: int, run: Run) -> bytes:
-    """The bytes that stand for `data` where `base` is at hand; they may be more than those of `data`.
+    """Code `data` as its difference from `base`; the result may be longer than `data`.
 
     Args:
         data, base: contiguous bytes, of the same length.
@@ -129,7 +130,7 @@ class Decoding:
         if len(coded) == count:
             return np.frombuffer(coded, np.uint8)
         try:
-            # Asked before memory is reserved for it.
+            # The frame is asked before memory is reserved for it.
             if zstandard.frame_content_size(coded) != count:
                 raise Corrupt("a plane of a difference has another length than it should")
             return np.frombuffer(_codecs()[1].decompress(coded, max_output_size=count), np.uint8)
@@ -137,7 +138,13 @@ class Decoding:
             raise Corrupt(f"a plane of a difference cannot be decompressed: {error}") from None
 
 
+def compressor() -> zstandard.ZstdCompressor:
+    """The compressor of planes; any zstd decompressor reads the result."""
+    return zstandard.ZstdCompressor(compression_params=_PARAMETERS)
+
+
 def _planes(new: Any, old: Any, item_size: int) -> list[bytes]:
+    """The planes of a chunk, each compressed if that is worth it; empty for one that is zero, as all above it."""
     kind = _UNSIGNED[item_size]
     difference = (new - old).view(_SIGNED[item_size])
     sign = difference >> (8 * item_size - 1)
@@ -156,13 +163,8 @@ def _planes(new: Any, old: Any, item_size: int) -> list[bytes]:
     return planes
 
 
-def compressor() -> zstandard.ZstdCompressor:
-    """What planes are compressed with; any zstd decompressor reads it."""
-    return zstandard.ZstdCompressor(compression_params=_PARAMETERS)
-
-
 def _codecs() -> tuple[zstandard.ZstdCompressor, zstandard.ZstdDecompressor]:
-    """Those of this thread."""
+    """The compressor and the decompressor of this thread."""
     if not hasattr(_local, "codecs"):
         _local.codecs = compressor(), zstandard.ZstdDecompressor()
     return _local.codecs  # type: ignore[no-any-return]

@@ -35,7 +35,7 @@ def digest(data: Buffer) -> str:
 
 
 def hasher(data: Buffer = b"", threads: int = ALL_CORES) -> blake3:
-    """What gives the digest of some bytes, and of those that are fed to it afterwards."""
+    """A hasher that gives the digest of some bytes and of those that are fed to it afterwards."""
     return blake3(data, max_threads=1 if _is_forked else threads)
 
 
@@ -60,7 +60,7 @@ def tensor_digest(dtype: str, shape: Sequence[int], data: Buffer, *, threads: in
 
 
 def tensor_hasher(dtype: str, shape: Sequence[int], threads: int) -> blake3:
-    """What gives a tensor's digest once its bytes are fed to it."""
+    """A hasher that gives a tensor's digest once the tensor's bytes are fed to it."""
     return hasher(preamble(dtype, shape), threads)
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class ElementType(NamedTuple):
-    """What an element type is.
+    """An element type of tensors.
 
     Attributes:
         size: bytes of an element.
@@ -72,6 +72,7 @@ BY_CODE: dict[str, str] = {kind.pack_code: name for name, kind in ELEMENT_TYPES.
 _PACKED: dict[str, str] = {
     kind.code: name for name, kind in ELEMENT_TYPES.items() if kind.code and kind.packed > 1
 }
+"""Element types with several numbers in an element, by their codes in safetensors."""
 
 BITS: dict[str, int] = _FOREIGN | {kind.code: kind.bits for kind in ELEMENT_TYPES.values() if kind.code}
 """Bits of an element by every code that safetensors has."""
@@ -79,7 +80,7 @@ BITS: dict[str, int] = _FOREIGN | {kind.code: kind.bits for kind in ELEMENT_TYPE
 
 def byte_count(dtype: str, shape: Sequence[int]) -> int:
     """Bytes of a contiguous tensor."""
-    return ELEMENT_TYPES[dtype][0] * math.prod(shape)
+    return ELEMENT_TYPES[dtype].size * math.prod(shape)
 
 
 def to_safetensors(dtype: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]] | None:

@@ -110,12 +110,8 @@ class NewFile:
         self._position = 0
         self._written_back = 0
 
-    def _is_there(self) -> bool:
-        status, own = status_of(self.path, inner=self._inner), os.fstat(self.fd)
-        return status is not None and (status.st_dev, status.st_ino) == (own.st_dev, own.st_ino)
-
     def share(self, like: Path) -> None:
-        """Let those use the file who can use another one, whatever the umask here."""
+        """Give the file the mode of another one, and its owner where that is allowed, whatever the umask."""
         status = status_of(like)
         if status is None:
             return
@@ -129,7 +125,7 @@ class NewFile:
         self._position = self._written_back = os.lseek(self.fd, offset, os.SEEK_SET)
 
     def write(self, data: Buffer) -> None:
-        """Write at the end of what is there."""
+        """Write behind what was written before."""
         rest = memoryview(data).cast("B")
         while rest:
             count = disk.write(self.fd, self.path, rest[:_CHUNK])
@@ -167,14 +163,14 @@ class NewFile:
         disk.sync(self.fd, self.path)
 
     def publish(self, target: Path, *, inner: int = 2, is_durable: bool = True) -> None:
-        """Give the file its final name; what is there is replaced.
+        """Give the file its final name, in the place of a file that has it.
 
         Args:
             inner: how many of the last folders of the target's path belong to the registry.
-            is_durable: whether the file is, and its name is to be.
+            is_durable: whether its name is made durable.
 
         Raises:
-            Moved: if somebody has removed the file meanwhile.
+            Moved: if another process has removed the file meanwhile.
         """
         make_folder(target.parent, inner=inner)
         with (
@@ -200,6 +196,10 @@ class NewFile:
                     unlink(self.path, inner=self._inner)
             os.close(self.fd)
             self.fd = -1
+
+    def _is_there(self) -> bool:
+        status, own = status_of(self.path, inner=self._inner), os.fstat(self.fd)
+        return status is not None and (status.st_dev, status.st_ino) == (own.st_dev, own.st_ino)
 
 
 def lock(fd: int, *, seconds: float = 60.0) -> bool:
@@ -232,7 +232,7 @@ def unlock(fd: int) -> None:
 
 
 def try_lock(fd: int) -> bool:
-    """Lock an open file unless somebody has it."""
+    """Lock an open file, unless another process has locked it."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
@@ -301,11 +301,6 @@ def make_folder(path: Path, *, inner: int = 0) -> None:
         disk.safe_folders.add(_identity(folder))
 
 
-def _identity(fd: int) -> tuple[int, int]:
-    status = os.fstat(fd)
-    return status.st_dev, status.st_ino
-
-
 def write_file(
     path: Path, data: bytes, *, folder: Path | None = None, inner: int = 0, read_only: bool = False
 ) -> None:
@@ -342,7 +337,7 @@ def note(path: Path, data: bytes, *, folder: Path, like: Path) -> None:
 
     Args:
         folder: a folder of the registry, where the file lies until it is complete.
-        like: a file whose readers are to read this one, whatever the umask of who writes it.
+        like: a file whose mode and owner this one gets, so that the same users can read it.
     """
     file = NewFile(folder)
     try:
@@ -415,7 +410,7 @@ def again_on_trouble(step: Callable[[], None]) -> None:
     """Run a step that writes a whole file, and once more from memory if the disk reports an I/O error.
 
     The kernel drops dirty pages after a failed fsync, so the same descriptor must not be synced again. A file that
-    somebody removes while it is written, as where locks do nothing, is written again too.
+    another process removes while it is written, as may happen where locks do nothing, is written again, too.
     """
     try:
         step()
@@ -425,6 +420,11 @@ def again_on_trouble(step: Callable[[], None]) -> None:
         if error.errno != errno.EIO:
             raise
         _last_try(step)
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
 
 
 def _last_try(step: Callable[[], None]) -> None:

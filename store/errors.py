@@ -45,7 +45,11 @@ class Fix(NamedTuple):
     evidence: str = ""
 
     def told(self, words: str) -> str:
-        """The advice in one of the two languages."""
+        """The whole advice.
+
+        Args:
+            words: `python` or `options`.
+        """
         lead = f"{self.lead}: " if self.lead else ""
         return f"{lead}{words}{f'  ({self.evidence})' if self.evidence else ''}"
 
@@ -68,7 +72,7 @@ def fix(lead: str = "", evidence: str = "", /, **arguments: Any) -> Fix:
         for one in several if isinstance(several, list | tuple) else [several]:
             options.append(f"{option} {shlex.quote(str(one))}")
     python = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-    return Fix(lead, python, " ".join(options), evidence)
+    return Fix(lead=lead, python=python, options=" ".join(options), evidence=evidence)
 
 
 class RegistryError(Exception):
@@ -143,15 +147,6 @@ def storage_errors(path: Path | str) -> Iterator[None]:
         raise StorageError(f"{os.fsdecode(where)}: {advice}") from error
 
 
-def _owner(path: Path) -> str:
-    """Whom a path belongs to, or the nearest folder above it that can be seen."""
-    for place in (path, *path.parents):
-        with contextlib.suppress(OSError):
-            owner = place.stat().st_uid
-            return f" ({place} belongs to user {owner}, this process runs as {os.geteuid()})"
-    return ""
-
-
 @contextlib.contextmanager
 def naming(label: str) -> Iterator[None]:
     """Put the name of the checkpoint that is being read in front of what goes wrong."""
@@ -162,3 +157,12 @@ def naming(label: str) -> Iterator[None]:
         if isinstance(error, Corrupt) and isinstance(named, Corrupt):
             named.pack = error.pack
         raise named from error.__cause__
+
+
+def _owner(path: Path) -> str:
+    """Who owns a path, or the nearest folder above it that can be seen; a part of a message."""
+    for place in (path, *path.parents):
+        with contextlib.suppress(OSError):
+            owner = place.stat().st_uid
+            return f" ({place} belongs to user {owner}, this process runs as {os.geteuid()})"
+    return ""

@@ -1,9 +1,9 @@
 """Digests remembered: bytes that are still what they were when they were last hashed need not be hashed again.
 
 Training saves the same tensors over and over, and those that are frozen do not change. XXH3 reads them several times
-as fast as BLAKE3 does; its 128 bits are no cryptographic digest, so they never leave this process: with a seed that
-nobody knows they only tell whether the bytes at one place in memory are those whose digest was computed there before.
-Every byte is read at every save.
+as fast as BLAKE3 does. Its 128 bits are a *fingerprint* and no cryptographic digest, so they never leave this process:
+with a seed that nobody knows, they only tell whether the bytes at one place in memory are those whose digest was
+computed there before. Every byte is read at every save.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ Place = tuple[int, str, tuple[int, ...]]
 
 
 class _Entry(NamedTuple):
+    """A digest that is remembered."""
+
     digest: str
     fingerprint: bytes | None
     """None for a tensor that had changed when it was last seen, and is expected to change again."""
@@ -62,19 +64,23 @@ class Remembered:
         place = (address, dtype, shape)
         before = self._entries.get(place)
         if before is None:
-            return self._first(place, data, threads)
+            return self._hash_and_remember(place, data, threads)
         if before.fingerprint and before.fingerprint == self._fingerprint(data):
             return before.digest
         digest = tensor_digest(dtype, shape, data, threads=threads)
         if before.digest == digest:
-            # It changes no longer.
+            # It has stopped changing. Its fingerprint is taken when it is seen next.
             self._entries.pop(place, None)
         else:
             self._entries[place] = _Entry(digest, None)
         return digest
 
-    def _first(self, place: Place, data: memoryview, threads: int) -> str:
-        """The digest of a tensor that is expected to stay, and is remembered.
+    def forget(self) -> None:
+        """Forget all digests, so that everything is hashed anew."""
+        self._entries.clear()
+
+    def _hash_and_remember(self, place: Place, data: memoryview, threads: int) -> str:
+        """The digest of a tensor that is expected to stay as it is; it is remembered with the fingerprint.
 
         It is read part by part, each into memory of this thread, so that the digest and the fingerprint are of the same
         bytes, whatever other threads do to the tensor meanwhile.
@@ -95,10 +101,6 @@ class Remembered:
         digest = hasher.hexdigest()
         self._entries[place] = _Entry(digest, fingerprint.digest())
         return digest
-
-    def forget(self) -> None:
-        """Hash everything anew."""
-        self._entries.clear()
 
     def _fingerprint(self, data: memoryview) -> bytes:
         return xxhash.xxh3_128_digest(data, seed=self._seed)

@@ -24,10 +24,10 @@ from registry.store.places import names_in, open_regular, status_of
 from registry.store.text import quoted
 
 _MOST_KEPT = 200_000
-"""Tensors in the headers of packs that are kept in memory."""
+"""Tensors that all headers in memory list together, at most."""
 
 _MOST_MANIFESTS = 256
-"""Manifests whose tensors are kept in memory."""
+"""Manifests whose tensors are kept in memory, at most."""
 
 _SHARD = re.compile(r"[0-9a-f]{2}\Z")
 
@@ -59,7 +59,7 @@ class PackFolder:
         return status is not None and stat.S_ISREG(status.st_mode) and status.st_size == size
 
     def info(self, digest: str) -> PackInfo:
-        """What a pack holds, from its header; the oldest that are kept go first.
+        """What a pack holds, from its header, which is kept in memory.
 
         Raises:
             Corrupt: if the header is not the one that the pack's name covers.
@@ -149,9 +149,6 @@ class ManifestFolder:
         self._write(digest, data)
         return digest, data
 
-    def _write(self, digest: str, data: bytes) -> None:
-        write_file(self.path(digest), data, folder=self._tmp, inner=INNER, read_only=True)
-
     def read(self, digest: str, *, text_of: Callable[[str], bytes | None] | None = None) -> Manifest:
         """Read a manifest and check it against its digest; needs no torch.
 
@@ -185,7 +182,7 @@ class ManifestFolder:
         return parse(data)
 
     def recent(self, digest: str) -> Manifest:
-        """As `read`, parsed once for loads of the same one in a row, while its file stays as it was."""
+        """As `read`, but the last manifest is not read again while its file stays as it was."""
         status = status_of(self.path(digest), inner=INNER) if is_digest(digest) else None
         if status is None:
             return self.read(digest)
@@ -197,7 +194,7 @@ class ManifestFolder:
     def tensors_of(
         self, digest: str, *, text_of: Callable[[str], bytes | None] | None = None
     ) -> frozenset[str]:
-        """The digests of a manifest's tensors; the oldest that are kept go first.
+        """The digests of a manifest's tensors, which are kept in memory.
 
         Raises:
             NotFound, Corrupt: as `read`.
@@ -222,6 +219,9 @@ class ManifestFolder:
         written = self._written
         return written[1] if written and written[0] == digest else None
 
+    def _write(self, digest: str, data: bytes) -> None:
+        write_file(self.path(digest), data, folder=self._tmp, inner=INNER, read_only=True)
+
 
 class FolderIndex:
     """Finds tensors by reading the headers of the packs in a folder; for a store without a catalog.
@@ -245,6 +245,14 @@ class FolderIndex:
             self._refresh()
             return {digest: self._located[digest] for digest in digests if digest in self._located}
 
+    def manifest_text(self, manifest_id: str) -> bytes | None:
+        """There is no second copy."""
+        return None
+
+    def was_removed(self, manifest_id: str) -> bool:
+        """A folder does not tell what was removed."""
+        return False
+
     def _refresh(self) -> None:
         present = names_of(self._packs, ".safetensors")
         gone = self._read.difference(present)
@@ -261,20 +269,12 @@ class FolderIndex:
                     if known.base and not place.base:
                         self._located[digest] = place
 
-    def manifest_text(self, manifest_id: str) -> bytes | None:
-        """There is no second copy."""
-        return None
-
-    def was_removed(self, manifest_id: str) -> bool:
-        """What is in a folder was not removed."""
-        return False
-
 
 def names_of(folder: Path, suffix: str) -> list[str]:
     """The digests that files below a folder of packs or manifests are named by, sorted.
 
     Raises:
-        Corrupt: if a folder on the way is none.
+        Corrupt: if something else stands in the place of a folder.
     """
     found = []
     for part in names_in(folder, inner=1):

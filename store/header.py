@@ -27,7 +27,7 @@ PAGE = 4_096
 
 _MAX_ELEMENTS = (1 << 63) - 1
 _SURROGATE = re.compile("[\ud800-\udfff]")
-"""What JSON can spell and UTF-8 cannot."""
+"""Half characters: JSON can spell them, UTF-8 cannot."""
 
 _FORBIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 
@@ -98,6 +98,7 @@ def announced_length(head: bytes, file_size: int) -> int:
 
 
 def _document(text: bytes) -> dict[str, Any]:
+    """The JSON of a header, parsed after its size was bounded."""
     if not text.startswith(b"{"):
         raise Invalid("the header does not start with '{'")
     if text.count(b"{") > MAX_TENSORS or text.count(b"[") > 2 * MAX_TENSORS:
@@ -152,6 +153,11 @@ def check_name(name: str) -> None:
 
 
 def _entry(name: str, value: Any, base: int) -> Entry:
+    """One tensor of a header, after all checks.
+
+    Args:
+        base: the byte of the file from which offsets count.
+    """
     check_name(name)
     shown = quoted(name)
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
@@ -166,7 +172,8 @@ def _entry(name: str, value: Any, base: int) -> Entry:
     expected = _byte_count(code, shape)
     if expected != offsets[1] - offsets[0]:
         raise Invalid(f"tensor {shown} of dtype {code} and shape {shape} does not fit its {offsets} bytes")
-    return Entry(name, code, tuple(shape), base + offsets[0], base + offsets[1])
+    start, end = base + offsets[0], base + offsets[1]
+    return Entry(name=name, code=code, shape=tuple(shape), start=start, end=end)
 
 
 def _whole_numbers(value: Any) -> bool:
@@ -174,7 +181,7 @@ def _whole_numbers(value: Any) -> bool:
 
 
 def _overflows(shape: list[int]) -> bool:
-    """Whether another reader could not count the elements, though a zero among the sizes makes them none."""
+    """Whether another reader could fail to count the elements, even if a zero among the sizes makes them none."""
     return math.prod(n for n in shape if n) > _MAX_ELEMENTS
 
 

@@ -28,8 +28,14 @@ from registry.store.places import FileState, OpenFiles, is_local, state_of
 from registry.store.tree import torch_type
 
 _ARENA = 64 << 20
+"""Bytes of memory that tensors share; see `owned`."""
+
 _READ = 8 << 20
+"""Bytes of one read at most."""
+
 _GAP = 4 << 10
+"""Bytes between two tensors that are read too, so that one call reads both."""
+
 _MAX_BUFFERS = 1_000
 """Buffers of one read; the system takes 1,024."""
 
@@ -48,7 +54,7 @@ class Mapped:
         self._decoded: dict[str, mmap.mmap] = {}
 
     def decode(self, items: Iterable[Wanted]) -> None:
-        """Turn differences back into tensors, which must be done before they are asked for.
+        """Turn differences back into tensors. That must be done before these are asked for.
 
         Raises:
             Corrupt: naming the tensor and the pack, if that is not possible.
@@ -70,7 +76,7 @@ class Mapped:
         assert item.base is not None
         coded, base = self.stored(item), self.bytes(item.base)
         try:
-            return Decoding(coded, base, ELEMENT_TYPES[item.info.dtype].size, out)
+            return Decoding(coded, base, item_size=ELEMENT_TYPES[item.info.dtype].size, out=out)
         except Corrupt as error:
             raise damaged(self._packs, item) from error
 
@@ -149,7 +155,8 @@ class Read(Mapped):
         size = wanted.size if place.coded is None else place.coded
         data = memoryview(bytearray(size))
         with OpenFiles() as files:
-            _read(self._packs, files, _Read(wanted, place.start, size, [data]))
+            job = _ReadJob(item=wanted, start=place.start, size=size, buffers=[data])
+            _read(self._packs, files, job)
         return data
 
 
@@ -167,7 +174,7 @@ def verify(packs: Path, items: Sequence[Wanted], mapped: Mapped, stop: threading
     """Check the digests of mapped tensors, each stored tensor once.
 
     Args:
-        stop: ends it early, with what was not checked unchecked.
+        stop: ends it early, with some tensors left unchecked.
 
     Raises:
         Corrupt: naming the tensor and the pack.
@@ -175,18 +182,18 @@ def verify(packs: Path, items: Sequence[Wanted], mapped: Mapped, stop: threading
     mapped.decode(items)
     distinct = list({item.info.digest: item for item in items if item.size}.values())
     sizes = [item.size for item in distinct]
-    in_parallel(distinct, lambda item: _check(packs, item, mapped.bytes(item)), sizes, stop)
+    in_parallel(distinct, lambda item: _check(packs, item, mapped.bytes(item)), sizes, stop=stop)
 
 
 @contextlib.contextmanager
 def steady(packs: Path, items: Sequence[Wanted], mapped: Mapped) -> Iterator[None]:
-    """Verify mapped tensors that the body copies elsewhere, and see behind it that it copied what was verified.
+    """Verify mapped tensors that the body copies elsewhere, and check behind it that it copied what was verified.
 
-    That reads every byte twice, and a file may change between. If the system does not vouch that none has, they are
-    verified once more, through a mapping of their own, as users may write to theirs.
+    Every byte is read twice, and a file may change in between. Unless the system vouches that none has, the tensors are
+    verified once more, through another mapping, as users may write to theirs.
 
     Raises:
-        Corrupt: as `verify`; behind the body it says that what was filled may be wrong.
+        Corrupt: as `verify`. Behind the body it says that what was filled may be wrong.
     """
     again = Mapped(packs)
     again.open(items)
@@ -206,7 +213,7 @@ def steady(packs: Path, items: Sequence[Wanted], mapped: Mapped) -> Iterator[Non
 
 @contextlib.contextmanager
 def verifying(packs: Path, items: Sequence[Wanted], mapped: Mapped) -> Iterator[None]:
-    """As `verify`, while the body runs; what is found is raised behind it."""
+    """As `verify`, while the body runs. Errors are raised behind it."""
     if sum(item.size for item in items) < SMALL:
         yield
         verify(packs, items, mapped)
@@ -218,7 +225,7 @@ def verifying(packs: Path, items: Sequence[Wanted], mapped: Mapped) -> Iterator[
             yield
             verification.result()
         except BaseException:
-            # It may be Ctrl-C.
+            # The body may have been interrupted, as by Ctrl-C.
             stop.set()
             raise
 
@@ -240,7 +247,7 @@ def damaged(packs: Path, item: Wanted) -> Corrupt:
     return error
 
 
-class _Read(NamedTuple):
+class _ReadJob(NamedTuple):
     """One system call: tensors that lie one after the other in a pack, from `item` on, and the gaps between."""
 
     item: Wanted
@@ -255,7 +262,7 @@ def read_into(packs: Path, items: Iterable[Wanted], memory: Callable[[Wanted], m
     Neighbours in a pack are read together, as thousands of small reads cost more than their bytes.
 
     Args:
-        items: not empty ones.
+        items: tensors with at least one byte.
         memory: where the bytes of an item go.
 
     Raises:
@@ -275,10 +282,10 @@ def read_into(packs: Path, items: Iterable[Wanted], memory: Callable[[Wanted], m
         memory(item)[:] = memory(source)
 
 
-def _reads(items: Iterable[Wanted], memory: Callable[[Wanted], memoryview]) -> Iterator[_Read]:
+def _reads(items: Iterable[Wanted], memory: Callable[[Wanted], memoryview]) -> Iterator[_ReadJob]:
     """Group distinct tensors, in the order of their places, into system calls."""
     between = memoryview(bytearray(_GAP))
-    run: _Read | None = None
+    run: _ReadJob | None = None
     size = 0
     for item in items:
         location, buffer = item.location, memory(item)
@@ -295,7 +302,7 @@ def _reads(items: Iterable[Wanted], memory: Callable[[Wanted], memoryview]) -> I
             ):
                 if run:
                     yield run._replace(size=size)
-                run, size, gap = _Read(item, start, 0, []), 0, 0
+                run, size, gap = _ReadJob(item=item, start=start, size=0, buffers=[]), 0, 0
             if gap:
                 run.buffers.append(between[:gap])
             run.buffers.append(part)
@@ -304,10 +311,11 @@ def _reads(items: Iterable[Wanted], memory: Callable[[Wanted], memoryview]) -> I
         yield run._replace(size=size)
 
 
-def _read(packs: Path, files: OpenFiles, job: _Read) -> None:
+def _read(packs: Path, files: OpenFiles, job: _ReadJob) -> None:
     location = job.item.location
     path, end = pack_path(packs, location.pack), job.start + job.size
-    if not files.read(path, location.pack_size, job.start, end, job.buffers, inner=INNER):
+    is_read = files.read(path, location.pack_size, start=job.start, end=end, buffers=job.buffers, inner=INNER)
+    if not is_read:
         raise damaged(packs, job.item)
 
 
@@ -352,6 +360,7 @@ def _arenas(items: Sequence[Wanted]) -> list[tuple[mmap.mmap, list[tuple[Wanted,
 
 
 def _anonymous(size: int) -> mmap.mmap:
+    """Fresh memory, on huge pages where the system has them."""
     mapping = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         # A kernel may be built without huge pages.
@@ -384,7 +393,8 @@ def lent(
     """Mapped tensors by the callers' keys, to be copied elsewhere.
 
     Args:
-        checks: closed behind the copying, it sees that what was copied is what was verified; None to check nothing.
+        checks: to be closed behind the copying; it then checks that what was copied is what was verified. None to check
+            nothing.
 
     Raises:
         Corrupt: as `steady`.

@@ -111,7 +111,7 @@ class Locator:
         self._packs = packs
 
     def in_documents(self, manifest: Manifest, documents: Mapping[str, Any]) -> list[Wanted]:
-        """What some of a manifest's documents refer to, each tensor once, by its position.
+        """The tensors that some of a manifest's documents refer to, each once, with its position as the key.
 
         Raises:
             Corrupt: as `chosen`.
@@ -136,7 +136,9 @@ class Locator:
             if location is None:
                 raise Corrupt(f"{path}: no pack holds tensor {info.digest}; run: registry verify")
             base = _base(info, location, bases, path=path) if location.base else None
-            wanted.append(Wanted(key, info, location, path, info.size, base))
+            wanted.append(
+                Wanted(slot=key, info=info, location=location, name=path, size=info.size, base=base)
+            )
         return wanted
 
     def by_digest(self, digests: Collection[str]) -> list[Wanted]:
@@ -153,7 +155,16 @@ class Locator:
                 place = located[info.digest]
                 if (place.pack, place.start) == (name, start):
                     base = _base(info, place, bases, path=info.digest) if place.base else None
-                    found.append(Wanted(len(found), info, place, info.digest, info.size, base))
+                    found.append(
+                        Wanted(
+                            slot=len(found),
+                            info=info,
+                            location=place,
+                            name=info.digest,
+                            size=info.size,
+                            base=base,
+                        )
+                    )
         return found
 
     def intact(self, digests: Collection[str], distrusted: Collection[str]) -> Collection[str]:
@@ -190,7 +201,7 @@ class Locator:
 def _base(
     info: TensorInfo, place: Location, bases: Mapping[str, Location], *, path: str, depth: int = 0
 ) -> Wanted:
-    """What a tensor is a difference from, and what that is, if it is one too."""
+    """The base of a tensor that is stored as a difference, with a base of its own if it is one too."""
     assert place.base is not None
     its_place = bases.get(place.base)
     if its_place is None or depth > _MAX_CHAIN:
@@ -199,13 +210,13 @@ def _base(
     further = None
     if its_place.base:
         further = _base(its_info, its_place, bases, path=path, depth=depth + 1)
-    return Wanted(-1, its_info, its_place, path, info.size, further)
+    return Wanted(slot=-1, info=its_info, location=its_place, name=path, size=info.size, base=further)
 
 
 def while_packs_move(
     locate: Callable[[], Sequence[Wanted]], use: Callable[[Sequence[Wanted]], Result]
 ) -> Result:
-    """Use stored tensors, and look again where they lie if a pack is gone that others have replaced meanwhile.
+    """Use stored tensors. If a pack is gone, as another process has replaced it, look again where they lie.
 
     Raises:
         Missing: if a pack is gone and its tensors lie nowhere else.

@@ -154,7 +154,7 @@ class Manifest:
         names = [path for path, _ in self.slots]
         for pattern in patterns:
             if not self.select([pattern]):
-                near = difflib.get_close_matches(pattern, [*self.components, *names], 1, 0.4)
+                near = difflib.get_close_matches(pattern, [*self.components, *names], n=1, cutoff=0.4)
                 hint = f"; did you mean {quoted(near[0])}?" if near else ""
                 if any(fnmatch.fnmatchcase(name, pattern) for name in names):
                     hint = "; the items of a list or tuple are selected together, by its own name"
@@ -300,7 +300,7 @@ def _slots(path: str, node: Mapping[str, Any]) -> list[int]:
 
 
 def _in_shards(path: str, node: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> Listed:
-    """A tensor in shards, which must be of one type, apart from each other, and all of it."""
+    """A tensor in shards. They must have one dtype, not overlap, and make up the whole tensor."""
     shape = tuple(node["shape"])
     shards = [(offsets, tensors[slot], slot) for offsets, slot in node["$shards"]]
     dtypes = {info.dtype for _, info, _ in shards}
@@ -335,6 +335,7 @@ def _are_apart(boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> bool:
 
 
 def _children(node: Any) -> list[tuple[Any, Any]]:
+    """Keys and values of a node that holds others, whatever its tag."""
     if isinstance(node, list):
         return list(enumerate(node))
     if not isinstance(node, dict):
@@ -373,6 +374,7 @@ _NOTHING: Any = object()
 
 
 def _select(node: Any, path: str, patterns: Sequence[str]) -> Any:
+    """A document cut down to what the patterns name; `_NOTHING` if they name nothing in it."""
     if any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns):
         return node
     if not isinstance(node, dict):

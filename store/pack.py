@@ -35,10 +35,16 @@ INNER = 2
 _DIGEST = 64
 _LONGEST_CODE = max(map(len, BY_CODE))
 _LONGEST_OPAQUE = max(len(name) for name, kind in ELEMENT_TYPES.items() if kind.pack_code is None)
+"""Characters of the longest name of an *opaque* type: one that has no code in a pack, and stands there as U8."""
+
 _FORMAT = "torch-registry pack 1"
 _SALT = 16
 _COALESCE = 64 << 10
+"""Bytes below which a tensor is written together with its neighbours."""
+
 _BUFFER = 1 << 20
+"""Bytes that are collected for one such write."""
+
 _READ = 1 << 20
 
 
@@ -74,18 +80,24 @@ class PackInfo:
 
     @functools.cached_property
     def places(self) -> Mapping[str, Location]:
-        """Where each tensor lies, by digest; of one that is there twice, where it needs no other tensor."""
+        """Where each tensor lies, by digest. Of one that is there twice, the place where it needs no base."""
         return {
-            tensor.digest: Location(self.digest, tensor.start, self.size, tensor.base, tensor.coded)
+            tensor.digest: Location(
+                pack=self.digest,
+                start=tensor.start,
+                pack_size=self.size,
+                base=tensor.base,
+                coded=tensor.coded,
+            )
             for tensor in sorted(self.tensors, key=lambda tensor: tensor.base is None)
         }
 
 
 class Changed(Exception):
-    """Tensors changed between their hashing and their writing, so that a pack holds others than it should.
+    """Tensors changed between being hashed and being written, so that a pack does not hold what it should.
 
     Attributes:
-        digests: what these tensors should have been.
+        digests: those of the tensors as they were hashed.
     """
 
     def __init__(self, digests: frozenset[str]) -> None:
@@ -112,7 +124,9 @@ class PackWriter:
         *,
         coded: Iterable[tuple[str, Sequence[int]]] = (),
     ) -> None:
-        self._head = header.padded(index_bound(candidates) + sum(difference_bound(*one) for one in coded))
+        self._head = header.padded(
+            index_bound(candidates) + sum(difference_bound(dtype, shape) for dtype, shape in coded)
+        )
         if self._head - 8 > header.MAX_HEADER:
             raise Unsupported(
                 f"the index of this save's new tensors would take {self._head >> 20} MB, at most "
@@ -133,19 +147,19 @@ class PackWriter:
         """Add a tensor.
 
         Args:
-            is_sure: whether the bytes are those of the digest, as nobody else can have changed them since they were
-                hashed; otherwise `finish` checks those that were written.
+            is_sure: whether nobody can have changed the bytes since they were hashed. Otherwise `finish` checks those
+                that were written.
         """
-        self._fill()
+        self._pad()
         code = ELEMENT_TYPES[dtype].pack_code
-        self._tensors.append(PackedTensor(digest, dtype, tuple(shape), self._position))
+        self._tensors.append(PackedTensor(digest, dtype, shape=tuple(shape), start=self._position))
         if not is_sure:
             self._unsure.append(self._tensors[-1])
         if code is None:
             self._opaque[digest] = _type_and_shape(dtype, shape)
-            self._entry(digest, "U8", (len(data),), len(data))
+            self._entry(digest, "U8", shape=(len(data),), size=len(data))
         else:
-            self._entry(digest, code, shape, len(data))
+            self._entry(digest, code, shape=shape, size=len(data))
         self._write(data)
 
     def add_difference(
@@ -153,19 +167,21 @@ class PackWriter:
     ) -> None:
         """Add a tensor as its difference from another one."""
         name = f"{digest}.{base}"
-        self._fill()
-        self._tensors.append(PackedTensor(digest, dtype, tuple(shape), self._position, base, len(coded)))
+        self._pad()
+        self._tensors.append(
+            PackedTensor(digest, dtype, shape=tuple(shape), start=self._position, base=base, coded=len(coded))
+        )
         self._opaque[name] = _type_and_shape(dtype, shape)
-        self._entry(name, "U8", (len(coded),), len(coded))
+        self._entry(name, "U8", shape=(len(coded),), size=len(coded))
         self._write(coded)
 
     def finish(self, packs: Path) -> PackInfo:
         """Publish the pack below `packs`, durably.
 
-        What is not sure is read back and hashed while the disk is busy.
+        Tensors that were added as not sure are read back and hashed while the disk is busy.
 
         Raises:
-            Changed: if a tensor is not that of its digest; nothing is published.
+            Changed: if one does not have its digest; nothing is published.
         """
         self._flush()
         about = {"format": _FORMAT, "salt": secrets.token_hex(_SALT), **self._opaque}
@@ -186,7 +202,7 @@ class PackWriter:
         self._file.discard()
 
     def _changed(self) -> list[str]:
-        """The digests of the tensors whose bytes in the file are others."""
+        """The digests of the tensors whose bytes in the file do not have them."""
         changed: list[str] = []
 
         def check(tensor: PackedTensor) -> None:
@@ -208,10 +224,11 @@ class PackWriter:
             hasher.update(part)
         return hasher.hexdigest()
 
-    def _fill(self) -> None:
+    def _pad(self) -> None:
+        """Go on at a multiple of `ALIGNMENT`."""
         gap = -self._position % ALIGNMENT
         if gap:
-            self._entry(f"pad.{len(self._entries)}", "U8", (gap,), gap)
+            self._entry(f"pad.{len(self._entries)}", "U8", shape=(gap,), size=gap)
             self._write(memoryview(bytes(gap)))
 
     def _entry(self, name: str, code: str, shape: Sequence[int], size: int) -> None:
@@ -239,7 +256,7 @@ def _type_and_shape(dtype: str, shape: Sequence[int]) -> str:
 
 
 def index_bound(tensors: Iterable[tuple[str, Sequence[int]]]) -> int:
-    """Bytes of header that tensors take at most, none of them being a difference."""
+    """Bytes of header that tensors take at most if none of them is a difference."""
     return 128 + sum(_entry_bound(dtype, shape) for dtype, shape in tensors)
 
 
@@ -297,7 +314,9 @@ def read_pack_info(path: Path) -> PackInfo:
             if dtype not in ELEMENT_TYPES or entry.code != "U8":
                 raise Corrupt(f"{path}: tensor {entry.name} has a malformed type")
             size_there = entry.end - entry.start
-            tensors.append(PackedTensor(digest, dtype, shape, entry.start, base, size_there))
+            tensors.append(
+                PackedTensor(digest, dtype, shape=shape, start=entry.start, base=base, coded=size_there)
+            )
             continue
         if not is_digest(entry.name):
             continue
@@ -306,7 +325,7 @@ def read_pack_info(path: Path) -> PackInfo:
             dtype, shape = _opaque(parsed.metadata[entry.name])
         if dtype not in ELEMENT_TYPES or byte_count(dtype, shape) != entry.end - entry.start:
             raise Corrupt(f"{path}: tensor {entry.name} has a malformed type")
-        tensors.append(PackedTensor(entry.name, dtype, shape, entry.start))
+        tensors.append(PackedTensor(entry.name, dtype, shape=shape, start=entry.start))
     return PackInfo(name, size, tuple(tensors))
 
 

@@ -22,9 +22,14 @@ def in_parallel(
     sizes: Sequence[int],
     stop: threading.Event | None = None,
 ) -> None:
-    """As `in_order`, the largest first."""
+    """As `in_order`, the largest jobs first.
+
+    Args:
+        sizes: bytes of each job.
+        stop: ends it early, with jobs left undone.
+    """
     places = sorted(range(len(jobs)), key=sizes.__getitem__, reverse=True)
-    in_order((jobs[i] for i in places), work, sum(sizes), stop)
+    in_order((jobs[i] for i in places), work, size=sum(sizes), stop=stop)
 
 
 def in_order(
@@ -33,7 +38,7 @@ def in_order(
     """Run work over jobs on all cores, as they come; the first error wins and stops the rest.
 
     Args:
-        size: bytes of all of them.
+        size: bytes of all jobs together.
         stop: ends it early, with jobs left undone.
     """
     lock = threading.Lock()

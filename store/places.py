@@ -24,7 +24,8 @@ from registry.store.text import printable
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _READ = 64 << 20
 _SETTLED = 100_000_000
-"""Nanoseconds after which a change gives a file other times; they count in steps of some milliseconds."""
+"""Age in nanoseconds of a file's times from which on a change is sure to give others: they count in steps of some
+milliseconds."""
 
 _SETTINGS = "registry.toml"
 _FOLDERS = frozenset(("journal", "manifests", "packs", "tmp"))
@@ -42,7 +43,8 @@ def opened_folder(path: Path, inner: int = 0) -> Iterator[int]:
     """Open a folder without following links to it.
 
     Args:
-        inner: how many of the last parts of the path belong to the registry; the folders before them are followed.
+        inner: how many of the last parts of the path belong to the registry; links among the folders before
+            them are followed.
 
     Raises:
         Corrupt: if one of these is something else than a folder.
@@ -282,19 +284,24 @@ def state_of(path: Path, *, inner: int = 0) -> FileState | None:
     status = status_of(path, inner=inner)
     if status is None:
         return None
-    times = status.st_mtime_ns, status.st_ctime_ns
-    is_settled = max(times) < time.time_ns() - _SETTLED
-    return FileState(status.st_dev, status.st_ino, status.st_size, *times, is_settled)
+    return FileState(
+        device=status.st_dev,
+        inode=status.st_ino,
+        size=status.st_size,
+        modified=status.st_mtime_ns,
+        changed=status.st_ctime_ns,
+        is_settled=max(status.st_mtime_ns, status.st_ctime_ns) < time.time_ns() - _SETTLED,
+    )
 
 
 def refuse_inside(path: Path) -> None:
-    """See that a user's own file does not come to lie among those that a registry keeps to itself.
+    """Refuse a place for a user's own file among the files that a registry keeps to itself.
 
     Args:
         path: without links.
 
     Raises:
-        Invalid: if it would.
+        Invalid: if it is such a place.
     """
     for folder in path.parents:
         name = path.relative_to(folder).parts[0]

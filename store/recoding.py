@@ -17,6 +17,7 @@ SMALLEST = 4 << 10
 """Bytes of a tensor from which on a difference is tried."""
 
 _WORTH_IT = 0.9
+"""Part of a tensor's bytes that its difference may take at most."""
 
 
 def copy_to_new_pack(
@@ -27,8 +28,8 @@ def copy_to_new_pack(
     Args:
         locator: finds the tensors.
         digests: which to copy.
-        bases: by digest, the stored tensor of the same dtype and shape that one may be stored as a difference from;
-            it is, where that saves a tenth.
+        bases: by digest, a stored tensor of the same dtype and shape; the copy is stored as the difference from it
+            where that saves a tenth.
         packs: the folder of the packs.
         tmp: the folder where the new one lies until it is complete.
 
@@ -46,9 +47,9 @@ def copy_to_new_pack(
     writer = PackWriter(tmp, types, coded=coded_types)
     try:
         for item in wanted:
-            base = differing.get(item.info.digest)
+            info, base = item.info, differing.get(item.info.digest)
             if item.base:
-                _copy_difference(packs, item, mapped, writer)
+                _copy_difference(packs, item, mapped=mapped, writer=writer)
                 continue
             data = mapped.bytes(item)
             _check(packs, item, data)
@@ -57,12 +58,11 @@ def copy_to_new_pack(
                     _check(packs, base, mapped.bytes(base))
                     sound.add(base.info.digest)
                 if coded := _difference(item, data, mapped.bytes(base)):
-                    info = item.info
                     writer.add_difference(
                         info.digest, info.dtype, info.shape, base=base.info.digest, coded=memoryview(coded)
                     )
                     continue
-            writer.add(item.info.digest, item.info.dtype, item.info.shape, data, is_sure=False)
+            writer.add(info.digest, info.dtype, info.shape, data=data, is_sure=False)
         return writer.finish(packs)
     except Changed as error:
         # The pack that it was copied from has changed since it was checked.
@@ -77,7 +77,7 @@ def copy_to_new_pack(
 def _differing(
     wanted: Sequence[Wanted], stored_bases: Mapping[str, Wanted], bases: Mapping[str, str]
 ) -> dict[str, Wanted]:
-    """The tensors that a difference is tried of, and from what: the largest, as long as a pack's index has room."""
+    """The tensors to try as differences, and their bases: the largest, as long as a pack's index has room."""
     found = {}
     types = [(item.info.dtype, item.info.shape) for item in wanted]
     room = header.MAX_HEADER - (64 << 10) - index_bound(types)
@@ -94,7 +94,7 @@ def _differing(
 
 
 def _copy_difference(packs: Path, item: Wanted, mapped: loading.Mapped, writer: PackWriter) -> None:
-    """Copy a difference as it is, once it is seen to give what was saved."""
+    """Copy a difference as it is, after a check that it gives what was saved."""
     loading.verify(packs, [item], loading.Mapped(packs))
     info, place = item.info, item.location
     assert place.base is not None
@@ -110,13 +110,13 @@ def _can_differ(item: Wanted, base: Wanted) -> bool:
 
 
 def _difference(item: Wanted, data: memoryview, base: memoryview) -> bytes | None:
-    """The difference of a tensor from its base, seen to give it back; None if that saves too little."""
+    """The difference of a tensor from its base, checked to give it back; None if that saves too little."""
     size = ELEMENT_TYPES[item.info.dtype].size
-    coded = differences.encode(data, base, size, _run)
+    coded = differences.encode(data, base, item_size=size, run=_run)
     if len(coded) > _WORTH_IT * len(data):
         return None
     back = bytearray(len(data))
-    decoding = differences.Decoding(memoryview(coded), base, size, memoryview(back))
+    decoding = differences.Decoding(memoryview(coded), base, item_size=size, out=memoryview(back))
     _run(range(decoding.chunks), decoding.work)
     assert tensor_digest(item.info.dtype, item.info.shape, memoryview(back)) == item.info.digest
     return coded

@@ -65,7 +65,7 @@ class Encoded:
         self.digests = [None] * len(self.leaves)
 
     def tensors(self) -> list[TensorInfo]:
-        """What the manifest lists; every digest must be known."""
+        """The tensors as the manifest lists them; every digest must be known."""
         pairs = zip(self.leaves, self.digests, strict=True)
         return [TensorInfo(leaf.dtype, leaf.shape, digest or "") for leaf, digest in pairs]
 
@@ -159,7 +159,8 @@ def write_new(
                 _logger.warning(
                     "another thread changed %d of %d tensors while they were saved: each is saved as it was at one "
                     "moment, but not all at the same moment; pause that thread while you save",
-                    *(len(error.digests), len(state.leaves)),
+                    len(error.digests),
+                    len(state.leaves),
                 )
             for slot, leaf in enumerate(state.leaves):
                 if leaf.is_live and (attempt or state.digests[slot] in error.digests):
@@ -170,6 +171,7 @@ def write_new(
 def _write_new(
     state: Encoded, known: Known, *, tmp: Path, packs: Path, progress: Callable[[int, int], None]
 ) -> PackInfo | None:
+    """One attempt of `write_new`."""
     if len(state.leaves) > MANY:
         _hash(state)
     # Slots that may be new and are in no batch yet.
@@ -190,7 +192,7 @@ def _write_new(
                 hashing.release(rest, writing=bool(new))
                 possible.difference_update(item.slot for item in batch)
                 if new:
-                    writer = writer or _writer_of(state, new, possible, tmp)
+                    writer = writer or _writer_of(state, new, possible=possible, tmp=tmp)
                     _write(writer, new, hashing)
                 done += sum(item.leaf.size for item in batch)
                 progress(done, total)
@@ -227,7 +229,7 @@ def _writer_of(state: Encoded, new: Sequence[_Hashed], possible: Collection[int]
 def _write(writer: PackWriter, new: Sequence[_Hashed], hashing: _Hashing) -> None:
     for item in new:
         leaf, data = item.leaf, item.leaf.buffer() if item.data is None else item.data
-        writer.add(item.digest, leaf.dtype, leaf.shape, data, is_sure=item.is_sure)
+        writer.add(item.digest, leaf.dtype, leaf.shape, data=data, is_sure=item.is_sure)
         hashing.release([item], writing=True)
 
 
@@ -240,6 +242,8 @@ def _hash(state: Encoded) -> None:
 
 
 class _Hashed(NamedTuple):
+    """A tensor of a state with its digest."""
+
     slot: int
     digest: str
     leaf: Leaf
@@ -359,7 +363,8 @@ class _Hashing:
         if digest is None:
             threads = ALL_CORES if leaf.size >= _LARGE else 1
             digest = remembered.digest(leaf.address, leaf.dtype, leaf.shape, data, threads=threads)
-        return _Hashed(slot, digest, leaf, data if is_copied else None, is_sure)
+        copy = data if is_copied else None
+        return _Hashed(slot=slot, digest=digest, leaf=leaf, data=copy, is_sure=is_sure)
 
     def _claim(self, thread: int) -> int | None:
         """The next run to hash, in order, once there is room for the copies that it may need.
@@ -385,7 +390,7 @@ class _Hashing:
 
 
 def _is_copied(leaf: Leaf) -> bool:
-    """Whether a tensor's bytes are copied to be hashed: where it takes that, and where it costs nothing."""
+    """Whether a tensor's bytes are copied to be hashed: where they must be, and where that costs almost nothing."""
     return not leaf.is_plain or (leaf.is_live and leaf.size < SMALLEST)
 
 

@@ -27,7 +27,7 @@ FOLDERS = ("packs", "manifests", "tmp")
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What a put left behind: the manifest, its digest and bytes, and the packs with the tensors that were new."""
+    """What `put` has stored: the manifest, its digest and bytes, and the packs with the tensors that were new."""
 
     digest: str
     manifest: Manifest
@@ -85,7 +85,8 @@ class Store:
         from registry.store.saving import Encoded
         from registry.store.tree import encode
 
-        return Encoded(*encode(components))
+        documents, leaves = encode(components)
+        return Encoded(documents, leaves)
 
     def put(
         self,
@@ -130,7 +131,7 @@ class Store:
         self._manifests.keep(digest, manifest)
         for pack in written.packs:
             self._packs.keep(pack)
-        return Stored(digest, manifest, written.packs, text)
+        return Stored(digest=digest, manifest=manifest, packs=written.packs, text=text)
 
     def add(
         self, state: Encoded, *, progress: Callable[[int, int], None] = lambda done, total: None
@@ -167,7 +168,7 @@ class Store:
             return copy_to_new_pack(self._locator, digests, bases or {}, packs=self.packs, tmp=self.tmp)
 
     def discard_pack(self, digest: str) -> None:
-        """Remove a pack that was written for nothing: nobody else can have come to rely on it, as its name is new."""
+        """Remove a pack that was written for nothing. Nobody else relies on it, as its name is new."""
         with storage_errors(self.root):
             durable.unlink(self.pack_path(digest), inner=INNER)
 
@@ -221,10 +222,10 @@ class Store:
     def borrowed(
         self, digest: str, only: str | Sequence[str], *, verify: bool = True, label: str = ""
     ) -> Iterator[dict[str, Any]]:
-        """Stored trees whose tensors the body copies to where they are needed; as `get`, and read again behind it.
+        """As `get`, for a body that copies the tensors elsewhere; behind it they are checked again.
 
         Raises:
-            Corrupt: as `get`, and if a byte was changed on the disk meanwhile, so that it is not known what was copied.
+            Corrupt: as `get`, and if a byte changed on the disk meanwhile, so that it is not known what was copied.
         """
         # Lazy: loads torch.
         from registry.store.loading import lent
@@ -292,20 +293,6 @@ class Store:
                 lambda wanted: load(self.packs, wanted, copy=False, check=verify),
             )
 
-    @contextlib.contextmanager
-    def _reading(self, digest: str, label: str) -> Iterator[None]:
-        """Name the checkpoint in what goes wrong, remember damage, and tell damage from removal."""
-        label = label or digest[:12]
-        try:
-            with naming(label), storage_errors(self.root):
-                yield
-        except (Corrupt, NotFound) as error:
-            if is_digest(digest) and self.index.was_removed(digest):
-                raise NotFound(f"{label} was removed while it was read") from error
-            if isinstance(error, Corrupt) and error.pack and not isinstance(error, Missing):
-                self.distrusted.add(error.pack)
-            raise
-
     def __iter__(self) -> Iterator[str]:
         """The digests of all stored manifests, sorted."""
         return iter(self._manifests.digests())
@@ -351,3 +338,17 @@ class Store:
     def pack_is_whole(self, digest: str, size: int) -> bool:
         """Whether a pack's file is there in its full size, in bytes."""
         return self._packs.is_whole(digest, size)
+
+    @contextlib.contextmanager
+    def _reading(self, digest: str, label: str) -> Iterator[None]:
+        """Name the checkpoint in what goes wrong, remember damage, and tell damage from removal."""
+        label = label or digest[:12]
+        try:
+            with naming(label), storage_errors(self.root):
+                yield
+        except (Corrupt, NotFound) as error:
+            if is_digest(digest) and self.index.was_removed(digest):
+                raise NotFound(f"{label} was removed while it was read") from error
+            if isinstance(error, Corrupt) and error.pack and not isinstance(error, Missing):
+                self.distrusted.add(error.pack)
+            raise

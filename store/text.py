@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 
 _LIMIT = 80
+"""Characters of a text that `quoted` shows in full."""
 
 
 def printable(text: str) -> str:

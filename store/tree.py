@@ -26,6 +26,8 @@ from registry.store.text import quoted
 
 MAX_DEPTH = 200
 _INLINE_BYTES = 512
+"""Bytes of a `bytes` value that stands in the document itself, at most."""
+
 _MAX_INT_BITS = 4_096
 _NUMPY_TYPES = frozenset(ELEMENT_TYPES) & {np.dtype(t).name for t in "?bBhHiIqQefdFD"}
 _TORCH_TYPES = {getattr(torch, name): name for name in ELEMENT_TYPES if hasattr(torch, name)}
@@ -56,10 +58,17 @@ class Leaf(NamedTuple):
     def of(cls, tensor: torch.Tensor) -> Leaf:
         """The leaf of a torch tensor of a dtype that can be stored."""
         kind, shape, size = _TORCH_TYPES[tensor.dtype], tuple(tensor.shape), tensor.nbytes
-        return cls(kind, shape, tensor, size, is_plain(tensor), tensor.data_ptr() if size else 0)
+        return cls(
+            dtype=kind,
+            shape=shape,
+            source=tensor,
+            size=size,
+            is_plain=is_plain(tensor),
+            address=tensor.data_ptr() if size else 0,
+        )
 
     def copied(self) -> Leaf:
-        """The same with the values as they are now, which nobody else can change."""
+        """The leaf with a copy of its values as they are now, which nobody else can change."""
         return self._replace(source=bytes(self.buffer()), is_plain=True, address=0, is_live=False)
 
     def buffer(self) -> memoryview:
@@ -96,6 +105,8 @@ def encode(components: Mapping[str, Any]) -> tuple[dict[str, Any], list[Leaf]]:
 
 
 class _Encoder:
+    """Turns trees into documents, and collects their distinct tensors."""
+
     def __init__(self) -> None:
         self.leaves: list[Leaf] = []
         self._slots: dict[tuple[object, ...], int] = {}
@@ -137,7 +148,9 @@ class _Encoder:
     def _bytes(self, value: bytes, path: Path) -> Any:
         if len(value) <= _INLINE_BYTES:
             return {"$bytes": value.hex()}
-        return {"$bytes": self._add(Leaf("uint8", (len(value),), value, len(value), True, is_live=False))}
+        size = len(value)
+        leaf = Leaf("uint8", (size,), source=value, size=size, is_plain=True, is_live=False)
+        return {"$bytes": self._add(leaf)}
 
     def _list(self, value: list[Any], path: Path) -> Any:
         return [self.encode(item, (*path, i)) for i, item in enumerate(value)]
@@ -198,9 +211,9 @@ class _Encoder:
             raise Unsupported(f"{_shown(path)}: a numpy array of dtype {array.dtype.str}; convert it first")
         plain = bool(array.flags.c_contiguous)
         if array.size == 0:
-            return self._add(Leaf(name, array.shape, array, 0, plain))
+            return self._add(Leaf(name, array.shape, source=array, size=0, is_plain=plain))
         address = array.__array_interface__["data"][0]
-        leaf = Leaf(name, array.shape, array, array.nbytes, plain, address)
+        leaf = Leaf(name, array.shape, source=array, size=array.nbytes, is_plain=plain, address=address)
         return self._add(leaf, ("numpy", address, array.shape, array.strides, name))
 
     def _add(self, leaf: Leaf, identity: tuple[object, ...] | None = None) -> int:

@@ -27,7 +27,7 @@ class Branch:
         kind: how it is related to the version before it in the tree: the kind of an edge of the lineage, such as
             `resumed-from`, or `trained on from` for the version before it in the same run.
         name: the version's name; or what an edge gives in its place, such as the digest of a file or a removed version.
-        version: none where the edge leads to no version.
+        version: None where the edge leads to no version.
         branches: what is beyond it, in the direction of the tree.
         cut: why `branches` is empty although there may be more: `repeated` if the version is in the tree already,
             `deep` if it is too many levels away.
@@ -78,8 +78,39 @@ def descendants(catalog: Catalog, version: Version, *, deepest: int = DEEPEST) -
     return _tree(version, next_to, deepest)
 
 
+def ancestors(catalog: Catalog, name: str) -> set[str]:
+    """Names of a version and of all that it came from: parents within a run, and edges of the lineage."""
+    found: set[str] = set()
+    waiting = [name]
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        found.add(name)
+        try:
+            version = resolve(catalog, check_version_name(name))
+        except (Invalid, NotFound):
+            # The name was made up, or the version was removed since.
+            continue
+        if parent := version.record.get("parent"):
+            waiting.append(parent)
+        above = (name_of(catalog, edge["parent"]) for edge in version.record.get("lineage", []))
+        waiting += [parent for parent in above if parent]
+    return found
+
+
+def children(catalog: Catalog, version: Version) -> list[tuple[Version, str]]:
+    """The versions that came from one by an edge of the lineage, and the kind of the edge."""
+    edges = catalog.query(
+        "SELECT child, kind FROM lineage WHERE parent = ? ORDER BY child, kind", [version.id]
+    )
+    found = find_versions(catalog, "v.id IN (SELECT child FROM lineage WHERE parent = ?)", [version.id])
+    versions = {child.id: child for child in found}
+    return [(versions[child], kind) for child, kind in edges if child in versions]
+
+
 _Step: TypeAlias = "tuple[str, str, Version | None]"
-"""From one version to the next: the kind of the edge, the name of what it leads to, and the version if it leads to one."""
+"""From one version to the next: the kind of the edge, the name of its end, and the version if its end is one."""
 
 
 def _tree(root: Version, next_to: Callable[[Version], list[_Step]], deepest: int) -> list[Branch]:
@@ -106,34 +137,3 @@ def _tree(root: Version, next_to: Callable[[Version], list[_Step]], deepest: int
         return Branch(kind, version.name, version, branches=grow(version, depth + 1))
 
     return grow(root, 0)
-
-
-def ancestors(catalog: Catalog, name: str) -> set[str]:
-    """Names of a version and of all that it came from: parents within a run, and edges of the lineage."""
-    found: set[str] = set()
-    waiting = [name]
-    while waiting:
-        name = waiting.pop()
-        if name in found:
-            continue
-        found.add(name)
-        try:
-            version = resolve(catalog, check_version_name(name))
-        except (Invalid, NotFound):
-            # Made up, or removed since.
-            continue
-        if parent := version.record.get("parent"):
-            waiting.append(parent)
-        above = (name_of(catalog, edge["parent"]) for edge in version.record.get("lineage", []))
-        waiting += [parent for parent in above if parent]
-    return found
-
-
-def children(catalog: Catalog, version: Version) -> list[tuple[Version, str]]:
-    """The versions that came from one by an edge of the lineage, and the kind of the edge."""
-    edges = catalog.query(
-        "SELECT child, kind FROM lineage WHERE parent = ? ORDER BY child, kind", [version.id]
-    )
-    found = find_versions(catalog, "v.id IN (SELECT child FROM lineage WHERE parent = ?)", [version.id])
-    versions = {child.id: child for child in found}
-    return [(versions[child], kind) for child, kind in edges if child in versions]

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _TRIES = 4
 
 _LOOK_AGAIN = 1.0
-"""Seconds after which a connection that stays open looks whether the log has what the catalog could not take."""
+"""Seconds after which a connection that stays open checks whether the log has entries that the catalog lacks."""
 
 _logger = logging.getLogger(__name__)
 
@@ -68,9 +68,9 @@ class Catalog:
         self._database.format = number
 
     def create(self, created_by: str) -> None:
-        """Create a log and a catalog, unless there are some, or another process makes them at this moment.
+        """Create the log and the catalog, unless they are there or another process is creating them.
 
-        The log has a first entry before anything is saved, so that one that was lost can be told from one that is new.
+        The log has a first entry before anything is saved, so that a lost log can be told from a new one.
         """
         # Lazy: start-up.
         from registry.catalog.refolding import refold_locked
@@ -99,37 +99,6 @@ class Catalog:
         """
         return self._held(writes=writes).connection
 
-    def _held(self, *, writes: bool = False) -> Held:
-        database = self._database
-        if database.format == 1:
-            database.look_for_another_format()
-        held = database.held
-        if held is not None and held.pid != os.getpid():
-            held = self._local.ledger = None
-        if held is not None:
-            if held.connection.in_transaction or self._is_current(held, writes):
-                return held
-            # It was made anew, or has changed where it is only read.
-            self.close()
-        held = database.hold(*self._opening.opened(writes=writes))
-        if writes:
-            # It may be behind the log, which a reader must notice.
-            held.looked = -math.inf
-        return held
-
-    def _is_current(self, held: Held, writes: bool) -> bool:
-        """Whether a connection shows what the log says; looked at again now and then, as a disk may have been full."""
-        database = self._database
-        if held.identity != database.identity(held.identity):
-            return False
-        if isinstance(held.identity, LogState | Still):
-            return not (writes and database.is_writable)
-        if writes or held.looked + _LOOK_AGAIN > time.monotonic() or not isinstance(held.identity, FileId):
-            return True
-        held.looked = time.monotonic()
-        with database.errors():
-            return not is_behind(held.connection, database.journal)
-
     def close(self) -> None:
         """Close this thread's connection."""
         self._database.close()
@@ -154,15 +123,15 @@ class Catalog:
         """Make one change: wholly, or not at all.
 
         Args:
-            compute: says what is to be recorded, from what it reads in the view that it is given. It has no effect on
-                anything else, and may be called several times.
+            compute: returns the records, from what it reads in the view that it is given. It has no other effect, and
+                may be called several times.
 
         Returns:
             The entry of the log; None if there was nothing to record.
 
         Raises:
-            RegistryError: from `compute`, or why the change cannot be made; nothing was changed then, but for a
-                `StorageError` which says that the log has it.
+            RegistryError: from `compute`, or saying why the change cannot be made. Nothing was changed then, unless a
+                `StorageError` says that the log has the change.
         """
         # Lazy: start-up.
         from registry.catalog.transactions import commit
@@ -193,7 +162,7 @@ class Catalog:
         return adopt(self._database, self._held(writes=True), compute, reason=reason)
 
     def check_unbroken(self) -> None:
-        """See that changes are possible, before anything is written for one.
+        """Check that changes are possible, before anything is written for one.
 
         Raises:
             Corrupt: if entries of the log are lost, and nobody has accepted that.
@@ -202,12 +171,12 @@ class Catalog:
             raise not_before(self.journal, gaps[0])
 
     def gaps(self) -> list[str]:
-        """What is damaged in the log and in the catalog's copy of it, in words; nothing can be changed then."""
+        """What is damaged both in the log and in its copy, in words. While anything is, no change is possible."""
         found = self.query("SELECT value FROM state WHERE key = 'gaps'")
         return gaps_in(found[0][0]) if found else []
 
     def refold(self, *, why: str = "") -> Refolded:
-        """Make the catalog anew from the log, one of format 1 too; see `registry.catalog.refolding.refold`."""
+        """Make the catalog anew from the log, and migrate one of format 1; see `registry.catalog.refolding.refold`."""
         # Lazy: start-up.
         from registry.catalog.refolding import refold
 
@@ -216,8 +185,10 @@ class Catalog:
         return refold(self._database, self.ledger, why=why)._replace(problems=problems)
 
     def problems(self) -> list[str]:
-        """What of the log, the catalog's copy of it and the tables does not fit together; see
-        `registry.catalog.invariants.Comparison`."""
+        """Where the log, the catalog's copy of it and the tables contradict one another, in words.
+
+        See `registry.catalog.invariants.Comparison`.
+        """
         # Lazy: start-up.
         from registry.catalog.invariants import Comparison
 
@@ -289,7 +260,7 @@ class Catalog:
         raise StorageError(f"{self.path}: other processes keep changing the catalog; repeat")
 
     def locate(self, digests: Collection[str]) -> dict[str, Location]:
-        """Where stored tensors lie; as the next two, for the store."""
+        """Where stored tensors lie; as `registry.store.locating.Index` asks for it."""
         return locate(self.query, digests)
 
     def manifest_text(self, manifest_id: str) -> bytes | None:
@@ -313,3 +284,40 @@ class Catalog:
             )
         except RegistryError:
             return False
+
+    def _held(self, *, writes: bool = False) -> Held:
+        """This thread's connection, opened again unless it shows what the log says; see `connection`."""
+        database = self._database
+        if database.format == 1:
+            database.look_for_another_format()
+        held = database.held
+        if held is not None and held.pid != os.getpid():
+            # They are the parent's.
+            held = self._local.ledger = None
+        if held is not None:
+            if held.connection.in_transaction or self._is_current(held, writes):
+                return held
+            # The catalog was made anew, or it is open as if it never changed, and has changed.
+            self.close()
+        opened = self._opening.opened(writes=writes)
+        held = database.hold(opened.connection, opened.identity)
+        if writes:
+            # It may be behind the log, so the next reader must look.
+            held.looked = -math.inf
+        return held
+
+    def _is_current(self, held: Held, writes: bool) -> bool:
+        """Whether a connection shows what the log says.
+
+        The log itself is looked at only now and then. A catalog is behind it only after trouble, such as a full disk.
+        """
+        database = self._database
+        if held.identity != database.identity(held.identity):
+            return False
+        if isinstance(held.identity, LogState | Still):
+            return not (writes and database.is_writable)
+        if writes or held.looked + _LOOK_AGAIN > time.monotonic() or not isinstance(held.identity, FileId):
+            return True
+        held.looked = time.monotonic()
+        with database.errors():
+            return not is_behind(held.connection, database.journal)

@@ -1,7 +1,7 @@
 """How each entry of the log changes the tables.
 
 The same code applies an entry when it is made and when a catalog catches up. A catalog that is made anew is filled from
-a `Ledger`, which knows what each operation means for itself.
+a `Ledger`, which has code of its own for each operation.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ class Change:
 
     Attributes:
         rows, packs: the tables.
-        is_unsure: whether what follows is not certain from the tables alone, so that they are to be made anew.
-        beside: what is to be recorded of the write-ahead log that was there when the transaction began; see `pairing`.
+        is_unsure: whether the tables alone do not tell what an entry changes, so that they must be made anew.
+        beside: the rows of `state` about the write-ahead log that the transaction found; see
+            `registry.catalog.pairing.after`.
     """
 
     def __init__(self, connection: sqlite3.Connection, material: Material) -> None:
@@ -45,6 +46,7 @@ class Change:
         self.is_unsure = False
         self.beside: dict[str, str] = {}
         self._seq = 0
+        # Model and number of the versions that the present entry has removed, by id.
         self._freed: dict[str, tuple[str, int]] = {}
 
     def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
@@ -87,7 +89,7 @@ class Change:
         """Say how much of the log the catalog holds.
 
         Args:
-            last: the last entry, or what follows from all up to it.
+            last: the last entry, or the ledger of all entries.
             end: where the log ends behind it.
         """
         for key, value in self.beside.items():
@@ -98,6 +100,13 @@ class Change:
         self.rows.set_state("digest", last.digest)
         self.rows.set_state("segment", end.segment)
         self.rows.set_state("offset", end.offset)
+
+    def is_live(self, manifest_id: str) -> bool:
+        """Whether a manifest is that of a version or an artifact."""
+        return any(
+            self._one(f"SELECT 1 FROM {table} WHERE id = ? LIMIT 1", manifest_id)
+            for table in ("versions", "artifacts")
+        )
 
     def _execute(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> sqlite3.Cursor:
         return self.connection.execute(sql, parameters)
@@ -155,14 +164,8 @@ class Change:
     def _set_doomed(self, digest: str, at: str) -> None:
         self._execute("INSERT OR REPLACE INTO doomed (digest, at) VALUES (?, ?)", (digest, at))
 
-    def is_live(self, manifest_id: str) -> bool:
-        """Whether a manifest is that of a version or an artifact."""
-        return any(
-            self._one(f"SELECT 1 FROM {table} WHERE id = ? LIMIT 1", manifest_id)
-            for table in ("versions", "artifacts")
-        )
-
     def _live(self, ids: set[str]) -> set[str]:
+        """Those of some manifests that count."""
         found: set[str] = set()
         for part in batches(ids):
             found.update(
@@ -171,6 +174,7 @@ class Change:
         return found
 
     def _read(self, manifest_id: str, text: str | None) -> Manifest | None:
+        """A manifest, from its file or from the text that the entry carries; None if it cannot be read."""
         if text is None or self._material.knows(manifest_id):
             return self._material.find_manifest(manifest_id)
         try:
@@ -196,7 +200,7 @@ class Change:
         return manifest
 
     def _release(self, manifest_id: str) -> None:
-        """Let a manifest go that neither a version nor an artifact names."""
+        """Let a manifest go, unless a version or an artifact still has it."""
         if not self.is_live(manifest_id):
             self._execute("DELETE FROM manifests WHERE id = ?", (manifest_id,))
             self._execute("DELETE FROM doomed WHERE digest = ?", (manifest_id,))
@@ -310,10 +314,10 @@ class Change:
         return found
 
     def _begin(self, record: Record, entry: Entry) -> None:
-        """The registry is new."""
+        """Nothing changes: the registry is new."""
 
     def _adopt(self, record: Record, entry: Entry) -> None:
-        """What was lost is accepted as lost; a catalog is made anew behind this."""
+        """Lost entries are accepted as lost, and the tables must be made anew."""
         self.is_unsure = True
 
 

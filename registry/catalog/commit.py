@@ -1,4 +1,7 @@
-"""Publishing: store trees, and make them known in one commit, again while other processes remove what they rely on."""
+"""Publishing: store trees, and make them known in one commit.
+
+If other processes remove meanwhile what the trees rely on, both steps are repeated.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ class Taken(Stale):
 
 
 class Doomed(Stale):
-    """The manifest has a name that was doomed, and no room in the log for its text. Never reaches users."""
+    """The manifest's id was doomed, and its text is too large for the log. Never reaches users."""
 
 
 def publish(
@@ -47,9 +50,9 @@ def publish(
     """Store trees and make them known.
 
     Args:
-        record: what the manifest carries along; its time is set anew, or a salt is added, where its name is taken.
-        records: says what makes the manifest known, from the view inside the commit, its id, and the field that
-            carries its text.
+        record: what the manifest carries along. If the manifest's id is taken, the record gets a new time, or a salt.
+        records: returns the records that make the manifest known, from the view inside the commit, its id, and the
+            field that carries its text.
         what: what to call it in an error.
 
     Returns:
@@ -61,17 +64,17 @@ def publish(
         Conflict: if others change the registry again and again.
     """
     catalog.check_unbroken()
-    # What other processes wrote cannot be written again here.
-    again = not isinstance(state, Written)
+    # Packs that other processes wrote cannot be written again here.
+    is_repeatable = not isinstance(state, Written)
     for attempt in range(_ATTEMPTS):
-        # The last time nobody else may change anything meanwhile.
+        # The last attempt stores inside the commit, while nobody else can change anything.
         alone = attempt == _ATTEMPTS - 1
         stored: Stored | None = None if alone else store.put(state, record, progress=progress)
 
         def compute(view: View) -> list[Record]:
             nonlocal stored
             stored = stored or store.put(state, record, progress=progress)
-            packs = _packs(view, stored, strict=again and attempt < _ATTEMPTS // 2)  # noqa: B023
+            packs = _packs(view, stored, strict=is_repeatable and attempt < _ATTEMPTS // 2)  # noqa: B023
             text = manifest_text(stored.text)
             if not text and view.query("SELECT 1 FROM doomed WHERE digest = ?", [stored.digest]):
                 raise Doomed(f"{stored.digest[:12]} was doomed")
@@ -80,29 +83,42 @@ def publish(
         try:
             entry = catalog.commit(compute)
             assert stored is not None
-            # Garbage collection took the file before the commit; the log has the text.
+            # Garbage collection took the file before the commit. Reading the manifest writes it again, from the log.
             if not store.has(stored.digest):
                 store.manifest(stored.digest)
             return stored.digest, entry.records if entry else ()
         except Stale as error:
-            stays = isinstance(error, Taken) and not again
+            stays = isinstance(error, Taken) and not is_repeatable
             for pack in stored.packs if stored and not stays else ():
                 store.discard_pack(pack.digest)
-            if not (again or stays):
+            if not (is_repeatable or stays):
                 break
             if "created" in record:
                 record["created"] = now()
             elif isinstance(error, Doomed):
-                # What records no time has its content for a name.
+                # Without a time in the record, the id follows from the content alone.
                 record["salt"] = secrets.token_hex(16)
     raise Conflict(f"{what}: other processes kept changing the registry during the save; repeat it")
 
 
+def publish_version(view: View, model: str, manifest_id: str, text: Mapping[str, str]) -> Record:
+    """The record that makes a manifest the next version of a model.
+
+    Raises:
+        Taken: if it is a version already.
+    """
+    if view.query("SELECT 1 FROM versions WHERE id = ?", [manifest_id]):
+        raise Taken(f"{manifest_id[:12]} is a version already")
+    version = view.next_version(model)
+    return {"op": "publish", "id": manifest_id, "model": model, "version": version, **text}
+
+
 def _packs(view: View, stored: Stored, *, strict: bool) -> list[Record]:
-    """What is to be recorded of the packs that a save wrote, once all that it relies on is there.
+    """The records of the packs that a save wrote, once all that it relies on is there.
 
     Args:
-        strict: also ask that no tensor of the new packs was stored by somebody else meanwhile.
+        strict: also require that no other process has stored tensors of the new packs meanwhile, and that no pack that
+            the save relies on is damaged.
 
     Raises:
         Stale: if something is not there any more.
@@ -138,7 +154,7 @@ def _packs(view: View, stored: Stored, *, strict: bool) -> list[Record]:
 
 
 def _with_bases(view: View, places: Mapping[str, Location]) -> dict[str, Location]:
-    """Places, and those of the tensors that others are stored as differences from.
+    """Places of tensors, and those of the tensors that they are stored as differences from.
 
     Raises:
         Stale: if one is not there.
@@ -152,15 +168,3 @@ def _with_bases(view: View, places: Mapping[str, Location]) -> dict[str, Locatio
         found |= new
         wanted = {place.base for place in new.values() if place.base} - set(found)
     return found
-
-
-def publish_version(view: View, model: str, manifest_id: str, text: Mapping[str, str]) -> Record:
-    """What is to be recorded so that a manifest is the next version of a model.
-
-    Raises:
-        Taken: if it is a version already.
-    """
-    if view.query("SELECT 1 FROM versions WHERE id = ?", [manifest_id]):
-        raise Taken(f"{manifest_id[:12]} is a version already")
-    version = view.next_version(model)
-    return {"op": "publish", "id": manifest_id, "model": model, "version": version, **text}

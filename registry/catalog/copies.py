@@ -98,10 +98,10 @@ def copies(connection: sqlite3.Connection) -> Iterator[Entry]:
 
 
 def text_in(connection: sqlite3.Connection, ledger: Ledger | None = None) -> Callable[[str], bytes | None]:
-    """What gives the text of a manifest from the catalog's copy of the log.
+    """A function that gives the text of a manifest from the catalog's copy of the log.
 
     Args:
-        ledger: says which entry carries a manifest; the tables say it unless given.
+        ledger: says which entry carries a manifest; without it the tables do.
     """
 
     def text(manifest_id: str) -> bytes | None:
@@ -135,7 +135,7 @@ def head(connection: sqlite3.Connection) -> tuple[int, str, Position]:
 
 
 def is_behind(connection: sqlite3.Connection, journal: Journal) -> bool:
-    """Whether the log has entries that the catalog has not, or is not the one that the catalog knows."""
+    """Whether the log has entries that the catalog lacks, or is not the log that the catalog follows."""
     seq, digest, end = head(connection)
     if not journal.ends_at(end, seq):
         return True
@@ -149,10 +149,13 @@ def state(connection: sqlite3.Connection, key: str) -> str | None:
 
 
 def gaps_in(text: Any) -> list[str]:
-    """What the catalog says to be lost of the log, in words.
+    """The gaps of the log that a catalog names, in words.
+
+    Args:
+        text: a list of them as JSON, from the table `state`.
 
     Raises:
-        Damaged: if that makes no sense.
+        Damaged: if it is anything else.
     """
     try:
         found = json.loads(text)
@@ -164,7 +167,7 @@ def gaps_in(text: Any) -> list[str]:
 
 
 def not_before(journal: Journal, gap: object) -> Corrupt:
-    """The error of changing a registry before somebody has accepted that entries are lost."""
+    """The error of a change that comes before a user has accepted that entries are lost."""
     advice = "nothing can be changed before: registry rebuild --adopt"
     return Corrupt(f"{journal.folder}: {gap}; {advice}")
 

@@ -1,4 +1,4 @@
-"""The database of a catalog: its file, a thread's connection to it, and what tells it from another that takes its place.
+"""The database of a catalog: its file, a thread's connection to it, and its identity.
 
 Nothing but SQLite opens the file or its index: by the rules of POSIX, whoever closes a file gives up all locks that its
 process has on it.
@@ -40,21 +40,23 @@ OLD = "catalog.sqlite.format1"
 """What the catalog of format 1 is called once the present format has taken its place."""
 
 BUSY_SECONDS = 60
+"""Seconds that SQLite waits for a lock of another process."""
+
 PARTS = ("", "-wal", "-shm", "-journal", pairing.WHOLE)
 """What is added to the name of the database for the files beside it; the last one is our own."""
 
 ALONE = "mode=ro&immutable=1"
-"""How SQLite opens a database as if nobody else had it, without what lies beside it."""
+"""How SQLite opens a database as if it never changed, without the files beside it."""
 
 UNREADABLE = (sqlite3.Error, UnicodeDecodeError)
-"""What reading a damaged database raises; the second where its own message holds what is damaged."""
+"""What reading a damaged database raises; the second where SQLite's message quotes damaged bytes."""
 
 _LONGEST = 256 << 20
 """Bytes of a value that SQLite may make, so that a forged table cannot ask for more memory."""
 
 
 class Damaged(Corrupt):
-    """The catalog contradicts itself; made anew, it will not."""
+    """The catalog is damaged or contradicts itself, and can be made anew from the log."""
 
 
 class Replaced(RegistryError):
@@ -76,7 +78,7 @@ class OldState(NamedTuple):
 
 
 class Still(NamedTuple):
-    """What shows whether a catalog that is read as if it never changed has changed all the same."""
+    """Shows whether a catalog that SQLite reads as if it never changed has changed all the same."""
 
     device: int
     inode: int
@@ -127,7 +129,7 @@ class Database:
         """Keep a connection for this thread, and let go of the one before.
 
         Args:
-            identity: what tells its file.
+            identity: tells its file from another one; see `identity`.
         """
         self._local.held = held = Held(self.path, connection, identity)
         return held
@@ -153,7 +155,7 @@ class Database:
         )
 
     def check_writable(self) -> None:
-        """See that this process may change the catalog.
+        """Check that this process may change the catalog.
 
         Raises:
             NotFound: if the registry is not there any more.
@@ -164,7 +166,7 @@ class Database:
             raise StorageError(f"{self.path}: cannot be written; ask its owner for access")
 
     def check_is_there(self) -> None:
-        """See that the registry has its folder.
+        """Check that the registry is still in its folder.
 
         Raises:
             NotFound: if the registry is not there any more.
@@ -175,10 +177,12 @@ class Database:
             )
 
     def identity(self, like: object = None) -> object:
-        """What tells the catalog's file, or the log that one in memory was made from, from another that takes its place.
+        """What changes when another catalog takes the place of this one.
+
+        For a catalog in the file this tells the file. For one in memory it tells the log that it was made from.
 
         Args:
-            like: what was returned before.
+            like: an earlier result; the new one is of the same kind.
         """
         if isinstance(like, LogState):
             return self.log_state()
@@ -210,8 +214,11 @@ class Database:
         # Lazy: start-up.
         from registry.log.format1 import journal_path
 
-        found = (places.status_of(journal_path(self.root), inner=1), places.status_of(self.path))
-        return OldState(*(status and (status.st_size, status.st_mtime_ns, status.st_ino) for status in found))
+        journal, catalog = (
+            status and (status.st_size, status.st_mtime_ns, status.st_ino)
+            for status in (places.status_of(journal_path(self.root), inner=1), places.status_of(self.path))
+        )
+        return OldState(journal=journal, catalog=catalog)
 
     def connect(self, path: Path, mode: str = "mode=rw", *, is_ours: bool = True) -> sqlite3.Connection:
         """Connect to the catalog's file, or to one that was set aside.
@@ -249,26 +256,6 @@ class Database:
                 raise
         return connection
 
-    def _set_mode(self, connection: sqlite3.Connection) -> None:
-        """Let readers and a writer work side by side where the file system allows it.
-
-        Either way a power cut leaves a consistent catalog. That it may have forgotten the last changes does no harm, as
-        the log has them.
-        """
-        # On other file systems SQLite's write-ahead log does not work.
-        local = is_local(self.root)
-        mode = "wal" if local else "delete"
-        end = time.monotonic() + BUSY_SECONDS
-        while connection.execute("PRAGMA journal_mode").fetchone() != (mode,):
-            try:
-                connection.execute(f"PRAGMA journal_mode = {mode}")
-            except sqlite3.OperationalError as error:
-                # SQLite does not wait for others here.
-                if "locked" not in str(error) or time.monotonic() > end:
-                    raise
-                time.sleep(0.01)
-        connection.execute(f"PRAGMA synchronous = {'NORMAL' if local else 'FULL'}")
-
     def alone(self) -> pairing.Alone:
         """The catalog's file as it is without what lies beside it."""
         with self.errors():
@@ -293,7 +280,7 @@ class Database:
         """Say what a failing database means and what to do.
 
         Raises:
-            Damaged: if the database is.
+            Damaged: if the database is damaged.
             StorageError: if the system refuses, or another process keeps it locked.
             Invalid: if a text is not valid Unicode.
         """
@@ -308,11 +295,32 @@ class Database:
             text = printable(str(error))
             raise Damaged(f"{self.path}: {text}; recreate it with: registry rebuild") from error
 
+    def _set_mode(self, connection: sqlite3.Connection) -> None:
+        """Let readers and a writer work side by side where the file system allows it.
+
+        Either way a power cut leaves a consistent catalog. That it may have forgotten the last changes does no harm, as
+        the log has them.
+        """
+        # On other file systems SQLite's write-ahead log does not work.
+        local = is_local(self.root)
+        mode = "wal" if local else "delete"
+        end = time.monotonic() + BUSY_SECONDS
+        while connection.execute("PRAGMA journal_mode").fetchone() != (mode,):
+            try:
+                connection.execute(f"PRAGMA journal_mode = {mode}")
+            except sqlite3.OperationalError as error:
+                # SQLite does not wait for others here.
+                if "locked" not in str(error) or time.monotonic() > end:
+                    raise
+                time.sleep(0.01)
+        connection.execute(f"PRAGMA synchronous = {'NORMAL' if local else 'FULL'}")
+
     def _meaning(self, error: sqlite3.OperationalError) -> RegistryError:
+        """The error that says what an SQLite error means and what to do."""
         text = printable(str(error))
         code = getattr(error, "sqlite_errorcode", None)
         if code == sqlite3.SQLITE_IOERR_SHORT_READ:
-            # As where the write-ahead log was deleted under a program that has it open.
+            # For example, the write-ahead log was deleted while a program had it open.
             return Damaged(f"{self.path}: it, or what SQLite keeps beside it, was cut short")
         if "full" in text or code == sqlite3.SQLITE_IOERR_SHMSIZE:
             return StorageError(f"{self.path}: no space left on the device; free some and repeat")
@@ -341,7 +349,7 @@ class Held:
     would take away what belongs to others.
 
     Attributes:
-        identity: what tells its file.
+        identity: tells its file from another one; see `Database.identity`.
         looked: when it was last seen to show all that the log has, by the monotonic clock.
         pid: the process that opened it.
         close: closes it, once.
@@ -361,12 +369,12 @@ def let_go(
     """Close a connection, unless that would take away what belongs to others; see `Held`.
 
     Args:
-        identity: what tells its file.
+        identity: that of its file when it was opened; see `Database.identity`.
         pid: the process that opened it.
         is_whole: whether the catalog's file was seen to be whole when it was opened.
     """
     now = _identity_of(path)
-    # Nobody makes another one where the folder is gone.
+    # Where the folder is gone, no other file has taken the place.
     is_gone = now is None and not path.parent.exists()
     is_another = isinstance(identity, FileId) and identity != now and not is_gone
     if pid == os.getpid() and not is_another:
@@ -378,10 +386,11 @@ def let_go(
     # Lazy: start-up.
     import ctypes
 
+    # A reference that nobody gives back keeps the connection open.
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
 
 
 def _identity_of(path: Path) -> FileId | None:
-    """What tells a file from another one that gets its name."""
+    """Tells a file from another one that gets its name."""
     status = places.status_of(path)
     return None if status is None else FileId(status.st_dev, status.st_ino)

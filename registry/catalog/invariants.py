@@ -1,7 +1,7 @@
 """What holds in every registry, checked over the tables.
 
-`broken_by` looks at what an entry touches, before the entry is written. `invariants` looks at everything, and
-`Comparison` sees that the tables are what follows from the log: `verify` and the tests ask both.
+`broken_by` checks what an entry touches, before the entry is written. `invariants` checks everything, and `Comparison`
+checks that the tables follow from the log: `verify` and the tests ask both.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ _TRIES = 4
 
 
 def broken_by(change: Change, entry: Entry, store: Store) -> str | None:
-    """The rule that an entry breaks, which has been applied in a transaction that is still open; None if it breaks none.
+    """The rule that an entry breaks, in words; None if it breaks none.
 
-    It is not made to break what was broken before: what a damaged pack should hold may stay where it should be.
+    The entry has been applied, in a transaction that is still open. It is not blamed for what was broken before: a
+    tensor still counts as there if the pack that should hold it is damaged.
     """
     for record in entry.records:
         if record["op"] in ("publish", "artifact") and (problem := _lacks(change, record["id"], store)):
@@ -55,42 +56,6 @@ def broken_by(change: Change, entry: Entry, store: Store) -> str | None:
         if _is_base(change, lost):
             return f"differences still need pack {digest[:12]}"
     return None
-
-
-def _lacks(change: Change, manifest_id: str, store: Store) -> str | None:
-    """What a manifest lacks that counts from now on."""
-    wanted = set(change.tensors_of(manifest_id))
-    depth = 0
-    while wanted:
-        places = locate(change.query, wanted)
-        if len(places) < len(wanted):
-            return f"no pack has a tensor that manifest {manifest_id[:12]} needs"
-        for pack, size in {place.pack: place.pack_size for place in places.values()}.items():
-            if not store.pack_is_whole(pack, size):
-                return f"pack {pack[:12]}, which manifest {manifest_id[:12]} needs, is not there"
-            held = store.pack_info(pack).places
-            if any(held.get(name) != place for name, place in places.items() if place.pack == pack):
-                return f"pack {pack[:12]} does not hold what the catalog says"
-        wanted = {place.base for place in places.values() if place.base}
-        depth += 1
-        if depth > MAX_CHAIN + 1:
-            return f"the differences that manifest {manifest_id[:12]} needs rest on one another too deeply"
-    return None
-
-
-def _number_is_wrong(change: Change, model: str) -> str | None:
-    rows = change.query("SELECT next_version, next_again FROM models WHERE name = ?", [model])
-    ((newest,),) = change.query("SELECT MAX(version) FROM versions WHERE model = ?", [model])
-    if not rows or rows[0][0] != rows[0][1] or newest >= rows[0][0]:
-        return f"the next version of {model} is not known"
-    return None
-
-
-def _is_base(change: Change, digests: set[str] | frozenset[str]) -> bool:
-    return any(
-        change.query(f"SELECT 1 FROM tensors WHERE base IN ({marks(part)}) LIMIT 1", part)
-        for part in batches(digests)
-    )
 
 
 def invariants(query: Callable[..., list[tuple[object, ...]]], store: Store) -> Iterator[str]:
@@ -134,32 +99,6 @@ def invariants(query: Callable[..., list[tuple[object, ...]]], store: Store) -> 
         yield "a version or artifact has no manifest"
 
 
-def _manifest_problems(
-    query: Callable[..., list[tuple[object, ...]]], manifest_id: str, store: Store
-) -> Iterator[str]:
-    needed: set[str] = set()
-    depth = 0
-    try:
-        wanted = set(store.tensors_of(manifest_id))
-        while wanted and depth <= MAX_CHAIN + 1:
-            places = locate(query, wanted)
-            needed |= {place.pack for place in places.values()}
-            if len(places) < len(wanted):
-                yield f"manifest {manifest_id[:12]} lacks {len(wanted) - len(places)} tensors"
-            wanted = {place.base for place in places.values() if place.base}
-            depth += 1
-    except RegistryError as error:
-        yield str(error)
-        return
-    if wanted:
-        yield f"the differences that manifest {manifest_id[:12]} needs rest on one another too deeply"
-    rows = query(
-        "SELECT p.digest FROM uses u JOIN packs p ON p.number = u.pack WHERE u.id = ?", [manifest_id]
-    )
-    if {str(row[0]) for row in rows} != needed:
-        yield f"the packs that manifest {manifest_id[:12]} needs are not those that the catalog says"
-
-
 class Comparison:
     """Compares the log, the catalog's copy of it, and the tables with one another.
 
@@ -181,7 +120,7 @@ class Comparison:
                 return found
         if not database.is_writable:
             return found
-        # Others keep changing what is compared.
+        # Others keep changing the registry, and are kept out now.
         with database.journal.locked():
             return list(self._problems())
 
@@ -230,7 +169,7 @@ class Comparison:
             has_unreadable = fresh.execute(empty).fetchone() is not None
             for table in schema.DERIVED:
                 if has_unreadable and table in ("tensors", "uses"):
-                    # verify names the packs.
+                    # `verify` names the packs that cannot be read.
                     continue
                 found, expected = (
                     {tuple(row) for row in one.execute(f"SELECT * FROM {table}")}
@@ -243,7 +182,7 @@ class Comparison:
 
     @contextlib.contextmanager
     def _snapshot(self) -> Iterator[sqlite3.Connection]:
-        """The catalog as it is at one moment; where readers do not hold up writers, for as long as it takes."""
+        """A connection to the catalog. Where readers do not hold up writers, it shows a single moment."""
         connection = self._connect()
         held = connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         if held:
@@ -253,3 +192,67 @@ class Comparison:
         finally:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
+
+
+def _lacks(change: Change, manifest_id: str, store: Store) -> str | None:
+    """What a manifest lacks that counts from now on, in words; None if it lacks nothing."""
+    wanted = set(change.tensors_of(manifest_id))
+    depth = 0
+    while wanted:
+        places = locate(change.query, wanted)
+        if len(places) < len(wanted):
+            return f"no pack has a tensor that manifest {manifest_id[:12]} needs"
+        for pack, size in {place.pack: place.pack_size for place in places.values()}.items():
+            if not store.pack_is_whole(pack, size):
+                return f"pack {pack[:12]}, which manifest {manifest_id[:12]} needs, is not there"
+            held = store.pack_info(pack).places
+            if any(held.get(name) != place for name, place in places.items() if place.pack == pack):
+                return f"pack {pack[:12]} does not hold what the catalog says"
+        wanted = {place.base for place in places.values() if place.base}
+        depth += 1
+        if depth > MAX_CHAIN + 1:
+            return f"the differences that manifest {manifest_id[:12]} needs rest on one another too deeply"
+    return None
+
+
+def _number_is_wrong(change: Change, model: str) -> str | None:
+    rows = change.query("SELECT next_version, next_again FROM models WHERE name = ?", [model])
+    ((newest,),) = change.query("SELECT MAX(version) FROM versions WHERE model = ?", [model])
+    if not rows or rows[0][0] != rows[0][1] or newest >= rows[0][0]:
+        return f"the next version of {model} is not known"
+    return None
+
+
+def _is_base(change: Change, digests: set[str] | frozenset[str]) -> bool:
+    """Whether a difference rests on one of some tensors."""
+    return any(
+        change.query(f"SELECT 1 FROM tensors WHERE base IN ({marks(part)}) LIMIT 1", part)
+        for part in batches(digests)
+    )
+
+
+def _manifest_problems(
+    query: Callable[..., list[tuple[object, ...]]], manifest_id: str, store: Store
+) -> Iterator[str]:
+    """What a manifest lacks, and where the table `uses` is wrong about it, in words."""
+    needed: set[str] = set()
+    depth = 0
+    try:
+        wanted = set(store.tensors_of(manifest_id))
+        while wanted and depth <= MAX_CHAIN + 1:
+            places = locate(query, wanted)
+            needed |= {place.pack for place in places.values()}
+            if len(places) < len(wanted):
+                yield f"manifest {manifest_id[:12]} lacks {len(wanted) - len(places)} tensors"
+            wanted = {place.base for place in places.values() if place.base}
+            depth += 1
+    except RegistryError as error:
+        yield str(error)
+        return
+    if wanted:
+        yield f"the differences that manifest {manifest_id[:12]} needs rest on one another too deeply"
+    rows = query(
+        "SELECT p.digest FROM uses u JOIN packs p ON p.number = u.pack WHERE u.id = ?", [manifest_id]
+    )
+    if {str(row[0]) for row in rows} != needed:
+        yield f"the packs that manifest {manifest_id[:12]} needs are not those that the catalog says"

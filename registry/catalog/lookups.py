@@ -11,6 +11,13 @@ from registry.store.errors import Corrupt
 from registry.store.locating import Location
 
 _BATCH = 500
+"""Parameters of one statement."""
+
+_PLACE_TYPES = {
+    (str, int, int, str, int, int, base, coded) for base in (str, type(None)) for coded in (int, type(None))
+}
+"""The types that the columns of a place may have."""
+
 
 Query = Callable[[str, Sequence[Any]], Sequence[Sequence[Any]]]
 """Runs SQL and returns the rows."""
@@ -35,15 +42,15 @@ def marks(items: Collection[Any]) -> str:
     return ",".join("?" * len(items))
 
 
-_PLACES = {
-    (str, int, int, str, int, int, base, coded) for base in (str, type(None)) for coded in (int, type(None))
-}
-"""Types of the columns of a place."""
-
-
 def locate(query: Query, digests: Collection[str]) -> dict[str, Location]:
-    """Where tensors lie: of the packs that have one, those without known damage come first, then those that have it
-    as it is and not as a difference, then the one that the log named first."""
+    """Where tensors lie; those that no pack has are left out.
+
+    Of several packs with the same tensor, one without known damage is preferred, then one that has the tensor itself
+    and no difference, then the one that the log named first.
+
+    Raises:
+        Corrupt: if the table holds a damaged row.
+    """
     found: dict[str, tuple[tuple[int, bool, int], Location]] = {}
     for part in batches(digests):
         rows = query(
@@ -52,7 +59,7 @@ def locate(query: Query, digests: Collection[str]) -> dict[str, Location]:
             part,
         )
         for row in rows:
-            is_right = tuple(map(type, row)) in _PLACES and 0 <= row[4] <= row[5] and (row[7] or 0) >= 0
+            is_right = tuple(map(type, row)) in _PLACE_TYPES and 0 <= row[4] <= row[5] and (row[7] or 0) >= 0
             if not is_right or not (row[6] is None or is_digest(row[6])):
                 raise Corrupt(
                     "the catalog holds a damaged row of a tensor; recreate it with: registry rebuild"
@@ -69,7 +76,7 @@ def locate(query: Query, digests: Collection[str]) -> dict[str, Location]:
 
 
 def best_id(query: Query, model: str, metric: str, *, smallest: bool) -> tuple[str, float] | None:
-    """The id of the version with the best value of a metric (or `loss`), and the value; of equal ones the earlier."""
+    """Id and value of the version with the best value of a metric (or `loss`); of equal ones the earlier version."""
     direction = "ASC" if smallest else "DESC"
     if metric == "loss":
         rows = query(

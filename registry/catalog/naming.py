@@ -31,7 +31,7 @@ def set_alias(catalog: Catalog, reference: str, alias: str) -> Version:
 
 
 def point(view: Reader, model: str, alias: str, manifest_id: str) -> list[Record]:
-    """What is to be recorded so that an alias points at a version."""
+    """The record that points an alias at a version; none if it points there already."""
     was = pointed_at(view, model, alias)
     if was == manifest_id:
         return []
@@ -39,7 +39,7 @@ def point(view: Reader, model: str, alias: str, manifest_id: str) -> list[Record
 
 
 def pointed_at(view: Reader, model: str, alias: str) -> str | None:
-    """The id that an alias points at."""
+    """The id that an alias points at; None if there is no such alias."""
     rows = view.query("SELECT id FROM aliases WHERE model = ? AND name = ?", [model, alias])
     return rows[0][0] if rows else None
 
@@ -91,7 +91,7 @@ def add_note(catalog: Catalog, reference: str, text: str) -> Version:
 
 
 def removal(version: Version) -> Record:
-    """What is to be recorded so that a version goes, with the names that it has."""
+    """The record that removes a version with its aliases and tags."""
     return {"op": "remove", "id": version.id, "aliases": [*version.aliases], "tags": [*version.tags]}
 
 
@@ -135,7 +135,7 @@ def _check_alias(alias: str) -> None:
 
 
 def _change(catalog: Catalog, reference: str, records: Callable[[View, Version], list[Record]]) -> Version:
-    """Record something of the version that a reference names; returns the version as it is then."""
+    """Record something about the version that a reference names, and return the version as it was before."""
     found: list[Version] = []
 
     def compute(view: View) -> list[Record]:

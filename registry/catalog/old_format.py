@@ -1,4 +1,4 @@
-"""Leaving format 1: reading the catalog and the log of version 0.1, and taking a registry to the present format."""
+"""Leaving format 1: reading the catalog and the journal of version 0.1, and taking a registry to the present format."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class OldFormat:
         self._database = database
 
     def ledger(self) -> Ledger:
-        """What the registry would say in the present format."""
+        """What would follow from the log if the registry had the present format."""
         database = self._database
         connection = self._catalog()
         try:
@@ -56,7 +56,7 @@ class OldFormat:
             chooses: go by the journal where it and the catalog differ.
 
         Returns:
-            Where they differed.
+            Where they differed, in words.
 
         Raises:
             Corrupt: if they differ; nothing was changed.
@@ -71,6 +71,7 @@ class OldFormat:
                 return self._migrate(chooses) if database.format == 1 else []
 
     def _migrate(self, chooses: bool) -> list[str]:
+        """See `migrate`; the caller has locked the log."""
         database = self._database
         database.close()
         _logger.info("%s: has format 1, and gets format %d", database.root, settings.FORMAT)
@@ -104,13 +105,13 @@ class OldFormat:
         return found.problems
 
     def _written(self, state: format1.State, old: sqlite3.Connection | None) -> Ledger:
-        """Write the log of the present format; what follows from it.
+        """Write the log of the present format, and return what follows from it.
 
         Args:
             old: the catalog, which gets the copies.
         """
         database, journal = self._database, self._database.journal
-        # What an interrupted try has left.
+        # An interrupted migration may have left some.
         journal.remove(journal.segments())
         if old is not None:
             begin_copy(old)
@@ -157,11 +158,11 @@ class OldFormat:
         return found
 
     def _refuse_newer(self, known: Collection[str] | None) -> None:
-        """See that the log is at most what an interrupted change of format has left.
+        """Check that the log holds no more than an interrupted migration leaves.
 
         Args:
-            known: ids of the versions that the old journal and catalog know; if None, it is only seen
-                whether the log has what such a change never writes.
+            known: ids of the versions that the old journal and catalog know. If None, only the operations are checked:
+                a migration writes few of them.
 
         Raises:
             Corrupt: if the registry has had the present format already.
@@ -179,7 +180,7 @@ class OldFormat:
 
 
 def _tables(connection: sqlite3.Connection) -> format1.Catalog:
-    """What the catalog says.
+    """What the catalog of format 1 says.
 
     Raises:
         Corrupt: if it does not have the tables of format 1.

@@ -20,7 +20,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Opened(NamedTuple):
-    """A connection, and what tells the file or the log that it shows; see `Database.identity`."""
+    """A connection, and the identity of the file or log that it shows; see `Database.identity`."""
 
     connection: sqlite3.Connection
     identity: object
@@ -41,7 +41,7 @@ class Opening:
         self._refold = refold
 
     def opened(self, *, writes: bool = False) -> Opened:
-        """A connection to the catalog as the log says it is, and what tells its file.
+        """A connection to a catalog that shows what the log says, and its identity.
 
         Args:
             writes: whether it must be to the catalog's file, even if that is behind the log.
@@ -132,8 +132,7 @@ class Opening:
         return None
 
     def _opened_to_read(self, *modes: str) -> Opened:
-        """A connection where nothing can be written: to the catalog in the first of some modes that works, else to one
-        in memory."""
+        """A connection where nothing can be written: to the file in the first mode that works, else in memory."""
         identities = {"mode=ro": self._database.identity(), ALONE: self._database.still()}
         for mode in modes:
             identity = identities[mode]
@@ -166,7 +165,7 @@ class Opening:
         return None
 
     def _check_pairing(self, connection: sqlite3.Connection, alone: pairing.Alone) -> None:
-        """See that the catalog's file and the write-ahead log beside it belong together.
+        """Check that the catalog's file and the write-ahead log beside it belong together.
 
         Args:
             alone: the catalog's file as it was before it was opened.
@@ -187,7 +186,7 @@ class Opening:
             )
 
     def _ahead_of(self, connection: sqlite3.Connection) -> Opened:
-        """A copy in memory with what the log has and the catalog cannot take, as on a full disk."""
+        """A copy of the catalog in memory, with the entries that the file cannot take, as on a full disk."""
         # Lazy: start-up.
         from registry.catalog.change import Change
         from registry.catalog.transactions import catch_up
@@ -197,7 +196,7 @@ class Opening:
         copy = in_memory()
         with storage_errors(database.root):
             connection.backup(copy)
-            # Or what hangs on a version that was removed would stay.
+            # Without this, the rows that belong to a removed version would stay.
             copy.execute("PRAGMA foreign_keys = ON")
             catch_up(database, Change(copy, Material(database.store, text_in(copy))), heals=False)
         copy.execute("PRAGMA query_only = ON")

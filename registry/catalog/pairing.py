@@ -2,14 +2,15 @@
 
 SQLite applies whatever log it finds to whatever database it finds. Where an older copy of the database alone was put
 back, the result is a mixture: the last changes are there, and those before them are not. So each change records which
-write-ahead log it saw and where the log of the registry stood when that one began; the database, read without its
-write-ahead log, must not be older than this, and the log of the registry must have what it names last. Where a catalog was
-made anew, all of it is in the write-ahead log, and what the database was before does not matter until that is moved.
+write-ahead log it saw, and which entry of the registry's log was the last when that one began. The database, read
+without its write-ahead log, must not be older than that entry, and the registry's log must have the last entry that the
+database names. Where a catalog was made anew, all of it is in the write-ahead log, and what the database was before
+does not matter until SQLite has moved the changes into it.
 
 Where SQLite was killed while it moved changes into the file, the file alone is a mixture, too. So each change leaves a
-stamp in the file's first page, which is the first that SQLite moves; a program that closes the catalog last, with all
-changes moved, puts the stamp into a file of its own; and where a write-ahead log adds nothing, only a catalog with that
-stamp counts. If the file with the stamp is missing or old, this costs no more than that the catalog is made anew.
+*stamp* in the file's first page, which SQLite moves first. The program that closes the catalog last, with all changes
+moved, notes the stamp in a file beside it. Where a write-ahead log adds nothing, only a catalog with the noted stamp
+counts. If the note is missing or old, the catalog is made anew, and nothing else is lost.
 
 Nothing here opens the database or its index but SQLite itself: by the rules of POSIX, whoever closes a file gives up all
 locks that its process has on it.
@@ -32,22 +33,38 @@ from registry.store.errors import RegistryError
 from registry.store.places import is_local
 
 WHOLE = "-whole"
-"""What the name of the file with the stamp adds to that of the catalog."""
+"""What the name of the file with the noted stamp adds to that of the catalog."""
 
 ANEW = "anew"
-"""In the place of the salts of a write-ahead log: the last change has made all of the catalog."""
+"""Stands in the place of a write-ahead log's salts: the last change made the whole catalog anew."""
 
 _SALTS = slice(16, 24)
+"""Where the salts stand in the header of a write-ahead log. Each new one has other salts."""
+
 _HEADER = 32
 _FRAME = 24
 """Bytes of the header of a write-ahead log, and of that of each frame in it."""
 
 _LONGEST = 64
-"""Bytes of the file with the stamp that are read."""
+"""Bytes of the file with the noted stamp that are read at most."""
+
+
+class Alone(NamedTuple):
+    """A catalog's file as it is without its write-ahead log.
+
+    Attributes:
+        salts: of that write-ahead log; empty if there is none.
+        stamp: of the catalog; empty if it cannot be read, or if there is no write-ahead log.
+        state: the rows of its table `state`; empty likewise.
+    """
+
+    salts: str
+    stamp: str = ""
+    state: Mapping[str, str] = MappingProxyType({})
 
 
 def salts_of(path: Path) -> str:
-    """What tells the write-ahead log beside a database from the one before it; empty if there is none.
+    """The salts that tell the write-ahead log beside a database from the one before it; empty if there is none.
 
     Source: https://www.sqlite.org/fileformat2.html#walformat
     """
@@ -55,7 +72,7 @@ def salts_of(path: Path) -> str:
 
 
 def stamp(connection: sqlite3.Connection) -> None:
-    """Put into a change what tells the catalog after it from itself at any other time.
+    """Put a new stamp into a catalog, as a part of a change.
 
     Source: https://www.sqlite.org/pragma.html#pragma_user_version
     """
@@ -63,9 +80,10 @@ def stamp(connection: sqlite3.Connection) -> None:
 
 
 def close(path: Path, connection: sqlite3.Connection) -> None:
-    """Close a connection to a catalog that was found whole; if it was the last one, say beside it that it still is.
+    """Close a connection to a catalog that was found whole. If it was the last connection, note the catalog's stamp.
 
-    The stamp is read before: had another program changed the catalog since, it is not that of the file, and none counts.
+    The stamp is read before the connection is closed. If another program changes the catalog in between, the note does
+    not fit, and does not count.
     """
     found = None
     with contextlib.suppress(sqlite3.Error):
@@ -78,28 +96,16 @@ def close(path: Path, connection: sqlite3.Connection) -> None:
             durable.note(note, found.encode(), folder=path.parent / "tmp", like=path)
 
 
-def _stamp_in(connection: sqlite3.Connection) -> str:
-    (found,) = connection.execute("PRAGMA user_version").fetchone()
-    return str(found)
-
-
-def _noted(path: Path) -> str:
-    """The stamp of the last catalog that was closed whole; empty if there is none, or if it cannot be read."""
-    with contextlib.suppress(PermissionError):
-        return _first_bytes(path.with_name(f"{path.name}{WHOLE}"), _LONGEST).decode("ascii", "replace")
-    return ""
-
-
 def after(path: Path, connection: sqlite3.Connection, look: Callable[[], Alone]) -> dict[str, str]:
-    """What a change is to record that begins now, from the state before it and the write-ahead log that it finds.
+    """What a change that begins now must record about the write-ahead log that it finds.
 
     Args:
         look: looks at the catalog's file alone.
 
     Returns:
-        Rows of the table `state`: `wal`, that write-ahead log; `base`, the entry before it began, or an earlier one, or 0
-        where all of the catalog is in it; and `before`, the entry before this change, for the case that it is the first in
-        a new one.
+        Rows of the table `state`. `wal` has the salts of that write-ahead log. `base` is the last entry before it
+        began, or an earlier one; it is 0 where the whole catalog is in it. `before` is the last entry before this
+        change: the base in case that the change begins a new write-ahead log.
     """
     salts, state = salts_of(path), _state_in(connection)
     now = state.get("seq", "0")
@@ -111,22 +117,8 @@ def after(path: Path, connection: sqlite3.Connection, look: Callable[[], Alone])
     return {"wal": salts, "base": began, "before": now}
 
 
-class Alone(NamedTuple):
-    """A catalog's file as it is without its write-ahead log.
-
-    Attributes:
-        salts: of that write-ahead log; empty if there is none.
-        stamp: of the catalog; empty if it cannot be read, or if there is no write-ahead log.
-        state: what the catalog says of itself then; likewise.
-    """
-
-    salts: str
-    stamp: str = ""
-    state: Mapping[str, str] = MappingProxyType({})
-
-
 def look(path: Path, connect: Callable[[], sqlite3.Connection]) -> Alone:
-    """Look at a catalog's file, best before it is opened: SQLite keeps what is closed open beside another connection.
+    """Look at a catalog's file alone, best before it is opened: beside another connection SQLite keeps it open.
 
     Args:
         connect: gives a connection to the file alone.
@@ -142,12 +134,12 @@ def look(path: Path, connect: Callable[[], sqlite3.Connection]) -> Alone:
 
 
 def is_paired(path: Path, connection: sqlite3.Connection, *, alone: Alone, journal: Journal) -> bool:
-    """Whether a catalog is whole, and no older than its write-ahead log, and no newer; false also if that changes.
+    """Whether a catalog's file is whole and belongs to the write-ahead log; false also if another one has begun.
 
     Args:
         connection: to the catalog with its write-ahead log.
-        alone: as the file was before.
-        journal: the log that it follows from.
+        alone: the file as it was before the connection was opened.
+        journal: the log that the catalog follows from.
     """
     now, state = _stamp_in(connection), _state_in(connection)
     if salts_of(path) != alone.salts:
@@ -164,12 +156,24 @@ def is_paired(path: Path, connection: sqlite3.Connection, *, alone: Alone, journ
         seq, own = int(state["seq"]), int(alone.state.get("seq", "-1"))
     except (KeyError, ValueError):
         return False
-    # Everything is in the write-ahead log.
+    # The whole catalog is in the write-ahead log.
     if base == 0:
         return True
     if own == seq:
         return alone.state.get("digest") == state.get("digest")
     return base <= own < seq and _is_of(journal, alone.state)
+
+
+def _stamp_in(connection: sqlite3.Connection) -> str:
+    (found,) = connection.execute("PRAGMA user_version").fetchone()
+    return str(found)
+
+
+def _noted(path: Path) -> str:
+    """The noted stamp; empty if there is none, or if it cannot be read."""
+    with contextlib.suppress(PermissionError):
+        return _first_bytes(path.with_name(f"{path.name}{WHOLE}"), _LONGEST).decode("ascii", "replace")
+    return ""
 
 
 def _holds_a_change(path: Path) -> bool:

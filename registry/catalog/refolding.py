@@ -1,6 +1,6 @@
 """Refolding: making a catalog anew from the log, inside a transaction or in a new file.
 
-What the folder's log has lost comes from the copy that the catalog has of it, and the other way round.
+Entries that the folder's log has lost come from the catalog's copy, and the other way round.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def history(journal: Journal, connection: sqlite3.Connection | None) -> Iterator
 
 
 def begin_copy(connection: sqlite3.Connection) -> None:
-    """Make room for the copies of entries until the tables are made anew; it lies outside the catalog's file."""
+    """Make a table, outside the catalog's file, for the copies of entries until the other tables are made anew."""
     connection.execute("CREATE TEMP TABLE history (seq INTEGER PRIMARY KEY, entry BLOB NOT NULL)")
 
 
@@ -92,7 +92,7 @@ def refold_in_place(
     for item in history(journal, copy):
         if isinstance(item, Fork):
             raise Corrupt(f"{database.root}: {item}; put the newer one back, or remove the other")
-        # Behind a gap it stays: without it, what is damaged before it would seem to be cut short, too.
+        # Behind a gap a torn line stays. Without it, the damage before it would look like a torn line, too.
         if isinstance(item, End) and item.is_torn and heals and not ledger.has_gaps:
             journal.cut(item.position)
         if isinstance(item, Placed):
@@ -137,11 +137,12 @@ def fill_anew(database: Database, change: Change, ledger: Ledger) -> Refolded:
 
 
 def refold(database: Database, ledger: Callable[[], Ledger], *, why: str = "") -> Refolded:
-    """Make the catalog's file anew from the log; what is lost in the log comes from the catalog's copy of it.
+    """Make the catalog's file anew from the log. Entries that the log has lost come from the catalog's copy.
 
     Args:
-        ledger: reads what follows from the log, for a catalog that another process has just made.
-        why: what is wrong with the present one; unless given, it is made anew in any case.
+        ledger: reads what follows from the log; called if another process has just made the catalog.
+        why: what is wrong with the catalog, in one word; empty if nothing is. If it is `missing`, a catalog that is
+            there by now stays.
 
     Raises:
         Corrupt: if the log and the copy tell different histories.
@@ -172,7 +173,7 @@ def refold_locked(database: Database, *, why: str = "") -> Refolded | None:
         return None
     if why:
         _logger.warning("%s is %s; it is made anew from the log", database.path, why)
-    # A process may have been killed that was making it, or taking it to the present format.
+    # The process that was making or migrating it may have been killed.
     durable.sync_folder(database.root)
     with contextlib.ExitStack() as stack:
         set_aside, copy = None, usable
@@ -207,7 +208,7 @@ def _with_older_copies(
     """Look for lost entries in the catalogs that were set aside before, as by a program that was killed then.
 
     Args:
-        besides: the one that was looked into already.
+        besides: the name of one that was looked into already.
     """
     journal, healed = database.journal, list(refolded.healed)
     names = [name for name in places.names_in(database.root) if _SET_ASIDE.match(name) and name != besides]
@@ -219,7 +220,7 @@ def _with_older_copies(
             continue
         with contextlib.closing(copy):
             alone, together = _readable(history(journal, None)), _readable(history(journal, copy))
-            # One of a history that went another way would take the place of entries that can be read.
+            # The copy of a history that went another way would replace entries that can be read.
             if together.in_log == alone.in_log and together.lost < alone.lost:
                 refolded = refold_in_place(database, change, copy)
                 healed += refolded.healed
@@ -227,7 +228,12 @@ def _with_older_copies(
 
 
 class _Readable(NamedTuple):
-    """How many entries of a history the folder's log gives, and how many nothing gives; infinitely many of a fork."""
+    """How many entries of a history can be read.
+
+    Attributes:
+        in_log: entries that the folder's log has.
+        lost: entries that neither it nor the copy has; infinitely many if the two fork.
+    """
 
     in_log: int
     lost: float
@@ -288,8 +294,8 @@ def _copy_in(database: Database, name: str | None) -> sqlite3.Connection | None:
 
 
 def _touch(database: Database) -> None:
-    """Make an empty file by the umask; SQLite would keep a group from writing."""
-    # Those of a file that was removed would be taken for its own.
+    """Make an empty file with the mode that the umask gives; SQLite would keep a group from writing."""
+    # SQLite would take files that are left beside a removed catalog for those of the new one.
     for part in PARTS[1:]:
         durable.unlink(database.path.with_name(NAME + part))
     with contextlib.suppress(FileExistsError):

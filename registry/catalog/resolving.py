@@ -28,7 +28,7 @@ def resolve(catalog: Reader, text: str) -> Version:
     if found:
         return found[0]
     if reference.id_prefix:
-        # a range, not LIKE, so that the index serves
+        # A range, not LIKE, so that SQLite uses the index.
         prefix = reference.id_prefix
         matches = find_versions(catalog, "v.id >= ? AND v.id < ?", [prefix, prefix + "g"], limit=4)
         if len(matches) == 1:
@@ -39,7 +39,45 @@ def resolve(catalog: Reader, text: str) -> Version:
     raise NotFound(_missing(catalog, reference) + _gaps(catalog))
 
 
+def no_such_metric(catalog: Reader, model: str | None, metric: str) -> NotFound:
+    """The error of asking for a metric that no version (of a model) has."""
+    whose = "SELECT id FROM versions" + (" WHERE model = ?" if model else "")
+    rows = catalog.query(
+        f"SELECT DISTINCT name FROM metrics WHERE id IN ({whose}) ORDER BY name", [model] if model else []
+    )
+    having = f"no version of {model} has" if model else "no version has"
+    return NotFound(f"{having} the metric {quoted(metric)}{hint(metric, [str(name) for (name,) in rows])}")
+
+
+def hint(text: str, names: Sequence[str]) -> str:
+    """The end of an error about a name that does not exist: suggest the nearest one, or list some."""
+    near = [name for name in names if name.startswith(text)] or difflib.get_close_matches(text, names, 1)
+    if near:
+        return f"; did you mean {quoted(near[0])}?"
+    return f"; there are {', '.join(sorted(names)[:5])}" if names else ""
+
+
+def direction_of(catalog: Reader, model: str | None, metric: str, smallest: bool | None) -> bool:
+    """Whether the smallest value of a metric is the best: as given, else as its name says.
+
+    Raises:
+        NotFound: if the name does not tell, and no version of the model (or of any) has the metric.
+        Invalid: if the name does not tell.
+    """
+    if smallest is not None:
+        return smallest
+    if (
+        is_smallest_best(check_metric(metric)) is None
+        and not rank_versions(catalog, model, metric, limit=1)[1]
+    ):
+        if model is not None:
+            resolve(catalog, model)
+        raise no_such_metric(catalog, model, metric)
+    return smallest_is_best(metric, _ADD_A_DIRECTION)
+
+
 def _find(catalog: Reader, reference: Reference) -> list[Version]:
+    """The version that a reference names, unless it is an id prefix; empty if there is none."""
     named = [reference.model, reference.version or reference.alias]
     if reference.version is not None:
         return find_versions(catalog, "v.model = ? AND v.version = ?", named)
@@ -50,6 +88,7 @@ def _find(catalog: Reader, reference: Reference) -> list[Version]:
 
 
 def _missing(catalog: Reader, reference: Reference) -> str:
+    """What to say of a reference that names no version."""
     versions = catalog.query(
         "SELECT version FROM versions WHERE model = ? ORDER BY version DESC LIMIT 5", [reference.model]
     )
@@ -65,44 +104,7 @@ def _missing(catalog: Reader, reference: Reference) -> str:
 
 
 def _gaps(catalog: Reader) -> str:
-    """What is to be said where the log is damaged, so that something may be there that no entry names."""
+    """The end of an error where the log is damaged: what is missing may be named in a part that cannot be read."""
     if catalog.query("SELECT 1 FROM state WHERE key = 'gaps'"):
         return "; a part of the log cannot be read, registry verify says which"
     return ""
-
-
-def no_such_metric(catalog: Reader, model: str | None, metric: str) -> NotFound:
-    """The error of asking for a metric that no version (of a model) has."""
-    whose = "SELECT id FROM versions" + (" WHERE model = ?" if model else "")
-    rows = catalog.query(
-        f"SELECT DISTINCT name FROM metrics WHERE id IN ({whose}) ORDER BY name", [model] if model else []
-    )
-    having = f"no version of {model} has" if model else "no version has"
-    return NotFound(f"{having} the metric {quoted(metric)}{hint(metric, [str(name) for (name,) in rows])}")
-
-
-def hint(text: str, names: Sequence[str]) -> str:
-    """What somebody who wrote a name that is not there may have meant."""
-    near = [name for name in names if name.startswith(text)] or difflib.get_close_matches(text, names, 1)
-    if near:
-        return f"; did you mean {quoted(near[0])}?"
-    return f"; there are {', '.join(sorted(names)[:5])}" if names else ""
-
-
-def direction_of(catalog: Reader, model: str | None, metric: str, smallest: bool | None) -> bool:
-    """Whether the smallest value of a metric is the best: as given, else as its name says.
-
-    Raises:
-        NotFound: if no version of the model, or of any, has the metric, and it is not known by its name.
-        Invalid: if the name does not tell.
-    """
-    if smallest is not None:
-        return smallest
-    if (
-        is_smallest_best(check_metric(metric)) is None
-        and not rank_versions(catalog, model, metric, limit=1)[1]
-    ):
-        if model is not None:
-            resolve(catalog, model)
-        raise no_such_metric(catalog, model, metric)
-    return smallest_is_best(metric, _ADD_A_DIRECTION)

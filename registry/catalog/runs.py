@@ -127,7 +127,7 @@ class Runs:
         return dict(self._catalog.query(query))
 
     def chain(self, name: str) -> list[str]:
-        """A run and those that it was resumed from."""
+        """The names of a run and of those that it was resumed from, the run first."""
         found: list[str] = []
         while name and name not in found:
             found.append(name)

@@ -122,9 +122,10 @@ CREATE TABLE doomed (
     at TEXT NOT NULL
 ) WITHOUT ROWID
 """
+"""The statements that make the tables. `next_again` repeats `next_version`, so that damage to a number is noticed."""
 
 _ODD = re.compile(r"\bVIRTUAL\b|\bGENERATED\b|\bAS\s*\(|\bCHECK\b|\bCOLLATE\b", re.IGNORECASE)
-"""What a table of ours does not have, and what makes SQLite evaluate expressions."""
+"""Words in the SQL of a table that make SQLite evaluate expressions. Our tables have none of them."""
 
 DERIVED = (
     "models",

@@ -1,8 +1,8 @@
 """The tables, inside a transaction: the rows of versions and their names, and those of packs with what follows from them.
 
 Where each tensor lies, and which manifest needs which pack, follow from the manifests and the packs that count, and from
-nothing else. `Packs.derive_uses` says it once, for any manifests; a step that moves tensors asks it again for those who
-need the packs concerned.
+nothing else. `Packs.derive_uses` derives it, for any manifests. A step that moves tensors calls it again for the
+manifests that need the packs concerned.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from registry.store.pack import PackInfo
 
 
 class Contents(Protocol):
-    """What is in packs and manifests, by their names; the same whenever it is asked."""
+    """Gives what packs and manifests hold, by digest; the same whenever it is asked."""
 
     def pack_info(self, digest: str) -> PackInfo:
         """The index of a pack.
@@ -64,7 +64,7 @@ class Packs:
         return self._connection.execute(sql, parameters).fetchall()
 
     def add(self, digest: str, size: int, *, number: int, differences: bool, damaged: bool = False) -> None:
-        """Let a pack count; nobody's uses are brought up to date."""
+        """Let a pack count. The table `uses` is not brought up to date."""
         self._connection.execute(
             "INSERT INTO packs (number, digest, size, differences, damaged) VALUES (?, ?, ?, ?, ?)",
             (number, digest, size, int(differences), int(damaged)),
@@ -96,7 +96,7 @@ class Packs:
         return number
 
     def drop(self, digest: str) -> None:
-        """Let a pack count no more; its users are among those whose tensors have moved.
+        """Let a pack count no more, and add its users to `moved`.
 
         Raises:
             Refused: if it does not count.
@@ -107,7 +107,7 @@ class Packs:
         self._connection.execute("DELETE FROM packs WHERE number = ?", (number,))
 
     def set_damaged(self, digest: str) -> None:
-        """Mark a pack as damaged; its users are among those whose tensors have moved.
+        """Mark a pack as damaged, and add its users to `moved`.
 
         Raises:
             Refused: if it does not count.
@@ -135,7 +135,7 @@ class Packs:
         return found
 
     def located(self, digests: Collection[str]) -> dict[str, Location]:
-        """Where tensors lie, and where those lie that they are stored as differences from."""
+        """Where tensors lie, and where the tensors lie that they are stored as differences from."""
         found = locate(self.query, digests)
         wanted = {place.base for place in found.values() if place.base} - set(found)
         while wanted:
@@ -161,7 +161,11 @@ class Packs:
                 )
 
     def users_left(self, before: Mapping[str, Location]) -> set[str]:
-        """The manifests that needed a pack in which one of some tensors lay before, and does not any more."""
+        """The manifests that need a pack from which one of some tensors has moved.
+
+        Args:
+            before: where the tensors lay, by digest.
+        """
         after = locate(self.query, before)
         left = {place.pack for digest, place in before.items() if after.get(digest) != place}
         return self.users(left)
@@ -174,7 +178,7 @@ class Rows:
         self._connection = connection
 
     def set_state(self, key: str, value: str | int) -> None:
-        """Set what the catalog says of itself."""
+        """Set what the catalog says of itself under a key."""
         self._execute("INSERT OR REPLACE INTO state (key, value) VALUES (?, ?)", (key, str(value)))
 
     def add_manifest(self, manifest_id: str, manifest: Manifest | None, seq: int | None) -> None:

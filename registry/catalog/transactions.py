@@ -65,7 +65,7 @@ def exclusive(database: Database, connection: sqlite3.Connection, identity: obje
     """A transaction that no other writer has beside it, even one with another catalog.
 
     Args:
-        identity: what told the catalog's file when it was opened.
+        identity: that of the catalog's file when it was opened; see `Database.identity`.
 
     Raises:
         Replaced: if the catalog's file is another one by now.
@@ -168,7 +168,7 @@ def commit(database: Database, held: Held, compute: Callable[[View], Sequence[Re
             change.set_head(entry, end)
             change.connection.execute("COMMIT")
         except sqlite3.Error as error:
-            # It has happened all the same: the log has it.
+            # The change has happened all the same: the log has the entry.
             is_shown = False
             with contextlib.suppress(sqlite3.Error):
                 change.connection.execute("ROLLBACK")
@@ -183,12 +183,6 @@ def commit(database: Database, held: Held, compute: Callable[[View], Sequence[Re
     return entry
 
 
-def _refuse_gaps(database: Database, change: Change) -> None:
-    gaps = state(change.connection, "gaps")
-    if gaps:
-        raise not_before(database.journal, gaps_in(gaps)[0])
-
-
 def adopt(
     database: Database, held: Held, compute: Callable[[Ledger], Sequence[Record]], *, reason: str
 ) -> list[Record]:
@@ -196,7 +190,7 @@ def adopt(
 
     Args:
         held: this thread's connection, to the catalog's file.
-        compute: says what else is to be recorded, from what follows from the readable entries.
+        compute: returns what else to record, from the ledger of the readable entries.
         reason: why, for those who read the log.
 
     Returns:
@@ -226,7 +220,7 @@ def adopt(
 
 
 def finish_interrupted(database: Database, connection: sqlite3.Connection, identity: object) -> bool:
-    """Finish a change that a crash interrupted, unless another process is at it or the disk is full; false then."""
+    """Finish a change that a crash interrupted; false if another process holds the log, or the disk is full."""
     try:
         with exclusive(database, connection, identity) as change:
             catch_up(database, change)
@@ -234,6 +228,13 @@ def finish_interrupted(database: Database, connection: sqlite3.Connection, ident
         _logger.debug("the catalog is behind the log: %s", error)
         return False
     except Replaced:
-        # It is opened again.
+        # `Opening` opens the new one.
         pass
     return True
+
+
+def _refuse_gaps(database: Database, change: Change) -> None:
+    """Refuse a change while entries of the log are lost, and nobody has accepted that."""
+    gaps = state(change.connection, "gaps")
+    if gaps:
+        raise not_before(database.journal, gaps_in(gaps)[0])

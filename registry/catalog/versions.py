@@ -56,7 +56,7 @@ def find_versions(
     order: str = "v.model, v.version DESC",
     limit: int | None = None,
 ) -> list[Version]:
-    """Versions that fulfil an SQL condition over the table `v`; by model, the newest first, unless ordered."""
+    """Versions that fulfil an SQL condition over the table `v`; by model, the newest first, unless `order` is given."""
     rows = catalog.query(
         "SELECT v.id, v.model, v.version, v.created, v.epoch, v.step, v.loss, m.size, m.tensors, v.record "
         f"FROM versions v JOIN manifests m ON m.id = v.id WHERE {where} ORDER BY {order}"
@@ -98,33 +98,6 @@ def find_versions(
     ]
 
 
-_TYPES: tuple[tuple[type, ...], ...] = (
-    (str,),
-    (str,),
-    (int,),
-    (str,),
-    (int, type(None)),
-    (int, type(None)),
-    (float, type(None)),
-    (int,),
-    (int,),
-)
-
-
-def _checked(row: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A row, its record read.
-
-    Raises:
-        Corrupt: if a value has another type than the table's.
-    """
-    if not all(map(isinstance, row, _TYPES)) or not is_digest(row[0]):
-        raise Corrupt("the catalog holds a damaged row of a version; recreate it with: registry rebuild")
-    record = parsed(row[9])
-    check_shown(record)
-    record.setdefault("components", {})
-    return (*row[:9], record)
-
-
 def version_of(manifest_id: str, model: str, number: int, manifest: Manifest) -> Version:
     """A version as the catalog will have it, where the catalog cannot show it yet."""
     facts = facts_of(manifest)
@@ -144,40 +117,10 @@ def version_of(manifest_id: str, model: str, number: int, manifest: Manifest) ->
     )
 
 
-def _loss(value: float | None, record: Mapping[str, Any]) -> float | None:
-    return math.nan if record.get("loss_is_nan") else value
-
-
-def _attached(catalog: Reader, sql: str, ids: Sequence[str]) -> dict[str, list[tuple[Any, ...]]]:
-    found: dict[str, list[tuple[Any, ...]]] = {}
-    for part in batches(ids):
-        for version_id, *rest in catalog.query(sql.format(marks(part)), part):
-            found.setdefault(version_id, []).append(tuple(rest))
-    return found
-
-
-def _check_attached(
-    found: Mapping[str, list[tuple[Any, ...]]],
-    types: tuple[Any, ...],
-    is_right: Callable[[str], bool] = lambda _: True,
-) -> None:
-    """See that rows are what the tables may hold.
-
-    Args:
-        is_right: what a text of the first column must be.
-
-    Raises:
-        Corrupt: if they are not.
-    """
-    for row in (row for rows in found.values() for row in rows):
-        if not all(map(isinstance, row, types)) or not is_right(row[0]):
-            raise Corrupt(
-                "the catalog holds a damaged name, note or metric; recreate it with: registry rebuild"
-            )
-
-
 def own_sizes(catalog: Reader, model: str, since: int = 1) -> dict[str, int]:
-    """Bytes of the packs that were written for each version of a model, by id; who shares all it has is left out.
+    """Bytes of the packs that were written for each version of a model, by version id.
+
+    A version that wrote no pack of its own is left out.
 
     Args:
         since: the number of the first version that is asked for.
@@ -300,7 +243,69 @@ def list_aliases(catalog: Reader) -> list[tuple[str, str, int, str]]:
     ]
 
 
+_TYPES: tuple[tuple[type, ...], ...] = (
+    (str,),
+    (str,),
+    (int,),
+    (str,),
+    (int, type(None)),
+    (int, type(None)),
+    (float, type(None)),
+    (int,),
+    (int,),
+)
+"""The types of the columns that `find_versions` reads, but for the record."""
+
+
+def _checked(row: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A row of `find_versions`, its record parsed.
+
+    Raises:
+        Corrupt: if a value has another type than the table's.
+    """
+    if not all(map(isinstance, row, _TYPES)) or not is_digest(row[0]):
+        raise Corrupt("the catalog holds a damaged row of a version; recreate it with: registry rebuild")
+    record = parsed(row[9])
+    check_shown(record)
+    record.setdefault("components", {})
+    return (*row[:9], record)
+
+
+def _loss(value: float | None, record: Mapping[str, Any]) -> float | None:
+    """A loss; NaN where the record says so, as the column has None then."""
+    return math.nan if record.get("loss_is_nan") else value
+
+
+def _attached(catalog: Reader, sql: str, ids: Sequence[str]) -> dict[str, list[tuple[Any, ...]]]:
+    found: dict[str, list[tuple[Any, ...]]] = {}
+    for part in batches(ids):
+        for version_id, *rest in catalog.query(sql.format(marks(part)), part):
+            found.setdefault(version_id, []).append(tuple(rest))
+    return found
+
+
+def _check_attached(
+    found: Mapping[str, list[tuple[Any, ...]]],
+    types: tuple[Any, ...],
+    is_right: Callable[[str], bool] = lambda _: True,
+) -> None:
+    """Check that rows are what the tables may hold.
+
+    Args:
+        is_right: what a text of the first column must be.
+
+    Raises:
+        Corrupt: if they are not.
+    """
+    for row in (row for rows in found.values() for row in rows):
+        if not all(map(isinstance, row, types)) or not is_right(row[0]):
+            raise Corrupt(
+                "the catalog holds a damaged name, note or metric; recreate it with: registry rebuild"
+            )
+
+
 def _filter(model: str | None, tag: str | None) -> tuple[str, list[Any]]:
+    """An SQL condition over the table `v`, and its parameters."""
     where, parameters = ["1 = 1"], []
     if model is not None:
         where.append("v.model = ?")

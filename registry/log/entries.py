@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 Record = Mapping[str, Any]
 
 MAX_LINE = 64 << 20
-"""Bytes of an entry's line."""
+"""Bytes that an entry's line has at most."""
 MAX_RECORDS = 100_000
 MAX_TEXT = 16 << 20
-"""Bytes of a manifest that an entry carries; a larger one is in its file alone."""
+"""Bytes of the largest manifest that an entry carries. A larger one is in its file alone."""
 _PART = 16 << 20
-"""Bytes of texts in an entry of many records, beyond which the next one begins."""
+"""Once the records of an entry hold this many bytes of text, `in_parts` begins the next entry."""
 MAX_NUMBER = (1 << 63) - 1
 MAX_VERSION = 999_999_999
 START = "0" * 64
-"""What stands in the place of the digest before the first entry."""
+"""The `prev` of the first entry."""
 
 _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}Z\Z")
 _NONCE = re.compile(r"[0-9a-f]{32}\Z")
@@ -48,6 +48,7 @@ class Entry(NamedTuple):
         at: when it was written, in UTC.
         prev: digest of the entry before it.
         nonce: drawn at random, so that no two entries are equal.
+        records: what applies together or not at all.
         digest: of its JSON.
         line: the bytes that stand for it in the log.
     """
@@ -93,7 +94,7 @@ def write(seq: int, prev: str, records: Sequence[Record]) -> Entry:
 
 
 def digest_of_line(line: bytes) -> str | None:
-    """The digest at the end of a line, if it is that of the rest."""
+    """The digest at the end of a line; None if it is not that of the rest."""
     text, tab, own = line.removesuffix(b"\n").rpartition(b"\t")
     return own.decode() if tab and line.endswith(b"\n") and digest(text).encode() == own else None
 
@@ -163,16 +164,8 @@ def check_record(record: Any) -> None:
         _check_manifest(record)
 
 
-def _check_manifest(record: Record) -> None:
-    text = record["manifest"]
-    if not isinstance(text, str) or len(text) > MAX_TEXT or not text.isascii():
-        raise Corrupt(f"{record['op']}: the manifest is malformed")
-    if digest(text.encode()) != record["id"]:
-        raise Corrupt(f"{record['op']}: the manifest is not the one that its id names")
-
-
 def in_parts(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """Records in their order, so many at a time as one entry takes."""
+    """Split records, in their order, into parts that each fit into one entry."""
     part: list[Record] = []
     size = 0
     for record in records:
@@ -187,8 +180,24 @@ def in_parts(records: Iterable[Record]) -> Iterator[list[Record]]:
 
 
 def manifest_text(data: bytes) -> dict[str, str]:
-    """The field by which an entry carries a manifest; none if it is too large."""
+    """The field by which a record carries a manifest's text; empty if the text is too large or not ASCII."""
     return {"manifest": data.decode("ascii")} if len(data) <= MAX_TEXT and data.isascii() else {}
+
+
+def pack_record(pack: PackInfo) -> Record:
+    """The record that makes a pack count."""
+    record: dict[str, Any] = {"op": "pack", "digest": pack.digest, "size": pack.size}
+    if any(tensor.base for tensor in pack.tensors):
+        record["differences"] = True
+    return record
+
+
+def _check_manifest(record: Record) -> None:
+    text = record["manifest"]
+    if not isinstance(text, str) or len(text) > MAX_TEXT or not text.isascii():
+        raise Corrupt(f"{record['op']}: the manifest is malformed")
+    if digest(text.encode()) != record["id"]:
+        raise Corrupt(f"{record['op']}: the manifest is not the one that its id names")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -307,12 +316,4 @@ _FIELDS: dict[str, dict[str, Callable[[Any], object]]] = {
     "drop-artifact": {"key": _digest, "was": _digest},
     "adopt": {"gaps": _gaps, "reason": _text},
 }
-"""The operations, and what their fields must be; other fields are passed over."""
-
-
-def pack_record(pack: PackInfo) -> Record:
-    """What is to be recorded so that a pack counts."""
-    record: dict[str, Any] = {"op": "pack", "digest": pack.digest, "size": pack.size}
-    if any(tensor.base for tensor in pack.tensors):
-        record["differences"] = True
-    return record
+"""The operations, and what their fields must be. Other fields are ignored."""

@@ -1,7 +1,7 @@
 """Facts: what the catalog shows of a checkpoint, taken from the record in its manifest.
 
-A manifest may come from anywhere. What has another type than it should is left out here, so that nothing which reads
-the catalog meets it, and `verify` names it.
+A manifest may come from anywhere. A value of the wrong type is left out here, so that no reader of the catalog meets
+it, and `verify` names it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Facts(NamedTuple):
 
     Attributes:
         loss: None for NaN too, which never counts as best.
-        metrics: likewise.
+        metrics: by name; None for NaN likewise.
         lineage: kind and parent of each edge.
         shown: everything else that is shown, as plain values.
-        problems: what was left out, as it has another type than it should.
+        problems: the fields that were left out because of their type, in words.
     """
 
     created: str
@@ -55,7 +55,7 @@ UNKNOWN = Facts(
     shown={"components": {}},
     problems=("the manifest cannot be read",),
 )
-"""Of a manifest that cannot be read."""
+"""The facts of a manifest that cannot be read."""
 
 
 def facts_of(manifest: Manifest) -> Facts:
@@ -68,12 +68,12 @@ def facts_of(manifest: Manifest) -> Facts:
             record[key] = value
         else:
             problems.append(f"{quoted(key)} in its record is malformed")
-    made = record.get("provenance")
-    if made is not None:
-        made = {key: value for key, value in made.items() if value is not None}
-        odd = _odd(made)
-        problems += [f"{quoted(f'provenance/{key}')} in its record is malformed" for key in odd]
-        record["provenance"] = {key: value for key, value in made.items() if key not in odd}
+    provenance = record.get("provenance")
+    if provenance is not None:
+        provenance = {key: value for key, value in provenance.items() if value is not None}
+        wrong = _malformed_in_provenance(provenance)
+        problems += [f"{quoted(f'provenance/{key}')} in its record is malformed" for key in wrong]
+        record["provenance"] = {key: value for key, value in provenance.items() if key not in wrong}
     loss = record.get("loss")
     shown = {
         key: value
@@ -96,54 +96,63 @@ def facts_of(manifest: Manifest) -> Facts:
     )
 
 
-def _malformed(record: Mapping[str, Any]) -> list[str]:
-    """The fields of a record, or else those of its provenance, that are of the wrong type."""
-    odd = [
-        key for key, is_right in _FIELDS.items() if record.get(key) is not None and not is_right(record[key])
-    ]
-    return odd or _odd(record.get("provenance") or {})
-
-
-def _odd(made: Mapping[str, Any]) -> list[str]:
-    """The fields of a provenance that are of the wrong type."""
-    return [key for key, is_right in _MADE.items() if key in made and not is_right(made[key])]
-
-
 def malformed(record: Mapping[str, Any]) -> str | None:
-    """The first field of a record that is of the wrong type; an empty one of its provenance is left out by `facts_of`."""
-    if isinstance(made := record.get("provenance"), Mapping):
-        record = {**record, "provenance": {key: value for key, value in made.items() if value is not None}}
-    odd = _malformed(record)
-    return None if not odd else odd[0] if odd[0] in _FIELDS else f"provenance/{odd[0]}"
+    """The first field of a record that has the wrong type; None if all are right.
+
+    A None in its provenance is no fault: `facts_of` leaves it out.
+    """
+    if isinstance(provenance := record.get("provenance"), Mapping):
+        given = {key: value for key, value in provenance.items() if value is not None}
+        record = {**record, "provenance": given}
+    wrong = _malformed_fields(record)
+    return None if not wrong else wrong[0] if wrong[0] in _FIELDS else f"provenance/{wrong[0]}"
 
 
 def check_shown(record: Mapping[str, Any]) -> None:
-    """See that what the catalog has of a version, or says to have, is of the right types.
+    """Check that all fields of a version's record in the catalog have the right types.
 
     Raises:
-        Corrupt: if it is not.
+        Corrupt: if one has not.
     """
-    odd, components = _malformed(record), record.get("components")
+    wrong, components = _malformed_fields(record), record.get("components")
     if components is not None and not _is_contents(components):
-        odd.append("components")
-    if odd:
+        wrong.append("components")
+    if wrong:
         raise Corrupt(
-            f"the catalog holds a damaged record ({quoted(odd[0])} is malformed); recreate it with: registry rebuild"
+            f"the catalog holds a damaged record ({quoted(wrong[0])} is malformed); recreate it with: registry rebuild"
         )
 
 
 def sound_run(record: Any) -> dict[str, Any]:
-    """What the log has of a run, without fields that are of the wrong type."""
+    """The record of a run, without the fields that have the wrong type."""
     if not isinstance(record, Mapping):
         return {}
     return {
         key: value
         for key, value in record.items()
-        if value is not None and (key not in _OF_RUN or _OF_RUN[key](value))
+        if value is not None and (key not in _RUN_FIELDS or _RUN_FIELDS[key](value))
     }
 
 
+def _malformed_fields(record: Mapping[str, Any]) -> list[str]:
+    """The fields of a record that have the wrong type; if there are none, those of its provenance."""
+    wrong = [
+        key for key, is_right in _FIELDS.items() if record.get(key) is not None and not is_right(record[key])
+    ]
+    return wrong or _malformed_in_provenance(record.get("provenance") or {})
+
+
+def _malformed_in_provenance(provenance: Mapping[str, Any]) -> list[str]:
+    """The fields of a provenance that have the wrong type."""
+    return [
+        key
+        for key, is_right in _PROVENANCE_FIELDS.items()
+        if key in provenance and not is_right(provenance[key])
+    ]
+
+
 def _is_contents(value: Any) -> bool:
+    """Whether a value counts the tensors of each component, as `Manifest.contents` does."""
     counts = ("tensors", "elements", "bytes")
     return _is_table(value) and all(
         _is_table(part) and all(type(part.get(count)) is int for count in counts) for part in value.values()
@@ -151,7 +160,7 @@ def _is_contents(value: Any) -> bool:
 
 
 def number(value: Any) -> float | None:
-    """A number for the catalog; NaN is kept out so that it never sorts as best (the manifest has it exactly)."""
+    """A number for the catalog; None for NaN, so that it never sorts as best. The manifest keeps the exact value."""
     try:
         found = float(value)
     except (TypeError, OverflowError):
@@ -239,18 +248,18 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "lineage": _is_lineage,
     "torch-registry": _is_text,
 }
-"""What the fields of a record must be; others are as their writer likes."""
+"""What the fields of a record must be. Other fields may hold anything."""
 
-_OF_RUN: dict[str, Callable[[Any], bool]] = {
+_RUN_FIELDS: dict[str, Callable[[Any], bool]] = {
     "state": _is_text,
     "config": _is_table,
     "dataset": _is_text,
     "artifacts": _is_texts,
     "resumed": _is_text,
 }
-"""What the fields of a run must be."""
+"""What the fields of a run's record must be."""
 
-_MADE: dict[str, Callable[[Any], bool]] = {
+_PROVENANCE_FIELDS: dict[str, Callable[[Any], bool]] = {
     "kinds": _is_table_of(_is_text),
     "buffers": _is_table_of(_is_texts),
     "frozen": _is_table_of(_is_texts),
@@ -271,4 +280,4 @@ _MADE: dict[str, Callable[[Any], bool]] = {
     "torch": _is_text,
     "system": _is_text,
 }
-"""The same for those of its provenance."""
+"""What the fields of a record's provenance must be."""

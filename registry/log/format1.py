@@ -1,8 +1,8 @@
-"""Format 1: the journal of version 0.1, and how what it says is said again as entries of the log.
+"""Format 1: the journal of version 0.1, and its translation into entries of the log.
 
 Format 1 kept a journal of lines beside the manifests, and bookkeeping of packs in the catalog alone. The journal is read
-here and compared with what `registry.catalog.old_format` has read of the catalog. `docs/FORMAT.md` has what little of the
-old format is needed for that.
+here and compared with what `registry.catalog.old_format` has read of the catalog. `docs/FORMAT.md` describes the parts
+of the old format that are needed for that.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 JOURNAL = "journal.jsonl"
 _LARGEST = 1 << 30
+"""Bytes of the journal that are read at most."""
+
+WRITTEN = frozenset(("pack", "next", "publish", "alias", "tag", "note", "run", "artifact"))
+"""The operations that `entries_of` uses."""
 
 
 @dataclass
@@ -36,9 +40,12 @@ class State:
 
     Attributes:
         versions: model and number, by id.
-        next: the number that a model's next version gets.
+        next: the number that the next version gets, by model.
+        aliases: the id that a model and a name point at.
+        tags: id and name.
         notes: id, time and text.
-        runs, artifacts: (model or id), time and record, by name or key.
+        runs: model, time and record, by name.
+        artifacts: id, time and record, by key.
         packs: those that the catalog relies on, in order; None if there is no catalog.
     """
 
@@ -69,6 +76,13 @@ class State:
             if line.record is not None:
                 self.take(line.record)
 
+    def forget(self, version_id: str) -> None:
+        """Drop a version with its aliases, tags and notes."""
+        self.versions.pop(version_id, None)
+        self.aliases = {name: found for name, found in self.aliases.items() if found != version_id}
+        self.tags = {pair for pair in self.tags if pair[0] != version_id}
+        self.notes = {note for note in self.notes if note[0] != version_id}
+
     def _all(self, record: Mapping[str, Any]) -> None:
         for one in record["records"]:
             self.take(one)
@@ -83,13 +97,6 @@ class State:
 
     def _remove(self, record: Mapping[str, Any]) -> None:
         self.forget(record["id"])
-
-    def forget(self, version_id: str) -> None:
-        """Let a version go, with its names."""
-        self.versions.pop(version_id, None)
-        self.aliases = {name: found for name, found in self.aliases.items() if found != version_id}
-        self.tags = {pair for pair in self.tags if pair[0] != version_id}
-        self.notes = {note for note in self.notes if note[0] != version_id}
 
     def _next(self, record: Mapping[str, Any]) -> None:
         self.next[record["model"]] = record["version"]
@@ -157,11 +164,11 @@ def journal_path(root: Path) -> Path:
 
 
 class Catalog(NamedTuple):
-    """What a catalog says.
+    """What a catalog of format 1 says.
 
     Attributes:
         state: of the registry.
-        applied: bytes of the journal from which it follows.
+        applied: how many bytes of the journal it has taken in.
     """
 
     state: State
@@ -201,6 +208,14 @@ def read(root: Path, store: Store, catalog: Callable[[], Catalog] | None) -> Fou
     return Found(state, problems)
 
 
+def entries_of(store: Store, state: State) -> Iterator[list[Record]]:
+    """The records that say in the log of the present format what a registry of format 1 holds, an entry at a time."""
+    live = {*state.versions, *(found for found, _, _ in state.artifacts.values())}
+    chosen = _packs(store, state, live)
+    yield from in_parts([pack_record(pack) for pack in chosen])
+    yield from in_parts(_records(store, state))
+
+
 class _Line(NamedTuple):
     """A line of the journal: its record, unless it is damaged, and the bytes up to its end."""
 
@@ -223,7 +238,7 @@ def _lines(path: Path) -> Iterator[_Line]:
 
 
 def _leave_out(state: State, catalog: State, store: Store) -> None:
-    """Leave out versions that the catalog does not have as their manifests or tensors are not there."""
+    """Leave out versions that the catalog lacks because their manifests or tensors are gone."""
     for version_id in state.versions.keys() - catalog.versions.keys():
         try:
             tensors = store.tensors_of(version_id, text_of=lambda _: None)
@@ -278,22 +293,10 @@ def _differences(journal: State, catalog: State) -> list[str]:
     return found
 
 
-WRITTEN = frozenset(("pack", "next", "publish", "alias", "tag", "note", "run", "artifact"))
-"""The operations by which the present log says what a registry of format 1 has."""
-
-
-def entries_of(store: Store, state: State) -> Iterator[list[Record]]:
-    """What is to be recorded in the log, an entry at a time."""
-    live = {*state.versions, *(found for found, _, _ in state.artifacts.values())}
-    chosen = _packs(store, state, live)
-    yield from in_parts([pack_record(pack) for pack in chosen])
-    yield from in_parts(_records(store, state))
-
-
 def _records(store: Store, state: State) -> Iterator[Record]:
     following: dict[str, int] = {}
     for version_id, (model, number) in sorted(state.versions.items(), key=lambda item: item[1]):
-        # Those in between were removed.
+        # The versions in between were removed.
         if following.get(model, 1) < number:
             yield {"op": "next", "model": model, "version": number}
         following[model] = number + 1
@@ -327,6 +330,7 @@ def _records(store: Store, state: State) -> Iterator[Record]:
 
 
 def _text(store: Store, manifest_id: str) -> dict[str, str]:
+    """The field that carries a manifest's text; empty if its file cannot be read."""
     if not is_digest(manifest_id):
         raise Corrupt(f"{quoted(str(manifest_id))} is no digest")
     with contextlib.suppress(OSError, RegistryError):

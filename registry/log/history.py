@@ -14,7 +14,12 @@ from registry.log.journal import SEGMENT, Journal, Line, Position
 
 
 class Placed(NamedTuple):
-    """An entry, and where it lies in the folder's log; no place if only the catalog's copy has it."""
+    """An entry, and where it lies in the folder's log.
+
+    Attributes:
+        start, end: None if only the catalog's copy has the entry.
+        in_copy: whether the catalog's copy has it.
+    """
 
     entry: Entry
     start: Position | None
@@ -26,8 +31,9 @@ class Gap(NamedTuple):
     """Entries that cannot be read.
 
     Attributes:
-        first, last: their numbers; `last` is smaller if something lies in the log that is no entry, and none is missing.
-        problem: why.
+        first, last: their numbers. `last` is smaller than `first` if no entry is missing there, but the log holds
+            something that is no entry.
+        problem: why they cannot be read.
         before, after: times of the entries around them, as far as they are known.
     """
 
@@ -58,7 +64,7 @@ class End(NamedTuple):
 
 
 class Fork(NamedTuple):
-    """The folder's log and the catalog's copy go apart from an entry on."""
+    """The folder's log and the catalog's copy differ from an entry on, and each follows from the entries before."""
 
     seq: int
     in_log: Entry
@@ -78,6 +84,7 @@ def walk(lines: Iterable[Line], seq: int = 0, digest: str = START) -> Iterator[P
         seq, digest: of the entry before the first line.
     """
     expected, prev, before = seq + 1, digest, ""
+    # Whether `prev` is the digest of the last entry; behind an entry that does not follow, it is not.
     known = True
     problem = ""
     end: End | None = None
@@ -116,65 +123,39 @@ def walk(lines: Iterable[Line], seq: int = 0, digest: str = START) -> Iterator[P
         yield end
 
 
-class _Rest:
-    """What stands behind the last entry, and is none.
-
-    It may be what a crash left of one line: a file system may show anything where that had not been written, line feeds
-    too. What ends like an entry before the last line was one that was acknowledged.
-
-    Attributes:
-        is_one: whether it may be one line.
-    """
-
-    def __init__(self) -> None:
-        self.is_one = True
-        self._start: Position | None = None
-
-    def add(self, line: Line) -> None:
-        self._start = self._start or line.start
-        is_entry = line.entry is not None or line.has_end
-        self.is_one = self.is_one and not is_entry and line.start.segment == self._start.segment
-
-    def beginning(self, last: Line) -> Position:
-        """Where it begins, up to the last line; where that begins if there is more than one."""
-        if self._start is None:
-            return last.start
-        self.is_one = self.is_one and last.start.segment == self._start.segment
-        return self._start if self.is_one else last.start
-
-
 def merge(
     found: Iterable[Placed | Gap | End], copies: Iterable[Entry]
 ) -> Iterator[Placed | Gap | End | Fork]:
     """The entries that the folder's log or the catalog's copy has, in order; what neither has is a gap.
 
-    What the log holds between its entries beside them is passed on as gaps in which none is missing.
+    Whatever the log holds between its entries that is no entry comes as a gap in which none is missing.
     """
-    log, copy = _Log(found), _Ahead(copies)
+    log, copy = _Log(found), _Copy(copies)
     expected, prev, before = 1, START, ""
     known = True
     while True:
-        mine = log.peek()
+        next_in_log = log.peek()
         yield from log.odd()
         copy.skip_to(expected)
-        theirs = copy.peek()
-        if mine is None and theirs is None:
+        next_in_copy = copy.peek()
+        if next_in_log is None and next_in_copy is None:
             break
-        seq = min(one.seq for one in (mine.entry if mine else None, theirs) if one is not None)
-        first = log.take() if mine is not None and mine.entry.seq == seq else None
-        second = copy.take() if theirs is not None and theirs.seq == seq else None
-        at = first.entry.at if first else second.at if second else ""
+        both = (next_in_log.entry if next_in_log else None, next_in_copy)
+        seq = min(one.seq for one in both if one is not None)
+        in_log = log.take() if next_in_log is not None and next_in_log.entry.seq == seq else None
+        in_copy = copy.take() if next_in_copy is not None and next_in_copy.seq == seq else None
+        at = in_log.entry.at if in_log else in_copy.at if in_copy else ""
         if seq > expected:
             yield Gap(expected, seq - 1, log.problem(expected, seq - 1), before=before, after=at)
             known = False
-        fits = [one for one in (first and first.entry, second) if one and (not known or one.prev == prev)]
-        if first and second and first.entry.digest != second.digest and len(fits) == 2:
-            yield Fork(seq, first.entry, second)
+        fits = [one for one in (in_log and in_log.entry, in_copy) if one and (not known or one.prev == prev)]
+        if in_log and in_copy and in_log.entry.digest != in_copy.digest and len(fits) == 2:
+            yield Fork(seq, in_log.entry, in_copy)
             return
-        if first and first.entry in fits:
-            yield first._replace(in_copy=second is not None and second.digest == first.entry.digest)
-        elif second and second in fits:
-            yield Placed(second, None, None, in_copy=True)
+        if in_log and in_log.entry in fits:
+            yield in_log._replace(in_copy=in_copy is not None and in_copy.digest == in_log.entry.digest)
+        elif in_copy and in_copy in fits:
+            yield Placed(in_copy, None, None, in_copy=True)
         else:
             yield Gap(
                 seq,
@@ -193,8 +174,77 @@ def merge(
         yield log.end
 
 
+def heal(journal: Journal, history: Iterable[Placed | Gap | End | Fork]) -> tuple[list[int], list[int]]:
+    """Write anew the segments that lack entries which the catalog's copy has, or that hold anything but entries.
+
+    A segment stays as it is if some of its entries are lost in both.
+
+    Args:
+        history: the whole history, from `merge`.
+
+    Returns:
+        The segments that were written, and the numbers of the entries that they got back.
+    """
+    names = set(journal.segments()) | {1}
+    written: list[int] = []
+    healed: list[int] = []
+    segment, size = 0, 0
+    group: list[Placed] = []
+
+    def finish() -> None:
+        # An entry of the segment is lost.
+        if not group or len(group) != group[-1].entry.seq - segment + 1:
+            return
+        lost = [item.entry.seq for item in group if item.start is None or item.start.segment != segment]
+        if lost or journal.size(segment) != size:
+            journal.rewrite(segment, [item.entry for item in group])
+            written.append(segment)
+            healed.extend(lost)
+
+    for item in history:
+        if isinstance(item, Gap) and item.last >= item.first and item.first not in names:
+            # The lost entries belong to this segment, perhaps to its end.
+            group = []
+        if not isinstance(item, Placed):
+            continue
+        if not segment or item.entry.seq in names or size >= SEGMENT:
+            finish()
+            segment, size, group = item.entry.seq, 0, []
+        size += len(item.entry.line)
+        group.append(item)
+    finish()
+    return written, healed
+
+
+class _Rest:
+    """The lines behind the last entry that are no entries.
+
+    A crash may have left them all of one single line: where its bytes had not been written, a file system may show
+    anything, line feeds too. But a line before the last that ends like an entry was an acknowledged one.
+
+    Attributes:
+        is_one: whether they may all be left of one line.
+    """
+
+    def __init__(self) -> None:
+        self.is_one = True
+        self._start: Position | None = None
+
+    def add(self, line: Line) -> None:
+        self._start = self._start or line.start
+        is_entry = line.entry is not None or line.has_end
+        self.is_one = self.is_one and not is_entry and line.start.segment == self._start.segment
+
+    def beginning(self, last: Line) -> Position:
+        """Where the line begins that a crash cut short; that is where `last` begins unless all are left of one line."""
+        if self._start is None:
+            return last.start
+        self.is_one = self.is_one and last.start.segment == self._start.segment
+        return self._start if self.is_one else last.start
+
+
 class _Log:
-    """The folder's log, one entry ahead; what is wrong in between is kept."""
+    """Looks one entry ahead in the folder's log, and keeps what is wrong between entries."""
 
     def __init__(self, items: Iterable[Placed | Gap | End]) -> None:
         self._items = iter(items)
@@ -223,7 +273,7 @@ class _Log:
         return taken
 
     def odd(self) -> list[Gap]:
-        """What lies between the entries and is none."""
+        """The gaps so far in which no entry is missing, each once."""
         found, self._odd = self._odd, []
         return found
 
@@ -231,13 +281,13 @@ class _Log:
         return seq in self._problems
 
     def problem(self, first: int, last: int, otherwise: str = "it is missing") -> str:
-        """What is wrong with one of some entries."""
+        """Why one of some entries cannot be read."""
         found = [seq for seq in self._problems if first <= seq <= last]
         return self._problems[found[0]] if found else otherwise
 
 
-class _Ahead:
-    """Copies of entries, one ahead."""
+class _Copy:
+    """Looks one entry ahead in the catalog's copy."""
 
     def __init__(self, entries: Iterable[Entry]) -> None:
         self._entries = iter(entries)
@@ -253,44 +303,3 @@ class _Ahead:
     def skip_to(self, seq: int) -> None:
         while self._next is not None and self._next.seq < seq:
             self.take()
-
-
-def heal(journal: Journal, history: Iterable[Placed | Gap | End | Fork]) -> tuple[list[int], list[int]]:
-    """Write the segments anew that lack entries which the catalog's copy has, or hold what is no entry.
-
-    A segment with entries that neither has stays as it is.
-
-    Args:
-        history: all of it, merged.
-
-    Returns:
-        The segments that were written, and numbers of the entries that were brought back.
-    """
-    names = set(journal.segments()) | {1}
-    written: list[int] = []
-    healed: list[int] = []
-    segment, size = 0, 0
-    group: list[Placed] = []
-
-    def finish() -> None:
-        if not group or len(group) != group[-1].entry.seq - segment + 1:
-            return
-        lost = [item.entry.seq for item in group if item.start is None or item.start.segment != segment]
-        if lost or journal.size(segment) != size:
-            journal.rewrite(segment, [item.entry for item in group])
-            written.append(segment)
-            healed.extend(lost)
-
-    for item in history:
-        if isinstance(item, Gap) and item.last >= item.first and item.first not in names:
-            # What neither has lies in this segment, perhaps at its end.
-            group = []
-        if not isinstance(item, Placed):
-            continue
-        if not segment or item.entry.seq in names or size >= SEGMENT:
-            finish()
-            segment, size, group = item.entry.seq, 0, []
-        size += len(item.entry.line)
-        group.append(item)
-    finish()
-    return written, healed

@@ -19,10 +19,12 @@ from registry.store.errors import Corrupt, StorageError, Unsupported
 
 FOLDER = "journal"
 SEGMENT = 16 << 20
-"""Bytes from which on a segment is full, and the next entry begins another."""
+"""Bytes from which on a segment is full: the next entry begins another."""
 
 _LOCK = "lock"
 _LARGEST = SEGMENT + MAX_LINE
+"""Bytes of the largest segment: its last entry may be as long as any."""
+
 _NAME = re.compile(r"([0-9]{16})\.log\Z")
 _TAIL = 66
 """Bytes at the end of a line: a tab, the digest, a line feed."""
@@ -30,7 +32,7 @@ _END = re.compile(rb"\t[0-9a-f]{64}\n\Z")
 
 
 class Position(NamedTuple):
-    """A place in the log: the number of the first entry of a segment, and the bytes before the place."""
+    """A place in the log: its segment, by the number of the first entry, and how many bytes of that stand before it."""
 
     segment: int
     offset: int
@@ -48,7 +50,8 @@ class Line(NamedTuple):
         start: where it begins.
         end: where the next one begins.
         is_torn: whether it is the last one and its digest does not fit: a crash cut it short.
-        has_end: whether it ends like an entry, though it is damaged; what a crash left of one line ends so only once.
+        has_end: whether a damaged line ends like an entry, with a digest; of one line that a crash cut short, only the
+            last piece may.
     """
 
     entry: Entry | None
@@ -82,10 +85,10 @@ class Journal:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other writers out, those too that have another catalog.
+        """Keep other writers out, even those that use another catalog.
 
         Raises:
-            StorageError: if another process keeps it for a minute.
+            StorageError: if another process keeps the log locked for a minute.
         """
         try:
             fd = places.open_file(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, inner=1)
@@ -106,7 +109,7 @@ class Journal:
         """The numbers of the segments, sorted.
 
         Raises:
-            Corrupt: if the folder is none.
+            Corrupt: if something else stands in the place of the folder.
         """
         matches = map(_NAME.match, places.names_in(self.folder, inner=1))
         return [int(match[1]) for match in matches if match and int(match[1])]
@@ -117,7 +120,7 @@ class Journal:
         return None if status is None else status.st_size
 
     def ends_at(self, position: Position, seq: int) -> bool:
-        """Whether the log ends at a place, behind the entry of a number."""
+        """Whether the log ends at a place, right behind the entry `seq`."""
         size = self.size(position.segment)
         if (size or 0) != position.offset or (size is None and seq):
             return False
@@ -152,24 +155,6 @@ class Journal:
             first = since.offset if segment == since.segment else 0
             yield from self._read_segment(segment, first, is_last=segment == segments[-1])
 
-    def _read_segment(self, segment: int, offset: int, *, is_last: bool) -> Iterator[Line]:
-        size = self.size(segment) or 0
-        try:
-            with self._opened(segment) as fd, os.fdopen(os.dup(fd), "rb") as file:
-                file.seek(offset)
-                while offset < size:
-                    start = Position(segment, offset)
-                    raw = file.readline(MAX_LINE + 1) if offset < _LARGEST else b""
-                    offset += len(raw)
-                    if not raw.endswith(b"\n") and offset < size:
-                        problem = f"it is longer than the {MAX_LINE} bytes that an entry may have"
-                        yield Line(None, problem=problem, start=start, end=Position(segment, size))
-                        return
-                    yield _line(raw, start, Position(segment, offset), is_last=is_last and offset >= size)
-        except OSError as error:
-            problem = f"it cannot be read ({error.strerror})"
-            yield Line(None, problem=problem, start=Position(segment, offset), end=Position(segment, size))
-
     def append(self, entry: Entry, end: Position) -> Position:
         """Add an entry behind the last one, durably; on an error the log is as before.
 
@@ -184,19 +169,19 @@ class Journal:
         durable.again_on_trouble(lambda: durable.make_folder(self.folder, inner=1))
         durable.append(self.path(end.segment), entry.line, inner=1)
         if not end.offset:
-            # Another process may have made the file, and been killed then.
+            # Another process may have made the file, and been killed before it synced the folder.
             durable.sync_folder(self.folder, inner=1)
         return end._replace(offset=end.offset + len(entry.line))
 
     def sync(self) -> None:
-        """Make durable what a process wrote that was killed before it could do so."""
+        """Make durable what a process may have written before it was killed."""
         for segment in self.segments()[-1:]:
             with self._opened(segment) as fd:
                 durable.disk.sync(fd, self.path(segment))
         durable.sync_folder(self.folder, inner=1)
 
     def cut(self, end: Position) -> None:
-        """Take away what stands behind a place of the last segment, durably."""
+        """Remove what stands behind a place of the last segment, durably."""
         durable.truncate(self.path(end.segment), end.offset, inner=1)
 
     def rewrite(self, segment: int, entries: Iterable[Entry]) -> None:
@@ -216,6 +201,25 @@ class Journal:
         for segment in sorted(segments, reverse=True):
             durable.unlink(self.path(segment), inner=1)
         durable.sync_folder(self.folder, inner=1)
+
+    def _read_segment(self, segment: int, offset: int, *, is_last: bool) -> Iterator[Line]:
+        """The lines of a segment from an offset on. What cannot be read comes as one damaged line."""
+        size = self.size(segment) or 0
+        try:
+            with self._opened(segment) as fd, os.fdopen(os.dup(fd), "rb") as file:
+                file.seek(offset)
+                while offset < size:
+                    start = Position(segment, offset)
+                    raw = file.readline(MAX_LINE + 1) if offset < _LARGEST else b""
+                    offset += len(raw)
+                    if not raw.endswith(b"\n") and offset < size:
+                        problem = f"it is longer than the {MAX_LINE} bytes that an entry may have"
+                        yield Line(None, problem=problem, start=start, end=Position(segment, size))
+                        return
+                    yield _line(raw, start, Position(segment, offset), is_last=is_last and offset >= size)
+        except OSError as error:
+            problem = f"it cannot be read ({error.strerror})"
+            yield Line(None, problem=problem, start=Position(segment, offset), end=Position(segment, size))
 
     @contextlib.contextmanager
     def _opened(self, segment: int) -> Iterator[int]:

@@ -1,7 +1,7 @@
 """The ledger: what follows from the log, in memory, without a database.
 
-It is written for itself, apart from what keeps the catalog's tables up to date: the two are compared by `verify` and by
-every test, and gc decides by the ledger, so that a catalog that lies cannot make it delete.
+It is independent of the code that keeps the catalog's tables up to date: `verify` and every test compare the two. gc
+decides by the ledger, so that a catalog that lies cannot make it delete anything.
 """
 
 from __future__ import annotations
@@ -35,7 +35,11 @@ class LivePack(NamedTuple):
 
 
 class Void(NamedTuple):
-    """An entry that contradicts those before it, and so has no effect."""
+    """An entry that contradicts those before it, and so has no effect.
+
+    Attributes:
+        ids: the manifests that it names as versions or artifacts.
+    """
 
     seq: int
     at: str
@@ -52,12 +56,14 @@ class Ledger:
     Attributes:
         seq, digest, end: number and digest of the last entry, and where the log ends.
         versions: model and number, by id.
-        next: the number that a model's next version gets.
-        missing: numbers that a model has had and that no readable entry accounts for.
+        next: the number that the next version gets, by model.
+        missing: the numbers that a model has had and that no readable entry accounts for, by model.
         aliases: the id that a model and a name point at.
+        aliases_of: the aliases of a version, by id.
         tags, notes: by id.
         runs: model, time and record, by name.
         artifacts: id, time and record, by key.
+        keys_of: the keys under which a manifest is an artifact, by id.
         packs: those that count, by digest.
         doomed: when a pack or a manifest was doomed.
         released: manifests that nothing names any more, and that are not doomed yet.
@@ -84,6 +90,7 @@ class Ledger:
         self.artifacts: dict[str, tuple[str, str, Record]] = {}
         self.keys_of: dict[str, frozenset[str]] = {}
         self.packs: dict[str, LivePack] = {}
+        # A dict, so that it can be undone.
         self._counts = {"packs": 0}
         self.doomed: dict[str, str] = {}
         self.released: dict[str, None] = {}
@@ -92,6 +99,7 @@ class Ledger:
         self.voids: list[Void] = []
         self.skipped: list[Record] = []
         self.strays: dict[str, PackInfo] = {}
+        # Model and number of the versions that the present entry has removed, by id.
         self._freed: dict[str, tuple[str, int]] = {}
 
     def is_live(self, manifest_id: str) -> bool:
@@ -136,8 +144,8 @@ class Ledger:
     def take(self, entry: Entry, start: Position | None = None) -> None:
         """Take in one entry: whole, or not at all if it contradicts those before it.
 
-        Behind a gap, what contradicts may have been right before: records are taken in one by one then, as far as they
-        can be.
+        Behind a gap, a record may seem to contradict only because others are lost. There the records are taken in one
+        by one, and those that contradict are left out.
         """
         self._undo.begin()
         self._freed.clear()
@@ -203,7 +211,7 @@ class Ledger:
         else:
             freed = self._freed.pop(instead, None)
             if freed is None and self.has_gaps:
-                # What said which number it had is lost; this says it too.
+                # The entry that gave the removed version its number is lost. This record has the number, too.
                 self._numbers.give(model, version, is_adopted=True)
             else:
                 refuse_if(freed != (model, version), f"{model}:v{version} is not what {instead[:12]} was")
@@ -211,6 +219,7 @@ class Ledger:
         self._undo.set(self.versions, manifest_id, (model, version))
 
     def _revive(self, manifest_id: str, record: Record) -> None:
+        """Let a manifest count."""
         refuse_if(
             manifest_id in self.doomed and "manifest" not in record,
             f"manifest {manifest_id[:12]} was doomed, and its text is not there",
@@ -218,6 +227,7 @@ class Ledger:
         self._undo.drop(self.released, manifest_id)
 
     def _release(self, manifest_id: str) -> None:
+        """Let a manifest go, unless a version or an artifact still has it."""
         if not self.is_live(manifest_id):
             self._undo.drop(self.doomed, manifest_id)
             self._undo.drop(self.texts, manifest_id)
@@ -226,7 +236,7 @@ class Ledger:
     def _remove(self, record: Record, entry: Entry) -> None:
         manifest_id = record["id"]
         if self.has_gaps and manifest_id not in self.versions:
-            # What made it known is lost; it is gone all the same.
+            # The entry that published it is lost. It is gone all the same.
             self._release(manifest_id)
         model, version = self._version(manifest_id)
         aliases = self.aliases_of.get(manifest_id, frozenset())
@@ -252,7 +262,7 @@ class Ledger:
     def _alias(self, record: Record, entry: Entry) -> None:
         model, alias, manifest_id = record["model"], record["alias"], record["id"]
         if self.has_gaps and manifest_id not in self.versions:
-            # It does not point where it did before.
+            # Its new version is lost, but it does not point to the old one any more.
             self._unpoint(model, alias, record["was"])
         refuse_if(self._version(manifest_id)[0] != model, f"{manifest_id[:12]} is no version of {model}")
         self._unpoint(model, alias, record["was"])
@@ -263,8 +273,9 @@ class Ledger:
         self._unpoint(record["model"], record["alias"], record["was"])
 
     def _unpoint(self, model: str, alias: str, was: str | None) -> None:
-        """Take an alias away, which points where it is said to."""
+        """Take an alias away, if it points where the record says."""
         if self.has_gaps:
+            # This record replaces the skipped ones of the alias.
             said = ("alias", model, alias)
             self.skipped = [
                 one for one in self.skipped if (one["op"], one.get("model"), one.get("alias")) != said
@@ -325,7 +336,7 @@ class Ledger:
         self._undo.set_unless_empty(self.keys_of, manifest_id, self.keys_of[manifest_id] - {key})
 
     def _begin(self, record: Record, entry: Entry) -> None:
-        """The registry is new."""
+        """Nothing follows: the registry is new."""
 
     def _adopt(self, record: Record, entry: Entry) -> None:
         accepted = [range(first, last + 1) for first, last in record["gaps"]]

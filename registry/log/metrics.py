@@ -9,6 +9,7 @@ from registry.store.errors import Fix, Invalid
 from registry.store.text import quoted
 
 MAX_METRIC = 128
+"""Characters that the name of a metric has at most."""
 
 
 def _set(words: str) -> frozenset[str]:
@@ -48,13 +49,16 @@ _TURNING = _set(
     fpr fnr far frr fdr miss missed failed failure wrong
     """
 )
-"""Words after which nothing is certain any more."""
+"""Words that may turn the direction round: a name with one of them does not tell."""
 
 _SUBTRACTED = re.compile(r"(?:^|[\s/(])(?:1\s*)?[-\u2212](?=\s*[^\W\d])|^1-")
 """A sign before a name, as in `1-IoU` or `-elbo`."""
 
 _PIECE = re.compile(r"[^\W_]+")
+"""What stands between separators: `val` and `mAP50` in `val/mAP50`."""
+
 _PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+|[^\W_A-Za-z0-9]+")
+"""A word or a number within such a piece: `val` and `Loss` in `valLoss`."""
 
 
 _ADD_A_MODE = Fix("", "add mode='min' or mode='max'", "")
@@ -99,7 +103,7 @@ def is_smallest_best(name: str) -> bool | None:
         return None
     while words and (words[-1] in _QUALIFIERS or words[-1].isdigit()):
         words.pop()
-    # The loss of an accuracy is a loss, whatever it is called before.
+    # A name that ends in a loss is that of a loss, even `accuracy_loss`.
     if not words or words[-1] in _LOSSES:
         return True if words else None
     if words[-1] not in _SMALLEST | _LARGEST:
@@ -109,7 +113,7 @@ def is_smallest_best(name: str) -> bool | None:
 
 
 def smallest_is_best(name: str, advice: Fix) -> bool:
-    """As `is_smallest_best`, where somebody has to know.
+    """As `is_smallest_best`, but a name that does not tell is an error.
 
     Args:
         advice: what to add where the name does not tell.
@@ -130,7 +134,7 @@ def monitored(name: str, mode: str | None) -> Monitor:
         mode: `min` or `max`; without it the name decides.
 
     Raises:
-        Invalid: if the name cannot be one, the mode is another, or neither says which value is better.
+        Invalid: if the name or the mode cannot be one, or neither says which value is better.
     """
     check_metric(name)
     if mode not in (None, "min", "max"):

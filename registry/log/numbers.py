@@ -1,4 +1,4 @@
-"""Numbers: which number a version of a model may have, as none is given twice."""
+"""Numbers: which number a version of a model may have. A model never gives one twice."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ class Numbers:
     """The numbers of versions.
 
     Attributes:
-        next: the number that a model's next version gets.
-        missing: numbers that a model has had and that no readable entry accounts for.
+        next: the number that the next version gets, by model.
+        missing: the numbers that a model has had and that no readable entry accounts for, by model.
     """
 
     def __init__(self, undo: Undo) -> None:
@@ -23,7 +23,7 @@ class Numbers:
         """Give a version its number.
 
         Args:
-            is_adopted: whether it may be a number that no readable entry accounts for.
+            is_adopted: whether it may also be one of the missing numbers.
 
         Raises:
             Refused: if the model has had a version of that number.
@@ -39,7 +39,7 @@ class Numbers:
         self._undo.set(self.next, model, max(version + 1, following))
 
     def go_on_at(self, model: str, version: int) -> None:
-        """Let a model's next version have a number.
+        """Set the number that a model's next version gets.
 
         Raises:
             Refused: if the model has had a version of that number.
@@ -49,6 +49,7 @@ class Numbers:
 
 
 def _without(missing: tuple[range, ...], version: int) -> tuple[range, ...]:
+    """Ranges of numbers, with one number taken out."""
     parts = ((range(one.start, version), range(version + 1, one.stop)) for one in missing if version in one)
     others = (one for one in missing if version not in one)
     return (*others, *(part for pair in parts for part in pair if part))

@@ -20,7 +20,10 @@ _PREFIX = re.compile(r"[0-9a-f]{6,64}\Z")
 
 
 class Reference(NamedTuple):
-    """A parsed reference: a model with a version, with an alias, or alone (its latest); or maybe an id prefix."""
+    """A parsed reference: a model with a version, with an alias, or alone, which means its latest version.
+
+    A model alone may also be an id prefix.
+    """
 
     model: str
     version: int | None = None
@@ -95,7 +98,7 @@ def check_run_name(name: str) -> str:
     """Check the full name of a run, which is a path below the folder of runs: a model, a slash and the run's own name.
 
     Raises:
-        Corrupt: if it is another one, and could lead out of that folder.
+        Corrupt: if it has another form, and so could lead out of that folder.
     """
     try:
         model, run = name.split("/")
@@ -112,10 +115,11 @@ def check_text(text: str, what: str, longest: int = 1 << 20) -> str:
     """Check free text, such as a note.
 
     Args:
+        what: what to call it in an error.
         longest: bytes in UTF-8 that it may have.
 
     Raises:
-        Invalid: if it is no text, too long, or holds half a character (a lone surrogate), which no UTF-8 file can.
+        Invalid: if it is no text, too long, or holds half a character (a lone surrogate), which UTF-8 cannot encode.
     """
     if not isinstance(text, str):
         raise Invalid(f"{what}: must be text, not {type(text).__qualname__}")

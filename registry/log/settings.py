@@ -11,11 +11,15 @@ from registry.store.errors import Invalid, Unsupported, storage_errors
 from registry.store.text import printable, quoted
 
 FORMAT = 2
+"""The present format of a registry."""
+
 NAME = "registry.toml"
 _LONGEST = 64 << 10
-"""Bytes of the settings that are read."""
+"""Bytes of the settings that are read at most."""
 
 _AS_WRITTEN = re.compile(r'format = (\d{1,9})\ncreated_by = "[^"\\]*"\n\Z')
+"""The settings as `create` writes them. They are read without a TOML parser."""
+
 _FORMAT_LINE = re.compile(r"(?m)^(\s*format\s*=\s*)1(\s*(#.*)?)$")
 
 
@@ -32,7 +36,7 @@ def create(root: Path, created_by: str) -> None:
 
 
 def hide_from_git(root: Path) -> None:
-    """Let Git ignore a registry that lies in one of its working trees, unless the user has said something of it."""
+    """Let Git ignore a registry that lies in a working tree, unless the registry has a `.gitignore` already."""
     path = root / ".gitignore"
     if places.status_of(path) is None and any((folder / ".git").exists() for folder in root.parents):
         durable.write_file(path, b"*\n", folder=root / "tmp")
@@ -61,7 +65,7 @@ def read_format(root: Path) -> int:
 
 
 def switch_format(root: Path) -> None:
-    """Say that a registry has the present format from now on; what else the settings hold stays."""
+    """Write into the settings that the registry has the present format from now on. Their other lines stay."""
     path = root / NAME
     text = _text(path)
     changed, count = _FORMAT_LINE.subn(rf"\g<1>{FORMAT}\g<2>", text)
@@ -76,7 +80,7 @@ def _text(path: Path) -> str:
 
 
 def _format_in(text: str, path: Path) -> Any:
-    """The format in settings that somebody has edited."""
+    """The format in settings that a user has edited."""
     # Lazy: start-up.
     import tomllib
 
@@ -84,5 +88,5 @@ def _format_in(text: str, path: Path) -> Any:
         return tomllib.loads(text).get("format")
     except (RecursionError, ValueError) as error:
         # A number of thousands of digits is a ValueError, too.
-        told = "nested too deep" if isinstance(error, RecursionError) else printable(str(error))
-        raise Invalid(f"{path}: {told}; it needs one line: format = {FORMAT}") from None
+        problem = "nested too deep" if isinstance(error, RecursionError) else printable(str(error))
+        raise Invalid(f"{path}: {problem}; it needs one line: format = {FORMAT}") from None

@@ -1,6 +1,7 @@
 """Strays: packs and manifests that no readable entry of the log names.
 
-An interrupted save leaves such, and nothing needs them. Where entries are lost they may be what these have named.
+An interrupted save leaves strays, and nothing needs them. Where entries are lost, a stray may be what one of these
+named.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def stray_manifests(store: Store, ledger: Ledger) -> Iterator[str]:
 def needed_strays(
     store: Store, ledger: Ledger, manifest_ids: Iterable[str]
 ) -> tuple[dict[str, PackInfo], list[str]]:
-    """The stray packs without which some manifests would lack tensors, and those that are whole with them."""
+    """The stray packs that some manifests need, and the ids of the manifests that are whole with them."""
     strays = stray_packs(store, ledger)
     held: set[str] = set()
     for digest in ledger.packs:
@@ -62,8 +63,21 @@ def needed_strays(
     return chosen, whole
 
 
+def use_strays(store: Store, ledger: Ledger) -> None:
+    """Let the stray packs count that live manifests need: a lost entry may have named them."""
+    chosen, _ = needed_strays(store, ledger, ledger.live_manifests())
+    for number, (digest, pack) in enumerate(sorted(chosen.items()), ledger.pack_count + 1):
+        has_differences = any(tensor.base for tensor in pack.tensors)
+        ledger.packs[digest] = LivePack(number, pack.size, has_differences)
+        ledger.strays[digest] = pack
+
+
 def _closure(wanted: frozenset[str], strays: list[PackInfo], held: set[str]) -> dict[str, PackInfo] | None:
-    """The packs that hold some tensors and what these are differences from; None if there are none."""
+    """The strays that hold the wanted tensors, and in turn their bases; None if one tensor is in no pack at all.
+
+    Args:
+        held: digests of the tensors that packs of the log hold.
+    """
     found: dict[str, PackInfo] = {}
     left = set(wanted)
     while left:
@@ -75,12 +89,3 @@ def _closure(wanted: frozenset[str], strays: list[PackInfo], held: set[str]) -> 
         bases = {place.base for pack in chosen.values() for place in pack.places.values() if place.base}
         left = bases - held - {digest for pack in found.values() for digest in pack.places}
     return found
-
-
-def use_strays(store: Store, ledger: Ledger) -> None:
-    """Let stray packs count that manifests need which count, as a lost entry may have named them."""
-    chosen, _ = needed_strays(store, ledger, ledger.live_manifests())
-    for number, (digest, pack) in enumerate(sorted(chosen.items()), ledger.pack_count + 1):
-        has_differences = any(tensor.base for tensor in pack.tensors)
-        ledger.packs[digest] = LivePack(number, pack.size, has_differences)
-        ledger.strays[digest] = pack

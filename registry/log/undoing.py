@@ -1,4 +1,4 @@
-"""Undoing: changes of tables in memory, all of which can be taken back."""
+"""Undoing: changes of dicts in memory that can be taken back together."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ _MISSING: Any = object()
 
 
 class Undo:
-    """Changes tables, and knows what was there before."""
+    """Changes dicts, and knows what they held before."""
 
     def __init__(self) -> None:
         self._before: list[tuple[dict[Any, Any], Any, Any]] = []
 
     def begin(self) -> None:
-        """Let the changes so far stay."""
+        """Keep the changes so far: `take_back` undoes only later ones."""
         self._before.clear()
 
     def set(self, table: dict[Any, Any], key: Any, value: Any) -> None:

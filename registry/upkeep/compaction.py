@@ -27,7 +27,7 @@ REACH = 20
 """How many versions before and after an anchor are stored as differences from it.
 
 The farther away it is the larger a difference, and the fewer versions stay plain. In the series of
-`benchmarks/series.py` a difference over 20 versions takes 29 to 40 % of the bytes, and over 7 versions 27 to 37 %.
+`benchmarks/series.py` a difference over 20 versions takes 29 to 40% of the bytes, and over 7 versions 27 to 37%.
 """
 
 _MANIFESTS = 128
@@ -44,7 +44,7 @@ class Compacted(NamedTuple):
         versions: how many are stored as differences, or would be.
         before: bytes of the packs that were rewritten.
         after: bytes of those that took their place; None for a dry run.
-        problem: why not all could be done; what was is as it should be.
+        problem: why some packs could not be rewritten; those that were are in order.
     """
 
     model: str
@@ -69,14 +69,13 @@ def compact(
 ) -> list[Compacted]:
     """Store older versions as differences from a neighbour, bit for bit; `collect_garbage` frees the space.
 
-    The newest version of each model, those with an alias, and one in some forty stay as they are.
+    The newest version of each model, those with an alias, and one in some forty stay as they are. A model that cannot
+    be compacted, such as for a byte that is not what was saved, does not stop the others.
 
     Args:
         models: all of them unless given.
         dry_run: only say which packs would be rewritten.
         progress: told the bytes done, the bytes in all, and the bytes saved so far.
-
-    A model that cannot be compacted, such as for a byte that is not what was saved, does not stop the others.
 
     Raises:
         NotFound: if there is no such model.
@@ -121,7 +120,13 @@ def compact(
 
 
 class _Plan(NamedTuple):
-    """What to do for one model: by pack, its size, and which of its tensors become a difference from which other."""
+    """What to do for one model.
+
+    Attributes:
+        versions: ids of those with tensors that become differences.
+        packs: sizes of the packs to rewrite, by digest.
+        bases: which tensor becomes a difference from which other, by pack.
+    """
 
     model: str
     versions: Sequence[str]
@@ -134,7 +139,7 @@ class _Plan(NamedTuple):
 
 
 def _staying(catalog: Catalog) -> tuple[set[str], set[str]]:
-    """Ids of the versions and artifacts that stay as they are, and digests that there are differences from."""
+    """Ids of the versions and artifacts that stay as they are, and digests that differences rest on already."""
     ids = catalog.query(
         "SELECT v.id FROM versions v WHERE v.version = (SELECT MAX(o.version) FROM versions o WHERE o.model = v.model) "
         "UNION SELECT id FROM aliases UNION SELECT id FROM artifacts"
@@ -159,7 +164,13 @@ def _plan(
     bases: Collection[str],
     kept: set[str],
 ) -> _Plan:
-    """Choose anchors, which are added to what is kept, and find what can become a difference from them."""
+    """Choose anchors, and find what can become a difference from them.
+
+    Args:
+        staying: ids of the versions that stay as they are.
+        bases: digests that differences rest on already.
+        kept: digests that must stay plain; those of the anchors are added.
+    """
     manifest = functools.lru_cache(_MANIFESTS)(_manifest_in(store))
     versions = find_versions(catalog, "v.model = ?", [model], order="v.version")
     plain, based = [], []
@@ -210,10 +221,10 @@ def _manifest_in(store: Store) -> Callable[[str], Manifest]:
 
 
 def _anchors(plain: Sequence[int], based: Collection[int], staying: Collection[int]) -> dict[int, int]:
-    """For each position that is to become a difference the position of its anchor.
+    """The position of an anchor for each position that is to become a difference.
 
-    There are differences from some (`based`) already: these are preferred, as they stay anyhow. Then come those that
-    stay for now (`staying`), and only where there is none of either within reach another one is chosen.
+    Positions that differences rest on already (`based`) come first, as they stay anyway. Then come those that stay for
+    now (`staying`). Another one is chosen only where neither is within reach.
     """
     anchors = {*based}
 
@@ -239,12 +250,16 @@ def _named(manifest: Manifest) -> Iterator[tuple[tuple[str, int], TensorInfo]]:
 
 
 def _alike(a: TensorInfo, b: TensorInfo) -> bool:
+    """Whether a difference between two tensors is likely to be small: floats of one dtype and shape."""
     kind = ELEMENT_TYPES[a.dtype]
     return kind.is_float and kind.size > 1 and (a.dtype, a.shape) == (b.dtype, b.shape)
 
 
 def _rewrite(catalog: Catalog, store: Store, pack: str, size: int, bases: Mapping[str, str]) -> int | None:
-    """Put a smaller pack in the place of one; its size, or None if it would save too little or others came first."""
+    """Put a smaller pack in the place of one, and return its size.
+
+    None if that would save too little, or another process has changed the pack first.
+    """
     with unless_gone(catalog, pack):
         needed = needed_of(catalog.query, store, pack)
         if needed:

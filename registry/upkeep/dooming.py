@@ -1,4 +1,4 @@
-"""Dooming: packs and manifests that are proven to be needed by nothing, from which on anybody may delete their files.
+"""Dooming: an entry says that nothing needs certain packs and manifests. From then on anybody may delete their files.
 
 What the catalog says only proposes them. The proof comes from the log itself, the manifests and the packs' own indexes, so
 a catalog that lies cannot make anything be deleted.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _ATTEMPTS = 4
 _MOST = 100_000
-"""Packs, and manifests, that one entry dooms; the next gc goes on."""
+"""Packs that one entry dooms at most, and as many manifests. The next gc dooms the others."""
 
 _logger = logging.getLogger(__name__)
 
@@ -63,7 +63,10 @@ class Dooming:
         return set()
 
     def _computed(self, seq: int, record: Record, *, is_last: bool) -> Callable[[View], list[Record]]:
-        """The doom that was proven when the log ended with an entry; the last time it is proven while others wait."""
+        """What to commit: the record that was proven while the log ended at `seq`.
+
+        On the last attempt it is proven again inside the commit, while others wait.
+        """
 
         def compute(view: View) -> list[Record]:
             found = record
@@ -97,7 +100,7 @@ class Dooming:
 
 
 class _Overtaken(RegistryError):
-    """Something was recorded since the proof. Never reaches users."""
+    """Another entry was recorded since the proof. Never reaches users."""
 
 
 class Proof:
@@ -113,7 +116,10 @@ class Proof:
         self._query = query
 
     def unneeded(self, packs: Sequence[str]) -> list[str]:
-        """Those of some packs that nothing needs; a pack whose index cannot be read is one only if all else is whole."""
+        """Those of some packs that nothing needs.
+
+        A pack whose index cannot be read is one of them only if everything is whole without these packs.
+        """
         left = dict.fromkeys(packs)
         held: dict[str, set[str]] = {}
         unreadable = []

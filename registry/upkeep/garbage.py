@@ -69,13 +69,15 @@ def collect_garbage(
         now: the time, for tests.
 
     Raises:
-        Corrupt: if the log is damaged, or a folder of the registry is none; nothing is removed then.
+        Corrupt: if the log is damaged, or something else stands in the place of a folder; nothing is removed then.
     """
     now = time.time() if now is None else now
     return _Sweep(catalog, store, grace=grace, dry_run=dry_run, tell=tell, now=now).run()
 
 
 class _Sweep:
+    """One garbage collection, and the counts of what it removes."""
+
     def __init__(
         self,
         catalog: Catalog,
@@ -96,6 +98,7 @@ class _Sweep:
         self._wait = 0.0
 
     def run(self) -> Collected:
+        """Doom what nothing needs, and remove the files that have waited long enough."""
         with storage_errors(self._store.root):
             if not self._dry_run:
                 self._catalog.check_writable()
@@ -104,7 +107,7 @@ class _Sweep:
                 self._catalog.check_unbroken()
             self._check_folders()
             dead = Dooming(self._catalog, self._store).doom(dry_run=self._dry_run)
-            if self._knows_of_some():
+            if self._is_unnamed_garbage():
                 self._sweep("packs", self._store.packs, suffix=".safetensors", dead=dead)
                 self._sweep("manifests", self._store.manifests, suffix=".json", dead=dead)
             self._sweep_temporary()
@@ -119,7 +122,7 @@ class _Sweep:
         )
 
     def _check_folders(self) -> None:
-        """See that every folder is one and every file is one, before the first file goes."""
+        """Check that every folder is a folder and every file a regular file, before the first file goes."""
         store = self._store
         places.names_in(self._catalog.journal.folder, inner=1)
         paths = [(store.tmp / name, 1) for name in places.names_in(store.tmp, inner=1)]
@@ -132,11 +135,11 @@ class _Sweep:
             if status is not None:
                 places.refuse_odd(status, path)
 
-    def _knows_of_some(self) -> bool:
-        """Whether what the log does not name is known to be garbage.
+    def _is_unnamed_garbage(self) -> bool:
+        """Whether files that the log does not name are certain to be garbage.
 
-        It is not where the log has never named a pack or a manifest, while there are several: then an old copy of it may
-        have taken its place. A first save that was killed leaves one.
+        They are not if the log has never named a pack or a manifest, while there are several manifests: an old copy of
+        the log may have taken its place. (A first save that was killed leaves one.)
         """
         ledger = self._catalog.ledger()
         if ledger.pack_count or ledger.texts or ledger.doomed or ledger.is_any_live:
@@ -246,6 +249,7 @@ class _Sweep:
                 self._count("temporary", path, status.st_size)
 
     def _is_due(self, since: float, size: int, grace: float | None = None) -> bool:
+        """Whether a file has waited for its grace period; if not, it is counted as waiting."""
         grace = self._grace if grace is None else grace
         age = self._now - since
         if age >= grace or not grace:
@@ -263,7 +267,7 @@ class _Sweep:
 
 
 def _seconds(at: str) -> float:
-    """A time of the log in seconds since the epoch."""
+    """A time of the log in seconds since the epoch; infinity if it is malformed."""
     try:
         return datetime.fromisoformat(at).timestamp()
     except ValueError:

@@ -1,4 +1,4 @@
-"""Rebuilding: make the catalog anew from the log, put back what one of two copies has lost, and name what both have."""
+"""Rebuilding: make the catalog anew from the log, put back what one of two copies has lost, and name what both lost."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _is_latest(name: str, newest: Mapping[str, int]) -> bool:
 
 
 def _heal_manifests(catalog: Catalog, store: Store, progress: Progress) -> int:
-    """Write the manifests again whose files are missing or damaged, and whose text the log has; how many."""
+    """Write again the manifests whose files are missing or damaged, and whose text the log has. Returns how many."""
     rows = catalog.query("SELECT id FROM manifests")
     healed = 0
     for i, (manifest_id,) in enumerate(rows):
@@ -102,14 +102,14 @@ def _heal_manifests(catalog: Catalog, store: Store, progress: Progress) -> int:
                 store.manifest(manifest_id)
                 healed += 1
             except RegistryError:
-                # Named with what is damaged.
+                # `_damage` names it.
                 pass
         progress(i + 1, len(rows))
     return healed
 
 
 def _damage(catalog: Catalog, store: Store) -> Iterator[str]:
-    """What could not be brought back."""
+    """What could not be brought back, in words."""
     yield from catalog.gaps()
     yield from (str(void) for void in catalog.ledger().voids) if not catalog.gaps() else ()
     for (digest,) in catalog.query("SELECT digest FROM packs"):
@@ -121,13 +121,13 @@ def _damage(catalog: Catalog, store: Store) -> Iterator[str]:
     names = dict(catalog.query("SELECT id, model || ':v' || version FROM versions"))
     for (manifest_id,) in catalog.query("SELECT id FROM manifests"):
         problem = _problem(catalog, store, manifest_id)
-        # It may have gone and come back.
+        # It is looked at twice: it may have been removed and stored again in between.
         if problem and (problem := _problem(catalog, store, manifest_id)):
             yield f"{names.get(manifest_id, f'artifact {manifest_id[:12]}')}: {problem}"
 
 
 def _problem(catalog: Catalog, store: Store, manifest_id: str) -> str:
-    """What is wrong with a manifest that still counts when it was looked at; empty if nothing is."""
+    """What is wrong with a manifest; empty if nothing is, or if it does not count any more."""
     try:
         tensors = {tensor.digest for tensor in store.manifest(manifest_id).tensors}
         lost = len(tensors) - len(catalog.locate(tensors))
@@ -161,7 +161,7 @@ class _Orphan(NamedTuple):
 
 
 def _adoption(store: Store, ledger: Ledger) -> Sequence[Record]:
-    """What is to be recorded to take in the versions that no entry names, and the names that entries give them."""
+    """The records that take in the versions which no entry names, and the names that entries give them."""
     packs, whole = needed_strays(store, ledger, _unnamed(store, ledger))
     orphans = []
     for manifest_id in whole:
@@ -198,7 +198,7 @@ def _numbers(ledger: Ledger, orphans: Sequence[_Orphan]) -> dict[str, int]:
 
 
 def _names(ledger: Ledger, adopted: set[str]) -> Iterator[Record]:
-    """Aliases, tags and notes that readable entries give to versions which are taken in."""
+    """The records of the aliases, tags and notes that readable entries give to versions which are taken in."""
     found: dict[tuple[str, str, str], Record] = {}
     for number, record in enumerate(ledger.skipped):
         op, manifest_id = record["op"], str(record.get("id"))

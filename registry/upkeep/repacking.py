@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from registry.store.store import Store
 
 _WASTE = 0.5
-"""Share of a pack's bytes that nothing needs, from which on the rest is copied to a new pack."""
+"""Once nothing needs this share of a pack's bytes, the rest is copied to a new pack."""
 
 _MAX_USERS = 20
 """Manifests to read at most to know what of a pack is needed."""
 
 
 def tidy(catalog: Catalog, store: Store, packs: Iterable[str]) -> None:
-    """Repack those of some packs of which most is not needed any more."""
+    """Repack those of some packs of which half or more is not needed any more."""
     for pack in packs:
         rows = catalog.query("SELECT size FROM packs WHERE digest = ?", [pack])
         if not rows or len(users_of(catalog.query, pack)) > _MAX_USERS:
@@ -41,7 +41,7 @@ def tidy(catalog: Catalog, store: Store, packs: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def unless_gone(catalog: Catalog, pack: str) -> Iterator[None]:
-    """Give up on a pack that others take away meanwhile, or the versions that need it."""
+    """Suppress the error of the body if another process has removed the pack meanwhile, or versions that need it."""
     users = users_of(catalog.query, pack)
     try:
         yield
@@ -57,7 +57,7 @@ def users_of(query: Query, pack: str) -> set[str]:
 
 
 def needed_of(query: Query, store: Store, pack: str) -> set[str]:
-    """Digests of the tensors that lie in a pack and that manifests need, or differences in other packs."""
+    """Digests of the tensors in a pack that manifests need, or that differences in other packs rest on."""
     rest_here = (
         "SELECT t.digest FROM packs p JOIN tensors t ON t.pack = p.number "
         "WHERE p.digest = ? AND EXISTS (SELECT 1 FROM tensors d WHERE d.base = t.digest AND d.pack != p.number)"
@@ -107,12 +107,12 @@ def repack(
 
 
 def _counts(catalog: Catalog, pack: str) -> bool:
-    """Whether the log names a pack, also where it was not possible to say so."""
+    """Whether a pack counts by the log, which may have the entry although the commit failed."""
     return pack in catalog.ledger().packs
 
 
 def _replacement(view: View, old: str, new: PackInfo) -> list[Record]:
-    """What is to be recorded so that a pack takes the place of another; nothing if it cannot."""
+    """The records that put a pack in the place of another; none if it cannot take it."""
     store = view.store
     if not view.query("SELECT 1 FROM packs WHERE digest = ?", [old]):
         return []
@@ -127,7 +127,7 @@ def _replacement(view: View, old: str, new: PackInfo) -> list[Record]:
 
 
 def _rest_on_plain(view: View, old: str, own: Mapping[str, Location]) -> bool:
-    """Whether what the differences in a new pack rest on lies plain in a pack that stays, and nothing rests on them."""
+    """Whether the differences of a new pack rest on plain tensors of packs that stay, and nothing rests on them."""
     differences = {digest: place.base for digest, place in own.items() if place.base}
     elsewhere = {base for base in differences.values() if base not in own}
     places = view.locate(elsewhere)

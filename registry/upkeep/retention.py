@@ -28,7 +28,14 @@ if TYPE_CHECKING:
 
 
 class Retention(NamedTuple):
-    """What of a run stays; nothing is removed where neither `keep_last` nor `keep_best` is given."""
+    """What of a run stays. Nothing is removed unless `keep_last` or `keep_best` is given.
+
+    Attributes:
+        monitor: the metric that says which version is the best.
+        keep_last: how many of the newest versions stay.
+        keep_best: how many of the best versions stay.
+        keep_optimizer: how many of the newest versions keep what training on from them needs.
+    """
 
     monitor: Monitor | None = None
     keep_last: int | None = None
@@ -79,7 +86,7 @@ class Retention(NamedTuple):
         if self.keep_optimizer is not None:
             for version in _of(catalog, runs, model)[self.keep_optimizer :]:
                 if "thinned-from" not in version.record:
-                    # Another process has removed it meanwhile.
+                    # Another process may have removed it meanwhile.
                     with contextlib.suppress(NotFound):
                         thin(catalog, store, version.name)
         if removed or self.keep_optimizer is not None:
@@ -88,7 +95,7 @@ class Retention(NamedTuple):
     def _superfluous(self, view: Reader, versions: Sequence[Version]) -> list[Version]:
         best = self._best(versions)
         if self.keep_best is not None and not best:
-            # Which one is the best is not known, so that none may go.
+            # It is not known which one is the best, so none may go.
             return []
         kept = {version.id for version in versions[: self.keep_last or 1]}
         kept |= {version.id for version in best}
@@ -103,6 +110,7 @@ class Retention(NamedTuple):
         for version in versions:
             metric = self.monitor.metric
             value = version.loss if metric == "loss" else version.metrics.get(metric)
+            # NaN is never the best.
             if value is not None and value == value:
                 ranked.append((value if self.monitor.smallest else -value, version.version, version))
         return [version for _, _, version in sorted(ranked, key=lambda item: item[:2])[: self.keep_best]]

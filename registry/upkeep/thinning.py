@@ -42,13 +42,13 @@ def thin(catalog: Catalog, store: Store, reference: str) -> str:
         is_taken = view.query("SELECT 1 FROM versions WHERE id = ?", [manifest_id])
         if not present or is_taken or with_descendants(view, [version.id]):
             return []
-        # Garbage collection took the file, and only that has the text.
+        # Garbage collection took the file, and the text is too large for the log.
         if not carried and not view.store.has(manifest_id):
             view.store.write_manifest(reduced)
         return _in_its_place(present[0], manifest_id, carried)
 
     if catalog.commit(compute):
-        # Garbage collection took the file before the commit; the log has the text.
+        # Garbage collection took the file before the commit. Reading the manifest writes it again, from the log.
         if not store.has(manifest_id):
             # Another process has removed the version already.
             with contextlib.suppress(NotFound):
@@ -59,7 +59,7 @@ def thin(catalog: Catalog, store: Store, reference: str) -> str:
 
 
 def _in_its_place(version: Version, manifest_id: str, text: Mapping[str, str]) -> list[Record]:
-    """What is to be recorded so that a version has another manifest, and all its names."""
+    """The records that give a version another manifest; it keeps its number and all its names."""
     publish = {"op": "publish", "id": manifest_id, "model": version.model, "version": version.version}
     alias = {"op": "alias", "model": version.model, "id": manifest_id, "was": None}
     return [
@@ -72,7 +72,7 @@ def _in_its_place(version: Version, manifest_id: str, text: Mapping[str, str]) -
 
 
 def _only_for_training(name: str, tree: Any) -> bool:
-    """Whether a component is an optimizer's state, or the random state that goes with it."""
+    """Whether a component is the state of an optimizer, or that of random generators."""
     if isinstance(tree, Mapping) and "$ordered" in tree:
         tree = tree["$ordered"]
     return name == "rng" or (isinstance(tree, Mapping) and {"state", "param_groups"} <= set(tree))

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from registry.store.store import Store
 
 _PART = 8 << 20
+"""Bytes that are read at a time."""
+
 _MOMENT = 0.5
 """Seconds that a missing manifest is waited for, once."""
 
@@ -65,8 +67,8 @@ def verify(
 ) -> Verification:
     """Read every stored byte, or those that some checkpoints need, and compare it with its digest.
 
-    Without references also the log, the catalog and what they say of each other. Packs that are damaged are noted in the
-    log, if it can be written: what is saved again is then written again, and does not rest on them.
+    Without references, the log and the catalog are compared with each other, too. Damaged packs are noted in the log,
+    if it can be written. What is saved again is then written again, and does not rest on them.
 
     Returns:
         What was checked and every problem found; damage is reported, not raised.
@@ -109,6 +111,8 @@ def _note(catalog: Catalog, store: Store, damaged: Collection[str]) -> None:
 
 
 class _Check:
+    """One verification: what it has checked, and the problems that it has found."""
+
     def __init__(self, catalog: Catalog, store: Store, chosen: list[str]) -> None:
         self._catalog = catalog
         self._store = store
@@ -120,10 +124,11 @@ class _Check:
         self._names: dict[str, list[tuple[str, str]]] = {}
         """Checkpoint and path of each tensor by digest."""
         self._ids: dict[str, str] = {}
-        """Manifest of each checkpoint, as it was read; thinning gives it another."""
+        """Id of each checkpoint's manifest when it was read. Thinning gives the checkpoint another one."""
         self._has_waited = False
 
     def manifests(self) -> None:
+        """Check the manifests, and note which tensors each checkpoint has."""
         for manifest_id, name in self._live_names().items():
             manifest: Manifest | None
             try:
@@ -145,8 +150,33 @@ class _Check:
             for path, slot in manifest.slots:
                 self._names.setdefault(manifest.tensors[slot].digest, []).append((name, path))
 
+    def packs(self, progress: Progress) -> None:
+        """Check the packs, and that each tensor of the checkpoints is in one."""
+        rows = self._pack_rows()
+        total = sum(size for _, size, _ in rows)
+        for digest, size, number in rows:
+            self._check_pack(digest, size, number)
+            self.pack_count += 1
+            self.byte_count += size
+            progress(self.byte_count, total)
+        for part in batches(self._names):
+            found = {
+                row[0]
+                for row in self._catalog.query(
+                    f"SELECT DISTINCT digest FROM tensors WHERE digest IN ({marks(part)})", part
+                )
+            }
+            for digest in part:
+                if digest not in found and self._is_lost(digest):
+                    self._report(digest, "no pack holds it")
+
+    def records(self) -> None:
+        """Compare the log, the catalog's copy of it, and the tables."""
+        for message in self._catalog.problems():
+            self.problems.append(Problem(message))
+
     def _live_names(self, ids: Iterable[str] | None = None) -> dict[str, str]:
-        """What each manifest that counts, or each of some, belongs to."""
+        """The version or artifact of each manifest that counts, or of each of some."""
         chosen = list(ids) if ids is not None else self._chosen
         if not chosen and ids is None:
             return self._named("", [])
@@ -159,7 +189,7 @@ class _Check:
         named: dict[str, str] = {}
         for name, table in (("'artifact ' || key", "artifacts"), ("model || ':v' || version", "versions")):
             rows = self._catalog.query(f"SELECT id, {name} FROM {table} {where}", parameters)
-            # A damaged row has anything.
+            # A damaged row may hold anything.
             named |= {str(manifest_id): str(found) for manifest_id, found in rows}
         return named
 
@@ -191,25 +221,6 @@ class _Check:
             return parse(text)
         return None
 
-    def packs(self, progress: Progress) -> None:
-        rows = self._pack_rows()
-        total = sum(size for _, size, _ in rows)
-        for digest, size, number in rows:
-            self._pack(digest, size, number)
-            self.pack_count += 1
-            self.byte_count += size
-            progress(self.byte_count, total)
-        for part in batches(self._names):
-            found = {
-                row[0]
-                for row in self._catalog.query(
-                    f"SELECT DISTINCT digest FROM tensors WHERE digest IN ({marks(part)})", part
-                )
-            }
-            for digest in part:
-                if digest not in found and self._is_needed(digest):
-                    self._damaged(digest, "no pack holds it")
-
     def _pack_rows(self) -> list[tuple[str, int, int]]:
         rows = self._catalog.query(
             f"SELECT digest, size, number FROM packs WHERE NOT (damaged = 1 AND {UNUSED}) ORDER BY number"
@@ -223,14 +234,16 @@ class _Check:
         return [(str(digest), int(size), int(number)) for digest, size, number in sound]
 
     def _counts(self, pack: str) -> bool:
+        """Whether a pack still counts."""
         return bool(self._catalog.query("SELECT 1 FROM packs WHERE digest = ?", [pack]))
 
-    def _is_needed(self, digest: str) -> bool:
-        """Whether no pack has a tensor by now, while a manifest that needs it still counts."""
+    def _is_lost(self, digest: str) -> bool:
+        """Whether no pack has a tensor, and a manifest that needs it still counts."""
         ids = {self._ids[name] for name, _ in self._names.get(digest, ())}
         return not self._catalog.locate([digest]) and bool(self._live_names(ids))
 
-    def _pack(self, digest: str, size: int, number: int) -> None:
+    def _check_pack(self, digest: str, size: int, number: int) -> None:
+        """Compare a pack with its name and with the catalog, and its bytes with their digests."""
         placed = {
             name: Location(pack=digest, start=start, pack_size=size, base=base, coded=coded)
             for name, start, base, coded in self._catalog.query(
@@ -243,20 +256,20 @@ class _Check:
             if info.size != size:
                 raise Corrupt(f"{path}: has {info.size} bytes instead of {size}")
             with open_regular(path, inner=INNER) as file:
-                self._contents(info, file.fileno())
+                self._check_contents(info, file.fileno())
         except RegistryError as error:
             if self._counts(digest):
                 self.damaged.add(digest)
                 affected = {name for tensor in placed for name, _ in self._names.get(tensor, ())}
                 self.problems.append(Problem(f"pack {error}", tuple(sorted(affected)), str(path)))
             return
-        self._differences([tensor.digest for tensor in info.tensors if tensor.base], digest)
+        self._check_differences([tensor.digest for tensor in info.tensors if tensor.base], digest)
         if placed != info.places and self._counts(digest):
             self.problems.append(
                 Problem(f"{path} does not hold what the catalog says; run: registry rebuild", (), str(path))
             )
 
-    def _contents(self, info: PackInfo, fd: int) -> None:
+    def _check_contents(self, info: PackInfo, fd: int) -> None:
         """Compare the bytes of a pack with their digests; read, not mapped, since it may shrink meanwhile."""
         path = self._store.pack_path(info.digest)
         end = info.size if not info.tensors else info.tensors[0].start
@@ -271,7 +284,7 @@ class _Check:
             data = self._read(fd, tensor.start, tensor.size)
             if tensor_digest(tensor.dtype, tensor.shape, data) != tensor.digest and self._counts(info.digest):
                 self.damaged.add(info.digest)
-                self._damaged(tensor.digest, f"its bytes in {path} are not what was saved")
+                self._report(tensor.digest, f"its bytes in {path} are not what was saved")
 
     @staticmethod
     def _read(fd: int, start: int, size: int) -> bytearray:
@@ -285,7 +298,7 @@ class _Check:
                 done += count
         return data
 
-    def _differences(self, digests: list[str], pack: str) -> None:
+    def _check_differences(self, digests: list[str], pack: str) -> None:
         """Check tensors that are stored as differences, by making them."""
         if not digests:
             return
@@ -302,7 +315,7 @@ class _Check:
                         loading.verify(store.packs, [item], loading.Read(store.packs))
                     problem = ""
                 except Missing as error:
-                    # A pack that it rests on may just have been replaced.
+                    # Another process may just have replaced the pack of its base.
                     problem = str(error)
                     continue
                 except RegistryError as error:
@@ -310,9 +323,10 @@ class _Check:
                 break
             if problem and self._counts(pack):
                 self.damaged.add(pack)
-                self._damaged(digest, problem)
+                self._report(digest, problem)
 
-    def _damaged(self, digest: str, problem: str) -> None:
+    def _report(self, digest: str, problem: str) -> None:
+        """Add a problem for each place where checkpoints use a tensor."""
         uses = self._names.get(digest, [])
         if self._chosen and not uses:
             return
@@ -321,8 +335,3 @@ class _Check:
         for path in dict.fromkeys(path for _, path in uses):
             names = tuple(name for name, used in uses if used == path)
             self.problems.append(Problem(f"{path}: {problem}", names))
-
-    def records(self) -> None:
-        """Compare the log, the catalog's copy of it, and the tables."""
-        for message in self._catalog.problems():
-            self.problems.append(Problem(message))
