@@ -8,12 +8,10 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import os
-import re
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from registry.catalog import pairing, schema
@@ -30,7 +28,6 @@ from registry.store import durable, places
 from registry.store.errors import Corrupt, RegistryError, StorageError, storage_errors
 
 _TRIES = 4
-_SET_ASIDE = re.compile(rf"{re.escape(NAME)}\.damaged-[0-9]+\Z")
 
 _logger = logging.getLogger(__name__)
 
@@ -100,14 +97,8 @@ def refold_in_place(
             is_whole = is_whole and item.start is not None
         ledger.follow([item])
     if heals and not (is_whole and all(gap.last >= gap.first for gap in ledger.gaps)):
-        segments, healed = heal(journal, history(journal, copy))
-        if segments:
-            _logger.warning(
-                "%s is damaged: %s was written again from the catalog's copy, with %d entries that it had lost",
-                journal.folder,
-                ", ".join(journal.path(one).name for one in segments),
-                len(healed),
-            )
+        healed = _healed(journal, copy)
+        if healed is not None:
             again = refold_in_place(database, change, copy, heals=False)
             return again._replace(healed=healed)
     if not ledger.seq and not ledger.gaps and next(iter(database.store), None):
@@ -176,8 +167,9 @@ def refold_locked(database: Database, *, why: str = "") -> Refolded | None:
     # The process that was making or migrating it may have been killed.
     durable.sync_folder(database.root)
     with contextlib.ExitStack() as stack:
-        set_aside, copy = None, usable
+        set_aside, copy, rescued = None, usable, list[int]()
         if usable is None:
+            rescued = _rescued(database)
             set_aside = _set_aside(database)
             copy = _copy_in(database, set_aside)
             _touch(database)
@@ -189,66 +181,55 @@ def refold_locked(database: Database, *, why: str = "") -> Refolded | None:
             usable.execute("PRAGMA foreign_keys = OFF")
             usable.execute("BEGIN EXCLUSIVE")
             try:
-                change = Change(usable, Material(database.store))
-                refolded = refold_in_place(database, change, copy)
-                if refolded.ledger.has_gaps:
-                    refolded = _with_older_copies(database, change, refolded, besides=set_aside)
+                refolded = refold_in_place(database, Change(usable, Material(database.store)), copy)
                 usable.execute("COMMIT")
             except BaseException:
                 with contextlib.suppress(sqlite3.Error):
                     usable.execute("ROLLBACK")
                 raise
         pairing.close(database.path, usable)
-    return refolded._replace(set_aside=set_aside)
+    return refolded._replace(set_aside=set_aside, healed=[*rescued, *refolded.healed])
 
 
-def _with_older_copies(
-    database: Database, change: Change, refolded: Refolded, *, besides: str | None
-) -> Refolded:
-    """Look for lost entries in the catalogs that were set aside before, as by a program that was killed then.
+def _rescued(database: Database) -> list[int]:
+    """Give the folder's log what only the copy in an unusable catalog has, before that catalog gets another name.
 
-    Args:
-        besides: the name of one that was looked into already.
+    Nobody would look for it there after a crash.
+
+    Returns:
+        The numbers of the entries.
     """
-    journal, healed = database.journal, list(refolded.healed)
-    names = [name for name in places.names_in(database.root) if _SET_ASIDE.match(name) and name != besides]
-    for name in sorted(names, reverse=True):
-        if not refolded.ledger.has_gaps:
-            break
-        copy = _copy_in(database, name)
-        if copy is None:
-            continue
-        with contextlib.closing(copy):
-            alone, together = _readable(history(journal, None)), _readable(history(journal, copy))
-            # The copy of a history that went another way would replace entries that can be read.
-            if together.in_log == alone.in_log and together.lost < alone.lost:
-                refolded = refold_in_place(database, change, copy)
-                healed += refolded.healed
-    return refolded._replace(healed=healed)
+    copy = _copy_in(database, NAME)
+    if copy is None:
+        return []
+    journal, lacks = database.journal, False
+    with contextlib.closing(copy):
+        for item in history(journal, copy):
+            if isinstance(item, Fork):
+                return []
+            lacks = lacks or (isinstance(item, Placed) and item.start is None)
+        if not lacks:
+            return []
+        journal.sync()
+        return _healed(journal, copy) or []
 
 
-class _Readable(NamedTuple):
-    """How many entries of a history can be read.
+def _healed(journal: Journal, copy: sqlite3.Connection | None) -> list[int] | None:
+    """Write segments of the folder's log anew that lack what the catalog's copy has, or hold what is no entry.
 
-    Attributes:
-        in_log: entries that the folder's log has.
-        lost: entries that neither it nor the copy has; infinitely many if the two fork.
+    Returns:
+        The numbers of the entries that were brought back; None if no segment was written.
     """
-
-    in_log: int
-    lost: float
-
-
-def _readable(items: Iterable[Placed | Gap | End | Fork]) -> _Readable:
-    in_log, lost = 0, 0.0
-    for item in items:
-        if isinstance(item, Fork):
-            return _Readable(in_log, math.inf)
-        if isinstance(item, Placed):
-            in_log += item.start is not None
-        elif isinstance(item, Gap):
-            lost += max(0, item.last - item.first + 1)
-    return _Readable(in_log, lost)
+    segments, healed = heal(journal, history(journal, copy))
+    if not segments:
+        return None
+    _logger.warning(
+        "%s is damaged: %s was written again from the catalog's copy, with %d entries that it had lost",
+        journal.folder,
+        ", ".join(journal.path(one).name for one in segments),
+        len(healed),
+    )
+    return healed
 
 
 def _usable(database: Database) -> sqlite3.Connection | None:

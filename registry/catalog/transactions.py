@@ -194,8 +194,7 @@ def adopt(
         reason: why, for those who read the log.
 
     Returns:
-        What was recorded: in one entry, or in several where one would be too large. A crash between them leaves the rest
-        to be taken in later.
+        What was recorded: in one entry, or in several where one would be too large.
 
     Raises:
         StorageError: if the folder cannot be written.
@@ -208,13 +207,19 @@ def adopt(
         records = [*accepted, *compute(ledger)]
         if not records:
             return []
+        parts: list[Entry] = []
+        seq, digest = ledger.seq, ledger.digest
+        for part in entries.in_parts(records):
+            parts.append(entries.write(seq + 1, digest, part))
+            seq, digest = parts[-1].seq, parts[-1].digest
         if (journal.size(ledger.end.segment) or 0) > ledger.end.offset:
             journal.cut(ledger.end)
-        seq, digest, end = ledger.seq, ledger.digest, ledger.end
-        for part in entries.in_parts(records):
-            entry = entries.write(seq + 1, digest, part)
-            end = journal.append(entry, end)
-            seq, digest = entry.seq, entry.digest
+        if len(parts) == 1:
+            journal.append(parts[0], ledger.end)
+        else:
+            # The first one accepts the losses, so it comes last: until then there is a gap, and nothing is deleted.
+            for entry in reversed(parts):
+                journal.rewrite(entry.seq, [entry])
         refold_in_place(database, change, connection)
     return records
 

@@ -171,7 +171,8 @@ def in_parts(records: Iterable[Record]) -> Iterator[list[Record]]:
     for record in records:
         check_record(record)
         part.append(record)
-        size += len(record.get("manifest", "")) + len(record.get("text", ""))
+        # A character beyond ASCII takes up to 12 bytes.
+        size += len(record.get("manifest", "")) + 12 * len(record.get("text", ""))
         if size > _PART or len(part) >= MAX_RECORDS:
             yield part
             part, size = [], 0

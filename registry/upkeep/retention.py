@@ -6,7 +6,6 @@ before, and only to versions of the same run and of those that it was resumed fr
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,7 +13,7 @@ from registry.catalog.lookups import Reader, marks
 from registry.catalog.naming import removal
 from registry.catalog.versions import find_versions, with_descendants
 from registry.log.metrics import Monitor, monitored
-from registry.store.errors import Invalid, NotFound
+from registry.store.errors import Invalid, NotFound, RegistryError
 from registry.store.text import quoted
 from registry.upkeep.garbage import collect_garbage
 from registry.upkeep.thinning import thin
@@ -73,6 +72,9 @@ class Retention(NamedTuple):
 
         Args:
             runs: a run and those that it was resumed from, whose versions the rules are about.
+
+        Raises:
+            RegistryError: if a version could not be thinned; all the rest is done by then.
         """
         if self.keep_last is None and self.keep_best is None and self.keep_optimizer is None:
             return
@@ -83,14 +85,25 @@ class Retention(NamedTuple):
         removed = None
         if self.keep_last is not None or self.keep_best is not None:
             removed = catalog.commit(compute)
-        if self.keep_optimizer is not None:
-            for version in _of(catalog, runs, model)[self.keep_optimizer :]:
-                if "thinned-from" not in version.record:
-                    # Another process may have removed it meanwhile.
-                    with contextlib.suppress(NotFound):
-                        thin(catalog, store, version.name)
+        failed = [] if self.keep_optimizer is None else self._thin(catalog, store, _of(catalog, runs, model))
         if removed or self.keep_optimizer is not None:
             collect_garbage(catalog, store)
+        if failed:
+            raise failed[0]
+
+    def _thin(self, catalog: Catalog, store: Store, versions: Sequence[Version]) -> list[RegistryError]:
+        """Thin all versions but the newest; what prevents it for some does not keep the others from it."""
+        failed = []
+        for version in versions[self.keep_optimizer :]:
+            if "thinned-from" not in version.record:
+                try:
+                    thin(catalog, store, version.name)
+                except NotFound:
+                    # Another process has removed it meanwhile.
+                    continue
+                except RegistryError as error:
+                    failed.append(error)
+        return failed
 
     def _superfluous(self, view: Reader, versions: Sequence[Version]) -> list[Version]:
         best = self._best(versions)
