@@ -672,7 +672,9 @@ def check_changes(world: World, root: Path, case: Case) -> None:
         rebuild(world, root, case)
         more, refused = change(root)
         done |= more
-        assert {"save", "good"} <= done.keys(), refused
+        # What log and catalog have both lost may come back under new numbers; docs/reliability.md says so.
+        is_renumbered = {"log", "catalog"} <= case.kinds and "has no version" in refused.get("good", "")
+        assert {"save", "good"} - done.keys() <= ({"good"} if is_renumbered else set()), refused
     if "log" in case.kinds:  # Of which the loss of the catalog would be the second damage.
         rebuild(world, root, case)
     drop_catalog(root)
