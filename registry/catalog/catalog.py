@@ -21,7 +21,7 @@ from registry.catalog.database import Damaged, Database, FileId, Held, LogState,
 from registry.catalog.lookups import locate
 from registry.catalog.opening import Opening
 from registry.store import places
-from registry.store.errors import Corrupt, RegistryError, StorageError, storage_errors
+from registry.store.errors import Corrupt, RegistryError, StorageError
 
 if TYPE_CHECKING:
     from registry.catalog.refolding import Refolded
@@ -239,7 +239,7 @@ class Catalog:
         database = self._database
         for _ in range(_TRIES):
             try:
-                with database.errors(), storage_errors(self.path):
+                with database.errors():
                     held = self._held()
                     rows = held.connection.execute(sql, parameters).fetchall()
                     if not isinstance(held.identity, Still) or held.identity == database.still():
@@ -253,7 +253,7 @@ class Catalog:
                 kept = database.held
                 if kept is None or kept.connection.in_transaction:
                     raise
-                with storage_errors(self.path):
+                with database.errors():
                     is_same = kept.identity == database.identity(kept.identity)
                 if is_same:
                     raise

@@ -260,7 +260,7 @@ def _usable(database: Database) -> sqlite3.Connection | None:
 
 
 def _copy_in(database: Database, name: str | None) -> sqlite3.Connection | None:
-    """A connection to a catalog that was set aside, if it may have copies of entries."""
+    """A connection to a catalog that cannot be used, under its name or another, if it may have copies of entries."""
     if name is None:
         return None
     try:

@@ -20,7 +20,7 @@ from registry.log.entries import Entry, Record
 from registry.log.history import End, Gap, walk
 from registry.log.ledger import Ledger
 from registry.log.refusals import Refused
-from registry.store.errors import StorageError, storage_errors
+from registry.store.errors import StorageError
 from registry.store.locating import Location
 from registry.store.store import Store
 
@@ -71,7 +71,7 @@ def exclusive(database: Database, connection: sqlite3.Connection, identity: obje
         Replaced: if the catalog's file is another one by now.
     """
     database.check_writable()
-    with database.errors(), storage_errors(database.path), database.journal.locked():
+    with database.errors(), database.journal.locked():
         if identity != database.identity(identity):
             raise Replaced
         try:

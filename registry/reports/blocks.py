@@ -59,6 +59,16 @@ class Title:
     level: Literal[1, 2] = 1
     where: Where = "everywhere"
 
+    @property
+    def heading(self) -> str:
+        """The text as a heading, which begins with a capital; a line of a terminal need not."""
+        return self.text[:1].upper() + self.text[1:]
+
+    @property
+    def subject(self) -> str:
+        """The two things that are compared, in one line; empty if there are none."""
+        return " -> ".join(self.between or ())
+
 
 @dataclass(frozen=True)
 class Lines:
@@ -87,6 +97,14 @@ class Table:
     opens: bool = False
     same: str | None = None
     where: Where = "everywhere"
+
+    @property
+    def cells(self) -> list[list[Cell]]:
+        """The rows, each cell in the tone in which it is shown."""
+        return [
+            [_toned(given, column) for given, column in zip(row, self.columns, strict=True)]
+            for row in self.rows
+        ]
 
 
 @dataclass(frozen=True)
@@ -148,7 +166,6 @@ def drawn(blocks: Sequence[Block], where: Literal["pages", "lines"]) -> list[Blo
     return [block for block in blocks if block.where in ("everywhere", where)]
 
 
-def cell(given: Cell | str, column: Column) -> Cell:
-    """A cell with the tone that it is shown in."""
+def _toned(given: Cell | str, column: Column) -> Cell:
     found = given if isinstance(given, Cell) else Cell(given)
     return found if found.tone else Cell(found.text, column.tone)

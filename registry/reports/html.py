@@ -19,7 +19,6 @@ from registry.reports.blocks import (
     Table,
     Title,
     Tree,
-    cell,
     drawn,
 )
 from registry.store.text import printable
@@ -53,7 +52,7 @@ def _file(name: str) -> str:
 
 def _name_of(blocks: Sequence[Block]) -> str:
     title = next(block for block in blocks if isinstance(block, Title))
-    return " -> ".join(title.between) if title.between else title.text
+    return title.subject or title.text
 
 
 def _drawn(block: Block) -> str:
@@ -82,9 +81,7 @@ def _title(block: Title) -> str:
     between = ""
     if block.between:
         between = f"<p>{' &rarr; '.join(f'<code>{_e(side)}</code>' for side in block.between)}</p>"
-    # A heading begins with a capital; a line of a terminal need not.
-    text = block.text[:1].upper() + block.text[1:]
-    head = f"<{level}><span{_class(block.tone)}>{_e(text)}</span></{level}>"
+    head = f"<{level}><span{_class(block.tone)}>{_e(block.heading)}</span></{level}>"
     return head + between + _paragraphs(block.lines)
 
 
@@ -108,7 +105,7 @@ def _table(block: Table) -> str:
         f'<th scope="col"{_class("n" if column.is_number else "")}>{_e(column.head)}</th>'
         for column in block.columns
     )
-    rows = "".join(_row(block, row) for row in block.rows)
+    rows = "".join(_row(block, cells) for cells in block.cells)
     table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
     if block.same is not None:
         table = _filters(block) + table
@@ -116,8 +113,7 @@ def _table(block: Table) -> str:
     return f'<div class="filtered">{found}</div>' if block.same is not None else found
 
 
-def _row(block: Table, row: Sequence[Cell | str]) -> str:
-    cells = [cell(given, column) for given, column in zip(row, block.columns, strict=True)]
+def _row(block: Table, cells: Sequence[Cell]) -> str:
     marks = ""
     if block.same is not None:
         same = "yes" if cells[0].text == block.same else "no"
@@ -133,7 +129,7 @@ def _cell(found: Cell, column: Column) -> str:
 
 def _filters(block: Table) -> str:
     """Check boxes for the texts of the first column; the script shows and hides the rows."""
-    tones = {one.text: one.tone for one in (cell(row[0], block.columns[0]) for row in block.rows)}
+    tones = {cells[0].text: cells[0].tone for cells in block.cells}
     boxes = "".join(
         f'<label><input type="checkbox" data-status="{_e(text)}" checked> <span{_class(tone)}>{_e(text)}</span></label>'
         for text, tone in tones.items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
-from registry.reports.blocks import Block, Code, Lines, Table, Title, cell, drawn
+from registry.reports.blocks import Block, Code, Lines, Table, Title, drawn
 from registry.store.text import printable
 
 
@@ -19,10 +19,8 @@ def render(blocks: Sequence[Block]) -> str:
 
 def _lines_of(block: Block) -> list[str]:
     if isinstance(block, Title):
-        between = f": {' -> '.join(block.between)}" if block.between else ""
-        # A heading begins with a capital; a line of a terminal need not.
-        text = block.text[:1].upper() + block.text[1:]
-        return [f"{'#' * block.level} {_escaped(text + between)}", "", *_paragraphs(block.lines)]
+        title = f"{block.heading}: {block.subject}" if block.subject else block.heading
+        return [f"{'#' * block.level} {_escaped(title)}", "", *_paragraphs(block.lines)]
     if isinstance(block, Lines):
         if not block.title:
             return _paragraphs(block.lines)
@@ -42,10 +40,7 @@ def _paragraphs(lines: Iterable[str]) -> list[str]:
 def _rows(table: Table) -> list[str]:
     heads = [_escaped(column.head) for column in table.columns]
     rule = "".join("---:|" if column.is_number else "---|" for column in table.columns)
-    rows = [
-        [_escaped(cell(c, column).text) for c, column in zip(row, table.columns, strict=True)]
-        for row in table.rows
-    ]
+    rows = [[_escaped(cell.text) for cell in row] for row in table.cells]
     return [f"| {' | '.join(heads)} |", f"|{rule}", *(f"| {' | '.join(row)} |" for row in rows)]
 
 

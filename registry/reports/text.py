@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from registry.reports.blocks import Block, Code, Column, Lines, Table, Title, cell, drawn
+from registry.reports.blocks import Block, Code, Column, Lines, Table, Title, drawn
 from registry.store.text import printable
 
 
@@ -19,8 +19,8 @@ def render(blocks: Sequence[Block]) -> str:
 
 def _lines_of(block: Block) -> list[str]:
     if isinstance(block, Title):
-        between = f": {' -> '.join(block.between)}" if block.between else ""
-        return [printable(block.text + between), *map(printable, block.lines)]
+        title = f"{block.text}: {block.subject}" if block.subject else block.text
+        return [printable(title), *map(printable, block.lines)]
     if isinstance(block, Lines):
         return _under(block.title, map(printable, block.lines))
     if isinstance(block, Table):
@@ -38,10 +38,7 @@ def _under(title: str, lines: Iterable[str]) -> list[str]:
 def _aligned(table: Table) -> list[str]:
     """Columns of one width each; heads in capitals, and none where no column has one."""
     heads = [printable(column.head if column.is_given else column.head.upper()) for column in table.columns]
-    rows = [
-        [printable(cell(c, column).text) for c, column in zip(row, table.columns, strict=True)]
-        for row in table.rows
-    ]
+    rows = [[printable(cell.text) for cell in row] for row in table.cells]
     shown = [heads, *rows] if any(heads) else rows
     widths = [max(map(len, texts)) for texts in zip(*shown, strict=True)]
     return [
