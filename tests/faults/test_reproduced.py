@@ -81,7 +81,8 @@ def told_by(root: Path, commands: Sequence[Sequence[str]]) -> list[str]:
         resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY,) * 2)
         for command in commands:
             os.write(writing, json.dumps(command).encode() + b"\n")
-            signal.alarm(SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of this process, as the machine may be busy
+            signal.alarm(6 * SECONDS)
             told = io.StringIO()
             with (
                 contextlib.redirect_stdout(told),
@@ -92,6 +93,7 @@ def told_by(root: Path, commands: Sequence[Sequence[str]]) -> list[str]:
             text = told.getvalue()
             if "unexpected" in text or "Traceback" in text or set(text) & {*"\x1b\x07\u202e\0"}:
                 os.write(writing, json.dumps([*command, repr(text[-SHOWN:])]).encode() + b"\n")
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
 
     pid = fork(run)
