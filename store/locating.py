@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
-from registry.store.errors import Corrupt, Incompatible, Missing
+from registry.store.errors import Corrupt, Incompatible, Missing, RegistryError
 from registry.store.manifest import Listed, Manifest, TensorInfo, slots_of
 
 if TYPE_CHECKING:
@@ -141,11 +141,17 @@ class Locator:
             )
         return wanted
 
-    def by_digest(self, digests: Collection[str]) -> list[Wanted]:
+    def by_digest(
+        self, digests: Collection[str], *, broken: dict[str, RegistryError] | None = None
+    ) -> list[Wanted]:
         """Stored tensors by digest alone, in the order of their places; their types are those in the packs.
 
+        Args:
+            broken: takes the errors of tensors that are differences from what no pack holds, by digest. Without it the
+                first one is raised.
+
         Raises:
-            Corrupt: if the header of a pack cannot be read.
+            Corrupt: if the header of a pack cannot be read, or the base of a difference is not there.
         """
         located = self._index.locate(digests)
         bases = self._bases(located)
@@ -153,18 +159,25 @@ class Locator:
         for name in {place.pack for place in located.values()}:
             for info, start in self._packs.listed(name, located):
                 place = located[info.digest]
-                if (place.pack, place.start) == (name, start):
+                if (place.pack, place.start) != (name, start):
+                    continue
+                try:
                     base = _base(info, place, bases, path=info.digest) if place.base else None
-                    found.append(
-                        Wanted(
-                            slot=len(found),
-                            info=info,
-                            location=place,
-                            name=info.digest,
-                            size=info.size,
-                            base=base,
-                        )
+                except Corrupt as error:
+                    if broken is None:
+                        raise
+                    broken[info.digest] = error
+                    continue
+                found.append(
+                    Wanted(
+                        slot=len(found),
+                        info=info,
+                        location=place,
+                        name=info.digest,
+                        size=info.size,
+                        base=base,
                     )
+                )
         return found
 
     def intact(self, digests: Collection[str], distrusted: Collection[str]) -> Collection[str]:

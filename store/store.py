@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from registry.store import durable
 from registry.store.digest import is_digest
-from registry.store.errors import Corrupt, Missing, NotFound, naming, storage_errors
+from registry.store.errors import Corrupt, Missing, NotFound, RegistryError, naming, storage_errors
 from registry.store.folder_index import FolderIndex, ManifestFolder, PackFolder
 from registry.store.locating import Index, Locator, Wanted, filling, while_packs_move
 from registry.store.manifest import Manifest, TensorInfo, record_document, untagged
@@ -172,9 +172,11 @@ class Store:
         with storage_errors(self.root):
             durable.unlink(self.pack_path(digest), inner=INNER)
 
-    def wanted(self, digests: Collection[str]) -> list[Wanted]:
+    def wanted(
+        self, digests: Collection[str], *, broken: dict[str, RegistryError] | None = None
+    ) -> list[Wanted]:
         """Stored tensors by digest alone; see `registry.store.locating.Locator.by_digest`."""
-        return self._locator.by_digest(digests)
+        return self._locator.by_digest(digests, broken=broken)
 
     def get(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -300,30 +300,39 @@ class _Check:
 
     def _check_differences(self, digests: list[str], pack: str) -> None:
         """Check tensors that are stored as differences, by making them."""
-        if not digests:
-            return
+        problems: dict[str, RegistryError] = {}
+        left: Sequence[str] = digests
+        for _ in range(_TRIES):
+            if not left:
+                break
+            found = self._undecodable(left, pack)
+            for digest in left:
+                problems.pop(digest, None)
+            problems |= found
+            # Another process may just have replaced the pack of a base.
+            left = [digest for digest, error in found.items() if isinstance(error, Missing)]
+        if problems and self._counts(pack):
+            self.damaged.add(pack)
+            for digest, error in problems.items():
+                self._report(digest, str(error).removeprefix(f"{digest}: "))
+
+    def _undecodable(self, digests: Sequence[str], pack: str) -> dict[str, RegistryError]:
+        """Why some of the tensors that a pack holds as differences cannot be made, by digest."""
         # Lazy: loads torch.
         from registry.store import loading
 
-        store = self._store
-        problem = ""
-        for digest in digests:
-            for _ in range(_TRIES):
+        problems: dict[str, RegistryError] = {}
+        try:
+            wanted = self._store.wanted(digests, broken=problems)
+        except RegistryError as error:
+            return dict.fromkeys(digests, error)
+        for item in wanted:
+            if item.location.pack == pack:
                 try:
-                    items = [item for item in store.wanted([digest]) if item.location.pack == pack]
-                    for item in items:
-                        loading.verify(store.packs, [item], loading.Read(store.packs))
-                    problem = ""
-                except Missing as error:
-                    # Another process may just have replaced the pack of its base.
-                    problem = str(error)
-                    continue
+                    loading.verify(self._store.packs, [item], loading.Read(self._store.packs))
                 except RegistryError as error:
-                    problem = str(error).removeprefix(f"{digest}: ")
-                break
-            if problem and self._counts(pack):
-                self.damaged.add(pack)
-                self._report(digest, problem)
+                    problems[item.info.digest] = error
+        return problems
 
     def _report(self, digest: str, problem: str) -> None:
         """Add a problem for each place where checkpoints use a tensor."""

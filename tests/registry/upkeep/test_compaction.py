@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from safetensors.torch import load_file
 from registry import Registry
 from registry.store import durable, header
 from registry.store.errors import Corrupt, NotFound, StorageError
+from registry.store.folder_index import PackFolder
 from registry.store.pack import PackWriter
 from registry.store.store import Store, Written
 from registry.upkeep.compaction import REACH
@@ -454,6 +457,48 @@ def test_where_the_index_has_room_for_some_differences_only_the_largest_become_s
     for name, model in saved.items():
         loaded = registry[name].state_dict()
         assert all(torch.equal(loaded[key], value) for key, value in model.items())
+
+
+def test_verify_reads_the_index_of_a_pack_a_few_times_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for each of its differences would take hours for 100,000 of them."""
+    registry = Registry(tmp_path / "r")
+    for number in range(3):
+        registry.save(
+            "net", {"model": {f"w{i}": torch.arange(1_100.0) + i + 1e-4 * number for i in range(100)}}
+        )
+    registry.compact()
+    assert len(coded(registry, "net:v1")) == 100
+    walked: list[str] = []
+    listed = PackFolder.listed
+
+    def counted(self: PackFolder, digest: str, only: Any) -> Any:
+        walked.append(digest)
+        return listed(self, digest, only)
+
+    monkeypatch.setattr(PackFolder, "listed", counted)
+    assert not registry.verify().problems
+    assert 1 <= len(walked) <= 2 * len(list(registry.store.pack_digests()))
+
+
+@pytest.mark.damages
+def test_verify_names_the_tensors_whose_base_is_nowhere_and_no_other(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "r")
+    for number in range(3):
+        registry.save(
+            "net", {"model": {f"w{i}": torch.arange(1_100.0) + i + 1e-4 * number for i in range(6)}}
+        )
+    registry.compact()
+    digests = {path: digest for path, _, _, digest in registry["net:v1"].parameters()}
+    with contextlib.closing(sqlite3.connect(tmp_path / "r/catalog.sqlite")) as catalog, catalog:
+        for path in ("model/w1", "model/w4"):
+            catalog.execute("UPDATE tensors SET base = ? WHERE digest = ?", ("f" * 64, digests[path]))
+    problems = [one.message for one in registry.verify(["net:v1"]).problems]
+    assert [one for one in problems if "which it is a difference from" in one] == [
+        f"{path}: no pack holds tensor {'f' * 64}, which it is a difference from"
+        for path in ("model/w1", "model/w4")
+    ]
 
 
 @pytest.mark.damages
