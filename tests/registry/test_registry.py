@@ -15,11 +15,6 @@ from registry.catalog.versions import list_versions, rank_versions
 from registry.store.errors import Conflict, Incompatible, Invalid, NotFound
 
 
-@pytest.fixture
-def registry(tmp_path: Path) -> Registry:
-    return Registry(tmp_path / "r")
-
-
 def save(registry: Registry, value: float, model: str = "net", **fields: Any) -> Checkpoint:
     return registry.save(model, {"model": {"w": torch.full((3,), float(value))}}, **fields)
 

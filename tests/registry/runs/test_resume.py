@@ -152,11 +152,6 @@ def check_resume(
     assert third.values() != whole.values()  # so that the comparison says something
 
 
-@pytest.fixture
-def registry(tmp_path: Path) -> Registry:
-    return Registry(tmp_path / "r")
-
-
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("before", [5, 7])  # at the end of an epoch of 5 batches, and in the middle of one
 def test_resuming_is_exact(registry: Registry, optimizer: str, before: int) -> None:
