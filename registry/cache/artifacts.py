@@ -13,8 +13,9 @@ from registry.catalog.commit import publish
 from registry.catalog.lookups import batches, marks, parsed
 from registry.catalog.runs import Runs
 from registry.log.entries import now
+from registry.log.facts import sound_artifact
 from registry.store.errors import Conflict, Invalid, NotFound
-from registry.store.manifest import record_document, untagged
+from registry.store.manifest import record_document
 from registry.store.text import quoted
 
 if TYPE_CHECKING:
@@ -225,7 +226,7 @@ class Artifacts:
             size=size,
             tensors=tensors,
             runs=users.get(artifact_id, ()),
-            record=untagged(parsed(record)),
+            record=sound_artifact(parsed(record)),
         )
 
     def _users(self) -> dict[str, tuple[str, ...]]:

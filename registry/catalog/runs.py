@@ -14,7 +14,7 @@ from registry.log.facts import sound_run
 from registry.log.reference import check_run_name
 from registry.store import durable, places
 from registry.store.errors import Conflict, NotFound, RegistryError
-from registry.store.manifest import record_document, untagged
+from registry.store.manifest import record_document
 from registry.store.text import quoted
 
 if TYPE_CHECKING:
@@ -159,5 +159,5 @@ def _one(catalog: Reader, name: str) -> RunInfo:
 
 def _info(row: tuple[Any, ...]) -> RunInfo:
     name, model, started, record = row
-    about = sound_run(untagged(parsed(record)))
+    about = sound_run(parsed(record))
     return RunInfo(name=check_run_name(name), model=model, started=started, record=about)

@@ -16,7 +16,7 @@ from registry.log.metrics import is_metric
 from registry.log.reference import MAX_EDGE, check_run_name
 from registry.store.digest import is_digest
 from registry.store.errors import Corrupt, RegistryError
-from registry.store.manifest import Manifest
+from registry.store.manifest import Manifest, untagged
 from registry.store.text import quoted
 
 _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8}(\.[0-9]{1,6})?Z\Z")
@@ -124,13 +124,27 @@ def check_shown(record: Mapping[str, Any]) -> None:
 
 
 def sound_run(record: Any) -> dict[str, Any]:
-    """The record of a run, without the fields that have the wrong type."""
-    if not isinstance(record, Mapping):
+    """The record of a run, from its JSON, without the fields that have the wrong type."""
+    return _sound(record, _RUN_FIELDS)
+
+
+def sound_artifact(record: Any) -> dict[str, Any]:
+    """The record of an artifact, from its JSON, without the fields that have the wrong type."""
+    return _sound(record, _ARTIFACT_FIELDS)
+
+
+def _sound(record: Any, fields: Mapping[str, Callable[[Any], bool]]) -> dict[str, Any]:
+    """A record from its JSON, without the fields that have the wrong type; empty if it is no object."""
+    try:
+        plain = untagged(record)
+    except Corrupt:
+        return {}
+    if not isinstance(plain, Mapping):
         return {}
     return {
         key: value
-        for key, value in record.items()
-        if value is not None and (key not in _RUN_FIELDS or _RUN_FIELDS[key](value))
+        for key, value in plain.items()
+        if value is not None and (key not in fields or fields[key](value))
     }
 
 
@@ -198,6 +212,13 @@ def _is_table_of(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, Mapping) and all(map(is_right, value.values()))
 
 
+def _is_files(value: Any) -> bool:
+    """Whether a value lists files by path and digest, as the record of an artifact does."""
+    return isinstance(value, list) and all(
+        _is_table(file) and _is_text(file.get("path")) and _is_text(file.get("digest")) for file in value
+    )
+
+
 def _has_form(check: Callable[[str], object]) -> Callable[[Any], bool]:
     def is_right(value: Any) -> bool:
         try:
@@ -258,6 +279,14 @@ _RUN_FIELDS: dict[str, Callable[[Any], bool]] = {
     "resumed": _is_text,
 }
 """What the fields of a run's record must be."""
+
+_ARTIFACT_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "function": _is_text,
+    "parameters": _is_table,
+    "files": _is_table_of(_is_files),
+    "seconds": _is_number,
+}
+"""What the fields of an artifact's record must be."""
 
 _PROVENANCE_FIELDS: dict[str, Callable[[Any], bool]] = {
     "kinds": _is_table_of(_is_text),

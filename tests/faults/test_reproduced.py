@@ -395,6 +395,28 @@ def test_a_run_whose_record_is_a_number_troubles_no_command(golden: Path, tmp_pa
     check_run(golden, tmp_path, {"$float": "7ff8000000000000"})
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"$float": "7ff8000000000000"},
+        {"$float": "zz"},
+        {"function": 5, "parameters": [1], "files": {"a": 3}, "seconds": "x"},
+        {
+            "files": {"a": [{"path": 1}]},
+            "seconds": {"$float": "7ff0000000000000"},
+            "version": {"a": [ESCAPES]},
+        },
+    ],
+)
+@pytest.mark.damages
+def test_an_artifact_with_a_made_up_record_troubles_no_command(
+    golden: Path, tmp_path: Path, record: Any
+) -> None:
+    artifact = {"op": "artifact", **RECORDS["artifact"], "record": record}
+    commands = [["cache", "list"], ["cache", "list", "--json"], ["cache", "show", "000000"], ["runs"]]
+    assert told_by(forged(golden, tmp_path / "r", {}, [artifact]), [*commands, ["rebuild"], *commands]) == []
+
+
 def check_run(golden: Path, tmp_path: Path, record: Any) -> None:
     run = {"op": "run", **RECORDS["run"], "record": record}
     commands = [["cache", "list"], ["runs"], ["history", "net"], ["show", "net:v2"]]
