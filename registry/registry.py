@@ -105,6 +105,7 @@ class Registry(Home):
         keep_optimizer: int | None = None,
         compact: bool = False,
         timeout: float = 1_800.0,
+        together: bool = True,
     ) -> Run:
         """A training session, for use in a `with` statement. Processes that train together all call this.
 
@@ -127,6 +128,7 @@ class Registry(Home):
             keep_optimizer: keep this many of the newest versions whole; older ones are thinned, see `thin`.
             compact: once the run has finished, store the model's older versions as differences; see `compact`.
             timeout: seconds that processes which train together wait for one another.
+            together: False for a run of this process alone, as where a framework saves in its first process only.
 
         Raises:
             Invalid: if a name or a rule is malformed, or the metric's name does not tell which value is better.
@@ -157,6 +159,7 @@ class Registry(Home):
             plan=plan,
             compact=compact,
             timeout=timeout,
+            together=together,
         )
 
     def build(self, reference: str, *, component: str = "model") -> nn.Module:

@@ -181,9 +181,10 @@ class Checkpoint:
         """Put recorded state into live objects, all of them or none: `restore(model=model, optimizer=optimizer)`.
 
         Wrapped networks (`DataParallel`, `torch.compile` and so on) are matched by the names of the plain network.
-        The log says what was restored.
+        A list of objects is matched with the list that was saved, in its order. The log says what was restored.
 
         Args:
+            live: objects, or lists of them, by component name. None with `rng=True` restores the generators alone.
             rng: restore the random number generators too, and freeze again what was frozen. By default this happens
                 if any object is no network, such as an optimizer, a scheduler or a loader: training then goes on.
                 Each of several processes gets its own generators, if as many processes saved the checkpoint.
@@ -205,30 +206,33 @@ class Checkpoint:
         for name in live:
             if name not in self.components:
                 raise components.missing(name, self.name, self.components)
+        parts = components.flat(live)
+        networks = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
         if rng is None:
-            rng = not all(isinstance(component, nn.Module) for component in live.values())
-        networks = [name for name, component in live.items() if isinstance(component, nn.Module)]
-        others = [name for name in live if name not in networks]
+            rng = len(networks) < len(parts)
+        # Those of which every part is a network.
+        lent = [name for name in live if components.flat({name: live[name]}).keys() <= networks.keys()]
+        others = [name for name in live if name not in lent]
         if rng and "rng" in self.components:
             others.append("rng")
         frozen = self.provenance.get("frozen", {}) if rng else {}
-        for name in networks:
-            check_again(live[name], frozen.get(name, ()))
+        for name, network in networks.items():
+            check_again(network, frozen.get(name, ()))
         with contextlib.ExitStack() as borrowed:
             states: dict[str, Any] = {}
-            if networks:
-                lent = self._store.borrowed(self.id, networks, verify=verify, label=self.name)
-                states |= borrowed.enter_context(lent)
+            if lent:
+                read = self._store.borrowed(self.id, lent, verify=verify, label=self.name)
+                states |= borrowed.enter_context(read)
             # Objects other than networks keep the tensors that they are given, so they need copies.
             if others:
                 states |= self.load(others, copy=True, verify=verify)
                 states |= self._of_this_rank(others, verify)
             with naming(self.name):
                 components.restore(states, live, self.provenance.get("kinds", {}))
-        told = [", ".join(live)]
-        for name in networks:
+        told = [", ".join(live)] if live else []
+        for name, network in networks.items():
             if names := frozen.get(name):
-                freeze_again(live[name], names, self.provenance.get("going_on", {}).get(name, ()))
+                freeze_again(network, names, self.provenance.get("going_on", {}).get(name, ()))
                 told.append(f"{len(names)} names of {name} are frozen again")
         if "rng" in states:
             generators.restore(states["rng"])

@@ -1,8 +1,8 @@
 """Components: live objects whose state a checkpoint records, and putting that state back, all or nothing.
 
-Anything with `state_dict()` and `load_state_dict()` is a component. Wrappers (`DataParallel`,
-`DistributedDataParallel`, `torch.compile`) are seen through, wherever in a network they sit: what is stored has
-the names of the plain module.
+Anything with `state_dict()` and `load_state_dict()` is a component, and so is a list of such objects: a part of one
+is called by its position, as `optimizers/0`. Wrappers (`DataParallel`, `DistributedDataParallel`, `torch.compile`) are
+seen through, wherever in a network they sit: what is stored has the names of the plain module.
 """
 
 from __future__ import annotations
@@ -48,6 +48,9 @@ _SHAPED_LIKE_PARAMETERS = frozenset(
 )
 """Optimizers whose state tensors have the shape of their parameter, or no dimension."""
 
+_UNKNOWN_KINDS = frozenset({None, "dict", "OrderedDict"})
+"""What is recorded of a component that was given as a state, which says nothing of its class."""
+
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integer type of as many bytes as an element has."""
 
@@ -60,6 +63,8 @@ def capture(name: str, component: Any) -> Any:
     """
     if isinstance(component, Mapping):
         return component
+    if isinstance(component, list | tuple):
+        return [capture(f"{name}/{i}", part) for i, part in enumerate(component)]
     if isinstance(component, nn.Module):
         with _blaming(name, component):
             state = _plain_state(component)
@@ -74,6 +79,23 @@ def capture(name: str, component: Any) -> Any:
         )
     with _blaming(name, component):
         return component.state_dict()
+
+
+def flat(components: Mapping[str, Any]) -> dict[str, Any]:
+    """Components by name, with the parts of a list by their positions, such as `optimizers/0`."""
+    found: dict[str, Any] = {}
+    for name, component in components.items():
+        if isinstance(component, list | tuple):
+            found |= flat({f"{name}/{i}": part for i, part in enumerate(component)})
+        else:
+            found[name] = component
+    return found
+
+
+def kinds_of(components: Mapping[str, Any]) -> dict[str, str]:
+    """The class of each component; a state in hand has none."""
+    parts = flat(components)
+    return {name: kind_of(part) for name, part in parts.items() if not isinstance(part, Mapping)}
 
 
 def live_state(module: nn.Module) -> OrderedDict[str, Any]:
@@ -107,12 +129,13 @@ def restore(states: Mapping[str, Any], components: Mapping[str, Any], kinds: Map
 
     Args:
         states: what `capture` gave, by component name; components other than networks may keep its tensors.
-        components: live objects of the same names.
+        components: live objects, or lists of them, of the same names.
         kinds: classes of the recorded components, where they are known.
 
     Raises:
         Incompatible: saying what differs; nothing was changed.
     """
+    components, states = flat(components), _flat_states(states, components)
     states = {name: _adapted(components.get(name), state) for name, state in states.items()}
     for name, component in components.items():
         _check(name, component, states[name], kind=kinds.get(name))
@@ -142,9 +165,42 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return row.view(_INTEGERS[row.dtype.itemsize])
 
 
+def raise_problems(name: str, problems: list[str]) -> None:
+    """Raise an error that names the problems of a component, if there are any.
+
+    Raises:
+        Incompatible: with the first few of them.
+    """
+    if problems:
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise Incompatible(f"{name}: {'; '.join(problems[:_SHOWN])}{more}")
+
+
 def missing(name: str, reference: str, present: tuple[str, ...]) -> NotFound:
     """The error for a component that a checkpoint does not have."""
     return NotFound(f"{reference} has no component {quoted(name)}; it has {', '.join(present)}")
+
+
+def _flat_states(states: Mapping[str, Any], components: Mapping[str, Any]) -> dict[str, Any]:
+    """States under the names that `flat` gives their components.
+
+    Raises:
+        Incompatible: if a list has another length than the recorded one.
+    """
+    found: dict[str, Any] = {}
+    for name, state in states.items():
+        parts = components.get(name)
+        if not isinstance(parts, list | tuple):
+            found[name] = state
+            continue
+        if not isinstance(state, list | tuple) or len(state) != len(parts):
+            held = f"a list of {len(state)}" if isinstance(state, list | tuple) else "no list"
+            raise Incompatible(f"{name} is a list of {len(parts)}, the checkpoint has {held} under this name")
+        found |= _flat_states(
+            {f"{name}/{i}": part for i, part in enumerate(state)},
+            {f"{name}/{i}": part for i, part in enumerate(parts)},
+        )
+    return found
 
 
 @contextlib.contextmanager
@@ -181,7 +237,7 @@ def _check(name: str, component: Any, state: Any, kind: str | None) -> None:
         _check_optimizer(name, component, state, kind=kind)
     elif not callable(getattr(component, "load_state_dict", None)):
         raise Invalid(f"{name}: {type(component).__qualname__} has no load_state_dict()")
-    elif kind is not None and kind_of(component) != kind:
+    elif kind not in _UNKNOWN_KINDS and kind_of(component) != kind:
         raise Incompatible(f"{name} is a {kind_of(component)}, the checkpoint has the state of a {kind}")
 
 
@@ -202,7 +258,7 @@ def _check_module(name: str, module: nn.Module, state: Any) -> None:
             problems.append(f"{key} has shape {list(tensor.shape)}, stored is {list(stored.shape)}")
         elif tensor.is_floating_point() != stored.is_floating_point():
             problems.append(f"{key} is {tensor.dtype}, stored is {stored.dtype}")
-    _raise(name, problems or _torn_ties(live, state))
+    raise_problems(name, problems or _torn_ties(live, state))
 
 
 def _torn_ties(live: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
@@ -224,7 +280,7 @@ def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, state: Any, ki
     """See that a state is of the same class of optimizer, over groups of the same sizes."""
     if not isinstance(state, Mapping) or not {"state", "param_groups"} <= set(state):
         raise Incompatible(f"{name}: the checkpoint holds no state of an optimizer under this name")
-    if kind is not None and kind != type(optimizer).__qualname__:
+    if kind not in _UNKNOWN_KINDS and kind != type(optimizer).__qualname__:
         raise Incompatible(
             f"{name} is a {type(optimizer).__qualname__}, the checkpoint has the state of a {kind}"
         )
@@ -241,7 +297,7 @@ def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, state: Any, ki
             problems.append(f"group {i} has {', '.join(missing)}, which the checkpoint lacks")
     if not problems and type(optimizer).__qualname__ in _SHAPED_LIKE_PARAMETERS:
         problems += _other_shapes(optimizer, state)
-    _raise(name, problems)
+    raise_problems(name, problems)
 
 
 def _other_shapes(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> Iterator[str]:
@@ -291,13 +347,6 @@ def _by_parameter(state: Any) -> Any:
         return state
     known = {str(key): key for group in state.get("param_groups", ()) for key in group["params"]}
     return {**state, "state": {known.get(str(key), key): value for key, value in state["state"].items()}}
-
-
-def _raise(name: str, problems: list[str]) -> None:
-    """Raise an error that names the problems, if there are any."""
-    if problems:
-        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise Incompatible(f"{name}: {'; '.join(problems[:_SHOWN])}{more}")
 
 
 def _put(component: Any, state: Any) -> None:

@@ -56,14 +56,15 @@ class Ranks:
 
     Args:
         timeout: seconds to wait for the others.
+        together: False for a process that does everything alone, whatever the others do.
 
     Raises:
         Conflict: if a process does not make these `Ranks` in time, naming it.
     """
 
-    def __init__(self, timeout: float = TIMEOUT) -> None:
-        self.count = count()
-        self.rank = mine()
+    def __init__(self, timeout: float = TIMEOUT, *, together: bool = True) -> None:
+        self.count = count() if together else 1
+        self.rank = mine() if together else 0
         self._timeout = timedelta(seconds=timeout)
         self._meetings = 0
         self._group: Any = None

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from registry.store.errors import Invalid
+
 
 def capture() -> dict[str, Any]:
     """The generators of Python, NumPy and torch, and of the accelerators that are in use."""
@@ -29,6 +31,19 @@ def capture() -> dict[str, Any]:
         state["cuda"] = torch.cuda.get_rng_state_all()
     if torch.backends.mps.is_available():
         state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def check(state: Any) -> Mapping[str, Any]:
+    """See that a state has the form that `capture` gives it.
+
+    Raises:
+        Invalid: if it has not.
+    """
+    if not isinstance(state, Mapping) or not {"python", "numpy", "torch"} <= state.keys():
+        raise Invalid(
+            "rng is no state of the random number generators; give what registry.live.rng.capture() returns"
+        )
     return state
 
 

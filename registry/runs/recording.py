@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +33,46 @@ _RESERVED = ("rng", "extra", "ranks")
 """Components that a run makes itself."""
 
 _logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a save is given.
+
+    Attributes:
+        live: objects, or lists of them, by component name.
+        states: trees of plain values and tensors by component name, such as state dicts.
+        kinds: the class of what has such a state, where it is known.
+        extra: plain values and tensors of the user.
+        rng: the random number generators, or those of each process; None for their present state.
+
+    Raises:
+        Invalid: if there is nothing to save, or a name is one that a run uses itself or is given twice.
+    """
+
+    live: Mapping[str, Any]
+    states: Mapping[str, Any] = field(default_factory=dict)
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    extra: Mapping[str, Any] | None = None
+    rng: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None
+
+    def __post_init__(self) -> None:
+        for name in _RESERVED:
+            if name in self.live or name in self.states:
+                raise Invalid(f"{name!r} is not the name of a component of yours; choose another")
+        if not self.live and not self.states:
+            raise Invalid("there is nothing to save; name components, such as save(model=model)")
+        for name in self.live:
+            if name in self.states:
+                raise Invalid(f"{name} is given as an object and as a state; give one of them")
+        for name, kind in self.kinds.items():
+            if name.partition("/")[0] not in self.states or not isinstance(kind, str):
+                raise Invalid(
+                    f"kinds names {name}; it gives the class of a state, as in kinds={{'optimizer': 'AdamW'}}"
+                )
+        if self.rng is not None:
+            for one in [self.rng] if isinstance(self.rng, Mapping) else self.rng:
+                rng.check(one)
 
 
 class Recording:
@@ -97,7 +138,7 @@ class Recording:
         found = {
             "config": self.values,
             **self._data(),
-            **self._together(),
+            **self._together(1),
             "resumed": self._resumed.id if self._resumed else None,
             **provenance.of_process(),
         }
@@ -119,50 +160,69 @@ class Recording:
         self._look_for_monitored(loss, values)
         return {"epoch": epoch, "step": step, "loss": loss, "metrics": values}
 
-    def own(self, live: Mapping[str, Any]) -> dict[str, Any]:
-        """This process's own part of the state, which differs between processes that train together."""
-        parts = {name: part for name, part in live.items() if getattr(part, "per_rank", False)}
-        captured = {name: components.capture(name, part) for name, part in parts.items()}
-        return {"rng": rng.capture(), **captured}
+    def own(self, saved: Saved) -> list[dict[str, Any]]:
+        """This process's own part of the state, which differs between processes that train together.
 
-    def encoded(
-        self, live: Mapping[str, Any], own: Sequence[dict[str, Any]], extra: Mapping[str, Any] | None
-    ) -> tuple[Encoded, dict[str, Any]]:
+        Returns:
+            One, or one for each process where a single process saves for all of them.
+        """
+        captured = {
+            name: components.capture(name, part)
+            for name, part in saved.live.items()
+            if any(getattr(one, "per_rank", False) for one in components.flat({name: part}).values())
+        }
+        given = saved.rng
+        if given is None:
+            return [{"rng": rng.capture(), **captured}]
+        first, *others = [given] if isinstance(given, Mapping) else given
+        return [{"rng": first, **captured}, *({"rng": other} for other in others)]
+
+    def encoded(self, saved: Saved, own: Sequence[dict[str, Any]]) -> tuple[Encoded, dict[str, Any]]:
         """The state of live objects, ready to be written, and its provenance.
 
         Args:
-            live: components by name.
             own: what `own` gave in each process.
-            extra: plain values and tensors of the user.
 
         Raises:
             Unsupported: if something cannot be stored, naming it.
         """
-        shared = {name: part for name, part in live.items() if name not in own[0]}
-        trees = {name: components.capture(name, part) for name, part in shared.items()} | own[0]
+        shared = {name: part for name, part in saved.live.items() if name not in own[0]}
+        trees = {name: components.capture(name, part) for name, part in shared.items()}
+        trees |= {**saved.states, **own[0]}
         if len(own) > 1:
             trees["ranks"] = {str(rank): part for rank, part in enumerate(own) if rank}
-        if extra:
-            trees["extra"] = dict(extra)
+        if saved.extra:
+            trees["extra"] = dict(saved.extra)
         state = self._home.store.encode(trees)
         tensors = [leaf.source for leaf in state.leaves if isinstance(leaf.source, torch.Tensor)]
-        return state, self.provenance_of(live, tensors)
+        return state, self.provenance_of(saved.live, tensors, kinds=saved.kinds, processes=len(own))
 
-    def provenance_of(self, live: Mapping[str, Any], tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
+    def provenance_of(
+        self,
+        live: Mapping[str, Any],
+        tensors: Sequence[torch.Tensor],
+        *,
+        kinds: Mapping[str, str] | None = None,
+        processes: int = 1,
+    ) -> dict[str, Any]:
         """How a version was made, as plain values.
 
         Args:
             live: components by name.
             tensors: the tensors of these components; the kinds of their devices are recorded.
+            kinds: classes of the components that were given as states.
+            processes: how many of them have a part of their own in the version.
         """
         model = live.get("model")
-        networks = {name: part for name, part in live.items() if isinstance(part, torch.nn.Module)}
+        networks = {
+            name: part for name, part in components.flat(live).items() if isinstance(part, torch.nn.Module)
+        }
         going_on = {name: list(parts) for name, part in networks.items() if (parts := parts_going_on(part))}
         builder = self._builder or (builders.name_for(model) if model is not None else None)
         network = builders.config_of(model) if model is not None else None
-        is_unrecorded = model is not None and network is None
+        is_unrecorded = isinstance(model, torch.nn.Module) and network is None
         found = {
-            "kinds": {name: components.kind_of(component) for name, component in live.items()},
+            "kinds": components.kinds_of(live) | dict(kinds or {}),
             "buffers": {
                 name: [buffer for buffer, _ in components.plain_module(part).named_buffers()]
                 for name, part in networks.items()
@@ -176,7 +236,7 @@ class Recording:
             "unrecorded": builders.config_kind(model) if is_unrecorded else None,
             "config_digest": self._config.digest() if isinstance(self._config, Config) else None,
             **self._data(),
-            **self._together(),
+            **self._together(processes),
             "seconds": round(time.monotonic() - self._started, 3),
             "devices": provenance.devices(tensors),
             **provenance.of_process(),
@@ -224,8 +284,9 @@ class Recording:
                 ", ".join(map(quoted, there)) or "none",
             )
 
-    def _together(self) -> dict[str, Any]:
-        return {"processes": self._processes} if self._processes > 1 else {}
+    def _together(self, processes: int) -> dict[str, Any]:
+        found = max(self._processes, processes)
+        return {"processes": found} if found > 1 else {}
 
     def _data(self) -> dict[str, Any]:
         """The named data set, or else the artifacts that the program has used; a single one counts as the data set."""
@@ -233,19 +294,6 @@ class Recording:
             return {"dataset": self._dataset}
         used = used_artifacts(self._home.root)
         return {"dataset": used[0] if len(used) == 1 else None, "artifacts": used}
-
-
-def check_components(live: Mapping[str, Any]) -> None:
-    """Refuse live objects that cannot be saved, by their names alone.
-
-    Raises:
-        Invalid: if there is none, or one has the name of a component that a run makes itself.
-    """
-    for name in _RESERVED:
-        if name in live:
-            raise Invalid(f"{name!r} is not the name of a component of yours; choose another")
-    if not live:
-        raise Invalid("there is nothing to save; name components, such as save(model=model)")
 
 
 def _plain_number(value: Any) -> Any:

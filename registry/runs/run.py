@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -25,9 +25,9 @@ from registry.live import ranks
 from registry.log.reference import check_name
 from registry.runs.logs import run_log
 from registry.runs.process import Mute, ending, sigterm_as_exit, this_process
-from registry.runs.recording import Recording, check_components
+from registry.runs.recording import Recording, Saved
 from registry.store.durable import make_folder, unlink, write_file
-from registry.store.errors import RegistryError, storage_errors
+from registry.store.errors import Invalid, RegistryError, storage_errors
 from registry.store.saving import Arena, Encoded
 from registry.transfer.plan import TransferPlan
 from registry.upkeep.compaction import compact
@@ -76,6 +76,7 @@ class Run:
         retention: Retention,
         compact: bool,
         timeout: float,
+        together: bool,
     ) -> None:
         self._home = home
         self._runs = Runs(home.catalog, home.root)
@@ -92,7 +93,7 @@ class Run:
             resumed=resumed,
             plan=plan,
             monitor=retention.monitor,
-            processes=ranks.count(),
+            processes=ranks.count() if together else 1,
         )
         if name is not None:
             check_name(name, "run")
@@ -104,7 +105,7 @@ class Run:
         self._open = contextlib.ExitStack()
         self._pid = os.getpid()
         self._stalled = 0.0
-        self._ranks = ranks.Ranks(timeout)
+        self._ranks = ranks.Ranks(timeout, together=together)
         about = self._recording.session()
         try:
             self.name = self._ranks.leader(
@@ -201,6 +202,9 @@ class Run:
         loss: float | None = None,
         metrics: Mapping[str, float] | None = None,
         extra: Mapping[str, Any] | None = None,
+        states: Mapping[str, Any] | None = None,
+        kinds: Mapping[str, str] | None = None,
+        rng: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
         wait: bool = True,
         **live: Any,
     ) -> Checkpoint | None:
@@ -213,10 +217,14 @@ class Run:
             epoch: epochs that are complete, from 0 or 1 on as your loop counts; likewise `step`.
             loss, metrics: plain numbers, or tensors of one element. NaN is recorded and never counts as best.
             extra: plain values and tensors of yours.
+            states: components as states in hand instead of live objects, such as `{"model": net.state_dict()}`.
+            kinds: the class of what has such a state, as in `{"optimizer": "AdamW"}`; `restore` compares it.
+            rng: random numbers of another moment, as `registry.live.rng.capture()` gave them. With `together=False`
+                a list has those of each process.
             wait: return when the version is durable. Otherwise return as soon as the state is copied to host
                 memory; hashing and writing go on behind the training, at most one save at a time.
             live: components by name: anything with `state_dict()` and `load_state_dict()`, such as
-                `model=model, optimizer=optimizer, ema=ema`. Each of several processes records its own random
+                `model=model, optimizer=optimizer, ema=ema`, and lists of such objects. Each of several processes records its own random
                 state, and its own state of components whose attribute `per_rank` is true. Everything else comes
                 from the leading process.
 
@@ -232,7 +240,8 @@ class Run:
         try:
             self.wait()
             fields = {"epoch": epoch, "step": step, "loss": loss, "metrics": metrics}
-            return self._save(fields, extra, live, wait=wait)
+            saved = Saved(live=live, states=states or {}, kinds=kinds or {}, extra=extra, rng=rng)
+            return self._save(fields, saved, wait=wait)
         finally:
             self._stalled += time.monotonic() - began
 
@@ -285,29 +294,19 @@ class Run:
         if self.resumed:
             _logger.info("resumed from %s", self.resumed.name)
 
-    def _save(
-        self,
-        given: Mapping[str, Any],
-        extra: Mapping[str, Any] | None,
-        live: Mapping[str, Any],
-        *,
-        wait: bool,
-    ) -> Checkpoint | None:
-        check_components(live)
+    def _save(self, given: Mapping[str, Any], saved: Saved, *, wait: bool) -> Checkpoint | None:
         recording = self._recording
         fields = recording.fields(**given)
         what = f"{self.name}: a save"
-        own = self._ranks.gather(lambda: recording.own(live), what)
+        own = self._own(saved, what)
         if wait:
-            self._last = self._everywhere(
-                lambda: self._publish(*recording.encoded(live, own, extra), fields), what
-            )
+            self._last = self._everywhere(lambda: self._publish(*recording.encoded(saved, own), fields), what)
             return self._last
 
         def begin() -> None:
             if self._arena is None:
                 self._arena = Arena()
-            state, about = recording.encoded(live, own, extra)
+            state, about = recording.encoded(saved, own)
             copied = self._arena.snapshot(state)
             self._in_flight = self._saver.submit(self._publish, copied, about, fields)
 
@@ -319,6 +318,16 @@ class Run:
             self._in_flight = None
             raise
         return None
+
+    def _own(self, saved: Saved, what: str) -> list[dict[str, Any]]:
+        """The parts of a state that differ between processes, by rank."""
+        if self._ranks.count == 1:
+            return self._recording.own(saved)
+        if saved.rng is not None and not isinstance(saved.rng, Mapping):
+            raise Invalid(
+                "rng is a list, but each process saves its own; give one state, or run(..., together=False)"
+            )
+        return self._ranks.gather(lambda: self._recording.own(saved)[0], what)
 
     def _everywhere(self, step: Callable[[], Checkpoint], what: str) -> Checkpoint:
         """The checkpoint that the leading process has made, in each process."""
