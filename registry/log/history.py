@@ -120,7 +120,7 @@ def walk(lines: Iterable[Line], seq: int = 0, digest: str = START) -> Iterator[P
             expected, prev, before, known, problem = entry.seq + 1, entry.digest, entry.at, True, ""
             rest = _Rest()
     if problem:
-        yield Gap(expected, expected, problem, before=before, size=rest.size)
+        yield Gap(expected, expected + max(rest.count, 1) - 1, problem, before=before, size=rest.size)
     if end is not None:
         yield end
 
@@ -174,7 +174,7 @@ def merge(
             prev = fits[0].digest
         before, expected = at, seq + 1
     if log.tail and log.tail.size > filled:
-        yield Gap(expected, expected, log.tail.problem, before=before)
+        yield Gap(expected, max(expected, log.tail.last), log.tail.problem, before=before)
     if log.end:
         yield log.end
 
@@ -242,16 +242,19 @@ class _Rest:
     Attributes:
         is_one: whether they may all be left of one line.
         size: their bytes, without those of a line that a crash cut short.
+        count: how many of these lines were entries, at least.
     """
 
     def __init__(self) -> None:
         self.is_one = True
         self.size = 0
+        self.count = 0
         self._start: Position | None = None
 
     def add(self, line: Line) -> None:
         self._start = self._start or line.start
         self.size += line.end.offset - line.start.offset
+        self.count += line.entry is None and line.has_end
         is_entry = line.entry is not None or line.has_end
         self.is_one = self.is_one and not is_entry and line.start.segment == self._start.segment
 
