@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from registry.live.devices import parallelize as parallelize
     from registry.live.freezing import freeze as freeze
     from registry.live.freezing import unfreeze as unfreeze
+    from registry.live.gradients import Gradients as Gradients
     from registry.live.optimizers import check_optimizer as check_optimizer
     from registry.live.optimizers import param_groups as param_groups
     from registry.live.optimizers import remap_optimizer as remap_optimizer
@@ -43,6 +44,7 @@ __version__ = VERSION
 _HOMES = {
     "Checkpoint": "registry.checkpoints.checkpoint",
     "Config": "registry.configs.config",
+    "Gradients": "registry.live.gradients",
     "ModelConfig": "registry.configs.config",
     "Registry": "registry.registry",
     "RegistryError": "registry.store.errors",
@@ -71,6 +73,7 @@ _HOMES = {
 __all__ = [
     "Checkpoint",
     "Config",
+    "Gradients",
     "ModelConfig",
     "Registry",
     "RegistryError",

@@ -6,6 +6,7 @@ anew from the log. A change is one entry of the log, computed and applied in one
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -205,29 +206,33 @@ class Catalog:
         Raises:
             Corrupt: if the log is damaged, and the catalog's copy does not have what it has lost.
         """
-        # Lazy: start-up.
-        from registry.log.history import walk
-        from registry.log.ledger import Ledger
-
         if self.format == 1:
             # Lazy: start-up.
             from registry.catalog.old_format import OldFormat
 
             return OldFormat(self._database).ledger()
         for heals in (True, False):
-            known = getattr(self._local, "ledger", None) or Ledger()
-            self._local.ledger = None
-            if known.seq and self.journal.digest_before(known.end) != known.digest:
-                known = Ledger()
-            known.follow(walk(self.journal.read(known.end), known.seq, known.digest))
+            known = self._followed()
             if not known.has_gaps:
-                self._local.ledger = known
                 return known
             if heals and self.is_writable and not self.connection().in_transaction:
                 # The catalog's copy may have what the log has lost.
                 self.refold(why="damaged")
         gap = next(gap for gap in known.gaps if gap.last >= gap.first)
         raise not_before(self.journal, gap)
+
+    def discard(self, packs: Collection[str]) -> None:
+        """Remove the files of packs that were written for nothing.
+
+        One that an entry names stays: a save takes effect although its commit fails, and `rebuild --adopt` takes in what
+        it finds. Where the log cannot be read, gc decides later.
+        """
+        # An error on the way here may be about to be raised.
+        with contextlib.suppress(RegistryError), self.journal.locked():
+            ledger = self._followed()
+            for pack in packs if not ledger.has_gaps else ():
+                if pack not in ledger.packs:
+                    self._database.store.discard_pack(pack)
 
     def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """The rows of a query that only reads.
@@ -284,6 +289,21 @@ class Catalog:
             )
         except RegistryError:
             return False
+
+    def _followed(self) -> Ledger:
+        """What follows from the folder's log alone; it may have gaps."""
+        # Lazy: start-up.
+        from registry.log.history import walk
+        from registry.log.ledger import Ledger
+
+        known = getattr(self._local, "ledger", None) or Ledger()
+        self._local.ledger = None
+        if known.seq and self.journal.digest_before(known.end) != known.digest:
+            known = Ledger()
+        known.follow(walk(self.journal.read(known.end), known.seq, known.digest))
+        if not known.has_gaps:
+            self._local.ledger = known
+        return known
 
     def _held(self, *, writes: bool = False) -> Held:
         """This thread's connection, opened again unless it shows what the log says; see `connection`."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from registry.catalog.lookups import locate
 from registry.log.entries import Record, manifest_text, now, pack_record
 from registry.progress import Progress, silent
-from registry.store.errors import Conflict, RegistryError
+from registry.store.errors import Conflict, Corrupt, RegistryError
 from registry.store.store import Written
 
 if TYPE_CHECKING:
@@ -89,8 +89,8 @@ def publish(
             return stored.digest, entry.records if entry else ()
         except Stale as error:
             stays = isinstance(error, Taken) and not is_repeatable
-            for pack in stored.packs if stored and not stays else ():
-                store.discard_pack(pack.digest)
+            if stored and not stays:
+                catalog.discard([pack.digest for pack in stored.packs])
             if not (is_repeatable or stays):
                 break
             if "created" in record:
@@ -147,6 +147,13 @@ def _packs(view: View, stored: Stored, *, strict: bool) -> list[Record]:
     sizes |= {pack.digest: pack.size for pack in stored.packs}
     if any(not store.pack_is_whole(pack, size) for pack, size in sizes.items()):
         raise Stale("a pack that this save relied on was removed meanwhile")
+    for pack in {place.pack for place in relied_on.values()}:
+        try:
+            store.pack_info(pack)
+        except Corrupt as error:
+            # What the save needs of it is written again.
+            store.distrusted.add(pack)
+            raise Stale(str(error)) from error
     return [
         *({"op": "damaged", "pack": pack} for pack in sorted(broken - known)),
         *(pack_record(pack) for pack in stored.packs),

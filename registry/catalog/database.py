@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from registry.catalog import pairing, schema
 from registry.log import settings
+from registry.log.forking import no_fork
 from registry.log.journal import Journal, Position
 from registry.store import places
 from registry.store.errors import (
@@ -47,6 +48,9 @@ PARTS = ("", "-wal", "-shm", "-journal", pairing.WHOLE)
 
 ALONE = "mode=ro&immutable=1"
 """How SQLite opens a database as if it never changed, without the files beside it."""
+
+_FILES = 4
+"""Files that SQLite opens for a database: itself, the write-ahead log, its index, and the folder."""
 
 UNREADABLE = (sqlite3.Error, UnicodeDecodeError)
 """What reading a damaged database raises; the second where SQLite's message quotes damaged bytes."""
@@ -324,6 +328,8 @@ class Database:
             return Damaged(f"{self.path}: it, or what SQLite keeps beside it, was cut short")
         if "full" in text or code == sqlite3.SQLITE_IOERR_SHMSIZE:
             return StorageError(f"{self.path}: no space left on the device; free some and repeat")
+        if "unable to open" in text and not _can_open_files():
+            return StorageError(f"{self.path}: too many open files; raise the limit (ulimit -n) and repeat")
         if "readonly" in text or "unable to open" in text:
             return StorageError(f"{self.path}: cannot be written ({text}); ask its owner for access")
         if "locked" in text:
@@ -334,6 +340,17 @@ class Database:
             return Damaged(f"{self.path}: {text}; recreate it with: registry rebuild")
         limit = ", and what limits the size of files" if code == sqlite3.SQLITE_IOERR_WRITE else ""
         return StorageError(f"{self.path}: {text}; check the disk{limit}")
+
+
+def _can_open_files() -> bool:
+    """Whether this process may open as many files more as SQLite needs at a time."""
+    with contextlib.ExitStack() as opened:
+        try:
+            for _ in range(_FILES):
+                opened.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+        except OSError:
+            return False
+    return True
 
 
 def in_memory() -> sqlite3.Connection:
@@ -378,10 +395,11 @@ def let_go(
     is_gone = now is None and not path.parent.exists()
     is_another = isinstance(identity, FileId) and identity != now and not is_gone
     if pid == os.getpid() and not is_another:
-        if isinstance(identity, FileId) and is_whole:
-            pairing.close(path, connection)
-        else:
-            connection.close()
+        with no_fork():
+            if isinstance(identity, FileId) and is_whole:
+                pairing.close(path, connection)
+            else:
+                connection.close()
         return
     # Lazy: start-up.
     import ctypes

@@ -52,6 +52,11 @@ class Opening:
                 written.
             StorageError: if it cannot be opened.
         """
+        with storage_errors(self._database.root):
+            return self._opened(writes=writes)
+
+    def _opened(self, *, writes: bool) -> Opened:
+        """See `opened`; the system's errors are raised as they are."""
         database = self._database
         database.check_is_there()
         if database.format == 1:

@@ -88,7 +88,7 @@ def refold_in_place(
     is_whole = True
     for item in history(journal, copy):
         if isinstance(item, Fork):
-            raise Corrupt(f"{database.root}: {item}; put the newer one back, or remove the other")
+            raise _forked(database, item)
         # Behind a gap a torn line stays. Without it, the damage before it would look like a torn line, too.
         if isinstance(item, End) and item.is_torn and heals and not ledger.has_gaps:
             journal.cut(item.position)
@@ -97,7 +97,7 @@ def refold_in_place(
             is_whole = is_whole and item.start is not None
         ledger.follow([item])
     if heals and not (is_whole and all(gap.last >= gap.first for gap in ledger.gaps)):
-        healed = _healed(journal, copy)
+        healed = _healed(journal, copy, ledger.accepted)
         if healed is not None:
             again = refold_in_place(database, change, copy, heals=False)
             return again._replace(healed=healed)
@@ -198,6 +198,9 @@ def _rescued(database: Database) -> list[int]:
 
     Returns:
         The numbers of the entries.
+
+    Raises:
+        Corrupt: if the log and the copy tell different histories.
     """
     copy = _copy_in(database, NAME)
     if copy is None:
@@ -206,7 +209,8 @@ def _rescued(database: Database) -> list[int]:
     with contextlib.closing(copy):
         for item in history(journal, copy):
             if isinstance(item, Fork):
-                return []
+                # It keeps its name, so that the next program refuses it as well.
+                raise _forked(database, item)
             lacks = lacks or (isinstance(item, Placed) and item.start is None)
         if not lacks:
             return []
@@ -214,13 +218,22 @@ def _rescued(database: Database) -> list[int]:
         return _healed(journal, copy) or []
 
 
-def _healed(journal: Journal, copy: sqlite3.Connection | None) -> list[int] | None:
+def _forked(database: Database, fork: Fork) -> Corrupt:
+    return Corrupt(f"{database.root}: {fork}; put the newer one back, or remove the other")
+
+
+def _healed(
+    journal: Journal, copy: sqlite3.Connection | None, accepted: Sequence[range] = ()
+) -> list[int] | None:
     """Write segments of the folder's log anew that lack what the catalog's copy has, or hold what is no entry.
+
+    Args:
+        accepted: numbers of entries that were accepted as lost.
 
     Returns:
         The numbers of the entries that were brought back; None if no segment was written.
     """
-    segments, healed = heal(journal, history(journal, copy))
+    segments, healed = heal(journal, history(journal, copy), accepted)
     if not segments:
         return None
     _logger.warning(

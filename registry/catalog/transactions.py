@@ -18,9 +18,10 @@ from registry.catalog.refolding import refold_in_place
 from registry.log import entries
 from registry.log.entries import Entry, Record
 from registry.log.history import End, Gap, walk
+from registry.log.journal import Position
 from registry.log.ledger import Ledger
 from registry.log.refusals import Refused
-from registry.store.errors import StorageError
+from registry.store.errors import Corrupt, StorageError
 from registry.store.locating import Location
 from registry.store.store import Store
 
@@ -204,23 +205,26 @@ def adopt(
         ledger = refold_in_place(database, change, connection).ledger
         gaps = [[gap.first, gap.last] for gap in ledger.gaps if gap.last >= gap.first]
         accepted = [{"op": "adopt", "gaps": gaps, "reason": reason}] if gaps else []
-        records = [*accepted, *compute(ledger)]
+        # The losses are accepted last, and nothing takes their numbers: until then there is a gap, so that nothing is
+        # changed or deleted, and an adoption that is interrupted is repeated.
+        records = [*compute(ledger), *accepted]
         if not records:
             return []
-        parts: list[Entry] = []
-        seq, digest = ledger.seq, ledger.digest
+        seq, digest = max([ledger.seq, *(last for _, last in gaps)]), ledger.digest
+        end = ledger.end if ledger.end.offset else Position(seq + 1, 0)
+        made: list[Entry] = []
         for part in entries.in_parts(records):
-            parts.append(entries.write(seq + 1, digest, part))
-            seq, digest = parts[-1].seq, parts[-1].digest
-        if (journal.size(ledger.end.segment) or 0) > ledger.end.offset:
-            journal.cut(ledger.end)
-        if len(parts) == 1:
-            journal.append(parts[0], ledger.end)
-        else:
-            # The first one accepts the losses, so it comes last: until then there is a gap, and nothing is deleted.
-            for entry in reversed(parts):
-                journal.rewrite(entry.seq, [entry])
-        refold_in_place(database, change, connection)
+            made.append(entries.write(seq + 1, digest, part))
+            seq, digest = made[-1].seq, made[-1].digest
+        if (journal.size(end.segment) or 0) > end.offset:
+            journal.cut(end)
+        for entry in made:
+            end = journal.append(entry, end)
+        now = refold_in_place(database, change, connection).ledger
+        if now.digest != digest or now.has_gaps:
+            raise Corrupt(
+                f"{journal.folder}: what was adopted does not follow from the log; check the disk, and repeat"
+            )
     return records
 
 

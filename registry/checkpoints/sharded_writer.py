@@ -7,7 +7,6 @@ dcp.save(state, storage_writer=RegistryWriter(registry, "gpt", epoch=1))
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import uuid
@@ -138,12 +137,7 @@ class RegistryWriter(StorageWriter):
             about = replace(self._about, provenance=provenance, dcp=tree.record)
             saved = save(self.registry, self.model, written, about=about, best_by=self._best_by)
         except BaseException:
-            # The log may name the version all the same. If it cannot be read, gc decides about the packs later.
-            with contextlib.suppress(RegistryError):
-                named = self.registry.catalog.ledger().packs
-                for pack in packs:
-                    if pack.digest not in named:
-                        self.registry.store.discard_pack(pack.digest)
+            self.registry.catalog.discard([pack.digest for pack in packs])
             raise
         self.checkpoint = saved
         # In every process dcp.save returns it.

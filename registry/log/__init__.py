@@ -6,7 +6,7 @@ folder (journal.py). The *history* is the entries in order; a *gap* in it stands
 (ledger.py). An entry that contradicts those before it is *void*: it has no effect. A pack *counts* from the entry that
 names it until one dooms or replaces it; a manifest counts while a version or an artifact has it. *Facts* are what a
 manifest's record says of a checkpoint (facts.py). A *stray* is a pack or manifest that no readable entry names
-(strays.py). reference.py and metrics.py say what a model, a run or a metric may be called.
+(strays.py). forking.py keeps a process from being forked inside a change. reference.py and metrics.py say what a model, a run or a metric may be called.
 
 It imports `registry.store` alone. To add a record: its form in entries.py, its meaning in ledger.py, and in
 `registry.catalog.change` for the tables.

@@ -6,7 +6,7 @@ damaged in both is a gap, which is named and never guessed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from registry.log.entries import START, Entry
@@ -35,6 +35,7 @@ class Gap(NamedTuple):
             something that is no entry.
         problem: why they cannot be read.
         before, after: times of the entries around them, as far as they are known.
+        size: bytes of the lines there, if no entry comes behind them, so that it is not known how many there were.
     """
 
     first: int
@@ -42,6 +43,7 @@ class Gap(NamedTuple):
     problem: str
     before: str = ""
     after: str = ""
+    size: int = 0
 
     def __str__(self) -> str:
         times = [f"{word} {time}" for word, time in (("after", self.before), ("before", self.after)) if time]
@@ -118,7 +120,7 @@ def walk(lines: Iterable[Line], seq: int = 0, digest: str = START) -> Iterator[P
             expected, prev, before, known, problem = entry.seq + 1, entry.digest, entry.at, True, ""
             rest = _Rest()
     if problem:
-        yield Gap(expected, expected, problem, before=before)
+        yield Gap(expected, expected + max(rest.count, 1) - 1, problem, before=before, size=rest.size)
     if end is not None:
         yield end
 
@@ -133,6 +135,8 @@ def merge(
     log, copy = _Log(found), _Copy(copies)
     expected, prev, before = 1, START, ""
     known = True
+    # Bytes of the entries that only the copy has, for those that cannot be read at the log's end.
+    filled = 0
     while True:
         next_in_log = log.peek()
         yield from log.odd()
@@ -155,6 +159,7 @@ def merge(
         if in_log and in_log.entry in fits:
             yield in_log._replace(in_copy=in_copy is not None and in_copy.digest == in_log.entry.digest)
         elif in_copy and in_copy in fits:
+            filled += len(in_copy.line) if log.tail and seq >= log.tail.first else 0
             yield Placed(in_copy, None, None, in_copy=True)
         else:
             yield Gap(
@@ -168,19 +173,22 @@ def merge(
         if known:
             prev = fits[0].digest
         before, expected = at, seq + 1
-    if log.has_problem(expected):
-        yield Gap(expected, expected, log.problem(expected, expected), before=before)
+    if log.tail and log.tail.size > filled:
+        yield Gap(expected, max(expected, log.tail.last), log.tail.problem, before=before)
     if log.end:
         yield log.end
 
 
-def heal(journal: Journal, history: Iterable[Placed | Gap | End | Fork]) -> tuple[list[int], list[int]]:
+def heal(
+    journal: Journal, history: Iterable[Placed | Gap | End | Fork], accepted: Sequence[range] = ()
+) -> tuple[list[int], list[int]]:
     """Write anew the segments that lack entries which the catalog's copy has, or that hold anything but entries.
 
-    A segment stays as it is if some of its entries are lost in both.
+    A segment stays as it is if some of its entries are lost in both, and nobody has accepted that.
 
     Args:
         history: the whole history, from `merge`.
+        accepted: numbers of entries that were accepted as lost.
 
     Returns:
         The segments that were written, and the numbers of the entries that they got back.
@@ -190,10 +198,12 @@ def heal(journal: Journal, history: Iterable[Placed | Gap | End | Fork]) -> tupl
     healed: list[int] = []
     segment, size = 0, 0
     group: list[Placed] = []
+    # Accepted losses between the entries of the group, and behind the last one.
+    missing, behind = 0, 0
 
     def finish() -> None:
         # An entry of the segment is lost.
-        if not group or len(group) != group[-1].entry.seq - segment + 1:
+        if not group or len(group) + missing != group[-1].entry.seq - segment + 1:
             return
         lost = [item.entry.seq for item in group if item.start is None or item.start.segment != segment]
         if lost or journal.size(segment) != size:
@@ -202,16 +212,23 @@ def heal(journal: Journal, history: Iterable[Placed | Gap | End | Fork]) -> tupl
             healed.extend(lost)
 
     for item in history:
-        if isinstance(item, Gap) and item.last >= item.first and item.first not in names:
-            # The lost entries belong to this segment, perhaps to its end.
-            group = []
+        if isinstance(item, Gap) and item.last >= item.first:
+            if any(item.first in numbers and item.last in numbers for numbers in accepted):
+                if item.first in names:
+                    finish()
+                    segment, size, group, missing, behind = item.first, 0, [], 0, 0
+                behind += item.last - item.first + 1
+            elif item.first not in names:
+                # The lost entries belong to this segment, perhaps to its end.
+                group, missing, behind = [], 0, 0
         if not isinstance(item, Placed):
             continue
         if not segment or item.entry.seq in names or size >= SEGMENT:
             finish()
-            segment, size, group = item.entry.seq, 0, []
+            segment, size, group, missing, behind = item.entry.seq, 0, [], 0, 0
         size += len(item.entry.line)
         group.append(item)
+        missing, behind = missing + behind, 0
     finish()
     return written, healed
 
@@ -224,14 +241,20 @@ class _Rest:
 
     Attributes:
         is_one: whether they may all be left of one line.
+        size: their bytes, without those of a line that a crash cut short.
+        count: how many of these lines were entries, at least.
     """
 
     def __init__(self) -> None:
         self.is_one = True
+        self.size = 0
+        self.count = 0
         self._start: Position | None = None
 
     def add(self, line: Line) -> None:
         self._start = self._start or line.start
+        self.size += line.end.offset - line.start.offset
+        self.count += line.entry is None and line.has_end
         is_entry = line.entry is not None or line.has_end
         self.is_one = self.is_one and not is_entry and line.start.segment == self._start.segment
 
@@ -251,6 +274,8 @@ class _Log:
         self._next: Placed | None = None
         self._odd: list[Gap] = []
         self._problems: dict[int, str] = {}
+        self.tail: Gap | None = None
+        """What cannot be read behind the last entry."""
         self.end: End | None = None
 
     def peek(self) -> Placed | None:
@@ -266,6 +291,7 @@ class _Log:
                 self._odd.append(item)
             else:
                 self._problems[item.first] = item.problem
+                self.tail = item if item.size else None
         return self._next
 
     def take(self) -> Placed | None:
@@ -276,9 +302,6 @@ class _Log:
         """The gaps so far in which no entry is missing, each once."""
         found, self._odd = self._odd, []
         return found
-
-    def has_problem(self, seq: int) -> bool:
-        return seq in self._problems
 
     def problem(self, first: int, last: int, otherwise: str = "it is missing") -> str:
         """Why one of some entries cannot be read."""

@@ -7,13 +7,15 @@ then the next begins. What is read is not trusted: a line is an entry only if it
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from registry.log.entries import MAX_LINE, Entry, digest_of_line, parse
+from registry.log.forking import no_fork, only_here
 from registry.store import durable, places
 from registry.store.errors import Corrupt, StorageError, Unsupported
 
@@ -24,6 +26,9 @@ SEGMENT = 16 << 20
 _LOCK = "lock"
 _LARGEST = SEGMENT + MAX_LINE
 """Bytes of the largest segment: its last entry may be as long as any."""
+
+_BLOCK = 4096
+"""Bytes that a disk reads at once, or not at all."""
 
 _NAME = re.compile(r"([0-9]{16})\.log\Z")
 _TAIL = 66
@@ -96,12 +101,16 @@ class Journal:
             self.create()
             fd = places.open_file(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, inner=1)
         try:
-            if not durable.lock(fd):
-                raise StorageError(f"{self.folder}: another process has kept the log locked for 60 s; repeat")
-            try:
-                yield
-            finally:
-                durable.unlock(fd)
+            with only_here(fd):
+                if not durable.lock(fd):
+                    raise StorageError(
+                        f"{self.folder}: another process has kept the log locked for 60 s; repeat"
+                    )
+                with no_fork():
+                    try:
+                        yield
+                    finally:
+                        durable.unlock(fd)
         finally:
             os.close(fd)
 
@@ -124,7 +133,7 @@ class Journal:
         size = self.size(position.segment)
         if (size or 0) != position.offset or (size is None and seq):
             return False
-        return position.segment == seq + 1 or self.size(seq + 1) is None
+        return max(self.segments(), default=0) <= position.segment
 
     def digest_before(self, position: Position) -> str | None:
         """The digest that the line before a place ends with; None if there is no line, or the segment is gone."""
@@ -203,23 +212,59 @@ class Journal:
         durable.sync_folder(self.folder, inner=1)
 
     def _read_segment(self, segment: int, offset: int, *, is_last: bool) -> Iterator[Line]:
-        """The lines of a segment from an offset on. What cannot be read comes as one damaged line."""
+        """The lines of a segment from an offset on. Where a block of the disk cannot be read, its lines are damaged."""
         size = self.size(segment) or 0
-        try:
-            with self._opened(segment) as fd, os.fdopen(os.dup(fd), "rb") as file:
-                file.seek(offset)
-                while offset < size:
-                    start = Position(segment, offset)
+        with contextlib.ExitStack() as stack:
+            file: BinaryIO | None = None
+            unreadable: list[range] = []
+            problem = ""
+            while offset < size:
+                start = Position(segment, offset)
+                try:
+                    if file is None:
+                        file = stack.enter_context(self._reader(segment, offset))
                     raw = file.readline(MAX_LINE + 1) if offset < _LARGEST else b""
-                    offset += len(raw)
-                    if not raw.endswith(b"\n") and offset < size:
-                        problem = f"it is longer than the {MAX_LINE} bytes that an entry may have"
+                except OSError as error:
+                    problem = f"it cannot be read ({error.strerror})"
+                    try:
+                        file, unreadable = self._salvaged(segment, offset, size)
+                    except OSError:
                         yield Line(None, problem=problem, start=start, end=Position(segment, size))
                         return
-                    yield _line(raw, start, Position(segment, offset), is_last=is_last and offset >= size)
-        except OSError as error:
-            problem = f"it cannot be read ({error.strerror})"
-            yield Line(None, problem=problem, start=Position(segment, offset), end=Position(segment, size))
+                    continue
+                offset += len(raw)
+                if not raw.endswith(b"\n") and offset < size:
+                    problem = problem or f"it is longer than the {MAX_LINE} bytes that an entry may have"
+                    yield Line(None, problem=problem, start=start, end=Position(segment, size))
+                    return
+                end = Position(segment, offset)
+                if any(start.offset < part.stop and part.start < offset for part in unreadable):
+                    yield Line(None, problem=problem, start=start, end=end)
+                else:
+                    yield _line(raw, start, end, is_last=is_last and offset >= size)
+
+    @contextlib.contextmanager
+    def _reader(self, segment: int, offset: int) -> Iterator[BinaryIO]:
+        with self._opened(segment) as fd, os.fdopen(os.dup(fd), "rb") as file:
+            file.seek(offset)
+            yield file
+
+    def _salvaged(self, segment: int, offset: int, size: int) -> tuple[BinaryIO, list[range]]:
+        """The rest of a segment, block by block, and the blocks that cannot be read; these are zero."""
+        size = max(offset, min(size, _LARGEST))
+        data = bytearray(size - offset)
+        unreadable = []
+        with self._opened(segment) as fd:
+            for start in range(offset - offset % _BLOCK, size, _BLOCK):
+                part = range(max(start, offset), min(start + _BLOCK, size))
+                try:
+                    found = os.pread(fd, len(part), part.start)
+                except OSError:
+                    found = b""
+                data[part.start - offset : part.start - offset + len(found)] = found
+                if len(found) < len(part):
+                    unreadable.append(part)
+        return io.BytesIO(data), unreadable
 
     @contextlib.contextmanager
     def _opened(self, segment: int) -> Iterator[int]:

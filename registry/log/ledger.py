@@ -69,6 +69,7 @@ class Ledger:
         released: manifests that nothing names any more, and that are not doomed yet.
         texts: number of the entry that carries a manifest, and its place in the folder's log, by id.
         gaps: entries that cannot be read, and that nobody has accepted as lost.
+        accepted: numbers of entries that were accepted as lost.
         voids: entries without effect.
         skipped: records that were left out, as they refer to what a gap may have had.
         strays: packs that no entry names, and that count all the same while there are gaps.
@@ -96,6 +97,7 @@ class Ledger:
         self.released: dict[str, None] = {}
         self.texts: dict[str, tuple[int, Position | None]] = {}
         self.gaps: list[Gap] = []
+        self.accepted: list[range] = []
         self.voids: list[Void] = []
         self.skipped: list[Record] = []
         self.strays: dict[str, PackInfo] = {}
@@ -340,6 +342,7 @@ class Ledger:
 
     def _adopt(self, record: Record, entry: Entry) -> None:
         accepted = [range(first, last + 1) for first, last in record["gaps"]]
+        self.accepted += accepted
         self.gaps = [
             gap
             for gap in self.gaps

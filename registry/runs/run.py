@@ -27,7 +27,7 @@ from registry.runs.logs import run_log
 from registry.runs.process import Mute, ending, sigterm_as_exit, this_process
 from registry.runs.recording import Recording, Saved
 from registry.store.durable import make_folder, unlink, write_file
-from registry.store.errors import Invalid, RegistryError, storage_errors
+from registry.store.errors import Conflict, Invalid, RegistryError, storage_errors
 from registry.store.saving import Arena, Encoded
 from registry.transfer.plan import TransferPlan
 from registry.upkeep.compaction import compact
@@ -250,7 +250,9 @@ class Run:
 
         Raises:
             RegistryError: if that save failed; only the first call raises it.
+            Conflict: in a process that was forked since the run began; likewise `save`.
         """
+        self._check_process()
         if self._in_flight is not None:
             pending, self._in_flight = self._in_flight, None
             self._last = self._everywhere(pending.result, f"{self.name}: the save before")
@@ -287,6 +289,13 @@ class Run:
         best_by = self._retention.monitor
         origin = self._origin(about)
         return RegistryWriter(self._home, self.model, saved=saved, best_by=best_by, **fields, **origin)
+
+    def _check_process(self) -> None:
+        """Refuse to save in a process that was forked since the run began."""
+        if os.getpid() != self._pid:
+            raise Conflict(
+                f"{self.name} is the run of process {self._pid}, which forked this one; save there, or begin a run here"
+            )
 
     def _introduce(self) -> None:
         _logger.info("run %s began", self.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -169,7 +170,7 @@ def _adoption(store: Store, ledger: Ledger) -> Sequence[Record]:
         with contextlib.suppress(RegistryError):
             model = check_name(str(manifest.record.get("model")), "model")
             orphans.append(_Orphan(model, facts_of(manifest).created, manifest_id))
-    numbers = _numbers(ledger, sorted(orphans))
+    numbers = _numbers(store, ledger, sorted(orphans))
     publishes: list[Record] = []
     for orphan in sorted(orphans, key=lambda one: (one.model, numbers[one.id])):
         text = places.read_file(store.manifest_path(orphan.id), MAX_SIZE, inner=INNER)
@@ -179,28 +180,53 @@ def _adoption(store: Store, ledger: Ledger) -> Sequence[Record]:
     return [*map(pack_record, (ledger.strays | packs).values()), *publishes, *names]
 
 
-def _numbers(ledger: Ledger, orphans: Sequence[_Orphan]) -> dict[str, int]:
+def _numbers(store: Store, ledger: Ledger, orphans: Sequence[_Orphan]) -> dict[str, int]:
     """The numbers under which versions are taken in.
 
     A model's numbers that no entry accounts for are those of its orphans, in the order of their creation, if there are
-    as many. Otherwise it is not certain which were theirs, and they get new ones.
+    as many and each was created between its neighbours. Otherwise it is not certain which were theirs, as an interrupted
+    save leaves an orphan, too, and they get new ones.
     """
     numbers: dict[str, int] = {}
     for model in {one.model for one in orphans}:
         own = [one for one in orphans if one.model == model]
-        following, missing = ledger.next.get(model, 1), ledger.missing.get(model, ())
-        if sum(map(len, missing)) == len(own):
-            found = sorted(number for numbers_in in missing for number in numbers_in)
-        else:
+        found = sorted(number for missing in ledger.missing.get(model, ()) for number in missing)
+        given = dict(zip(found, own, strict=False))
+        if len(found) != len(own) or not _fit(store, ledger, model, given):
+            following = ledger.next.get(model, 1)
             found = [*range(following, following + len(own))]
         numbers |= {one.id: number for one, number in zip(own, found, strict=True)}
     return numbers
 
 
+def _fit(store: Store, ledger: Ledger, model: str, given: Mapping[int, _Orphan]) -> bool:
+    """Whether versions that would get these numbers were created behind the one before and before the one behind."""
+    known = {}
+    for manifest_id, (name, number) in ledger.versions.items():
+        if name == model:
+            with contextlib.suppress(RegistryError):
+                known[number] = facts_of(store.manifest(manifest_id)).created
+    known = {number: created for number, created in known.items() if created}
+    numbers = sorted(known)
+    for number, orphan in given.items():
+        i = bisect.bisect(numbers, number)
+        around = [
+            *(known[one] for one in numbers[i - 1 : i] if i),
+            orphan.created,
+            *(known[one] for one in numbers[i : i + 1]),
+        ]
+        if around != sorted(around):
+            return False
+    return True
+
+
 def _names(ledger: Ledger, adopted: set[str]) -> Iterator[Record]:
-    """The records of the aliases, tags and notes that readable entries give to versions which are taken in."""
+    """The records of the aliases, tags and notes that readable entries give to versions which are taken in.
+
+    An adoption that was interrupted may have taken in the versions already, or some of the names.
+    """
     found: dict[tuple[str, str, str], Record] = {}
-    for number, record in enumerate(ledger.skipped):
+    for record in ledger.skipped:
         op, manifest_id = record["op"], str(record.get("id"))
         if op == "alias":
             found["alias", record["model"], record["alias"]] = record
@@ -209,9 +235,16 @@ def _names(ledger: Ledger, adopted: set[str]) -> Iterator[Record]:
         elif op == "untag":
             found.pop(("tag", manifest_id, record["tag"]), None)
         elif op == "note":
-            found["note", manifest_id, str(number)] = record
+            found["note", manifest_id, f"{record['at']} {record['text']}"] = record
     for (op, model, name), record in found.items():
-        if record["id"] in adopted and op != "alias":
+        manifest_id = record["id"]
+        if manifest_id not in adopted and manifest_id not in ledger.versions:
+            continue
+        if op == "alias":
+            if (model, name) not in ledger.aliases:
+                yield {**record, "was": None}
+        elif op == "tag":
+            if name not in ledger.tags.get(manifest_id, ()):
+                yield record
+        elif (record["at"], record["text"]) not in ledger.notes.get(manifest_id, ()):
             yield record
-        elif record["id"] in adopted and (model, name) not in ledger.aliases:
-            yield {**record, "was": None}

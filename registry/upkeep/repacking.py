@@ -101,14 +101,9 @@ def repack(
         if at_most is None or copied.size <= at_most:
             done = catalog.commit(lambda view: _replacement(view, pack, copied)) is not None
     finally:
-        if not done and not _counts(catalog, copied.digest):
-            store.discard_pack(copied.digest)
+        if not done:
+            catalog.discard([copied.digest])
     return copied if done else None
-
-
-def _counts(catalog: Catalog, pack: str) -> bool:
-    """Whether a pack counts by the log, which may have the entry although the commit failed."""
-    return pack in catalog.ledger().packs
 
 
 def _replacement(view: View, old: str, new: PackInfo) -> list[Record]:

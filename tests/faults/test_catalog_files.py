@@ -14,7 +14,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import all_versions, broken_rules, check_whole, dump, fork, in_child, kill_me, save, wait
+from support import (
+    all_versions,
+    broken_rules,
+    check_whole,
+    collect,
+    dump,
+    fork,
+    in_child,
+    kill_me,
+    save,
+    wait,
+)
 from test_access import NOBODY
 from test_disk_trouble import fill, may_mount, small_disk
 
@@ -23,7 +34,7 @@ from registry.catalog import catalog, refolding, transactions
 from registry.catalog.change import Change
 from registry.log.entries import Entry
 from registry.log.journal import Journal, Position
-from registry.store.errors import Conflict, NotFound, StorageError
+from registry.store.errors import Conflict, Corrupt, NotFound, StorageError
 
 FILE = "catalog.sqlite"
 WAL = "catalog.sqlite-wal"
@@ -638,3 +649,48 @@ def test_a_rebuild_that_was_killed_behind_setting_the_catalog_aside_loses_no_cop
     assert registry["net@prod"].name == "net:v2"
     assert registry.rebuild().damaged == ()
     assert registry.verify().problems == ()
+
+
+@pytest.mark.damages
+@pytest.mark.parametrize("is_sound", [True, False])
+def test_a_catalog_with_another_history_is_refused_as_long_as_it_lies_there(
+    tmp_path: Path, is_sound: bool
+) -> None:
+    """One with a damaged page would be set aside, and what only it names deleted by the next gc."""
+    registry, root = Registry(tmp_path / "r"), tmp_path / "r"
+    for number in range(3):
+        save(registry, number)
+    (segment,) = root.glob("journal/*.log")
+    old = segment.read_bytes()
+    for number in range(3, 6):
+        save(registry, number)
+    registry.catalog.close()
+    kept = {path: path.read_bytes() for path in root.glob("catalog.sqlite*")}
+    for path in kept:
+        path.unlink()
+    segment.write_bytes(old)
+    registry = Registry(root)
+    save(registry, 7)
+    registry.catalog.close()
+    for path in root.glob("catalog.sqlite*"):
+        path.unlink()
+    for path, data in kept.items():
+        path.write_bytes(data)
+    if not is_sound:
+        with contextlib.closing(sqlite3.connect(root / "catalog.sqlite")) as connection:
+            ((page,),) = connection.execute(
+                "SELECT rootpage FROM sqlite_master WHERE name = 'versions'"
+            ).fetchall()
+            ((size,),) = connection.execute("PRAGMA page_size").fetchall()
+        with (root / "catalog.sqlite").open("r+b") as file:
+            file.seek((page - 1) * size)
+            file.write(b"\xff" * 64)
+    for _ in range(2):
+        for command in (
+            lambda one: one.names(),
+            lambda one: one.rebuild(),
+            lambda one: collect(one, grace=0),
+        ):
+            with pytest.raises(Corrupt, match="tell different histories"):
+                command(Registry(root))
+    assert len(list(root.glob("manifests/*/*.json"))) == 7

@@ -55,6 +55,15 @@ def log_of(root: Path) -> bytes:
 def test_a_save_fails_clearly_at_any_step_and_works_again(
     golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
+    # A connection that is closed late takes a step of its own, by which one may be passed over.
+    assert any(phantoms_of_all_steps(golden, tmp_path, monkeypatch, number) for _ in range(3))
+
+
+def phantoms_of_all_steps(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> int:
+    """Fail each step of a save in turn. Returns how many of the failed saves are in the log all the same.
+
+    These are the ones that failed between writing the entry and its fsync.
+    """
     phantoms = 0
     for step in range(1_000):
         root = copy(golden, tmp_path / "r")
@@ -80,7 +89,7 @@ def test_a_save_fails_clearly_at_any_step_and_works_again(
         check_whole(root, {**SAVED, name: 3}, {"net:v3": 3})
         phantoms += is_there
     assert 10 < step < 999
-    assert phantoms  # Otherwise no step has failed between writing the entry and its fsync.
+    return phantoms
 
 
 def test_a_pack_or_manifest_is_written_again_after_one_io_error(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -12,13 +14,15 @@ import torch
 from support import broken_rules, fork, save, wait
 
 from registry import Registry
-from registry.store.errors import Invalid, Unsupported
+from registry.log import forking
+from registry.store.errors import Conflict, Invalid, Unsupported
 
 
 def test_a_child_that_is_forked_during_a_commit_keeps_nobody_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Workers of a DataLoader are forked at any moment of a save that goes on behind the training."""
+    """Workers of a DataLoader are forked at any moment of a save. This commit takes longer than a fork waits."""
+    monkeypatch.setattr(forking, "_PATIENCE", 0.1)
     registry = Registry(tmp_path / "r")
     inside, go_on = threading.Event(), threading.Event()
 
@@ -44,6 +48,85 @@ def test_a_child_that_is_forked_during_a_commit_keeps_nobody_out(
         os.write(writing, b"x")
         wait(child)
     assert broken_rules(registry) == []
+
+
+def test_a_child_that_is_forked_beside_a_commit_saves(tmp_path: Path) -> None:
+    """SQLite would have the child believe that it holds its parent's locks."""
+    registry = Registry(tmp_path / "r")
+    inside = threading.Event()
+
+    def compute(view: object) -> list[object]:
+        inside.set()
+        time.sleep(0.5)
+        return []
+
+    committing = threading.Thread(target=lambda: registry.catalog.commit(compute))  # type: ignore[arg-type]
+    committing.start()
+    inside.wait()
+    child = fork(lambda: save(Registry(tmp_path / "r"), 1))
+    assert not committing.is_alive() or committing.join(5) is None
+    assert wait(child) == 0
+    assert save(registry, 2) == "net:v2"
+
+
+@pytest.mark.parametrize("is_waiting", [False, True])
+def test_a_child_keeps_no_lock_of_a_parent_that_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_waiting: bool
+) -> None:
+    """It is forked while another thread holds the lock, or waits for it and gets it later."""
+    monkeypatch.setattr(forking, "_PATIENCE", 0.1)
+    registry = Registry(tmp_path / "r")
+    reading, writing = os.pipe()
+    alive, dead = os.pipe()
+
+    def parent() -> None:
+        mine, inside, asked = Registry(tmp_path / "r"), threading.Event(), threading.Event()
+
+        def compute(view: object) -> list[object]:
+            inside.set()
+            time.sleep(60)
+            return []
+
+        def commit() -> None:
+            asked.set()
+            mine.catalog.commit(compute)  # type: ignore[arg-type]
+
+        with contextlib.ExitStack() as stack:
+            if is_waiting:
+                stack.enter_context(mine.catalog.journal.locked())
+            threading.Thread(target=commit, daemon=True).start()
+            asked.wait()
+            time.sleep(0.2)
+            pid = fork(lambda: os.read(alive, 1))
+        inside.wait()
+        os.write(writing, f"{pid}\n".encode())
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert wait(fork(parent)) == -signal.SIGKILL
+    child = int(os.read(reading, 20))
+    try:
+        began = time.monotonic()
+        assert save(registry, 1) == "net:v1"
+        assert time.monotonic() - began < 30
+    finally:
+        os.write(dead, b"x")
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_child_of_a_run_is_told_that_the_run_is_its_parents(tmp_path: Path) -> None:
+    """It would wait for a save that goes on in the parent alone."""
+    registry, net = Registry(tmp_path / "r"), torch.nn.Linear(2, 2)
+
+    def child() -> None:
+        for call in (run.wait, lambda: run.save(model=net)):
+            with pytest.raises(Conflict, match=r"net/run-1 is the run of process \d+, which forked this one"):
+                call()
+
+    with registry.run("net") as run:
+        run.save(model=net, wait=False)
+        assert wait(fork(child)) == 0
+    assert registry["net"].version == 1
 
 
 def test_a_child_that_leaves_a_run_of_its_parent_changes_nothing(tmp_path: Path) -> None:

@@ -26,7 +26,11 @@ from registry.store.errors import Incompatible, Invalid, NotFound, Unsupported
         ({"model": nn.Linear(1, 1), "epoch": -1}, Invalid, "epoch is '-1'"),
         ({"model": nn.Linear(1, 1), "extra": {"f": print}}, Unsupported, "extra/f"),
         ({"model": nn.Linear(1, 1), "rng": {}}, Invalid, "rng is no state of the random number generators"),
-        ({"model": nn.Linear(1, 1), "states": {"model": {}}}, Invalid, "model is given as an object and as a state"),
+        (
+            {"model": nn.Linear(1, 1), "states": {"model": {}}},
+            Invalid,
+            "model is given as an object and as a state",
+        ),
         ({"states": {"ranks": {}}}, Invalid, "'ranks' is not the name"),
         ({"states": {"model": {}}, "kinds": {"optimizer": "SGD"}}, Invalid, "kinds names optimizer"),
     ],
