@@ -147,12 +147,12 @@ def _packs(view: View, stored: Stored, *, strict: bool) -> list[Record]:
     sizes |= {pack.digest: pack.size for pack in stored.packs}
     if any(not store.pack_is_whole(pack, size) for pack, size in sizes.items()):
         raise Stale("a pack that this save relied on was removed meanwhile")
-    for pack in {place.pack for place in relied_on.values()}:
+    for name in {place.pack for place in relied_on.values()}:
         try:
-            store.pack_info(pack)
+            store.pack_info(name)
         except Corrupt as error:
             # What the save needs of it is written again.
-            store.distrusted.add(pack)
+            store.distrusted.add(name)
             raise Stale(str(error)) from error
     return [
         *({"op": "damaged", "pack": pack} for pack in sorted(broken - known)),
