@@ -10,9 +10,9 @@ from __future__ import annotations
 import io
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -34,6 +34,20 @@ if TYPE_CHECKING:
     from registry.log.metrics import Monitor
 
 
+_ORIGIN = ("config", "lineage", "run", "parent", "provenance")
+"""The fields of a version that a session sets."""
+
+
+class Session(Protocol):
+    """What a run that makes versions with a writer decides about each; it can be pickled."""
+
+    def origin(self, home: Home, first: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The fields of a version that say where it comes from; `first` are those of the run's first one."""
+
+    def retain(self, home: Home) -> None:
+        """Remove, and thin, what the run's rules no longer keep."""
+
+
 class RegistryWriter(StorageWriter):
     """Lets `dcp.save` and `dcp.async_save` write a version of a model.
 
@@ -52,6 +66,8 @@ class RegistryWriter(StorageWriter):
             and so on. `Run.sharded` fills it in.
         best_by: as in `Registry.save`.
         saved: called with the checkpoint, in the process that makes it known.
+        session: the run that the version belongs to. In `async_save` with a process of its own, too, it says what the
+            version goes on from, and which older ones stay.
     """
 
     def __init__(
@@ -61,6 +77,7 @@ class RegistryWriter(StorageWriter):
         *,
         saved: Callable[[Checkpoint], object] | None = None,
         best_by: Monitor | None = None,
+        session: Session | None = None,
         **about: Any,
     ) -> None:
         self.registry = registry
@@ -69,6 +86,7 @@ class RegistryWriter(StorageWriter):
         self._about = Facts(**about)
         self._best_by = best_by
         self._saved = saved
+        self._session = session
 
     def __getstate__(self) -> dict[str, Any]:
         """For `async_save` in a process of its own, which cannot call back into this one."""
@@ -133,8 +151,11 @@ class RegistryWriter(StorageWriter):
             tree = Tree(metadata, results)
             written = Written(tree.components, [info for share in shares for info in share.tensors], packs)
             together = {"processes": len(results)} if len(results) > 1 else {}
-            provenance = {**together, **(self._about.provenance or {})}
-            about = replace(self._about, provenance=provenance, dcp=tree.record)
+            origin = {key: getattr(self._about, key) for key in _ORIGIN}
+            if self._session:
+                origin |= self._session.origin(self.registry, origin)
+            origin["provenance"] = {**together, **(origin["provenance"] or {})}
+            about = replace(self._about, **origin, dcp=tree.record)
             saved = save(self.registry, self.model, written, about=about, best_by=self._best_by)
         except BaseException:
             self.registry.catalog.discard([pack.digest for pack in packs])
@@ -144,6 +165,8 @@ class RegistryWriter(StorageWriter):
         metadata.storage_data = saved.name
         if self._saved:
             self._saved(saved)
+        if self._session:
+            self._session.retain(self.registry)
 
     def storage_meta(self) -> StorageMeta:
         """What torch records of where a checkpoint lies: the model, and an id for each save."""

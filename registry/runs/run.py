@@ -26,6 +26,7 @@ from registry.log.reference import check_name
 from registry.runs.logs import run_log
 from registry.runs.process import Mute, ending, sigterm_as_exit, this_process
 from registry.runs.recording import Recording, Saved
+from registry.runs.session import Session
 from registry.store.durable import make_folder, unlink, write_file
 from registry.store.errors import Conflict, Invalid, RegistryError, storage_errors
 from registry.store.saving import Arena, Encoded
@@ -82,7 +83,6 @@ class Run:
         self._runs = Runs(home.catalog, home.root)
         self.model = check_name(model, "model")
         self.resumed = resumed
-        self._retention = retention
         self._compact = compact
         self._recording = Recording(
             home,
@@ -114,6 +114,8 @@ class Run:
         except BaseException:
             self._ranks.close()
             raise
+        self._session = Session(self.name, model, retention)
+        self._has_sharded = False
         self.folder = home.root / "runs" / self.name
 
     @property
@@ -284,11 +286,17 @@ class Run:
 
         def saved(checkpoint: Checkpoint) -> None:
             self._last = checkpoint
-            self._retain()
 
-        best_by = self._retention.monitor
-        origin = self._origin(about)
-        return RegistryWriter(self._home, self.model, saved=saved, best_by=best_by, **fields, **origin)
+        self._has_sharded = True
+        return RegistryWriter(
+            self._home,
+            self.model,
+            saved=saved,
+            best_by=self._session.retention.monitor,
+            session=self._session,
+            **fields,
+            **self._recording.origin(about, run=self.name, last=None),
+        )
 
     def _check_process(self) -> None:
         """Refuse to save in a process that was forked since the run began."""
@@ -350,24 +358,15 @@ class Run:
         return Checkpoint(self._home.store, self._ranks.leader(row, what))
 
     def _publish(self, state: Encoded, about: Mapping[str, Any], fields: Mapping[str, Any]) -> Checkpoint:
-        described = Facts(**fields, **self._origin(about))
-        saved = save(self._home, self.model, state, about=described, best_by=self._retention.monitor)
-        self._retain()
+        origin = self._recording.origin(about, run=self.name, last=self._last)
+        if self._has_sharded:
+            # Another process may have published the last version.
+            origin = self._session.origin(self._home, origin)
+        described = Facts(**fields, **origin)
+        best_by = self._session.retention.monitor
+        saved = save(self._home, self.model, state, about=described, best_by=best_by)
+        self._session.retain(self._home)
         return saved
-
-    def _retain(self) -> None:
-        """Remove, and thin, what the run's rules no longer keep.
-
-        The new version is safe by now, so a failure is only logged. The next save tries again.
-        """
-        try:
-            chain = self._runs.chain(self.name)
-            self._retention.apply(self._home.catalog, self._home.store, runs=chain, model=self.model)
-        except RegistryError as error:
-            _logger.warning("%s: older versions stay, as the rules of the run fail: %s", self.name, error)
-
-    def _origin(self, about: Mapping[str, Any]) -> dict[str, Any]:
-        return self._recording.origin(about, run=self.name, last=self._last)
 
 
 def _store_differences(home: Home, model: str) -> None:

@@ -366,6 +366,30 @@ def test_saving_in_the_background_keeps_the_values_of_the_call(tmp_path: Path) -
 # -- bad input -----------------------------------------------------------------------------------------------
 
 
+def saved_by_processes(root: str) -> None:
+    from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+
+    with Registry(root).run("net", keep_last=2, monitor="loss") as run:
+        for number in range(4):
+            state = {"model": {"w": torch.full((4,), float(number))}}
+            dcp.async_save(
+                state,
+                storage_writer=run.sharded(step=number, loss=4.0 - number),
+                async_checkpointer_type=AsyncCheckpointerType.PROCESS,
+            ).result()
+        run.save(model=nn.Linear(1, 1), step=4, loss=9.0)
+
+
+def test_what_another_process_publishes_belongs_to_the_run(tmp_path: Path) -> None:
+    """It goes on from the version before, older ones are removed, and the next save goes on from it."""
+    together(1, saved_by_processes, str(tmp_path / "r"))
+    registry = Registry(tmp_path / "r")
+    parents = {version.name: version.record.get("parent") for version in registry.versions("net")}
+    assert parents == {"net:v4": "net:v3", "net:v5": "net:v4"}
+    assert registry["net@best"].name == "net:v4"
+    assert registry.verify().problems == ()
+
+
 def test_what_cannot_be_saved_or_loaded_is_said(tmp_path: Path) -> None:
     registry = Registry(tmp_path)
 
