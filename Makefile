@@ -8,10 +8,13 @@ TYPES := build/types
 
 SOAK_SECONDS ?= 960
 
-.PHONY: help test soak check demo bench bench-full docs constraints clean
+FRAMEWORKS := .venv-integrations
+
+.PHONY: help test test-integrations soak check demo bench bench-full docs constraints clean
 
 help:
 	@echo "make test         install into .venv and run the whole suite"
+	@echo "make test-integrations  the same for the trainers of other projects, with their releases in $(FRAMEWORKS)"
 	@echo "make soak         the tests that draw their own cases, for an hour; SOAK_SECONDS=60 gives each a minute"
 	@echo "make check        format, lint, types, links"
 	@echo "make demo         train, kill, resume, look at it in TensorBoard, and use the best"
@@ -19,7 +22,7 @@ help:
 	@echo "make bench-full   all of it, in half an hour; writes docs/benchmarks.md"
 	@echo "make docs         write docs/cli.md from the commands' own help"
 	@echo "make constraints  pin the versions that are installed now"
-	@echo "make clean        remove .venv and build files"
+	@echo "make clean        remove the environments and build files"
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -31,6 +34,18 @@ $(READY): pyproject.toml constraints.txt
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Another environment over the first one: it adds the frameworks, so that the rest is seen to work without them.
+$(FRAMEWORKS)/.ready: $(READY) constraints-integrations.txt
+	test -x $(FRAMEWORKS)/bin/python || $(PYTHON) -m venv --clear $(FRAMEWORKS)
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > \
+		"$$($(FRAMEWORKS)/bin/python -c 'import site; print(site.getsitepackages()[0])')/over.pth"
+	$(FRAMEWORKS)/bin/python -m pip install --quiet --constraint constraints.txt \
+		--constraint constraints-integrations.txt --editable '.[integrations]'
+	@touch $@
+
+test-integrations: $(FRAMEWORKS)/.ready
+	$(FRAMEWORKS)/bin/python -m pytest -n 2 --dist worksteal tests/integrations
 
 soak: $(READY)
 	rm -rf build/soak
@@ -64,6 +79,6 @@ constraints: $(READY)
 		grep -v -e '^-e' -e '^#' -e ' @ ' | sed 's/+.*//'; } > build/constraints.txt && mv build/constraints.txt constraints.txt
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(FRAMEWORKS) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
 SHELL := /bin/bash

@@ -185,7 +185,7 @@ LAYERS = (
     ("registry.runs",),
     ("registry.registry",),
     ("registry",),
-    ("registry.models",),
+    ("registry.models", "registry.integrations"),
     ("registry.cli",),
 )
 """The lowest first. What lies in one imports from those below it, and nothing beside it."""

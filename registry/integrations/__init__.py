@@ -1,0 +1,44 @@
+"""Integrations: the trainers of other projects, which save into a registry and resume from it. One file for each.
+
+Each imports its framework at the top, and nothing else imports it, so a program loads what it uses. Where the framework
+is missing, or is a release that is not supported, one line says what to install.
+
+It imports everything below it but `registry.cli` and `registry.models`. To add a framework: one file here, an extra in
+pyproject.toml, a row of the table in docs/integrations.md, and a file in tests/integrations.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+_SUPPORTED = {"accelerate": ("1.10", "2")}
+"""The first release of each framework that is supported, and the first that is not."""
+
+
+def check_release(framework: str) -> None:
+    """See that a framework is installed in a release that is supported.
+
+    Raises:
+        ImportError: saying what to install.
+    """
+    first, behind = _SUPPORTED[framework]
+    wanted = f"pip install 'torch-registry[{framework}]'"
+    try:
+        found = version(framework)
+    except PackageNotFoundError:
+        raise ImportError(f"{framework} is not installed; run: {wanted}") from None
+    if not _numbers(first) <= _numbers(found) < _numbers(behind):
+        raise ImportError(
+            f"{framework} {found} is not supported, {framework}>={first},<{behind} is; run: {wanted}"
+        )
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """The leading numbers of a version, such as (2, 6) for 2.6.0rc1."""
+    found = []
+    for part in text.split("."):
+        digits = part[: len(part) - len(part.lstrip("0123456789"))]
+        if not digits:
+            break
+        found.append(int(digits))
+    return tuple(found)

@@ -1,0 +1,73 @@
+"""Trainings that are killed and resumed: each in a process of its own, which prints a fingerprint of how it ended."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).parent
+
+
+def fingerprint(*parts: Any) -> str:
+    """SHA-256 over all tensors and numbers of states, with their names."""
+    found = hashlib.sha256()
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            found.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        elif isinstance(value, dict):
+            for key in sorted(value, key=str):
+                add(f"{name}.{key}", value[key])
+        elif isinstance(value, list | tuple):
+            for i, item in enumerate(value):
+                add(f"{name}.{i}", item)
+        else:
+            found.update(f"{name}={value!r}".encode())
+
+    for i, part in enumerate(parts):
+        add(str(i), part.state_dict())
+    return found.hexdigest()
+
+
+def kill_me() -> None:
+    """The end, as by the system when memory is short."""
+    sys.stdout.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train(script: str, *words: object, count: int = 1, killed: bool = False) -> str:
+    """Run a script of this folder, alone or under torchrun, offline.
+
+    Returns:
+        What it printed last, behind `END`; empty if it was killed, as it should be.
+    """
+    command = [sys.executable]
+    if count > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        launch = ["-m", "torch.distributed.run", f"--nproc-per-node={count}", f"--master-port={port}"]
+        command += [*launch, "--master-addr=127.0.0.1"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [*command, str(HERE / script), *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    ends = sorted(line for line in done.stdout.splitlines() if line.startswith("END"))
+    if killed:
+        status = -signal.SIGKILL if count == 1 else 1
+        assert (done.returncode, ends) == (status, []), done.stdout + done.stderr
+        return ""
+    assert done.returncode == 0, done.stdout + done.stderr
+    return "\n".join(ends)

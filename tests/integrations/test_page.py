@@ -1,0 +1,43 @@
+"""The examples of docs/integrations.md run, with the objects that a training script has."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from registry import Registry
+from registry.live import rng
+
+PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
+
+
+def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("REGISTRY_ROOT", raising=False)
+    accelerator, net = Accelerator(cpu=True), nn.Linear(2, 2)
+    model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), 0.1))
+    there = {
+        "accelerator": accelerator,
+        "loader": DataLoader(TensorDataset(torch.ones(4, 2))),
+        "loss": torch.tensor(0.5),
+        "step": 3,
+        "model": model,
+        "generator_optimizer": optimizer,
+        "critic_optimizer": optimizer,
+        "random_states": [rng.capture()],
+        "registry": Registry(),
+    }
+    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, PAGE.name, "exec", dont_inherit=True), there)
+    registry = Registry()
+    assert registry["net:v1"].step == 3
+    assert registry["net@best"].name == "net:v1"
+    assert {"model", "optimizers", "gradients"} <= set(registry["net:v2"].components)
