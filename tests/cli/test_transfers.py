@@ -123,7 +123,7 @@ def test_what_is_frozen_is_verified(run: Run, root: Path) -> None:
     good = run("verify-frozen", "frozen:v1", "frozen:v2")
     assert (good.status, good.out) == (
         0,
-        "all 4 frozen names are equal in frozen:v1 and frozen:v2, bit for bit\n",
+        "all 4 frozen tensors are equal in frozen:v1 and frozen:v2, bit for bit\n",
     )
     bad = run("verify-frozen", "frozen:v1", "frozen:v3")
     assert bad.status == 1
@@ -147,7 +147,7 @@ def test_statistics_of_frozen_layers_that_went_on_are_named(run: Run, root: Path
             f"0.{name} moved: the parameters of its layer are frozen, and it was not held"
             for name in STATISTICS
         ),
-        "all 2 frozen names are equal in loose:v1 and loose:v2, bit for bit",
+        "all 2 frozen tensors are equal in loose:v1 and loose:v2, bit for bit",
     ]
     found = run("verify-frozen", "loose:v1", "loose:v2", "--json").json
     assert (found["moved"], found["went_on"]) == ({}, [f"0.{name}" for name in STATISTICS])
