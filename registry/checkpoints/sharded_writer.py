@@ -92,7 +92,7 @@ class RegistryWriter(StorageWriter):
             raise Invalid("which model? name it: RegistryWriter(registry, 'gpt'), or checkpoint_id='gpt'")
         if not kwargs.get("use_collectives", True):
             raise Unsupported(
-                "use_collectives=False: a version is made once all processes have written theirs"
+                "use_collectives=False cannot work: a version is made once all processes have written their parts"
             )
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:

@@ -262,7 +262,7 @@ def _freeze(
     plain: nn.Module = components.plain_module(model)
     names = dict(plain.named_parameters(remove_duplicate=False))
     notes = [
-        f"{name} is frozen too, as it shares memory with a frozen name"
+        f"{name} is frozen too, as it shares memory with a frozen tensor"
         for name, parameter in names.items()
         if id(parameter) in chosen and not rule.covers(name)
     ]

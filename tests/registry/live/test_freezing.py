@@ -240,7 +240,7 @@ def test_freezing_one_of_two_tied_names_freezes_both_and_says_so() -> None:
     net = nn.ModuleDict({"embed": nn.Embedding(5, 3), "head": nn.Linear(3, 5), "x": nn.Linear(1, 1)})
     net["head"].weight = net["embed"].weight
     found = freeze(net, "embed.*")
-    assert found.notes == ("head.weight is frozen too, as it shares memory with a frozen name",)
+    assert found.notes == ("head.weight is frozen too, as it shares memory with a frozen tensor",)
     assert not net["head"].weight.requires_grad
 
 
