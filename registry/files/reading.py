@@ -180,7 +180,7 @@ def _read_whole(path: Path, limit: int) -> bytes:
     with open_regular(Path(os.path.realpath(path))) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise Invalid(f"{printable(str(path))}: larger than the limit of {limit >> 20} MB for this file")
+        raise Invalid(f"{printable(str(path))}: larger than {limit >> 20} MB, the limit for this file")
     return data
 
 

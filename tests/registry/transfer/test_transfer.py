@@ -293,7 +293,7 @@ def test_adapters_are_named_and_keep_what_they_promise() -> None:
         plan_transfer(colour, grey)
     with pytest.raises(Invalid, match="no adapter is named for it"):
         plan_transfer(colour, grey, expect=expect)
-    with pytest.raises(Invalid, match="there is no adapter 'sum'; there are channels-sum"):
+    with pytest.raises(Invalid, match="there is no adapter 'sum'; the adapters are channels-sum"):
         plan_transfer(colour, grey, expect=expect, adapters={"0.weight": "sum"})
     image = torch.rand(2, 1, 8, 8)
     plan = plan_transfer(colour, grey, expect=expect, adapters={"0.weight": "channels-sum"})
