@@ -1,4 +1,4 @@
-"""Saving and loading against torch.save, torch.load, safetensors, and against writing, hashing and copying alone."""
+"""Saving and loading against torch.save, torch.load and safetensors, and against writing, hashing and copying alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from registry import Registry
 
 
 def measure(name: str, state: Tree, folder: Path, scale: Scale) -> Section:
-    """All ratios for one state."""
+    """Measure all ratios for one state."""
     return Section(_saving(name, state, folder, scale.rounds) + _loading(name, state, folder, scale.rounds))
 
 
@@ -78,7 +78,7 @@ def _saving(name: str, state: Tree, folder: Path, rounds: int) -> list[Result]:
         ratio(f"{name}: save, all new", t, "new", "torch.save", 0.60),
         ratio(f"{name}: save, all new", t, "new", "safetensors", 1.00),
         ratio(f"{name}: save, unchanged", t, "unchanged", "torch.save", 0.20),
-        ratio(f"{name}: save, 1 % new", t, "new head", "torch.save", 0.25),
+        ratio(f"{name}: save, 1% new", t, "new head", "torch.save", 0.25),
         ratio(f"{name}: save, all new", t, "new", "a plain write", 1.15),
         ratio(f"{name}: save, unchanged", t, "unchanged", "hashing alone", 1.20),
     ]

@@ -1,4 +1,4 @@
-"""What saving costs a training: the stall of a save that does not wait, its share of the demo, and restoring."""
+"""The cost of saving to a training: the stall of a save that does not wait, its share of a training, and restoring."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from registry.models.training import TrainConfig, train
 
 
 def measure(folder: Path, scale: Scale) -> Section:
-    """All of it, on a ResNet50 and a network of GPT-2 small's shape, both with Adam, and on the digits."""
-    warnings.simplefilter("ignore")  # dcp says, in threads of its own, that it is alone
+    """Measure a ResNet50 and a network of GPT-2 small's shape, both with Adam, and a training on the digits."""
+    # dcp warns, in threads of its own, that it runs in one process.
+    warnings.simplefilter("ignore")
     found = [_share(folder, 2 if scale.quick else 8)]
     networks = {"ResNet50 + Adam": _resnet50} | ({} if scale.quick else {"GPT-2 small + Adam": _gpt2_small})
     for name, build in networks.items():
@@ -45,7 +46,7 @@ def _gpt2_small() -> nn.Module:
 
 
 def _trained(model: nn.Module) -> torch.optim.Optimizer:
-    """Adam after a step, so that it has its moments."""
+    """Adam after one step, so that it has its moments."""
     optimizer = torch.optim.Adam(model.parameters())
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
@@ -125,7 +126,8 @@ def _restore(
 def _share(folder: Path, epochs: int) -> Result:
     digits = data.load("digits")
     registry = Registry(folder / "digits")
-    train(registry, TrainConfig(epochs=1), digits)  # to warm up
+    # This training warms up.
+    train(registry, TrainConfig(epochs=1), digits)
     began = time.perf_counter()
     run = train(registry, TrainConfig(epochs=epochs), digits)
     total = time.perf_counter() - began

@@ -396,7 +396,8 @@ def _train_epoch(
         progress(state.step, training.steps, mean_loss, mean_accuracy)
         if loader.position % training.log_every == 0 or loader.position == len(loader):
             _show_batch(training, state, run, loss=mean_loss, accuracy=mean_accuracy, rate=rate)
-        # With several processes, a signal that came after `mean_over_ranks` waits for the next batch, when all hear of it.
+        # With several processes, a signal that came after `mean_over_ranks` waits until all hear of it with the next
+        # batch.
         is_told = interrupts.pending if ranks.count() == 1 else signal
         if is_told and loader.position < len(loader):
             _save(training, state, run, loss=state.mean_loss, wait=True)
