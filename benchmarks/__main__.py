@@ -36,13 +36,16 @@ GROUPS: dict[str, tuple[str, Group]] = {
     "resnet50": (
         "Saving and loading a ResNet50 with Adam: 307 MB",
         lambda folder, scale: storage.measure(
-            "ResNet50 + Adam", states.resnet50_with_adam(), folder, scale if scale.quick else scale.twice()
+            "ResNet50 + Adam",
+            states.resnet50_with_adam(),
+            folder=folder,
+            scale=scale if scale.quick else scale.twice(),
         ),
     ),
     "gpt2": (
         "Saving and loading a network of GPT-2 small's shape with Adam: 1.5 GB",
         lambda folder, scale: storage.measure(
-            "GPT-2 small + Adam", states.gpt2_small_with_adam(), folder, scale
+            "GPT-2 small + Adam", states.gpt2_small_with_adam(), folder=folder, scale=scale
         ),
     ),
     "series": ("Bytes on the disk of training series", series.measure),
@@ -96,7 +99,10 @@ def main() -> int:
         print(json.dumps(report.document(sections, command), indent=2))
     if options.write:
         page = report.write(
-            Path(options.write), sections, {n: title for n, (title, _) in GROUPS.items()}, command
+            Path(options.write),
+            sections=sections,
+            titles={n: title for n, (title, _) in GROUPS.items()},
+            command=command,
         )
         print(f"\nwrote {page}", file=sys.stderr)
     if not options.json:

@@ -49,7 +49,10 @@ def measure(folder: Path, scale: Scale) -> Section:
     }
     if scale.quick:
         del cases["1,000,000 strings"]
-    found = [_case(name, make, folder / name.split()[0], scale.rounds) for name, make in cases.items()]
+    found = [
+        _case(name, make, folder=folder / name.split()[0], rounds=scale.rounds)
+        for name, make in cases.items()
+    ]
     return Section([result for case in found for result in case])
 
 
@@ -81,10 +84,10 @@ def _case(name: str, make: Make, folder: Path, rounds: int) -> list[Result]:
     misses = (
         f"{spoken(miss)} against {spoken(miss_joblib)} of joblib.Memory, {spoken(miss_torch)} of torch.save"
     )
-    hit = ratio(f"{name}: hit against the fastest other", t, "hit", fastest, 1.0)
+    hit = ratio(f"{name}: hit against the fastest other", t, ours="hit", peer=fastest, goal=1.0)
     return [
         replace(hit, detail=f"{spoken(median(t['hit']))} against {others}"),
-        Result(f"{name}: miss against joblib.Memory, once", miss / miss_joblib, None, misses),
+        Result(f"{name}: miss against joblib.Memory, once", miss / miss_joblib, goal=None, detail=misses),
     ]
 
 

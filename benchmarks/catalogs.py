@@ -34,7 +34,9 @@ def measure(folder: Path, scale: Scale) -> Section:
     """Measure a small save in both registries, and the commands on the large one."""
     count = 1_000 if scale.quick else 10_000
     few, many = filled(folder / "few", FEW), filled(folder / "many", count)
-    return Section([_saving(few, many, count, scale.rounds), *_commands(folder, count, scale.rounds)])
+    return Section(
+        [_saving(few, many, count=count, rounds=scale.rounds), *_commands(folder, count, scale.rounds)]
+    )
 
 
 def filled(root: Path, count: int) -> Registry:
@@ -65,7 +67,14 @@ def _saving(few: Registry, many: Registry, count: int, rounds: int) -> Result:
         return (lambda: None, lambda: save(registry, next(counter)))
 
     t = take_turns({"few": saving(few), "many": saving(many)}, rounds * 30)
-    return ratio(f"a small save, {count:,} checkpoints against {FEW}", t, "many", "few", 1.25, f"{FEW}")
+    return ratio(
+        f"a small save, {count:,} checkpoints against {FEW}",
+        t,
+        ours="many",
+        peer="few",
+        goal=1.25,
+        name=f"{FEW}",
+    )
 
 
 def _commands(folder: Path, count: int, rounds: int) -> list[Result]:
@@ -78,8 +87,8 @@ def _commands(folder: Path, count: int, rounds: int) -> list[Result]:
         absolute(
             f"registry {command}, {count:,} checkpoints, over bare Python",
             [ours - bare for ours, bare in zip(t[command], t["bare"], strict=True)],
-            0.1,
-            f"{spoken(median(t[command]))} against {spoken(median(t['bare']))} of python -c pass",
+            goal=0.1,
+            detail=f"{spoken(median(t[command]))} against {spoken(median(t['bare']))} of python -c pass",
         )
         for command in _COMMANDS
     ]

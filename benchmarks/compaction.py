@@ -76,10 +76,10 @@ def _speed(new: torch.Tensor, old: torch.Tensor, rounds: int) -> list[Result]:
     coding, decoding = [], []
     for _ in range(rounds + 1):
         began = time.perf_counter()
-        coded = differences.encode(data, base, 4, _run)
+        coded = differences.encode(data, base, item_size=4, run=_run)
         coding.append(time.perf_counter() - began)
         began = time.perf_counter()
-        task = differences.Decoding(memoryview(coded), base, 4, memoryview(back))
+        task = differences.Decoding(memoryview(coded), base, item_size=4, out=memoryview(back))
         _run(range(task.chunks), task.work)
         decoding.append(time.perf_counter() - began)
     assert back == data
@@ -89,7 +89,15 @@ def _speed(new: torch.Tensor, old: torch.Tensor, rounds: int) -> list[Result]:
         seconds = [t / size for t in times[1:]]
         median = statistics.median(seconds)
         low, high = middle_half(seconds)
-        return Result(f"{what} a gigabyte", median, goal, f"{1 / median:.2f} GB/s", "s", low, high)
+        return Result(
+            f"{what} a gigabyte",
+            median,
+            goal=goal,
+            detail=f"{1 / median:.2f} GB/s",
+            unit="s",
+            low=low,
+            high=high,
+        )
 
     return [result("compaction: coding", coding, 1 / 0.8), result("compaction: decoding", decoding, 1.0)]
 
@@ -163,19 +171,34 @@ def _whole(values: Array) -> list[bytes]:
 
 
 CODINGS = (
-    _coding("no anchor, zstd 1", None, _whole, _zstd(1)),
-    _coding("no anchor, byte planes, zstd 1", None, _planes, _zstd(1)),
-    _coding("exclusive or, zstd 1", _xor, _whole, _zstd(1)),
-    _coding("exclusive or, byte planes, zstd 1", _xor, _planes, _zstd(1)),
-    _coding("difference, zstd 1", _difference, _whole, _zstd(1)),
-    _coding("difference, byte planes, zstd with few and long matches (ours)", _difference, _planes, _ours),
-    _coding("difference, byte planes, zstd 1", _difference, _planes, _zstd(1)),
-    _coding("difference, byte planes, zstd 3", _difference, _planes, _zstd(3)),
-    _coding("difference, byte planes, zstd 9", _difference, _planes, _zstd(9)),
-    _coding("difference, byte planes, Huffman only", _difference, _planes, _huffman),
-    _coding("difference, bit planes, zstd 1", _difference, _bit_planes, _zstd(1)),
-    _coding("difference from an extrapolation, byte planes, zstd 1", _extrapolated, _planes, _zstd(1)),
-    _coding("difference, byte planes, an ideal coder (only a bound)", _difference, _planes, _entropy),
+    _coding("no anchor, zstd 1", step=None, split=_whole, pack=_zstd(1)),
+    _coding("no anchor, byte planes, zstd 1", step=None, split=_planes, pack=_zstd(1)),
+    _coding("exclusive or, zstd 1", step=_xor, split=_whole, pack=_zstd(1)),
+    _coding("exclusive or, byte planes, zstd 1", step=_xor, split=_planes, pack=_zstd(1)),
+    _coding("difference, zstd 1", step=_difference, split=_whole, pack=_zstd(1)),
+    _coding(
+        "difference, byte planes, zstd with few and long matches (ours)",
+        step=_difference,
+        split=_planes,
+        pack=_ours,
+    ),
+    _coding("difference, byte planes, zstd 1", step=_difference, split=_planes, pack=_zstd(1)),
+    _coding("difference, byte planes, zstd 3", step=_difference, split=_planes, pack=_zstd(3)),
+    _coding("difference, byte planes, zstd 9", step=_difference, split=_planes, pack=_zstd(9)),
+    _coding("difference, byte planes, Huffman only", step=_difference, split=_planes, pack=_huffman),
+    _coding("difference, bit planes, zstd 1", step=_difference, split=_bit_planes, pack=_zstd(1)),
+    _coding(
+        "difference from an extrapolation, byte planes, zstd 1",
+        step=_extrapolated,
+        split=_planes,
+        pack=_zstd(1),
+    ),
+    _coding(
+        "difference, byte planes, an ideal coder (only a bound)",
+        step=_difference,
+        split=_planes,
+        pack=_entropy,
+    ),
 )
 
 

@@ -27,9 +27,13 @@ def measure(folder: Path, scale: Scale) -> Section:
     tensors = (10, 100, 1_000) if quick else (10, 100, 1_000, 10_000, 100_000)
     megabytes = (1, 16, 128) if quick else (1, 16, 256, 1_024, 4_096)
     checkpoints = (10, 100) if quick else (10, 100, 1_000, 10_000)
-    found = _curves(tensors, "tensors", lambda n: _content(n, _many_tensors), folder, rounds)
-    found += _curves(megabytes, "MB", lambda n: _content(n, _bytes), folder, rounds)
-    found += _curves(checkpoints, "checkpoints", lambda n: _checkpoints(n), folder, rounds)
+    found = _curves(
+        tensors, "tensors", contenders=lambda n: _content(n, _many_tensors), folder=folder, rounds=rounds
+    )
+    found += _curves(megabytes, "MB", contenders=lambda n: _content(n, _bytes), folder=folder, rounds=rounds)
+    found += _curves(
+        checkpoints, "checkpoints", contenders=lambda n: _checkpoints(n), folder=folder, rounds=rounds
+    )
     return Section(curves=found)
 
 

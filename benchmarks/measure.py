@@ -155,14 +155,14 @@ def ratio(
     low, high = middle_half(ratios)
     mine, other = statistics.median(times[ours]), statistics.median(times[peer])
     detail = f"{spoken(mine)} against {spoken(other)} of {name or peer}"
-    return Result(what, statistics.median(ratios), goal, detail, low=low, high=high)
+    return Result(what, statistics.median(ratios), goal=goal, detail=detail, low=low, high=high)
 
 
 def absolute(what: str, seconds: Sequence[float], goal: float | None, detail: str = "") -> Result:
     """The result for the median of seconds."""
     low, high = middle_half(seconds)
     median = statistics.median(seconds)
-    return Result(what, median, goal, detail or spoken(median), "s", low, high)
+    return Result(what, median, goal=goal, detail=detail or spoken(median), unit="s", low=low, high=high)
 
 
 def middle_half(values: Sequence[float]) -> tuple[float, float]:

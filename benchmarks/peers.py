@@ -73,11 +73,21 @@ PEERS = (
     Peer("safetensors", "safetensors", "safetensors", about="a file for each checkpoint, mapped"),
     Peer("dcp", "torch.distributed.checkpoint", "torch", about="a folder for each checkpoint, one process"),
     Peer("joblib", "joblib", "joblib", about="`joblib.dump` and `joblib.load`"),
-    Peer("dvc", "DVC", "dvc", "3.67.1", about="`torch.save` and `dvc add`; `dvc checkout` and `torch.load`"),
     Peer(
-        "mlflow", "MLflow", "mlflow", "3.17.2", about="`mlflow.pytorch.log_state_dict`, SQLite and a folder"
+        "dvc",
+        "DVC",
+        package="dvc",
+        pinned="3.67.1",
+        about="`torch.save` and `dvc add`; `dvc checkout` and `torch.load`",
     ),
-    Peer("coral", "coral-ml", "coral-ml", "1.0.0", about="a commit for each checkpoint"),
+    Peer(
+        "mlflow",
+        "MLflow",
+        package="mlflow",
+        pinned="3.17.2",
+        about="`mlflow.pytorch.log_state_dict`, SQLite and a folder",
+    ),
+    Peer("coral", "coral-ml", package="coral-ml", pinned="1.0.0", about="a commit for each checkpoint"),
 )
 COMPACTED = Peer(
     "registry compacted",
@@ -136,7 +146,7 @@ def measure(folder: Path, scale: Scale) -> Section:
     finally:
         for worker in workers.values():
             worker.close()
-    return _section(f"{what}, {size / 1e6:.0f} MB", size, found, failures)
+    return _section(f"{what}, {size / 1e6:.0f} MB", size=size, found=found, failures=failures)
 
 
 def _one_round(worker: Worker, folder: Path, files: dict[str, Path]) -> dict[str, dict[str, Any]]:
@@ -213,8 +223,8 @@ def _section(
                 Result(
                     f"{what}: {name}, in processes of their own",
                     statistics.median(ratios),
-                    None,
-                    "against torch.save and torch.load",
+                    goal=None,
+                    detail="against torch.save and torch.load",
                     low=low,
                     high=high,
                 )
@@ -224,8 +234,8 @@ def _section(
             Result(
                 "memory that a save takes, as a part of the state",
                 extra / size,
-                None,
-                f"{extra / 1e6:.1f} MB",
+                goal=None,
+                detail=f"{extra / 1e6:.1f} MB",
             )
         )
     return Section(results, tables=[times, room, used], notes=notes)

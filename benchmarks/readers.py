@@ -50,8 +50,8 @@ def measure(folder: Path, scale: Scale) -> Section:
     held = take_turns({n: saving(n, lambda n=n: _hold(registries[n].root)) for n in _MODES}, scale.rounds)  # type: ignore[misc]
     log, journal = _MODES
     results = [
-        ratio("a small save, nobody reads", alone, log, journal, 1.25),
-        ratio(f"a save beside a reader that holds on for {HELD} s", held, log, journal, 0.5),
+        ratio("a small save, nobody reads", alone, ours=log, peer=journal, goal=1.25),
+        ratio(f"a save beside a reader that holds on for {HELD} s", held, ours=log, peer=journal, goal=0.5),
     ]
     rows = [[name, spoken(median(alone[name])), spoken(median(held[name])), "", "", ""] for name in _MODES]
     for row, (name, is_local) in zip(rows, _MODES.items(), strict=True):
@@ -74,9 +74,15 @@ def measure(folder: Path, scale: Scale) -> Section:
         row[3:] = spoken(median(times["theirs"])), spoken(longest), f"{failed} of {len(times['theirs'])}"
         what = f"a save beside {READERS} readers, {name}"
         goal = 1.5 if is_local else None
-        results.append(ratio(what, times, "theirs", "another", goal, "readers of another registry"))
+        results.append(
+            ratio(what, times, ours="theirs", peer="another", goal=goal, name="readers of another registry")
+        )
     columns = [
-        *("catalog", "alone", "beside one that holds on", f"beside {READERS} readers", "the longest"),
+        "catalog",
+        "alone",
+        "beside one that holds on",
+        f"beside {READERS} readers",
+        "the longest",
         "failed",
     ]
     return Section(results, tables=[Table("one save", columns, rows)])
@@ -127,7 +133,7 @@ def _processes(root: Path, is_local: bool) -> Iterator[None]:
         pid = os.fork()
         if not pid:
             os.close(stop)
-            _read_until(stop_reading, told, root, is_local)
+            _read_until(stop_reading, told, root=root, is_local=is_local)
         children.append(pid)
     os.close(told)
     os.close(stop_reading)

@@ -69,10 +69,10 @@ def document(sections: Mapping[str, Section], command: str) -> dict[str, Any]:
 def section(document: Mapping[str, Any]) -> Section:
     """Read a section of what `document` gave."""
     return Section(
-        [Result(**_fields(Result, one)) for one in document["results"]],
-        [Curve(**_fields(Curve, one)) for one in document["curves"]],
-        [Table(**_fields(Table, one)) for one in document["tables"]],
-        document["notes"],
+        results=[Result(**_fields(Result, one)) for one in document["results"]],
+        curves=[Curve(**_fields(Curve, one)) for one in document["curves"]],
+        tables=[Table(**_fields(Table, one)) for one in document["tables"]],
+        notes=document["notes"],
     )
 
 

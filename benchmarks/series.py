@@ -43,7 +43,10 @@ def measure(folder: Path, scale: Scale) -> Section:
         "new head, frozen network": (frozen(network, batches), 1 / 19),
         "AdamW 1e-4, fp32": (fine_tuned(network, batches, 1e-4), None),
         "AdamW 1e-5, fp32": (fine_tuned(network, batches, 1e-5), 1 / 1.5),
-        "AdamW 1e-5, bf16 parameters": (fine_tuned(network, batches, 1e-5, torch.bfloat16), 1 / 6.6),
+        "AdamW 1e-5, bf16 parameters": (
+            fine_tuned(network, batches, rate=1e-5, weights_as=torch.bfloat16),
+            1 / 6.6,
+        ),
     }
     peers = (OURS, COMPACTED, TORCH) if scale.quick else (OURS, COMPACTED, *_others())
     if scale.quick:
@@ -65,8 +68,8 @@ def measure(folder: Path, scale: Scale) -> Section:
                 Result(
                     f"{count} checkpoints, {name}: {copies / ours:.2f} times smaller",
                     ours / copies,
-                    None if scale.quick else goal,
-                    detail,
+                    goal=None if scale.quick else goal,
+                    detail=detail,
                 )
             )
     rows = [[peer.name, *(_shown(sizes[name, peer]) for name in series)] for peer in peers]
@@ -141,7 +144,7 @@ def digit_batches() -> list[Any]:
 def trained(batches: Sequence[Any]) -> nn.Module:
     """A ResNet18 after 40 steps."""
     network = ResNet18(ResNet18Config(channels=1))
-    _train(network, torch.optim.AdamW(network.parameters(), 1e-3), batches, 40)
+    _train(network, torch.optim.AdamW(network.parameters(), 1e-3), batches, steps=40)
     return network
 
 
@@ -191,7 +194,7 @@ def _checkpoints(
     number = 0
     while True:
         start = number % len(batches)
-        _train(model, optimizer, [*batches[start:], *batches[:start]], STEPS)
+        _train(model, optimizer, [*batches[start:], *batches[:start]], steps=STEPS)
         yield {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         number += 1
 

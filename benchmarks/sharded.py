@@ -55,7 +55,7 @@ def measure(folder: Path, scale: Scale) -> Section:
     assert all(torch.equal(a, b) for a, b in zip(flat(live).values(), flat(state).values(), strict=True))
 
     def against(what: str, ours: str, peer: str) -> Result:
-        return ratio(f"DCP: {what}", t, ours, peer, None, "torch's own files")
+        return ratio(f"DCP: {what}", t, ours=ours, peer=peer, goal=None, name="torch's own files")
 
     return Section(
         [

@@ -30,8 +30,10 @@ def measure(folder: Path, scale: Scale) -> Section:
     for name, build in networks.items():
         model = build()
         optimizer = _trained(model)
-        found += _stall(name, model, optimizer, folder / name, scale.rounds)
-        found.append(_restore(name, model, optimizer, folder / name, scale.rounds))
+        found += _stall(name, model=model, optimizer=optimizer, folder=folder / name, rounds=scale.rounds)
+        found.append(
+            _restore(name, model=model, optimizer=optimizer, folder=folder / name, rounds=scale.rounds)
+        )
         shutil.rmtree(folder / name)
     return Section(found)
 
@@ -96,8 +98,8 @@ def _stall(
         finish()
     what = f"{name}: stall of a save that does not wait"
     return [
-        ratio(what, t, "save", "copy", 1.2, "one copy of the state"),
-        ratio(what, t, "save", "async_save", None, "DCP's async_save"),
+        ratio(what, t, ours="save", peer="copy", goal=1.2, name="one copy of the state"),
+        ratio(what, t, ours="save", peer="async_save", goal=None, name="DCP's async_save"),
     ]
 
 
@@ -120,7 +122,14 @@ def _restore(
         "verified": second_in_a_row(lambda: checkpoint.restore(model=model, optimizer=optimizer)),
     }
     t = take_turns(contenders, rounds)
-    return ratio(f"{name}: restore, verified", t, "verified", "torch", 1.0, "torch.load + load_state_dict")
+    return ratio(
+        f"{name}: restore, verified",
+        t,
+        ours="verified",
+        peer="torch",
+        goal=1.0,
+        name="torch.load + load_state_dict",
+    )
 
 
 def _share(folder: Path, epochs: int) -> Result:
@@ -133,5 +142,8 @@ def _share(folder: Path, epochs: int) -> Result:
     total = time.perf_counter() - began
     detail = f"{run.seconds_saving * 1e3:.0f} ms of {total:.1f} s"
     return Result(
-        "LeNet5 on digits: share of the time spent saving", run.seconds_saving / total, 0.02, detail
+        "LeNet5 on digits: share of the time spent saving",
+        run.seconds_saving / total,
+        goal=0.02,
+        detail=detail,
     )

@@ -45,7 +45,7 @@ def _diffs(folder: Path, rounds: int) -> list[Result]:
         absolute(
             f"structural diff, {len(tensors):,} tensors, {size:.1f} GB, none of it read", t["structure"], 0.1
         ),
-        ratio("value diff", t, "values", "equal", 2.0, "one pass of torch.equal"),
+        ratio("value diff", t, ours="values", peer="equal", goal=2.0, name="one pass of torch.equal"),
     ]
 
 
@@ -70,6 +70,6 @@ def _applying(rounds: int) -> list[Result]:
     }
     t = take_turns(contenders, rounds)
     return [
-        ratio("plan.apply, tensors checked to be finite", t, "apply", "load_state_dict", 1.3),
-        ratio("plan.apply, tensors not checked", t, "trusted", "load_state_dict", None),
+        ratio("plan.apply, tensors checked to be finite", t, ours="apply", peer="load_state_dict", goal=1.3),
+        ratio("plan.apply, tensors not checked", t, ours="trusted", peer="load_state_dict", goal=None),
     ]

@@ -52,7 +52,8 @@ _DATA = "digits (the default), fashion-mnist, mnist, cifar10, or folder (your ow
 @click.option("--freeze", metavar="loaded|PATTERN", help="Freeze loaded tensors, or tensors that match.")
 @click.option("--name", metavar="NAME", help="The model to save under. [default: MODEL]")
 @click.option(
-    *("--devices", "--device"),
+    "--devices",
+    "--device",
     metavar="DEVICES",
     help="cpu, mps, cuda:1, how many (2), or which (0,3). [default: cpu]",
 )

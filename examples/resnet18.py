@@ -101,14 +101,14 @@ def main() -> None:
     if options.source is None:
         options.source = "resnet18-source@best"
         network = ResNet18(ResNet18Config(classes=5))
-        train(registry, "resnet18-source", network, digits(0), options.epochs)
+        train(registry, "resnet18-source", network=network, task=digits(0), epochs=options.epochs)
 
     images, test, classes = cifar10(options.cifar10) if options.cifar10 else digits(5)
     few = torch.randperm(len(images))[: options.samples].tolist()
     task: Task = (Subset(images, few), test, classes)  # type: ignore[arg-type]
     config = ResNet18Config(classes=classes)
 
-    train(registry, "resnet18-scratch", ResNet18(config), task, options.epochs)
+    train(registry, "resnet18-scratch", network=ResNet18(config), task=task, epochs=options.epochs)
     for name, freeze in (("resnet18-finetuned", None), ("resnet18-frozen", "loaded")):
         network = ResNet18(config)
         plan = plan_transfer(
@@ -118,10 +118,10 @@ def main() -> None:
         print(f"\n{name}: {plan.summary} from {plan.source}")
         if freeze:
             with frozen_proof(network) as names:
-                train(registry, name, network, task, options.epochs, plan)
+                train(registry, name, network=network, task=task, epochs=options.epochs, plan=plan)
             print(f"{name}: none of {len(names)} frozen tensors has moved")
         else:
-            train(registry, name, network, task, options.epochs, plan)
+            train(registry, name, network=network, task=task, epochs=options.epochs, plan=plan)
 
     found = curves(registry, ["resnet18-scratch", "resnet18-finetuned", "resnet18-frozen"], "accuracy")
     head, rows = table(found)

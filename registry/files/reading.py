@@ -95,7 +95,7 @@ def _inside(folder: Path, name: str) -> Path:
     shown = quoted(name)
     header.check_name(name)
     if not name or name in (".", "..") or set(name) & set("/\\:") or len(os.fsencode(name)) > 255:
-        raise Invalid(f"{shown} is no plain file name; shards must lie beside their index")
+        raise Invalid(f"{shown} is not a plain file name; shards must lie beside their index")
     path = folder / name
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise Invalid(f"{shown} is a link that leaves the folder; copy the folder with: cp -rL")

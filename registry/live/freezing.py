@@ -312,7 +312,7 @@ def _listed(patterns: str | Iterable[str]) -> list[str]:
     for pattern in found:
         if not isinstance(pattern, str):
             raise Invalid(
-                f"a {type(pattern).__name__} is no pattern of names; write 'conv.*', 'loaded' or 'first:3'"
+                f"a {type(pattern).__name__} is not a pattern of names; write 'conv.*', 'loaded' or 'first:3'"
             )
     return found
 
@@ -326,8 +326,8 @@ def _first(pattern: str, parameters: Sequence[str], order: Sequence[str]) -> lis
         count = 0
     if not count or abs(count) >= len(layers):
         raise Invalid(
-            f"freeze: {quoted(pattern)} is no number of the {len(layers)} layers; write first:3, or first:-1 for all "
-            "but the last"
+            f"freeze: {quoted(pattern)} is not a number of the {len(layers)} layers; write first:3, or first:-1 "
+            "for all but the last"
         )
     chosen = set(layers[:count])
     known = set(parameters)

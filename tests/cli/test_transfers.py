@@ -526,6 +526,6 @@ def test_plans_with_adapters(run: Run, root: Path) -> None:
     (root / "c.json").write_text('{"source": "cat"}')
     assert 'expected {"source": [names of classes]' in run(*words, "--classes", "c.json").err
     assert (
-        "there is no adapter 'x'; there are channels-sum"
+        "there is no adapter 'x'; the adapters are channels-sum"
         in run("plan", "a.pt", "b.pt", "--adapt", "1.*=x").err
     )
