@@ -29,19 +29,23 @@ from benchmarks import (
 from benchmarks.measure import Scale, Section
 
 Group = Callable[[Path, Scale], Section]
+"""A measurement. It takes a folder to work in, and how much work it may do."""
 
 GROUPS: dict[str, tuple[str, Group]] = {
     "peers": ("What people use now, side by side", peers.measure),
     "resnet50": (
         "Saving and loading a ResNet50 with Adam: 307 MB",
         lambda folder, scale: storage.measure(
-            "ResNet50 + Adam", states.resnet50_with_adam(), folder, scale if scale.quick else scale.twice()
+            "ResNet50 + Adam",
+            states.resnet50_with_adam(),
+            folder=folder,
+            scale=scale if scale.quick else scale.twice(),
         ),
     ),
     "gpt2": (
         "Saving and loading a network of GPT-2 small's shape with Adam: 1.5 GB",
         lambda folder, scale: storage.measure(
-            "GPT-2 small + Adam", states.gpt2_small_with_adam(), folder, scale
+            "GPT-2 small + Adam", states.gpt2_small_with_adam(), folder=folder, scale=scale
         ),
     ),
     "series": ("Bytes on the disk of training series", series.measure),
@@ -54,15 +58,21 @@ GROUPS: dict[str, tuple[str, Group]] = {
     "cache": ("Cached results", caching.measure),
     "sharded": ("torch.distributed.checkpoint on the registry", sharded.measure),
 }
+"""Every group by its name, with the title of its section."""
+
 QUICK = ("peers", "resnet50", "series", "growth", "catalog")
+"""The groups that `--quick` measures."""
 
 
 def main() -> int:
+    """Run the command line. Returns 1 if a goal is missed under `--strict`, otherwise 0."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("groups", nargs="*", choices=[*GROUPS, []], help="what to measure; all by default")
-    parser.add_argument("--quick", action="store_true", help=f"less of it, in minutes: {', '.join(QUICK)}")
-    parser.add_argument("--rounds", type=int, help="turns that each contender takes; 7, or 3 with --quick")
-    parser.add_argument("--folder", help="where to work; must be on a disk, not in memory")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"measure less, within minutes: {', '.join(QUICK)}"
+    )
+    parser.add_argument("--rounds", type=int, help="turns of each contender; 7, or 3 with --quick")
+    parser.add_argument("--folder", help="the folder to work in; it must be on a disk, not in memory")
     parser.add_argument(
         "--write", metavar="FOLDER", help="write benchmarks.md, benchmarks.json and a plot there"
     )
@@ -89,7 +99,10 @@ def main() -> int:
         print(json.dumps(report.document(sections, command), indent=2))
     if options.write:
         page = report.write(
-            Path(options.write), sections, {n: title for n, (title, _) in GROUPS.items()}, command
+            Path(options.write),
+            sections=sections,
+            titles={n: title for n, (title, _) in GROUPS.items()},
+            command=command,
         )
         print(f"\nwrote {page}", file=sys.stderr)
     if not options.json:
@@ -101,7 +114,7 @@ def main() -> int:
 
 
 def _in_a_process_of_its_own(name: str, options: argparse.Namespace) -> Section:
-    """Measure a group; what another one has left in memory would slow it."""
+    """Measure a group in a new process, because memory that another group has used would slow it."""
     command = [sys.executable, "-m", "benchmarks", name, "--json"]
     command += ["--quick"] if options.quick else []
     command += ["--rounds", str(options.rounds)] if options.rounds else []

@@ -1,4 +1,4 @@
-"""The catalog and the command line, with 10 and with 10,000 checkpoints."""
+"""The catalog with 10 and with 10,000 checkpoints, and the command line with 10,000."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from registry import Registry
 from registry.store import durable
 
 FEW = 10
+"""Checkpoints of the small registry."""
+
 _COMMANDS = ("--help", "list", "list net", "show net", "show net --params", "status")
 
 
 class _Unsynced(durable.Disk):
-    """A disk for filling registries quickly, where a power cut does not matter."""
+    """A disk that syncs nothing. It fills registries quickly, where a power cut does not matter."""
 
     def sync(self, fd: int, path: Path) -> None:
         pass
@@ -29,14 +31,16 @@ class _Unsynced(durable.Disk):
 
 
 def measure(folder: Path, scale: Scale) -> Section:
-    """How saving and the commands scale."""
+    """Measure a small save in both registries, and the commands on the large one."""
     count = 1_000 if scale.quick else 10_000
     few, many = filled(folder / "few", FEW), filled(folder / "many", count)
-    return Section([_saving(few, many, count, scale.rounds), *_commands(folder, count, scale.rounds)])
+    return Section(
+        [_saving(few, many, count=count, rounds=scale.rounds), *_commands(folder, count, scale.rounds)]
+    )
 
 
 def filled(root: Path, count: int) -> Registry:
-    """A registry of that many small checkpoints."""
+    """Make a registry with a number of small checkpoints."""
     registry = Registry(root)
     disk, durable.disk = durable.disk, _Unsynced()
     registry.catalog.connection().execute("PRAGMA synchronous = OFF")
@@ -51,7 +55,7 @@ def filled(root: Path, count: int) -> Registry:
 
 
 def save(registry: Registry, i: int) -> None:
-    """A checkpoint of 110 numbers."""
+    """Save a checkpoint with 110 elements."""
     state = {"model": {"fc.weight": torch.full((10, 10), float(i)), "fc.bias": torch.zeros(10)}}
     registry.save("net", state, epoch=i, loss=1 / (i + 1), metrics={"accuracy": 1 - 1 / (i + 1)})
 
@@ -63,7 +67,14 @@ def _saving(few: Registry, many: Registry, count: int, rounds: int) -> Result:
         return (lambda: None, lambda: save(registry, next(counter)))
 
     t = take_turns({"few": saving(few), "many": saving(many)}, rounds * 30)
-    return ratio(f"a small save, {count:,} checkpoints against {FEW}", t, "many", "few", 1.25, f"{FEW}")
+    return ratio(
+        f"a small save, {count:,} checkpoints against {FEW}",
+        t,
+        ours="many",
+        peer="few",
+        goal=1.25,
+        name=f"{FEW}",
+    )
 
 
 def _commands(folder: Path, count: int, rounds: int) -> list[Result]:
@@ -76,8 +87,8 @@ def _commands(folder: Path, count: int, rounds: int) -> list[Result]:
         absolute(
             f"registry {command}, {count:,} checkpoints, over bare Python",
             [ours - bare for ours, bare in zip(t[command], t["bare"], strict=True)],
-            0.1,
-            f"{spoken(median(t[command]))} against {spoken(median(t['bare']))} of python -c pass",
+            goal=0.1,
+            detail=f"{spoken(median(t[command]))} against {spoken(median(t['bare']))} of python -c pass",
         )
         for command in _COMMANDS
     ]
@@ -85,5 +96,6 @@ def _commands(folder: Path, count: int, rounds: int) -> list[Result]:
 
 def _run(*arguments: str) -> None:
     environment = {**os.environ}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # as after an installation, modules are compiled
+    # Modules are compiled, as after an installation.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, env=environment)

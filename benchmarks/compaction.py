@@ -1,7 +1,6 @@
-"""The coding of compaction: its speed, and what other lossless codings take of the same bytes.
+"""The coding of compaction: its speed, and the sizes that other lossless codings reach with the same bytes.
 
-The bytes are those of a ResNet18 that AdamW fine-tunes on digits, seven checkpoints after the one that they are coded
-against.
+AdamW fine-tunes a ResNet18 on digits. A checkpoint is coded against the anchor, which is seven checkpoints older.
 """
 
 from __future__ import annotations
@@ -26,29 +25,32 @@ from registry.store.parallel import in_parallel
 
 Array = Any
 Code = Callable[[Array, Array, Array], bytes]
-"""Codes elements of a checkpoint, given those of the anchor and of the checkpoint before the anchor."""
+"""Codes elements of a checkpoint, given the elements of the anchor and of the checkpoint before the anchor."""
 
 DISTANCE = 7
+"""Checkpoints from the anchor to the one that is coded."""
 
 
 def measure(_: Path, scale: Scale) -> Section:
-    """Seconds that coding and decoding a gigabyte takes, and a table of codings."""
+    """Measure the seconds that coding and decoding a gigabyte take, and compare codings in a table."""
     batches = digit_batches()
     states = list(islice(_copies(fine_tuned(trained(batches), batches, 1e-5)()), DISTANCE + 2))
     new, old, older = states[-1], states[1], states[0]
     kinds = {
-        "weights": [_joined(state, "weights") for state in (new, old, older)],
-        "weights in bfloat16": [_joined(state, "weights").to(torch.bfloat16) for state in (new, old, older)],
+        "parameters": [_joined(state, "parameters") for state in (new, old, older)],
+        "parameters in bfloat16": [
+            _joined(state, "parameters").to(torch.bfloat16) for state in (new, old, older)
+        ],
         "first moments": [_joined(state, "exp_avg") for state in (new, old, older)],
         "second moments": [_joined(state, "exp_avg_sq") for state in (new, old, older)],
     }
-    return Section(_speed(*kinds["weights"][:2], scale.rounds), tables=[_comparison(kinds, scale)])
+    return Section(_speed(*kinds["parameters"][:2], scale.rounds), tables=[_comparison(kinds, scale)])
 
 
 def _copies(states: Any) -> Any:
     for state in states:
         yield {
-            "weights": [v.clone() for v in state["model"].values() if v.is_floating_point()],
+            "parameters": [v.clone() for v in state["model"].values() if v.is_floating_point()],
             **{
                 name: [moments[name].clone() for moments in state["optimizer"]["state"].values()]
                 for name in ("exp_avg", "exp_avg_sq")
@@ -74,10 +76,10 @@ def _speed(new: torch.Tensor, old: torch.Tensor, rounds: int) -> list[Result]:
     coding, decoding = [], []
     for _ in range(rounds + 1):
         began = time.perf_counter()
-        coded = differences.encode(data, base, 4, _run)
+        coded = differences.encode(data, base, item_size=4, run=_run)
         coding.append(time.perf_counter() - began)
         began = time.perf_counter()
-        task = differences.Decoding(memoryview(coded), base, 4, memoryview(back))
+        task = differences.Decoding(memoryview(coded), base, item_size=4, out=memoryview(back))
         _run(range(task.chunks), task.work)
         decoding.append(time.perf_counter() - began)
     assert back == data
@@ -87,16 +89,23 @@ def _speed(new: torch.Tensor, old: torch.Tensor, rounds: int) -> list[Result]:
         seconds = [t / size for t in times[1:]]
         median = statistics.median(seconds)
         low, high = middle_half(seconds)
-        return Result(f"{what} a gigabyte", median, goal, f"{1 / median:.2f} GB/s", "s", low, high)
+        return Result(
+            f"{what} a gigabyte",
+            median,
+            goal=goal,
+            detail=f"{1 / median:.2f} GB/s",
+            unit="s",
+            low=low,
+            high=high,
+        )
 
     return [result("compaction: coding", coding, 1 / 0.8), result("compaction: decoding", decoding, 1.0)]
 
 
-# -- other codings ---------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class _Coding:
+    """A coding and its name in the table."""
+
     name: str
     code: Code
 
@@ -111,7 +120,7 @@ def _difference(new: Array, old: Array, _: Array) -> Array:
 
 
 def _extrapolated(new: Array, old: Array, older: Array) -> Array:
-    """From where the anchor would be if it had gone on as before: in whole numbers, so that it can be undone."""
+    """The difference from an extrapolation of the anchor, in whole numbers, so that it can be undone."""
     return _difference(new, old + (old - older) * new.dtype.type(DISTANCE), old)
 
 
@@ -138,7 +147,7 @@ def _huffman(data: bytes) -> bytes:
 
 
 def _entropy(data: bytes) -> bytes:
-    """As many bytes as an ideal coder takes that looks at one byte at a time."""
+    """As many bytes as an ideal coder takes that codes one byte at a time."""
     counts = np.bincount(np.frombuffer(data, np.uint8), minlength=256)
     shares = counts[counts > 0] / len(data)
     return bytes(int(-(shares * np.log2(shares)).sum() * len(data) / 8))
@@ -162,19 +171,34 @@ def _whole(values: Array) -> list[bytes]:
 
 
 CODINGS = (
-    _coding("no anchor, zstd 1", None, _whole, _zstd(1)),
-    _coding("no anchor, byte planes, zstd 1", None, _planes, _zstd(1)),
-    _coding("exclusive or, zstd 1", _xor, _whole, _zstd(1)),
-    _coding("exclusive or, byte planes, zstd 1", _xor, _planes, _zstd(1)),
-    _coding("difference, zstd 1", _difference, _whole, _zstd(1)),
-    _coding("difference, byte planes, zstd with few and long matches (ours)", _difference, _planes, _ours),
-    _coding("difference, byte planes, zstd 1", _difference, _planes, _zstd(1)),
-    _coding("difference, byte planes, zstd 3", _difference, _planes, _zstd(3)),
-    _coding("difference, byte planes, zstd 9", _difference, _planes, _zstd(9)),
-    _coding("difference, byte planes, Huffman only", _difference, _planes, _huffman),
-    _coding("difference, bit planes, zstd 1", _difference, _bit_planes, _zstd(1)),
-    _coding("difference from an extrapolation, byte planes, zstd 1", _extrapolated, _planes, _zstd(1)),
-    _coding("difference, byte planes, an ideal coder (only a bound)", _difference, _planes, _entropy),
+    _coding("no anchor, zstd 1", step=None, split=_whole, pack=_zstd(1)),
+    _coding("no anchor, byte planes, zstd 1", step=None, split=_planes, pack=_zstd(1)),
+    _coding("exclusive or, zstd 1", step=_xor, split=_whole, pack=_zstd(1)),
+    _coding("exclusive or, byte planes, zstd 1", step=_xor, split=_planes, pack=_zstd(1)),
+    _coding("difference, zstd 1", step=_difference, split=_whole, pack=_zstd(1)),
+    _coding(
+        "difference, byte planes, zstd with few and long matches (ours)",
+        step=_difference,
+        split=_planes,
+        pack=_ours,
+    ),
+    _coding("difference, byte planes, zstd 1", step=_difference, split=_planes, pack=_zstd(1)),
+    _coding("difference, byte planes, zstd 3", step=_difference, split=_planes, pack=_zstd(3)),
+    _coding("difference, byte planes, zstd 9", step=_difference, split=_planes, pack=_zstd(9)),
+    _coding("difference, byte planes, Huffman only", step=_difference, split=_planes, pack=_huffman),
+    _coding("difference, bit planes, zstd 1", step=_difference, split=_bit_planes, pack=_zstd(1)),
+    _coding(
+        "difference from an extrapolation, byte planes, zstd 1",
+        step=_extrapolated,
+        split=_planes,
+        pack=_zstd(1),
+    ),
+    _coding(
+        "difference, byte planes, an ideal coder (only a bound)",
+        step=_difference,
+        split=_planes,
+        pack=_entropy,
+    ),
 )
 
 
@@ -204,7 +228,8 @@ def _comparison(kinds: Mapping[str, Sequence[torch.Tensor]], scale: Scale) -> Ta
             parts.append(f"{sum(sizes) / size:.1%}")
         rows.append([coding.name, *parts, f"{total / 1e9 / seconds:.2f} GB/s"])
     return Table(
-        f"other codings: what is left of a checkpoint {DISTANCE} after its anchor, and how fast they code (plain numpy)",
+        f"other codings: the part of a checkpoint that is left, {DISTANCE} checkpoints after its anchor, "
+        "and the speed of coding (plain numpy)",
         ["", *kinds, "coding"],
         rows,
     )

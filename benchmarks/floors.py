@@ -1,4 +1,4 @@
-"""What the rest is measured against: writing the bytes as they are, hashing all of them, copying them."""
+"""Lower bounds for the other measurements: writing the bytes as they are, and hashing all of them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from blake3 import blake3
 
 from benchmarks.measure import Contender
 
-_EARLY = 16 << 20  # bytes after which the disk is told to begin
+_EARLY = 16 << 20
+"""Bytes after which the disk is told to begin writing."""
+
 _BATCH = 1 << 20
+"""Bytes of small tensors that one thread hashes at a time."""
 
 
 def plain_write(tensors: Sequence[torch.Tensor], path: Path) -> None:
-    """One sequential write with early writeback, and fsync of the file and its folder."""
+    """Write tensors one after the other, with early writeback, and sync the file and its folder."""
     begin = getattr(ctypes.CDLL(None), "sync_file_range", None)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     written = begun = 0
@@ -40,10 +43,10 @@ def plain_write(tensors: Sequence[torch.Tensor], path: Path) -> None:
 
 
 def touch_free_memory(folder: Path, size: int) -> None:
-    """Have the free memory that a write of `size` bytes will take next touched before it is timed.
+    """Touch the free memory that a write of `size` bytes will take next, before that write is timed.
 
-    A virtual machine's host takes free memory back after a second or two, and touching it again then costs several times
-    as much as the write itself. Who is measured next should not pay for how long the machine has been idle.
+    The host of a virtual machine takes free memory back after a second or two. Touching it again then costs several
+    times as much as the write itself. The next contender should not pay for the time that the machine was idle.
     """
     scratch = folder / "scratch"
     nothing = bytes(_EARLY)
@@ -54,9 +57,9 @@ def touch_free_memory(folder: Path, size: int) -> None:
 
 
 def second_in_a_row(load: Callable[[], object]) -> Contender:
-    """A load that is timed the second time in a row: the memory that it needs was touched the first time.
+    """A load of which only the second in a row is timed. The first one touches the memory that it needs.
 
-    It has gone back to the system meanwhile, as who loads once has to ask for it.
+    In between, that memory goes back to the system, because a program that loads once must ask for it too.
     """
 
     def prepare() -> None:
@@ -69,7 +72,7 @@ def second_in_a_row(load: Callable[[], object]) -> Contender:
 
 
 def hash_all(tensors: Sequence[torch.Tensor]) -> None:
-    """BLAKE3 of every tensor, on as many threads as there are cores, small ones in batches."""
+    """Hash every tensor with BLAKE3, on as many threads as there are cores. Small tensors are hashed in batches."""
     batches: list[list[memoryview]] = [[]]
     size = 0
     for tensor in sorted(tensors, key=lambda tensor: -tensor.nbytes):

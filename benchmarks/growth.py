@@ -1,4 +1,4 @@
-"""What operations cost as work grows: more tensors, more checkpoints, more bytes."""
+"""The time of operations as work grows: more tensors, more bytes, more checkpoints."""
 
 from __future__ import annotations
 
@@ -21,15 +21,19 @@ _MB = 1_000_000
 
 
 def measure(folder: Path, scale: Scale) -> Section:
-    """Curves of save, load, diff, list, verify and gc."""
+    """Measure curves of save, load, diff, list, best, verify and gc."""
     quick = scale.quick
     rounds = min(scale.rounds, 3)
     tensors = (10, 100, 1_000) if quick else (10, 100, 1_000, 10_000, 100_000)
     megabytes = (1, 16, 128) if quick else (1, 16, 256, 1_024, 4_096)
     checkpoints = (10, 100) if quick else (10, 100, 1_000, 10_000)
-    found = _curves(tensors, "tensors", lambda n: _content(n, _many_tensors), folder, rounds)
-    found += _curves(megabytes, "MB", lambda n: _content(n, _bytes), folder, rounds)
-    found += _curves(checkpoints, "checkpoints", lambda n: _checkpoints(n), folder, rounds)
+    found = _curves(
+        tensors, "tensors", contenders=lambda n: _content(n, _many_tensors), folder=folder, rounds=rounds
+    )
+    found += _curves(megabytes, "MB", contenders=lambda n: _content(n, _bytes), folder=folder, rounds=rounds)
+    found += _curves(
+        checkpoints, "checkpoints", contenders=lambda n: _checkpoints(n), folder=folder, rounds=rounds
+    )
     return Section(curves=found)
 
 
@@ -50,7 +54,7 @@ def _curves(
 
 
 def _content(size: int, make: Callable[[int], Tensors]) -> Callable[[Path], dict[str, Contender]]:
-    """One checkpoint and another that differs from it in everything."""
+    """The operations on two checkpoints that differ in every tensor."""
 
     def contenders(folder: Path) -> dict[str, Contender]:
         state = make(size)

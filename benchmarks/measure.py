@@ -1,4 +1,4 @@
-"""Measuring side by side: the contenders take turns in one run, and what counts is the ratio."""
+"""Measuring side by side. The contenders take turns in one run, and only their ratio counts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy
 
 T = TypeVar("T")
 Contender = tuple[Callable[[], object], Callable[[], object]]
-"""What prepares a round (not timed), and what is timed."""
+"""A function that prepares a round and is not timed, and a function that is timed."""
 
 Times = dict[str, list[float]]
 """Seconds of each contender, round by round."""
@@ -24,21 +24,30 @@ class Scale:
     """How much work a measurement may take.
 
     Attributes:
-        rounds: how often each contender takes its turn, after one to warm up.
-        quick: use small states and few points, for a look within minutes.
+        rounds: turns of each contender, after one turn to warm up.
+        quick: use small states and few points, to finish within minutes.
     """
 
     rounds: int = 7
     quick: bool = False
 
     def twice(self) -> Scale:
-        """With twice the rounds, for what is short and noisy."""
+        """The same scale with twice the rounds, for short and noisy measurements."""
         return Scale(2 * self.rounds, self.quick)
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One line of the report: a median beside the goal that it must not exceed, and where the middle half lies."""
+    """One line of the report.
+
+    Attributes:
+        what: what was measured.
+        value: the median.
+        goal: the value that it must not exceed; None for no goal.
+        detail: the figures behind the value, as text.
+        unit: `x` for a ratio, `s` for seconds.
+        low, high: the quartiles; None if they were not measured.
+    """
 
     what: str
     value: float
@@ -50,16 +59,18 @@ class Result:
 
     @property
     def holds(self) -> bool:
+        """Whether the value does not exceed the goal; true without a goal."""
         return self.goal is None or self.value <= self.goal
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Seconds as work grows: of one operation, against a number of `unit`.
+    """Seconds of one operation as work grows.
 
     Attributes:
-        fixed, each: the line through the points: seconds that no work takes, and seconds for each one more.
-        power: the exponent between the last two points; 1 is proportional, 0 is constant.
+        what: the operation.
+        unit: what the work is counted in, such as tensors.
+        points: pairs of a number of units and seconds.
     """
 
     what: str
@@ -68,14 +79,17 @@ class Curve:
 
     @property
     def fixed(self) -> float:
+        """Seconds that the fitted line takes for no work."""
         return max(0.0, self._line()[1])
 
     @property
     def each(self) -> float:
+        """Seconds that the fitted line adds for each unit."""
         return max(0.0, self._line()[0])
 
     @property
     def power(self) -> float:
+        """The exponent between the last two points. 1 is proportional, and 0 is constant."""
         (n, t), (more, longer) = self.points[-2:]
         return math.log(longer / t) / math.log(more / n)
 
@@ -96,7 +110,7 @@ class Table:
 
 @dataclass(slots=True)
 class Section:
-    """What one group of measurements found."""
+    """The results of one group of measurements."""
 
     results: list[Result] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
@@ -105,7 +119,11 @@ class Section:
 
 
 def take_turns(contenders: Mapping[str, Contender], rounds: int) -> Times:
-    """Seconds of each contender, measured in turns after one round to warm up; each round another one begins."""
+    """Time the contenders in turns, after one round to warm up. Another contender begins each round.
+
+    Returns:
+        Seconds of each contender, round by round.
+    """
     times: Times = {name: [] for name in contenders}
     for i in range(rounds + 1):
         for name in rotated([*contenders], i):
@@ -121,7 +139,10 @@ def take_turns(contenders: Mapping[str, Contender], rounds: int) -> Times:
 
 
 def rotated(items: Sequence[T], by: int) -> list[T]:
-    """The same items from another one on: what one leaves behind (memory, a busy disk) does not always meet the same."""
+    """The same items in the same order, beginning at another one.
+
+    A contender leaves memory and a busy disk behind. They should not always meet the same next contender.
+    """
     by %= max(len(items), 1)
     return [*items[by:], *items[:by]]
 
@@ -129,23 +150,23 @@ def rotated(items: Sequence[T], by: int) -> list[T]:
 def ratio(
     what: str, times: Mapping[str, Sequence[float]], ours: str, peer: str, goal: float | None, name: str = ""
 ) -> Result:
-    """The median of the ratios of each round: what slows a machine for a while slows both."""
+    """The median of the ratios of all rounds. What slows the machine for a while slows both contenders."""
     ratios = [a / b for a, b in zip(times[ours], times[peer], strict=True)]
     low, high = middle_half(ratios)
     mine, other = statistics.median(times[ours]), statistics.median(times[peer])
     detail = f"{spoken(mine)} against {spoken(other)} of {name or peer}"
-    return Result(what, statistics.median(ratios), goal, detail, low=low, high=high)
+    return Result(what, statistics.median(ratios), goal=goal, detail=detail, low=low, high=high)
 
 
 def absolute(what: str, seconds: Sequence[float], goal: float | None, detail: str = "") -> Result:
-    """The median of seconds."""
+    """The result for the median of seconds."""
     low, high = middle_half(seconds)
     median = statistics.median(seconds)
-    return Result(what, median, goal, detail or spoken(median), "s", low, high)
+    return Result(what, median, goal=goal, detail=detail or spoken(median), unit="s", low=low, high=high)
 
 
 def middle_half(values: Sequence[float]) -> tuple[float, float]:
-    """The quartiles."""
+    """The lower and the upper quartile."""
     if len(values) < 2:
         return values[0], values[0]
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -153,7 +174,7 @@ def middle_half(values: Sequence[float]) -> tuple[float, float]:
 
 
 def spoken(seconds: float) -> str:
-    """`12 ms`, `1.3 s`."""
+    """A text for seconds, such as `12 ms` or `1.3 s`."""
     if seconds < 1e-3:
         return f"{seconds * 1e6:.0f} µs"
     if seconds < 1:

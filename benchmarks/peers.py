@@ -1,5 +1,7 @@
-"""The tools that people use now, each in a process of its own and, where it is not a part of ours, in an environment of
-its own that is made here; all of them save and load the same states in turns.
+"""The tools that people use now. All of them save and load the same states in turns.
+
+Each tool runs in a process of its own. A tool that does not come with this package gets an environment of its own, which
+is made here.
 """
 
 from __future__ import annotations
@@ -29,7 +31,10 @@ from benchmarks.measure import Result, Scale, Section, Table, middle_half, rotat
 from benchmarks.states import resnet50_with_adam, with_new_head
 
 ENVIRONMENTS = Path(__file__).parent.parent / "build" / "peers"
+"""The folder of the tools' environments."""
+
 WORKER = Path(__file__).with_name("worker.py")
+"""The script that runs in a tool's process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +42,10 @@ class Peer:
     """A tool to compare with.
 
     Attributes:
-        key: what the worker calls it.
-        package: the distribution that it comes in.
-        pinned: the version to install in an environment of its own; None if it comes with ours.
+        key: its name for the worker.
+        name: its name in the report.
+        package: the distribution that contains it.
+        pinned: the version to install in an environment of its own; None if it comes with this package.
         about: how it is used.
     """
 
@@ -51,6 +57,7 @@ class Peer:
 
     @property
     def version(self) -> str:
+        """The version that is measured."""
         return self.pinned or version(self.package)
 
 
@@ -66,11 +73,21 @@ PEERS = (
     Peer("safetensors", "safetensors", "safetensors", about="a file for each checkpoint, mapped"),
     Peer("dcp", "torch.distributed.checkpoint", "torch", about="a folder for each checkpoint, one process"),
     Peer("joblib", "joblib", "joblib", about="`joblib.dump` and `joblib.load`"),
-    Peer("dvc", "DVC", "dvc", "3.67.1", about="`torch.save` and `dvc add`; `dvc checkout` and `torch.load`"),
     Peer(
-        "mlflow", "MLflow", "mlflow", "3.17.2", about="`mlflow.pytorch.log_state_dict`, SQLite and a folder"
+        "dvc",
+        "DVC",
+        package="dvc",
+        pinned="3.67.1",
+        about="`torch.save` and `dvc add`; `dvc checkout` and `torch.load`",
     ),
-    Peer("coral", "coral-ml", "coral-ml", "1.0.0", about="a commit for each checkpoint"),
+    Peer(
+        "mlflow",
+        "MLflow",
+        package="mlflow",
+        pinned="3.17.2",
+        about="`mlflow.pytorch.log_state_dict`, SQLite and a folder",
+    ),
+    Peer("coral", "coral-ml", package="coral-ml", pinned="1.0.0", about="a commit for each checkpoint"),
 )
 COMPACTED = Peer(
     "registry compacted",
@@ -78,15 +95,16 @@ COMPACTED = Peer(
     "torch-registry",
     about="after `registry compact` and `gc`",
 )
-_REASON = 300  # characters of a reason that are shown
+_REASON = 300
+"""Characters of a reason that are shown."""
 
 
 class PeerFailed(Exception):
-    """A peer that cannot do what it is asked; the text says why."""
+    """A peer cannot do what it is asked. The text says why."""
 
 
 def measure(folder: Path, scale: Scale) -> Section:
-    """Save, save again, save with 1 % new, load; seconds, and memory beyond what the state takes."""
+    """Measure a save, a save again, a save with 1% new, and a load: seconds, memory, and bytes on the disk."""
     state = {"model": torchvision.models.resnet18().state_dict()} if scale.quick else resnet50_with_adam()
     files = {"state": folder / "state.pt", "new head": folder / "new-head.pt"}
     torch.save(state, files["state"])
@@ -100,7 +118,8 @@ def measure(folder: Path, scale: Scale) -> Section:
     workers: dict[Peer, Worker] = {}
     spent: dict[Peer, float] = {}
     try:
-        with ThreadPoolExecutor(len(PEERS)) as pool:  # they are installed side by side
+        # The peers are installed side by side.
+        with ThreadPoolExecutor(len(PEERS)) as pool:
             starting = {peer: pool.submit(Worker, peer, limit) for peer in PEERS}
         for peer, future in starting.items():
             try:
@@ -109,8 +128,9 @@ def measure(folder: Path, scale: Scale) -> Section:
                 failures[peer] = str(failed)
         for number in range(rounds + 1):
             for peer, worker in rotated([*workers.items()], number):
+                # A slow peer takes fewer turns.
                 if spent.get(peer, 0.0) > patience:
-                    continue  # a slow one takes fewer turns
+                    continue
                 began = time.monotonic()
                 try:
                     answers = _one_round(worker, folder / f"{peer.key}-{number}", files)
@@ -126,7 +146,7 @@ def measure(folder: Path, scale: Scale) -> Section:
     finally:
         for worker in workers.values():
             worker.close()
-    return _section(f"{what}, {size / 1e6:.0f} MB", size, found, failures)
+    return _section(f"{what}, {size / 1e6:.0f} MB", size=size, found=found, failures=failures)
 
 
 def _one_round(worker: Worker, folder: Path, files: dict[str, Path]) -> dict[str, dict[str, Any]]:
@@ -164,8 +184,8 @@ def _section(
 
     measured = [peer for peer in PEERS if peer in found]
     times = Table(
-        f"{what}: seconds, medians and where the middle half lies",
-        ["", "save, all new", "save, unchanged", "save, 1 % new", "load", "load and change all of it"],
+        f"{what}: median seconds, and the range of the middle half",
+        ["", "save, all new", "save, unchanged", "save, 1% new", "load", "load and change all of it"],
         [
             [
                 peer.name,
@@ -175,7 +195,7 @@ def _section(
         ],
     )
     room = Table(
-        f"{what}: peak memory that an operation takes beyond what is there before it, and bytes of the three saves",
+        f"{what}: peak memory of an operation beyond the memory before it, and bytes of the three saves",
         ["", "save, all new", "save, unchanged", "load", "on disk"],
         [
             [peer.name, memory(peer, "new"), memory(peer, "unchanged"), memory(peer, "load"), disk(peer)]
@@ -203,8 +223,8 @@ def _section(
                 Result(
                     f"{what}: {name}, in processes of their own",
                     statistics.median(ratios),
-                    None,
-                    "against torch.save and torch.load",
+                    goal=None,
+                    detail="against torch.save and torch.load",
                     low=low,
                     high=high,
                 )
@@ -214,8 +234,8 @@ def _section(
             Result(
                 "memory that a save takes, as a part of the state",
                 extra / size,
-                None,
-                f"{extra / 1e6:.1f} MB",
+                goal=None,
+                detail=f"{extra / 1e6:.1f} MB",
             )
         )
     return Section(results, tables=[times, room, used], notes=notes)
@@ -224,14 +244,18 @@ def _section(
 class Worker:
     """A peer in its process.
 
+    Args:
+        limit: seconds that an answer may take.
+
     Raises:
-        PeerFailed: if it cannot be installed or does not start.
+        PeerFailed: if the peer cannot be installed or does not start.
     """
 
     def __init__(self, peer: Peer, limit: float) -> None:
         python = sys.executable if peer.pinned is None else str(environment(peer))
         self._limit = limit
-        home = ENVIRONMENTS / "home"  # what a peer writes beside its data stays here
+        # What a peer writes beside its data stays in this folder.
+        home = ENVIRONMENTS / "home"
         home.mkdir(parents=True, exist_ok=True)
         quiet = {"DVC_NO_ANALYTICS": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
         self._process = subprocess.Popen(
@@ -251,10 +275,10 @@ class Worker:
         self.close()
 
     def ask(self, do: str, **words: Any) -> dict[str, Any]:
-        """Have something done, and wait for the answer.
+        """Send a command to the peer, and wait for its answer.
 
         Raises:
-            PeerFailed: if it fails, ends, or takes too long.
+            PeerFailed: if the peer fails, ends, or takes too long.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -289,10 +313,12 @@ class Worker:
 
 
 def environment(peer: Peer) -> Path:
-    """The interpreter of a peer's environment, made unless it is there. It finds torch in ours, behind its own.
+    """The interpreter of a peer's environment. The environment is made if it is not there.
+
+    The interpreter looks for packages in its own environment first, and then in this one, where it finds torch.
 
     Raises:
-        PeerFailed: if it cannot be installed.
+        PeerFailed: if the peer cannot be installed.
     """
     folder = ENVIRONMENTS / f"{peer.package}-{peer.pinned}"
     python = folder / "bin" / "python"

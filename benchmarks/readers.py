@@ -1,4 +1,7 @@
-"""Saving while others read: a write-ahead log, as on local file systems, against a rollback journal, as elsewhere."""
+"""Saving while others read: a write-ahead log against a rollback journal.
+
+The catalog uses a write-ahead log on local file systems, and a rollback journal elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,14 @@ from registry.catalog import database
 from registry.store.errors import RegistryError
 
 READERS = 20
+"""Processes that read all the time."""
+
 VERSIONS = 200
+"""Versions of each registry at first."""
+
 SAVES = 5
+"""Saves beside the readers in each round."""
+
 HELD = 0.5
 """Seconds that a reader stays in the middle of its reading."""
 
@@ -27,7 +36,7 @@ _MODES = {"write-ahead log": True, "rollback journal": False}
 
 
 def measure(folder: Path, scale: Scale) -> Section:
-    """How long a save takes alone, beside one open reader, and beside many processes that keep reading."""
+    """Measure a save alone, beside one open reader, and beside many processes that keep reading."""
     registries = {
         name: _filled(folder / name.replace(" ", "-"), is_local) for name, is_local in _MODES.items()
     }
@@ -41,8 +50,8 @@ def measure(folder: Path, scale: Scale) -> Section:
     held = take_turns({n: saving(n, lambda n=n: _hold(registries[n].root)) for n in _MODES}, scale.rounds)  # type: ignore[misc]
     log, journal = _MODES
     results = [
-        ratio("a small save, nobody reads", alone, log, journal, 1.25),
-        ratio(f"a save beside a reader that holds on for {HELD} s", held, log, journal, 0.5),
+        ratio("a small save, nobody reads", alone, ours=log, peer=journal, goal=1.25),
+        ratio(f"a save beside a reader that holds on for {HELD} s", held, ours=log, peer=journal, goal=0.5),
     ]
     rows = [[name, spoken(median(alone[name])), spoken(median(held[name])), "", "", ""] for name in _MODES]
     for row, (name, is_local) in zip(rows, _MODES.items(), strict=True):
@@ -65,9 +74,15 @@ def measure(folder: Path, scale: Scale) -> Section:
         row[3:] = spoken(median(times["theirs"])), spoken(longest), f"{failed} of {len(times['theirs'])}"
         what = f"a save beside {READERS} readers, {name}"
         goal = 1.5 if is_local else None
-        results.append(ratio(what, times, "theirs", "another", goal, "readers of another registry"))
+        results.append(
+            ratio(what, times, ours="theirs", peer="another", goal=goal, name="readers of another registry")
+        )
     columns = [
-        *("catalog", "alone", "beside one that holds on", f"beside {READERS} readers", "the longest"),
+        "catalog",
+        "alone",
+        "beside one that holds on",
+        f"beside {READERS} readers",
+        "the longest",
         "failed",
     ]
     return Section(results, tables=[Table("one save", columns, rows)])
@@ -83,7 +98,7 @@ def _filled(root: Path, is_local: bool) -> Registry:
 
 @contextlib.contextmanager
 def _as_if(is_local: bool) -> Iterator[None]:
-    """Choose what the catalog uses: it asks whether the file system is one of this machine."""
+    """Choose the journal of the catalog, which asks whether the file system is local to this machine."""
     ask: Callable[[Path], bool] = database.is_local
     database.is_local = lambda _: is_local
     try:
@@ -110,7 +125,7 @@ def _hold(root: Path) -> None:
 
 @contextlib.contextmanager
 def _processes(root: Path, is_local: bool) -> Iterator[None]:
-    """Processes that list, resolve and load, one thing after the other."""
+    """Run processes that list, resolve and load, one after the other, until the block ends."""
     stop_reading, stop = os.pipe()
     told_reading, told = os.pipe()
     children = []
@@ -118,7 +133,7 @@ def _processes(root: Path, is_local: bool) -> Iterator[None]:
         pid = os.fork()
         if not pid:
             os.close(stop)
-            _read_until(stop_reading, told, root, is_local)
+            _read_until(stop_reading, told, root=root, is_local=is_local)
         children.append(pid)
     os.close(told)
     os.close(stop_reading)
@@ -135,7 +150,7 @@ def _processes(root: Path, is_local: bool) -> Iterator[None]:
 
 
 def _read_until(stop: int, told: int, root: Path, is_local: bool) -> None:
-    """Read until the other end of a pipe is closed; never returns."""
+    """Read until the other end of a pipe is closed, and end the process."""
     status = 1
     try:
         with _as_if(is_local):

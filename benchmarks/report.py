@@ -1,4 +1,4 @@
-"""The report: a page with tables and plots, and the same figures as JSON."""
+"""The report: a page with tables and plots, and a JSON document with the same figures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _COLOURS = ("#1f5fbf", "#d9541e", "#2a9d5c", "#8a4fbf", "#c79a00", "#4a4a4a", "#
 
 
 def machine() -> dict[str, str]:
-    """What the figures were measured on."""
+    """The machine that the figures were measured on."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     packages = ("torch", "torchvision", "safetensors", "joblib", "numpy", "blake3", "xxhash", "zstandard")
     return {
@@ -41,13 +41,13 @@ def _processor() -> str:
 
 
 def line(result: Result) -> str:
-    """A result as a line for a terminal."""
+    """The line of a terminal for a result."""
     goal = "" if result.goal is None else f"goal {_number(result.goal, result.unit)} {_verdict(result)}"
     return f"{result.what:60} {_number(result.value, result.unit):>8}  {_spread(result):15} {goal:18} {result.detail}"
 
 
 def document(sections: Mapping[str, Section], command: str) -> dict[str, Any]:
-    """Everything that was measured, for `json.dumps`."""
+    """All results as a document for `json.dumps`."""
     return {
         "command": command,
         "machine": machine(),
@@ -67,12 +67,12 @@ def document(sections: Mapping[str, Section], command: str) -> dict[str, Any]:
 
 
 def section(document: Mapping[str, Any]) -> Section:
-    """A section of what `document` gave."""
+    """Read a section of what `document` gave."""
     return Section(
-        [Result(**_fields(Result, one)) for one in document["results"]],
-        [Curve(**_fields(Curve, one)) for one in document["curves"]],
-        [Table(**_fields(Table, one)) for one in document["tables"]],
-        document["notes"],
+        results=[Result(**_fields(Result, one)) for one in document["results"]],
+        curves=[Curve(**_fields(Curve, one)) for one in document["curves"]],
+        tables=[Table(**_fields(Table, one)) for one in document["tables"]],
+        notes=document["notes"],
     )
 
 
@@ -81,7 +81,7 @@ def _fields(kind: type[Any], document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write(folder: Path, sections: Mapping[str, Section], titles: Mapping[str, str], command: str) -> Path:
-    """Write `benchmarks.md`, `benchmarks.json` and the plot; the page."""
+    """Write `benchmarks.md`, `benchmarks.json` and the plot. Returns the path of the page."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(document(sections, command), indent=1, ensure_ascii=False)
     (folder / "benchmarks.json").write_text(text + "\n")
@@ -98,12 +98,13 @@ def _page(sections: Mapping[str, Section], titles: Mapping[str, str], command: s
     goals = [result for section in sections.values() for result in section.results if result.goal is not None]
     parts = [
         "# Benchmarks",
-        f"Written by `{command}`; the same figures as JSON are in [benchmarks.json](benchmarks.json). Contenders take "
-        "turns in one run after a round to warm up, and each round another one begins. A ratio is the median of the ratios of each round, our time over "
-        "the other's, so that 0.5 is half the time; beside it stands where the middle half of the rounds lies. Every "
-        "save ends with its bytes on the disk (fsync). A virtual machine's host takes back memory that lies free, and gives "
-        "it again slowly: what is compared with `torch.save` and `torch.load` has its memory touched before its turn. "
-        "Machines are shared and noisy: compare within a table, not between machines.",
+        f"`{command}` wrote this page. [benchmarks.json](benchmarks.json) has the same figures as JSON.",
+        "The contenders take turns in one run, after a round to warm up. Another contender begins each round. A ratio "
+        "is our time over the other's, so 0.5 is half the time. A table shows the median of the ratios of all rounds, "
+        "and beside it the range of the middle half of the rounds. Every save ends with its bytes on the disk (fsync).",
+        "The host of a virtual machine takes back free memory, and gives it again slowly. What is compared with "
+        "`torch.save` and `torch.load` therefore has its memory touched before its turn. Machines are shared and "
+        "noisy, so compare within a table, not between machines.",
         _markdown(Table("", ["", ""], [[name, value] for name, value in about.items()])),
         f"{sum(result.holds for result in goals)} of {len(goals)} goals hold.",
     ]

@@ -1,7 +1,7 @@
-"""Bytes on the disk of real training series: a ResNet18 that was trained on digits for a while, and then goes on.
+"""Bytes on the disk of real training series. A ResNet18 was trained on digits for a while, and then trains on.
 
-Each series has 20 checkpoints: a new head on a frozen network, fine-tuning of all of it by AdamW at two learning rates,
-and the weights of such a fine-tuning in bfloat16.
+Each series has 20 checkpoints: a new head on a frozen network, fine-tuning of the whole network by AdamW at two learning
+rates, and the parameters of such a fine-tuning in bfloat16.
 """
 
 from __future__ import annotations
@@ -22,14 +22,20 @@ from registry.models import data
 from registry.models.resnet import ResNet18, ResNet18Config
 
 CHECKPOINTS = 20
+"""Checkpoints of a series."""
+
 STEPS = 3
+"""Steps from one checkpoint to the next."""
+
 BATCH = 32
+"""Samples of a batch."""
 
 Series = Callable[[], Iterator[dict[str, Any]]]
+"""Gives the states of a series, one checkpoint after the other."""
 
 
 def measure(folder: Path, scale: Scale) -> Section:
-    """Bytes of each series, of every peer; copies of each file are what they are measured against."""
+    """Measure the bytes of each series in every peer, against a copy of each file."""
     count = 4 if scale.quick else CHECKPOINTS
     batches = digit_batches()
     network = trained(batches)
@@ -37,7 +43,10 @@ def measure(folder: Path, scale: Scale) -> Section:
         "new head, frozen network": (frozen(network, batches), 1 / 19),
         "AdamW 1e-4, fp32": (fine_tuned(network, batches, 1e-4), None),
         "AdamW 1e-5, fp32": (fine_tuned(network, batches, 1e-5), 1 / 1.5),
-        "AdamW 1e-5, bf16 weights": (fine_tuned(network, batches, 1e-5, torch.bfloat16), 1 / 6.6),
+        "AdamW 1e-5, bf16 parameters": (
+            fine_tuned(network, batches, rate=1e-5, weights_as=torch.bfloat16),
+            1 / 6.6,
+        ),
     }
     peers = (OURS, COMPACTED, TORCH) if scale.quick else (OURS, COMPACTED, *_others())
     if scale.quick:
@@ -59,20 +68,21 @@ def measure(folder: Path, scale: Scale) -> Section:
                 Result(
                     f"{count} checkpoints, {name}: {copies / ours:.2f} times smaller",
                     ours / copies,
-                    None if scale.quick else goal,
-                    detail,
+                    goal=None if scale.quick else goal,
+                    detail=detail,
                 )
             )
     rows = [[peer.name, *(_shown(sizes[name, peer]) for name in series)] for peer in peers]
     reasons = {
-        f"{peer.name} cannot, {name}: {size}"
+        f"{peer.name} cannot store {name}: {size}"
         for (name, peer), size in sizes.items()
         if isinstance(size, str) and not size.endswith("not exact")
     }
     table = Table(f"bytes on the disk of {count} checkpoints of a ResNet18", ["", *series], rows)
     notes = [
-        f"In the series {name}, {share:.0%} of the values of Adam's moments are exactly zero: a ResNet18 made for images of "
-        "224 pixels has maps of a single pixel on digits. A network that uses all of its weights shrinks less."
+        f"In the series {name}, {share:.0%} of the elements of Adam's moments are exactly zero: a ResNet18 made for "
+        "images of 224 pixels has maps of a single pixel on digits. A network that uses all of its parameters shrinks "
+        "less."
         for name, share in zeros.items()
         if share > 0.05
     ]
@@ -88,7 +98,7 @@ def zero_moments(file: Path) -> float:
 
 
 def _others() -> tuple[Peer, ...]:
-    """Peers that store in a way of their own; two ways to load are one way to store."""
+    """The peers that differ in how they store. Two ways to load can share one way to store."""
     return tuple(peer for peer in PEERS if peer.key not in ("registry", "registry owned", "torch mmap"))
 
 
@@ -107,7 +117,7 @@ def _write(folder: Path, states: Series, count: int) -> list[Path]:
 
 
 def _size(peer: Peer, files: Sequence[Path], folder: Path) -> int | str:
-    """Bytes that a peer takes for all of them, or why it cannot."""
+    """The bytes that a peer takes for all files, or the reason why it cannot store them."""
     try:
         with Worker(peer, 600.0) as worker:
             worker.ask("open", folder=str(folder))
@@ -123,11 +133,8 @@ def _size(peer: Peer, files: Sequence[Path], folder: Path) -> int | str:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-# -- the training ----------------------------------------------------------------------------------------------
-
-
 def digit_batches() -> list[Any]:
-    """Batches of 32 real handwritten digits, as the network takes them."""
+    """Batches of 32 real handwritten digits, float32 [32, 1, 32, 32], with their labels."""
     torch.manual_seed(0)
     found = data.load("digits", None, seed=0)
     loader = torch.utils.data.DataLoader(found.train, BATCH, shuffle=True, drop_last=True)
@@ -137,12 +144,12 @@ def digit_batches() -> list[Any]:
 def trained(batches: Sequence[Any]) -> nn.Module:
     """A ResNet18 after 40 steps."""
     network = ResNet18(ResNet18Config(channels=1))
-    _train(network, torch.optim.AdamW(network.parameters(), 1e-3), batches, 40)
+    _train(network, torch.optim.AdamW(network.parameters(), 1e-3), batches, steps=40)
     return network
 
 
 def frozen(network: nn.Module, batches: Sequence[Any]) -> Series:
-    """Only the last layer is trained; BatchNorm layers stay as they are."""
+    """The series in which only the last layer is trained. BatchNorm layers stay as they are."""
 
     def series() -> Iterator[dict[str, Any]]:
         model = copy.deepcopy(network)
@@ -158,7 +165,12 @@ def frozen(network: nn.Module, batches: Sequence[Any]) -> Series:
 def fine_tuned(
     network: nn.Module, batches: Sequence[Any], rate: float, weights_as: torch.dtype | None = None
 ) -> Series:
-    """Everything is trained; weights, and the optimizer's state unless the weights are cast."""
+    """The series in which the whole network is trained.
+
+    Args:
+        rate: the learning rate.
+        weights_as: cast the tensors to this dtype, and leave out the optimizer's state.
+    """
 
     def series() -> Iterator[dict[str, Any]]:
         model = copy.deepcopy(network)
@@ -182,7 +194,7 @@ def _checkpoints(
     number = 0
     while True:
         start = number % len(batches)
-        _train(model, optimizer, [*batches[start:], *batches[:start]], STEPS)
+        _train(model, optimizer, [*batches[start:], *batches[:start]], steps=STEPS)
         yield {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         number += 1
 

@@ -1,4 +1,4 @@
-"""`torch.distributed.checkpoint` on the registry against its own files, in one process."""
+"""`torch.distributed.checkpoint` on the registry, against its own files, in one process."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from registry import Registry, RegistryReader, RegistryWriter
 
 
 def measure(folder: Path, scale: Scale) -> Section:
-    """Ratios of saving and loading the state of a ResNet50 with Adam's moments."""
-    warnings.simplefilter("ignore")  # dcp says that it is alone
+    """Measure saving and loading the state of a ResNet50 with Adam's moments."""
+    # dcp warns that it runs in one process.
+    warnings.simplefilter("ignore")
     state = resnet50_with_adam()
     files, root = folder / "files", folder / "registry"
     live: Tree = {key: zeroed(tree) for key, tree in state.items()}
@@ -54,7 +55,7 @@ def measure(folder: Path, scale: Scale) -> Section:
     assert all(torch.equal(a, b) for a, b in zip(flat(live).values(), flat(state).values(), strict=True))
 
     def against(what: str, ours: str, peer: str) -> Result:
-        return ratio(f"DCP: {what}", t, ours, peer, None, "torch's own files")
+        return ratio(f"DCP: {what}", t, ours=ours, peer=peer, goal=None, name="torch's own files")
 
     return Section(
         [

@@ -13,16 +13,17 @@ from registry import Registry
 from registry.store.fingerprints import remembered
 
 Tree = dict[str, Any]
+"""A state with components, such as `model` and `optimizer`."""
 
 
 def resnet50_with_adam() -> Tree:
-    """A torchvision ResNet50 and Adam's moments: 803 tensors, 307 MB."""
+    """A torchvision ResNet50 with Adam's moments: 803 tensors, 307 MB."""
     model = torchvision.models.resnet50(weights=None)
     return {"model": model.state_dict(), "optimizer": _adam(list(model.parameters()))}
 
 
 def gpt2_small_with_adam() -> Tree:
-    """Parameters of GPT-2 small's names and shapes and Adam's moments: 592 tensors, 1.5 GB."""
+    """Parameters with the names and shapes of GPT-2 small, with Adam's moments: 592 tensors, 1.5 GB."""
     width, layers = 768, 12
     shapes = {"wte.weight": (50_257, width), "wpe.weight": (1_024, width)}
     for i in range(layers):
@@ -63,14 +64,14 @@ def flat(tree: Any, path: str = "") -> dict[str, torch.Tensor]:
 
 
 def new_registry(root: Path) -> Registry:
-    """An empty registry, as in a process that has saved nothing yet: no digest of a tensor is remembered."""
+    """Make an empty registry, as in a process that has saved nothing yet. No digest of a tensor is remembered."""
     shutil.rmtree(root, ignore_errors=True)
     remembered.forget()
     return Registry(root)
 
 
 def with_new_head(state: Tree) -> Tree:
-    """The state after a change to about one per cent of it: the last tensors of the model, replaced."""
+    """The state with about one per cent of it replaced: the last tensors of the model."""
     model = dict(state["model"])
     budget = sum(t.numel() for t in flat(state).values()) // 100
     for name in reversed(model):
@@ -81,7 +82,7 @@ def with_new_head(state: Tree) -> Tree:
 
 
 def zeroed(tree: Any) -> Any:
-    """A tree of the same names and shapes, of zeros."""
+    """A tree with the same names and shapes, whose tensors are zeros."""
     if isinstance(tree, torch.Tensor):
         return torch.zeros_like(tree)
     if isinstance(tree, dict):

@@ -1,4 +1,4 @@
-"""Saving and loading against torch.save, torch.load, safetensors, and against writing, hashing and copying alone."""
+"""Saving and loading against torch.save, torch.load and safetensors, and against writing, hashing and copying alone."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ from registry import Registry
 
 
 def measure(name: str, state: Tree, folder: Path, scale: Scale) -> Section:
-    """All ratios for one state."""
-    return Section(_saving(name, state, folder, scale.rounds) + _loading(name, state, folder, scale.rounds))
+    """Measure all ratios for one state."""
+    return Section(
+        _saving(name, state, folder=folder, rounds=scale.rounds)
+        + _loading(name, state, folder=folder, rounds=scale.rounds)
+    )
 
 
 def _saving(name: str, state: Tree, folder: Path, rounds: int) -> list[Result]:
@@ -75,12 +78,12 @@ def _saving(name: str, state: Tree, folder: Path, rounds: int) -> list[Result]:
     _forget(folder / "peer.safetensors")
     _forget(folder / "plain")
     return [
-        ratio(f"{name}: save, all new", t, "new", "torch.save", 0.60),
-        ratio(f"{name}: save, all new", t, "new", "safetensors", 1.00),
-        ratio(f"{name}: save, unchanged", t, "unchanged", "torch.save", 0.20),
-        ratio(f"{name}: save, 1 % new", t, "new head", "torch.save", 0.25),
-        ratio(f"{name}: save, all new", t, "new", "a plain write", 1.15),
-        ratio(f"{name}: save, unchanged", t, "unchanged", "hashing alone", 1.20),
+        ratio(f"{name}: save, all new", t, ours="new", peer="torch.save", goal=0.60),
+        ratio(f"{name}: save, all new", t, ours="new", peer="safetensors", goal=1.00),
+        ratio(f"{name}: save, unchanged", t, ours="unchanged", peer="torch.save", goal=0.20),
+        ratio(f"{name}: save, 1% new", t, ours="new head", peer="torch.save", goal=0.25),
+        ratio(f"{name}: save, all new", t, ours="new", peer="a plain write", goal=1.15),
+        ratio(f"{name}: save, unchanged", t, ours="unchanged", peer="hashing alone", goal=1.20),
     ]
 
 
@@ -116,11 +119,17 @@ def _loading(name: str, state: Tree, folder: Path, rounds: int) -> list[Result]:
     _forget(root)
     _forget(folder / "peer.pt")
     return [
-        ratio(f"{name}: load, mapped", t, "mapped", "torch.load", 0.10),
-        ratio(f"{name}: load, mapped and verified", t, "verified", "torch.load", 0.50),
-        ratio(f"{name}: load, mapped and verified", t, "verified", "hashing alone", 1.20),
-        ratio(f"{name}: load, owned, then updated", t, "owned + update", "torch.load + update", 0.75),
-        ratio(f"{name}: load into a live model", t, "into a live model", "memcpy", 1.50),
+        ratio(f"{name}: load, mapped", t, ours="mapped", peer="torch.load", goal=0.10),
+        ratio(f"{name}: load, mapped and verified", t, ours="verified", peer="torch.load", goal=0.50),
+        ratio(f"{name}: load, mapped and verified", t, ours="verified", peer="hashing alone", goal=1.20),
+        ratio(
+            f"{name}: load, owned, then updated",
+            t,
+            ours="owned + update",
+            peer="torch.load + update",
+            goal=0.75,
+        ),
+        ratio(f"{name}: load into a live model", t, ours="into a live model", peer="memcpy", goal=1.50),
     ]
 
 

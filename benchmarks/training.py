@@ -1,4 +1,4 @@
-"""What saving costs a training: the stall of a save that does not wait, its share of the demo, and restoring."""
+"""The cost of saving to a training: the stall of a save that does not wait, its share of a training, and restoring."""
 
 from __future__ import annotations
 
@@ -22,15 +22,18 @@ from registry.models.training import TrainConfig, train
 
 
 def measure(folder: Path, scale: Scale) -> Section:
-    """All of it, on a ResNet50 and a network of GPT-2 small's shape, both with Adam, and on the digits."""
-    warnings.simplefilter("ignore")  # dcp says, in threads of its own, that it is alone
+    """Measure a ResNet50 and a network of GPT-2 small's shape, both with Adam, and a training on the digits."""
+    # dcp warns, in threads of its own, that it runs in one process.
+    warnings.simplefilter("ignore")
     found = [_share(folder, 2 if scale.quick else 8)]
     networks = {"ResNet50 + Adam": _resnet50} | ({} if scale.quick else {"GPT-2 small + Adam": _gpt2_small})
     for name, build in networks.items():
         model = build()
         optimizer = _trained(model)
-        found += _stall(name, model, optimizer, folder / name, scale.rounds)
-        found.append(_restore(name, model, optimizer, folder / name, scale.rounds))
+        found += _stall(name, model=model, optimizer=optimizer, folder=folder / name, rounds=scale.rounds)
+        found.append(
+            _restore(name, model=model, optimizer=optimizer, folder=folder / name, rounds=scale.rounds)
+        )
         shutil.rmtree(folder / name)
     return Section(found)
 
@@ -45,7 +48,7 @@ def _gpt2_small() -> nn.Module:
 
 
 def _trained(model: nn.Module) -> torch.optim.Optimizer:
-    """Adam after a step, so that it has its moments."""
+    """Adam after one step, so that it has its moments."""
     optimizer = torch.optim.Adam(model.parameters())
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
@@ -95,8 +98,8 @@ def _stall(
         finish()
     what = f"{name}: stall of a save that does not wait"
     return [
-        ratio(what, t, "save", "copy", 1.2, "one copy of the state"),
-        ratio(what, t, "save", "async_save", None, "DCP's async_save"),
+        ratio(what, t, ours="save", peer="copy", goal=1.2, name="one copy of the state"),
+        ratio(what, t, ours="save", peer="async_save", goal=None, name="DCP's async_save"),
     ]
 
 
@@ -119,17 +122,28 @@ def _restore(
         "verified": second_in_a_row(lambda: checkpoint.restore(model=model, optimizer=optimizer)),
     }
     t = take_turns(contenders, rounds)
-    return ratio(f"{name}: restore, verified", t, "verified", "torch", 1.0, "torch.load + load_state_dict")
+    return ratio(
+        f"{name}: restore, verified",
+        t,
+        ours="verified",
+        peer="torch",
+        goal=1.0,
+        name="torch.load + load_state_dict",
+    )
 
 
 def _share(folder: Path, epochs: int) -> Result:
     digits = data.load("digits")
     registry = Registry(folder / "digits")
-    train(registry, TrainConfig(epochs=1), digits)  # to warm up
+    # This training warms up.
+    train(registry, TrainConfig(epochs=1), digits)
     began = time.perf_counter()
     run = train(registry, TrainConfig(epochs=epochs), digits)
     total = time.perf_counter() - began
     detail = f"{run.seconds_saving * 1e3:.0f} ms of {total:.1f} s"
     return Result(
-        "LeNet5 on digits: share of the time spent saving", run.seconds_saving / total, 0.02, detail
+        "LeNet5 on digits: share of the time spent saving",
+        run.seconds_saving / total,
+        goal=0.02,
+        detail=detail,
     )

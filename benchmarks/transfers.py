@@ -1,4 +1,4 @@
-"""Diff, plan and apply, on states of 1.5 GB and on 10,000 names."""
+"""Diff, plan and apply, on states of 1.5 GB and on 10,000 tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from registry import Registry, diff, plan_transfer
 
 
 def measure(folder: Path, scale: Scale) -> Section:
-    """All ratios and times of transfer."""
+    """Measure all ratios and times of transfer."""
     rounds = scale.rounds
     return Section([*_diffs(folder, rounds), _planning(rounds), *_applying(rounds)])
 
@@ -43,9 +43,9 @@ def _diffs(folder: Path, rounds: int) -> list[Result]:
     size = sum(tensor.nbytes for tensor in tensors.values()) / 1e9
     return [
         absolute(
-            f"structural diff, {len(tensors):,} names, {size:.1f} GB, none of it read", t["structure"], 0.1
+            f"structural diff, {len(tensors):,} tensors, {size:.1f} GB, none of it read", t["structure"], 0.1
         ),
-        ratio("value diff", t, "values", "equal", 2.0, "one pass of torch.equal"),
+        ratio("value diff", t, ours="values", peer="equal", goal=2.0, name="one pass of torch.equal"),
     ]
 
 
@@ -55,7 +55,7 @@ def _planning(rounds: int) -> Result:
             nn.ModuleDict({f"layer{i}": nn.Linear(2, 2) for i in range(5_000)}) for _ in range(2)
         )
     t = take_turns({"plan": (lambda: None, lambda: plan_transfer(source, target))}, rounds)
-    return absolute("planning for 10,000 names", t["plan"], 0.5)
+    return absolute("planning for 10,000 tensors", t["plan"], 0.5)
 
 
 def _applying(rounds: int) -> list[Result]:
@@ -70,6 +70,6 @@ def _applying(rounds: int) -> list[Result]:
     }
     t = take_turns(contenders, rounds)
     return [
-        ratio("plan.apply, values checked to be finite", t, "apply", "load_state_dict", 1.3),
-        ratio("plan.apply, values not checked", t, "trusted", "load_state_dict", None),
+        ratio("plan.apply, tensors checked to be finite", t, ours="apply", peer="load_state_dict", goal=1.3),
+        ratio("plan.apply, tensors not checked", t, ours="trusted", peer="load_state_dict", goal=None),
     ]

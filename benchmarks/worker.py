@@ -1,7 +1,7 @@
-"""One peer in a process of its own: reads commands as lines of JSON, does and times them, answers in lines of JSON.
+"""One peer in a process of its own. It reads commands as lines of JSON, times them, and answers in lines of JSON.
 
-It runs in the peer's environment, where only the peer, torch and the standard library are at hand. Every timed save
-ends with the bytes on the disk: what a peer has not flushed itself is flushed for it, within its time.
+It runs in the peer's environment, which has only the peer, torch and the standard library. Every timed save ends with
+the bytes on the disk: what a peer has not flushed itself is flushed for it, within its time.
 """
 
 from __future__ import annotations
@@ -22,26 +22,31 @@ from typing import Any
 import torch
 
 Tree = Any
+"""A state: tensors in dicts and lists."""
 
 
 class Peer:
-    """Saves states under numbers into a folder and loads them again."""
+    """A tool that saves states under numbers into a folder, and loads them again."""
 
     def open(self, folder: Path) -> None:
         """Begin in an empty folder."""
         self.folder = folder
 
     def save(self, state: Tree, number: int) -> None:
+        """Save a state under a number."""
         raise NotImplementedError
 
     def load(self, number: int) -> Tree:
+        """Load the state of a number."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Remove what is only a working copy, before the bytes on the disk are counted."""
+        """Remove working copies before the bytes on the disk are counted."""
 
 
 class Torch(Peer):
+    """`torch.save` and `torch.load`, a file for each state."""
+
     mmap = False
 
     def save(self, state: Tree, number: int) -> None:
@@ -52,11 +57,13 @@ class Torch(Peer):
 
 
 class TorchMapped(Torch):
+    """`torch.load(mmap=True)`."""
+
     mmap = True
 
 
 class Safetensors(Peer):
-    """Its format holds named tensors; the rest of a state goes into the header as text."""
+    """A file for each state. Its format holds named tensors. The rest of a state goes into the header as text."""
 
     def save(self, state: Tree, number: int) -> None:
         from safetensors.torch import save_file
@@ -71,6 +78,8 @@ class Safetensors(Peer):
 
 
 class DistributedCheckpoint(Peer):
+    """`torch.distributed.checkpoint` in one process, a folder for each state."""
+
     def save(self, state: Tree, number: int) -> None:
         import torch.distributed.checkpoint as dcp
 
@@ -86,6 +95,8 @@ class DistributedCheckpoint(Peer):
 
 
 class Joblib(Peer):
+    """`joblib.dump` and `joblib.load`, a file for each state."""
+
     def save(self, state: Tree, number: int) -> None:
         import joblib
 
@@ -98,7 +109,7 @@ class Joblib(Peer):
 
 
 class DVC(Peer):
-    """A file of `torch.save`, added to DVC's cache, and checked out of it; its small `.dvc` files would be in git."""
+    """A file of `torch.save`, added to DVC's cache and checked out of it. Its small `.dvc` files would be in git."""
 
     def open(self, folder: Path) -> None:
         from dvc.repo import Repo
@@ -152,7 +163,7 @@ class MLflow(Peer):
 
 
 class Coral(Peer):
-    """Named arrays in commits, of one dimension at least; the rest of a state is left out, as it holds nothing else."""
+    """A commit of named arrays for each state. Arrays have one dimension at least. The rest of a state is left out."""
 
     def open(self, folder: Path) -> None:
         from coral import Repository
@@ -183,7 +194,7 @@ class Coral(Peer):
 
 
 class TorchRegistry(Peer):
-    """Mapped and verified, as `load` is by default."""
+    """This package. Loads are mapped and verified, as by default."""
 
     copy = False
 
@@ -192,7 +203,8 @@ class TorchRegistry(Peer):
         from registry.store.fingerprints import remembered
 
         super().open(folder)
-        remembered.forget()  # another round's state may lie where this one's does
+        # The state of another round may have had the same memory.
+        remembered.forget()
         self._registry = Registry(folder)
 
     def save(self, state: Tree, number: int) -> None:
@@ -203,13 +215,13 @@ class TorchRegistry(Peer):
 
 
 class TorchRegistryOwned(TorchRegistry):
-    """Verified, in memory of its own."""
+    """This package. Loads are copied and verified."""
 
     copy = True
 
 
 class TorchRegistryCompacted(TorchRegistry):
-    """Compacted before the bytes are counted."""
+    """This package. Versions are compacted before the bytes are counted."""
 
     def close(self) -> None:
         self._registry.compact()
@@ -229,10 +241,11 @@ PEERS: dict[str, type[Peer]] = {
     "registry owned": TorchRegistryOwned,
     "registry compacted": TorchRegistryCompacted,
 }
+"""Every peer by its key."""
 
 
 class Worker:
-    """Does what the commands say, one after the other."""
+    """Carries out commands, one after the other."""
 
     def __init__(self, peer: Peer) -> None:
         self.peer = peer
@@ -240,9 +253,11 @@ class Worker:
         self.number = 0
 
     def do(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Carry out one command, and return its answer."""
         return getattr(self, f"do_{command.pop('do')}")(**command)
 
     def do_open(self, folder: str) -> dict[str, Any]:
+        """Open the peer in an empty folder."""
         shutil.rmtree(folder, ignore_errors=True)
         Path(folder).mkdir(parents=True)
         self.number = 0
@@ -251,12 +266,13 @@ class Worker:
         return {}
 
     def do_state(self, file: str) -> dict[str, Any]:
-        """Hold the state that a file of `torch.save` has."""
+        """Read the state in a file of `torch.save`, to save it later."""
         self.state = None
         self.state = torch.load(file, weights_only=True)
         return {}
 
     def do_save(self) -> dict[str, Any]:
+        """Save the state, and sync what the peer has written."""
         self.number += 1
 
         def save() -> None:
@@ -266,7 +282,12 @@ class Worker:
         return _measured(save)[1]
 
     def do_load(self, update: bool, check: bool) -> dict[str, Any]:
-        """Load what was saved last, change all of it in place if asked, and compare it with what was saved."""
+        """Load the last state.
+
+        Args:
+            update: change all of it in place, within its time.
+            check: compare it with what was saved, unless it is changed.
+        """
 
         def load() -> Tree:
             tree = self.peer.load(self.number)
@@ -280,7 +301,7 @@ class Worker:
         return found | {"differs": _difference(tree, self.state) if check and not update else ""}
 
     def do_close(self) -> dict[str, Any]:
-        """The bytes that the folder holds."""
+        """Close the peer, and count the bytes on the disk."""
         began = time.perf_counter()
         self.peer.close()
         seconds = time.perf_counter() - began
@@ -300,9 +321,10 @@ class Worker:
 
 
 def _measured(action: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
-    """What an action returns; its seconds, and the bytes of memory that it took at its peak."""
+    """Run an action. Returns its result, and its seconds with the bytes of memory that it took at its peak."""
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    # This resets the peak.
+    Path("/proc/self/clear_refs").write_text("5")
     before = _memory("VmRSS")
     began = time.perf_counter()
     found = action()
@@ -341,7 +363,7 @@ def _without_tensors(tree: Tree) -> Tree:
 
 
 def _difference(found: Tree, state: Tree) -> str:
-    """What has not come back bit for bit; nothing if all has."""
+    """What has not come back bit for bit; empty if everything has."""
     loaded = _flat(found)
     differing = []
     for name, tensor in _flat(state).items():
@@ -354,10 +376,12 @@ def _difference(found: Tree, state: Tree) -> str:
 
 
 def main() -> None:
+    """Read commands from the standard input, and write the answers to the standard output."""
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what a peer prints is not an answer
+    # What a peer prints is not an answer.
+    os.dup2(2, 1)
     try:
         worker = Worker(PEERS[sys.argv[1]]())
         for line in sys.stdin:

@@ -1,7 +1,8 @@
-"""The `registry` command: one module for each group of commands.
+"""The `registry` command. Each group of commands has one module.
 
-It imports everything below. No torch, numpy or pydantic stands at the top of a module; commands that need the metadata alone
-never load them. To add a command: a function in its group's file, a row of `_ROWS` in `app`, a test.
+It may import every other layer. No module imports torch, numpy or pydantic at its top, so commands that read only
+metadata never load them. To add a command, write a function in the module of its group, add a row to `_ROWS` in `app`,
+and add a test.
 """
 
 from __future__ import annotations

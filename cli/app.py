@@ -1,4 +1,4 @@
-"""The command group, its global options, and how errors become one line and an exit status."""
+"""The command group and its global options. Errors become one line and an exit status here."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ class Row(NamedTuple):
     """Where a command is, and what it may load.
 
     Attributes:
-        module: the module of `registry.cli` that holds its function.
-        function: the function's name: that of the command, with `_` for `-`, and after a word of Python such as `import`.
-        is_light: whether the command, or every command of a group, needs the metadata alone. It loads no torch, numpy or
-            pydantic then; tests/cli/test_startup.py runs the examples of its help to see this.
+        module: the module of `registry.cli` that defines the command.
+        function: the name of the command's function. It is the command's name with `_` for `-`. A name that Python
+            uses itself, such as `import`, gets a `_` at its end.
+        is_light: whether the command, or each command of a group, reads only metadata. Such a command loads no torch,
+            numpy or pydantic. tests/cli/test_startup.py checks this with the examples of its help.
     """
 
     module: str
@@ -75,7 +76,7 @@ _ROWS = (
     Row("shell", "completion", is_light=True),
 )
 COMMANDS = {row.name: row for row in _ROWS}
-"""The row of each command, in the order of their use. Help, completion and docs/cli.md follow from it."""
+"""The row of each command, in the order in which users need them. Help, completion and docs/cli.md follow this table."""
 
 _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
@@ -84,14 +85,14 @@ name_commands(COMMANDS)
 
 
 class App(click.Group):
-    """A group that prints a `RegistryError` in one line, and loads of its commands only the one that is called."""
+    """A group that prints a `RegistryError` in one line. It loads only the command that is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the order of their use."""
+        """The names of the commands, in the order of `COMMANDS`."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """A command of that name, if there is one."""
+        """The command of that name; None if there is none."""
         if cmd_name not in COMMANDS:
             return None
         row = COMMANDS[cmd_name]
@@ -105,7 +106,10 @@ class App(click.Group):
 
 
 def _guarded(run: Callable[[], Any]) -> int:
-    """Run the command line; 0 means done, 1 that it failed, 2 that it was called wrongly."""
+    """Run the command line and return its exit status.
+
+    The status is 0 for success, 1 for a failure, 2 for wrong usage and 130 for an interruption.
+    """
     try:
         is_closed = sys.stdout is None
         if is_closed:
@@ -141,7 +145,7 @@ def _guarded(run: Callable[[], Any]) -> int:
 
 
 def _give_up_output() -> None:
-    """Let what is still to be written go nowhere, so that the interpreter does not fail on it as it ends."""
+    """Send the rest of the output to the null device, so that the interpreter does not fail on it as it ends."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -162,9 +166,9 @@ def _debug() -> bool:
 @click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
 @click.pass_context
 def app(ctx: click.Context, root: str | None, debug: bool) -> None:
-    """Keep PyTorch checkpoints: each tensor once, durably, without pickle.
+    """Keep PyTorch checkpoints. Each tensor is stored once, durably, without pickle.
 
-    A checkpoint is named by a reference: lenet5 (its latest version), lenet5:v3, lenet5@best (an alias), or the
-    first digits of its id.
+    A reference names a checkpoint: lenet5 (the latest version), lenet5:v3, lenet5@best (an alias), or the first
+    digits of an id.
     """
     ctx.obj = root

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 def cache() -> None:
     """Show and clear cached datasets.
 
-    What a function under @cached returned is kept as an artifact, by a key of all that it depends on.
+    The registry keeps what a function under @cached returned as an artifact. The artifact's key covers everything
+    that the result depends on.
     """
 
 
@@ -52,7 +53,7 @@ def list_(registry: Registry, as_json: bool) -> None:
 @command("show", "registry cache show 3f2a91c04b7e")
 @click.argument("key")
 def show(key: str, registry: Registry, as_json: bool) -> None:
-    """Show what an artifact was made from, and what it holds."""
+    """Show what an artifact was made from and what it holds."""
     one = registry.artifacts[key]
     if as_json:
         print_json(_document(one))
@@ -83,9 +84,9 @@ def show(key: str, registry: Registry, as_json: bool) -> None:
 @command("rm", "registry cache rm 3f2a91c04b7e")
 @click.argument("keys", nargs=-1, required=True, metavar="KEY...")
 def rm(keys: tuple[str, ...], registry: Registry, as_json: bool) -> None:
-    """Forget artifacts; they are computed again when needed.
+    """Forget artifacts, which are computed again when needed.
 
-    Their bytes are freed by the next registry gc.
+    The next registry gc frees their bytes.
     """
     chosen = [registry.artifacts[key] for key in keys]
     registry.artifacts.remove(one.key for one in chosen)
@@ -97,13 +98,13 @@ def rm(keys: tuple[str, ...], registry: Registry, as_json: bool) -> None:
     "--older-than",
     callback=lambda ctx, param, text: None if text is None else seconds(ctx, param, text),
     metavar="TIME",
-    help="Only what was not used for so long, such as 30d.",
+    help="Only artifacts that were not used for this time, such as 30d.",
 )
-@click.option("--unused", is_flag=True, help="Only what no run was trained on.")
+@click.option("--unused", is_flag=True, help="Only artifacts that no run was trained on.")
 def clear(older_than: float | None, unused: bool, registry: Registry, as_json: bool) -> None:
     """Forget all artifacts, or those that are old or unused.
 
-    Their bytes are freed by the next registry gc.
+    The next registry gc frees their bytes.
     """
     _tell(registry.artifacts.clear(older_than=older_than, unused=unused), as_json)
 
@@ -122,7 +123,11 @@ def _document(one: Artifact) -> dict[str, Any]:
 
 
 def _ago(used: float) -> str:
-    """How long ago something was, roughly."""
+    """A rough text for the time since an artifact was used.
+
+    Args:
+        used: seconds since the epoch.
+    """
     passed = max(0.0, time.time() - used)
     for length, unit in ((86_400, "day"), (3_600, "hour"), (60, "minute")):
         if passed >= length:

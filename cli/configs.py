@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def config() -> None:
     """Show, check and compare configurations.
 
-    A configuration is a JSON, YAML or TOML file, or what was saved with a checkpoint.
+    A configuration is a JSON, YAML or TOML file, or the configuration that a checkpoint was saved with.
     """
 
 
@@ -32,7 +32,10 @@ def config() -> None:
 @click.argument("source", type=ReferenceType())
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override a value.")
 def show(source: str, assignments: tuple[str, ...], root: str | None, as_json: bool) -> None:
-    """Print the configuration in SOURCE, a JSON, YAML or TOML file or a checkpoint, one value a line."""
+    """Print a configuration, one value a line.
+
+    SOURCE is a JSON, YAML or TOML file, or a checkpoint.
+    """
     document = assign(_document(source, root), assignments)
     if as_json:
         print_json(document)
@@ -43,12 +46,15 @@ def show(source: str, assignments: tuple[str, ...], root: str | None, as_json: b
 
 @command("validate", "registry config validate train.json --class mypackage.configs:TrainConfig")
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True), metavar="FILE...")
-@click.option("--class", "target", metavar="MODULE:CLASS", help="Your Config class to check against.")
+@click.option(
+    "--class", "target", metavar="MODULE:CLASS", help="Your Config class, to check the files against."
+)
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override a value.")
 def validate(files: tuple[str, ...], target: str | None, assignments: tuple[str, ...], as_json: bool) -> None:
     """Check configuration files.
 
-    They must be well formed, give no key twice, and have the types that your class asks for. --class imports your module, as running your program would.
+    Each FILE must be well formed and give no key twice. With --class, its values must have the types of your class.
+    --class imports your module, as running your program would.
     """
     cls = _config_class(target) if target else None
     checked = []
@@ -69,7 +75,10 @@ def validate(files: tuple[str, ...], target: str | None, assignments: tuple[str,
 @click.argument("left", type=ReferenceType())
 @click.argument("right", type=ReferenceType())
 def diff(left: str, right: str, root: str | None, as_json: bool) -> None:
-    """Compare two configurations, each a file or a checkpoint, value by value."""
+    """Compare two configurations, value by value.
+
+    LEFT and RIGHT are each a file or a checkpoint.
+    """
     found = differences(_document(left, root), _document(right, root))
     if as_json:
         rows = [{"key": d.key, "kind": d.kind, "left": d.left, "right": d.right} for d in found]
@@ -102,11 +111,11 @@ def _document(source: str, root: str | None) -> Mapping[str, Any]:
 
 
 def _config_class(target: str) -> type[Config]:
-    """The class that `--class` names, of a module that Python finds from the working directory.
+    """Import the class that `--class` names. Python also looks for its module in the working directory.
 
     Raises:
-        NotFound: if there is none of that name.
-        Invalid: if it is no class derived from `registry.Config`.
+        NotFound: if there is no class of that name.
+        Invalid: if the text is not MODULE:CLASS, or the class is not derived from `registry.Config`.
     """
     # Lazy: loads pydantic.
     from registry.configs.config import Config

@@ -28,19 +28,19 @@ if TYPE_CHECKING:
 )
 @click.argument("a", type=ReferenceType())
 @click.argument("b", type=ReferenceType())
-@click.option("--values", is_flag=True, help="Also say how far the values moved.")
+@click.option("--values", is_flag=True, help="Also measure how far the tensors moved.")
 @click.option(
-    "--rename", "rules", multiple=True, metavar="OLD=NEW", help="Rename names of A: 'backbone.*=*'."
+    "--rename", "rules", multiple=True, metavar="OLD=NEW", help="Rename tensors of A: 'backbone.*=*'."
 )
-@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave names out.")
-@click.option("--plan", "file", type=click.Path(), metavar="FILE", help="Show a plan from A to B too.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave out tensors whose names match.")
+@click.option("--plan", "file", type=click.Path(), metavar="FILE", help="Also show a plan from A to B.")
 @click.option(
     "--format",
     "form",
     type=click.Choice(["text", "json", "md", "html"]),
     default="text",
     show_default=True,
-    help="What to write.",
+    help="The form of the report.",
 )
 @click.option("--output", "-o", type=click.Path(), metavar="FILE", help="Write to a file.")
 def diff(
@@ -55,9 +55,10 @@ def diff(
     root: str | None,
     as_json: bool,
 ) -> int:
-    """Compare two models by name, shape, dtype and value.
+    """Compare the tensors of two models by name, shape, dtype and value.
 
-    A and B are each a reference, a file, torchvision:NAME, or the name of a network. The exit status is 0 if they are identical, 1 if they differ, 2 if one cannot be read.
+    A and B are each a reference, a file, torchvision:NAME, or the name of a network. The exit status is 0 if they are
+    identical, 1 if they differ, and 2 if one cannot be read.
     """
     # Lazy: loads torch.
     from registry.transfer.diffing import diff as report_of
@@ -85,7 +86,7 @@ def _rendered(report: DiffReport, form: str) -> str:
 
 
 def _drawn(blocks: Sequence[Block], form: str) -> str:
-    """Blocks as one of the forms that `--format` takes."""
+    """Blocks in one of the forms that `--format` takes."""
     if form == "md":
         return markdown.render(blocks)
     return html.render(blocks) if form == "html" else text.render(blocks) + "\n"
@@ -106,7 +107,7 @@ def _drawn(blocks: Sequence[Block], form: str) -> str:
     type=click.Choice(["text", "md", "html"]),
     default="text",
     show_default=True,
-    help="What to write.",
+    help="The form of the report.",
 )
 @click.option("--output", "-o", type=click.Path(), metavar="FILE", help="Write to a file.")
 def compare(
@@ -120,7 +121,8 @@ def compare(
 ) -> None:
     """Compare a metric of several models, runs or versions, epoch by epoch.
 
-    Each MODEL is a model's name, for all its versions, a run's such as lenet5/run-2, or a reference, for one version.
+    Each MODEL is the name of a model (all its versions), the name of a run such as lenet5/run-2, or a reference (one
+    version).
     """
     at = _epochs(epochs)
     found = curves.curves(registry, models, metric)
@@ -145,7 +147,9 @@ def _epochs(text: str | None) -> list[int]:
     try:
         return [int(part) for part in (text or "").split(",") if part.strip()]
     except ValueError:
-        raise click.BadParameter(f"{text!r} is no list of epochs such as 1,5,10", param_hint="--at") from None
+        raise click.BadParameter(
+            f"{text!r} is not a list of epochs such as 1,5,10", param_hint="--at"
+        ) from None
 
 
 def _write(text: str, output: str | None) -> None:

@@ -31,7 +31,7 @@ _ABOUT = " ".join(row.about for row in FORMATS)
 
 
 def _told(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Put what the table of formats says into the text of a command's help."""
+    """Fill a command's help with the texts of the table of formats."""
     function.__doc__ = (function.__doc__ or "").format(readable=_READABLE, writable=_WRITABLE, about=_ABOUT)
     return function
 
@@ -41,7 +41,8 @@ def _told(function: Callable[..., Any]) -> Callable[..., Any]:
 def init(folder: str | None, root: str | None, as_json: bool) -> None:
     """Make a new registry.
 
-    In FOLDER, or else --root, $REGISTRY_ROOT or ./.registry. One that is there already is left as it is.
+    Its folder is FOLDER, or else --root, $REGISTRY_ROOT or ./.registry. A registry that is there already stays as it
+    is.
     """
     # Lazy: start-up.
     from registry.home import SETTINGS, default_root
@@ -64,20 +65,20 @@ def init(folder: str | None, root: str | None, as_json: bool) -> None:
     multiple=True,
     callback=pairs,
     metavar="NAME=VALUE",
-    help="A fact to record; epoch, step and loss fill the fields of these names.",
+    help="A fact to record. epoch, step and loss set the fields of these names.",
 )
 @click.option("--metric", multiple=True, callback=pairs, metavar="NAME=NUMBER", help="A measured value.")
 @click.option("--config", type=click.Path(exists=True), help="Hyperparameters: a JSON, YAML or TOML file.")
 @click.option("--tag", "tags", multiple=True, metavar="TAG", help="A tag to attach.")
-@click.option("--weights", metavar="NAME", help="Of torchvision:NAME: published weights, to be downloaded.")
+@click.option("--weights", metavar="NAME", help="For torchvision:NAME: the pretrained weights to download.")
 @click.option(
     "--file",
     "weights_file",
     type=click.Path(),
     metavar="FILE",
-    help="Of torchvision:NAME: weights fetched by hand.",
+    help="For torchvision:NAME: a file of pretrained weights.",
 )
-@click.option("--random", "seed", type=int, metavar="SEED", help="Of torchvision:NAME: random weights.")
+@click.option("--random", "seed", type=int, metavar="SEED", help="For torchvision:NAME: random parameters.")
 @_told
 def import_(
     files: tuple[str, ...],
@@ -94,8 +95,10 @@ def import_(
 ) -> int:
     """Store checkpoint files, or a network of torchvision, as new versions.
 
-    Each FILE becomes one version of the model; torchvision:resnet18 stands for that network with --weights, --file or --random. Reads {readable}, and folders of shards with their
-    index. What the file says of epoch and loss is kept unless --meta says otherwise. A FILE that cannot be read is named, the others are stored, and the exit status is 1.
+    Each FILE becomes one version of the model. The command reads {readable}, and folders of shards with their index.
+    torchvision:resnet18 stands for that network, with --weights, --file or --random. The epoch and the loss come from
+    FILE unless --meta gives them. If a FILE cannot be read, the command names it and stores the others. The exit status
+    is then 1.
     """
     if any(file.startswith("torchvision:") for file in files):
         _import_network(
@@ -138,7 +141,7 @@ def import_(
 def _import_file(
     registry: Registry, file: str, model: str, *, facts: Mapping[str, Any]
 ) -> tuple[Checkpoint, Sequence[str]]:
-    """Store a file as a new version; returns it, and the names of what a folder holds beside it."""
+    """Store a file as a new version. Returns the version, and the names in a folder that were left out."""
     # Lazy: loads torch.
     from registry.files.importing import import_checkpoint
     from registry.files.reading import read_checkpoint_file
@@ -151,11 +154,11 @@ def _import_file(
 def _stored(
     registry: Registry, name: str, before: int, *, about: Mapping[str, Any], as_json: bool
 ) -> dict[str, Any]:
-    """Say what was stored, unless JSON is asked for; returns it as a document.
+    """Print what was stored, unless JSON is asked for. Returns it as a document.
 
     Args:
         before: bytes that the registry held before.
-        about: what else the document has; `left_out` names what was not stored.
+        about: further keys of the document. `left_out` lists what was not stored.
     """
     version = registry.resolve(name)
     written = registry.status().stored - before
@@ -170,22 +173,23 @@ def _stored(
 
 
 def _sum_up(imported: Sequence[Any], failed: Sequence[Mapping[str, str]], as_json: bool) -> None:
-    """Print the document of an import, and which files are not in it."""
+    """Print the document of an import, and name the files that failed."""
     if as_json:
         print_json({"imported": imported, **({"failed": failed} if failed else {})})
     if failed:
         names = _listed([one["file"] for one in failed])
-        warn(f"registry: {len(imported)} of {len(imported) + len(failed)} files were imported; not: {names}")
+        total = len(imported) + len(failed)
+        warn(f"registry: {len(imported)} of {total} files were imported; these were not: {names}")
 
 
 def _named(error: RegistryError, file: str) -> str:
-    """An error that names the file."""
+    """The text of an error, with the name of the file."""
     text = printable(error.for_command_line())
     return text if printable(file) in text else f"{printable(file)}: {text}"
 
 
 def _listed(names: Sequence[str]) -> str:
-    """The first names of several, and how many there are besides."""
+    """The first five names, and the number of the others."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return f"{', '.join(printable(name) for name in names[:5])}{more}"
 
@@ -220,14 +224,14 @@ def _import_network(
 
 
 def _facts(meta: Mapping[str, str], metric: Mapping[str, str], config: str | None) -> dict[str, Any]:
-    """What options record of every file, as `import_checkpoint` takes it."""
+    """The facts that the options record for every file, as arguments of `import_checkpoint`."""
     fields = _fields(meta)
     metrics = {name: _number(value, f"--metric {name}") for name, value in metric.items()}
     return {**fields, "metrics": metrics, "config": read_document(Path(config)) if config else None}
 
 
 def _fields(meta: Mapping[str, str]) -> dict[str, Any]:
-    """The named fields among the facts, typed; the rest as the value that it reads as."""
+    """The fields among the facts (`epoch`, `step`, `loss`), and the other facts as `meta`, all as typed values."""
     rest = {name: read_value(text) for name, text in meta.items()}
     fields: dict[str, Any] = {}
     for name in ("epoch", "step", "loss"):
@@ -240,8 +244,11 @@ def _fields(meta: Mapping[str, str]) -> dict[str, Any]:
 def _number(text: str, what: str) -> float:
     """Read a number.
 
+    Args:
+        what: the option that gave the text, for the error.
+
     Raises:
-        Invalid: for anything else, naming the option that gave it.
+        Invalid: if the text is not a number.
     """
     try:
         return float(text)
@@ -253,7 +260,9 @@ def _number(text: str, what: str) -> float:
 @click.argument("reference", type=ReferenceType())
 @click.argument("file", type=click.Path())
 @click.option(
-    "--component", metavar="NAME", help=f"Export this component alone. [default: all of a {_WHOLE} file]"
+    "--component",
+    metavar="NAME",
+    help=f"Export this component alone. [default: all components in a {_WHOLE} file]",
 )
 @click.option("--force", is_flag=True, help="Overwrite FILE.")
 @_told

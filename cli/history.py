@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 
 @command("history", "registry history lenet5")
 @click.argument("model", type=ReferenceType())
-@click.option("--limit", default=50, show_default=True, type=click.IntRange(0), help="Rows; 0 for all.")
+@click.option(
+    "--limit", default=50, show_default=True, type=click.IntRange(0), help="Number of rows; 0 shows all."
+)
 def history(model: str, limit: int, registry: Registry, as_json: bool) -> None:
     """Show how a model came to be, version by version.
 
-    PARENT is the version that training went on from, OWN what was written for the version alone.
+    PARENT is the version that training continued from. OWN is the size of what was written for the version alone.
     """
     model = registry.resolve(model).model
     versions, total = list_versions(registry.catalog, model, limit=limit or None)
@@ -97,7 +99,7 @@ def lineage(reference: str, registry: Registry, as_json: bool) -> None:
 
 
 def _documents(branches: Sequence[Branch]) -> list[dict[str, Any]]:
-    """Branches in the shape that `--json` prints: what is below one stands under `from`, in either direction."""
+    """Branches in the shape that `--json` prints. The branches below one stand under `from`, in either direction."""
     documents = []
     for branch in branches:
         about = _about(branch.version) if branch.version else {"name": branch.name}
@@ -119,7 +121,7 @@ def _about(version: Version) -> dict[str, Any]:
 
 
 def _label(node: dict[str, Any]) -> str:
-    """What is told of a version of the tree, in a line."""
+    """The line for a version of the tree."""
     parts = [node["name"]]
     if node.get("epoch") is not None:
         parts.append(f"epoch {node['epoch']}")

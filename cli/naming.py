@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 @command("alias", "registry alias lenet5:v3 production\nregistry alias --remove lenet5@production")
 @click.argument("reference", required=False, type=ReferenceType())
 @click.argument("name", required=False)
-@click.option("--remove", is_flag=True, help="Take the alias REFERENCE away; the checkpoint stays.")
+@click.option("--remove", is_flag=True, help="Remove the alias REFERENCE. The checkpoint stays.")
 def alias(reference: str | None, name: str | None, remove: bool, registry: Registry, as_json: bool) -> None:
     """Point an alias at a checkpoint.
 
-    NAME points at REFERENCE from then on. Without arguments, lists the aliases. The aliases latest and best are kept by the registry.
+    From then on, NAME points at REFERENCE. Without arguments, the command lists the aliases. The registry itself sets
+    the aliases latest and best.
     """
     if remove:
         parsed = parse_reference(reference or "")
@@ -56,7 +57,7 @@ def alias(reference: str | None, name: str | None, remove: bool, registry: Regis
 @command("tag", "registry tag lenet5:v3 paper\nregistry tag --remove lenet5:v3 paper")
 @click.argument("reference", type=ReferenceType())
 @click.argument("tags", nargs=-1, required=True, metavar="TAG...")
-@click.option("--remove", is_flag=True, help="Take the tags off.")
+@click.option("--remove", is_flag=True, help="Remove the tags.")
 def tag(reference: str, tags: tuple[str, ...], remove: bool, registry: Registry, as_json: bool) -> None:
     """Attach tags to a checkpoint."""
     name = registry.resolve(reference).name
@@ -84,15 +85,16 @@ def note(reference: str, text: str, registry: Registry, as_json: bool) -> None:
 
 @command("rm", "registry rm lenet5:v1 lenet5:v2 --dry-run")
 @click.argument("references", nargs=-1, required=True, type=ReferenceType(), metavar="REFERENCE...")
-@click.option("--force", is_flag=True, help="Also versions that an alias or a tag holds.")
-@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
-@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@click.option("--force", is_flag=True, help="Also remove versions that have an alias or a tag.")
+@click.option("--yes", "-y", is_flag=True, help="Remove without asking.")
+@click.option("--dry-run", is_flag=True, help="Only show what would be removed.")
 def rm(
     references: tuple[str, ...], force: bool, yes: bool, dry_run: bool, registry: Registry, as_json: bool
 ) -> None:
     """Remove versions, all of them or none.
 
-    Says what it will remove and asks first. The space is freed by gc; tensors that other versions share stay.
+    The command shows what it will remove, and asks first. Tensors that other versions share stay. registry gc frees
+    the space.
     """
     versions = registry.remove(references, force=force, dry_run=True)
     if not as_json:
@@ -102,7 +104,7 @@ def rm(
     if not dry_run:
         if not yes:
             if as_json or not sys.stdin.isatty():
-                raise Conflict("nothing was removed: say --yes to remove without being asked")
+                raise Conflict("nothing was removed; add --yes to remove without a question")
             if not click.confirm(f"Remove {counted(len(versions), 'version')}?", err=True):
                 raise Conflict("nothing was removed")
         registry.remove([version.name for version in versions], force=force)

@@ -1,4 +1,4 @@
-"""What commands have in common: the options `--root`, `--json` and `--debug`, references, and pairs."""
+"""What commands share: the options `--root`, `--json` and `--debug`, references, and `name=value` pairs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ _UNITS = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400}
 def command(name: str, example: str) -> Callable[[Callable[..., Any]], click.Command]:
     """Declare a command whose help ends in an example.
 
-    A parameter `registry` of the function receives the opened registry, `as_json` the option `--json`.
+    A parameter `registry` of the function receives the opened registry. A parameter `root` receives the registry's
+    folder, and `as_json` the option `--json`.
     """
 
     def declare(function: Callable[..., Any]) -> click.Command:
@@ -49,7 +50,7 @@ def command(name: str, example: str) -> Callable[[Callable[..., Any]], click.Com
 
 
 def example_text(example: str) -> str:
-    """The end of a command's help."""
+    """Format an example for the end of a command's help."""
     return "\b\nExample:\n" + "\n".join(f"  {line}" for line in example.splitlines())
 
 
@@ -59,10 +60,10 @@ def _root(root: str | None) -> str | None:
 
 
 def open_registry(root: str | None = None) -> Registry:
-    """The registry that the options name; it must exist.
+    """Open the registry that the options name. It must exist.
 
     Raises:
-        NotFound: saying how to make one.
+        NotFound: if it does not exist. The message says how to make one.
     """
     # Lazy: start-up.
     from registry.registry import Registry
@@ -71,7 +72,7 @@ def open_registry(root: str | None = None) -> Registry:
 
 
 def registry_if_any(root: str | None) -> Registry | None:
-    """The registry in a folder, or none if there is none: two files can be compared without."""
+    """Open the registry in a folder; None if there is none. Comparing two files needs no registry."""
     # Lazy: start-up.
     from registry.registry import Registry
 
@@ -84,28 +85,34 @@ def registry_if_any(root: str | None) -> Registry | None:
 direction = click.option(
     "--smallest/--largest",
     default=None,
-    help="Which value is the best; without it the name says so: the smallest loss, error or perplexity, the largest accuracy, F1 or AUC.",
+    help="Which value is the best. By default the metric's name decides: the smallest loss, error or perplexity, "
+    "the largest accuracy, F1 or AUC.",
 )
 """Declares the options that say which value of a metric is the best, for the parameter `smallest`."""
 
 
 renames = click.option(
-    "--rename", "rules", multiple=True, metavar="OLD=NEW", help="Rename names of the source: 'backbone.*=*'."
+    "--rename",
+    "rules",
+    multiple=True,
+    metavar="OLD=NEW",
+    help="Rename tensors of the source: 'backbone.*=*'.",
 )
 """Declares the option for rules of renaming, for the parameter `rules`."""
 
-casts = click.option("--allow-cast", is_flag=True, help="Load values of another dtype.")
+casts = click.option("--allow-cast", is_flag=True, help="Load tensors of another dtype.")
+"""Declares the option that allows a change of dtype, for the parameter `allow_cast`."""
 
 
 class ReferenceType(click.ParamType[str, str]):
-    """A reference; the shell completes it from the catalog."""
+    """A reference to a checkpoint. The shell completes it from the catalog."""
 
     name = "reference"
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        """The references that begin with what is typed; none if they cannot be read."""
+        """The references that begin with the typed text; none if the catalog cannot be read."""
         # Lazy: start-up.
         from registry.registry import Registry
 
@@ -122,7 +129,7 @@ def pairs(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> 
     """Read repeated `name=value` options.
 
     Raises:
-        click.BadParameter: for one without an equals sign, or a name given twice.
+        click.BadParameter: for an option without an equals sign, or a name that is given twice.
     """
     found: dict[str, str] = {}
     for text in values:
@@ -136,7 +143,7 @@ def pairs(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> 
 
 
 def seconds(ctx: click.Context, param: click.Parameter, text: str) -> float:
-    """Read a duration such as 90, 30m, 1h or 14d.
+    """Read a duration such as 90, 30m, 1h or 14d, as seconds.
 
     Raises:
         click.BadParameter: for anything else.

@@ -29,16 +29,16 @@ _DISPENSABLE = ("ID", "DIGEST", "CREATED")
 
 
 _commands: list[str] = []
-"""State of the process: the names of the commands, which `registry.cli.app` says as it is loaded."""
+"""The names of the commands. This is state of the process; `registry.cli.app` sets it as it is loaded."""
 
 
 def name_commands(names: Iterable[str]) -> None:
-    """Say which words behind `registry` are commands, so that advice can be pasted."""
+    """Set the words after `registry` that are commands, so that `with_root` finds commands in advice."""
     _commands[:] = names
 
 
 def with_root(text: str) -> str:
-    """A text in which every command has the option `--root`, if this one was given it."""
+    """Add `--root` to every command in a text, if this command line has that option."""
     root = _given(sys.argv[1:])
     if not root:
         return text
@@ -47,7 +47,7 @@ def with_root(text: str) -> str:
 
 
 def _given(words: Sequence[str]) -> str:
-    """The folder that the option `--root` of a command line names; empty if it has none."""
+    """The folder that the option `--root` of a command line names; empty without that option."""
     for i, word in enumerate(words):
         if word == "--root":
             return "".join(words[i + 1 : i + 2])
@@ -57,7 +57,7 @@ def _given(words: Sequence[str]) -> str:
 
 
 def told(error: RegistryError) -> str:
-    """An error in one line, its advice in options to paste."""
+    """An error in one line. The user can paste its advice."""
     return with_root(printable(error.for_command_line()))
 
 
@@ -72,7 +72,7 @@ def warn(text: str) -> None:
 
 
 def print_json(document: Any) -> None:
-    """Print one JSON document; NaN and infinities, which JSON lacks, become null."""
+    """Print one JSON document. NaN and infinity become null, because JSON has neither."""
     click.echo(json.dumps(_finite(document), indent=2))
 
 
@@ -87,10 +87,10 @@ def _finite(value: Any) -> Any:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, left: Collection[str] = ()) -> None:
-    """Print rows under headings; columns that are empty throughout are left out.
+    """Print rows under headings. Columns that are empty in every row are left out, except the first.
 
     Args:
-        left: the headings of the columns that hold text, which are aligned left; the others are aligned right.
+        left: the headings of the columns that hold text. They are aligned left, the others right.
     """
     texts = [[_cell(value) for value in row] for row in rows]
     kept = [i for i in range(len(columns)) if i == 0 or any(row[i] for row in texts)]
@@ -109,7 +109,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, left: 
 
 
 def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[str]) -> None:
-    """Print a table on a terminal, without what is dispensable if it is narrow."""
+    """Print a table on a terminal. A narrow terminal leaves out the columns of `_DISPENSABLE`."""
     # Lazy: loads rich.
     from rich.console import Console
     from rich.table import Table
@@ -137,7 +137,7 @@ def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: Col
 
 
 def print_facts(facts: Sequence[tuple[str, Any]]) -> None:
-    """Print names and values below each other, without the empty ones."""
+    """Print one fact a line, its name and its value. Facts with an empty value are left out."""
     shown = [(name, _cell(value)) for name, value in facts if value not in (None, "", (), [], {})]
     width = max((len(name) for name, _ in shown), default=0)
     for name, value in shown:
@@ -155,7 +155,7 @@ def _cell(value: Any) -> str:
 
 
 def number(value: float) -> str:
-    """A measured value, short.
+    """A measured value with five significant digits.
 
     >>> number(0.123456789), number(12.0)
     ('0.12346', '12')
@@ -186,7 +186,7 @@ def counted(count: int, thing: str, things: str | None = None) -> str:
 
 
 def time_of(stamp: str) -> str:
-    """A stored time in the local time zone, to the minute; a question mark for none."""
+    """A stored time in the local time zone, to the minute. A question mark for a text that is no time."""
     try:
         return f"{datetime.fromisoformat(stamp).astimezone():%Y-%m-%d %H:%M}"
     except (ValueError, OverflowError):
@@ -221,12 +221,13 @@ def version_document(version: Version) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def progress_bar(label: str) -> Iterator[Callable[..., None]]:
-    """A callback for long work; a bar appears on a terminal's error stream after a second.
+    """Yield a callback that reports the progress of long work.
 
-    It takes what is done, what there is in all, and optionally what was saved so far, all of them in bytes.
+    A bar appears on a terminal's error stream after a second. The callback takes the bytes that are done, the bytes in
+    all, and optionally the bytes saved so far.
 
     Args:
-        label: plain text, which may hold a name from outside.
+        label: plain text. It may hold a name from outside.
     """
     if not sys.stderr.isatty():
         yield lambda done, total, saved=0: None

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from registry.registry import Registry
 
 _MANY = 4
-"""Metrics that get a column each in a table of versions."""
+"""The most metrics that get a column each in a table of versions."""
 
 _TEXTS = ("MODEL", "NAME", "LATEST", "METRICS", "ALIASES", "TAGS", "CREATED", "ID")
 """Columns of text in a table of versions."""
@@ -41,7 +41,9 @@ _TEXTS = ("MODEL", "NAME", "LATEST", "METRICS", "ALIASES", "TAGS", "CREATED", "I
 @click.option("--sort", "metric", metavar="METRIC", help="Order by a metric or the loss, the best first.")
 @direction
 @click.option("--tag", metavar="TAG", help="Only versions with this tag.")
-@click.option("--limit", default=20, show_default=True, type=click.IntRange(0), help="Rows; 0 for all.")
+@click.option(
+    "--limit", default=20, show_default=True, type=click.IntRange(0), help="Number of rows; 0 shows all."
+)
 def list_(
     model: str | None,
     metric: str | None,
@@ -53,7 +55,8 @@ def list_(
 ) -> None:
     """List the models, or a model's versions.
 
-    The newest versions come first. --sort puts the best first, and the largest where a metric's name does not tell which is better.
+    The newest versions come first. --sort puts the best first. If a metric's name does not say which value is better,
+    --sort puts the largest first.
     """
     if model is None and not (metric or tag):
         _list_models(registry, as_json)
@@ -112,7 +115,7 @@ def _list_models(registry: Registry, as_json: bool) -> None:
 
 
 def _table(versions: Sequence[Version]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
-    """Headings, and what to show of each version after its name; a few metrics get a column each."""
+    """The headings, and a row for each version without its name. Up to `_MANY` metrics get a column each."""
     names = list(dict.fromkeys(name for version in versions for name in version.metrics))
     each = names if len(names) <= _MANY else []
     columns = ("NAME", "EPOCH", "STEP", "LOSS", *map(str.upper, each), "METRICS", "ALIASES", "TAGS")
@@ -138,7 +141,7 @@ def _table(versions: Sequence[Version]) -> tuple[tuple[str, ...], list[tuple[Any
 @click.argument("reference", type=ReferenceType())
 @click.option("--params", is_flag=True, help="List every tensor: name, dtype, shape, digest.")
 def show(reference: str, params: bool, registry: Registry, as_json: bool) -> None:
-    """Show what is recorded of a checkpoint."""
+    """Show what is recorded about a checkpoint."""
     version = registry.resolve(reference)
     tensors = list(registry[version.name].parameters()) if params else []
     if as_json:
@@ -205,7 +208,7 @@ def _show_facts(registry: Registry, version: Version) -> None:
 
 
 def _known(registry: Registry, parent: str) -> str:
-    """The name of a version that an edge gives by its id; otherwise the edge's text, such as a file."""
+    """The name of the version whose id an edge gives. Otherwise the edge's own text, such as a file."""
     return name_of(registry.catalog, parent) or parent
 
 
@@ -235,7 +238,7 @@ def _data(provenance: Mapping[str, Any], registry: Registry) -> str | None:
 
 
 def _nearby(path: str) -> str:
-    """A path as it is seen from the working directory, where it lies below that."""
+    """A path relative to the working directory, if it lies below it; otherwise the path itself."""
     try:
         return str(Path(path).relative_to(Path.cwd()))
     except (OSError, ValueError):

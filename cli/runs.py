@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 _LONGEST_LOG = 4 << 20
-"""Bytes at the end of a run's log that are shown."""
+"""Bytes that are shown from the end of a run's log."""
 
 _LONGEST_LINE = 1 << 20
-"""Characters of a line of a log that are printed at once."""
+"""Characters of a log line that are printed at once."""
 
 
 @command("runs", "registry runs lenet5")
@@ -73,7 +73,7 @@ def _state(registry: Registry, info: RunInfo) -> str:
 
 
 def _duration(info: RunInfo) -> str:
-    """How long a run took; empty while it runs, a question mark if its times are damaged."""
+    """The time that a run took. It is empty while the run goes on, and a question mark if its times are damaged."""
     if not info.ended:
         return ""
     try:
@@ -86,16 +86,16 @@ def _duration(info: RunInfo) -> str:
 
 
 class _Source(ReferenceType):
-    """A run, or a checkpoint for the run that saved it."""
+    """The name of a run, or a reference to a checkpoint that the run saved."""
 
     name = "run"
 
 
 def _run_of(registry: Registry, text: str) -> RunInfo:
-    """The run that a text names, or that saved the checkpoint that it names.
+    """The run of that name, or the run that saved the checkpoint of that reference.
 
     Raises:
-        NotFound: if there is none.
+        NotFound: if there is no such run or checkpoint, or no run saved the checkpoint.
     """
     if "/" in text:
         return registry.runs[text]
@@ -108,16 +108,16 @@ def _run_of(registry: Registry, text: str) -> RunInfo:
 
 @command("log", "registry log lenet5@best\nregistry log lenet5/run-3 -f")
 @click.argument("source", type=_Source(), metavar="REFERENCE|RUN")
-@click.option("--follow", "-f", is_flag=True, help="Go on printing as lines are added, until Ctrl-C.")
+@click.option("--follow", "-f", is_flag=True, help="Print new lines as they come, until Ctrl-C.")
 def log(source: str, follow: bool, registry: Registry, as_json: bool) -> None:
     """Show the log file of a run.
 
-    Of a checkpoint, it is the log of the run that saved it.
+    For a checkpoint, the command shows the log of the run that saved it.
     """
     info = _run_of(registry, source)
     path = registry.root / "runs" / info.name / LOG
     if as_json and follow:
-        raise click.UsageError("--follow does not go with --json, which prints one document")
+        raise click.UsageError("--json prints one document, so it excludes --follow; leave one of them out")
     with storage_errors(path):
         try:
             fd = open_file(path, os.O_RDONLY, inner=INNER)
@@ -126,9 +126,9 @@ def log(source: str, follow: bool, registry: Registry, as_json: bool) -> None:
     with os.fdopen(fd, encoding="utf-8", errors="replace") as file:
         before = os.fstat(fd).st_size - _LONGEST_LOG
         if before > 0:
-            warn(f"only the last {_LONGEST_LOG >> 20} MB are shown; the whole log is {path}")
+            warn(f"only the last {_LONGEST_LOG >> 20} MB are shown; the whole log is in {path}")
             file.seek(before)
-            # The rest of a line that is cut.
+            # Skip the rest of a line that begins before this place.
             file.readline(_LONGEST_LINE)
         if as_json:
             lines = file.read(_LONGEST_LOG).splitlines()
@@ -147,11 +147,13 @@ def log(source: str, follow: bool, registry: Registry, as_json: bool) -> None:
 @command("board", "registry board\nregistry board lenet5/run-12 lenet6@best --port 6007")
 @click.argument("sources", nargs=-1, type=_Source(), metavar="[REFERENCE|RUN]...")
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
-@click.option("--port", default=6006, show_default=True, type=click.IntRange(1, 65_535), help="The port.")
+@click.option(
+    "--port", default=6006, show_default=True, type=click.IntRange(1, 65_535), help="The port to listen on."
+)
 def board(sources: tuple[str, ...], host: str, port: int, registry: Registry, as_json: bool) -> None:
     """Show runs in TensorBoard, until Ctrl-C.
 
-    All runs, or those that are named; a checkpoint stands for the run that saved it.
+    Without arguments, TensorBoard shows all runs. A checkpoint stands for the run that saved it.
     """
     chosen = [_run_of(registry, source).name for source in sources]
     folder = (registry.root / "runs").absolute()
@@ -188,7 +190,7 @@ def board(sources: tuple[str, ...], host: str, port: int, registry: Registry, as
 
 
 def _link(runs: Path, names: Sequence[str], folder: Path) -> None:
-    """Give TensorBoard a folder of the chosen runs alone; it labels a run by its path below the folder."""
+    """Fill a folder with links to the chosen runs alone. TensorBoard labels a run by its path below the folder."""
     for name in names:
         (folder / name).parent.mkdir(exist_ok=True)
         with contextlib.suppress(FileExistsError):
@@ -196,7 +198,7 @@ def _link(runs: Path, names: Sequence[str], folder: Path) -> None:
 
 
 def _launch(folder: Path, host: str, port: int) -> str:
-    """Start TensorBoard; returns its address.
+    """Start TensorBoard and return its address.
 
     Raises:
         Conflict: if it does not start.
@@ -214,10 +216,10 @@ def _launch(folder: Path, host: str, port: int) -> str:
 
 
 def _check_port(host: str, port: int) -> None:
-    """See that a port is free.
+    """Check that a port is free.
 
     Raises:
-        Conflict: if it is not, naming one that is.
+        Conflict: if it is taken. The message names a free port, if one is near.
     """
     # Lazy: start-up.
     import socket
@@ -238,7 +240,7 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _tunnel(port: int) -> str | None:
-    """The `ssh` command that forwards the port to the user's own machine; none without SSH."""
+    """The `ssh` command that forwards the port to the user's own machine; None without SSH."""
     parts = os.environ.get("SSH_CONNECTION", "").split()
     if len(parts) != 4:
         return None

@@ -23,7 +23,7 @@ def completion(shell: str) -> None:
     app = click.get_current_context().find_root().command
     found = get_completion_class(shell)
     assert found is not None
-    # Bash would take lenet5:v3 and lenet5@best for several words.
+    # Without this, Bash splits lenet5:v3 and lenet5@best into several words.
     if shell == "bash":
         click.echo("COMP_WORDBREAKS=${COMP_WORDBREAKS//[:@]/}")
     click.echo(found(app, ctx_args={}, prog_name="registry", complete_var="_REGISTRY_COMPLETE").source())

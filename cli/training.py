@@ -26,9 +26,8 @@ if TYPE_CHECKING:
     from registry.registry import Registry
     from registry.runs.run import Run
 
-_DATA = (
-    "digits (the default), fashion-mnist, mnist, cifar10, or folder: your own images, a folder for each class"
-)
+_DATA = "digits (the default), fashion-mnist, mnist, cifar10, or folder (your own images, a folder for each class)"
+"""The data sets, for the help of an option."""
 
 
 @command(
@@ -36,22 +35,25 @@ _DATA = (
     "registry train lenet5 --epochs 3 --set lr=0.01\nregistry train lenet5 --resume lenet5 --set epochs=20",
 )
 @click.argument("model", required=False)
-@click.option("--data", metavar="NAME", help=f"What to train on: {_DATA}.")
-@click.option("--data-dir", type=click.Path(), metavar="DIR", help="Where the data is.")
-@click.option("--download", is_flag=True, help="Fetch missing data to --data-dir.")
+@click.option("--data", metavar="NAME", help=f"The data to train on: {_DATA}.")
+@click.option("--data-dir", type=click.Path(), metavar="DIR", help="The folder of the data.")
+@click.option("--download", is_flag=True, help="Download missing data to --data-dir.")
 @click.option("--epochs", type=int, help="Passes over the data.")
 @click.option("--config", type=click.Path(), metavar="FILE", help="Hyperparameters: JSON, YAML or TOML.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override a hyperparameter.")
-@click.option("--resume", type=ReferenceType(), metavar="REF", help="Go on from a checkpoint, bit for bit.")
 @click.option(
-    "--from", "source", metavar="REF", help="First weights: whatever fits of a checkpoint or a file."
+    "--resume", type=ReferenceType(), metavar="REF", help="Continue from a checkpoint, bit for bit."
+)
+@click.option(
+    "--from", "source", metavar="REF", help="Start with the tensors of a checkpoint or a file that fit."
 )
 @renames
 @casts
-@click.option("--freeze", metavar="loaded|PATTERN", help="Freeze what was loaded, or names.")
+@click.option("--freeze", metavar="loaded|PATTERN", help="Freeze loaded tensors, or tensors that match.")
 @click.option("--name", metavar="NAME", help="The model to save under. [default: MODEL]")
 @click.option(
-    *("--devices", "--device"),
+    "--devices",
+    "--device",
     metavar="DEVICES",
     help="cpu, mps, cuda:1, how many (2), or which (0,3). [default: cpu]",
 )
@@ -85,7 +87,9 @@ def train(
 ) -> None:
     """Train a network and record every epoch.
 
-    MODEL is the name of a network: lenet5, lenet6, or one that an installed package provides. Ctrl-C saves at the next batch and says how to resume. In several processes: torchrun --nproc-per-node=2 -m registry.cli train MODEL.
+    MODEL is the name of a network: lenet5, lenet6, or one that an installed package provides. Ctrl-C saves at the next
+    batch and shows how to resume. To train in several processes, run: torchrun --nproc-per-node=2 -m registry.cli train
+    MODEL.
     """
     # Lazy: loads torch.
     from registry.live.devices import get_devices
@@ -125,18 +129,16 @@ def train(
 
 
 def _check_start(resume: str | None, source: str | None, freeze: str | None, *, has_rules: bool) -> None:
-    """Refuse options of a start that contradict one another.
+    """Refuse options that contradict each other.
 
     Args:
-        has_rules: whether rules are given by which a source is loaded.
+        has_rules: whether `--rename` or `--allow-cast` is given.
 
     Raises:
-        click.UsageError: if they do.
+        click.UsageError: if two options contradict each other.
     """
     if resume and (source or freeze):
-        raise click.UsageError(
-            "--resume goes on with what was loaded and frozen; leave --from and --freeze out"
-        )
+        raise click.UsageError("--resume keeps what was loaded and frozen; leave --from and --freeze out")
     if freeze == "loaded" and not source:
         raise click.UsageError("--freeze loaded needs --from, which says what is loaded")
     if has_rules and not source:
@@ -144,7 +146,7 @@ def _check_start(resume: str | None, source: str | None, freeze: str | None, *, 
 
 
 def _tell(registry: Registry, run: Run, model: str, *, as_json: bool) -> None:
-    """Say what a training came to, once its last version is stored."""
+    """Print the result of a training, once its last version is stored."""
     last = run.wait()
     best = registry[f"{model}@best"]
     if as_json:
@@ -157,14 +159,15 @@ def _tell(registry: Registry, run: Run, model: str, *, as_json: bool) -> None:
 
 
 def _settings(given: Mapping[str, Any], config: str | None, resumed: Checkpoint | None) -> TrainConfig:
-    """Hyperparameters from the checkpoint to resume, or a file.
+    """The hyperparameters of a training, from the checkpoint to resume or from a file.
 
     Args:
-        given: those that have options of their own, which win; none where an option is not given.
+        given: hyperparameters that have an option of their own. They win. None means that the option is not given.
 
     Raises:
         Invalid: if a value is not allowed, or both a file and a checkpoint are given.
-        Incompatible: if the checkpoint cannot be resumed, or is another network than the one that is named.
+        Incompatible: if the checkpoint cannot be resumed, or holds another network than the one that is named.
+        click.UsageError: if nothing names a network.
     """
     # Lazy: loads torch.
     from registry.models.training import TrainConfig
@@ -196,7 +199,7 @@ def _settings(given: Mapping[str, Any], config: str | None, resumed: Checkpoint 
 
 @contextlib.contextmanager
 def _several_processes(device: torch.device) -> Iterator[bool]:
-    """Join the processes that torchrun started with this one; yields whether this one speaks for all."""
+    """Join the processes that torchrun started with this one. Yields whether this process speaks for all."""
     # Lazy: loads torch.
     from registry.live import ranks
 
@@ -218,7 +221,7 @@ def _several_processes(device: torch.device) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def _told_how_to_resume(registry: Registry, model: str, *, leads: bool) -> Iterator[None]:
-    """Where training is interrupted, say how to go on.
+    """Show how to resume a training that is interrupted.
 
     Args:
         leads: whether this process speaks for all.
@@ -238,7 +241,7 @@ def _told_how_to_resume(registry: Registry, model: str, *, leads: bool) -> Itera
 
 @contextlib.contextmanager
 def _shown_training(*, quiet: bool) -> Iterator[Any]:
-    """Show the training's log lines, and on a terminal a bar below them; yields the bar's callback."""
+    """Show the log lines of a training. A terminal gets a bar below them. Yields the bar's callback."""
     # Lazy: start-up.
     import logging
 
@@ -257,7 +260,10 @@ def _shown_training(*, quiet: bool) -> Iterator[Any]:
 
 
 def _handler(line: Callable[[str], None]) -> logging.Handler:
-    """Passes messages on without time and place, and without the details within an epoch: the log has them."""
+    """A handler that passes messages on without time and place.
+
+    It leaves out the details within an epoch, which the log file has.
+    """
     # Lazy: start-up.
     import logging
 
@@ -270,7 +276,7 @@ def _handler(line: Callable[[str], None]) -> logging.Handler:
 
 
 def _bar(stack: contextlib.ExitStack) -> tuple[Any, Any]:
-    """A bar on the error stream: what moves it, and what prints a line above it."""
+    """Show a bar on the error stream. Returns a function that moves it, and one that prints a line above it."""
     # Lazy: loads rich.
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -293,9 +299,9 @@ def _bar(stack: contextlib.ExitStack) -> tuple[Any, Any]:
 
 @command("eval", "registry eval lenet5@best --data digits")
 @click.argument("reference", type=ReferenceType())
-@click.option("--data", metavar="NAME", help=f"What to test on: {_DATA}.")
-@click.option("--data-dir", type=click.Path(), metavar="DIR", help="Where the data is.")
-@click.option("--download", is_flag=True, help="Fetch missing data to --data-dir.")
+@click.option("--data", metavar="NAME", help=f"The data to test on: {_DATA}.")
+@click.option("--data-dir", type=click.Path(), metavar="DIR", help="The folder of the data.")
+@click.option("--download", is_flag=True, help="Download missing data to --data-dir.")
 def eval_(
     reference: str, data: str | None, data_dir: str | None, download: bool, registry: Registry, as_json: bool
 ) -> None:
@@ -340,7 +346,7 @@ def eval_(
 def _by_class(
     classes: Sequence[str], labels: torch.Tensor, guesses: torch.Tensor
 ) -> list[tuple[str, int, float, str]]:
-    """For each class its name, how many images show it, the share that is seen to, and what it is mistaken for most.
+    """A row for each class: its name, its number of images, its accuracy, and the class it is mistaken for most.
 
     Args:
         labels, guesses: int64 [images].
@@ -356,10 +362,10 @@ def _by_class(
 
 
 def _check_fit(checkpoint: Checkpoint, network: Any, content: Data) -> None:
-    """See that a network takes such images and knows as many classes.
+    """Check that a network fits the data.
 
     Raises:
-        Incompatible: if not.
+        Incompatible: if the images have other channels, or the number of classes differs.
     """
     config = network.config
     if (config.channels, config.classes) != (content.channels, len(content.classes)):
@@ -373,7 +379,7 @@ def _check_fit(checkpoint: Checkpoint, network: Any, content: Data) -> None:
 @click.argument("reference", type=ReferenceType())
 @click.argument("images", nargs=-1, required=True, type=click.Path(), metavar="IMAGE...")
 @click.option("--fit", is_flag=True, help="Scale images of another size, and convert colour.")
-@click.option("--invert", is_flag=True, help="Turn dark on bright into bright on dark, as digits has it.")
+@click.option("--invert", is_flag=True, help="Turn dark on bright into bright on dark, as in digits.")
 def predict(
     reference: str, images: tuple[str, ...], fit: bool, invert: bool, registry: Registry, as_json: bool
 ) -> None:

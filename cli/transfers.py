@@ -33,16 +33,16 @@ _TAKE_ROWS = ", ".join(name for name, adapter in ADAPTERS.items() if adapter.tak
     multiple=True,
     callback=pairs,
     metavar="PATTERN=WHAT",
-    help="A difference that is meant: skip, new, unused.",
+    help="A difference that you expect: skip, new or unused.",
 )
-@click.option("--everything", is_flag=True, help="Every difference is meant; load what fits.")
+@click.option("--everything", is_flag=True, help="Expect every difference, and load what fits.")
 @renames
 @click.option(
     "--adapt",
     multiple=True,
     callback=pairs,
     metavar="PATTERN=ADAPTER",
-    help=f"Make names fit: 'conv1.*=channels-sum'. There are {', '.join(ADAPTERS)}.",
+    help=f"Make tensors fit: 'conv1.*=channels-sum'. The adapters are {', '.join(ADAPTERS)}.",
 )
 @click.option(
     "--classes",
@@ -50,19 +50,29 @@ _TAKE_ROWS = ", ".join(name for name, adapter in ADAPTERS.items() if adapter.tak
     metavar="FILE",
     help=f'For {_TAKE_ROWS}: {{"source": [...], "target": [...]}}.',
 )
-@click.option("--freeze", metavar="loaded|PATTERN", help="Freeze what is loaded, names, or first:N layers.")
+@click.option(
+    "--freeze", metavar="loaded|PATTERN", help="Freeze loaded tensors, tensors that match, or first:N layers."
+)
 @click.option(
     "--min-coverage",
     type=click.FloatRange(0, 1),
     default=0.0,
     metavar="SHARE",
-    help="Share of the parameters that must be loaded.",
+    help="The share of the parameters that must be loaded.",
 )
 @casts
-@click.option("--allow-positional", is_flag=True, help="Load names whose numbers may have shifted.")
-@click.option("--allow-nan", is_flag=True, help="Load NaN and infinity.")
 @click.option(
-    "--output", "-o", type=click.Path(), metavar="FILE", help="Write the plan, to be edited and applied."
+    "--allow-positional",
+    is_flag=True,
+    help="Load tensors even if the numbers in their names may have shifted.",
+)
+@click.option("--allow-nan", is_flag=True, help="Load tensors that hold NaN or infinity.")
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(),
+    metavar="FILE",
+    help="Write the plan to a file, to edit and apply it.",
 )
 def plan(
     source: str,
@@ -81,9 +91,10 @@ def plan(
     root: str | None,
     as_json: bool,
 ) -> None:
-    """Plan what of SOURCE goes where in TARGET.
+    """Plan which tensors of SOURCE go where in TARGET.
 
-    Each is a reference, a file, torchvision:NAME, or the name of a network. A difference that is not expected is an error.
+    SOURCE and TARGET are each a reference, a file, torchvision:NAME, or the name of a network. A difference that you do
+    not expect is an error.
     """
     # Lazy: loads torch.
     from registry.transfer.planning import plan_transfer
@@ -114,7 +125,7 @@ def plan(
 
 
 def _classes(path: str | None) -> tuple[list[str], list[str]] | None:
-    """The names of classes on both sides, from a JSON file."""
+    """Read the names of the classes on both sides from a JSON file."""
     if path is None:
         return None
     found = read_document(Path(path))
@@ -131,11 +142,17 @@ def _classes(path: str | None) -> tuple[list[str], list[str]] | None:
 @click.argument("source", type=ReferenceType())
 @click.argument("target", type=ReferenceType())
 @click.option(
-    "--plan", "file", type=click.Path(), metavar="FILE", help="A plan; without one, what fits is loaded."
+    "--plan",
+    "file",
+    type=click.Path(),
+    metavar="FILE",
+    help="The plan to apply. Without one, all that fits is loaded.",
 )
 @renames
 @casts
-@click.option("--freeze", metavar="loaded|PATTERN", help="Freeze what is loaded, names, or first:N layers.")
+@click.option(
+    "--freeze", metavar="loaded|PATTERN", help="Freeze loaded tensors, tensors that match, or first:N layers."
+)
 @click.option("--name", required=True, metavar="MODEL", help="The model that gets a new version.")
 def transfer(
     source: str,
@@ -148,9 +165,10 @@ def transfer(
     registry: Registry,
     as_json: bool,
 ) -> None:
-    """Make a new version of a network with weights of another, and record the plan.
+    """Make a new version of a network with tensors of another, and record the plan.
 
-    TARGET is the name of a network, which is built anew, or a checkpoint, which gives what SOURCE does not.
+    TARGET is the name of a network or a checkpoint. A network is built anew. A checkpoint gives the tensors that SOURCE
+    does not give.
     """
     # Lazy: loads torch.
     import torch
@@ -191,7 +209,7 @@ def transfer(
 
 
 def _manifest_id(registry: Registry, text: str) -> str | None:
-    """The id of a checkpoint, if a text names one."""
+    """The id of the checkpoint that a text names; None if it names none."""
     try:
         return registry.resolve(text).id
     except (NotFound, Invalid):
@@ -218,8 +236,8 @@ def _network(registry: Registry, target: str) -> tuple[Any, str]:
 def verify_frozen(a: str, b: str, registry: Registry, as_json: bool) -> int:
     """Check that what was frozen did not move between two versions.
 
-    The frozen names are those that B was saved with. The exit status is 1 if one moved. Buffers of frozen layers that were not held
-    are named if they moved.
+    The frozen tensors are those that were frozen when B was saved. The exit status is 1 if one of them moved. Buffers
+    of frozen layers that were not held may move; the command names those that did.
     """
     # Lazy: start-up.
     from registry.transfer.frozen import check_frozen
@@ -238,19 +256,20 @@ def verify_frozen(a: str, b: str, registry: Registry, as_json: bool) -> int:
     for name, why in found.moved.items():
         say(f"{name}: {why}")
     if found.moved:
-        say(f"{len(found.moved)} of {count} frozen names moved between {left.name} and {right.name}")
+        say(f"{len(found.moved)} of {count} frozen tensors moved between {left.name} and {right.name}")
     else:
-        say(f"all {count} frozen names are equal in {left.name} and {right.name}, bit for bit")
+        say(f"all {count} frozen tensors are equal in {left.name} and {right.name}, bit for bit")
     return 1 if found.moved else 0
 
 
 @command("advise", "registry advise lenet5@best --samples 500 --similar yes --model lenet6")
 @click.argument("reference", type=ReferenceType())
+@click.option("--samples", required=True, type=click.IntRange(1), help="The number of samples to train on.")
 @click.option(
-    "--samples", required=True, type=click.IntRange(1), help="How many samples there are to train on."
-)
-@click.option(
-    "--similar", required=True, type=click.Choice(["yes", "no"]), help="Whether they are like those before."
+    "--similar",
+    required=True,
+    type=click.Choice(["yes", "no"]),
+    help="Whether they are like those of the checkpoint's training.",
 )
 @click.option("--model", metavar="NAME", help="The network to train. [default: the checkpoint's own]")
 def advise(

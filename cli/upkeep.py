@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def verify(references: tuple[str, ...], registry: Registry, as_json: bool) -> int:
     """Compare every stored byte with its digest.
 
-    With REFERENCEs, only the bytes that these need. Ends with status 1 if anything is not as it was saved. What is found damaged is written
-    again when something saves it again, and heals the versions that hold it.
+    With REFERENCEs, the command reads only the bytes that they need. The exit status is 1 if anything is not as it was
+    saved. When something saves a damaged tensor again, it is written again, and the versions that hold it are whole.
     """
     with progress_bar("verifying") as report:
         found = registry.verify(references, progress=report)
@@ -41,20 +41,20 @@ def verify(references: tuple[str, ...], registry: Registry, as_json: bool) -> in
 
 
 @command("gc", "registry gc --dry-run\nregistry gc --grace 14d")
-@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@click.option("--dry-run", is_flag=True, help="Only show what would be removed.")
 @click.option(
     "--grace",
     default="1h",
     show_default=True,
     callback=seconds,
     metavar="TIME",
-    help="How long a file stays after nothing needs it any more: 0, 30m, 1h, 14d.",
+    help="How long a file stays after nothing needs it any more, such as 0, 30m, 1h or 14d.",
 )
 def gc(dry_run: bool, grace: float, registry: Registry, as_json: bool) -> None:
     """Free the space of what no checkpoint needs.
 
-    Files stay for --grace after nothing needs them any more, for those who still read them. Nothing that is needed is
-    ever removed, whatever runs at the same time, and with --grace 0 too.
+    A file that nothing needs any more stays for the time of --grace, because a process may still read it. A file that
+    is needed is never removed, whatever runs at the same time. That holds with --grace 0 too.
     """
 
     def tell(path: Path, count: int) -> None:
@@ -77,13 +77,14 @@ def gc(dry_run: bool, grace: float, registry: Registry, as_json: bool) -> None:
 
 @command("compact", "registry compact lenet5\nregistry compact --dry-run")
 @click.argument("models", nargs=-1, metavar="[MODEL]...")
-@click.option("--dry-run", is_flag=True, help="Only say what would be rewritten.")
+@click.option("--dry-run", is_flag=True, help="Only show what would be rewritten.")
 def compact(models: tuple[str, ...], dry_run: bool, registry: Registry, as_json: bool) -> int:
     """Store older versions as differences, bit for bit.
 
-    Of each MODEL, or of all, the newest version, those with an alias and one in some forty stay as they are; the others
-    become differences from one of them, where that saves a tenth. Loading turns them back and checks every digest.
-    A model that cannot be compacted is named, the others go on, and the exit status is 1.
+    The command compacts each MODEL, or all models. The newest version, the versions with an alias and about one in
+    forty stay as they are. The others become differences from one of them, where that saves a tenth. Loading turns
+    differences back and checks every digest. If a model cannot be compacted, the command names it and compacts the
+    others. The exit status is then 1.
     """
     with progress_bar("compacting") as report:
         found = registry.compact(models, dry_run=dry_run, progress=report)
@@ -111,13 +112,14 @@ def compact(models: tuple[str, ...], dry_run: bool, registry: Registry, as_json:
 
 
 @command("rebuild", "registry rebuild\nregistry rebuild --adopt")
-@click.option("--adopt", is_flag=True, help="Take in checkpoints that the log does not know.")
+@click.option("--adopt", is_flag=True, help="Take in checkpoints that the log does not name.")
 def rebuild(adopt: bool, registry: Registry, as_json: bool) -> int:
     """Make the catalog anew from the log.
 
-    For a catalog that is damaged, or after verify found that the log is. What one of the two copies of the log has lost
-    comes from the other. What both have lost is named; with --adopt it is accepted as lost, and the checkpoints that no
-    entry of the log names are taken in. Ends with status 1 if something could not be brought back.
+    Use it if the catalog is damaged, or after verify found damage in the log. If one of the two copies of the log has
+    lost something, it comes from the other copy. The command names what both copies have lost. --adopt accepts that
+    loss, and takes in the checkpoints that no entry of the log names. The exit status is 1 if something could not be
+    brought back.
     """
     with progress_bar("rebuilding") as report:
         found = registry.rebuild(adopt=adopt, progress=report)
@@ -142,7 +144,8 @@ def rebuild(adopt: bool, registry: Registry, as_json: bool) -> int:
         shown = ", ".join(one[:12] for one in found.unnamed[:3])
         more = f" and {len(found.unnamed) - 3} more" if len(found.unnamed) > 3 else ""
         say(
-            f"no entry of the log names {shown}{more}; an interrupted save leaves such a checkpoint, --adopt takes it in"
+            f"no entry of the log names {shown}{more}. An interrupted save leaves such a checkpoint; "
+            "--adopt takes it in"
         )
     say(
         f"rebuilt: {counted(found.models, 'model')}, {counted(found.versions, 'version')}, "

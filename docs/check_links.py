@@ -1,4 +1,4 @@
-"""Fail on a link in the documentation that leads nowhere: a missing file, or a heading that is not there."""
+"""Check the links in the documentation. A link to a missing file or a missing heading is an error."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 
 def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
     text = FENCE.sub("", page.read_text("utf-8"))
     titles = (re.sub(r"[`*]", "", title).lower() for title in HEADING.findall(text))
     return {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in titles}
 
 
 def dead_links(page: Path) -> list[str]:
+    """The links of a page that lead nowhere, one line each."""
     dead = []
     for link in LINK.findall(FENCE.sub("", page.read_text("utf-8"))):
         target, _, anchor = (link[0] or link[1]).partition("#")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job in a folder of its own: train on real digits, kill it, resume it, look at it, use it. Run: make demo
+# The main job, in a folder of its own: train on real digits, kill it, resume it, look at it, use it. Run: make demo
 set -euo pipefail
 folder=$(mktemp -d)
 reports=$PWD/build/demo
@@ -103,7 +103,7 @@ say "9. LeNet6 has one more layer. What of LeNet5 fits?"
 run registry diff lenet5@best lenet6 || true
 run registry plan lenet5@best lenet6 --expect 'fc.5.*=skip' --expect 'fc.7.*=new' --freeze loaded -o plan.json
 
-say "10. Train LeNet6 on 200 digits only: from scratch, fine-tuned from LeNet5, and with LeNet5's part frozen."
+say "10. Train LeNet6 on 200 digits only: from scratch, fine-tuned from LeNet5, and with the part of LeNet5 frozen."
 few=(--epochs 5 --set samples=200 --set lr=0.003)
 for how in scratch finetuned frozen; do
   from=()
@@ -150,7 +150,7 @@ run python prepare.py
 run python prepare.py
 run registry cache list
 
-say "12. Files in and out: hand the weights to somebody, take a checkpoint in. What is equal is not stored again."
+say "12. Files in and out: hand the model to somebody, and take a checkpoint in. Equal tensors are not stored again."
 run registry export lenet5@best lenet5.pt
 run registry import lenet5.pt --name from-a-colleague
 run registry list

@@ -1,4 +1,4 @@
-"""Write docs/cli.md from the commands' own help; with --check, only say whether it is up to date."""
+"""Write docs/cli.md from the commands' own help. With --check, only say whether it is up to date."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from registry.cli.app import app
 PAGE = Path(__file__).with_name("cli.md")
 INTRODUCTION = """# The command line
 
-Written by `make docs` from the commands' own help. Every command takes `--json` for one JSON document of a stable
-shape, `--root` (or `REGISTRY_ROOT`) for the registry's folder, and `--debug` for a traceback. Tables are drawn on a
-terminal and are plain aligned text in a pipe. The exit status is 0 when all went well, 1 when something failed or was
-found damaged, and 2 when a command was called wrongly.
+`make docs` writes this page from the commands' own help. Every command takes `--json` for one JSON document of a stable
+shape, `--root` (or `REGISTRY_ROOT`) for the registry's folder, and `--debug` for a traceback. A terminal shows drawn
+tables, and a pipe gets plain aligned text. The exit status is 0 when all went well, 1 when something failed or was found
+damaged, and 2 when a command was called wrongly.
 """
 
 
 def helps(
     command: click.Command, name: str, parent: click.Context | None = None
 ) -> Iterator[tuple[str, str]]:
-    """The name and the help of a command and of those below it."""
+    """The name and the help of a command, and of every command below it."""
     context = click.Context(command, info_name=name, parent=parent, max_content_width=100, terminal_width=100)
     yield context.command_path, command.get_help(context)
     if isinstance(command, click.Group):
@@ -34,6 +34,7 @@ def helps(
 
 
 def page() -> str:
+    """The text of docs/cli.md."""
     parts = [f"## {path}\n\n```text\n{text.rstrip()}\n```\n" for path, text in helps(app, "registry")]
     return "\n".join([INTRODUCTION, *parts])
 

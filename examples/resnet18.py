@@ -1,11 +1,11 @@
-"""ResNet18 from one task to another: from scratch, fine-tuned, and with everything but the new head frozen.
+"""Take ResNet18 from one task to another: from scratch, fine-tuned, and with everything but the new head frozen.
 
-With ImageNet's weights and CIFAR-10, once both are there:
+With the pretrained weights of ImageNet, and with CIFAR-10 in a folder:
 
     registry import torchvision:resnet18 --weights IMAGENET1K_V1 --name resnet18-imagenet
     python examples/resnet18.py --source resnet18-imagenet --cifar10 DIR
 
-Without either it still shows the whole way: it trains ResNet18 on the digits 0 to 4, and takes that to the digits 5 to 9.
+The example runs without either. It then trains ResNet18 on the digits 0 to 4, and takes it to the digits 5 to 9.
 """
 
 from __future__ import annotations
@@ -25,10 +25,15 @@ from registry.transfer.curves import curves, table
 Task = tuple[
     TensorDataset | Subset[tuple[Tensor, Tensor]], TensorDataset | Subset[tuple[Tensor, Tensor]], int
 ]
+"""The images to train on, the images to test on, and the number of classes."""
 
 
 def digits(first: int) -> Task:
-    """Five digits as colour images of 32 by 32 pixels: what to train on, what to test on, how many classes."""
+    """Five of the digits, as colour images, float32 [3, 32, 32].
+
+    Args:
+        first: the first of the five digits. It becomes class 0.
+    """
     found = data.load("digits")
     parts = []
     for part in (found.train, found.test):
@@ -40,7 +45,7 @@ def digits(first: int) -> Task:
 
 
 def cifar10(folder: Path) -> Task:
-    """CIFAR-10, as torchvision lays it out in a folder."""
+    """CIFAR-10, from a folder in torchvision's layout."""
     found = data.load("cifar10", folder)
     return found.train, found.test, 10  # type: ignore[return-value]
 
@@ -53,7 +58,12 @@ def train(
     epochs: int,
     plan: TransferPlan | None = None,
 ) -> None:
-    """Train what is not frozen, record every epoch, and prove that the rest did not move."""
+    """Train the parameters that are not frozen, and record every epoch.
+
+    Args:
+        name: the model to save under.
+        plan: the plan by which the network was filled, for the record.
+    """
     images, test, _ = task
     loader = DataLoader(images, batch_size=64, shuffle=True)
     optimizer = torch.optim.AdamW(param_groups(network, 1e-3, weight_decay=0.01, rates={"fc.*": 3e-3}))
@@ -78,11 +88,12 @@ def train(
 
 
 def main() -> None:
+    """Run the example from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--source", help="reference or file with weights of ResNet18")
-    parser.add_argument("--cifar10", type=Path, metavar="DIR", help="folder that has CIFAR-10")
+    parser.add_argument("--source", help="a reference or a file with the tensors of ResNet18")
+    parser.add_argument("--cifar10", type=Path, metavar="DIR", help="the folder of CIFAR-10")
     parser.add_argument("--samples", type=int, default=100, help="images to train on in the new task")
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=3, help="passes over the data")
     options = parser.parse_args()
     torch.manual_seed(0)
     registry = Registry()
@@ -90,14 +101,14 @@ def main() -> None:
     if options.source is None:
         options.source = "resnet18-source@best"
         network = ResNet18(ResNet18Config(classes=5))
-        train(registry, "resnet18-source", network, digits(0), options.epochs)
+        train(registry, "resnet18-source", network=network, task=digits(0), epochs=options.epochs)
 
     images, test, classes = cifar10(options.cifar10) if options.cifar10 else digits(5)
     few = torch.randperm(len(images))[: options.samples].tolist()
     task: Task = (Subset(images, few), test, classes)  # type: ignore[arg-type]
     config = ResNet18Config(classes=classes)
 
-    train(registry, "resnet18-scratch", ResNet18(config), task, options.epochs)
+    train(registry, "resnet18-scratch", network=ResNet18(config), task=task, epochs=options.epochs)
     for name, freeze in (("resnet18-finetuned", None), ("resnet18-frozen", "loaded")):
         network = ResNet18(config)
         plan = plan_transfer(
@@ -107,10 +118,10 @@ def main() -> None:
         print(f"\n{name}: {plan.summary} from {plan.source}")
         if freeze:
             with frozen_proof(network) as names:
-                train(registry, name, network, task, options.epochs, plan)
+                train(registry, name, network=network, task=task, epochs=options.epochs, plan=plan)
             print(f"{name}: none of {len(names)} frozen tensors has moved")
         else:
-            train(registry, name, network, task, options.epochs, plan)
+            train(registry, name, network=network, task=task, epochs=options.epochs, plan=plan)
 
     found = curves(registry, ["resnet18-scratch", "resnet18-finetuned", "resnet18-frozen"], "accuracy")
     head, rows = table(found)

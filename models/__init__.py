@@ -1,10 +1,10 @@
 """Reference networks, their data, and their training loop.
 
-A classifier takes images, and labels if it is to give the loss too. Training: the loop that `registry train` runs, written to
-be copied. Measuring: loss and accuracy on held-out data.
+A classifier takes images and gives logits. With labels it also gives the loss. Training is the loop that
+`registry train` runs; you can copy it. Measuring gives the loss and the accuracy on held-out data.
 
-It imports everything below, and no `registry.cli`. To add a network: one file, and an entry point in pyproject.toml. To add a
-data set: `load` in `data`.
+It may import every layer below, and not `registry.cli`. To add a network, write one file and add an entry point to
+pyproject.toml. To add a data set, extend `load` in `data`.
 """
 
 from registry.models.lenet import LeNet5, LeNet6, LeNetConfig

@@ -1,4 +1,4 @@
-"""Classifiers of torchvision as starting points: heads replaced, weights read."""
+"""Classifiers of torchvision as starting points: replace their heads, read their pretrained weights."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from registry.store.text import quoted
 from registry.transfer.sources import torchvision_name
 
 _AUXILIARY = "aux_classifier"
+"""The name of the auxiliary head of torchvision's networks for segmentation."""
 
 
 def find_head(model: nn.Module) -> str:
-    """The name of a classifier's last layer: the last `Linear` or `Conv2d` of the network.
+    """The name of a classifier's last layer, which is the last `Linear` or `Conv2d` of the network.
 
     Raises:
-        Invalid: if there is none.
+        Invalid: if the network has no such layer.
     """
     found: list[str] = [
         name
@@ -31,25 +32,27 @@ def find_head(model: nn.Module) -> str:
         if isinstance(part, nn.Linear | nn.Conv2d) and not name.startswith(f"{_AUXILIARY}.")
     ]
     if not found:
-        raise Invalid(f"{type(model).__qualname__} has no Linear or Conv2d to be its head; name the head")
+        raise Invalid(f"{type(model).__qualname__} has no Linear or Conv2d as its head; name the head")
     return found[-1]
 
 
 def replace_head(model: nn.Module, classes: int, name: str | None = None) -> str:
-    """Give a classifier a new last layer for another number of classes; returns its name.
+    """Give a classifier a new last layer for another number of classes. Returns the name of the layer.
 
-    The auxiliary heads of GoogLeNet, Inception v3 and the networks for segmentation, which are trained beside the last layer,
-    are replaced with it.
+    GoogLeNet, Inception v3 and the networks for segmentation have auxiliary heads, which are trained beside the last
+    layer. These are replaced too, unless `name` is another layer than the last.
 
     Args:
-        name: the layer, where the last `Linear` or `Conv2d` is not it.
+        classes: the number of rows of the new layer.
+        name: the layer to replace; by default the last `Linear` or `Conv2d`.
 
     Raises:
-        Invalid: if the layer is no `Linear` or `Conv2d`.
+        NotFound: if there is no layer of that name.
+        Invalid: if the layer is neither `Linear` nor `Conv2d`, or its groups do not divide the classes.
     """
     heads = _auxiliary_heads(model)
     if heads and name not in (None, find_head(model)):
-        # Only the layer that is named is replaced.
+        # Only the named layer is replaced.
         heads = []
     name = name or find_head(model)
     try:
@@ -83,8 +86,11 @@ def replace_head(model: nn.Module, classes: int, name: str | None = None) -> str
 
 
 def _auxiliary_heads(model: nn.Module) -> list[nn.Module]:
-    """The heads in the middle of torchvision's GoogLeNet (`aux1`, `aux2`), Inception v3 (`AuxLogits`) and the networks for
-    segmentation (`aux_classifier`)."""
+    """The auxiliary heads of torchvision's networks.
+
+    GoogLeNet has `aux1` and `aux2`, Inception v3 has `AuxLogits`, and the networks for segmentation have
+    `aux_classifier`.
+    """
     parts = (getattr(model, name, None) for name in ("aux1", "aux2", "AuxLogits"))
     found = [part for part in parts if isinstance(part, nn.Module) and type(part).__name__ == "InceptionAux"]
     for_segmentation = getattr(model, _AUXILIARY, None)
@@ -102,17 +108,19 @@ def import_torchvision(
     file: Path | None = None,
     seed: int | None = None,
 ) -> Checkpoint:
-    """Store a network of torchvision: with published weights, with a file of them, or with random ones.
+    """Store a network of torchvision as a new version. Exactly one of `weights`, `file` and `seed` is given.
 
     Args:
         source: `torchvision:NAME`.
-        weights: which published weights, such as `IMAGENET1K_V1`; they are downloaded.
-        file: the weights, fetched by hand.
-        seed: of random weights.
+        name: the model that gets the version.
+        weights: the name of pretrained weights, such as `IMAGENET1K_V1`. Torchvision downloads them.
+        file: a file of pretrained weights.
+        seed: the seed of random parameters.
 
     Raises:
-        NotFound: if there is no such network or weights, or they cannot be downloaded: which file to fetch and where
-            to put it.
+        NotFound: if there is no such network or no such weights, or if they cannot be downloaded. The message then
+            says which file to fetch.
+        Invalid: if not exactly one of `weights`, `file` and `seed` is given.
         Incompatible: if the file does not fit the network.
     """
     # Lazy: loads torchvision.
@@ -120,7 +128,7 @@ def import_torchvision(
 
     kind = torchvision_name(source)
     if sum(given is not None for given in (weights, file, seed)) != 1:
-        raise Invalid(f"say which weights of {kind}: --weights NAME, --file FILE, or --random SEED")
+        raise Invalid(f"say how to fill {kind}: --weights NAME, --file FILE, or --random SEED")
     meta: dict[str, Any] = {"network": source}
     if seed is not None:
         torch.manual_seed(seed)
@@ -150,6 +158,11 @@ def import_torchvision(
 
 
 def _weights(kind: str, name: str) -> Any:
+    """The pretrained weights of that name, as torchvision lists them.
+
+    Raises:
+        NotFound: if there are none of that name.
+    """
     # Lazy: loads torchvision.
     import torchvision
 
@@ -158,30 +171,31 @@ def _weights(kind: str, name: str) -> Any:
         return found[name]
     except KeyError:
         raise NotFound(
-            f"{kind} has no weights {quoted(name)}; there are {', '.join(one.name for one in found)}"
+            f"{kind} has no pretrained weights {quoted(name)}; there are {', '.join(one.name for one in found)}"
         ) from None
 
 
 def _downloaded(entry: Any, kind: str) -> Any:
-    """The state dict of published weights.
+    """Download the state dict of pretrained weights.
 
     Raises:
-        NotFound: if they cannot be downloaded: which file to fetch by hand.
+        NotFound: if the download fails. The message says which file to fetch by hand.
     """
     try:
         return entry.get_state_dict(progress=False, check_hash=True)
     except Exception as error:
         raise NotFound(
-            f"the weights of {kind} could not be downloaded ({error}); fetch {entry.url} by hand and use "
-            f"--file {Path(entry.url).name}"
+            f"the pretrained weights of {kind} could not be downloaded ({error}); fetch {entry.url} by hand and "
+            f"use --file {Path(entry.url).name}"
         ) from None
 
 
 def _fill(model: nn.Module, state: Any, *, what: str, kind: str) -> None:
-    """Load a state dict.
+    """Load a state dict into a network.
 
     Args:
-        what: where it comes from, as an error names it.
+        what: the origin of the state dict, for an error.
+        kind: the name of the network, for an error.
 
     Raises:
         Incompatible: if it does not fit the network.
@@ -194,7 +208,7 @@ def _fill(model: nn.Module, state: Any, *, what: str, kind: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Plain values only; what is neither is left out."""
+    """A value as plain JSON values. Anything else becomes its text."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

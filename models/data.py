@@ -1,7 +1,7 @@
 """Data sets of small images, with fixed, seeded splits.
 
-`digits` comes with scikit-learn and needs no download. The others are read from a folder, or fetched there by
-torchvision when asked to.
+`digits` comes with scikit-learn and needs no download. The others are read from a folder. Torchvision downloads them to
+that folder if you ask for it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,14 @@ from registry.store.text import quoted
 
 Name = Literal["digits", "fashion-mnist", "mnist", "cifar10", "folder"]
 NAMES: tuple[Name, ...] = ("digits", "fashion-mnist", "mnist", "cifar10", "folder")
+"""The names that `load` takes."""
+
 SIZE = 28
+"""Height and width of every image, in pixels."""
+
 _HELD_OUT = 0.2
+"""The share of each class that is held out, where a data set has no split of its own."""
+
 _TORCHVISION = {"fashion-mnist": "FashionMNIST", "mnist": "MNIST", "cifar10": "CIFAR10"}
 
 
@@ -33,8 +39,10 @@ class Data:
     """Images and labels to train on and to test on.
 
     Attributes:
-        train, test: pairs of an image, float32 [channels, height, width] from 0 to 1, and its class.
-        digest: of the content and its split, which a run records.
+        train, test: pairs of an image, float32 [channels, 28, 28] from 0 to 1, and its class.
+        classes: the names of the classes, in order.
+        channels: of every image.
+        digest: the digest of the content and its split. A run records it.
     """
 
     name: str
@@ -49,13 +57,14 @@ def load(name: str, directory: Path | str | None = None, *, download: bool = Fal
     """Read a data set.
 
     Args:
-        directory: where the files are; not needed for `digits`.
-        download: let torchvision fetch what is missing there.
-        seed: of the split, where the data set has no split of its own.
+        name: one of `NAMES`.
+        directory: the folder of the files. `digits` needs none.
+        download: let torchvision download missing files to that folder.
+        seed: the seed of the split, if the data set has no split of its own.
 
     Raises:
-        NotFound: if the data is not there, saying how to get it.
-        Invalid: if the name is unknown, or the folder does not have the right layout.
+        NotFound: if the data is not there. The message says how to get it.
+        Invalid: if the name is unknown, or the folder has another layout.
     """
     if name == "digits":
         return _digits(seed)
@@ -67,26 +76,36 @@ def load(name: str, directory: Path | str | None = None, *, download: bool = Fal
 
 
 def few(data: Data, samples: int) -> Data:
-    """The data set with a sample of the images to train on, always the same ones.
+    """The data set with only some of its images to train on, always the same ones.
+
+    Args:
+        samples: the number of images to train on.
 
     Raises:
-        Invalid: if there are not so many.
+        Invalid: if the data set has fewer.
     """
     total = len(data.train)  # type: ignore[arg-type]
     if samples > total:
-        raise Invalid(f"samples is {samples}, {data.name} has {total} to train on")
+        raise Invalid(f"samples is {samples}, but {data.name} has {total} to train on")
     places = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:samples]
     train = Subset(data.train, places.tolist())
     return replace(data, train=train, digest=digest(f"{data.digest} {samples}".encode()))
 
 
 def resize(images: Tensor) -> Tensor:
-    """Images of any size as float32 [batch, channels, 28, 28]."""
+    """Scale images, float32 [batch, channels, height, width], to [batch, channels, 28, 28]."""
     return functional.interpolate(images, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
 
 
 def split(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Positions to train on and to test on: a fifth of each class is held out."""
+    """Split a data set: hold out a fifth of each class, at least one sample.
+
+    Args:
+        labels: classes, int64 [samples].
+
+    Returns:
+        The positions to train on and the positions to test on, int64, in rising order.
+    """
     generator = torch.Generator().manual_seed(seed)
     train, test = [], []
     for kind in torch.unique(labels):
@@ -123,7 +142,7 @@ def _torchvision(name: str, directory: Path | str | None, download: bool) -> Dat
     kind = getattr(datasets, _TORCHVISION[name])
     if directory is None:
         raise NotFound(
-            f"{name} needs a folder: --data-dir DIR, and --download to fetch it there (or put torchvision's "
+            f"{name} needs a folder: use --data-dir DIR, with --download to fetch it there (or put torchvision's "
             f"files of {kind.__name__} there by hand)"
         )
     try:

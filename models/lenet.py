@@ -1,7 +1,7 @@
 """LeNet5 and LeNet6 for images of 28 by 28 pixels.
 
-LeNet5 after LeCun and others, "Gradient-based learning applied to document recognition" (1998), with ReLU and max
-pooling; LeNet6 has one more hidden layer, so that its first layers can come from a trained LeNet5.
+LeNet5 follows LeCun and others, "Gradient-based learning applied to document recognition" (1998), with ReLU and max
+pooling. LeNet6 has one more hidden layer. Its first layers can come from a trained LeNet5.
 """
 
 from __future__ import annotations
@@ -16,13 +16,24 @@ from registry import ModelConfig, register_model
 
 
 class LeNetConfig(ModelConfig):
-    """What the networks leave open."""
+    """The configuration of both networks.
+
+    Attributes:
+        channels: of the images.
+        classes: the number of classes.
+    """
 
     channels: int = Field(default=1, ge=1)
     classes: int = Field(default=10, ge=2)
 
 
 class _LeNet(nn.Module):
+    """The shared part of both networks.
+
+    Args:
+        head: the layers after the two hidden layers of 120 and 84 units.
+    """
+
     def __init__(self, config: LeNetConfig | None, head: list[nn.Module]) -> None:
         super().__init__()
         self.config = config or LeNetConfig()
@@ -43,14 +54,14 @@ class _LeNet(nn.Module):
     @overload
     def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]: ...
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits, or loss and logits.
+        """Compute the logits, and with labels the loss too.
 
         Args:
             x: images, float32 [batch, channels, 28, 28].
             labels: classes, int64 [batch].
 
         Returns:
-            Logits, float32 [batch, classes]; with labels, the mean cross entropy before them.
+            The logits, float32 [batch, classes]. With labels, a pair: the mean cross entropy, a scalar, and the logits.
         """
         logits: Tensor = self.fc(self.conv(x))
         if labels is None:
@@ -60,7 +71,10 @@ class _LeNet(nn.Module):
 
 @register_model("lenet5", config=LeNetConfig)
 class LeNet5(_LeNet):
-    """`conv.0`, `conv.3`, `fc.1` [120,400], `fc.3` [84,120], `fc.5` [classes,84]: 61,706 parameters."""
+    """LeNet5, with 61,706 parameters for one channel and ten classes.
+
+    Its layers are `conv.0`, `conv.3`, `fc.1` [120,400], `fc.3` [84,120] and `fc.5` [classes,84].
+    """
 
     def __init__(self, config: LeNetConfig | None = None) -> None:
         config = config or LeNetConfig()
@@ -69,7 +83,7 @@ class LeNet5(_LeNet):
 
 @register_model("lenet6", config=LeNetConfig)
 class LeNet6(_LeNet):
-    """As `LeNet5`, but `fc.5` is [64,84] and `fc.7` [classes,64]."""
+    """LeNet6: as `LeNet5`, but `fc.5` is [64,84], and `fc.7` is [classes,64]."""
 
     def __init__(self, config: LeNetConfig | None = None) -> None:
         config = config or LeNetConfig()

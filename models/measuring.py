@@ -1,4 +1,4 @@
-"""Measuring a network on held-out data, and what several processes measured together."""
+"""Measuring a network on held-out data, in one process or in several together."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from registry.live import ranks
 
 @torch.inference_mode()
 def evaluate(network: nn.Module, data: Any, batch_size: int = 256) -> tuple[float, float, Tensor]:
-    """Measure a network on a data set. It stays in the mode that it was in, and draws no random numbers.
+    """Measure a network on a data set. The network's mode and the random numbers stay as they were.
 
     Args:
-        network: takes images and labels, gives the mean loss of the batch and the logits.
-        data: pairs of an image and its class.
+        network: a network that takes images and labels, and gives the mean loss of the batch and the logits.
+        data: a data set of pairs of an image and its class.
+        batch_size: samples of a batch.
 
     Returns:
         The mean loss, the accuracy from 0 to 1, and the logits, float32 [samples, classes] on the CPU.
@@ -27,7 +28,7 @@ def evaluate(network: nn.Module, data: Any, batch_size: int = 256) -> tuple[floa
     training = network.training
     network.eval()
     losses, right, outputs = 0.0, 0, []
-    # A `DataLoader` takes a random number; evaluation must not change what training draws next.
+    # A `DataLoader` draws a random number. Evaluation must not change what training draws next.
     with torch.random.fork_rng(devices=()):
         for images, labels in DataLoader(data, batch_size):
             labels = labels.to(device)
@@ -41,11 +42,18 @@ def evaluate(network: nn.Module, data: Any, batch_size: int = 256) -> tuple[floa
 
 
 def evaluate_together(network: nn.Module, data: Any, batch_size: int = 256) -> tuple[float, float]:
-    """The mean loss and the accuracy over a data set, of which each process takes its share."""
+    """Measure a network on a data set, of which each process takes its share.
+
+    Args:
+        network, data, batch_size: as for `evaluate`.
+
+    Returns:
+        The mean loss, and the accuracy from 0 to 1, over the whole data set.
+    """
     count = ranks.count()
     if count == 1:
         return evaluate(network, data, batch_size)[:2]
-    # All processes test the network that the leading one saves.
+    # All processes test the network that the leading process saves.
     for buffer in network.buffers():
         dist.broadcast(buffer, 0)
     share = range(ranks.mine(), len(data), count)
@@ -57,14 +65,14 @@ def evaluate_together(network: nn.Module, data: Any, batch_size: int = 256) -> t
 
 
 def mean_over_ranks(loss: Tensor, accuracy: Tensor, signal: int) -> tuple[float, float, int | None]:
-    """Share what each process measured of a batch, and whether it was told to stop.
+    """Share between the processes what each measured on a batch, and whether it was told to stop.
 
     Args:
-        loss, accuracy: of this process, scalars.
-        signal: the number of a signal that this process was sent, or 0.
+        loss, accuracy: the scalars of this process.
+        signal: the number of a signal that this process received, or 0.
 
     Returns:
-        The means of the losses and of the accuracies, and a signal that any process was sent.
+        The mean loss, the mean accuracy, and a signal that any process received; None if none did.
     """
     if ranks.count() == 1:
         return loss.item(), accuracy.item(), signal or None

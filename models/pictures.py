@@ -1,4 +1,4 @@
-"""What training shows in TensorBoard as pictures."""
+"""The pictures that training shows in TensorBoard."""
 
 from __future__ import annotations
 
@@ -11,29 +11,33 @@ from torch import Tensor, nn
 from registry.models.data import SIZE, Data
 
 _ROWS, _COLUMNS = 4, 8
+"""The grid of sample predictions."""
+
 _POINTS = 1_000
+"""The most test images that an embedding shows."""
 
 
 def draw_graph(writer: Any, network: nn.Module, *, channels: int, device: torch.device) -> None:
     """Show a network as a graph.
 
     Args:
-        writer: of TensorBoard, such as `run.writer`.
+        writer: a writer of TensorBoard, such as `run.writer`.
         channels: of the images that the network takes.
+        device: the device of the network.
     """
     images = torch.zeros(1, channels, SIZE, SIZE, device=device)
-    # The tracer that makes the graph warns, and must not change what training draws next.
+    # The tracer that makes the graph warns. It must not change what training draws next.
     with warnings.catch_warnings(), torch.random.fork_rng(devices=()):
         warnings.simplefilter("ignore")
         writer.add_graph(network, images)
 
 
 def draw_predictions(writer: Any, data: Data, logits: Tensor, *, epoch: int) -> None:
-    """Show some test images with what the network says of each, and all of them in the space of the logits.
+    """Show some test images with their predictions, and up to 1,000 of them in the space of the logits.
 
     Args:
-        writer: of TensorBoard, such as `run.writer`.
-        logits: float32 [samples, classes], of the test images in order.
+        writer: a writer of TensorBoard, such as `run.writer`.
+        logits: the logits of the test images in order, float32 [samples, classes].
     """
     writer.add_figure("Testing/Predictions", figure_of_predictions(data, logits), epoch)
     features, labels, images = embedding_of(data, logits)
@@ -41,10 +45,10 @@ def draw_predictions(writer: Any, data: Data, logits: Tensor, *, epoch: int) -> 
 
 
 def figure_of_predictions(data: Data, logits: Tensor) -> Any:
-    """The first test images with what the network says of each; mistakes come first, in red.
+    """A figure of the first test images with their predictions. Mistakes come first, in red.
 
     Args:
-        logits: float32 [samples, classes], of the test images in order.
+        logits: the logits of the test images in order, float32 [samples, classes].
     """
     # Lazy: loads matplotlib.
     from matplotlib.figure import Figure
@@ -67,7 +71,15 @@ def figure_of_predictions(data: Data, logits: Tensor) -> Any:
 
 
 def embedding_of(data: Data, logits: Tensor) -> tuple[Tensor, list[str], Tensor]:
-    """Points for TensorBoard's projector: the logits, the classes' names, and the images as sprites."""
+    """The first test images for TensorBoard's projector.
+
+    Args:
+        logits: the logits of the test images in order, float32 [samples, classes].
+
+    Returns:
+        The logits, float32 [points, classes], the names of the true classes, and the images as sprites, float32
+        [points, channels, 28, 28].
+    """
     count = min(len(logits), _POINTS)
     images = torch.stack([data.test[i][0] for i in range(count)])
     names = [data.classes[int(label)] for label in labels_of(data)[:count]]
@@ -75,5 +87,5 @@ def embedding_of(data: Data, logits: Tensor) -> tuple[Tensor, list[str], Tensor]
 
 
 def labels_of(data: Data) -> Tensor:
-    """The classes of the test images, int64 [samples]."""
+    """The true classes of the test images, int64 [samples]."""
     return torch.tensor([int(data.test[i][1]) for i in range(len(data.test))])  # type: ignore[arg-type]

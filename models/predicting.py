@@ -1,4 +1,4 @@
-"""Saying what images show, with a network from the registry."""
+"""Classifying image files with a network from the registry."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ from registry.store.text import printable
 
 
 class Prediction(NamedTuple):
-    """What an image shows: the likeliest class and the next, with their probabilities."""
+    """The prediction for an image.
+
+    Attributes:
+        image: the path of the file.
+        label, probability: the likeliest class, and its probability from 0 to 1.
+        second, second_probability: the same for the second likeliest class.
+    """
 
     image: str
     label: str
@@ -37,14 +43,19 @@ def predict(
     """Classify image files.
 
     Args:
-        network: in evaluation mode; its attribute `config` says how many channels it takes.
+        network: a network in evaluation mode. Its `config.channels` is the number of channels that it takes.
         classes: names of the classes, in order.
-        fit: scale images of another size, and turn colour into grey or grey into colour.
-        invert: dark on bright becomes bright on dark, as in the data sets of digits.
+        files: the image files.
+        fit: scale images of another size to 28 by 28 pixels, and turn colour into grey or grey into colour.
+        invert: turn dark on bright into bright on dark, as in the data sets of digits.
+
+    Returns:
+        One prediction for each file, in the order of the files.
 
     Raises:
-        NotFound, Invalid: for a file that is not there or is no image.
-        Incompatible: for an image of another size or kind, without `fit`.
+        NotFound: if a file does not exist.
+        Invalid: if a file is not an image.
+        Incompatible: if an image has another size or another kind of colour, and `fit` is not given.
     """
     channels = int(network.config.channels)  # type: ignore[union-attr, arg-type]
     images = torch.stack([_read(file, channels, fit) for file in files])
@@ -79,14 +90,18 @@ def _read(file: Path, channels: int, fit: bool) -> Tensor:
     if image.size != (SIZE, SIZE):
         if not fit:
             raise Incompatible(
-                f"{shown}: has {image.width}x{image.height} pixels, the network takes {SIZE}x{SIZE}; scale it "
-                "with --fit"
+                f"{shown}: has {image.width}x{image.height} pixels, but the network takes {SIZE}x{SIZE}; scale "
+                "it with --fit"
             )
         image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
     kind = "L" if channels == 1 else "RGB"
     if image.mode != kind:
         if not fit:
-            what = "in colour, the network takes grey" if channels == 1 else "grey, the network takes colour"
+            what = (
+                "in colour, but the network takes grey"
+                if channels == 1
+                else "grey, but the network takes colour"
+            )
             raise Incompatible(f"{shown}: is {what}; convert it with --fit")
         image = image.convert(kind)
     pixels = np.asarray(image, np.float32).reshape(SIZE, SIZE, channels) / 255

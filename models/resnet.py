@@ -1,4 +1,4 @@
-"""ResNet18 of torchvision for another number of classes, the usual start of a transfer."""
+"""Torchvision's ResNet18 with another number of classes, the usual start of a transfer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from registry.models.classifiers import replace_head
 
 
 class ResNet18Config(Config):
-    """What the network leaves open."""
+    """The configuration of the network.
+
+    Attributes:
+        classes: the number of classes.
+        channels: of the images.
+        frozen: whether all layers but the last are frozen.
+    """
 
     classes: int = Field(default=10, ge=2)
     channels: int = Field(default=3, ge=1)
@@ -23,9 +29,9 @@ class ResNet18Config(Config):
 
 @register_model("resnet18", config=ResNet18Config)
 class ResNet18(nn.Module):
-    """torchvision's ResNet18 with a last layer of `classes` rows, and all the rest frozen if asked to.
+    """Torchvision's ResNet18 with a last layer of `classes` rows.
 
-    Its parameters have torchvision's names, so that torchvision's weights fit.
+    Its tensors have torchvision's names, so torchvision's pretrained weights fit.
     """
 
     def __init__(self, config: ResNet18Config | None = None) -> None:
@@ -46,11 +52,14 @@ class ResNet18(nn.Module):
             freeze(self, "first:-1")
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
-        """Logits, or loss and logits.
+        """Compute the logits, and with labels the loss too.
 
         Args:
-            x: images, float32 [batch, channels, height, width], at least 32 by 32.
+            x: images, float32 [batch, channels, height, width], of at least 32 by 32 pixels.
             labels: classes, int64 [batch].
+
+        Returns:
+            The logits, float32 [batch, classes]. With labels, a pair: the mean cross entropy, a scalar, and the logits.
         """
         for name, part in self.named_children():
             x = part(torch.flatten(x, 1) if name == "fc" else x)

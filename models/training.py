@@ -1,8 +1,7 @@
-"""The training loop of the reference networks: small enough to read in one sitting, complete enough to copy.
+"""The training loop of the reference networks, in one file that you can read at once and copy.
 
-It reads from top to bottom. `train` sets up the network and what trains it, goes on from a checkpoint if there is one, and
-trains and tests epoch after epoch inside a run of the registry. `_train_epoch` is the loop over the batches. All of it
-stands in one file, so that one file can be copied.
+It reads from top to bottom. `train` sets up the network and its optimizer, and restores a checkpoint if there is one.
+Then it trains and tests, epoch after epoch, inside a run of the registry. `_train_epoch` is the loop over the batches.
 """
 
 from __future__ import annotations
@@ -34,22 +33,27 @@ from registry.transfer.sources import Source
 _logger = logging.getLogger(__name__)
 
 StepProgress = Callable[[int, int, float, float], None]
-"""Told the steps done and in all, and the loss and the accuracy of the last batch."""
+"""A callback. It takes the steps done, the steps in all, and the loss and the accuracy of the last batch."""
 
 
 class TrainConfig(Config):
     """Hyperparameters of a training.
 
     Attributes:
+        model: the name of a registered network.
+        data: the name of a data set, as `registry.models.data.load` takes it.
         epochs: passes over the data.
         batch_size: samples of a batch in each process.
+        optimizer: the optimizer's name.
         lr: the highest learning rate; see `warmup_steps`.
-        warmup_steps: steps in which the learning rate rises; a tenth of all steps unless given.
-        patience: epochs without a better accuracy before training stops.
-        log_every: steps from one line of the log to the next; 50, or a fifth of an epoch if that is fewer.
+        weight_decay: of the optimizer.
+        momentum: of `sgd`.
+        warmup_steps: steps in which the learning rate rises; by default a tenth of all steps.
+        patience: epochs without a better accuracy before training stops; by default it does not stop early.
+        log_every: steps from one line of the log to the next; by default 50, or a fifth of an epoch if that is fewer.
         workers: processes that load data.
-        samples: train on so many alone.
-        seed: of the first weights, of the order of the data, and of its split.
+        samples: the number of samples to train on; by default all.
+        seed: the seed of the initial parameters, of the order of the data, and of its split.
     """
 
     model: str = "lenet5"
@@ -70,15 +74,15 @@ class TrainConfig(Config):
 
 @dataclass
 class TrainingState:
-    """How far a training is; a checkpoint records all of it.
+    """The progress of a training. A checkpoint records all of it.
 
     Attributes:
-        epoch: epochs that are complete.
-        step: steps that are done, over all epochs.
-        best: the best accuracy on the held-out data, from 0 to 1; -1 before the first epoch.
+        epoch: complete epochs.
+        step: complete steps, over all epochs.
+        best: the best accuracy on the held-out data, from 0 to 1; -1 before the first epoch is complete.
         stale: epochs since the best one.
-        seen: samples of the epoch so far.
-        summed: the sum of their losses.
+        seen: samples of the current epoch so far.
+        summed: the sum of the losses of these samples.
     """
 
     epoch: int = 0
@@ -90,24 +94,26 @@ class TrainingState:
 
     @property
     def mean_loss(self) -> float:
-        """The mean loss of the samples of the epoch so far; NaN before the first."""
+        """The mean loss of the samples of the current epoch so far; NaN before the first sample."""
         return self.summed / self.seen if self.seen else float("nan")
 
     def is_over(self, config: TrainConfig) -> bool:
-        """Whether all epochs are complete, or the last ones brought nothing better."""
+        """Whether all epochs are complete, or the accuracy has not improved for `patience` epochs."""
         is_stale = config.patience is not None and self.stale >= config.patience
         return self.epoch >= config.epochs or is_stale
 
 
 @dataclass(frozen=True)
 class Training:
-    """What trains, and what it trains on.
+    """A training: the network, its data, and the objects that train it.
 
     Attributes:
         plain: the network as its builder made it.
-        network: the same network over all devices and processes; it takes images and labels, and gives losses and logits.
-        sampler: the share of this process, if several train together.
-        devices: those of this process; several of them share each batch.
+        network: the same network, spread over all devices and processes. It takes images and labels, and gives losses
+            and logits.
+        loader: the batches of this process.
+        sampler: the share of this process, if several processes train together.
+        devices: the devices of this process. Several devices share each batch.
     """
 
     config: TrainConfig
@@ -122,7 +128,7 @@ class Training:
 
     @property
     def components(self) -> dict[str, Any]:
-        """What a checkpoint saves and restores."""
+        """The components that a checkpoint saves and restores."""
         return {
             "model": self.network,
             "optimizer": self.optimizer,
@@ -132,7 +138,7 @@ class Training:
 
     @property
     def steps(self) -> int:
-        """Steps of all epochs."""
+        """The number of steps of all epochs."""
         return self.config.epochs * len(self.loader)
 
     @property
@@ -158,22 +164,29 @@ def train(
 ) -> Run:
     """Train a network, and record every epoch.
 
-    A version's `loss` is the mean over the samples of its epoch; the events have that of each batch. Training that is
-    interrupted records where it is, so that it can be resumed at the very batch. Under `torchrun` each process takes
-    its share of the data; the leading one records the means over all of them.
+    The `loss` of a version is the mean over the samples of its epoch. The TensorBoard events have the loss of each
+    logged batch. An interrupted training saves its state, so that it can be resumed at the next batch. Under `torchrun`
+    each process takes its share of the data, and the leading process records the means over all processes.
 
     Args:
-        name: the model to save under; the network's own name unless given.
-        resume: a checkpoint to go on from, bit for bit.
-        source: where the first weights come from: whatever fits of a reference, a file or `torchvision:NAME`.
-        rename, allow_cast: for the source, as `plan_transfer` takes them.
-        freeze: `loaded`, or a pattern of names.
-        devices: what `get_devices` gave; several of them share each batch.
+        registry: the registry that gets the versions.
+        config: the hyperparameters.
+        data: the data set.
+        name: the model to save under; by default the name of the network.
+        resume: a checkpoint to continue from, bit for bit.
+        source: a reference, a file or `torchvision:NAME`. The training starts with those of its tensors that fit.
+        rename, allow_cast: as `plan_transfer` takes them, for `source`.
+        freeze: `loaded`, or a pattern of names of tensors.
+        devices: the devices that `get_devices` gave. Several devices share each batch.
+        progress: called after each step.
         options: `keep_last`, `keep_best`, `keep_optimizer` and `compact` of `Registry.run`.
+
+    Returns:
+        The run, which has ended.
 
     Raises:
         Incompatible: if `resume` was trained on other data or is complete, or a process has no sample.
-        KeyboardInterrupt: after the state was saved.
+        KeyboardInterrupt: if the training was interrupted. The state is saved then.
     """
     data = _training_data(config, data)
     network = _network(config, data)
@@ -202,10 +215,11 @@ def train(
 
 
 def _training_data(config: TrainConfig, data: Data) -> Data:
-    """The data to train on: all of it, or as many samples as are asked for.
+    """The data to train on: all of it, or `config.samples` of it.
 
     Raises:
-        Incompatible: if a process would have none.
+        Invalid: if the data set has fewer samples.
+        Incompatible: if there are fewer samples than processes.
     """
     if config.samples is not None:
         data = few(data, config.samples)
@@ -241,7 +255,12 @@ def _first_weights(
     freeze: str | None,
     rules: Mapping[str, Any],
 ) -> TransferPlan | None:
-    """Load what fits of a source, and freeze what is to be frozen; returns the plan by which it was loaded."""
+    """Load what fits of a source, and freeze what is asked for. Returns the plan of the load; None without a source.
+
+    Args:
+        resume: the checkpoint that is resumed. What was frozen in it is frozen again.
+        rules: `rename` and `allow_cast` of `plan_transfer`.
+    """
     if source is not None:
         plan = plan_transfer(source, network, everything=True, freeze=freeze, registry=registry, **rules)
         plan.apply(network, registry=registry)
@@ -250,7 +269,7 @@ def _first_weights(
         return plan
     if freeze:
         freezing.freeze(network, freeze)
-    # The optimizer is made of what is not frozen, so this comes before it; the values are restored with the rest.
+    # The optimizer takes only parameters that are not frozen, so this comes before it. `_resume` restores the tensors.
     elif resume and (frozen := resume.provenance.get("frozen", {}).get("model")):
         freezing.freeze_again(network, frozen, resume.provenance.get("going_on", {}).get("model", ()))
     return None
@@ -259,12 +278,12 @@ def _first_weights(
 def _set_up(
     plain: nn.Module, *, config: TrainConfig, data: Data, devices: Sequence[torch.device]
 ) -> Training:
-    """Spread a network over devices and processes, and make what trains it."""
+    """Spread a network over devices and processes, and make its optimizer, scheduler and loader."""
     network = parallelize(plain, devices, exact=True)
     optimizer = _optimizer(config, plain)
     sampler: DistributedSampler[Any] | None = None
     if ranks.count() > 1:
-        # The networks are equal by now. From here on each process draws random numbers of its own.
+        # The networks of all processes are equal now. From here on each process draws its own random numbers.
         _seed(config.seed + ranks.mine())
         sampler = DistributedSampler(data.train, seed=config.seed)
     loader = ResumableLoader(
@@ -301,7 +320,11 @@ def _optimizer(config: TrainConfig, network: nn.Module) -> torch.optim.Optimizer
 
 
 def _schedule(config: TrainConfig, total: int) -> Callable[[int], float]:
-    """Linear warm-up, then half a cosine down to zero, as factors of the learning rate."""
+    """The factor of the learning rate by step: a linear warm-up, then half a cosine down to zero.
+
+    Args:
+        total: the steps of all epochs.
+    """
     warmup = config.warmup_steps if config.warmup_steps is not None else total // 10
 
     def factor(step: int) -> float:
@@ -314,10 +337,10 @@ def _schedule(config: TrainConfig, total: int) -> Callable[[int], float]:
 
 
 def _resume(training: Training, checkpoint: Checkpoint) -> TrainingState:
-    """Restore a checkpoint, its random numbers and the place in the data among it; returns how far it was.
+    """Restore a checkpoint, with its random numbers and its place in the data. Returns its progress.
 
     Raises:
-        Incompatible: if it was trained on other data, or is complete.
+        Incompatible: if the checkpoint was trained on other data, or is complete.
     """
     config, data = training.config, training.data
     if checkpoint.provenance.get("dataset") not in (None, data.digest):
@@ -344,10 +367,10 @@ def _resume(training: Training, checkpoint: Checkpoint) -> TrainingState:
 def _train_epoch(
     training: Training, state: TrainingState, run: Run, *, interrupts: Interrupts, progress: StepProgress
 ) -> None:
-    """Train on every batch of the data; an epoch that was interrupted goes on at its next batch.
+    """Train on every batch of the data. An epoch that was interrupted goes on at its next batch.
 
     Raises:
-        KeyboardInterrupt, SystemExit: if any process was told to stop, after the state was saved.
+        KeyboardInterrupt, SystemExit: if any process was told to stop. The state is saved then.
     """
     network, optimizer, scheduler = training.network, training.optimizer, training.scheduler
     loader, device = training.loader, training.devices[0]
@@ -357,7 +380,7 @@ def _train_epoch(
     for images, labels in loader:
         images, labels = images.to(device), labels.to(device)
         loss, logits = network(images, labels)
-        # `DataParallel` gives one loss for each device.
+        # `DataParallel` returns one loss for each device.
         loss = loss.mean()
         optimizer.zero_grad()
         loss.backward()
@@ -373,7 +396,8 @@ def _train_epoch(
         progress(state.step, training.steps, mean_loss, mean_accuracy)
         if loader.position % training.log_every == 0 or loader.position == len(loader):
             _show_batch(training, state, run, loss=mean_loss, accuracy=mean_accuracy, rate=rate)
-        # One that came since waits until the other processes, if there are any, hear of it with the next batch.
+        # With several processes, a signal that came after `mean_over_ranks` waits until all hear of it with the next
+        # batch.
         is_told = interrupts.pending if ranks.count() == 1 else signal
         if is_told and loader.position < len(loader):
             _save(training, state, run, loss=state.mean_loss, wait=True)
@@ -381,7 +405,7 @@ def _train_epoch(
 
 
 def _finish_epoch(training: Training, state: TrainingState, run: Run) -> None:
-    """Test the network, and save it as a version, which becomes the best one if its accuracy is."""
+    """Test the network and save it as a version."""
     writer, plain = run.writer, training.plain
     loss = state.mean_loss
     state.epoch += 1
@@ -419,7 +443,7 @@ def _save(
     """Save a version, with all that `_resume` needs.
 
     Args:
-        wait: until the version is stored; otherwise training goes on meanwhile.
+        wait: return only once the version is stored. Otherwise the training goes on meanwhile.
     """
     extra = {
         "best": state.best,
@@ -454,7 +478,7 @@ def _show_batch(
     """Log the batch that is done.
 
     Args:
-        rate: the learning rate that it was trained with.
+        rate: the learning rate of the batch.
     """
     run.writer.add_scalar("Training/Accuracy", accuracy, state.step)
     run.writer.add_scalar("Training/Loss", loss, state.step)

@@ -432,7 +432,7 @@ def _last_try(step: Callable[[], None]) -> None:
         step()
     except Moved:
         raise StorageError(
-            "somebody removes temporary files while they are written; end what does it, and repeat"
+            "another program removes temporary files while they are written; stop it, and repeat"
         ) from None
 
 

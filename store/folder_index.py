@@ -121,7 +121,7 @@ class ManifestFolder:
             Corrupt: if that is no digest, and so might name any file.
         """
         if not is_digest(digest):
-            raise Corrupt(f"{quoted(digest)} names no manifest, as it is no digest")
+            raise Corrupt(f"{quoted(digest)} names no manifest, as it is not a digest")
         return self._folder / digest[:2] / f"{digest}.json"
 
     def digests(self) -> list[str]:

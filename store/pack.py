@@ -284,7 +284,9 @@ def pack_path(packs: Path, digest: str) -> Path:
         Corrupt: if that is no digest, and so might name any file.
     """
     if not is_digest(digest):
-        raise Corrupt(f"the catalog names a pack {quoted(digest)}, which is no digest; run: registry rebuild")
+        raise Corrupt(
+            f"the catalog names a pack {quoted(digest)}, which is not a digest; run: registry rebuild"
+        )
     return packs / digest[:2] / f"{digest}.safetensors"
 
 

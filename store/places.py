@@ -72,7 +72,7 @@ def _open_inner_folder(name: str, folder: int, place: str) -> int:
             error.filename = place
             raise
         raise Corrupt(
-            f"{place}: is no folder but {_kind(os.stat(name, dir_fd=folder, follow_symlinks=False))}, which a "
+            f"{place}: is not a folder but {_kind(os.stat(name, dir_fd=folder, follow_symlinks=False))}, which a "
             "registry does not have there; nothing was changed"
         ) from None
 

@@ -362,7 +362,9 @@ class _Hashing:
         is_sure = not leaf.is_live or (is_copied and digest is None)
         if digest is None:
             threads = ALL_CORES if leaf.size >= _LARGE else 1
-            digest = remembered.digest(leaf.address, leaf.dtype, leaf.shape, data, threads=threads)
+            digest = remembered.digest(
+                leaf.address, dtype=leaf.dtype, shape=leaf.shape, data=data, threads=threads
+            )
         copy = data if is_copied else None
         return _Hashed(slot=slot, digest=digest, leaf=leaf, data=copy, is_sure=is_sure)
 

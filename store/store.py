@@ -250,7 +250,7 @@ class Store:
     def load_into(
         self, digest: str, targets: Mapping[str, Any], *, verify: bool = True, label: str = ""
     ) -> None:
-        """Copy stored values into live tensors, such as those of `{"model": model.state_dict()}`.
+        """Copy stored tensors into live tensors, such as those of `{"model": model.state_dict()}`.
 
         All or nothing: names, shapes, dtypes and (with `verify`) digests are checked before the first byte is
         copied. Names that the targets do not mention are left in the store.

@@ -367,13 +367,13 @@ def box(tensor: torch.Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> t
 
 def _sizes(body: Any) -> list[int]:
     if not isinstance(body, list) or any(type(n) is not int or not -(1 << 63) <= n < 1 << 63 for n in body):
-        raise ValueError("a size is no list of whole numbers")
+        raise ValueError("a size is not a list of whole numbers")
     return body
 
 
 def _text(body: Any) -> str:
     if not isinstance(body, str):
-        raise TypeError("a name is no text")
+        raise TypeError("a name is not text")
     return body
 
 
@@ -404,13 +404,13 @@ def torch_type(name: str) -> torch.dtype:
 def _torch_type(name: str) -> torch.dtype:
     kind = getattr(torch, name)
     if not isinstance(kind, torch.dtype):
-        raise ValueError(f"{quoted(name)} is no dtype")
+        raise ValueError(f"{quoted(name)} is not a dtype")
     return kind
 
 
 def _numpy_type(name: str) -> np.dtype[Any]:
     if name not in _NUMPY_TYPES:
-        raise ValueError(f"{quoted(name)} is no numpy dtype")
+        raise ValueError(f"{quoted(name)} is not a numpy dtype")
     return np.dtype(name)
 
 

@@ -84,7 +84,7 @@ class Artifacts:
             NotFound, Conflict: if there is none, or several.
         """
         if not prefix or set(prefix) - set("0123456789abcdef"):
-            raise Invalid(f"{quoted(prefix)} is no key; registry cache list shows them")
+            raise Invalid(f"{quoted(prefix)} is not a key; registry cache list shows the keys")
         found = [one for one in self.find() if one.key.startswith(prefix) or one.id.startswith(prefix)]
         if not found:
             raise NotFound(f"there is no artifact {quoted(prefix)}; registry cache list shows what there is")

@@ -89,7 +89,9 @@ def mark(path: Path, status: os.stat_result | None = None) -> str:
     """
     status = status or path.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise Unsupported(f"{printable(str(path))} is no regular file; its content cannot be part of a key")
+        raise Unsupported(
+            f"{printable(str(path))} is not a regular file; its content cannot be part of a key"
+        )
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino} {status.st_dev}"
 
 

@@ -259,7 +259,7 @@ class Change:
 
     def _alias(self, record: Record, entry: Entry) -> None:
         model, alias, manifest_id = record["model"], record["alias"], record["id"]
-        refuse_if(self._version(manifest_id)[0] != model, f"{manifest_id[:12]} is no version of {model}")
+        refuse_if(self._version(manifest_id)[0] != model, f"{manifest_id[:12]} is not a version of {model}")
         self._unpoint(model, alias, record["was"])
         self.rows.add_alias(model, alias, manifest_id)
 

@@ -104,7 +104,7 @@ def parsed(record: Any) -> Any:
         found = json.loads(record)
         if isinstance(found, dict):
             return found
-        problem = "it is no object"
+        problem = "it is not an object"
     except (ValueError, TypeError, RecursionError) as error:
         problem = str(error)
     raise Corrupt(f"the catalog holds a damaged record ({problem}); recreate it with: registry rebuild")

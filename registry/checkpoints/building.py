@@ -36,7 +36,7 @@ def build(home: Home, reference: str, *, component: str = "model") -> nn.Module:
     )
     if kind := about.get("unrecorded"):
         raise Invalid(
-            f"{checkpoint.name} does not record its network's configuration, a {quoted(kind)}: it is no Config, and "
+            f"{checkpoint.name} does not record its network's configuration, a {quoted(kind)}: it is not a Config, and "
             f"gives no plain values; {advice}"
         )
     network = made.build(about.get("network"))

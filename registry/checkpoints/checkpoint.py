@@ -170,7 +170,7 @@ class Checkpoint:
         return self.load(component, copy=copy, verify=verify)[component]
 
     def load_into(self, *, verify: bool = True, **components: Any) -> None:
-        """Copy stored values into live trees of tensors, all or nothing: `load_into(model=net.state_dict())`.
+        """Copy stored tensors into live trees of tensors, all or nothing: `load_into(model=net.state_dict())`.
 
         Raises:
             Incompatible: listing the names, shapes or dtypes that differ; nothing was changed.
@@ -233,7 +233,7 @@ class Checkpoint:
         for name, network in networks.items():
             if names := frozen.get(name):
                 freeze_again(network, names, self.provenance.get("going_on", {}).get(name, ()))
-                told.append(f"{len(names)} names of {name} are frozen again")
+                told.append(f"{len(names)} tensors of {name} are frozen again")
         if "rng" in states:
             generators.restore(states["rng"])
             told.append("the random numbers go on as they were")

@@ -212,7 +212,7 @@ def _places(
     for name in loose:
         (key,) = found[name]
         if key in taken or (home,) in found.values():
-            raise Invalid(f"{quoted(str(key))} stands beside {quoted(home)}; put it in")
+            raise Invalid(f"{quoted(str(key))} stands beside {quoted(home)}; put it into {quoted(home)}")
         found[name] = (home, key)
     return found
 

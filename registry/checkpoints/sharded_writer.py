@@ -109,7 +109,7 @@ class RegistryWriter(StorageWriter):
             raise Invalid("which model? name it: RegistryWriter(registry, 'gpt'), or checkpoint_id='gpt'")
         if not kwargs.get("use_collectives", True):
             raise Unsupported(
-                "use_collectives=False: a version is made once all processes have written theirs"
+                "use_collectives=False cannot work: a version is made once all processes have written their parts"
             )
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
@@ -210,6 +210,6 @@ def _value(planner: SavePlanner, item: WriteItem) -> Any:
         return torch.load(data, weights_only=True)
     except Exception as error:
         raise Unsupported(
-            f"{item.index.fqn}: {own.__qualname__} makes bytes of it that are no plain values of torch.save; "
+            f"{item.index.fqn}: {own.__qualname__} makes bytes of it that are not plain values of torch.save; "
             "store tensors, numbers, strings, or dicts, lists and tuples of them"
         ) from error

@@ -63,7 +63,7 @@ def read_document(path: Path | str, form: str = "") -> Document:
         with path.open("rb") as file:
             data = file.read(MAX_SIZE + 1)
     if len(data) > MAX_SIZE:
-        raise Invalid(f"{shown}: larger than {MAX_SIZE >> 20} MB, which no configuration is")
+        raise Invalid(f"{shown}: larger than {MAX_SIZE >> 20} MB, the limit for a configuration")
     try:
         document = parse(data.decode("utf-8-sig"))
         _check(document, "", 0)

@@ -1,4 +1,4 @@
-"""Foreign files: what a file or folder is that cannot be imported, told by its first bytes or its names."""
+"""Foreign files: recognize a file or folder that cannot be imported, by its first bytes or its names."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _HEAD = 512
 """Bytes of a file that `kind_of` looks at."""
 
 _STARTS = (
-    (b"version https://git-lfs", "a pointer of Git LFS, not the file itself; fetch that with: git lfs pull"),
-    (b"\x89HDF\r\n", "an HDF5 file, as Keras writes them; read it with h5py, and save its arrays as tensors"),
-    (b"\x93NUMPY", "an array of NumPy; read it with numpy.load, and save it as tensors"),
-    (b"GGUF", "a GGUF file, whose weights are quantized for inference; import what it was made from"),
-    (b"\x1f\x8b", "compressed by gzip; unpack it first"),
-    (b"BZh", "compressed by bzip2; unpack it first"),
-    (b"\xfd7zXZ", "compressed by xz; unpack it first"),
-    (b"(\xb5/\xfd", "compressed by zstd; unpack it first"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself; fetch the file with: git lfs pull"),
+    (b"\x89HDF\r\n", "an HDF5 file, as Keras writes it; read it with h5py and save its arrays as tensors"),
+    (b"\x93NUMPY", "a NumPy array; read it with numpy.load and save it as a tensor"),
+    (b"GGUF", "a GGUF file of quantized tensors; import the checkpoint that it was made from"),
+    (b"\x1f\x8b", "compressed with gzip; unpack it first"),
+    (b"BZh", "compressed with bzip2; unpack it first"),
+    (b"\xfd7zXZ", "compressed with xz; unpack it first"),
+    (b"(\xb5/\xfd", "compressed with zstd; unpack it first"),
 )
 """First bytes of kinds of files, with what the kind is and what to do."""
 
@@ -47,7 +47,7 @@ def kind_of(path: Path) -> str | None:
         return "a tar archive; unpack it first"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype html", b"<html")):
-        return "a web page, as where a download asks to log in; fetch the file itself"
+        return "a web page, perhaps a login page; download the file itself"
     if head.startswith(b"PK\x03\x04"):
         return _archive(path)
     length = int.from_bytes(head[:8], "little")
@@ -64,26 +64,26 @@ def kind_of_folder(folder: Path, names: Collection[str]) -> str | None:
     """
     if ".metadata" in names and any(name.endswith(".distcp") for name in names):
         return (
-            "a checkpoint of torch.distributed; make one file of it with: "
+            "a torch.distributed checkpoint; convert it into one file with: "
             f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {_shown(folder)} model.pt"
         )
     if "model_index.json" in names:
         parts = _parts(folder, names)
         listed = f", such as {_shown(folder / parts[0])}" if parts else ""
-        return f"a pipeline of diffusers; import its parts one by one{listed}"
+        return f"a diffusers pipeline; import its parts one by one{listed}"
     inner = [name for name in sorted(names) if name.startswith("pytorch_model_fsdp")]
     if inner:
         return (
-            "a state of accelerate whose network FSDP has sharded; make one file of it with: "
+            "an accelerate state that FSDP has sharded; convert it into one file with: "
             f"accelerate merge-weights {_shown(folder / inner[0])} OUT"
         )
     steps = [name for name in sorted(names) if name.startswith("global_step")]
     if steps or "zero_to_fp32.py" in names:
-        return "a checkpoint of DeepSpeed; make one file of it with its own zero_to_fp32.py"
+        return "a DeepSpeed checkpoint; convert it into one file with its own zero_to_fp32.py"
     if any(name.startswith("random_states_") and name.endswith(".pkl") for name in names):
-        return "a state of accelerate without the weights; save it again with accelerator.save_state"
+        return "an accelerate state without the model; save it again with accelerator.save_state"
     if "adapter_config.json" in names:
-        return "an adapter of PEFT without its weights, adapter_model.safetensors"
+        return "a PEFT adapter without its tensors; put its adapter_model.safetensors there"
     return None
 
 
@@ -97,13 +97,16 @@ def _archive(path: Path) -> str | None:
     inner = {name.partition("/")[2] for name in names}
     if "constants.pkl" in inner and any(name.startswith("code/") for name in inner):
         return (
-            "a TorchScript program, not a checkpoint; save its weights with: "
-            "torch.save(torch.jit.load(file).state_dict(), 'weights.pt')"
+            "a TorchScript program, not a checkpoint; save its state dict with: "
+            "torch.save(torch.jit.load(file).state_dict(), 'model.pt')"
         )
     if any(name.startswith("models/") for name in (*names, *inner)) and "archive_format" in {*names, *inner}:
-        return "a program of torch.export; save its weights with: torch.save(torch.export.load(file).state_dict, 'weights.pt')"
+        return (
+            "a torch.export program, not a checkpoint; save its state dict with: "
+            "torch.save(torch.export.load(file).state_dict, 'model.pt')"
+        )
     if names and all(name.endswith(".npy") for name in names):
-        return "arrays of NumPy; save them as tensors: torch.save({k: torch.from_numpy(v) for k, v in numpy.load(file).items()}, 'weights.pt')"
+        return "NumPy arrays; read them with numpy.load and save them as a dict of tensors with torch.save"
     if not any(name.endswith("data.pkl") for name in names):
         return "a zip archive, not a file of torch.save; unpack it first"
     return None

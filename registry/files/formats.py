@@ -79,14 +79,14 @@ FORMATS = (
         module="registry.files.torch_files",
         suffixes=(".pt", ".pth", ".ckpt", ".bin"),
         holds_all=True,
-        about="A .pt file that was imported comes back in the layout that it had.",
+        about="An imported .pt file comes back in its own layout.",
         reading="without running code that they hold",
     ),
     Format(
         module="registry.files.safetensors_files",
         suffixes=(".safetensors",),
         holds_all=False,
-        about="A .safetensors file holds one component's tensors (by default the model's).",
+        about="A .safetensors file holds the tensors of one component, by default the model.",
     ),
 )
 

@@ -90,7 +90,7 @@ def check_content(path: Path, components: Mapping[str, Any]) -> None:
     if set(components) <= {"model", "extra"} and not any(
         isinstance(value, torch.Tensor) for value in values(components)
     ):
-        raise Invalid(f"{printable(str(path))}: holds no tensors, so it is no checkpoint")
+        raise Invalid(f"{printable(str(path))}: holds no tensors, so it is not a checkpoint")
 
 
 def values(tree: Any) -> Iterator[Any]:

@@ -82,7 +82,7 @@ def _in_folder(folder: Path) -> Path:
         if found:
             listed = ", ".join(quoted(name) for name in found[:3])
             raise Invalid(f"{shown}: holds {listed}{', ...' if len(found) > 3 else ''}; name one of them")
-    kind = kind_of_folder(folder, names) or f"holds no index and no weights; readable are {FORMS}"
+    kind = kind_of_folder(folder, names) or f"holds no index and no tensors; readable are {FORMS}"
     raise Invalid(f"{shown}: {kind}")
 
 
@@ -95,7 +95,7 @@ def _inside(folder: Path, name: str) -> Path:
     shown = quoted(name)
     header.check_name(name)
     if not name or name in (".", "..") or set(name) & set("/\\:") or len(os.fsencode(name)) > 255:
-        raise Invalid(f"{shown} is no plain file name; shards must lie beside their index")
+        raise Invalid(f"{shown} is not a plain file name; shards must lie beside their index")
     path = folder / name
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise Invalid(f"{shown} is a link that leaves the folder; copy the folder with: cp -rL")
@@ -172,7 +172,7 @@ def _with_config(imported: Imported, folder: Path) -> Imported:
     with naming(printable(str(path))):
         config = _strict_json(_read_whole(path, MAX_CONFIG))
         if not isinstance(config, dict) or not (is_config(config) or not config):
-            raise Invalid("not a table of plain values whose names do not start with '$'; mend or remove it")
+            raise Invalid("not a table of plain values, or a name in it starts with '$'; mend or remove it")
     return dataclasses.replace(imported, config=config or None)
 
 
@@ -180,7 +180,7 @@ def _read_whole(path: Path, limit: int) -> bytes:
     with open_regular(Path(os.path.realpath(path))) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise Invalid(f"{printable(str(path))}: larger than {limit >> 20} MB, which no such file is")
+        raise Invalid(f"{printable(str(path))}: larger than {limit >> 20} MB, the limit for this file")
     return data
 
 

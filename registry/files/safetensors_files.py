@@ -141,7 +141,7 @@ def _metadata(checkpoint: Checkpoint, component: str) -> dict[str, str]:
 def _flat(tree: Any, component: str) -> dict[str, Leaf]:
     """The tensors of a component by name; refuses what the format cannot hold."""
     if not isinstance(tree, dict):
-        raise Unsupported(f"{quoted(component)} is no dict of tensors; export it to a .pt file")
+        raise Unsupported(f"{quoted(component)} is not a dict of tensors; export it to a .pt file")
     leaves = {}
     for name, value in tree.items():
         where = quoted(f"{component}/{name}")

@@ -262,7 +262,7 @@ def _freeze(
     plain: nn.Module = components.plain_module(model)
     names = dict(plain.named_parameters(remove_duplicate=False))
     notes = [
-        f"{name} is frozen too, as it shares memory with a frozen name"
+        f"{name} is frozen too, as it shares memory with a frozen tensor"
         for name, parameter in names.items()
         if id(parameter) in chosen and not rule.covers(name)
     ]
@@ -312,7 +312,7 @@ def _listed(patterns: str | Iterable[str]) -> list[str]:
     for pattern in found:
         if not isinstance(pattern, str):
             raise Invalid(
-                f"a {type(pattern).__name__} is no pattern of names; write 'conv.*', 'loaded' or 'first:3'"
+                f"a {type(pattern).__name__} is not a pattern of names; write 'conv.*', 'loaded' or 'first:3'"
             )
     return found
 
@@ -326,8 +326,8 @@ def _first(pattern: str, parameters: Sequence[str], order: Sequence[str]) -> lis
         count = 0
     if not count or abs(count) >= len(layers):
         raise Invalid(
-            f"freeze: {quoted(pattern)} is no number of the {len(layers)} layers; write first:3, or first:-1 for all "
-            "but the last"
+            f"freeze: {quoted(pattern)} is not a number of the {len(layers)} layers; write first:3, or first:-1 "
+            "for all but the last"
         )
     chosen = set(layers[:count])
     known = set(parameters)

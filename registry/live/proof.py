@@ -1,4 +1,4 @@
-"""The proof of a freeze: digests before and after a block of code, and why a name moved."""
+"""The proof of a freeze: digests before and after a block of code, and why a tensor moved."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def frozen_proof(
         optimizer: helps to name the cause.
 
     Yields:
-        The names that are watched.
+        The names of the tensors that are watched.
 
     Raises:
         Invalid: if nothing is frozen.
-        Thawed: with the names that moved, and why, as far as it can be known.
+        Thawed: if a tensor moved. The message names those that did, and why, as far as it can be known.
     """
     names = watched_names(model)
     if not names:
@@ -48,7 +48,7 @@ def frozen_proof(
     if moved:
         causes = [f"{name} ({_cause(model, optimizer, name, was=objects[name])})" for name in moved[:3]]
         more = f", and {len(moved) - 3} more" if len(moved) > 3 else ""
-        raise Thawed(f"{len(moved)} of {len(names)} frozen names moved: {', '.join(causes)}{more}")
+        raise Thawed(f"{len(moved)} of {len(names)} frozen tensors moved: {', '.join(causes)}{more}")
 
 
 def _digests(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
@@ -72,7 +72,7 @@ def _named(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _cause(model: nn.Module, optimizer: torch.optim.Optimizer | None, name: str, was: torch.Tensor) -> str:
-    """Why a name may have moved, as far as it can be known.
+    """Why a tensor may have moved, as far as it can be known.
 
     Args:
         was: the tensor that had the name before.

@@ -118,7 +118,7 @@ def parse(line: bytes) -> Entry:
     except ValueError as error:
         raise Corrupt(f"it is not JSON: {error}") from None
     if not isinstance(document, dict):
-        raise Corrupt("it is no object")
+        raise Corrupt("it is not an object")
     seq, at, prev, nonce, records = (document.get(key) for key in ("seq", "at", "prev", "nonce", "records"))
     _whole(seq, 1, MAX_NUMBER)
     _time(at)
@@ -126,7 +126,7 @@ def parse(line: bytes) -> Entry:
     if not isinstance(nonce, str) or not _NONCE.match(nonce):
         raise Corrupt("its nonce is malformed")
     if not isinstance(records, list) or not 0 < len(records) <= MAX_RECORDS:
-        raise Corrupt("its records are no list of the right length")
+        raise Corrupt("its records are not a list of the right length")
     for record in records:
         check_record(record)
     return Entry(
@@ -214,17 +214,17 @@ def _refuse_constant(text: str) -> Any:
 
 def _whole(value: Any, least: int, most: int) -> None:
     if type(value) is not int or not least <= value <= most:
-        raise Corrupt(f"{quoted(str(value))} is no whole number from {least} to {most}")
+        raise Corrupt(f"{quoted(str(value))} is not a whole number from {least} to {most}")
 
 
 def _time(value: Any) -> None:
     if not isinstance(value, str) or not _TIME.match(value):
-        raise Corrupt(f"{quoted(str(value))} is no time")
+        raise Corrupt(f"{quoted(str(value))} is not a time")
 
 
 def _digest(value: Any) -> None:
     if not is_digest(value):
-        raise Corrupt(f"{quoted(str(value))} is no digest")
+        raise Corrupt(f"{quoted(str(value))} is not a digest")
 
 
 def _digest_or_none(value: Any) -> None:
@@ -234,13 +234,13 @@ def _digest_or_none(value: Any) -> None:
 
 def _digests(value: Any) -> None:
     if not isinstance(value, list) or not all(map(is_digest, value)) or len(set(value)) != len(value):
-        raise Corrupt("is no list of different digests")
+        raise Corrupt("is not a list of different digests")
 
 
 def _name(kind: str) -> Callable[[Any], None]:
     def check(value: Any) -> None:
         if not isinstance(value, str):
-            raise Corrupt(f"{quoted(str(value))} is no name")
+            raise Corrupt(f"{quoted(str(value))} is not a name")
         check_name(value, kind)
 
     return check
@@ -249,7 +249,7 @@ def _name(kind: str) -> Callable[[Any], None]:
 def _names(kind: str) -> Callable[[Any], None]:
     def check(value: Any) -> None:
         if not isinstance(value, list) or len(set(map(str, value))) != len(value):
-            raise Corrupt("is no list of different names")
+            raise Corrupt("is not a list of different names")
         for name in value:
             _name(kind)(name)
 
@@ -274,7 +274,7 @@ def _text(value: Any) -> None:
 
 def _table(value: Any) -> None:
     if not isinstance(value, dict):
-        raise Corrupt("is no object")
+        raise Corrupt("is not an object")
 
 
 def _flag(value: Any) -> None:
@@ -284,10 +284,10 @@ def _flag(value: Any) -> None:
 
 def _gaps(value: Any) -> None:
     if not isinstance(value, list) or not value:
-        raise Corrupt("is no list of ranges")
+        raise Corrupt("is not a list of ranges")
     for gap in value:
         if not isinstance(gap, list) or len(gap) != 2:
-            raise Corrupt("is no list of ranges")
+            raise Corrupt("is not a list of ranges")
         _whole(gap[0], 1, MAX_NUMBER)
         _whole(gap[1], gap[0], MAX_NUMBER)
 

@@ -332,7 +332,7 @@ def _records(store: Store, state: State) -> Iterator[Record]:
 def _text(store: Store, manifest_id: str) -> dict[str, str]:
     """The field that carries a manifest's text; empty if its file cannot be read."""
     if not is_digest(manifest_id):
-        raise Corrupt(f"{quoted(str(manifest_id))} is no digest")
+        raise Corrupt(f"{quoted(str(manifest_id))} is not a digest")
     with contextlib.suppress(OSError, RegistryError):
         data = places.read_file(store.manifest_path(manifest_id), MAX_SIZE, inner=INNER)
         if digest(data) == manifest_id:

@@ -49,7 +49,7 @@ class Gap(NamedTuple):
         times = [f"{word} {time}" for word, time in (("after", self.before), ("before", self.after)) if time]
         when = f", written {' and '.join(times)}" if times else ""
         if self.last < self.first:
-            return f"the log holds something that is no entry before entry {self.first}: {self.problem}"
+            return f"the log holds something that is not an entry before entry {self.first}: {self.problem}"
         numbers = f"entry {self.first}" if self.first == self.last else f"entries {self.first} to {self.last}"
         return f"{numbers} of the log cannot be read{when}: {self.problem}"
 

@@ -266,7 +266,7 @@ class Ledger:
         if self.has_gaps and manifest_id not in self.versions:
             # Its new version is lost, but it does not point to the old one any more.
             self._unpoint(model, alias, record["was"])
-        refuse_if(self._version(manifest_id)[0] != model, f"{manifest_id[:12]} is no version of {model}")
+        refuse_if(self._version(manifest_id)[0] != model, f"{manifest_id[:12]} is not a version of {model}")
         self._unpoint(model, alias, record["was"])
         self._undo.set(self.aliases, (model, alias), manifest_id)
         self._undo.set(self.aliases_of, manifest_id, self.aliases_of.get(manifest_id, frozenset()) | {alias})

@@ -29,7 +29,7 @@ def bars(block: Bars) -> str:
             f"<title>{_escaped(name)}: {value:.4g}</title></rect>"
             f'<text x="{_NAME + 6 + width:.1f}" y="{i * _ROW + 15}">{value:.3g}</text>'
         )
-    return _svg(block.title, _NAME + _BAR + 80, len(block.bars) * _ROW + 4, parts)
+    return _svg(block.title, width=_NAME + _BAR + 80, height=len(block.bars) * _ROW + 4, parts=parts)
 
 
 def curves(block: Curves) -> str:
@@ -46,7 +46,7 @@ def curves(block: Curves) -> str:
         y = _HEIGHT + 16 + 20 * i
         parts.append(f'<rect x="{_LEFT}" y="{y - 10}" width="14" height="10" fill="{colour}"/>')
         parts.append(f'<text x="{_LEFT + 20}" y="{y}">{_escaped(name)}</text>')
-    return _svg(block.title, _WIDTH, _HEIGHT + 20 + 20 * len(block.curves), parts)
+    return _svg(block.title, width=_WIDTH, height=_HEIGHT + 20 + 20 * len(block.curves), parts=parts)
 
 
 class _Axes:

@@ -69,9 +69,9 @@ def _drawn(block: Block) -> str:
         case Tree():
             return f"{_heading(block.title)}{''.join(map(_node, block.nodes))}"
         case Bars():
-            return _section(block.title, block.above, block.title, charts.bars(block))
+            return _section(block.title, above=block.above, label=block.title, wide=charts.bars(block))
         case Curves():
-            return _section("", "", block.title, charts.curves(block))
+            return _section("", above="", label=block.title, wide=charts.curves(block))
         case Code():
             return f"{_heading(block.title)}<pre>{_e(block.text)}</pre>"
 
@@ -109,7 +109,7 @@ def _table(block: Table) -> str:
     table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
     if block.same is not None:
         table = _filters(block) + table
-    found = _section(block.title, block.above, block.title or "Table", table)
+    found = _section(block.title, above=block.above, label=block.title or "Table", wide=table)
     return f'<div class="filtered">{found}</div>' if block.same is not None else found
 
 

@@ -10,7 +10,7 @@ for (const part of document.querySelectorAll('.filtered')) {
       row.hidden = !checked.has(row.dataset.status) || (only.checked && row.dataset.same === 'yes');
       count += row.hidden ? 0 : 1;
     }
-    part.querySelector('[data-shown]').textContent = `${count} of ${rows.length} names shown`;
+    part.querySelector('[data-shown]').textContent = `${count} of ${rows.length} tensors shown`;
   };
   for (const box of [...boxes, only]) box.addEventListener('change', show);
   show();

@@ -278,8 +278,8 @@ class Recording:
         if self._unmonitored == 2:
             there = [*(["loss"] if loss is not None else []), *values]
             _logger.warning(
-                "monitor=%r: no save has had such a value (this one has %s); until one has, there is no best version, and "
-                "keep_best removes nothing",
+                "monitor=%r: no save has this metric (this one has %s); "
+                "until one has it, there is no best version, and keep_best removes nothing",
                 by.metric,
                 ", ".join(map(quoted, there)) or "none",
             )

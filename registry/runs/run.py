@@ -379,5 +379,5 @@ def _store_differences(home: Home, model: str) -> None:
         _logger.warning("%s was not compacted: %s", model, failed)
     else:
         if done.problem:
-            _logger.warning("%s was not compacted wholly: %s", model, done.problem)
+            _logger.warning("%s was compacted only in part: %s", model, done.problem)
         _logger.info("compacted %d versions: %d bytes became %d", done.versions, done.before, done.after)

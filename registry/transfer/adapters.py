@@ -46,7 +46,7 @@ def check_adapter(name: str) -> None:
         Invalid: if there is none, with the names of those that there are.
     """
     if name not in ADAPTERS:
-        raise Invalid(f"there is no adapter {quoted(name)}; there are {', '.join(ADAPTERS)}")
+        raise Invalid(f"there is no adapter {quoted(name)}; the adapters are {', '.join(ADAPTERS)}")
 
 
 def needs_source(name: str) -> bool:
@@ -132,7 +132,7 @@ def _identity(value: torch.Tensor | None, target: torch.Tensor, rows: Rows | Non
         return torch.zeros_like(target)
     square = target.dim() >= 2 and target.shape[0] == target.shape[1]
     if not square or any(size % 2 == 0 for size in target.shape[2:]):
-        raise ValueError("makes square weights of Linear, or of Conv with odd kernels,")
+        raise ValueError("makes square tensors for Linear, or for Conv with odd kernels")
     found = torch.zeros_like(target)
     return torch.nn.init.eye_(found) if target.dim() == 2 else torch.nn.init.dirac_(found)
 

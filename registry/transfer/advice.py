@@ -25,20 +25,20 @@ _CASES = {
     (True, False): (
         "small and different",
         "keep the early layers as they are and train a small network on top",
-        "late features belong to the old task; sources disagree here: another pretrained model or more data may help more",
+        "late features belong to the old task (sources disagree: another pretrained model or more data may help more)",
         "--freeze first:{early}",
     ),
     (False, False): (
         "large and different",
-        "fine-tune everything, from the loaded weights",
-        "even weights of another task are a better start than random ones",
+        "fine-tune everything, from the loaded parameters",
+        "even parameters of another task are a better start than random ones",
         "",
     ),
 }
 
 CAVEATS = (
-    "a rule of thumb: only you can judge how similar the data is, measures of similarity are unreliable",
-    "training the head first and then everything keeps more accuracy out of the distribution (Kumar et al. 2022)",
+    "this is a rule of thumb; judge the similarity of the data yourself, because measures of it are unreliable",
+    "training the head first and then everything keeps more out-of-distribution accuracy (Kumar et al. 2022)",
     "which layers are best tuned depends on the kind of shift (Lee et al. 2023)",
 )
 

@@ -51,7 +51,7 @@ def diff(
     Args:
         a, b: each a reference, a file, `torchvision:NAME`, a live network, or a pair of a network and a reference.
         registry: where references are looked up.
-        values: also say how far the values of pairs moved.
+        values: also say how far the tensors of pairs moved.
         rename: rules for the names of `a`, such as `backbone.*=*`.
         exclude: glob patterns of names to leave out.
         component: the component of checkpoints and files.
@@ -76,8 +76,8 @@ def diff(
     warnings = [*_warnings(rows)]
     if values and not related:
         warnings.append(
-            "the two were not trained from one another: equal networks may differ by the order of their neurons, "
-            "so distances between their values say little"
+            "neither was trained from the other: equal networks may differ by the order of their neurons, "
+            "so distances between their tensors say little"
         )
     counted = [row for row in rows if row.b and row.category not in (Category.EXCLUDED,)]
     trainable = [row for row in counted if row.kind != "buffer"]
@@ -212,10 +212,10 @@ def _layers(module: nn.Module) -> dict[str, str]:
 def _warnings(rows: Sequence[Row]) -> Iterator[str]:
     positional = [row for row in rows if row.category == Category.POSITIONAL]
     if positional:
-        names = "name agrees" if len(positional) == 1 else "names agree"
+        tensors = "tensor agrees" if len(positional) == 1 else "tensors agree"
         yield (
-            f"{len(positional)} {names} in name and shape and may be another layer, as a numbered container has "
-            f"another length or other classes: {positional[0].note}"
+            f"{len(positional)} {tensors} in name and shape but may be of another layer, as a numbered container "
+            f"has another length or other classes: {positional[0].note}"
         )
     benign = [
         row for row in rows if row.name.endswith("num_batches_tracked") and row.category not in LOADABLE

@@ -1,4 +1,4 @@
-"""Frozen versions: whether the frozen names of a version have the same values in an earlier one, and if not, why."""
+"""Frozen versions: whether the frozen tensors of a version are the same in an earlier one, and if not, why."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from registry.store.errors import Incompatible, Invalid
 from registry.store.text import quoted
 
 _MODEL = "model"
-"""The component whose frozen names are compared."""
+"""The component whose frozen tensors are compared."""
 
 _NOT_YET = "it was not frozen yet in the first"
 _A_BUFFER = "a buffer: its layer was in training mode, or writes to it in evaluation mode, too"
@@ -20,13 +20,13 @@ _NOT_HELD = "the parameters of its layer are frozen, and it was not held"
 
 
 class FrozenCheck(NamedTuple):
-    """Which of the names that are frozen in the second of two versions have moved since the first.
+    """Which tensors that are frozen in the second of two versions have moved since the first.
 
     Attributes:
-        frozen: the frozen names.
-        moved: those that have other values, each with the reason, as far as it can be known.
-        went_on: buffers that have other values and are not frozen themselves, though all parameters of their layer are;
-            each with the reason.
+        frozen: the names of the frozen tensors.
+        moved: the names of those that differ, each with the reason, as far as it can be known.
+        went_on: the names of buffers that differ and are not frozen themselves, though all parameters of their layer
+            are; each with the reason.
     """
 
     frozen: tuple[str, ...]
@@ -35,11 +35,11 @@ class FrozenCheck(NamedTuple):
 
 
 def check_frozen(before: Checkpoint, after: Checkpoint) -> FrozenCheck:
-    """Compare two versions by digest, over the names that are frozen in `after`. No tensor is read.
+    """Compare two versions by digest, over the tensors that are frozen in `after`. No tensor is read.
 
     Raises:
         Invalid: if nothing was frozen in `after`.
-        Incompatible: if `before` lacks a frozen name.
+        Incompatible: if `before` lacks a frozen tensor.
     """
     frozen = _recorded(after, "frozen")
     if not frozen:
@@ -91,7 +91,7 @@ def _not_held(frozen: Collection[str], names: Collection[str], buffers: Collecti
 
 
 def _reason(name: str, were_frozen: Collection[str], buffers: Collection[str]) -> str:
-    """Why a frozen name has moved, as far as it can be known."""
+    """Why a frozen tensor has moved, as far as it can be known."""
     if name not in were_frozen:
         return _NOT_YET
     return _A_BUFFER if name in buffers else _WRITTEN

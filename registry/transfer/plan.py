@@ -120,7 +120,7 @@ class TransferPlan(BaseModel):
     Attributes:
         source, target: labels for people.
         source_id: the id of the source, if it is a checkpoint.
-        source_digest: digest of the source's names and values, unless it is a live network; checked when the plan is
+        source_digest: digest of the names and the contents of the source's tensors, unless it is a live network; checked when the plan is
             applied.
         target_digest: digest of the target's names, dtypes and shapes; likewise.
         freeze: patterns of names to freeze after the copy.
@@ -274,7 +274,7 @@ class TransferPlan(BaseModel):
         """Copy what the plan says into a live network and freeze what it says: all of it, or nothing.
 
         Args:
-            source: where the values come from; by default what the plan was made from. A plan that was read from a file
+            source: where the tensors come from; by default what the plan was made from. A plan that was read from a file
                 knows a reference, a file or a name, and not a live network or a state dict.
             registry: where references are looked up; by default as when the plan was made.
 
@@ -283,7 +283,7 @@ class TransferPlan(BaseModel):
 
         Raises:
             Incompatible: if the source or the network is another than the plan was made for, or a step does not fit.
-            Invalid: if values are NaN or infinite and the plan does not allow it.
+            Invalid: if a tensor holds NaN or infinity and the plan does not allow it.
             Corrupt: if a stored byte is not what was saved.
         """
         left, right = self._side_of(source, registry), side_of(model)
@@ -311,7 +311,7 @@ class TransferPlan(BaseModel):
         (`_metadata`), by which torch's own layers read old state dicts, follow their names.
 
         Args:
-            model: the network that the plan was made for; its values fill what an adapter leaves.
+            model: the network that the plan was made for; its tensors fill what an adapter leaves.
             source, registry: as for `apply`.
 
         Raises:
@@ -342,9 +342,7 @@ class TransferPlan(BaseModel):
                 "make a new plan"
             )
         if self.source_digest is not None and left.content != self.source_digest:
-            raise Incompatible(
-                f"the plan was made from {self.source} with other values or names; make a new plan"
-            )
+            raise Incompatible(f"the plan was made from {self.source} with other tensors; make a new plan")
         if self.coverage < self.min_coverage:
             raise Incompatible(
                 f"{self.summary}, less than the {percent(self.min_coverage)} that the plan asks for"
@@ -352,7 +350,7 @@ class TransferPlan(BaseModel):
         named = {step.target for step in self.steps if step.target}
         for name in right.entries:
             if name not in named:
-                raise Incompatible(f"the plan says nothing of {name}; let it be copied, or kept")
+                raise Incompatible(f"the plan has no step for {name}; add one that copies or keeps it")
         for step in self.steps:
             if step.target is not None and step.target not in right.entries:
                 raise Incompatible(f"the network has no {step.target}, which the plan names")
@@ -438,7 +436,7 @@ def _check_finite(copies: list[tuple[Step, torch.Tensor]], left: Side, allowed: 
 
 
 def _check_kept(steps: tuple[Step, ...], right: Side) -> None:
-    """Refuse NaN and infinity among the network's own values that are kept."""
+    """Refuse NaN and infinity in the network's own tensors that are kept."""
     for step in steps:
         if step.action == "keep" and step.target:
             value = right.tensor(step.target)

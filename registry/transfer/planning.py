@@ -58,7 +58,7 @@ def plan_transfer(
         min_coverage: share of the target's parameters that must be loaded.
         allow_cast: copy to dtypes that cannot hold every value of the source's.
         allow_positional: copy names whose numbers may have shifted.
-        allow_nan: copy values that are NaN or infinite.
+        allow_nan: copy tensors that hold NaN or infinity.
         adapters: names of adapters, by glob pattern of the target's names; see
             `registry.transfer.adapters.ADAPTERS`.
         classes: names of the classes of the source and of the target, for adapters that take the rows of a classifier.

@@ -34,7 +34,7 @@ MEANING = {
     Category.MATCH: "same name, shape and dtype",
     Category.RENAMED: "another name, by a rule",
     Category.PREFIX: "the name without a wrapper's prefix",
-    Category.TIED: "shares memory with a name that has a partner",
+    Category.TIED: "shares memory with a tensor that has a partner",
     Category.CAST: "another dtype",
     Category.ADAPTED: "made to fit by an adapter",
     Category.SHAPE: "another shape",
@@ -70,7 +70,7 @@ class Count(Part):
 
 
 class ValueChange(Part):
-    """How the values of one name differ, in float64: norms, the angle, and the share of elements that changed."""
+    """How the two tensors of one name differ, in float64: norms, the angle, and the share of elements that changed."""
 
     name: str
     norm: float
@@ -202,7 +202,7 @@ class DiffReport(Part):
     def _summary(self) -> Table:
         columns = (
             Column("status"),
-            Column("names", is_number=True),
+            Column("tensors", is_number=True),
             Column("elements", is_number=True),
             Column("", tone="dim"),
         )
@@ -213,12 +213,12 @@ class DiffReport(Part):
         return Table("Summary", columns, rows, opens=True)
 
     def _names(self) -> Table:
-        """All names, one by one."""
+        """All tensors, one by one."""
         rows = [
             (Cell(row.status, _tone(row.status)), row.shown_name, row.shown_shape, row.note)
             for row in self.rows
         ]
-        return Table("Names", _NAME_COLUMNS, rows, same=Category.MATCH, where="pages")
+        return Table("Tensors", _NAME_COLUMNS, rows, same=Category.MATCH, where="pages")
 
     def _exceptions(self) -> Table:
         """What differs in structure, then what differs in value alone; layers that differ alike stand in one line."""
@@ -269,7 +269,7 @@ class DiffReport(Part):
         )
 
     def _frozen(self) -> Table:
-        heads = ("frozen names", "frozen elements", "trainable elements")
+        heads = ("frozen tensors", "frozen elements", "trainable elements")
         rows = [
             (part.where, f"{len(part.names):,}", f"{part.elements:,}", f"{part.trainable:,}")
             for part in self.frozen

@@ -59,7 +59,7 @@ class Row(Part):
 
     @property
     def status(self) -> str:
-        """The category, or `VALUES` where a name could be loaded as it is and has other values."""
+        """The category, or `VALUES` where a tensor could be loaded as it is and differs in its elements."""
         return "VALUES" if self.category in LOADABLE and self.equal is False else str(self.category)
 
 

@@ -1,4 +1,4 @@
-"""Sides: the named tensors of a checkpoint, a file or a live network; values are read when they are asked for."""
+"""Sides: the named tensors of a checkpoint, a file or a live network. A tensor is read when it is asked for."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Side:
     """One of the two sides of a diff, or the source of a transfer; see `registry.transfer.sources.side_of`.
 
     Args:
-        tensor: reads the values of a name; None if the side has no values.
-        digests: digests of values that are known already, by name.
+        tensor: reads the tensor of a name; None if the tensors have no memory.
+        digests: digests of tensors that are known already, by name.
         shards: digests of all shards of a name together, where the digest of the whole is not known.
 
     Attributes:
@@ -83,7 +83,7 @@ class Side:
 
     @property
     def has_values(self) -> bool:
-        """Whether there are values to compare or copy; a network on the meta device has none."""
+        """Whether there are tensors to compare or copy; those of a network on the meta device have no values."""
         return self._tensor is not None
 
     @property
@@ -92,17 +92,17 @@ class Side:
         return sum(entry.elements for entry in self.entries.values())
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The values of a name; on the CPU for stored ones.
+        """The tensor of a name; on the CPU for a stored one.
 
         Raises:
-            Invalid: if there are no values.
+            Invalid: if the tensors have no values.
         """
         if self._tensor is None:
             raise Invalid(f"{self.label} is on the meta device and has no values")
         return self._tensor(name)
 
     def digest(self, name: str) -> str | None:
-        """The digest of a name's values, computed at most once; None where there are no values."""
+        """The digest of the tensor of a name, computed at most once; None where it has no values."""
         if name not in self._digests and self.has_values:
             entry = self.entries[name]
             leaf = Leaf.of(self.tensor(name).detach())
@@ -110,7 +110,7 @@ class Side:
         return self._digests.get(name)
 
     def equals(self, name: str, other: Side, its_name: str) -> bool | None:
-        """Whether two names of equal dtype and shape have the same values, bit for bit; None where one has none.
+        """Whether two tensors of equal dtype and shape are the same, bit for bit; None where one has no values.
 
         If one of the two digests is known, digests are compared; otherwise the bits.
         """
@@ -123,7 +123,7 @@ class Side:
         return torch.equal(components.bits(self.tensor(name)), components.bits(other.tensor(its_name)))
 
     def explained_by(self, module: nn.Module, live: Side) -> Side:
-        """The same values as a side of a live network, which says what is a parameter and what a buffer.
+        """The same tensors as a side of a live network, which says what is a parameter and what a buffer.
 
         Args:
             live: the side of that network.
@@ -151,7 +151,7 @@ class Side:
 
     @functools.cached_property
     def content(self) -> str | None:
-        """A digest of names and values; None for a live network, which may change at any time."""
+        """A digest of all tensors with their names; None for a live network, which may change at any time."""
         if not self.has_values or (self.module is not None and self.checkpoint is None):
             return None
         return digest_of("".join(f"{name} {self.digest(name)}\n" for name in sorted(self.entries)).encode())

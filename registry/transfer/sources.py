@@ -61,7 +61,7 @@ def side_of(source: Source, registry: Home | None = None, *, component: str = "m
         return _file(Path(source), component)
     if not isinstance(source, str):
         raise Invalid(
-            f"a {type(source).__qualname__} is nothing to compare or load; give a reference, a file, "
+            f"a {type(source).__qualname__} cannot be compared or loaded; give a reference, a file, "
             "torchvision:NAME, or a network"
         )
     if source.startswith(TORCHVISION):
@@ -123,7 +123,7 @@ def _stored(home: Home, reference: str, component: str) -> Side:
         if parts[0][0] is None:
             digests[name] = info.digest
         else:
-            # The manifest has digests of the shards; that of the whole would need the values.
+            # The manifest has the digests of the shards alone. The digest of the whole tensor needs its bytes.
             shards[name] = info.digest
     if not entries:
         raise Invalid(f"{checkpoint.name} holds no tensors in {component}")
@@ -153,8 +153,8 @@ def _file(path: Path, component: str) -> Side:
     used = [key for key, part, *_ in layout.get("keys", []) if part == component]
     others = [name for name in imported.components if name != component]
     if used:
-        rest = f"; also there: {', '.join(others)}" if others else ""
-        side.notes = (f"{path.name}: the weights are under the key {quoted(str(used[0]))}{rest}",)
+        rest = f"; the file also holds: {', '.join(others)}" if others else ""
+        side.notes = (f"{path.name}: the tensors are under the key {quoted(str(used[0]))}{rest}",)
     return side
 
 

@@ -1,4 +1,4 @@
-"""How far values moved: norms, angles and the share of elements that changed, for each tensor and each module."""
+"""How far tensors moved: norms, angles and the share of elements that changed, for each tensor and each module."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _Doubles = numpy.ndarray[Any, numpy.dtype[numpy.float64]]
 
 
 def changes(pairs: Sequence[Pair], left: Side, right: Side) -> Iterator[ValueChange]:
-    """How far the values of pairs of equal shape moved, for those that moved at all."""
+    """How far the tensors of pairs of equal shape moved, for those that moved at all."""
     if not (left.has_values and right.has_values):
         return
     buffers = _Buffers()

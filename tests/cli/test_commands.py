@@ -267,7 +267,7 @@ def test_rm_says_what_it_will_remove_and_asks(filled: Registry, run: Run) -> Non
     done = run("rm", "lenet5:v1")
     assert done.status == 1
     assert stamp_free(done.out) == ["lenet5:v1 ID 200 B"]
-    assert done.err == "registry: nothing was removed: say --yes to remove without being asked\n"
+    assert done.err == "registry: nothing was removed; add --yes to remove without a question\n"
     assert run("rm", "lenet5:v1", "--dry-run").out.endswith("1 version would be removed\n")
     assert len(run("list", "lenet5", "--json").json["versions"]) == 4
     done = run("rm", "lenet5:v1", "lenet5:v4", "--yes")

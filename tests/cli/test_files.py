@@ -83,7 +83,7 @@ def test_a_file_that_cannot_be_imported_is_named_and_the_others_are(
     assert done.err.splitlines() == [
         "registry: bad.pt: not a file of torch.save, by its first bytes",
         "registry: missing.pt: there is no such file",
-        "registry: 2 of 4 files were imported; not: bad.pt, missing.pt",
+        "registry: 2 of 4 files were imported; these were not: bad.pt, missing.pt",
     ]
     found = run("import", *files, "--name", "several", "--json")
     assert found.status == 1

@@ -86,7 +86,7 @@ def test_training_as_json(run: Run, tmp_path: Path) -> None:
         ("train lenet5 --epochs 0", 1, "epochs is 0; expected"),
         ("train lenet5 --set learning_rate=1", 1, "learning_rate is not a known key"),
         ("train lenet5 --set epoch=1", 1, "did you mean epochs?"),
-        ("train lenet5 --data mnist", 1, "mnist needs a folder: --data-dir DIR"),
+        ("train lenet5 --data mnist", 1, "mnist needs a folder: use --data-dir DIR"),
         ("train lenet5 --data nothing", 1, "data is 'nothing', expected one of digits"),
         ("train lenet5 --devices 0,3", 1, "there is no device 'cuda:0'; there is cpu"),
         ("train lenet5 --devices 0,0", 1, "names one of them twice"),
@@ -207,8 +207,8 @@ def test_images_that_do_not_fit_are_named(run: Run, root: Path, tmp_path: Path) 
     Image.new("RGB", (28, 28)).save(tmp_path / "red.png")
     (tmp_path / "text.png").write_text("no image")
     for name, told in (
-        ("wide.png", "has 64x48 pixels, the network takes 28x28; scale it with --fit"),
-        ("red.png", "is in colour, the network takes grey; convert it with --fit"),
+        ("wide.png", "has 64x48 pixels, but the network takes 28x28; scale it with --fit"),
+        ("red.png", "is in colour, but the network takes grey; convert it with --fit"),
         ("text.png", "not an image that can be read"),
     ):
         done = run("predict", "lenet5", tmp_path / name)

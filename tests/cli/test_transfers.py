@@ -94,7 +94,7 @@ def test_plan_transfer_and_lineage(run: Run, root: Path) -> None:
     assert all(torch.equal(made[name], source[name]) for name in source if not name.startswith("fc.5"))
     assert "transferred-from  lenet5:v2" in run("lineage", "student").out
     other = run("transfer", "lenet5:v1", "lenet6", "--plan", "plan.json", "--name", "student")
-    assert (other.status, "made from lenet5:v2 with other values" in other.err) == (1, True)
+    assert (other.status, "made from lenet5:v2 with other tensors" in other.err) == (1, True)
     assert len(registry.runs.find("student")) == 1
 
 
@@ -123,7 +123,7 @@ def test_what_is_frozen_is_verified(run: Run, root: Path) -> None:
     good = run("verify-frozen", "frozen:v1", "frozen:v2")
     assert (good.status, good.out) == (
         0,
-        "all 4 frozen names are equal in frozen:v1 and frozen:v2, bit for bit\n",
+        "all 4 frozen tensors are equal in frozen:v1 and frozen:v2, bit for bit\n",
     )
     bad = run("verify-frozen", "frozen:v1", "frozen:v3")
     assert bad.status == 1
@@ -147,7 +147,7 @@ def test_statistics_of_frozen_layers_that_went_on_are_named(run: Run, root: Path
             f"0.{name} moved: the parameters of its layer are frozen, and it was not held"
             for name in STATISTICS
         ),
-        "all 2 frozen names are equal in loose:v1 and loose:v2, bit for bit",
+        "all 2 frozen tensors are equal in loose:v1 and loose:v2, bit for bit",
     ]
     found = run("verify-frozen", "loose:v1", "loose:v2", "--json").json
     assert (found["moved"], found["went_on"]) == ({}, [f"0.{name}" for name in STATISTICS])
@@ -321,9 +321,9 @@ def test_networks_of_torchvision_come_in(run: Run, root: Path) -> None:
         ("torchvision:resnet19 --random 0", "did you mean resnet"),
         (
             "torchvision:resnet18",
-            "say which weights of resnet18: --weights NAME, --file FILE, or --random SEED",
+            "say how to fill resnet18: --weights NAME, --file FILE, or --random SEED",
         ),
-        ("torchvision:resnet18 --weights V9", "has no weights 'V9'; there are IMAGENET1K_V1"),
+        ("torchvision:resnet18 --weights V9", "has no pretrained weights 'V9'; there are IMAGENET1K_V1"),
         ("torchvision:resnet18 --file none.pth", "none.pth"),
         ("torchvision:resnet18 --file lenet.pth", "lenet.pth does not fit resnet18"),
     ],
@@ -455,12 +455,12 @@ def test_the_page_in_a_browser(page: str, root: Path) -> None:
     def click(selector: str) -> str:
         return f"document.querySelector({selector!r}).click()"
 
-    assert shown("0") == "12 of 12 names shown"
-    assert shown(click('[data-status="ONLY_B"]')) == "10 of 12 names shown"
-    assert shown(click("[data-only]")) == "12 of 12 names shown"  # as every value differs
+    assert shown("0") == "12 of 12 tensors shown"
+    assert shown(click('[data-status="ONLY_B"]')) == "10 of 12 tensors shown"
+    assert shown(click("[data-only]")) == "12 of 12 tensors shown"  # as every value differs
     headings = browse(root, page, "[...document.querySelectorAll('h1,h2')].map(h => h.textContent).join('|')")
     assert headings.split("|") == [
-        *("COMPATIBLE with 4 exceptions", "Summary", "Warnings", "Names", "Modules", "Change by module"),
+        *("COMPATIBLE with 4 exceptions", "Summary", "Warnings", "Tensors", "Modules", "Change by module"),
         *("Architecture", "Metrics", "Values", "Plan", "Frozen", "Again"),
     ]
     folded = "[...document.querySelectorAll('details')].filter(d => d.open).length"
@@ -512,7 +512,7 @@ def test_a_report_shows_a_plan_and_what_is_frozen(run: Run, root: Path) -> None:
     assert json.loads(both["json"])["plan"]["freeze"]
     assert json.loads(both["json"])["frozen"][0]["trainable"] == 6_090
     other = run("diff", "lenet5:v1", "lenet6", "--plan", "plan.json")
-    assert (other.status, "made from lenet5:v2 with other values" in other.err) == (2, True)
+    assert (other.status, "made from lenet5:v2 with other tensors" in other.err) == (2, True)
 
 
 def test_plans_with_adapters(run: Run, root: Path) -> None:
@@ -526,6 +526,6 @@ def test_plans_with_adapters(run: Run, root: Path) -> None:
     (root / "c.json").write_text('{"source": "cat"}')
     assert 'expected {"source": [names of classes]' in run(*words, "--classes", "c.json").err
     assert (
-        "there is no adapter 'x'; there are channels-sum"
+        "there is no adapter 'x'; the adapters are channels-sum"
         in run("plan", "a.pt", "b.pt", "--adapt", "1.*=x").err
     )

@@ -68,7 +68,7 @@ def test_files_of_torchvision_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "folder", "told"),
     [
-        ("mnist", None, r"mnist needs a folder: --data-dir DIR, and --download"),
+        ("mnist", None, r"mnist needs a folder: use --data-dir DIR, with --download"),
         ("cifar10", ".", r"cifar10 is not in .*: fetch it with --download"),
         ("folder", None, r"your own images need --data-dir"),
         ("folder", "nowhere", r"make a folder of images for each class"),

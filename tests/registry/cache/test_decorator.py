@@ -220,7 +220,7 @@ def test_names_that_do_not_exist_are_errors_that_list_what_there_is() -> None:
         Loader().load(3)
     with pytest.raises(Invalid, match="no attribute 'config'"):
         Loader().nested()
-    with pytest.raises(Invalid, match="is no function"):
+    with pytest.raises(Invalid, match="is not a function"):
         cached(3)
 
 
@@ -261,7 +261,7 @@ def test_which_parameters_are_files(tmp_path: Path) -> None:
             missing()
     with pytest.raises(Invalid, match="a_path is a int, expected the path"):
         f(3, None, "")  # type: ignore[arg-type]
-    with pytest.raises(Unsupported, match="is no regular file"):
+    with pytest.raises(Unsupported, match="is not a regular file"):
         f("/dev/null", None, "")
 
 

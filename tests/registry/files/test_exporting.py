@@ -267,7 +267,7 @@ def test_the_metadata_of_a_safetensors_file_comes_back(
         ({0: TIED}, "'model/0'"),
         ({"__metadata__": TIED}, "model/__metadata__"),
         ({"a": torch.zeros(1, dtype=torch.complex128)}, "'model/a': safetensors has no dtype for complex128"),
-        ([TIED], "no dict of tensors"),
+        ([TIED], "not a dict of tensors"),
     ],
 )
 def test_what_safetensors_cannot_hold_is_named(

@@ -61,22 +61,22 @@ def bytes_of(data: bytes) -> Callable[[Path], None]:
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "TorchScript": ("a.pt", script, r"a TorchScript program.*torch\.jit\.load\(file\)\.state_dict"),
-    "torch.export": ("a.pt2", exported, r"a program of torch\.export.*torch\.export\.load"),
-    "LFS": ("a.pt", bytes_of(POINTER), "a pointer of Git LFS.*git lfs pull"),
-    "LFS, safetensors": ("a.safetensors", bytes_of(POINTER), "a pointer of Git LFS.*git lfs pull"),
+    "torch.export": ("a.pt2", exported, r"a torch\.export program.*torch\.export\.load"),
+    "LFS": ("a.pt", bytes_of(POINTER), "a Git LFS pointer.*git lfs pull"),
+    "LFS, safetensors": ("a.safetensors", bytes_of(POINTER), "a Git LFS pointer.*git lfs pull"),
     "web page": (
         "a.pth",
         bytes_of(b"\n<!DOCTYPE html><html>log in</html>"),
-        "a web page.*fetch the file itself",
+        "a web page.*download the file itself",
     ),
     "web page, safetensors": ("a.safetensors", bytes_of(b"<HTML><body>404"), "a web page"),
     "zip": ("a.pt", a_zip, "a zip archive, not a file of torch.save; unpack it first"),
     "zip by name": ("a.zip", a_zip, "a zip archive.*unpack it first"),
-    "npz": ("a.npz", arrays, r"arrays of NumPy.*numpy\.load"),
-    "npz called pt": ("a.pt", arrays, "arrays of NumPy"),
-    "npy": ("a.npy", an_array, r"an array of NumPy.*numpy\.load"),
+    "npz": ("a.npz", arrays, r"NumPy arrays.*numpy\.load"),
+    "npz called pt": ("a.pt", arrays, "NumPy arrays"),
+    "npy": ("a.npy", an_array, r"a NumPy array.*numpy\.load"),
     "tar": ("a.pt", a_tar, "a tar archive; unpack it first"),
-    "gzip": ("a.tar.gz", bytes_of(b"\x1f\x8b\x08\0\0"), "compressed by gzip; unpack it first"),
+    "gzip": ("a.tar.gz", bytes_of(b"\x1f\x8b\x08\0\0"), "compressed with gzip; unpack it first"),
     "safetensors called pt": (
         "a.pt",
         lambda path: safetensors.torch.save_file(TENSORS, path),
@@ -120,9 +120,9 @@ def test_safetensors_under_a_name_that_is_not_utf8_are_imported(tmp_path: Path) 
 
 def test_a_folder_of_torch_distributed_is_imported_as_the_error_says(tmp_path: Path) -> None:
     dcp.save(TENSORS, checkpoint_id=tmp_path / "sharded run")
-    with pytest.raises(Invalid, match=r"a checkpoint of torch\.distributed") as caught:
+    with pytest.raises(Invalid, match=r"a torch\.distributed checkpoint") as caught:
         read_checkpoint_file(tmp_path / "sharded run")
-    command = str(caught.value).partition("make one file of it with: ")[2]
+    command = str(caught.value).partition("convert it into one file with: ")[2]
     assert (
         os.system(f"cd '{tmp_path}' && {command.replace('python', sys.executable, 1)} >/dev/null 2>&1") == 0
     )
@@ -130,15 +130,15 @@ def test_a_folder_of_torch_distributed_is_imported_as_the_error_says(tmp_path: P
 
 
 FOLDERS: dict[str, tuple[list[str], str]] = {
-    "diffusers": (["model_index.json", "unet/diffusion.safetensors"], r"a pipeline of diffusers.*/unet$"),
+    "diffusers": (["model_index.json", "unet/diffusion.safetensors"], r"a diffusers pipeline.*/unet$"),
     "accelerate, FSDP": (
         ["pytorch_model_fsdp_0/x", "random_states_0.pkl"],
-        r"a state of accelerate whose network FSDP has sharded.*merge-weights .*/pytorch_model_fsdp_0 OUT",
+        r"an accelerate state that FSDP has sharded.*merge-weights .*/pytorch_model_fsdp_0 OUT",
     ),
-    "DeepSpeed": (["global_step500/x", "latest"], "a checkpoint of DeepSpeed.*zero_to_fp32.py"),
-    "accelerate": (["random_states_0.pkl", "scheduler.bin"], "a state of accelerate without the weights"),
-    "PEFT": (["adapter_config.json"], "an adapter of PEFT without its weights"),
-    "nothing": (["readme.txt"], "holds no index and no weights; readable are"),
+    "DeepSpeed": (["global_step500/x", "latest"], "a DeepSpeed checkpoint.*zero_to_fp32.py"),
+    "accelerate": (["random_states_0.pkl", "scheduler.bin"], "an accelerate state without the model"),
+    "PEFT": (["adapter_config.json"], "a PEFT adapter without its tensors"),
+    "nothing": (["readme.txt"], "holds no index and no tensors; readable are"),
 }
 
 

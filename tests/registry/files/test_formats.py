@@ -96,7 +96,7 @@ def test_the_help_of_export_tells_of_every_format(row: Format) -> None:
     words = help_of("export")
     assert row.suffixes[0] in words
     assert row.about in words
-    assert (f"all of a {row.suffixes[0]}" in words) or not row.holds_all
+    assert (f"all components in a {row.suffixes[0]}" in words) or not row.holds_all
 
 
 def help_of(command: str) -> str:

@@ -379,7 +379,7 @@ def test_a_folder_with_two_indexes_asks_for_one_of_them(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_weights_says_what_is_readable(tmp_path: Path) -> None:
-    with pytest.raises(Invalid, match=r"no index and no weights; readable are \.pt"):
+    with pytest.raises(Invalid, match=r"no index and no tensors; readable are \.pt"):
         read_checkpoint_file(tmp_path)
 
 

@@ -163,7 +163,7 @@ def test_freezing_by_depth(which: str, frozen: list[str]) -> None:
 
 @pytest.mark.parametrize("which", ["first:0", "first:3", "first:-3", "first:x"])
 def test_a_depth_that_the_network_does_not_have(which: str) -> None:
-    with pytest.raises(Invalid, match="is no number of the 3 layers; write first:3, or first:-1"):
+    with pytest.raises(Invalid, match="is not a number of the 3 layers; write first:3, or first:-1"):
         freeze(Net(), which)
 
 
@@ -240,7 +240,7 @@ def test_freezing_one_of_two_tied_names_freezes_both_and_says_so() -> None:
     net = nn.ModuleDict({"embed": nn.Embedding(5, 3), "head": nn.Linear(3, 5), "x": nn.Linear(1, 1)})
     net["head"].weight = net["embed"].weight
     found = freeze(net, "embed.*")
-    assert found.notes == ("head.weight is frozen too, as it shares memory with a frozen name",)
+    assert found.notes == ("head.weight is frozen too, as it shares memory with a frozen tensor",)
     assert not net["head"].weight.requires_grad
 
 
@@ -515,9 +515,9 @@ def test_statistics_of_what_is_held_may_be_let_go_on_later() -> None:
     ("patterns", "options", "told"),
     [
         ("body.*", {"bn": "Freeze"}, "expected 'freeze' or 'update'"),
-        (None, {}, "a NoneType is no pattern of names"),
-        (nn.Linear(1, 1), {}, "a Linear is no pattern of names"),
-        ([3], {}, "a int is no pattern of names"),
+        (None, {}, "a NoneType is not a pattern of names"),
+        (nn.Linear(1, 1), {}, "a Linear is not a pattern of names"),
+        ([3], {}, "a int is not a pattern of names"),
     ],
 )
 def test_what_is_no_pattern_is_refused(patterns: Any, options: dict[str, Any], told: str) -> None:

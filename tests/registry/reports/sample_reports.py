@@ -118,7 +118,7 @@ REPORT = DiffReport(
     plan=PLAN,
     frozen=(FrozenPart(where="old:v3", names=("stem.weight",), elements=16, trainable=184),),
     suggestions=("--rename 'conv1.*=stem.*' pairs 1 name more",),
-    warnings=("1 name agrees and may be another layer", "the two were not trained from one another"),
+    warnings=("1 tensor agrees but may be of another layer", "neither was trained from the other"),
     command="registry diff old:v3 'new|net' --values",
 )
 

@@ -315,7 +315,7 @@ def test_a_wrapped_optimizer_means_that_training_goes_on(
     torch.manual_seed(99)
     with caplog.at_level("INFO"):
         registry["net"].restore(model=other, optimizer=again)
-    assert "net:v1 was restored: model, optimizer; 7 names of model are frozen again; " in caplog.text
+    assert "net:v1 was restored: model, optimizer; 7 tensors of model are frozen again; " in caplog.text
     assert "the random numbers go on as they were" in caplog.text
     assert not other[0].weight.requires_grad
     found = go_on(other, again)

@@ -105,6 +105,6 @@ def test_a_new_row_that_needs_no_source_makes_its_tensor(table: None) -> None:
 
 def test_a_name_that_is_no_adapter_is_told_what_there_is(table: None) -> None:
     with pytest.raises(
-        Invalid, match=r"there is no adapter 'sum'; there are .*identity, transposed, first-rows"
+        Invalid, match=r"there is no adapter 'sum'; the adapters are .*identity, transposed, first-rows"
     ):
         plan_transfer(nn.Linear(2, 2), nn.Linear(2, 2), adapters={"weight": "sum"})

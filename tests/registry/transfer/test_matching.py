@@ -351,9 +351,9 @@ def test_sides_of_every_kind_agree(tmp_path: Path) -> None:
             assert registry.diff(a, b).verdict == "IDENTICAL"
     assert registry.diff("lenet5", "lenet6").headline == "COMPATIBLE with 4 exceptions"
     notes = registry.diff(tmp_path / "a.pt", net).a.notes
-    assert notes == ("a.pt: the weights are under the key 'model_state_dict'; also there: extra",) or (
-        "'model_state_dict'" in notes[0]
-    )
+    assert notes == (
+        "a.pt: the tensors are under the key 'model_state_dict'; the file also holds: extra",
+    ) or ("'model_state_dict'" in notes[0])
 
 
 def test_what_is_no_side_says_so(tmp_path: Path) -> None:
@@ -362,7 +362,7 @@ def test_what_is_no_side_says_so(tmp_path: Path) -> None:
         ("nothing", NotFound, "there is no model 'nothing'"),
         ("torchvision:resnet19", NotFound, "did you mean resnet1"),
         (tmp_path / "none.pt", NotFound, r"none\.pt"),
-        (5, Invalid, "a int is nothing to compare"),
+        (5, Invalid, "a int cannot be compared"),
         ({}, Invalid, "holds no tensors"),
         (nn.ReLU(), Invalid, "has no parameters"),
         (nn.LazyLinear(3), Unsupported, "is not initialised yet; run one batch"),
@@ -462,7 +462,7 @@ def test_values_are_interpreted_only_where_the_lineage_ties_the_sides(tmp_path: 
         run.save(model=LeNet5())
     assert not registry.diff("lenet5:v1", "lenet5:v2", values=True).warnings
     (warning,) = registry.diff("lenet5:v1", "stranger", values=True).warnings
-    assert "not trained from one another" in warning
+    assert "neither was trained from the other" in warning
 
 
 def test_numbers_are_merged_only_where_everything_else_is_equal() -> None:

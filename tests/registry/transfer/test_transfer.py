@@ -182,7 +182,7 @@ def test_applying_is_all_or_nothing(registry: Registry) -> None:
 @pytest.mark.parametrize(
     ("source", "target", "told"),
     [
-        (LeNet5(), LeNet6(), "with other values or names; make a new plan"),
+        (LeNet5(), LeNet6(), "with other tensors; make a new plan"),
         ("lenet5", LeNet5(), "made for another LeNet6"),
     ],
 )
@@ -293,7 +293,7 @@ def test_adapters_are_named_and_keep_what_they_promise() -> None:
         plan_transfer(colour, grey)
     with pytest.raises(Invalid, match="no adapter is named for it"):
         plan_transfer(colour, grey, expect=expect)
-    with pytest.raises(Invalid, match="there is no adapter 'sum'; there are channels-sum"):
+    with pytest.raises(Invalid, match="there is no adapter 'sum'; the adapters are channels-sum"):
         plan_transfer(colour, grey, expect=expect, adapters={"0.weight": "sum"})
     image = torch.rand(2, 1, 8, 8)
     plan = plan_transfer(colour, grey, expect=expect, adapters={"0.weight": "channels-sum"})
@@ -375,7 +375,7 @@ def test_a_new_square_layer_after_a_relu_can_begin_as_the_identity(
 def test_an_identity_needs_a_square_and_says_when_the_relu_is_not_known() -> None:
     source = nn.ModuleDict({"a": nn.Linear(2, 2)})
     wide = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 3)})
-    with pytest.raises(Incompatible, match=r"the adapter identity makes square weights .* not \[3, 2\]"):
+    with pytest.raises(Incompatible, match=r"the adapter identity makes square tensors .* not \[3, 2\]"):
         plan_transfer(source, wide, adapters={"b.*": "identity"})
     square = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     plan = plan_transfer(source, square, adapters={"b.*": "identity"})
@@ -493,8 +493,8 @@ def test_a_plan_is_saved_edited_and_replayed(registry: Registry, tmp_path: Path)
         (lambda d: d["steps"][0].update(target=d["steps"][1]["target"]), Conflict, "both go to conv.0.bias"),
         (lambda d: d["steps"][0].update(source="conv.9.weight"), Incompatible, "has no conv.9.weight"),
         (lambda d: d["steps"][0].update(source="fc.1.weight"), Incompatible, "fc.1.weight has shape"),
-        (lambda d: d["steps"].pop(0), Incompatible, "the plan says nothing of conv.0.weight"),
-        (lambda d: d["steps"][0].update(target="x"), Incompatible, "the network has no x|says nothing of"),
+        (lambda d: d["steps"].pop(0), Incompatible, "the plan has no step for conv.0.weight"),
+        (lambda d: d["steps"][0].update(target="x"), Incompatible, "the network has no x|has no step for"),
         (lambda d: d["steps"][0].update(action="burn"), Invalid, "action"),
         (lambda d: d["steps"][0].update(typo=1), Invalid, "typo"),
         (lambda d: d.update(schema=9), Invalid, "has schema 9, this version knows 1"),

@@ -189,7 +189,7 @@ def test_nothing_is_removed_before_the_monitored_value_appears(
         for _ in range(3):
             run.save(model=net, **saved)
     assert len(registry.versions("x")) == 3
-    told = [record.message for record in caplog.records if "no save has had such a value" in record.message]
+    told = [record.message for record in caplog.records if "no save has this metric" in record.message]
     assert len(told) == 1
     assert f"monitor='{monitor}'" in told[0]
 
