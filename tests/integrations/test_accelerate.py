@@ -23,8 +23,8 @@ SCRIPT = "train_accelerate.py"
 
 @pytest.mark.parametrize(
     ("kill", "words", "count"),
-    [(12, [], 1), (17, [], 1), (22, [], 1), (17, ["--workers", "2"], 1), (12, [], 2)],
-    ids=["at an epoch's end", "inside a window", "behind an epoch", "workers", "two processes"],
+    [(12, [], 1), (17, [], 1), (16, ["--early"], 1), (17, ["--workers", "2"], 1), (12, [], 2)],
+    ids=["at an epoch's end", "inside a window", "during a save", "workers", "two processes"],
 )
 def test_a_training_that_is_killed_goes_on_exactly(
     tmp_path: Path, kill: int, words: list[str], count: int

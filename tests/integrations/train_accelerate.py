@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import random
+import sys
 
 import torch
 from accelerate import Accelerator
@@ -35,6 +36,7 @@ parser.add_argument("--resume", action="store_true")
 parser.add_argument("--native", action="store_true")
 parser.add_argument("--plain", action="store_true")
 parser.add_argument("--silent", action="store_true", help="save nothing")
+parser.add_argument("--early", action="store_true", help="do not wait for the last save before the kill")
 parser.add_argument("--workers", type=int, default=0)
 args = parser.parse_args()
 logging.disable(logging.INFO)
@@ -73,11 +75,15 @@ with registry.run("net", resume="net" if args.resume and not args.native else No
             step += 1
             tracker.log({"loss": loss.item()}, step=step)
             if step == args.kill and not args.resume:
+                if not args.early:
+                    run.wait()
                 kill_me()
             if step % EVERY == 0 and args.native:
                 accelerator.save_state(folder)
             elif step % EVERY == 0 and not args.silent:
-                save_state(run, accelerator, step=step, loss=loss.item(), wait=step % 2 == 0)
+                save_state(run, accelerator, step=step, loss=loss.item(), wait=False)
             if step == STEPS:
                 break
-print(f"\nEND {accelerator.process_index}", fingerprint(accelerator.unwrap_model(net), optimizer, scheduler))
+ended = fingerprint(accelerator.unwrap_model(net), optimizer, scheduler)
+# In one piece, as several processes write at once.
+sys.stdout.write(f"\nEND {accelerator.process_index} {ended}\n")
