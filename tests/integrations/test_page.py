@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
+import pkgutil
 import re
 from pathlib import Path
 
@@ -11,10 +14,17 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from registry import Registry
+from registry import Registry, integrations
 from registry.live import rng
 
 PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
+
+
+def test_the_examples_in_the_docstrings_run() -> None:
+    names = [name for _, name, _ in pkgutil.iter_modules(integrations.__path__, "registry.integrations.")]
+    assert names
+    for name in names:
+        assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
 def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
