@@ -40,8 +40,10 @@ from registry.cli.app import app
 from registry.files.exporting import export
 from registry.files.importing import import_checkpoint
 from registry.files.reading import read_checkpoint_file
+from registry.home import Home
 from registry.log import entries
 from registry.log.journal import Journal
+from registry.runs.session import Session
 from registry.store import durable
 from registry.store.digest import digest
 from registry.store.errors import Conflict, Corrupt, RegistryError
@@ -581,7 +583,9 @@ def test_a_removal_by_force_takes_the_names_that_are_there_by_then(two: tuple[Re
 
 
 @pytest.mark.parametrize("hold", ["alias", "tag", "descendant"])
-def test_the_rules_of_a_run_spare_what_gets_a_name_at_the_last_moment(tmp_path: Path, hold: str) -> None:
+def test_the_rules_of_a_run_spare_what_gets_a_name_at_the_last_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hold: str
+) -> None:
     registry, other = Registry(tmp_path / "r"), Registry(tmp_path / "r")
     with registry.run("net", keep_last=1) as run:
         first = run.save(model=torch.nn.Linear(2, 2))
@@ -593,15 +597,15 @@ def test_the_rules_of_a_run_spare_what_gets_a_name_at_the_last_moment(tmp_path: 
                 "other", state(1), lineage=[{"kind": "resumed-from", "parent": first.id}]
             ),
         }
-        retain = run._retain
+        retain = Session.retain
 
-        def give_and_retain() -> None:
+        def give_and_retain(self: Session, home: Home) -> None:
             just_before_the_commit(registry, give[hold])
-            retain()
+            retain(self, home)
 
-        run._retain = give_and_retain  # type: ignore[method-assign]
-        run.save(model=torch.nn.Linear(2, 2))
-        run._retain = retain  # type: ignore[method-assign]
+        with monkeypatch.context() as patch:
+            patch.setattr(Session, "retain", give_and_retain)
+            run.save(model=torch.nn.Linear(2, 2))
     assert {first.name, "net:v2"} <= set(versions(registry))
     assert broken_rules(registry) == []
 
