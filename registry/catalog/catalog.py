@@ -227,12 +227,17 @@ class Catalog:
         One that an entry names stays: a save takes effect although its commit fails, and `rebuild --adopt` takes in what
         it finds. Where the log cannot be read, gc decides later.
         """
+        if not packs:
+            return
         # An error on the way here may be about to be raised.
-        with contextlib.suppress(RegistryError), self.journal.locked():
-            ledger = self._followed()
-            for pack in packs if not ledger.has_gaps else ():
-                if pack not in ledger.packs:
-                    self._database.store.discard_pack(pack)
+        with contextlib.suppress(RegistryError):
+            # A long log is read before it is locked, so that nobody waits for that.
+            self._followed()
+            with self.journal.locked():
+                ledger = self._followed()
+                for pack in packs if not ledger.has_gaps else ():
+                    if pack not in ledger.packs:
+                        self._database.store.discard_pack(pack)
 
     def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """The rows of a query that only reads.

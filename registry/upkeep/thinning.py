@@ -31,7 +31,7 @@ def thin(catalog: Catalog, store: Store, reference: str) -> str:
     version = resolve(catalog, reference)
     manifest = store.manifest(version.id)
     kept = [name for name, tree in manifest.components.items() if not _only_for_training(name, tree)]
-    if "model" not in kept or len(kept) == len(manifest.components):
+    if not {"model", "models"} & {*kept} or len(kept) == len(manifest.components):
         return version.name
     reduced = manifest.reduced(kept, {**manifest.record, "thinned-from": version.id})
     manifest_id, text = store.write_manifest(reduced)
@@ -72,7 +72,9 @@ def _in_its_place(version: Version, manifest_id: str, text: Mapping[str, str]) -
 
 
 def _only_for_training(name: str, tree: Any) -> bool:
-    """Whether a component is the state of an optimizer, or that of random generators."""
+    """Whether a component is the state of an optimizer or of a list of them, or that of random generators."""
+    if isinstance(tree, list):
+        return bool(tree) and all(_only_for_training(name, part) for part in tree)
     if isinstance(tree, Mapping) and "$ordered" in tree:
         tree = tree["$ordered"]
     return name == "rng" or (isinstance(tree, Mapping) and {"state", "param_groups"} <= set(tree))

@@ -92,6 +92,25 @@ def test_a_list_of_states_and_plain_values_is_kept(registry: Registry) -> None:
     assert registry["net"].load("optimizers")["optimizers"] == [{"state": {}}]
 
 
+def test_lists_of_optimizers_are_dropped_from_older_versions(registry: Registry) -> None:
+    """Equal values, retention, compaction and gc together."""
+    pairs = [made() for _ in range(2)]
+    nets, optimizers = [net for net, _ in pairs], [one for _, one in pairs]
+    with registry.run("net", keep_optimizer=1, compact=True) as run:
+        for number in range(4):
+            for net, optimizer in pairs if number != 2 else ():
+                step(net, optimizer)
+            run.save(models=nets, optimizers=optimizers, states={"loops": [{"step": number}]}, wait=False)
+    registry.collect_garbage(grace=0)
+    held = {version.name: set(registry[version.name].components) for version in registry.versions("net")}
+    assert held.pop("net:v4") == {"models", "optimizers", "loops", "rng"}
+    assert all(components == {"models", "loops"} for components in held.values())
+    fresh = [made()[0] for _ in range(2)]
+    registry["net:v3"].restore(models=fresh)
+    assert registry["net:v3"].load("loops")["loops"] == [{"step": 2}]
+    assert registry.verify().problems == ()
+
+
 def test_random_numbers_of_another_moment_are_saved(registry: Registry) -> None:
     random.seed(1)
     np.random.seed(2)
