@@ -73,8 +73,11 @@ def _in_its_place(version: Version, manifest_id: str, text: Mapping[str, str]) -
 
 def _only_for_training(name: str, tree: Any) -> bool:
     """Whether a component is the state of an optimizer or of a list of them, or that of random generators."""
-    if isinstance(tree, list):
-        return bool(tree) and all(_only_for_training(name, part) for part in tree)
+    parts = tree if isinstance(tree, list) and tree else [tree]
+    return name == "rng" or all(map(_is_of_optimizer, parts))
+
+
+def _is_of_optimizer(tree: Any) -> bool:
     if isinstance(tree, Mapping) and "$ordered" in tree:
         tree = tree["$ordered"]
-    return name == "rng" or (isinstance(tree, Mapping) and {"state", "param_groups"} <= set(tree))
+    return isinstance(tree, Mapping) and {"state", "param_groups"} <= set(tree)
