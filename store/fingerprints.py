@@ -9,6 +9,7 @@ computed there before. Every byte is read at every save.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,9 @@ SMALLEST = 4 << 10
 _PART = 1 << 20
 _LARGE_PART = 8 << 20
 """Bytes that several cores hash at a time."""
+
+_KEPT = 32 << 20
+"""Bytes of memory that are kept for the copies of later saves."""
 
 _MOST = 1 << 17
 """Entries that are kept, some 300 bytes each."""
@@ -53,21 +57,24 @@ class Remembered:
         data: memoryview,
         *,
         threads: int = 1,
+        memory: Callable[[], memoryview | None] = lambda: None,
     ) -> str:
         """As `tensor_digest`, of a tensor that may be the same as when it was last seen at its place.
 
         Args:
             address: where its values lie in memory; 0 if that tells nothing.
+            memory: gives room for a copy, if there is any; called if the tensor has to be hashed. Then the copy has the
+                bytes that were hashed, whatever other threads do to the tensor.
         """
         if not address or len(data) < SMALLEST:
-            return tensor_digest(dtype, shape, data, threads=threads)
+            return _hash(dtype, shape, data, threads=threads, into=memory())
         place = (address, dtype, shape)
         before = self._entries.get(place)
         if before is None:
-            return self._hash_and_remember(place, data, threads)
+            return self._hash_and_remember(place, data, threads, memory())
         if before.fingerprint and before.fingerprint == self._fingerprint(data):
             return before.digest
-        digest = tensor_digest(dtype, shape, data, threads=threads)
+        digest = _hash(dtype, shape, data, threads=threads, into=memory())
         if before.digest == digest:
             # It has stopped changing. Its fingerprint is taken when it is seen next.
             self._entries.pop(place, None)
@@ -79,26 +86,20 @@ class Remembered:
         """Forget all digests, so that everything is hashed anew."""
         self._entries.clear()
 
-    def _hash_and_remember(self, place: Place, data: memoryview, threads: int) -> str:
+    def _hash_and_remember(
+        self, place: Place, data: memoryview, threads: int, into: memoryview | None
+    ) -> str:
         """The digest of a tensor that is expected to stay as it is; it is remembered with the fingerprint.
 
-        It is read part by part, each into memory of this thread, so that the digest and the fingerprint are of the same
-        bytes, whatever other threads do to the tensor meanwhile.
+        Both are of the same bytes, whatever other threads do to the tensor meanwhile.
         """
         _, dtype, shape = place
-        hasher = tensor_hasher(dtype, shape, threads)
         fingerprint = xxhash.xxh3_128(seed=self._seed)
         size = _PART if threads == 1 else _LARGE_PART
-        memory = np.empty(min(size, len(data)), np.uint8)
-        source = np.frombuffer(data, np.uint8)
-        for start in range(0, len(data), size):
-            part = memory[: len(data) - start]
-            np.copyto(part, source[start : start + size])
-            fingerprint.update(part.data)
-            hasher.update(part.data)
+        into = memoryview(bytearray(min(size, len(data)))) if into is None else into
+        digest = _hash(dtype, shape, data, threads=threads, into=into, also=fingerprint.update)
         if len(self._entries) >= _MOST:
             self._entries.clear()
-        digest = hasher.hexdigest()
         self._entries[place] = _Entry(digest, fingerprint.digest())
         return digest
 
@@ -106,5 +107,66 @@ class Remembered:
         return xxhash.xxh3_128_digest(data, seed=self._seed)
 
 
+def _hash(
+    dtype: str,
+    shape: tuple[int, ...],
+    data: memoryview,
+    *,
+    threads: int,
+    into: memoryview | None,
+    also: Callable[[memoryview], object] = lambda part: None,
+) -> str:
+    """The digest of a tensor.
+
+    Args:
+        into: memory of this thread. The tensor is copied there part by part, and hashed there, which costs no more than
+            to hash it where it lies; if the memory is smaller than the tensor, only the last part stays.
+        also: is given each part.
+    """
+    if into is None:
+        return tensor_digest(dtype, shape, data, threads=threads)
+    hasher = tensor_hasher(dtype, shape, threads)
+    source, copy = np.frombuffer(data, np.uint8), np.frombuffer(into, np.uint8)
+    size = _PART if threads == 1 else _LARGE_PART
+    for start in range(0, len(data), size):
+        place = start if len(into) >= len(data) else 0
+        part = copy[place : place + min(size, len(data) - start)]
+        np.copyto(part, source[start : start + size])
+        also(part.data)
+        hasher.update(part.data)
+    return hasher.hexdigest()
+
+
+class Copies:
+    """Memory for copies of tensors, which later tensors and saves use again; safe to use from several threads.
+
+    To fault in fresh memory costs as much as to hash what is copied there.
+    """
+
+    def __init__(self) -> None:
+        # A dict, as its single operations need no lock, which a child forked meanwhile would inherit.
+        self._free: dict[int, memoryview] = {}
+
+    def take(self, size: int) -> memoryview:
+        """Memory of this many bytes, with any content."""
+        for key, memory in reversed(list(self._free.items())):
+            if size <= len(memory) <= 2 * size and self._free.pop(key, None) is not None:
+                return memory[:size]
+        return np.empty(size, np.uint8).data
+
+    def give_back(self, memory: memoryview) -> None:
+        """Nobody uses the memory any more."""
+        whole = memoryview(memory.obj)
+        self._free[id(memory.obj)] = whole
+        kept = list(self._free.items())
+        excess = sum(len(memory) for _, memory in kept) - _KEPT
+        for key, memory in kept:
+            if excess > 0 and self._free.pop(key, None) is not None:
+                excess -= len(memory)
+
+
 remembered = Remembered()
 """State of the process: digests by the places of tensors in its memory. `remembered.forget()` forgets them."""
+
+copies = Copies()
+"""State of the process: memory that no save uses at present."""

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from registry.store.digest import ALL_CORES
-from registry.store.fingerprints import SMALLEST, remembered
+from registry.store.fingerprints import SMALLEST, copies, remembered
 from registry.store.manifest import TensorInfo
 from registry.store.pack import Changed, PackInfo, PackWriter
 from registry.store.tree import Leaf
@@ -32,7 +32,7 @@ FIRST_BATCH = 4 << 20
 BATCH = 16 << 20
 """The same, once the writer is at work."""
 
-AHEAD = 48 << 20
+AHEAD = 32 << 20
 """Bytes that are hashed and not yet written, from which on hashing leaves a core to the writer."""
 
 RUN = 2 << 20
@@ -40,6 +40,10 @@ RUN = 2 << 20
 
 COPIES_IN_FLIGHT = 32 << 20
 """Bytes of host copies (of device tensors and views that are not contiguous) that may wait for the writer."""
+
+LENT = 32 << 20
+"""Bytes of copies of live tensors that may wait for the writer. A tensor for which there is no room is written from where
+it lies, and checked behind that."""
 
 MANY = 1 << 16
 """Tensors from which on all are hashed before the first is written: the header has room for each that may be new."""
@@ -251,6 +255,8 @@ class _Hashed(NamedTuple):
     """The bytes, where they were copied to be hashed; None where they can be had from the leaf for nothing."""
     is_sure: bool
     """Whether what will be written is what was hashed, whatever other threads do."""
+    is_lent: bool = False
+    """Whether the bytes lie in memory that the next tensors use again."""
 
 
 class _Run(NamedTuple):
@@ -273,7 +279,7 @@ class _Hashing:
         lock = threading.Lock()
         self._progress = threading.Condition(lock)
         self._room = threading.Condition(lock)
-        self._claimed = self._copied = self._ahead = 0
+        self._claimed = self._copied = self._lent = self._ahead = 0
         self._batch = FIRST_BATCH
         self._writing = False
         self._finished: dict[int, list[_Hashed]] = {}
@@ -317,11 +323,18 @@ class _Hashing:
         Args:
             writing: whether the last batch is being written; where nothing is, larger batches save look-ups.
         """
-        size = sum(item.leaf.size for item in items)
-        copied = sum(item.leaf.size for item in items if item.data is not None)
+        size = copied = lent = 0
+        for item in items:
+            size += item.leaf.size
+            if item.is_lent and item.data is not None:
+                lent += item.leaf.size
+                copies.give_back(item.data)
+            elif item.data is not None:
+                copied += item.leaf.size
         with self._room:
             self._ahead -= size
             self._copied -= copied
+            self._lent -= lent
             self._writing = writing
             self._batch = BATCH if writing else 2 * self._batch
             if self._waiting:
@@ -359,14 +372,31 @@ class _Hashing:
         if is_copied and leaf.is_plain:
             data = memoryview(bytes(data))
         digest = self._state.digests[slot]
+        copy = data if is_copied else None
         is_sure = not leaf.is_live or (is_copied and digest is None)
         if digest is None:
+            lent: list[memoryview] = []
+
+            def memory() -> memoryview | None:
+                """Room for a copy of a live tensor that is likely to be written."""
+                if not is_copied and leaf.is_live and self._borrow(leaf.size):
+                    lent.append(copies.take(leaf.size))
+                return lent[0] if lent else None
+
             threads = ALL_CORES if leaf.size >= _LARGE else 1
             digest = remembered.digest(
-                leaf.address, dtype=leaf.dtype, shape=leaf.shape, data=data, threads=threads
+                leaf.address, dtype=leaf.dtype, shape=leaf.shape, data=data, threads=threads, memory=memory
             )
-        copy = data if is_copied else None
+            if lent:
+                return _Hashed(slot=slot, digest=digest, leaf=leaf, data=lent[0], is_sure=True, is_lent=True)
         return _Hashed(slot=slot, digest=digest, leaf=leaf, data=copy, is_sure=is_sure)
+
+    def _borrow(self, size: int) -> bool:
+        """Whether a copy of so many bytes may be made now, which is then counted."""
+        with self._room:
+            fits = self._lent + size <= LENT
+            self._lent += size if fits else 0
+            return fits
 
     def _claim(self, thread: int) -> int | None:
         """The next run to hash, in order, once there is room for the copies that it may need.

@@ -276,7 +276,10 @@ def _has_memory(tensor: torch.Tensor) -> bool:
         held = tensor.untyped_storage().nbytes()
     except RuntimeError:
         return False
-    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    if tensor.is_contiguous():
+        last = tensor.numel() - 1
+    else:
+        last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
     return held >= (tensor.storage_offset() + last + 1) * tensor.element_size()
 
 

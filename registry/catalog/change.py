@@ -12,7 +12,7 @@ from typing import Any
 
 from registry.catalog import pairing
 from registry.catalog.copies import Material, packed
-from registry.catalog.lookups import batches, locate, marks
+from registry.catalog.lookups import batches, marks
 from registry.catalog.tables import Packs, Rows
 from registry.log.entries import Entry, Record
 from registry.log.journal import Position
@@ -122,7 +122,7 @@ class Change:
         number = int(row[0]) + 1 if row else 1
         self.rows.set_state("packs", number)
         digests = self._digests_in(digest)
-        before = locate(self.query, digests)
+        before = self.packs.locate(digests)
         differences = bool(record.get("differences"))
         self.packs.add(digest, record["size"], number=number, differences=differences)
         if before:

@@ -9,7 +9,6 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from registry.catalog.lookups import locate
 from registry.log.entries import Record, manifest_text, now, pack_record
 from registry.progress import Progress, silent
 from registry.store.errors import Conflict, Corrupt, RegistryError
@@ -169,7 +168,7 @@ def _with_bases(view: View, places: Mapping[str, Location]) -> dict[str, Locatio
     found = dict(places)
     wanted = {place.base for place in places.values() if place.base} - set(found)
     while wanted:
-        new = locate(view.query, wanted)
+        new = view.locate(wanted)
         if len(new) < len(wanted):
             raise Stale("a tensor that others are differences from was removed meanwhile")
         found |= new

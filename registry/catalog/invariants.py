@@ -25,6 +25,7 @@ from registry.store.errors import RegistryError
 if TYPE_CHECKING:
     from registry.catalog.change import Change
     from registry.catalog.database import Database
+    from registry.store.locating import Location
     from registry.store.store import Store
 
 MAX_CHAIN = 8
@@ -199,14 +200,17 @@ def _lacks(change: Change, manifest_id: str, store: Store) -> str | None:
     wanted = set(change.tensors_of(manifest_id))
     depth = 0
     while wanted:
-        places = locate(change.query, wanted)
+        places = change.packs.locate(wanted)
         if len(places) < len(wanted):
             return f"no pack has a tensor that manifest {manifest_id[:12]} needs"
-        for pack, size in {place.pack: place.pack_size for place in places.values()}.items():
-            if not store.pack_is_whole(pack, size):
+        in_packs: dict[str, list[tuple[str, Location]]] = {}
+        for name, place in places.items():
+            in_packs.setdefault(place.pack, []).append((name, place))
+        for pack, held in in_packs.items():
+            if not store.pack_is_whole(pack, held[0][1].pack_size):
                 return f"pack {pack[:12]}, which manifest {manifest_id[:12]} needs, is not there"
-            held = store.pack_info(pack).places
-            if any(held.get(name) != place for name, place in places.items() if place.pack == pack):
+            said = store.pack_info(pack).places
+            if any(said.get(name) != place for name, place in held):
                 return f"pack {pack[:12]} does not hold what the catalog says"
         wanted = {place.base for place in places.values() if place.base}
         depth += 1

@@ -13,12 +13,6 @@ from registry.store.locating import Location
 _BATCH = 500
 """Parameters of one statement."""
 
-_PLACE_TYPES = {
-    (str, int, int, str, int, int, base, coded) for base in (str, type(None)) for coded in (int, type(None))
-}
-"""The types that the columns of a place may have."""
-
-
 Query = Callable[[str, Sequence[Any]], Sequence[Sequence[Any]]]
 """Runs SQL and returns the rows."""
 
@@ -51,28 +45,31 @@ def locate(query: Query, digests: Collection[str]) -> dict[str, Location]:
     Raises:
         Corrupt: if the table holds a damaged row.
     """
-    found: dict[str, tuple[tuple[int, bool, int], Location]] = {}
+    found: dict[str, Location] = {}
+    ranks: dict[str, tuple[int, bool, int]] = {}
     for part in batches(digests):
         rows = query(
-            "SELECT t.digest, p.damaged, p.number, p.digest, t.start, p.size, t.base, t.coded FROM tensors t "
+            "SELECT t.digest, t.start, t.base, t.coded, p.digest, p.size, p.damaged, p.number FROM tensors t "
             f"JOIN packs p ON p.number = t.pack WHERE t.digest IN ({marks(part)})",
             part,
         )
-        for row in rows:
-            is_right = tuple(map(type, row)) in _PLACE_TYPES and 0 <= row[4] <= row[5] and (row[7] or 0) >= 0
-            if not is_right or not (row[6] is None or is_digest(row[6])):
+        for digest, start, base, coded, pack, size, damaged, number in rows:
+            is_right = type(start) is type(size) is type(damaged) is type(number) is int and type(pack) is str
+            if not (
+                is_right and 0 <= start <= size and (base is coded is None or _is_difference(base, coded))
+            ):
                 raise Corrupt(
                     "the catalog holds a damaged row of a tensor; recreate it with: registry rebuild"
                 )
-            digest, damaged, number, pack, start, size, base, coded = row
-            location = Location(
-                pack=pack, start=start, pack_size=size, base=base, coded=coded, is_damaged=damaged != 0
-            )
-            rank = (damaged, location.base is not None, number)
-            before = found.get(digest)
-            if before is None or rank < before[0]:
-                found[digest] = rank, location
-    return {digest: location for digest, (_, location) in found.items()}
+            rank = (damaged, base is not None, number)
+            if digest not in found or rank < ranks[digest]:
+                ranks[digest] = rank
+                found[digest] = Location(pack, start, size, base, coded, damaged != 0)
+    return found
+
+
+def _is_difference(base: Any, coded: Any) -> bool:
+    return is_digest(base) and type(coded) is int and coded >= 0
 
 
 def best_id(query: Query, model: str, metric: str, *, smallest: bool) -> tuple[str, float] | None:

@@ -112,6 +112,7 @@ def fill_anew(database: Database, change: Change, ledger: Ledger) -> Refolded:
     """Empty the tables and fill them with what follows from the log, whose copy `add_copy` has kept."""
     connection = change.connection
     change.beside = {}
+    change.packs.forget()
     schema.drop(connection)
     schema.create(connection)
     connection.execute("INSERT INTO log SELECT seq, entry FROM temp.history")

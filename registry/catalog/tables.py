@@ -58,6 +58,7 @@ class Packs:
         self._contents = contents
         self.dropped: list[tuple[str, frozenset[str], frozenset[str]]] = []
         self.moved: set[str] = set()
+        self._places: dict[str, Location] = {}
 
     def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """The rows of a query that only reads."""
@@ -65,6 +66,7 @@ class Packs:
 
     def add(self, digest: str, size: int, *, number: int, differences: bool, damaged: bool = False) -> None:
         """Let a pack count. The table `uses` is not brought up to date."""
+        self.forget()
         self._connection.execute(
             "INSERT INTO packs (number, digest, size, differences, damaged) VALUES (?, ?, ?, ?, ?)",
             (number, digest, size, int(differences), int(damaged)),
@@ -104,6 +106,7 @@ class Packs:
         number, users = self.live(digest), self.users([digest])
         self.dropped.append((digest, frozenset(self.tensors_in(number)), frozenset(users)))
         self.moved |= users
+        self.forget()
         self._connection.execute("DELETE FROM packs WHERE number = ?", (number,))
 
     def set_damaged(self, digest: str) -> None:
@@ -113,6 +116,7 @@ class Packs:
             Refused: if it does not count.
         """
         number = self.live(digest)
+        self.forget()
         self._connection.execute("UPDATE packs SET damaged = 1 WHERE number = ?", (number,))
         self.moved |= self.users([digest])
 
@@ -134,12 +138,22 @@ class Packs:
             )
         return found
 
+    def locate(self, digests: Collection[str]) -> dict[str, Location]:
+        """Where tensors lie. A commit asks several times, so it is remembered until a pack comes, goes or is damaged."""
+        places = self._places
+        places.update(locate(self.query, [digest for digest in digests if digest not in places]))
+        return {digest: places[digest] for digest in digests if digest in places}
+
+    def forget(self) -> None:
+        """The tables of packs and tensors are about to change, or have been changed by others."""
+        self._places.clear()
+
     def located(self, digests: Collection[str]) -> dict[str, Location]:
         """Where tensors lie, and where the tensors lie that they are stored as differences from."""
-        found = locate(self.query, digests)
+        found = self.locate(digests)
         wanted = {place.base for place in found.values() if place.base} - set(found)
         while wanted:
-            new = locate(self.query, wanted)
+            new = self.locate(wanted)
             found.update(new)
             wanted = {place.base for place in new.values() if place.base} - set(found)
         return found
@@ -166,7 +180,7 @@ class Packs:
         Args:
             before: where the tensors lay, by digest.
         """
-        after = locate(self.query, before)
+        after = self.locate(before)
         left = {place.pack for digest, place in before.items() if after.get(digest) != place}
         return self.users(left)
 

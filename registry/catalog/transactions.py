@@ -13,7 +13,6 @@ from registry.catalog.change import Change
 from registry.catalog.copies import Material, gaps_in, head, not_before, state, text_in
 from registry.catalog.database import Damaged, Database, Held, Replaced
 from registry.catalog.invariants import broken_by
-from registry.catalog.lookups import locate
 from registry.catalog.refolding import refold_in_place
 from registry.log import entries
 from registry.log.entries import Entry, Record
@@ -35,17 +34,17 @@ class View:
         store: the manifests and packs.
     """
 
-    def __init__(self, connection: sqlite3.Connection, store: Store) -> None:
-        self._connection = connection
+    def __init__(self, change: Change, store: Store) -> None:
+        self._change = change
         self.store = store
 
     def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """The rows of a query that only reads."""
-        return self._connection.execute(sql, parameters).fetchall()
+        return self._change.query(sql, parameters)
 
     def locate(self, digests: Collection[str]) -> dict[str, Location]:
         """Where stored tensors lie."""
-        return locate(self.query, digests)
+        return self._change.packs.locate(digests)
 
     def next_version(self, model: str) -> int:
         """The number of a model's next version.
@@ -124,6 +123,7 @@ def catch_up(database: Database, change: Change, *, heals: bool = True) -> None:
         except Refused:
             # It contradicts those before it, and has no effect; verify names it.
             connection.execute("ROLLBACK TO entry")
+            change.packs.forget()
             if any(record["op"] in ("adopt", "publish") for record in item.entry.records):
                 change.is_unsure = True
         connection.execute("RELEASE entry")
@@ -150,7 +150,7 @@ def commit(database: Database, held: Held, compute: Callable[[View], Sequence[Re
     with exclusive(database, held.connection, held.identity) as change:
         catch_up(database, change)
         _refuse_gaps(database, change)
-        records = [dict(record) for record in compute(View(change.connection, store))]
+        records = [dict(record) for record in compute(View(change, store))]
         if not records:
             return None
         for record in records:

@@ -102,6 +102,7 @@ def test_a_tensor_that_changes_before_it_is_written_is_saved_as_it_was_at_one_mo
 ) -> None:
     registry = Registry(tmp_path / "r")
     tensor = torch.full((COUNT,), 1.0)
+    monkeypatch.setattr(saving, "LENT", 0)  # what is hashed is no copy
     with monkeypatch.context() as patched:
         before_each_write(patched, lambda i: i or tensor.fill_(2.0))
         with caplog.at_level(logging.WARNING, "registry"):
@@ -115,10 +116,30 @@ def test_a_tensor_that_changes_before_it_is_written_is_saved_as_it_was_at_one_mo
     assert_whole(registry)
 
 
-def test_an_equal_tensor_does_not_suffer_from_one_that_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_copy_of_a_tensor_is_saved_as_it_was_hashed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     registry = Registry(tmp_path / "r")
+    tensors = {str(i): torch.full((COUNT,), float(i)) for i in range(50)}
+    for _ in range(3):  # the third save has copies where the second had other tensors
+        expected = {name: tensor.clone() for name, tensor in tensors.items()}
+        with monkeypatch.context() as patched, caplog.at_level(logging.WARNING, "registry"):
+            # Behind the 49th write all are hashed, and the last is not written.
+            before_each_write(
+                patched, lambda i: torch._foreach_add_(list(tensors.values()), 0.37) if i == 49 else None
+            )
+            found = registry.save("net", {"model": tensors}).load()["model"]
+        assert all(torch.equal(found[name], expected[name]) for name in tensors)
+    assert caplog.text == ""
+    assert_whole(registry)
+
+
+@pytest.mark.parametrize("room", [0, 3 * COUNT, saving.LENT])
+def test_an_equal_tensor_does_not_suffer_from_one_that_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    registry = Registry(tmp_path / "r")
+    monkeypatch.setattr(saving, "LENT", room)
     changes, stays = torch.full((COUNT,), 1.0), torch.full((COUNT,), 1.0)
     before_each_write(monkeypatch, lambda i: i or changes.fill_(2.0))
     found = registry.save("net", {"model": {"a": changes, "b": stays}}).load()["model"]
@@ -127,10 +148,12 @@ def test_an_equal_tensor_does_not_suffer_from_one_that_changes(
     assert_whole(registry)
 
 
+@pytest.mark.parametrize("room", [0, 10 * COUNT, saving.LENT])
 def test_a_save_ends_however_often_its_tensors_change(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
     registry = Registry(tmp_path / "r")
+    monkeypatch.setattr(saving, "LENT", room)
     tensors = {str(i): torch.full((COUNT,), float(i)) for i in range(20)}
 
     def change(i: int) -> None:
@@ -153,10 +176,12 @@ def test_a_save_ends_however_often_its_tensors_change(
     ids=["view", "small", "bfloat16", "array", "array view"],
 )
 @pytest.mark.parametrize("many", [False, True], ids=["few", "more than are hashed at a time"])
+@pytest.mark.parametrize("room", [0, saving.LENT], ids=["in place", "copied"])
 def test_every_kind_of_tensor_may_change(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any], many: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any], many: bool, room: int
 ) -> None:
     registry = Registry(tmp_path / "r")
+    monkeypatch.setattr(saving, "LENT", room)
     tensor = make()
     before_each_write(monkeypatch, lambda i: tensor.__iadd__(1))
     if many:  # all are hashed before the first is written

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from registry.store import fingerprints as module
 from registry.store.digest import ALL_CORES, tensor_digest, tensor_hasher
-from registry.store.fingerprints import Remembered
+from registry.store.fingerprints import Copies, Remembered
 from registry.store.store import Store
 
 VALUES = 2_048  # of float32: above the size from which on digests are remembered
@@ -161,3 +162,40 @@ def test_a_tensor_of_many_parts_has_the_same_digest() -> None:
         for _ in range(2):
             found = remembered.digest(1, "uint8", (len(data),), data, threads=threads)
             assert found == tensor_digest("uint8", (len(data),), data)
+
+
+def test_memory_for_copies_is_lent_to_one_tensor_at_a_time_and_used_again() -> None:
+    pool = Copies()
+    first, second = pool.take(1_000_000), pool.take(1_000_000)
+    assert first.obj is not second.obj
+    pool.give_back(first)
+    again = pool.take(600_000)
+    assert (again.obj, len(again)) == (first.obj, 600_000)
+    assert pool.take(1_000_000).obj is not first.obj
+    pool.give_back(again)
+    assert pool.take(100).obj is not first.obj  # small tensors do not keep large memory
+    assert pool.take(2_000_000).obj is not first.obj
+
+
+def test_little_memory_is_kept_for_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_KEPT", 3_000_000)
+    pool = Copies()
+    taken = [pool.take(1_000_000) for _ in range(10)]
+    for memory in taken:
+        pool.give_back(memory)
+    assert sum(map(len, pool._free.values())) <= 3_000_000
+    assert pool.take(1_000_000).obj is taken[-1].obj  # what was used last, and is still in the cache
+
+
+def test_threads_never_share_memory_for_copies() -> None:
+    pool = Copies()
+
+    def work(number: int) -> None:
+        for size in (5_000, 9_000, 7_000) * 300:
+            values = np.frombuffer(pool_memory := pool.take(size), np.uint8)
+            values[:] = number
+            assert (values == number).all()
+            pool.give_back(pool_memory)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(8)))
