@@ -58,13 +58,15 @@ class Remembered:
         *,
         threads: int = 1,
         memory: Callable[[], memoryview | None] = lambda: None,
+        copied: bool = False,
     ) -> str:
         """As `tensor_digest`, of a tensor that may be the same as when it was last seen at its place.
 
         Args:
             address: where its values lie in memory; 0 if that tells nothing.
             memory: gives room for a copy, if there is any; called if the tensor has to be hashed. Then the copy has the
-                bytes that were hashed, whatever other threads do to the tensor.
+                bytes of the digest, whatever other threads do to the tensor.
+            copied: make the copy in any case.
         """
         if not address or len(data) < SMALLEST:
             return _hash(dtype, shape, data, threads=threads, into=memory())
@@ -72,9 +74,10 @@ class Remembered:
         before = self._entries.get(place)
         if before is None:
             return self._hash_and_remember(place, data, threads, memory())
-        if before.fingerprint and before.fingerprint == self._fingerprint(data):
+        into = memory() if copied else None
+        if before.fingerprint and before.fingerprint == self._fingerprint(data, into):
             return before.digest
-        digest = _hash(dtype, shape, data, threads=threads, into=memory())
+        digest = _hash(dtype, shape, data, threads=threads, into=memory() if into is None else into)
         if before.digest == digest:
             # It has stopped changing. Its fingerprint is taken when it is seen next.
             self._entries.pop(place, None)
@@ -103,8 +106,12 @@ class Remembered:
         self._entries[place] = _Entry(digest, fingerprint.digest())
         return digest
 
-    def _fingerprint(self, data: memoryview) -> bytes:
-        return xxhash.xxh3_128_digest(data, seed=self._seed)
+    def _fingerprint(self, data: memoryview, into: memoryview | None = None) -> bytes:
+        if into is None:
+            return xxhash.xxh3_128_digest(data, seed=self._seed)
+        fingerprint = xxhash.xxh3_128(seed=self._seed)
+        _copy(data, into, fingerprint.update)
+        return fingerprint.digest()
 
 
 def _hash(
@@ -120,21 +127,35 @@ def _hash(
 
     Args:
         into: memory of this thread. The tensor is copied there part by part, and hashed there, which costs no more than
-            to hash it where it lies; if the memory is smaller than the tensor, only the last part stays.
+            to hash it where it lies. See `_copy`.
         also: is given each part.
     """
     if into is None:
         return tensor_digest(dtype, shape, data, threads=threads)
     hasher = tensor_hasher(dtype, shape, threads)
+
+    def update(part: memoryview) -> None:
+        also(part)
+        hasher.update(part)
+
+    _copy(data, into, update, size=_PART if threads == 1 else _LARGE_PART)
+    return hasher.hexdigest()
+
+
+def _copy(
+    data: memoryview, into: memoryview, update: Callable[[memoryview], object], *, size: int = _PART
+) -> None:
+    """Copy part by part, and give each part on from the copy, while it is in the cache.
+
+    Args:
+        into: if it is smaller than the data, only the last part stays there.
+    """
     source, copy = np.frombuffer(data, np.uint8), np.frombuffer(into, np.uint8)
-    size = _PART if threads == 1 else _LARGE_PART
     for start in range(0, len(data), size):
         place = start if len(into) >= len(data) else 0
         part = copy[place : place + min(size, len(data) - start)]
         np.copyto(part, source[start : start + size])
-        also(part.data)
-        hasher.update(part.data)
-    return hasher.hexdigest()
+        update(part.data)
 
 
 class Copies:

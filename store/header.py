@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from registry.store.dtypes import BITS
 from registry.store.errors import Invalid
@@ -26,14 +26,14 @@ MAX_DIMENSIONS = 64
 PAGE = 4_096
 
 _MAX_ELEMENTS = (1 << 63) - 1
+_KEYS = {"dtype", "shape", "data_offsets"}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 """Half characters: JSON can spell them, UTF-8 cannot."""
 
 _FORBIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor of a safetensors file; `start` and `end` count from the start of the file, in bytes."""
 
     name: str
@@ -159,25 +159,30 @@ def _entry(name: str, value: Any, base: int) -> Entry:
         base: the byte of the file from which offsets count.
     """
     check_name(name)
-    shown = quoted(name)
-    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise Invalid(f"tensor {shown} must have exactly dtype, shape and data_offsets")
+    if problem := _problem(value):
+        raise Invalid(f"tensor {quoted(name)} {problem}")
+    start, end = value["data_offsets"]
+    return Entry(name, value["dtype"], tuple(value["shape"]), base + start, base + end)
+
+
+def _problem(value: Any) -> str | None:
+    """What is wrong with what a header says of a tensor, in words."""
+    if not isinstance(value, dict) or value.keys() != _KEYS:
+        return "must have exactly dtype, shape and data_offsets"
     code, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(code, str) or code not in BITS:
-        raise Invalid(f"tensor {shown} has the unknown dtype {quoted(str(code))}")
+        return f"has the unknown dtype {quoted(str(code))}"
     if not _whole_numbers(shape) or len(shape) > MAX_DIMENSIONS or _overflows(shape):
-        raise Invalid(f"tensor {shown} has a malformed shape")
+        return "has a malformed shape"
     if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise Invalid(f"tensor {shown} has malformed data_offsets")
-    expected = _byte_count(code, shape)
-    if expected != offsets[1] - offsets[0]:
-        raise Invalid(f"tensor {shown} of dtype {code} and shape {shape} does not fit its {offsets} bytes")
-    start, end = base + offsets[0], base + offsets[1]
-    return Entry(name=name, code=code, shape=tuple(shape), start=start, end=end)
+        return "has malformed data_offsets"
+    if _byte_count(code, shape) != offsets[1] - offsets[0]:
+        return f"of dtype {code} and shape {shape} does not fit its {offsets} bytes"
+    return None
 
 
 def _whole_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int for item in value)
+    return isinstance(value, list) and set(map(type, value)) <= {int}
 
 
 def _overflows(shape: list[int]) -> bool:

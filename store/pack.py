@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from registry.store import header
 from registry.store.digest import digest as digest_of
@@ -48,8 +49,7 @@ _BUFFER = 1 << 20
 _READ = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class PackedTensor:
+class PackedTensor(NamedTuple):
     """Where a tensor lies in a pack; `start` counts bytes from the start of the file.
 
     Attributes:

@@ -385,7 +385,14 @@ class _Hashing:
 
             threads = ALL_CORES if leaf.size >= _LARGE else 1
             digest = remembered.digest(
-                leaf.address, dtype=leaf.dtype, shape=leaf.shape, data=data, threads=threads, memory=memory
+                leaf.address,
+                dtype=leaf.dtype,
+                shape=leaf.shape,
+                data=data,
+                threads=threads,
+                memory=memory,
+                # The others are likely to be new as well.
+                copied=self._writing,
             )
             if lent:
                 return _Hashed(slot=slot, digest=digest, leaf=leaf, data=lent[0], is_sure=True, is_lent=True)

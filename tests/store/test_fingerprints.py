@@ -33,9 +33,9 @@ class Seen:
                 monkeypatch.setattr(module, name, self._counted(getattr(module, name)))
             compare = Remembered._fingerprint
 
-            def counted(remembered: Remembered, data: memoryview) -> bytes:
+            def counted(remembered: Remembered, data: memoryview, into: memoryview | None = None) -> bytes:
                 self.compared += 1
-                return compare(remembered, data)
+                return compare(remembered, data, into)
 
             monkeypatch.setattr(Remembered, "_fingerprint", counted)
 
