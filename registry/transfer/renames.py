@@ -17,11 +17,16 @@ _WEIGHT_NORM = {"weight_g": "original0", "weight_v": "original1"}
 _PARAMETRIZED = "parametrizations.weight."
 
 
+_SIDES = re.compile(r"((?:[^\\=]|\\.)*)=(.*)", re.DOTALL)
+"""The two sides of a rule."""
+
+
 class Rename:
     """A rule that renames names of side A: `old=new`.
 
     In a glob, `*` stands for one component of a name, and as the last component for all that are left; `**` for any
-    number. A rule that begins with `re:` is a regular expression for the whole name, with `\\1` in the new one.
+    number. A rule that begins with `re:` is a regular expression for the whole name, with `\\1` in the new one. An equals
+    sign in the old name is written `\\=`.
 
     >>> Rename("backbone.*=*")("backbone.conv1.weight")
     'conv1.weight'
@@ -34,8 +39,9 @@ class Rename:
 
     def __init__(self, rule: str) -> None:
         self.rule = rule
-        old, equals, new = rule.removeprefix("re:").partition("=")
-        if not equals or not old or not new:
+        parts = _SIDES.fullmatch(rule.removeprefix("re:"))
+        old, new = parts.groups() if parts else ("", "")
+        if not old or not new:
             raise Invalid(
                 f"the rename {quoted(rule)} is malformed; write it as old=new, such as backbone.*=*"
             )
@@ -52,6 +58,15 @@ class Rename:
         """The new name; None for a name that the rule does not fit."""
         match = self._pattern.fullmatch(name)
         return match.expand(self._new) if match else None
+
+
+def escaped(name: str, *, back: bool = False) -> str:
+    """A name as it stands on the left of a rule, or the other way `back`.
+
+    >>> escaped("block=1.weight")
+    'block\\\\=1.weight'
+    """
+    return name.replace(r"\=", "=") if back else name.replace("=", r"\=")
 
 
 def torch_rename(name: str, names: Container[str]) -> str | None:
@@ -87,7 +102,7 @@ def without_wrappers(name: str) -> str:
 
 def _glob(old: str, new: str, rule: str) -> tuple[re.Pattern[str], str]:
     """The regular expression of a glob, and what `re.Match.expand` makes the new name from."""
-    parts = old.split(".")
+    parts = escaped(old, back=True).split(".")
     found = []
     for i, part in enumerate(parts):
         if part == "**" or (part == "*" and i == len(parts) - 1):

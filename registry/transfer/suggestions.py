@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from registry.transfer.matching import LOADABLE, Category, Pair
 from registry.transfer.positions import aligned
-from registry.transfer.renames import Rename
+from registry.transfer.renames import Rename, escaped
 from registry.transfer.sides import Side, StateEntry
 
 _PEFT = "base_model.model."
@@ -89,7 +89,7 @@ def _in_order(mine: Mapping[str, _Leaves], others: Mapping[str, _Leaves]) -> tup
         rule
         for a, b in moves
         if a != b
-        for rule in ([f"{a}.*={b}.*"] if a and b else _leaf_rules(a, b, mine[a]))
+        for rule in ([f"{escaped(a)}.*={b}.*"] if a and b else _leaf_rules(a, b, mine[a]))
     )
 
 
@@ -102,22 +102,20 @@ def _single(ours: Sequence[StateEntry], theirs: Sequence[StateEntry]) -> Iterato
             places[key(other)].append(other)
         by_key.append((places, Counter(map(key, ours))))
     for entry in ours:
-        if not entry.shape or "=" in entry.name:
+        if not entry.shape:
             continue
         for (told, key), (places, count) in zip(_EVIDENCE, by_key, strict=True):
             same = places.get(key(entry), ())
             if len(same) == count[key(entry)] == 1:
                 parent, _, leaf = entry.name.rpartition(".")
                 why = told.format(shape=list(entry.shape), leaf=leaf, parent=parent)
-                yield Suggestion((f"{entry.name}={same[0].name}",), why)
+                yield Suggestion((f"{escaped(entry.name)}={same[0].name}",), why)
                 break
 
 
 def _leaf_rules(a: str, b: str, leaves: _Leaves) -> list[str]:
     """A rule for each name of a layer, where one of the two is the network itself."""
-    return [
-        f"{f'{a}.' if a else ''}{leaf}={f'{b}.' if b else ''}{leaf}" for leaf, _ in leaves if "=" not in leaf
-    ]
+    return [f"{escaped(f'{a}.{leaf}' if a else leaf)}={f'{b}.' if b else ''}{leaf}" for leaf, _ in leaves]
 
 
 def _whole(
@@ -178,7 +176,7 @@ def _cuts(name: str) -> Iterator[tuple[str, str]]:
 
 def _prefix_rule(old: str, new: str) -> tuple[str, ...]:
     """The rule that changes one prefix into another; either may be empty."""
-    return (f"{old}*={new}*" if old else f"**={new}**",)
+    return (f"{escaped(old)}*={new}*" if old else f"**={new}**",)
 
 
 def _how(old: str, new: str) -> str:
@@ -199,7 +197,7 @@ def _peft(ours: Sequence[StateEntry], theirs: Sequence[StateEntry]) -> list[tupl
         rules = []
         for layers, inner in ((paths, _PEFT_LAYER), (saved, _PEFT_SAVED)):
             if layers:
-                any_of = "|".join(map(re.escape, sorted(layers)))
+                any_of = escaped("|".join(map(re.escape, sorted(layers))))
                 start = "" if paths is whole[0] else r"(?:.+\.)?"
                 rules.append(rf"re:({start}(?:{any_of}))(\.[^.]+)={_PEFT}\1{inner[:-1]}\2")
         if rules and len(paths) + len(saved) <= _MOST_LAYERS:
@@ -220,7 +218,7 @@ def _moved(left: Side, right: Side, pairs: Sequence[Pair]) -> Iterator[Suggestio
         return
     for path, moves in aligned(left, right).items():
         if moves:
-            rules = tuple(f"{path}{a}.*={path}{b}.*" for a, b in moves)
+            rules = tuple(f"{escaped(f'{path}{a}')}.*={path}{b}.*" for a, b in moves)
             yield Suggestion(rules, "the only order in which the layers fit")
 
 

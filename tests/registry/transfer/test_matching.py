@@ -146,6 +146,8 @@ def test_a_real_submodule_called_module_survives() -> None:
         ("**.gamma=**.weight", "a.b.gamma", "a.b.weight"),
         ("layer*.x=stage*.x", "layer12.x", "stage12.x"),
         (r"re:(.*)\.gamma=\1.weight", "a.gamma", "a.weight"),
+        (r"a\=1.*=b=2.*", "a=1.w", "b=2.w"),
+        (r"re:([^\=]+)\=(\d)\.w=\1=\2", "a=1.w", "a=1"),
     ],
 )
 def test_renames(rule: str, old: str, new: str) -> None:
@@ -162,6 +164,7 @@ def test_renames(rule: str, old: str, new: str) -> None:
         (["abc"], Invalid, "is malformed; write it as old=new"),
         (["re:(=x"], Invalid, "is malformed"),
         (["a=*"], Invalid, "more stars on the right"),
+        (["a\\=c"], Invalid, "is malformed; write it as old=new"),
     ],
 )
 def test_renames_that_make_no_sense(rules: list[str], error: type[Exception], told: str) -> None:
@@ -289,9 +292,19 @@ def test_an_alignment_is_offered_where_only_one_fits() -> None:
             state(x__weight=(4,), z__scale=(4,)),
             ["--rename x.gamma=x.weight  (the only ones of shape [4] in x)"],
         ),
+        (
+            {"x=1.one": torch.ones(7), "same": torch.ones(1)},
+            {"y=2.two": torch.ones(7), "same": torch.ones(1)},
+            [r"--rename 'x\=1.one=y=2.two'  (the only ones of shape [7])"],
+        ),
+        (
+            {"net=a.one": torch.ones(7), "net=a.two": torch.ones(8)},
+            {"one": torch.ones(7), "two": torch.ones(8)},
+            [r"--rename 'net\=a.*=*'  (2 of 2 names fit without the prefix)"],
+        ),
         (state(a=(4,), b=(4,)), state(c=(4,), d=(4,), e=(4,)), []),  # ambiguous: nothing is chosen
     ],
-    ids=["prefix", "added", "order", "shape", "leaf", "parent", "ambiguous"],
+    ids=["prefix", "added", "order", "shape", "leaf", "parent", "equals sign", "and prefix", "ambiguous"],
 )
 def test_renames_are_suggested_with_their_evidence(a: Any, b: Any, told: list[str]) -> None:
     report = diff(a, b)
