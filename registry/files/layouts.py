@@ -58,7 +58,8 @@ def split(tree: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
     The layout is `{"whole": "model"}`, or `{"type": "dict", "keys": [...]}` with one entry for each key in
     order: `[key, component]` for a component, `[key, "extra"]` for a part of `extra`, `[key, None, number]`
-    for a plain number that is recorded as a field.
+    for a plain number that is recorded as a field. Where the only part is itself a dict called `extra`, as in a file that
+    we exported, it is the component, and the layout has `"whole_extra": true`.
     """
     places = _places(tree)
     if not places:
@@ -75,9 +76,10 @@ def split(tree: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         else:
             extra[key] = value
             keys.append([key, "extra"])
-    if extra:
-        components["extra"] = extra
-    return components, {"type": type(tree).__name__, "keys": keys}
+    layout = {"type": type(tree).__name__, "keys": keys}
+    if set(extra) == {"extra"} and isinstance(extra["extra"], dict):
+        return components | extra, layout | {"whole_extra": True}
+    return components | ({"extra": extra} if extra else {}), layout
 
 
 def join(layout: Any, components: Mapping[str, Any], *, is_thin: bool = False) -> Any:
@@ -93,11 +95,14 @@ def join(layout: Any, components: Mapping[str, Any], *, is_thin: bool = False) -
         if set(layout) == {"whole"}:
             return components[layout["whole"]]
         tree: dict[Any, Any] = {"dict": dict, "OrderedDict": OrderedDict}[layout["type"]]()
+        has_parts = not layout.get("whole_extra")
         for key, component, *number in layout["keys"]:
             if number:
                 tree[key] = number[0]
             elif component in components or not is_thin:
-                tree[key] = components["extra"][key] if component == "extra" else components[component]
+                tree[key] = (
+                    components["extra"][key] if component == "extra" and has_parts else components[component]
+                )
         return tree
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Corrupt(f"the recorded layout does not fit the components ({quoted(str(error))})") from None

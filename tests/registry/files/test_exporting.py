@@ -213,6 +213,20 @@ def test_a_checkpoint_saved_here_has_the_usual_layout(tmp_path: Path, registry: 
     assert (again.epoch, again.step, again.config) == (4, 5, {"lr": 0.1})
 
 
+@pytest.mark.parametrize("more", [{}, {"note": "kept"}])
+def test_extra_is_the_same_however_often_it_is_exported_and_imported(
+    tmp_path: Path, registry: Registry, more: dict[str, Any]
+) -> None:
+    tree = {"model": {"w": torch.ones(2)}, "extra": {"seen": 3, "extra": {"deep": True}}, **more}
+    torch.save(tree, tmp_path / "first.pt")
+    for name in ("a", "b"):
+        path = tmp_path / ("first.pt" if name == "a" else "a.pt")
+        checkpoint = import_checkpoint(registry, read_checkpoint_file(path), name)
+        export(checkpoint, tmp_path / f"{name}.pt")
+        assert same(torch.load(tmp_path / f"{name}.pt"), tree)
+    assert checkpoint.load()["extra"] == (tree["extra"] if not more else {"extra": tree["extra"], **more})
+
+
 def test_one_component_is_written_bare(tmp_path: Path, registry: Registry) -> None:
     tree = trained(torch.optim.SGD, lr=0.1, momentum=0.9)
     torch.save(tree, tmp_path / "in.pt")
