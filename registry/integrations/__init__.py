@@ -11,7 +11,10 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-_SUPPORTED = {"accelerate": ("1.10", "2")}
+_SUPPORTED = {
+    "accelerate": ("1.10", "2"),
+    "lightning": ("2.6.4", "2.7"),
+}
 """The first release of each framework that is supported, and the first that is not."""
 
 

@@ -1,0 +1,597 @@
+"""Lightning: a `Trainer` that saves versions in the place of files, and resumes exactly.
+
+    from registry.integrations.lightning import RegistryCheckpoint
+
+    kept = RegistryCheckpoint("lenet5", monitor="val/loss")
+    trainer = Trainer(**kept.for_trainer(max_epochs=10))
+    trainer.fit(net, loader, ckpt_path="lenet5@best")
+
+Lightning asks its file system for checkpoints: it lists folders and compares times. So where it expects a file lies a
+pointer, a small file with the id of the version. A reference such as `lenet5@best` goes wherever a path goes.
+
+`RegistryCheckpoint` is a callback and has two other parts, a `CheckpointIO` and a `Logger`. They are objects of their own
+because Lightning calls methods of the same name on each, with other arguments.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from registry.catalog.versions import with_descendants
+from registry.checkpoints.checkpoint import Checkpoint
+from registry.integrations import check_release, pointers
+from registry.integrations.scrubbing import scrubbed, unscrubbed
+from registry.integrations.storing import recordable, storable
+from registry.live import components, ranks, rng
+from registry.live.resumable import ResumableLoader
+from registry.log.metrics import is_metric
+from registry.log.reference import check_name
+from registry.registry import Registry
+from registry.runs.process import Mute
+from registry.runs.run import Run
+from registry.store.errors import Conflict, Incompatible, Invalid, NotFound, Unsupported, naming
+from registry.upkeep.retention import Retention
+
+check_release("lightning")
+
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO  # noqa: E402
+from lightning.fabric.utilities.data import _set_sampler_epoch  # noqa: E402
+from lightning.fabric.utilities.rank_zero import rank_zero_only  # noqa: E402
+from lightning.fabric.utilities.types import _Stateful  # noqa: E402
+from lightning.pytorch import LightningModule, Trainer  # noqa: E402
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint  # noqa: E402
+from lightning.pytorch.loggers import Logger  # noqa: E402
+from lightning.pytorch.strategies import (  # noqa: E402
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+)
+from lightning.pytorch.trainer.states import TrainerFn  # noqa: E402
+from lightning.pytorch.utilities.model_helpers import is_overridden  # noqa: E402
+
+_logger = logging.getLogger(__name__)
+
+_OWN = "torch-registry"
+"""The key under which a checkpoint dict of Lightning has what this module adds to it, until it is saved."""
+
+_LISTS = {"optimizer_states": "optimizer", "lr_schedulers": "scheduler"}
+"""Lists in a checkpoint dict, and what one of their items is called as a component."""
+
+_AT_THE_BEGINNING = {"taken": 0, "start": None, "before": None}
+"""What the state of a `ResumableLoader` has where an epoch begins."""
+
+_OPTIONS = frozenset(inspect.signature(Registry.run).parameters) - {"self", "model", "resume", "together"}
+_RULES = ("monitor", "mode", "keep_last", "keep_best", "keep_optimizer")
+
+
+@dataclass
+class _Moment:
+    """A save, and what tells whether the next one is of the same moment.
+
+    Attributes:
+        saved: the version.
+        checkpoint: step, epoch and loops of the dict that it was made of, and its random numbers.
+    """
+
+    saved: Checkpoint
+    checkpoint: Mapping[str, Any]
+
+
+class RegistryCheckpoint(Callback):  # type: ignore[misc]
+    """Saves the checkpoints of a `Trainer` into a registry, and lets a training that was killed go on exactly.
+
+        kept = RegistryCheckpoint("lenet5", monitor="val/loss", keep_last=3, keep_best=1)
+        trainer = Trainer(**kept.for_trainer(max_epochs=10))
+
+    A `fit` is a run of the registry: it has a log, TensorBoard events, an end, and the rules of what stays. What is
+    logged by `self.log` in the first process goes to the events. A `ModelCheckpoint` decides when to save, and what it
+    removes is removed from the registry, unless an alias, a tag, a descendant or another pointer holds it. Saved are the
+    network, optimizers, schedulers, the position of loops and loaders, what callbacks keep, and the random numbers of
+    each process.
+
+    To resume inside an epoch, wrap the `DataLoader`: `ResumableLoader(loader)`.
+
+    Args:
+        model: the model that gets new versions.
+        registry: the registry that gets them; the default one unless given.
+        options: what `Registry.run` takes, such as `monitor`, `mode`, `keep_last`, `keep_best`, `config`. Without
+            `monitor` it is that of the trainer's `ModelCheckpoint`; without `config` the module's `hparams`.
+
+    Raises:
+        Invalid: if an option is none of a run, or a name or a rule is malformed.
+    """
+
+    def __init__(self, model: str, registry: Registry | None = None, **options: Any) -> None:
+        self.model = check_name(model, "model")
+        self.registry = registry or Registry()
+        for name in options:
+            if name not in _OPTIONS:
+                raise Invalid(f"{name} is no option; there are {', '.join(sorted(_OPTIONS))}")
+        if options.get("monitor"):
+            Retention.of(**{rule: options.get(rule) for rule in _RULES})
+        self._options = options
+        self._io = _RegistryIO(self)
+        self._log = _RegistryLogger(self)
+        self._trainer: Trainer | None = None
+        self._ranks: ranks.Ranks | None = None
+        self._run: Run | None = None
+        self._is_open = False
+        self._error: BaseException | None = None
+        self._loaded: Checkpoint | None = None
+        self._moment: _Moment | None = None
+        self._orders: list[ResumableLoader | None] = []
+        """What knows the generators of each loader that does not know its own."""
+
+    @property
+    def run(self) -> Run | None:
+        """The run of the present or the last `fit`, in the process that saves; None before it and in others."""
+        return self._run
+
+    def for_trainer(self, **settings: Any) -> dict[str, Any]:
+        """The arguments of a `Trainer`: yours, with the parts of this object added to callbacks, plugins and loggers.
+
+        Without a `ModelCheckpoint` of yours, one is added that saves at the end of each epoch and removes nothing; what
+        stays is then a matter of `keep_last` and `keep_best`.
+
+        Raises:
+            Invalid: if there is a `RegistryCheckpoint` among your callbacks.
+        """
+        callbacks, plugins = _listed(settings.get("callbacks")), _listed(settings.get("plugins"))
+        if any(isinstance(one, RegistryCheckpoint) for one in callbacks):
+            raise Invalid("the callbacks have a RegistryCheckpoint already; a Trainer takes one")
+        if settings.get("enable_checkpointing") is not False and not any(
+            isinstance(one, ModelCheckpoint) for one in callbacks
+        ):
+            callbacks.append(ModelCheckpoint(save_top_k=-1))
+        found = {**settings, "callbacks": [self, *callbacks], "plugins": [*plugins, self._io]}
+        logger = settings.get("logger")
+        if logger is not False:
+            found["logger"] = [self._log, *_listed(None if logger is True else logger)]
+        return found
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse, before training starts, what could not be saved.
+
+        Raises:
+            Unsupported: for strategies that shard the network over processes.
+            Invalid: if the trainer lacks the other parts of this object.
+            Conflict: if another trainer is in training with this object.
+        """
+        kind = type(trainer.strategy).__name__
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+            raise Unsupported(
+                f"{kind} shards the network over processes, which RegistryCheckpoint cannot save; use strategy='ddp', "
+                "or save each part with dcp.save(state, storage_writer=run.sharded(...)), see docs/distributed.md"
+            )
+        if trainer.strategy.checkpoint_io is not self._io:
+            raise Invalid(
+                "the trainer lacks parts of RegistryCheckpoint; make it with Trainer(**kept.for_trainer())"
+            )
+        if self._is_open and trainer is not self._trainer:
+            raise Conflict(
+                f"this RegistryCheckpoint is in use by another Trainer, whose run is {self._run and self._run.name}; make one each"
+            )
+        self._trainer, self._loaded, self._moment = trainer, None, None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See that the optimizers are those whose states were loaded.
+
+        Raises:
+            Incompatible: saying what differs.
+        """
+        if self._loaded is None:
+            return
+        checkpoint = self._loaded
+        live = trainer.optimizers
+        name, states = _items(checkpoint, "optimizer")
+        with naming(checkpoint.name):
+            if len(live) != len(states):
+                raise Incompatible(f"the module has {len(live)} optimizers, the checkpoint {len(states)}")
+            kinds = checkpoint.provenance.get("kinds", {})
+            for i, state in enumerate(states):
+                own = name if len(states) == 1 else f"{name}/{i}"
+                components.check(own, live[i], state, kind=kinds.get(own))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the run, and put loaders and random numbers where they were.
+
+        Raises:
+            Invalid: if the data of a `ResumableLoader` is not split over the processes.
+            Incompatible: if the loaders are not those that were saved.
+        """
+        _check_split(trainer)
+        if trainer.fast_dev_run:
+            return
+        # Lightning has its handler of SIGTERM by now, which lets a batch end; the run leaves it there.
+        self._orders = [_order_of(loader) for loader in trainer.fit_loop._combined_loader.flattened]
+        timeout = self._options.get("timeout", ranks.TIMEOUT)
+        self._ranks = ranks.Ranks(timeout)
+        self._ranks.leader(lambda: self._begin(trainer), f"a run of {self.model}")
+        if self._loaded is not None:
+            self._go_on(trainer, self._loaded)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add what Lightning leaves out: the random numbers of each process, and its loaders."""
+        loaders = checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", [])
+        orders = [one and one.state_dict() for one in self._orders]
+        own = {"rng": rng.capture(), "loaders": loaders, "orders": orders}
+        everyone = self._ranks.gather(lambda: own, "a checkpoint") if self._ranks else [own]
+        # All processes take part in reducing the metrics.
+        checkpoint[_OWN] = {"ranks": everyone, "metrics": dict(trainer.callback_metrics)}
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        if trainer.training and not loaders and not progress.is_last_batch:
+            self._warn_of_position()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Keep what the run ends by."""
+        self._error = exception
+
+    def _warn_of_position(self) -> None:
+        if self._moment is None:
+            _logger.warning(
+                "a save inside an epoch lacks the position in the data; to resume exactly, wrap the loader: "
+                "ResumableLoader(loader) from registry"
+            )
+
+    def _begin(self, trainer: Trainer) -> None:
+        """Begin a run; in the process that saves."""
+        options = dict(self._options)
+        by = next((one for one in trainer.checkpoint_callbacks if getattr(one, "monitor", None)), None)
+        if "monitor" not in options and by is not None:
+            options |= {"monitor": by.monitor, "mode": by.mode}
+        if "config" not in options:
+            options["config"] = _hyperparameters(trainer)
+        self._run = self.registry.run(self.model, resume=self._loaded, together=False, **options)
+        self._run.__enter__()
+        self._is_open, self._error = True, None
+
+    def _end(self) -> None:
+        """End the run; called in every case in which Lightning leaves the training."""
+        if self._ranks is not None:
+            self._ranks.close()
+            self._ranks = None
+        if self._run is not None and self._is_open:
+            self._is_open = False
+            error = self._error
+            self._run.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
+
+    def _save(self, checkpoint: dict[str, Any], path: str) -> None:
+        """Save a checkpoint dict as a version, and point at it; in the process that saves."""
+        assert self._trainer is not None
+        trainer = self._trainer
+        replaced = pointers.read(path)
+        own = checkpoint.pop(_OWN, {})
+        last = [one for one in trainer.checkpoint_callbacks if getattr(one, "last_model_path", None) == path]
+        if last and self._moment is not None and _is_same(self._moment.checkpoint, {**checkpoint, **own}):
+            saved = self._moment.saved
+        else:
+            saved = self._saved(trainer, checkpoint, own)
+        if last:
+            self.registry.set_alias(saved.id, "last")
+        pointers.write(path, saved)
+        keys = ("global_step", "epoch", "loops")
+        self._moment = _Moment(saved, {key: checkpoint[key] for key in keys} | own)
+        if replaced and replaced[1] != saved.id:
+            self._release(replaced[1], os.path.dirname(path))
+
+    def _saved(self, trainer: Trainer, checkpoint: dict[str, Any], own: Mapping[str, Any]) -> Checkpoint:
+        """A new version."""
+        if self._run is None:
+            self._run = self.registry.run(self.model, together=False, **self._options)
+            with self._run:
+                pass
+        rest = dict(checkpoint)
+        module = trainer.lightning_module
+        state = rest.pop("state_dict")
+        # A module may leave something out of its checkpoints. Then the state is what it says, not what it has.
+        is_whole = list(components.capture("model", module)) == list(state)
+        states = {} if is_whole else {"model": state}
+        kinds = {} if is_whole else {"model": components.kind_of(module)}
+        live = {
+            "optimizer": trainer.optimizers,
+            "scheduler": [one.scheduler for one in trainer.lr_scheduler_configs],
+        }
+        for key, name in _LISTS.items():
+            items = rest.pop(key, None)
+            rest[name] = None if items is None else len(items)
+            if items:
+                single = len(items) == 1
+                states[name if single else f"{name}s"] = items[0] if single else items
+                for i, one in enumerate(live[name]):
+                    kinds[name if single else f"{name}s/{i}"] = components.kind_of(one)
+        everyone = own.get("ranks", [])
+        if everyone:
+            states["loaders"] = [{key: one[key] for key in ("loaders", "orders")} for one in everyone]
+        states["lightning"] = storable(self._scrubbed(rest))
+        measured = own.get("metrics", trainer._logger_connector._callback_metrics)
+        saved = self._run.save(
+            **({"model": module} if is_whole else {}),
+            states=states,
+            kinds=kinds,
+            rng=[one["rng"] for one in everyone] or None,
+            epoch=checkpoint["epoch"],
+            step=checkpoint["global_step"],
+            metrics={name: value for name, value in measured.items() if is_metric(name)},
+        )
+        assert saved is not None
+        return saved
+
+    def _load(self, path: str, map_location: Any, weights_only: bool | None) -> dict[str, Any]:
+        """The checkpoint dict of a version, or of a file of Lightning's own; in every process."""
+        assert self._trainer is not None
+        pointer = pointers.read(path)
+        if pointer is None and os.path.isfile(path):
+            return TorchCheckpointIO().load_checkpoint(path, map_location, weights_only)  # type: ignore[no-any-return]
+        checkpoint = self._named(path, pointer)
+        if "lightning" not in checkpoint.components:
+            raise Incompatible(
+                f"{checkpoint.name} was not saved by Lightning; take its parameters alone: "
+                f"registry[{checkpoint.name!r}].restore(model=net)"
+            )
+        found: dict[str, Any] = checkpoint.state_dict("lightning")
+        found = {**found, "state_dict": checkpoint.state_dict("model")}
+        for key, name in _LISTS.items():
+            count = found.pop(name)
+            if count is not None:
+                found[key] = _items(checkpoint, name)[1]
+        self._check(checkpoint, found)
+        self._loaded = checkpoint if self._trainer.state.fn == TrainerFn.FITTING else None
+        return self._unscrubbed(found, checkpoint)
+
+    def _named(self, path: str, pointer: tuple[str, str] | None) -> Checkpoint:
+        """The checkpoint that a pointer or a reference names."""
+        if pointer is None:
+            if os.path.isabs(path) or path.endswith(".ckpt"):
+                raise NotFound(f"there is no file {path}; give one, or a reference such as {self.model}@best")
+            return self.registry[path]
+        try:
+            return self.registry[pointer[1]]
+        except NotFound:
+            raise NotFound(
+                f"{path} points at {pointer[0]}, which is not, or no longer, in the registry {self.registry.root}"
+            ) from None
+
+    def _check(self, checkpoint: Checkpoint, found: Mapping[str, Any]) -> None:
+        """See that a checkpoint is one of this network, before anything is changed."""
+        assert self._trainer is not None
+        module = self._trainer.lightning_module
+        is_resumed = self._trainer.state.fn == TrainerFn.FITTING
+        if is_resumed and not all(key in found for key in _LISTS):
+            raise Incompatible(
+                f"{checkpoint.name} holds the parameters alone (save_weights_only); training cannot go on from it"
+            )
+        if not module.strict_loading or is_overridden("on_load_checkpoint", module, LightningModule):
+            return
+        with naming(checkpoint.name):
+            components.check("model", module, found["state_dict"], kind=None)
+
+    def _go_on(self, trainer: Trainer, checkpoint: Checkpoint) -> None:
+        """Put random numbers and loaders of this process where they were.
+
+        Lightning has made an iterator of the loaders already, which drew random numbers. It is made again. Where an epoch
+        begins, it has to draw what it would have drawn without a break; inside an epoch that has happened before the save.
+        """
+        fit = trainer.fit_loop
+        loaders = fit._combined_loader.flattened
+        for loader in loaders:
+            _set_sampler_epoch(loader, fit.epoch_progress.current.processed)
+        begins = fit.epoch_loop.batch_progress.is_last_batch
+        stateful = [loader for loader in loaders if isinstance(loader, _Stateful)]
+        states, orders = self._positions(checkpoint, len(stateful), inside=not begins)
+        checkpoint.restore(rng=True)
+        now = rng.capture()
+        for loader, state in zip(stateful, states, strict=bool(states)):
+            if not begins:
+                loader.load_state_dict(state)
+            elif isinstance(loader, ResumableLoader):
+                loader.load_state_dict({**state, **_AT_THE_BEGINNING})
+        if begins:
+            _put_back(self._orders, orders)
+            rng.restore(now)
+        iter(fit._data_fetcher)
+        if not begins:
+            _put_back(self._orders, orders)
+            rng.restore(now)
+
+    def _positions(self, checkpoint: Checkpoint, count: int, *, inside: bool) -> tuple[list[Any], list[Any]]:
+        """The states and the orders of this process's loaders; none if other processes go on with a new epoch."""
+        everyone = checkpoint.load("loaders", copy=True)["loaders"]
+        if len(everyone) != ranks.count():
+            if not inside:
+                return [], []
+            raise Incompatible(
+                f"{checkpoint.name}: {len(everyone)} processes were in the middle of an epoch, which {ranks.count()} cannot "
+                f"go on with; start {len(everyone)}, or resume from the end of an epoch"
+            )
+        mine = everyone[ranks.mine()]
+        if len(mine["loaders"]) != count or len(mine["orders"]) != len(self._orders):
+            raise Incompatible(
+                f"{checkpoint.name} has the positions of {len(mine['loaders'])} of {len(mine['orders'])} loaders, the "
+                f"trainer has {count} of {len(self._orders)} that know theirs; use the same loaders"
+            )
+        return mine["loaders"], mine["orders"]
+
+    def _remove(self, path: str) -> None:
+        """Remove a pointer, and the version if nothing else holds it; in the process that saves."""
+        pointer = pointers.read(path)
+        if pointer is None:
+            return
+        pointers.remove(path)
+        self._release(pointer[1], os.path.dirname(path))
+
+    def _release(self, version_id: str, folder: str) -> None:
+        """Remove a version that no pointer in a folder leads to, unless an alias, a tag or a descendant holds it."""
+        if version_id in pointers.in_folder(folder).values():
+            return
+        if with_descendants(self.registry.catalog, [version_id]):
+            return
+        try:
+            self.registry.remove([version_id])
+        except (Conflict, NotFound) as reason:
+            _logger.info("a version stays: %s", reason)
+            return
+        self.registry.collect_garbage()
+
+    def _folders(self, key: str) -> dict[str, str]:
+        """The folders whose paths the state of a callback may have."""
+        assert self._trainer is not None
+        found = {"root": self._trainer.default_root_dir}
+        for one in self._trainer.callbacks:
+            if one.state_key == key and isinstance(getattr(one, "dirpath", None), str):
+                found["checkpoints"] = one.dirpath
+        return found
+
+    def _scrubbed(self, rest: dict[str, Any]) -> dict[str, Any]:
+        """The dict with plain hyperparameters, and without paths of this machine in what callbacks keep."""
+        rest.pop("hparams_type", None)
+        if "hyper_parameters" in rest:
+            rest["hyper_parameters"] = recordable(rest["hyper_parameters"])
+        for key, state in rest.get("callbacks", {}).items():
+            rest["callbacks"][key] = scrubbed(state, self._folders(key))
+        return rest
+
+    def _unscrubbed(self, found: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
+        """The dict with the paths of this machine; `last` is the pointer to the version, if there is one."""
+        if "callbacks" not in found:
+            return found
+        states = {}
+        for key, state in found["callbacks"].items():
+            folders = self._folders(key)
+            states[key] = unscrubbed(state, folders)
+            if "checkpoints" not in folders or "last_model_path" not in state:
+                continue
+            for path, version_id in pointers.in_folder(folders["checkpoints"]).items():
+                is_last = os.path.basename(path).startswith(ModelCheckpoint.CHECKPOINT_NAME_LAST)
+                if is_last and version_id == checkpoint.id:
+                    states[key]["last_model_path"] = path
+        return {**found, "callbacks": states}
+
+
+class _RegistryIO(CheckpointIO):  # type: ignore[misc]
+    """What Lightning writes, reads and removes checkpoints by."""
+
+    def __init__(self, kept: RegistryCheckpoint) -> None:
+        self._kept = kept
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        self._kept._save(checkpoint, os.fspath(path))
+
+    def load_checkpoint(
+        self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return self._kept._load(os.fspath(path), map_location, weights_only)
+
+    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        self._kept._remove(os.fspath(path))
+
+    def teardown(self) -> None:
+        self._kept._end()
+
+
+class _RegistryLogger(Logger):  # type: ignore[misc]
+    """Puts what is logged into the TensorBoard events of the run; outside `fit` nothing is recorded.
+
+    Lightning keeps its checkpoints in `name/version/checkpoints` below the trainer's folder, or here their pointers. It
+    is the same folder for each run of a model, as a `ModelCheckpoint` goes on only in the folder where it was.
+    """
+
+    def __init__(self, kept: RegistryCheckpoint) -> None:
+        super().__init__()
+        self._kept = kept
+
+    @property
+    def name(self) -> str:
+        return "lightning_logs"
+
+    @property
+    def version(self) -> str:
+        return self._kept.model
+
+    @property
+    def experiment(self) -> Any:
+        """The run's `SummaryWriter`."""
+        return self._kept._run.writer if self._kept._run and self._kept._is_open else Mute()
+
+    @rank_zero_only  # type: ignore[untyped-decorator]
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        for name, value in metrics.items():
+            self.experiment.add_scalar(name, value, step)
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the run has taken them as its configuration."""
+
+
+def _listed(given: Any) -> list[Any]:
+    """What a `Trainer` takes as one object, several or none, as a list."""
+    if given is None:
+        return []
+    return list(given) if isinstance(given, list | tuple) else [given]
+
+
+def _items(checkpoint: Checkpoint, name: str) -> tuple[str, list[Any]]:
+    """The component that has the states of some objects, of which a single one is no list, and these states."""
+    if name in checkpoint.components:
+        return name, [checkpoint.state_dict(name)]
+    several = f"{name}s"
+    return several, list(checkpoint.state_dict(several)) if several in checkpoint.components else []
+
+
+def _hyperparameters(trainer: Trainer) -> dict[str, Any]:
+    """The hyperparameters of the module and of its data, as plain values."""
+    found: dict[str, Any] = {}
+    for part in (trainer.datamodule, trainer.lightning_module):
+        found |= dict(getattr(part, "hparams_initial", None) or {})
+    return recordable(found)
+
+
+def _order_of(loader: Any) -> ResumableLoader | None:
+    """What knows the generators of a loader; None for a loader that knows them itself, or is no `DataLoader`."""
+    is_plain = isinstance(loader, torch.utils.data.DataLoader)
+    return ResumableLoader(loader) if is_plain and not loader.persistent_workers else None
+
+
+def _put_back(orders: list[ResumableLoader | None], states: list[Any]) -> None:
+    """Put the generators of loaders where they were."""
+    for order, state in zip(orders, states, strict=False):
+        if order is not None and state is not None:
+            order.load_state_dict({**state, **_AT_THE_BEGINNING})
+
+
+def _is_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two dicts are of the same moment of a training: nothing was trained and no number drawn between them."""
+    if "ranks" not in before or "ranks" not in now:
+        return False
+    drawn = [[one["rng"]["torch"] for one in moment["ranks"]] for moment in (before, now)]
+    return all(before[key] == now[key] for key in ("global_step", "epoch", "loops")) and all(
+        torch.equal(one, other) for one, other in zip(*drawn, strict=True)
+    )
+
+
+def _check_split(trainer: Trainer) -> None:
+    """See that each of several processes gets a part of the data.
+
+    Raises:
+        Invalid: if a `ResumableLoader` hides its loader from Lightning, which would have split the data.
+    """
+    if trainer.world_size == 1 or not trainer._accelerator_connector.use_distributed_sampler:
+        return
+    for loader in trainer.fit_loop._combined_loader.flattened:
+        if not isinstance(loader, ResumableLoader):
+            continue
+        is_stream = isinstance(loader.dataset, torch.utils.data.IterableDataset)
+        if not is_stream and not hasattr(loader.sampler, "set_epoch"):
+            raise Invalid(
+                f"a ResumableLoader gives all its data to each of {trainer.world_size} processes; make its loader with "
+                "sampler=DistributedSampler(data)"
+            )
