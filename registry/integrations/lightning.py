@@ -4,7 +4,7 @@
 
     kept = RegistryCheckpoint("lenet5", monitor="val/loss")
     trainer = Trainer(**kept.for_trainer(max_epochs=10))
-    trainer.fit(net, loader, ckpt_path="lenet5@best")
+    trainer.fit(net, loader, ckpt_path=kept.latest)
 
 Lightning asks its file system for checkpoints: it lists folders and compares times. So where it expects a file lies a
 pointer, a small file with the id of the version. A reference such as `lenet5@best` goes wherever a path goes.
@@ -30,6 +30,7 @@ from registry.integrations import check_release, pointers
 from registry.integrations.scrubbing import scrubbed, unscrubbed
 from registry.integrations.storing import recordable, storable
 from registry.live import components, ranks, rng
+from registry.live.gradients import Gradients
 from registry.live.resumable import ResumableLoader
 from registry.log.metrics import is_metric
 from registry.log.reference import check_name
@@ -126,6 +127,8 @@ class RegistryCheckpoint(Callback):  # type: ignore[misc]
         self._error: BaseException | None = None
         self._loaded: Checkpoint | None = None
         self._moment: _Moment | None = None
+        self._written: dict[str, str] = {}
+        """The pointers that this object has written, by path, with the ids of their versions."""
         self._orders: list[ResumableLoader | None] = []
         """What knows the generators of each loader that does not know its own."""
 
@@ -133,6 +136,12 @@ class RegistryCheckpoint(Callback):  # type: ignore[misc]
     def run(self) -> Run | None:
         """The run of the present or the last `fit`, in the process that saves; None before it and in others."""
         return self._run
+
+    @property
+    def latest(self) -> str | None:
+        """The reference to the model's newest version, for `ckpt_path`; None where there is none, to begin anew."""
+        reference = f"{self.model}@latest"
+        return reference if reference in self.registry else None
 
     def for_trainer(self, **settings: Any) -> dict[str, Any]:
         """The arguments of a `Trainer`: yours, with the parts of this object added to callbacks, plugins and loggers.
@@ -278,10 +287,20 @@ class RegistryCheckpoint(Callback):  # type: ignore[misc]
         if last:
             self.registry.set_alias(saved.id, "last")
         pointers.write(path, saved)
+        self._written[path] = saved.id
         keys = ("global_step", "epoch", "loops")
         self._moment = _Moment(saved, {key: checkpoint[key] for key in keys} | own)
         if replaced and replaced[1] != saved.id:
             self._release(replaced[1], os.path.dirname(path))
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove the pointers to versions that the rules of the run have removed."""
+        for path, version_id in list(self._written.items()):
+            if version_id not in self.registry:
+                del self._written[path]
+                if (found := pointers.read(path)) and found[1] == version_id:
+                    pointers.remove(path)
 
     def _saved(self, trainer: Trainer, checkpoint: dict[str, Any], own: Mapping[str, Any]) -> Checkpoint:
         """A new version."""
@@ -311,6 +330,8 @@ class RegistryCheckpoint(Callback):  # type: ignore[misc]
         everyone = own.get("ranks", [])
         if everyone:
             states["loaders"] = [{key: one[key] for key in ("loaders", "orders")} for one in everyone]
+        if trainer.training and trainer.fit_loop._should_accumulate():
+            states |= self._gradients(module)
         states["lightning"] = storable(self._scrubbed(rest))
         measured = own.get("metrics", trainer._logger_connector._callback_metrics)
         saved = self._run.save(
@@ -324,6 +345,16 @@ class RegistryCheckpoint(Callback):  # type: ignore[misc]
         )
         assert saved is not None
         return saved
+
+    def _gradients(self, module: LightningModule) -> dict[str, Any]:
+        """What an unfinished window has added up; in several processes each has other gradients until it ends."""
+        if ranks.count() == 1:
+            return {"gradients": Gradients(module).state_dict()}
+        _logger.warning(
+            "saved inside a window of accumulated gradients, which are not saved in several processes; to resume exactly, "
+            "save where a window ends"
+        )
+        return {}
 
     def _load(self, path: str, map_location: Any, weights_only: bool | None) -> dict[str, Any]:
         """The checkpoint dict of a version, or of a file of Lightning's own; in every process."""
@@ -340,9 +371,10 @@ class RegistryCheckpoint(Callback):  # type: ignore[misc]
         found: dict[str, Any] = checkpoint.state_dict("lightning")
         found = {**found, "state_dict": checkpoint.state_dict("model")}
         for key, name in _LISTS.items():
-            count = found.pop(name)
-            if count is not None:
-                found[key] = _items(checkpoint, name)[1]
+            count, states = found.pop(name), _items(checkpoint, name)[1]
+            # A version that was thinned has lost them.
+            if count == len(states):
+                found[key] = states
         self._check(checkpoint, found)
         self._loaded = checkpoint if self._trainer.state.fn == TrainerFn.FITTING else None
         return self._unscrubbed(found, checkpoint)
@@ -367,7 +399,7 @@ class RegistryCheckpoint(Callback):  # type: ignore[misc]
         is_resumed = self._trainer.state.fn == TrainerFn.FITTING
         if is_resumed and not all(key in found for key in _LISTS):
             raise Incompatible(
-                f"{checkpoint.name} holds the parameters alone (save_weights_only); training cannot go on from it"
+                f"{checkpoint.name} has no state of optimizers (save_weights_only, or thinned); training cannot go on from it"
             )
         if not module.strict_loading or is_overridden("on_load_checkpoint", module, LightningModule):
             return
@@ -401,6 +433,8 @@ class RegistryCheckpoint(Callback):  # type: ignore[misc]
         if not begins:
             _put_back(self._orders, orders)
             rng.restore(now)
+        if "gradients" in checkpoint.components:
+            Gradients(trainer.lightning_module).load_state_dict(checkpoint.state_dict("gradients"))
 
     def _positions(self, checkpoint: Checkpoint, count: int, *, inside: bool) -> tuple[list[Any], list[Any]]:
         """The states and the orders of this process's loaders; none if other processes go on with a new epoch."""

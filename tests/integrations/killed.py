@@ -43,14 +43,11 @@ def kill_me() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train(script: str, *words: object, count: int = 1, killed: bool = False, in_order: bool = False) -> str:
+def train(script: str, *words: object, count: int = 1, killed: bool = False) -> str:
     """Run a script of this folder, alone or under torchrun, offline.
 
-    Args:
-        in_order: leave the lines in the order in which they were printed; otherwise they are sorted.
-
     Returns:
-        The lines that begin with `END`; empty if it was killed, as it should be.
+        What it printed last, behind `END`; empty if it was killed, as it should be.
     """
     command = [sys.executable]
     if count > 1:
@@ -67,8 +64,7 @@ def train(script: str, *words: object, count: int = 1, killed: bool = False, in_
         check=False,
         env=environment,
     )
-    ends = [line for line in done.stdout.splitlines() if line.startswith("END")]
-    ends = ends if in_order else sorted(ends)
+    ends = sorted(line for line in done.stdout.splitlines() if line.startswith("END"))
     if killed:
         status = -signal.SIGKILL if count == 1 else 1
         assert (done.returncode, ends) == (status, []), done.stdout + done.stderr

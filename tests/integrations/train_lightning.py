@@ -1,7 +1,7 @@
 """A training with Lightning as its documentation has it, which can be killed at a step and resumed.
 
-Loading Lightning takes longer than the training, so one call may ask for several, with `then` between their words. Each
-has a process of its own, forked before anything was computed.
+Loading Lightning takes longer than the training, so one call asks for several, with `then` between their words. Each has
+a process of its own, forked before anything was computed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from killed import fingerprint, kill_me
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.tensorboard import SummaryWriter  # noqa: F401 - loaded once, not in each process
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from registry import Registry, ResumableLoader
@@ -136,7 +137,7 @@ def trainer_of(args: argparse.Namespace) -> L.Trainer:
     return L.Trainer(**kept.for_trainer(**settings, callbacks=[callback]))
 
 
-def main(argv: list[str]) -> None:
+def main(number: int, argv: list[str]) -> None:
     args = words_of(argv)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
@@ -152,17 +153,20 @@ def main(argv: list[str]) -> None:
     trainer.fit(net, *data, ckpt_path=reference, weights_only=False)
     ended = fingerprint(net, *trainer.optimizers, *(one.scheduler for one in trainer.lr_scheduler_configs))
     # In one piece, as several processes write at once.
-    sys.stdout.write(f"\nEND {trainer.global_rank} {trainer.global_step} {ended}\n")
+    sys.stdout.write(f"\nEND {number:02} {trainer.global_rank} {trainer.global_step} {ended}\n")
     sys.stdout.flush()
 
 
-def in_child(argv: list[str]) -> None:
+def in_child(number: int, argv: list[str]) -> None:
     """Train in a process of its own; the end of one that is killed is a line too."""
     child = os.fork()
     if child == 0:
+        # Each training of several processes meets at a place of its own.
+        port = int(os.environ.get("MASTER_PORT", "0")) + 1 + number
+        os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
         status = 1
         try:
-            main(argv)
+            main(number, argv)
             status = 0
         except Exception:
             traceback.print_exc()
@@ -170,17 +174,12 @@ def in_child(argv: list[str]) -> None:
             os._exit(status)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if status == -signal.SIGKILL:
-        print("\nEND killed", flush=True)
+        sys.stdout.write(f"\nEND {number:02} killed\n")
     elif status:
         sys.exit(status)
 
 
 if __name__ == "__main__":
-    several = [
-        list(group) for is_mark, group in itertools.groupby(sys.argv[1:], "then".__eq__) if not is_mark
-    ]
-    if len(several) == 1:
-        main(several[0])
-    else:
-        for argv in several:
-            in_child(argv)
+    groups = itertools.groupby(sys.argv[1:], "then".__eq__)
+    for number, argv in enumerate([list(group) for is_mark, group in groups if not is_mark]):
+        in_child(number, argv)
