@@ -22,16 +22,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from registry.catalog.versions import with_descendants
 from registry.checkpoints.checkpoint import Checkpoint
 from registry.integrations import check_release, pointers
-from registry.integrations.scrubbing import scrubbed, unscrubbed
+from registry.integrations.lightning_loaders import Positions
+from registry.integrations.lightning_states import LISTS, is_same, items_of, with_paths, without_paths
 from registry.integrations.storing import recordable, storable
 from registry.live import components, ranks, rng
 from registry.live.gradients import Gradients
-from registry.live.resumable import ResumableLoader
 from registry.log.metrics import is_metric
 from registry.log.reference import check_name
 from registry.registry import Registry
@@ -43,9 +40,7 @@ from registry.upkeep.retention import Retention
 check_release("lightning")
 
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO  # noqa: E402
-from lightning.fabric.utilities.data import _set_sampler_epoch  # noqa: E402
 from lightning.fabric.utilities.rank_zero import rank_zero_only  # noqa: E402
-from lightning.fabric.utilities.types import _Stateful  # noqa: E402
 from lightning.pytorch import LightningModule, Trainer  # noqa: E402
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint  # noqa: E402
 from lightning.pytorch.loggers import Logger  # noqa: E402
@@ -61,12 +56,6 @@ _logger = logging.getLogger(__name__)
 
 _OWN = "torch-registry"
 """The key under which a checkpoint dict of Lightning has what this module adds to it, until it is saved."""
-
-_LISTS = {"optimizer_states": "optimizer", "lr_schedulers": "scheduler"}
-"""Lists in a checkpoint dict, and what one of their items is called as a component."""
-
-_AT_THE_BEGINNING = {"taken": 0, "start": None, "before": None}
-"""What the state of a `ResumableLoader` has where an epoch begins."""
 
 _OPTIONS = frozenset(inspect.signature(Registry.run).parameters) - {"self", "model", "resume", "together"}
 _RULES = ("monitor", "mode", "keep_last", "keep_best", "keep_optimizer")
@@ -127,10 +116,8 @@ class RegistryCheckpoint(Callback):  # type: ignore[misc]
         self._error: BaseException | None = None
         self._loaded: Checkpoint | None = None
         self._moment: _Moment | None = None
-        self._written: dict[str, str] = {}
-        """The pointers that this object has written, by path, with the ids of their versions."""
-        self._orders: list[ResumableLoader | None] = []
-        """What knows the generators of each loader that does not know its own."""
+        self._pointers = pointers.Pointers(self.registry)
+        self._positions: Positions | None = None
 
     @property
     def run(self) -> Run | None:
@@ -187,7 +174,8 @@ class RegistryCheckpoint(Callback):  # type: ignore[misc]
             raise Conflict(
                 f"this RegistryCheckpoint is in use by another Trainer, whose run is {self._run and self._run.name}; make one each"
             )
-        self._trainer, self._loaded, self._moment = trainer, None, None
+        self._trainer = trainer
+        self._loaded = self._moment = self._positions = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See that the optimizers are those whose states were loaded.
@@ -199,7 +187,7 @@ class RegistryCheckpoint(Callback):  # type: ignore[misc]
             return
         checkpoint = self._loaded
         live = trainer.optimizers
-        name, states = _items(checkpoint, "optimizer")
+        name, states = items_of(checkpoint, "optimizer")
         with naming(checkpoint.name):
             if len(live) != len(states):
                 raise Incompatible(f"the module has {len(live)} optimizers, the checkpoint {len(states)}")
@@ -215,41 +203,38 @@ class RegistryCheckpoint(Callback):  # type: ignore[misc]
             Invalid: if the data of a `ResumableLoader` is not split over the processes.
             Incompatible: if the loaders are not those that were saved.
         """
-        _check_split(trainer)
+        self._positions = Positions(trainer)
         if trainer.fast_dev_run:
             return
         # Lightning has its handler of SIGTERM by now, which lets a batch end; the run leaves it there.
-        self._orders = [_order_of(loader) for loader in trainer.fit_loop._combined_loader.flattened]
         timeout = self._options.get("timeout", ranks.TIMEOUT)
         self._ranks = ranks.Ranks(timeout)
         self._ranks.leader(lambda: self._begin(trainer), f"a run of {self.model}")
         if self._loaded is not None:
-            self._go_on(trainer, self._loaded)
+            self._positions.put_back(self._loaded)
+            if "gradients" in self._loaded.components:
+                Gradients(pl_module).load_state_dict(self._loaded.state_dict("gradients"))
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Add what Lightning leaves out: the random numbers of each process, and its loaders."""
         loaders = checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", [])
-        orders = [one and one.state_dict() for one in self._orders]
+        orders = self._positions.orders() if self._positions else []
         own = {"rng": rng.capture(), "loaders": loaders, "orders": orders}
         everyone = self._ranks.gather(lambda: own, "a checkpoint") if self._ranks else [own]
         # All processes take part in reducing the metrics.
         checkpoint[_OWN] = {"ranks": everyone, "metrics": dict(trainer.callback_metrics)}
-        progress = trainer.fit_loop.epoch_loop.batch_progress
-        if trainer.training and not loaders and not progress.is_last_batch:
-            self._warn_of_position()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Keep what the run ends by."""
-        self._error = exception
-
-    def _warn_of_position(self) -> None:
-        if self._moment is None:
+        is_inside = self._is_open and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if is_inside and not loaders and self._moment is None:
             _logger.warning(
                 "a save inside an epoch lacks the position in the data; to resume exactly, wrap the loader: "
                 "ResumableLoader(loader) from registry"
             )
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Keep what the run ends by."""
+        self._error = exception
 
     def _begin(self, trainer: Trainer) -> None:
         """Begin a run; in the process that saves."""
@@ -277,30 +262,17 @@ class RegistryCheckpoint(Callback):  # type: ignore[misc]
         """Save a checkpoint dict as a version, and point at it; in the process that saves."""
         assert self._trainer is not None
         trainer = self._trainer
-        replaced = pointers.read(path)
         own = checkpoint.pop(_OWN, {})
         last = [one for one in trainer.checkpoint_callbacks if getattr(one, "last_model_path", None) == path]
-        if last and self._moment is not None and _is_same(self._moment.checkpoint, {**checkpoint, **own}):
+        if last and self._moment is not None and is_same(self._moment.checkpoint, {**checkpoint, **own}):
             saved = self._moment.saved
         else:
             saved = self._saved(trainer, checkpoint, own)
         if last:
             self.registry.set_alias(saved.id, "last")
-        pointers.write(path, saved)
-        self._written[path] = saved.id
         keys = ("global_step", "epoch", "loops")
         self._moment = _Moment(saved, {key: checkpoint[key] for key in keys} | own)
-        if replaced and replaced[1] != saved.id:
-            self._release(replaced[1], os.path.dirname(path))
-        self._sweep()
-
-    def _sweep(self) -> None:
-        """Remove the pointers to versions that the rules of the run have removed."""
-        for path, version_id in list(self._written.items()):
-            if version_id not in self.registry:
-                del self._written[path]
-                if (found := pointers.read(path)) and found[1] == version_id:
-                    pointers.remove(path)
+        self._pointers.write(path, saved)
 
     def _saved(self, trainer: Trainer, checkpoint: dict[str, Any], own: Mapping[str, Any]) -> Checkpoint:
         """A new version."""
@@ -319,7 +291,7 @@ class RegistryCheckpoint(Callback):  # type: ignore[misc]
             "optimizer": trainer.optimizers,
             "scheduler": [one.scheduler for one in trainer.lr_scheduler_configs],
         }
-        for key, name in _LISTS.items():
+        for key, name in LISTS.items():
             items = rest.pop(key, None)
             rest[name] = None if items is None else len(items)
             if items:
@@ -330,9 +302,9 @@ class RegistryCheckpoint(Callback):  # type: ignore[misc]
         everyone = own.get("ranks", [])
         if everyone:
             states["loaders"] = [{key: one[key] for key in ("loaders", "orders")} for one in everyone]
-        if trainer.training and trainer.fit_loop._should_accumulate():
+        if self._is_open and trainer.fit_loop._should_accumulate():
             states |= self._gradients(module)
-        states["lightning"] = storable(self._scrubbed(rest))
+        states["lightning"] = storable(without_paths(rest, trainer))
         measured = own.get("metrics", trainer._logger_connector._callback_metrics)
         saved = self._run.save(
             **({"model": module} if is_whole else {}),
@@ -370,14 +342,14 @@ class RegistryCheckpoint(Callback):  # type: ignore[misc]
             )
         found: dict[str, Any] = checkpoint.state_dict("lightning")
         found = {**found, "state_dict": checkpoint.state_dict("model")}
-        for key, name in _LISTS.items():
-            count, states = found.pop(name), _items(checkpoint, name)[1]
+        for key, name in LISTS.items():
+            count, states = found.pop(name), items_of(checkpoint, name)[1]
             # A version that was thinned has lost them.
             if count == len(states):
                 found[key] = states
         self._check(checkpoint, found)
         self._loaded = checkpoint if self._trainer.state.fn == TrainerFn.FITTING else None
-        return self._unscrubbed(found, checkpoint)
+        return with_paths(found, self._trainer, last=checkpoint.id)
 
     def _named(self, path: str, pointer: tuple[str, str] | None) -> Checkpoint:
         """The checkpoint that a pointer or a reference names."""
@@ -397,7 +369,7 @@ class RegistryCheckpoint(Callback):  # type: ignore[misc]
         assert self._trainer is not None
         module = self._trainer.lightning_module
         is_resumed = self._trainer.state.fn == TrainerFn.FITTING
-        if is_resumed and not all(key in found for key in _LISTS):
+        if is_resumed and not all(key in found for key in LISTS):
             raise Incompatible(
                 f"{checkpoint.name} has no state of optimizers (save_weights_only, or thinned); training cannot go on from it"
             )
@@ -405,109 +377,6 @@ class RegistryCheckpoint(Callback):  # type: ignore[misc]
             return
         with naming(checkpoint.name):
             components.check("model", module, found["state_dict"], kind=None)
-
-    def _go_on(self, trainer: Trainer, checkpoint: Checkpoint) -> None:
-        """Put random numbers and loaders of this process where they were.
-
-        Lightning has made an iterator of the loaders already, which drew random numbers. It is made again. Where an epoch
-        begins, it has to draw what it would have drawn without a break; inside an epoch that has happened before the save.
-        """
-        fit = trainer.fit_loop
-        loaders = fit._combined_loader.flattened
-        for loader in loaders:
-            _set_sampler_epoch(loader, fit.epoch_progress.current.processed)
-        begins = fit.epoch_loop.batch_progress.is_last_batch
-        stateful = [loader for loader in loaders if isinstance(loader, _Stateful)]
-        states, orders = self._positions(checkpoint, len(stateful), inside=not begins)
-        checkpoint.restore(rng=True)
-        now = rng.capture()
-        for loader, state in zip(stateful, states, strict=bool(states)):
-            if not begins:
-                loader.load_state_dict(state)
-            elif isinstance(loader, ResumableLoader):
-                loader.load_state_dict({**state, **_AT_THE_BEGINNING})
-        if begins:
-            _put_back(self._orders, orders)
-            rng.restore(now)
-        iter(fit._data_fetcher)
-        if not begins:
-            _put_back(self._orders, orders)
-            rng.restore(now)
-        if "gradients" in checkpoint.components:
-            Gradients(trainer.lightning_module).load_state_dict(checkpoint.state_dict("gradients"))
-
-    def _positions(self, checkpoint: Checkpoint, count: int, *, inside: bool) -> tuple[list[Any], list[Any]]:
-        """The states and the orders of this process's loaders; none if other processes go on with a new epoch."""
-        everyone = checkpoint.load("loaders", copy=True)["loaders"]
-        if len(everyone) != ranks.count():
-            if not inside:
-                return [], []
-            raise Incompatible(
-                f"{checkpoint.name}: {len(everyone)} processes were in the middle of an epoch, which {ranks.count()} cannot "
-                f"go on with; start {len(everyone)}, or resume from the end of an epoch"
-            )
-        mine = everyone[ranks.mine()]
-        if len(mine["loaders"]) != count or len(mine["orders"]) != len(self._orders):
-            raise Incompatible(
-                f"{checkpoint.name} has the positions of {len(mine['loaders'])} of {len(mine['orders'])} loaders, the "
-                f"trainer has {count} of {len(self._orders)} that know theirs; use the same loaders"
-            )
-        return mine["loaders"], mine["orders"]
-
-    def _remove(self, path: str) -> None:
-        """Remove a pointer, and the version if nothing else holds it; in the process that saves."""
-        pointer = pointers.read(path)
-        if pointer is None:
-            return
-        pointers.remove(path)
-        self._release(pointer[1], os.path.dirname(path))
-
-    def _release(self, version_id: str, folder: str) -> None:
-        """Remove a version that no pointer in a folder leads to, unless an alias, a tag or a descendant holds it."""
-        if version_id in pointers.in_folder(folder).values():
-            return
-        if with_descendants(self.registry.catalog, [version_id]):
-            return
-        try:
-            self.registry.remove([version_id])
-        except (Conflict, NotFound) as reason:
-            _logger.info("a version stays: %s", reason)
-            return
-        self.registry.collect_garbage()
-
-    def _folders(self, key: str) -> dict[str, str]:
-        """The folders whose paths the state of a callback may have."""
-        assert self._trainer is not None
-        found = {"root": self._trainer.default_root_dir}
-        for one in self._trainer.callbacks:
-            if one.state_key == key and isinstance(getattr(one, "dirpath", None), str):
-                found["checkpoints"] = one.dirpath
-        return found
-
-    def _scrubbed(self, rest: dict[str, Any]) -> dict[str, Any]:
-        """The dict with plain hyperparameters, and without paths of this machine in what callbacks keep."""
-        rest.pop("hparams_type", None)
-        if "hyper_parameters" in rest:
-            rest["hyper_parameters"] = recordable(rest["hyper_parameters"])
-        for key, state in rest.get("callbacks", {}).items():
-            rest["callbacks"][key] = scrubbed(state, self._folders(key))
-        return rest
-
-    def _unscrubbed(self, found: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
-        """The dict with the paths of this machine; `last` is the pointer to the version, if there is one."""
-        if "callbacks" not in found:
-            return found
-        states = {}
-        for key, state in found["callbacks"].items():
-            folders = self._folders(key)
-            states[key] = unscrubbed(state, folders)
-            if "checkpoints" not in folders or "last_model_path" not in state:
-                continue
-            for path, version_id in pointers.in_folder(folders["checkpoints"]).items():
-                is_last = os.path.basename(path).startswith(ModelCheckpoint.CHECKPOINT_NAME_LAST)
-                if is_last and version_id == checkpoint.id:
-                    states[key]["last_model_path"] = path
-        return {**found, "callbacks": states}
 
 
 class _RegistryIO(CheckpointIO):  # type: ignore[misc]
@@ -527,7 +396,7 @@ class _RegistryIO(CheckpointIO):  # type: ignore[misc]
         return self._kept._load(os.fspath(path), map_location, weights_only)
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        self._kept._remove(os.fspath(path))
+        self._kept._pointers.remove(os.fspath(path))
 
     def teardown(self) -> None:
         self._kept._end()
@@ -573,59 +442,9 @@ def _listed(given: Any) -> list[Any]:
     return list(given) if isinstance(given, list | tuple) else [given]
 
 
-def _items(checkpoint: Checkpoint, name: str) -> tuple[str, list[Any]]:
-    """The component that has the states of some objects, of which a single one is no list, and these states."""
-    if name in checkpoint.components:
-        return name, [checkpoint.state_dict(name)]
-    several = f"{name}s"
-    return several, list(checkpoint.state_dict(several)) if several in checkpoint.components else []
-
-
 def _hyperparameters(trainer: Trainer) -> dict[str, Any]:
     """The hyperparameters of the module and of its data, as plain values."""
     found: dict[str, Any] = {}
     for part in (trainer.datamodule, trainer.lightning_module):
         found |= dict(getattr(part, "hparams_initial", None) or {})
     return recordable(found)
-
-
-def _order_of(loader: Any) -> ResumableLoader | None:
-    """What knows the generators of a loader; None for a loader that knows them itself, or is no `DataLoader`."""
-    is_plain = isinstance(loader, torch.utils.data.DataLoader)
-    return ResumableLoader(loader) if is_plain and not loader.persistent_workers else None
-
-
-def _put_back(orders: list[ResumableLoader | None], states: list[Any]) -> None:
-    """Put the generators of loaders where they were."""
-    for order, state in zip(orders, states, strict=False):
-        if order is not None and state is not None:
-            order.load_state_dict({**state, **_AT_THE_BEGINNING})
-
-
-def _is_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether two dicts are of the same moment of a training: nothing was trained and no number drawn between them."""
-    if "ranks" not in before or "ranks" not in now:
-        return False
-    drawn = [[one["rng"]["torch"] for one in moment["ranks"]] for moment in (before, now)]
-    return all(before[key] == now[key] for key in ("global_step", "epoch", "loops")) and all(
-        torch.equal(one, other) for one, other in zip(*drawn, strict=True)
-    )
-
-
-def _check_split(trainer: Trainer) -> None:
-    """See that each of several processes gets a part of the data.
-
-    Raises:
-        Invalid: if a `ResumableLoader` hides its loader from Lightning, which would have split the data.
-    """
-    if trainer.world_size == 1 or not trainer._accelerator_connector.use_distributed_sampler:
-        return
-    for loader in trainer.fit_loop._combined_loader.flattened:
-        if not isinstance(loader, ResumableLoader):
-            continue
-        is_stream = isinstance(loader.dataset, torch.utils.data.IterableDataset)
-        if not is_stream and not hasattr(loader.sampler, "set_epoch"):
-            raise Invalid(
-                f"a ResumableLoader gives all its data to each of {trainer.world_size} processes; make its loader with "
-                "sampler=DistributedSampler(data)"
-            )

@@ -39,6 +39,7 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "two optimizers": (17, [*INSIDE, "--loader", "resumable", "--two"]),
     "OneCycleLR": (17, [*INSIDE, "--loader", "resumable", "--onecycle"]),
     "validation inside an epoch": (17, ["--loader", "resumable", "--validate", "0.5", "--top", "2"]),
+    "killed in a save": (99, [*INSIDE, "--loader", "resumable", "--early", "14"]),
     "gradients inside a window": (15, ["--loader", "resumable", "--validate", "0.3", "--window", "2"]),
     "plain, inside an epoch": (17, INSIDE),
     "Lightning's own, at an epoch's end": (15, []),
@@ -87,6 +88,7 @@ def test_a_training_that_is_killed_goes_on_exactly(
     saved = registry.versions("net")
     assert len({version.step for version in saved}) == len(saved)
     assert registry.resolve("net@last").id == saved[0].id
+    assert set(pointers.in_folder(folder(root)).values()) <= {version.id for version in saved}
     assert [info.state for info in registry.runs.find("net")] == ["finished", "running"]
     assert registry.verify().problems == ()
 

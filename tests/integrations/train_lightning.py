@@ -27,6 +27,7 @@ from torch.utils.tensorboard import SummaryWriter  # noqa: F401 - loaded once, n
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from registry import Registry, ResumableLoader
+from registry.integrations import pointers
 from registry.integrations.lightning import RegistryCheckpoint
 
 EPOCHS = 3
@@ -86,6 +87,9 @@ def words_of(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("root")
     parser.add_argument("--kill", type=int)
+    parser.add_argument(
+        "--early", type=int, help="be killed in the save of this step, before its pointer is written"
+    )
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--native", action="store_true")
     parser.add_argument("--silent", action="store_true", help="train without any checkpoint")
@@ -144,6 +148,15 @@ def main(number: int, argv: list[str]) -> None:
     torch.set_num_threads(1)
     L.seed_everything(777 if args.resume else 0, verbose=False)
     trainer, net = trainer_of(args), Net(args)
+    if args.early and not args.resume:
+        write_file = pointers.write_file
+
+        def write(*given: Any) -> None:
+            if trainer.global_step == args.early:
+                kill_me()
+            write_file(*given)
+
+        pointers.write_file = write
     reference = None
     if args.resume and args.native:
         reference = str(next(Path(args.root, "checkpoints").glob("last*.ckpt")))
