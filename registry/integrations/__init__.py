@@ -1,7 +1,8 @@
 """Integrations: the trainers of other projects, which save into a registry and resume from it. One file for each.
 
 Each imports its framework at the top, and nothing else imports it, so a program loads what it uses. Where the framework
-is missing, or is a release that is not supported, one line says what to install.
+is missing, or is a release that is not supported, one line says what to install. `pointers`, `scrubbing` and `storing`
+load no framework; they are for all.
 
 It imports everything below it but `registry.cli` and `registry.models`. To add a framework: one file here, an extra in
 pyproject.toml, a row of the table in docs/integrations.md, and a file in tests/integrations.
@@ -11,7 +12,10 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-_SUPPORTED = {"accelerate": ("1.10", "2")}
+_SUPPORTED = {
+    "accelerate": ("1.10", "2"),
+    "lightning": ("2.6.4", "2.7"),
+}
 """The first release of each framework that is supported, and the first that is not."""
 
 

@@ -138,7 +138,7 @@ def restore(states: Mapping[str, Any], components: Mapping[str, Any], kinds: Map
     components, states = flat(components), _flat_states(states, components)
     states = {name: _adapted(components.get(name), state) for name, state in states.items()}
     for name, component in components.items():
-        _check(name, component, states[name], kind=kinds.get(name))
+        check(name, component, states[name], kind=kinds.get(name))
     undo: dict[str, Callable[[], object]] = {}
     try:
         # Networks come last: what could still fail then is only their own hooks.
@@ -225,7 +225,7 @@ def _not_sharded(name: str, state: OrderedDict[str, Any]) -> OrderedDict[str, An
     return state
 
 
-def _check(name: str, component: Any, state: Any, kind: str | None) -> None:
+def check(name: str, component: Any, state: Any, kind: str | None) -> None:
     """See that a state fits a component, before anything is changed.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import functools
 import importlib
 import pkgutil
 import re
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -33,6 +36,11 @@ def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.Monkey
     accelerator, net = Accelerator(cpu=True), nn.Linear(2, 2)
     model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), 0.1))
     there = {
+        "Trainer": functools.partial(
+            Trainer, accelerator="cpu", enable_progress_bar=False, limit_train_batches=2, limit_val_batches=2
+        ),
+        "module": BoringModel(),
+        "train_loader": DataLoader(RandomDataset(32, 8)),
         "accelerator": accelerator,
         "loader": DataLoader(TensorDataset(torch.ones(4, 2))),
         "loss": torch.tensor(0.5),
@@ -44,10 +52,11 @@ def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.Monkey
         "registry": Registry(),
     }
     blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(compile(block, PAGE.name, "exec", dont_inherit=True), there)
     registry = Registry()
+    assert registry["lenet5"].epoch == 9
     assert registry["net:v1"].step == 3
     assert registry["net@best"].name == "net:v1"
     assert {"model", "optimizers", "gradients"} <= set(registry["net:v2"].components)

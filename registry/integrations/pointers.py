@@ -1,0 +1,96 @@
+"""Pointers: small files, where a framework expects its checkpoints, that name the version which has the content."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+
+from registry.catalog.versions import with_descendants
+from registry.checkpoints.checkpoint import Checkpoint
+from registry.registry import Registry
+from registry.store.digest import is_digest
+from registry.store.durable import make_folder, unlink, write_file
+from registry.store.errors import Conflict, NotFound
+
+_logger = logging.getLogger(__name__)
+
+_MAX_BYTES = 4096
+"""Size of the largest file that may be a pointer."""
+
+
+class Pointers:
+    """The pointers to the versions of a registry, as one program writes and removes them.
+
+    A version goes with its last pointer in a folder, as a file would, unless an alias, a tag or a descendant holds it.
+    """
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._written: dict[str, str] = {}
+
+    def write(self, path: str, checkpoint: Checkpoint) -> None:
+        """Let a path point at a version, durably. What had the path before is removed.
+
+        Pointers of this program to versions that the rules of a run have removed go, too.
+
+        Raises:
+            StorageError: if the disk refuses; an earlier file is untouched.
+        """
+        place, replaced = Path(path).absolute(), read(path)
+        make_folder(place.parent)
+        if place.is_symlink():
+            # Not the file that the link leads to.
+            unlink(place)
+        pointer = {"torch-registry": checkpoint.name, "id": checkpoint.id}
+        write_file(place, json.dumps(pointer).encode())
+        self._written[path] = checkpoint.id
+        if replaced and replaced[1] != checkpoint.id:
+            self._release(replaced[1], os.path.dirname(path))
+        for other, version_id in list(self._written.items()):
+            if version_id not in self._registry:
+                del self._written[other]
+                if (found := read(other)) and found[1] == version_id:
+                    unlink(Path(other).absolute())
+
+    def remove(self, path: str) -> None:
+        """Remove a pointer, and the version if nothing else holds it; nothing happens where there is no pointer."""
+        pointer = read(path)
+        if pointer is not None:
+            unlink(Path(path).absolute())
+            self._written.pop(path, None)
+            self._release(pointer[1], os.path.dirname(path))
+
+    def _release(self, version_id: str, folder: str) -> None:
+        """Remove a version that no pointer in a folder leads to, unless something else holds it."""
+        if version_id in in_folder(folder).values():
+            return
+        if with_descendants(self._registry.catalog, [version_id]):
+            return
+        try:
+            self._registry.remove([version_id])
+        except (Conflict, NotFound) as reason:
+            _logger.info("a version stays: %s", reason)
+            return
+        self._registry.collect_garbage()
+
+
+def read(path: str | os.PathLike[str]) -> tuple[str, str] | None:
+    """The name and the id of the version that a file points at; None for any other file, or none."""
+    try:
+        with open(path, "rb") as file:
+            found = json.loads(file.read(_MAX_BYTES))
+        name, version_id = found["torch-registry"], found["id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return (name, version_id) if isinstance(name, str) and is_digest(version_id) else None
+
+
+def in_folder(folder: str | os.PathLike[str]) -> dict[str, str]:
+    """The pointers in a folder: the id of each version by the path."""
+    try:
+        paths = [entry.path for entry in os.scandir(folder)]
+    except OSError:
+        return {}
+    return {path: found[1] for path in sorted(paths) if (found := read(path))}
