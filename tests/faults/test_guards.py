@@ -33,6 +33,7 @@ from unsynced import Unsynced
 
 from registry import Registry
 from registry.cache.keys import Key
+from registry.catalog.transactions import View
 from registry.log import entries
 from registry.log.entries import Record, pack_record
 from registry.store import differences, durable
@@ -234,6 +235,29 @@ def test_what_contradicts_the_log_and_stands_in_it_has_no_effect(
     check_as_before(registry, before, problems=1)
     assert save(registry, 6) == "net:v5"
     assert len(broken_rules(registry)) == 1
+    registry.catalog.close()
+
+
+@pytest.mark.damages
+def test_where_tensors_lie_does_not_follow_from_what_has_no_effect(tmp_path: Path) -> None:
+    """An entry that is undone had been applied in part, in the transaction that then decides where tensors lie."""
+    registry = Registry(tmp_path / "r")
+    version = registry.save("net", {"model": {"w": torch.ones(7)}})
+    (digest,) = registry.store.tensors_of(version.id)
+    first = registry.catalog.locate([digest])[digest].pack
+    registry.catalog.commit(lambda view: [{"op": "damaged", "pack": first}])
+    copied = registry.store.copy_to_new_pack([digest])
+    ledger = registry.catalog.ledger()
+    contradiction = [pack_record(copied), {"op": "damaged", "pack": "0" * 64}]
+    registry.catalog.journal.append(entries.write(ledger.seq + 1, ledger.digest, contradiction), ledger.end)
+    found: list[str] = []
+
+    def look(view: View) -> list[Record]:
+        found.append(view.locate([digest])[digest].pack)
+        return []
+
+    registry.catalog.commit(look)
+    assert found == [first]
     registry.catalog.close()
 
 
