@@ -6,12 +6,16 @@ import collections
 import dataclasses
 import enum
 import os
+import re
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from registry.store.errors import Invalid
 from registry.store.text import quoted
+
+_DEEPEST = 20
+"""Levels of a framework's values that are taken apart."""
 
 _BASES: tuple[tuple[type, Callable[[Any], Any]], ...] = (
     (str, str.__str__),
@@ -42,6 +46,41 @@ def plain_table(values: Any, what: str) -> dict[str, Any]:
     return found
 
 
+def lenient_table(values: Mapping[Any, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A table of plain values, and the names of those that became text because nothing else stands for them.
+
+    It takes whatever a framework hands over, and refuses nothing. A set becomes a sorted list.
+
+    >>> lenient_table({"targets": {"v", "q"}, "rate": 0.1, "loss": ...})
+    ({'targets': ['q', 'v'], 'rate': 0.1, 'loss': 'Ellipsis'}, ['loss'])
+    """
+    as_text: list[str] = []
+    return {
+        str(key).lstrip("$"): _lenient(value, str(key), as_text) for key, value in values.items()
+    }, as_text
+
+
+def _lenient(value: Any, path: str, as_text: list[str], depth: int = 0) -> Any:
+    if depth < _DEEPEST:
+        if isinstance(value, Mapping):
+            return {
+                str(key).lstrip("$"): _lenient(item, f"{path}.{key}", as_text, depth + 1)
+                for key, item in value.items()
+            }
+        if isinstance(value, set | frozenset):
+            value = sorted(value, key=repr)
+        if isinstance(value, list | tuple):
+            return [_lenient(item, f"{path}[{i}]", as_text, depth + 1) for i, item in enumerate(value)]
+        if (fields := _fields(value)) is not None:
+            return _lenient(fields, path, as_text, depth + 1)
+    try:
+        return _plain(value, path)
+    except (Invalid, RecursionError):
+        as_text.append(path)
+        # Addresses would make each run another one.
+        return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
 def _plain(value: Any, path: str) -> Any:
     if value is None or type(value) in (bool, str, int, float):
         return value
@@ -62,20 +101,24 @@ def _plain(value: Any, path: str) -> Any:
         return found
     if isinstance(value, list | tuple | collections.deque):
         return [_plain(item, f"{path}[{i}]") for i, item in enumerate(value)]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if (fields := _fields(value)) is not None:
         return _plain(fields, path)
-    if callable(getattr(value, "model_dump", None)):
-        return _plain(value.model_dump(), path)
-    if isinstance(value, types.SimpleNamespace) or (kind.__module__, kind.__name__) == (
-        "argparse",
-        "Namespace",
-    ):
-        return _plain(vars(value), path)
     advice = "; it has no order, give sorted(...)" if isinstance(value, set | frozenset) else ""
     raise Invalid(
         f"{quoted(path)} is a {kind.__qualname__}, which cannot be recorded; give plain values{advice}"
     )
+
+
+def _fields(value: Any) -> Any:
+    """What a dataclass, a model of pydantic or a namespace holds, by name; None for anything else."""
+    kind = type(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if callable(getattr(value, "model_dump", None)):
+        return value.model_dump()
+    # Of argparse only the name is known here: most programs need not load it.
+    is_namespace = (kind.__module__, kind.__name__) == ("argparse", "Namespace")
+    return vars(value) if is_namespace or isinstance(value, types.SimpleNamespace) else None
 
 
 def _key(key: Any, path: str) -> str:

@@ -3,6 +3,9 @@
 Anything with `state_dict()` and `load_state_dict()` is a component, and so is a list of such objects: a part of one
 is called by its position, as `optimizers/0`. Wrappers (`DataParallel`, `DistributedDataParallel`, `torch.compile`) are
 seen through, wherever in a network they sit: what is stored has the names of the plain module.
+
+A component says more by attributes. If `per_rank` is true, each of several processes records its own state. `adapter_of` is
+the id of the version, or the digest of the parameters, that the component adapts; the lineage records it.
 """
 
 from __future__ import annotations

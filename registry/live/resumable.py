@@ -150,6 +150,13 @@ class ResumableLoader:
         _set_generators(generators)
         self._set_counters(state.get("counters", {}))
 
+    def end_epoch(self) -> None:
+        """Begin a new epoch with the next `for`, where a trainer has taken all batches and asks for no more."""
+        if self._loaded is not None:
+            for _ in self:
+                pass
+        self._start, self._taken, self._before, self._pending = None, 0, None, False
+
     @property
     def _base(self) -> Any:
         """The loader inside one that Accelerate has prepared."""

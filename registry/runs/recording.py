@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from registry.home import Home
     from registry.log.metrics import Monitor
 
-_RESERVED = ("rng", "extra", "ranks")
+_RESERVED = ("rng", "extra", "ranks", "files")
 """Components that a run makes itself."""
 
 _logger = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ class Saved:
         kinds: the class of what has such a state, where it is known.
         extra: plain values and tensors of the user.
         rng: the random number generators, or those of each process; None for their present state.
+        files: contents of small files by relative name, such as those of a tokenizer.
 
     Raises:
         Invalid: if there is nothing to save, or a name is one that a run uses itself or is given twice.
@@ -55,6 +56,7 @@ class Saved:
     kinds: Mapping[str, str] = field(default_factory=dict)
     extra: Mapping[str, Any] | None = None
     rng: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None
+    files: Mapping[str, bytes] | None = None
 
     def __post_init__(self) -> None:
         for name in _RESERVED:
@@ -193,6 +195,8 @@ class Recording:
             trees["ranks"] = {str(rank): part for rank, part in enumerate(own) if rank}
         if saved.extra:
             trees["extra"] = dict(saved.extra)
+        if saved.files:
+            trees["files"] = dict(saved.files)
         state = self._home.store.encode(trees)
         tensors = [leaf.source for leaf in state.leaves if isinstance(leaf.source, torch.Tensor)]
         return state, self.provenance_of(saved.live, tensors, kinds=saved.kinds, processes=len(own))
@@ -221,6 +225,7 @@ class Recording:
         builder = self._builder or (builders.name_for(model) if model is not None else None)
         network = builders.config_of(model) if model is not None else None
         is_unrecorded = isinstance(model, torch.nn.Module) and network is None
+        bases = [getattr(part, "adapter_of", None) for part in components.flat(live).values()]
         found = {
             "kinds": components.kinds_of(live) | dict(kinds or {}),
             "buffers": {
@@ -234,6 +239,7 @@ class Recording:
             "builder": builder or self._model,
             "network": network,
             "unrecorded": builders.config_kind(model) if is_unrecorded else None,
+            "lineage": [{"kind": "adapter-of", "parent": base} for base in bases if isinstance(base, str)],
             "config_digest": self._config.digest() if isinstance(self._config, Config) else None,
             **self._data(),
             **self._together(processes),
@@ -247,17 +253,18 @@ class Recording:
         """The fields of a version that say where it comes from, as `Facts` takes them.
 
         Args:
-            about: its provenance.
+            about: its provenance, and under `lineage` the edges to what its components adapt.
             run: the name of the run.
             last: the version that the run saved before, if there is one.
         """
         before = last or self._resumed
-        lineage = []
+        about = dict(about)
+        lineage = list(about.pop("lineage", ()))
         if self._resumed and not last:
             lineage.append({"kind": "resumed-from", "parent": self._resumed.id})
         if self._plan and not last:
             lineage.append({"kind": "transferred-from", "parent": self._plan.source_id or self._plan.source})
-            about = {**about, "plan": plan_document(self._plan)}
+            about["plan"] = plan_document(self._plan)
         return {
             "config": self.values or None,
             "lineage": lineage,

@@ -185,8 +185,9 @@ class Run:
                 _logger.info("run %s %s", self.name, state)
             if self._writer is not None:
                 self._writer.close()
-            # The thread that saves has a connection of its own.
-            self._saver.submit(self._home.catalog.close)
+            # The thread that saves has a connection of its own. When the interpreter ends, it is gone by now.
+            with contextlib.suppress(RuntimeError):
+                self._saver.submit(self._home.catalog.close)
             self._saver.shutdown()
             if self._ranks.leads:
                 unlink(self.folder / PROCESS, inner=INNER)
@@ -207,6 +208,7 @@ class Run:
         states: Mapping[str, Any] | None = None,
         kinds: Mapping[str, str] | None = None,
         rng: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        files: Mapping[str, bytes] | None = None,
         wait: bool = True,
         **live: Any,
     ) -> Checkpoint | None:
@@ -223,6 +225,7 @@ class Run:
             kinds: the class of what has such a state, as in `{"optimizer": "AdamW"}`; `restore` compares it.
             rng: random numbers of another moment, as `registry.live.rng.capture()` gave them. With `together=False`
                 a list has those of each process.
+            files: contents of files by relative name, such as those of a tokenizer, to be kept byte for byte.
             wait: return when the version is durable. Otherwise return as soon as the state is copied to host
                 memory; hashing and writing go on behind the training, at most one save at a time.
             live: components by name: anything with `state_dict()` and `load_state_dict()`, such as
@@ -242,7 +245,9 @@ class Run:
         try:
             self.wait()
             fields = {"epoch": epoch, "step": step, "loss": loss, "metrics": metrics}
-            saved = Saved(live=live, states=states or {}, kinds=kinds or {}, extra=extra, rng=rng)
+            saved = Saved(
+                live=live, states=states or {}, kinds=kinds or {}, extra=extra, rng=rng, files=files
+            )
             return self._save(fields, saved, wait=wait)
         finally:
             self._stalled += time.monotonic() - began

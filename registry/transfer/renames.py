@@ -8,8 +8,13 @@ from collections.abc import Container
 from registry.store.errors import Invalid
 from registry.store.text import quoted
 
-WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-"""Components that wrappers add to names."""
+WRAPPERS = frozenset(
+    {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"}
+)
+"""Components that wrappers add to names; `base_layer` is that of PEFT."""
+
+_PEFT = ["base_model", "model"]
+"""What PEFT adds at the front of names. Each of the two alone is a usual name in networks."""
 
 _WEIGHT_NORM = {"weight_g": "original0", "weight_v": "original1"}
 """Names of weight norm before it became a parametrization, and since."""
@@ -91,12 +96,16 @@ def torch_rename(name: str, names: Container[str]) -> str | None:
 
 
 def without_wrappers(name: str) -> str:
-    """A name without the components that wrappers add, at any depth.
+    """A name without the components that wrappers add, at any depth, and those that PEFT adds at the front.
 
     >>> without_wrappers("module._orig_mod.layer.module.weight")
     'layer.weight'
+    >>> without_wrappers("base_model.model.model.query.base_layer.weight")
+    'model.query.weight'
     """
     kept = [part for part in name.split(".") if part not in WRAPPERS]
+    if kept[:2] == _PEFT:
+        kept = kept[2:]
     return ".".join(kept) or name
 
 

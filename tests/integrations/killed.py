@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +73,29 @@ def train(script: str, *words: object, count: int = 1, killed: bool = False) -> 
         return ""
     assert done.returncode == 0, done.stdout + done.stderr
     return "\n".join(ends)
+
+
+def train_forked(main: Callable[..., str], *words: object, killed: bool = False) -> str:
+    """Call the main function of a script of this folder in a process of its own, offline.
+
+    Where a framework takes seconds to import, this is quicker than `train`: a server imports the script once, does nothing
+    else, and forks each process.
+
+    Returns:
+        What it returned; empty if it was killed, as it should be.
+    """
+    os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE)}
+    forking = multiprocessing.get_context("forkserver")
+    forking.set_forkserver_preload([main.__module__])
+    found = forking.SimpleQueue()
+    process = forking.Process(target=_call, args=(main, [*map(str, words)], found))
+    process.start()
+    process.join()
+    assert process.exitcode == (-signal.SIGKILL if killed else 0)
+    return "" if killed else found.get()
+
+
+def _call(main: Callable[..., str], words: list[str], found: Any) -> None:
+    # Workers of loaders are forked, as in a program of its own.
+    multiprocessing.set_start_method("fork", force=True)
+    found.put(main(words))
