@@ -151,6 +151,22 @@ def config_of(model: Any) -> dict[str, Any] | None:
         return None
 
 
+def network_of(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """How the network of a folder is made again, by its `config.json`: `builder` and `network` of a provenance.
+
+    Returns:
+        Those of transformers and timm; empty for any other configuration.
+    """
+    config = config or {}
+    classes = config.get("architectures")
+    if isinstance(config.get("model_type"), str) and isinstance(classes, list) and classes:
+        return {"builder": "transformers", "network": {"class": classes[0], "config": dict(config)}}
+    if isinstance(config.get("architecture"), str) and isinstance(config.get("pretrained_cfg"), Mapping):
+        known = ("architecture", "num_classes", "global_pool", "model_args", "pretrained_cfg")
+        return {"builder": "timm", "network": {key: config[key] for key in known if key in config}}
+    return {}
+
+
 def config_kind(model: Any) -> str | None:
     """The class of a network's configuration, if it has one."""
     config = getattr(plain_module(model), "config", None)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from registry.home import Home
     from registry.log.metrics import Monitor
 
-_RESERVED = ("rng", "extra", "ranks")
+_RESERVED = ("rng", "extra", "ranks", "files")
 """Components that a run makes itself."""
 
 _logger = logging.getLogger(__name__)
