@@ -303,6 +303,24 @@ def export(
     _wrote(checkpoint.name, path, as_json)
 
 
+@command("checkout", "registry checkout bert@latest resume/")
+@click.argument("reference", type=ReferenceType())
+@click.argument("folder", type=click.Path())
+def checkout(reference: str, folder: str, registry: Registry, as_json: bool) -> None:
+    """Write the folder that training goes on from.
+
+    The checkpoint must have been imported from a checkpoint folder of transformers' Trainer, or from a folder of
+    Accelerate's save_state. FOLDER is such a folder again, for resume_from_checkpoint and load_state.
+    """
+    # Lazy: loads torch.
+    from registry.files.folder_writing import checkout as check_out
+
+    checkpoint = registry[reference]
+    with progress_bar(f"writing {checkpoint.name}") as report:
+        path = check_out(checkpoint, folder, progress=report)
+    _wrote(checkpoint.name, path, as_json)
+
+
 def _wrote(name: str, path: Path, as_json: bool) -> None:
     """Say what a file or a folder was made of, and how large it is."""
     files = [path, *path.rglob("*")]

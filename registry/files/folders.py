@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import mmap
 import os
 import re
 import stat
@@ -17,6 +16,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from registry.checkpoints.files import FILES
 from registry.files.foreign import kind_of_folder
 from registry.files.formats import FORMS, format_of
 from registry.files.imported import Imported, Stamp, file_status, stamp_of
@@ -36,18 +36,11 @@ from registry.files.torch_files import read_torch_file
 from registry.live.builders import network_of
 from registry.log.metrics import is_metric
 from registry.store.errors import Invalid, RegistryError, storage_errors
-from registry.store.pack import map_file
-from registry.store.places import open_regular
+from registry.store.pack import contents_of
 from registry.store.text import printable, quoted
-
-FILES = "files"
-"""The component that holds the other files of a folder: bytes by name."""
 
 _MAX_NAMES = 10_000
 _MAX_DEPTH = 16
-_MAPPED = 1 << 20
-"""Bytes from which on a file is mapped, not read."""
-
 _MAX_STATE = 64 << 20
 
 _WEIGHTS = (
@@ -109,7 +102,8 @@ def read_folder(folder: Path) -> Imported:
     kept = {}
     for name in names:
         if name not in used and name not in left_out:
-            stamps[folder / name], kept[name] = _bytes(folder / name)
+            status, kept[name] = contents_of(Path(os.path.realpath(folder / name)))
+            stamps[folder / name] = stamp_of(status)
     if kept:
         components[FILES] = kept
     source = imported.source | {"weights": list(weights)} | ({"folder": trainer.name} if trainer else {})
@@ -221,16 +215,6 @@ def _tree(folder: Path, name: str) -> Any:
     except RegistryError as error:
         _logger.warning("%s is kept as bytes and was not read: %s", printable(name), error)
         return None
-
-
-def _bytes(path: Path) -> tuple[Stamp, bytes | mmap.mmap]:
-    """A file byte for byte, mapped if it is large."""
-    real = Path(os.path.realpath(path))
-    with open_regular(real) as file:
-        status = os.fstat(file.fileno())
-        if status.st_size < _MAPPED:
-            return stamp_of(status), file.read(_MAPPED)
-    return stamp_of(status), map_file(real, status.st_size)
 
 
 def _progress_of(folder: Path) -> dict[str, Any]:

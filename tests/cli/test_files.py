@@ -236,3 +236,42 @@ def test_one_file_that_cannot_be_imported_is_a_document_too(
     found = run("import", bad, "--name", "net", "--json")
     assert (found.status, found.json["imported"]) == (1, [])
     assert [one["file"] for one in found.json["failed"]] == [str(bad)]
+
+
+def test_files_are_attached_listed_and_written(filled: Registry, run: Run) -> None:
+    Path("model.onnx").write_bytes(b"onnx")
+    name = run("show", "lenet5", "--json").json["name"]
+    assert run("files", "lenet5").out == f"# {name} has no files\n"
+    assert run("attach", "lenet5", "model.onnx").out == f"model.onnx -> {name}  4 B\n"
+    listed = run("files", "lenet5").out.splitlines()
+    assert [line.split()[:3] for line in listed] == [["FILE", "SIZE", "ATTACHED"], ["model.onnx", "4", "B"]]
+    (one,) = run("files", name, "--json").json
+    assert (one["name"], one["size"]) == ("model.onnx", 4)
+    assert run("files", "lenet5", "model.onnx", "--output", "back").out == "model.onnx -> back  4 B\n"
+    assert Path("back").read_bytes() == b"onnx"
+    for words, message in {
+        ("files", "lenet5", "model.onnx", "-o", "back"): "back: the file exists",
+        ("files", "lenet5", "none", "-o", "new"): "has no file 'none'",
+        ("attach", "lenet5", "none"): "none: there is no such file",
+        ("checkout", "lenet5", "out"): "was not imported from a folder",
+    }.items():
+        done = run(*words)
+        assert (done.status, done.out) == (1, "")
+        assert message in done.err
+    Path("model.onnx").write_bytes(b"other")
+    assert "or replace it: --force" in run("attach", "lenet5", "model.onnx").err
+    assert run("attach", "lenet5", "model.onnx", "--force").status == 0
+    assert run("files", "lenet5", "model.onnx").status == 2
+
+
+def test_a_checkpoint_folder_of_a_trainer_is_checked_out(filled: Registry, run: Run) -> None:
+    Path("checkpoint-3").mkdir()
+    safetensors.torch.save_file({"w": torch.ones(2)}, "checkpoint-3/model.safetensors")
+    Path("checkpoint-3/trainer_state.json").write_text('{"global_step": 3}')
+    torch.save({"param_groups": []}, "checkpoint-3/optimizer.pt")
+    assert run("import", "checkpoint-3", "--name", "bert").status == 0
+    assert run("show", "bert", "--json").json["step"] == 3
+    assert run("checkout", "bert", "resume", "--json").json["file"] == "resume"
+    assert {path.name for path in Path("resume").iterdir()} == {
+        path.name for path in Path("checkpoint-3").iterdir()
+    }
