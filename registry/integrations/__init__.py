@@ -11,7 +11,11 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-_SUPPORTED = {"accelerate": ("1.10", "2")}
+_SUPPORTED = {
+    "accelerate": ("1.10", "2"),
+    "timm": ("1.0.20", "1.1"),
+    "transformers": ("5", "6"),
+}
 """The first release of each framework that is supported, and the first that is not."""
 
 
