@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from registry.cli.options import ReferenceType, command, pairs
+from registry.cli.options import ReferenceType, byte_count, command, pairs
 from registry.cli.output import counted, print_json, progress_bar, say, size, version_document, warn
 from registry.configs.documents import read_document, read_value
 from registry.files.exporting import export as export_checkpoint
@@ -57,7 +57,10 @@ def init(folder: str | None, root: str | None, as_json: bool) -> None:
         say(f"{'Made a registry' if fresh else 'There is a registry already'} at {place}")
 
 
-@command("import", "registry import best.pt --name lenet5 --meta epoch=3 --metric accuracy=0.91")
+@command(
+    "import",
+    "registry import best.pt --name lenet5 --meta epoch=3 --metric accuracy=0.91\nregistry import ./llama --name llama",
+)
 @click.argument("files", nargs=-1, required=True, type=click.Path(readable=False), metavar="FILE...")
 @click.option("--name", "model", required=True, metavar="MODEL", help="The model that gets new versions.")
 @click.option(
@@ -93,9 +96,10 @@ def import_(
     registry: Registry,
     as_json: bool,
 ) -> int:
-    """Store checkpoint files, or a network of torchvision, as new versions.
+    """Store checkpoint files, folders, or a network of torchvision, as new versions.
 
-    Each FILE becomes one version of the model. The command reads {readable}, and folders of shards with their index.
+    Each FILE becomes one version of the model. The command reads {readable}, and folders as Hugging Face, timm, PEFT,
+    Trainer and Accelerate write them. Of a folder every file is kept, or named with the reason why it is not.
     torchvision:resnet18 stands for that network, with --weights, --file or --random. The epoch and the loss come from
     FILE unless --meta gives them. If a FILE cannot be read, the command names it and stores the others. The exit status
     is then 1.
@@ -140,8 +144,8 @@ def import_(
 
 def _import_file(
     registry: Registry, file: str, model: str, *, facts: Mapping[str, Any]
-) -> tuple[Checkpoint, Sequence[str]]:
-    """Store a file as a new version. Returns the version, and the names in a folder that were left out."""
+) -> tuple[Checkpoint, Mapping[str, str]]:
+    """Store a file as a new version. Returns the version, and why something in a folder was left out, by name."""
     # Lazy: loads torch.
     from registry.files.importing import import_checkpoint
     from registry.files.reading import read_checkpoint_file
@@ -158,7 +162,7 @@ def _stored(
 
     Args:
         before: bytes that the registry held before.
-        about: further keys of the document. `left_out` lists what was not stored.
+        about: further keys of the document. `left_out` says why something was not stored, by name.
     """
     version = registry.resolve(name)
     written = registry.status().stored - before
@@ -167,8 +171,8 @@ def _stored(
             f"{counted(version.tensors, 'tensor')}, {size(version.size)}, {size(written)} more on the disk"
         )
         say(f"{version.name}  {version.id[:12]}  {amount}")
-        if about.get("left_out"):
-            say(f"left out: {_listed(about['left_out'])}")
+        for left_out, reason in about.get("left_out", {}).items():
+            say(f"left out: {printable(left_out)} ({reason})")
     return {"written": written, **about, **version_document(version)}
 
 
@@ -256,28 +260,72 @@ def _number(text: str, what: str) -> float:
         raise Invalid(f"{what} is {quoted(text)}, expected a number") from None
 
 
-@command("export", "registry export lenet5@best lenet5.safetensors")
+@command("export", "registry export lenet5@best lenet5.safetensors\nregistry export llama@best llama/")
 @click.argument("reference", type=ReferenceType())
-@click.argument("file", type=click.Path())
+@click.argument("file", type=click.Path(), metavar="FILE|FOLDER")
 @click.option(
     "--component",
     metavar="NAME",
     help=f"Export this component alone. [default: all components in a {_WHOLE} file]",
 )
-@click.option("--force", is_flag=True, help="Overwrite FILE.")
+@click.option(
+    "--max-shard-size",
+    metavar="SIZE",
+    callback=byte_count,
+    help="For a folder: how large its files of tensors get, such as 500MB. [default: 5GB]",
+)
+@click.option("--force", is_flag=True, help="Overwrite FILE. A folder is never overwritten.")
 @_told
 def export(
-    reference: str, file: str, component: str | None, force: bool, registry: Registry, as_json: bool
+    reference: str,
+    file: str,
+    component: str | None,
+    max_shard_size: int | None,
+    force: bool,
+    registry: Registry,
+    as_json: bool,
 ) -> None:
-    """Write a checkpoint to a file.
+    """Write a checkpoint to a file, or to a folder.
 
-    FILE ends in {writable}. {about}
+    FILE ends in {writable}. {about} FOLDER has no suffix, or a / at its end. It holds the parameters as safetensors, and
+    every other file that an imported folder had, so that from_pretrained opens it.
     """
     checkpoint = registry[reference]
     with progress_bar(f"exporting {checkpoint.name}") as report:
-        path = export_checkpoint(checkpoint, Path(file), component=component, force=force, progress=report)
-    count = path.stat().st_size
+        path = export_checkpoint(
+            checkpoint,
+            file,
+            component=component,
+            force=force,
+            max_shard_size=max_shard_size,
+            progress=report,
+        )
+    _wrote(checkpoint.name, path, as_json)
+
+
+@command("checkout", "registry checkout bert@latest resume/")
+@click.argument("reference", type=ReferenceType())
+@click.argument("folder", type=click.Path())
+def checkout(reference: str, folder: str, registry: Registry, as_json: bool) -> None:
+    """Write the folder that training goes on from.
+
+    The checkpoint must have been imported from a checkpoint folder of transformers' Trainer, or from a folder of
+    Accelerate's save_state. FOLDER is such a folder again, for resume_from_checkpoint and load_state.
+    """
+    # Lazy: loads torch.
+    from registry.files.folder_writing import checkout as check_out
+
+    checkpoint = registry[reference]
+    with progress_bar(f"writing {checkpoint.name}") as report:
+        path = check_out(checkpoint, folder, progress=report)
+    _wrote(checkpoint.name, path, as_json)
+
+
+def _wrote(name: str, path: Path, as_json: bool) -> None:
+    """Say what a file or a folder was made of, and how large it is."""
+    files = [path, *path.rglob("*")]
+    count = sum(file.stat().st_size for file in files if file.is_file())
     if as_json:
-        print_json({"name": checkpoint.name, "file": str(path), "size": count})
+        print_json({"name": name, "file": str(path), "size": count})
     else:
-        say(f"{checkpoint.name} -> {path}  {size(count)}")
+        say(f"{name} -> {path}  {size(count)}")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from registry.registry import Registry
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400}
+_SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def command(name: str, example: str) -> Callable[[Callable[..., Any]], click.Command]:
@@ -152,3 +153,18 @@ def seconds(ctx: click.Context, param: click.Parameter, text: str) -> float:
     if not match:
         raise click.BadParameter(f"{text!r} is not a duration such as 0, 30m, 1h or 14d")
     return float(match[1]) * _UNITS[match[2]]
+
+
+def byte_count(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
+    """Read an amount of bytes such as 500MB or 5GB; None for None.
+
+    Raises:
+        click.BadParameter: for anything else, and for zero.
+    """
+    if text is None:
+        return None
+    match = re.match(r"(\d+(?:\.\d+)?) ?([KMGT]?B|)\Z", text, re.IGNORECASE)
+    found = int(float(match[1]) * _SIZES[match[2].upper()]) if match else 0
+    if not found:
+        raise click.BadParameter(f"{text!r} is not an amount such as 500MB or 5GB")
+    return found

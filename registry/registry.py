@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from registry.cache.artifacts import Artifacts
+    from registry.catalog.attached import Attached
     from registry.catalog.runs import Runs
     from registry.checkpoints.checkpoint import Checkpoint
+    from registry.checkpoints.files import File
     from registry.configs.config import Config
     from registry.log.metrics import Monitor
     from registry.runs.run import Run
@@ -384,6 +386,27 @@ class Registry(Home):
     def add_note(self, reference: str, text: str) -> Checkpoint:
         """Attach a note, any text, to a checkpoint; see `registry.catalog.naming.add_note`."""
         return self[naming.add_note(self.catalog, reference, text).name]
+
+    def attach(self, reference: str, *paths: Path | str, force: bool = False) -> list[Attached]:
+        """Attach files to a checkpoint, such as what was made from it; see `registry.checkpoints.files.attach`."""
+        # Lazy: start-up.
+        from registry.checkpoints.files import attach
+
+        return attach(self, reference, paths, force=force)
+
+    def files(self, reference: str) -> list[File]:
+        """The files that came with a checkpoint's folder, and those that are attached to it."""
+        # Lazy: start-up.
+        from registry.checkpoints.files import files_of
+
+        return files_of(self, reference)
+
+    def read_file(self, reference: str, name: str) -> bytes:
+        """The bytes of a file of a checkpoint; see `registry.checkpoints.files.read_file`."""
+        # Lazy: start-up.
+        from registry.checkpoints.files import read_file
+
+        return read_file(self, reference, name)
 
     def thin(self, reference: str) -> Checkpoint:
         """Drop what only further training of a version needs; its id changes. See `registry.upkeep.thinning.thin`."""

@@ -14,6 +14,7 @@ import errno
 import fcntl
 import functools
 import os
+import shutil
 import stat
 import sys
 import time
@@ -404,6 +405,11 @@ def unlink(path: Path, *, inner: int = 0) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder of a user that this program has made, with all that is in it; links are not followed."""
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def again_on_trouble(step: Callable[[], None]) -> None:

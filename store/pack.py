@@ -47,6 +47,8 @@ _BUFFER = 1 << 20
 """Bytes that are collected for one such write."""
 
 _READ = 1 << 20
+_MAPPED = 1 << 20
+"""Bytes from which on a user's file is mapped, not read."""
 
 
 class PackedTensor(NamedTuple):
@@ -355,3 +357,17 @@ def map_file(path: Path, size: int, *, inner: int = 0) -> mmap.mmap:
         if actual != size:
             raise Corrupt(f"{path}: has {actual} bytes instead of {size}")
         return mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def contents_of(path: Path) -> tuple[os.stat_result, bytes | mmap.mmap]:
+    """A user's file byte for byte, mapped if it is large, and its status.
+
+    Raises:
+        Corrupt: if it is no regular file, or somebody is writing to it.
+        StorageError: if the system refuses.
+    """
+    with open_regular(path) as file:
+        status = os.fstat(file.fileno())
+        if status.st_size < _MAPPED:
+            return status, file.read(_MAPPED)
+    return status, map_file(path, status.st_size)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+import mmap
 import struct
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
@@ -39,7 +40,7 @@ class Leaf(NamedTuple):
     """One distinct tensor of a tree.
 
     Attributes:
-        source: a torch tensor, a numpy array or bytes.
+        source: a torch tensor, a numpy array, bytes or a mapped file.
         size: bytes of the tensor.
         is_plain: whether `buffer` is a view of the caller's own memory, not a copy.
         address: of the first value in memory.
@@ -81,7 +82,7 @@ class Leaf(NamedTuple):
             if not self.is_plain:
                 source = source.resolve_conj().resolve_neg().to("cpu").contiguous()
             return memory_of(source, self.dtype)
-        if isinstance(source, bytes):
+        if isinstance(source, bytes | mmap.mmap):
             return memoryview(source)
         return np.ascontiguousarray(source).reshape(-1).view(np.uint8).data
 
@@ -145,11 +146,12 @@ class _Encoder:
     def _complex(self, value: complex, path: Path) -> Any:
         return {"$complex": struct.pack(">dd", value.real, value.imag).hex()}
 
-    def _bytes(self, value: bytes, path: Path) -> Any:
+    def _bytes(self, value: bytes | mmap.mmap, path: Path) -> Any:
         if len(value) <= _INLINE_BYTES:
-            return {"$bytes": value.hex()}
+            return {"$bytes": bytes(value).hex()}
         size = len(value)
-        leaf = Leaf("uint8", (size,), source=value, size=size, is_plain=True, is_live=False)
+        is_live = isinstance(value, mmap.mmap)
+        leaf = Leaf("uint8", (size,), source=value, size=size, is_plain=True, is_live=is_live)
         return {"$bytes": self._add(leaf)}
 
     def _list(self, value: list[Any], path: Path) -> Any:
@@ -230,6 +232,7 @@ _PLAIN: dict[type, Callable[[_Encoder, Any, Path], Any]] = {
     float: _Encoder._float,
     complex: _Encoder._complex,
     bytes: _Encoder._bytes,
+    mmap.mmap: _Encoder._bytes,
     list: _Encoder._list,
     tuple: _Encoder._tuple,
     dict: _Encoder._dict,

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from registry.cache.contents import Seen, mark
+from registry.catalog.attached import MARK
 from registry.catalog.commit import publish
 from registry.catalog.lookups import batches, marks, parsed
 from registry.catalog.runs import Runs
@@ -67,14 +68,15 @@ class Artifacts:
         self._home = home
 
     def find(self) -> list[Artifact]:
-        """All of them, the newest first."""
+        """All results of cached functions, the newest first."""
         rows = self._home.catalog.query(
             "SELECT a.key, a.id, a.created, m.size, m.tensors, a.record FROM artifacts a "
             "JOIN manifests m ON m.id = a.id "
             "ORDER BY a.created DESC, a.key"
         )
         users = self._users()
-        return [self._artifact(users, *row) for row in rows]
+        found = [self._artifact(users, *row) for row in rows]
+        return [one for one in found if MARK not in one.record]
 
     def __getitem__(self, prefix: str) -> Artifact:
         """The artifact whose key or id begins with some hex digits.

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from registry.checkpoints.checkpoint import Checkpoint
-from registry.live.builders import builder
-from registry.store.errors import Incompatible, Invalid
+from registry.live.builders import builder, on_meta
+from registry.store.errors import Incompatible, Invalid, naming
 from registry.store.text import quoted
 
 if TYPE_CHECKING:
@@ -39,6 +39,10 @@ def build(home: Home, reference: str, *, component: str = "model") -> nn.Module:
             f"{checkpoint.name} does not record its network's configuration, a {quoted(kind)}: it is not a Config, and "
             f"gives no plain values; {advice}"
         )
+    if made.load is not None:
+        state = checkpoint.state_dict(component, copy=True)
+        with naming(checkpoint.name):
+            return made.load(on_meta(lambda: made.build(about.get("network"))), state).eval()
     network = made.build(about.get("network"))
     live: dict[str, Any] = {component: network}
     try:

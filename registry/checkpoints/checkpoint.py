@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from registry.catalog.resolving import resolve
 from registry.catalog.versions import Version
-from registry.store.errors import naming
+from registry.store.errors import Corrupt, naming
 from registry.store.text import printable
 
 if TYPE_CHECKING:
@@ -245,6 +245,20 @@ class Checkpoint:
     def extra(self) -> Mapping[str, Any]:
         """The plain values and tensors that were saved as `extra`."""
         return self.load("extra")["extra"] if "extra" in self.components else {}
+
+    @property
+    def files(self) -> Mapping[str, bytes]:
+        """The files that an imported folder had beside its parameters, byte for byte, by relative name.
+
+        Raises:
+            Corrupt: if the component `files` holds anything else, or a byte is not what was saved.
+        """
+        found = self.load("files")["files"] if "files" in self.components else {}
+        if not isinstance(found, Mapping) or not all(
+            isinstance(name, str) and isinstance(data, bytes) for name, data in found.items()
+        ):
+            raise Corrupt(f"{self.name}: the component files does not hold files")
+        return found
 
     def parameters(self) -> Iterator[tuple[str, str, tuple[int, ...], str]]:
         """Path, dtype, shape and digest of every tensor; no tensor is read.

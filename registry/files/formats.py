@@ -77,7 +77,7 @@ class Format:
 FORMATS = (
     Format(
         module="registry.files.torch_files",
-        suffixes=(".pt", ".pth", ".ckpt", ".bin"),
+        suffixes=(".pt", ".pth", ".ckpt", ".bin", ".pth.tar"),
         holds_all=True,
         about="An imported .pt file comes back in its own layout.",
         reading="without running code that they hold",

@@ -35,8 +35,10 @@ class Imported:
     """File name, format, size and digest (for shards: of the index), and the layout of a `.pt` file."""
     stamps: Mapping[Path, Stamp] = field(default_factory=dict, repr=False)
     """The stamp of every file that was read, as it was before the reading."""
-    left_out: tuple[str, ...] = ()
-    """Names of what lies in an imported folder and was not read; empty for a file."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """How its network is made again, and how many processes saved it, where the file says so."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Why something in a folder is not kept, by its name; empty for a file."""
 
 
 def file_status(path: Path) -> os.stat_result:

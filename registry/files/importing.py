@@ -59,6 +59,7 @@ def import_checkpoint(
         meta=meta,
         lineage=[{"kind": "imported-from", "parent": printable(imported.source["file"])}],
         source=imported.source,
+        provenance=imported.provenance,
     )
     checkpoint = save(home, model, imported.components, about=about, progress=progress)
     for path, stamp in imported.stamps.items():

@@ -149,11 +149,43 @@ def fields_of(tree: Any) -> dict[str, Any]:
         found = next((n for n in numbers if n is not None and (name == "loss" or _is_count(n))), None)
         fields[name] = found if found is None or name == "loss" else int(found)
     metrics = tree.get("metrics")
+    if network_of_timm(tree):
+        # The training script of timm keeps the one that decides which checkpoint is the best.
+        metrics = {str(tree["args"].get("eval_metric", "metric")): tree.get("metric")}
     if isinstance(metrics, Mapping):
         measured = {key: _number(value) for key, value in metrics.items() if is_metric(key)}
         fields["metrics"] = {key: float(value) for key, value in measured.items() if value is not None}
     fields["config"] = next((tree[key] for key in _CONFIG_KEYS if is_config(tree.get(key))), None)
     return fields
+
+
+def network_of_timm(tree: Any) -> dict[str, Any]:
+    """How the network is made again whose checkpoint the training script of timm wrote: `builder` and `network`.
+
+    Empty for any other tree.
+    """
+    if (
+        type(tree) is not dict
+        or not isinstance(tree.get("arch"), str)
+        or type(tree.get("version")) is not int
+    ):
+        return {}
+    args = tree.get("args")
+    if not isinstance(args, dict) or not isinstance(args.get("model"), str):
+        return {}
+    given = {
+        "in_chans": args.get("in_chans"),
+        "img_size": args.get("img_size"),
+        "global_pool": args.get("gp"),
+    }
+    further = args.get("model_kwargs")
+    network = {
+        "architecture": args["model"],
+        "num_classes": args.get("num_classes"),
+        "model_args": {key: value for key, value in given.items() if value is not None}
+        | (further if isinstance(further, dict) else {}),
+    }
+    return {"builder": "timm", "network": network} if is_config(network) else {}
 
 
 def is_config(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""An outgoing file: written for other programs, whole or not at all."""
+"""An outgoing file or folder: written for other programs, whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from registry.progress import Progress, silent
-from registry.store.durable import Buffer, NewFile
-from registry.store.errors import Conflict, Invalid, NotFound, fix, storage_errors
+from registry.store.durable import Buffer, NewFile, host, make_folder, remove_tree, rename
+from registry.store.errors import Conflict, Corrupt, Invalid, NotFound, fix, storage_errors
 from registry.store.places import refuse_inside
-from registry.store.text import printable
+from registry.store.text import printable, quoted
 
 Write = Callable[[Buffer], None]
 """Takes the next bytes of a file."""
@@ -98,18 +98,121 @@ class Outgoing:
             raise Conflict(f"{shown}: the file exists; choose another name", overwrite)
 
 
+class OutgoingFolder:
+    """A folder that is about to be written.
+
+    Args:
+        path: where it is to be; it must not be there, or be empty.
+        progress: called with the bytes of tensors that are written, and of all.
+
+    Raises:
+        Conflict: if there is a folder that is not empty, or something else.
+        NotFound: if the folder that it is to be in does not exist.
+        Invalid: if the path cannot be one, or belongs to a registry.
+        StorageError: if the system refuses.
+    """
+
+    def __init__(self, path: Path, *, progress: Progress = silent) -> None:
+        self._path = path
+        self._progress = progress
+        self._check()
+
+    @contextlib.contextmanager
+    def opened(self, total: int) -> Iterator[Callable[[str], contextlib.AbstractContextManager[Write]]]:
+        """Make the folder beside its target. It takes the target's name when the block ends well; else it is deleted.
+
+        Args:
+            total: bytes of the tensors that the folder will hold.
+
+        Yields:
+            A function that opens a file in it by its name, as a context that gives the function to write with.
+
+        Raises:
+            Conflict: if somebody made a folder there meanwhile.
+            StorageError: if the system refuses; nothing is left behind.
+        """
+        target = Path(os.path.realpath(self._path))
+        beside = target.parent / f".{target.name[:100]}-{host()}-{os.getpid()}-{os.urandom(8).hex()}"
+        done = 0
+
+        @contextlib.contextmanager
+        def file(name: str) -> Iterator[Write]:
+            nonlocal done
+            path = beside / check_relative(name)
+            make_folder(path.parent)
+            new = NewFile(path.parent, inner=0)
+            try:
+                output = _Output(new, total, self._progress, done=done)
+                yield output.write
+                done = output.done
+                new.sync(output.head, read_only=False)
+                new.publish(path, inner=0)
+            except BaseException:
+                new.discard()
+                raise
+
+        with storage_errors(self._path):
+            try:
+                make_folder(beside)
+                yield file
+                self._check()
+                rename(beside, target)
+            except OSError as error:
+                # The user does not know the temporary name of the folder.
+                error.filename = str(self._path)
+                raise
+            finally:
+                if beside.is_dir():
+                    remove_tree(beside)
+
+    def _check(self) -> None:
+        shown = printable(str(self._path))
+        try:
+            with storage_errors(self._path):
+                target = Path(os.path.realpath(self._path))
+                refuse_inside(target)
+                if not target.parent.is_dir():
+                    raise NotFound(f"{printable(str(target.parent))}: there is no such folder")
+                if not os.path.lexists(target):
+                    return
+                if not target.is_dir():
+                    raise Conflict(f"{shown}: there is something that is not a folder; choose another name")
+                if any(os.scandir(target)):
+                    raise Conflict(
+                        f"{shown}: the folder is not empty, and a folder is never overwritten; choose another name"
+                    )
+        except ValueError:
+            raise Invalid(f"{shown}: a path cannot hold this character") from None
+
+
+def check_relative(name: str) -> str:
+    """The name of a file below a folder, which somebody else may have chosen.
+
+    Raises:
+        Corrupt: if it could lead out of the folder, or cannot be a name.
+    """
+    parts = name.split("/")
+    if (
+        not all(0 < len(os.fsencode(part)) <= 255 and part not in (".", "..") for part in parts)
+        or len(parts) > 64
+        or not printable(name) == name
+    ):
+        raise Corrupt(f"a file called {quoted(name)} cannot be written below a folder")
+    return name
+
+
 class _Output:
     """A new file that keeps its first bytes, to check them on the disk, and reports how far it is."""
 
-    def __init__(self, file: NewFile, total: int, progress: Progress) -> None:
+    def __init__(self, file: NewFile, total: int, progress: Progress, *, done: int = 0) -> None:
         self._file = file
         self._total = total
         self._progress = progress
-        self._done = 0
+        self.done = done
         self.head = b""
 
     def write(self, data: Buffer) -> None:
         self.head += bytes(memoryview(data).cast("B")[: max(_HEAD - len(self.head), 0)])
         self._file.write(data)
-        self._done += memoryview(data).nbytes
-        self._progress(min(self._done, self._total), self._total)
+        self.done += memoryview(data).nbytes
+        self._progress(min(self.done, self._total), self._total)

@@ -2,18 +2,21 @@
 
 `torch.load(weights_only=True)` refuses every class and function that it is not told to allow. Those that are common in
 files of research code have stand-ins here: `argparse.Namespace` becomes a dict, a scalar of NumPy a number of Python, a
-path a text.
+path a text, an array of numbers a plain array.
 """
 
 from __future__ import annotations
 
 import codecs
+import math
 import pickle
 import types
 from collections.abc import Callable
 from typing import Any
 
 import numpy
+
+from registry.store.errors import Invalid
 
 _NUMBERS = "biufc"
 _TEXT = "US"
@@ -44,6 +47,29 @@ class _DType:
         self.text = f"{order}{self.text}" if order in ("<", ">") else self.text
 
 
+class _Array:
+    """Stands for `numpy.ndarray`; `value` is a view of the bytes in the file's pickle."""
+
+    value: numpy.ndarray[Any, Any] | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, tuple) or len(state) != 5:
+            raise pickle.UnpicklingError("an array of NumPy with an odd state")
+        _, shape, kind, is_fortran, data = state
+        is_shape = isinstance(shape, tuple) and all(type(size) is int and size >= 0 for size in shape)
+        if not is_shape or not isinstance(kind, _DType) or not isinstance(data, bytes):
+            raise pickle.UnpicklingError("an array of NumPy that holds no plain numbers")
+        dtype = numpy.dtype(kind.text)
+        if dtype.kind not in _NUMBERS or not dtype.isnative or math.prod(shape) * dtype.itemsize != len(data):
+            raise pickle.UnpicklingError("an array of NumPy that holds no plain numbers")
+        self.value = numpy.frombuffer(data, dtype).reshape(shape, order="F" if is_fortran else "C")
+
+
+def _reconstruct(*_: Any) -> _Array:
+    """Stands for `numpy.core.multiarray._reconstruct`, which makes an array that gets its values later."""
+    return _Array()
+
+
 def _scalar(dtype: Any, data: Any) -> Any:
     """Stands for `numpy.core.multiarray.scalar`."""
     if not isinstance(dtype, _DType) or not isinstance(data, bytes) or len(data) > _LONGEST:
@@ -69,9 +95,15 @@ class _Version(str):
     """Stands for `torch.torch_version.TorchVersion`."""
 
 
+_STAND_INS = (_Namespace, _Version, _Array, tuple)
+"""What `plain` looks for in a tuple."""
+
 ALLOWED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (_Namespace, "argparse.Namespace"),
     (_DType, "numpy.dtype"),
+    (_Array, "numpy.ndarray"),
+    (_reconstruct, "numpy._core.multiarray._reconstruct"),
+    (_reconstruct, "numpy.core.multiarray._reconstruct"),
     (_scalar, "numpy._core.multiarray.scalar"),
     (_scalar, "numpy.core.multiarray.scalar"),
     *((_path, f"pathlib.{name}") for name in ("Path", "PurePath", "PosixPath", "PurePosixPath")),
@@ -84,7 +116,13 @@ ALLOWED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 
 
 def plain(tree: Any) -> tuple[Any, int]:
-    """A tree with dicts in the place of namespaces, and how many there were; the tree itself is changed."""
+    """A tree with plain values in the place of stand-ins, and how many namespaces there were.
+
+    The tree itself is changed.
+
+    Raises:
+        Invalid: if an array has no values.
+    """
     count = 0
 
     def replaced(value: Any) -> Any:
@@ -94,7 +132,11 @@ def plain(tree: Any) -> tuple[Any, int]:
             value = dict(value)
         elif isinstance(value, _Version):
             value = str(value)
-        elif type(value) is tuple and any(isinstance(item, _Namespace | _Version | tuple) for item in value):
+        elif isinstance(value, _Array):
+            if value.value is None:
+                raise Invalid("an array of NumPy has no values")
+            value = value.value
+        elif type(value) is tuple and any(isinstance(item, _STAND_INS) for item in value):
             value = tuple(map(replaced, value))
         return value
 

@@ -77,9 +77,9 @@ def write(checkpoint: Checkpoint, component: str | None, file: Outgoing, *, veri
         Conflict, StorageError: as `Outgoing.opened`.
     """
     name = component or "model"
-    leaves = _flat(checkpoint.state_dict(name, verify=verify), name)
+    leaves = flat(checkpoint.state_dict(name, verify=verify), name)
     with file.opened(sum(leaf.size for leaf in leaves.values())) as take:
-        _write_tensors(leaves, _metadata(checkpoint, name), take)
+        write_tensors(leaves, metadata_of(checkpoint, name), take)
 
 
 def _contents(path: Path, size: int) -> tuple[mmap.mmap, dict[str, torch.Tensor], dict[str, str]]:
@@ -127,7 +127,7 @@ def _tensor(data: mmap.mmap, entry: header.Entry) -> torch.Tensor:
     return tensor
 
 
-def _metadata(checkpoint: Checkpoint, component: str) -> dict[str, str]:
+def metadata_of(checkpoint: Checkpoint, component: str) -> dict[str, str]:
     """`__metadata__` for a safetensors file: what the imported one had, for its own component."""
     source = checkpoint.record.get("source") or {}
     kept: Mapping[str, Any] = {}
@@ -138,8 +138,12 @@ def _metadata(checkpoint: Checkpoint, component: str) -> dict[str, str]:
     return {"format": "pt", **{str(key): str(value) for key, value in kept.items()}}
 
 
-def _flat(tree: Any, component: str) -> dict[str, Leaf]:
-    """The tensors of a component by name; refuses what the format cannot hold."""
+def flat(tree: Any, component: str) -> dict[str, Leaf]:
+    """The tensors of a component by name.
+
+    Raises:
+        Unsupported: for what the format cannot hold, naming it.
+    """
     if not isinstance(tree, dict):
         raise Unsupported(f"{quoted(component)} is not a dict of tensors; export it to a .pt file")
     leaves = {}
@@ -169,7 +173,8 @@ def _code_and_shape(leaf: Leaf, where: str = "") -> tuple[str, tuple[int, ...]]:
     return found
 
 
-def _write_tensors(leaves: Mapping[str, Leaf], metadata: Mapping[str, str], take: Write) -> None:
+def write_tensors(leaves: Mapping[str, Leaf], metadata: Mapping[str, str], take: Write) -> None:
+    """Write tensors, and a table of strings, as the bytes of a safetensors file."""
     ordered = sorted(leaves.items(), key=lambda item: (-ELEMENT_TYPES[item[1].dtype].size, item[0]))
     entries = []
     position = 0

@@ -22,7 +22,7 @@ import torch
 from registry.files import pickled
 from registry.files.foreign import kind_of
 from registry.files.imported import Imported, check_content, file_status, source_of, stamp_of, values
-from registry.files.layouts import fields_of, split, tree_of
+from registry.files.layouts import fields_of, network_of_timm, split, tree_of
 from registry.store.errors import Invalid, Unsupported, storage_errors
 from registry.store.text import printable, quoted
 
@@ -69,7 +69,13 @@ def read(path: Path) -> Imported:
     components, layout = split(tree)
     check_content(path, components)
     source = source_of(path, status, "torch") | {"layout": layout}
-    return Imported(components, **fields_of(tree), source=source, stamps={path: stamp_of(status)})
+    return Imported(
+        components,
+        **fields_of(tree),
+        source=source,
+        provenance=network_of_timm(tree),
+        stamps={path: stamp_of(status)},
+    )
 
 
 def write(checkpoint: Checkpoint, component: str | None, file: Outgoing, *, verify: bool = True) -> None:

@@ -16,6 +16,7 @@ _SUPPORTED = {
     "accelerate": ("1.10", "2"),
     "lightning": ("2.6.4", "2.7"),
     "peft": ("0.21", "0.22"),
+    "timm": ("1.0.20", "1.1"),
     "transformers": ("5.23", "6"),
 }
 """The first release of each framework that is supported, and the first that is not."""

@@ -32,11 +32,18 @@ Built = TypeVar("Built", bound=Callable[..., nn.Module])
 
 
 class Builder(NamedTuple):
-    """A registered builder: what makes the network, and the class of its configuration."""
+    """A registered builder.
+
+    Attributes:
+        make: makes the network.
+        config: the class of its configuration.
+        load: gives the network with a stored state, where that may have other names than the network's own.
+    """
 
     name: str
     make: Callable[..., nn.Module]
     config: type[Config] | None
+    load: Callable[[nn.Module, Mapping[str, torch.Tensor]], nn.Module] | None = None
 
     def build(self, config: Mapping[str, Any] | None) -> nn.Module:
         """The network for a recorded configuration, with newly initialised parameters.
@@ -61,7 +68,12 @@ class Builder(NamedTuple):
 _builders: dict[str, Builder] = {}
 
 
-def register_model(name: str, *, config: type[Config] | None = None) -> Callable[[Built], Built]:
+def register_model(
+    name: str,
+    *,
+    config: type[Config] | None = None,
+    load: Callable[[nn.Module, Mapping[str, torch.Tensor]], nn.Module] | None = None,
+) -> Callable[[Built], Built]:
     """Register a network's class, or a function that makes it, under a name.
 
     The builder is called with an instance of `config`, filled from what a checkpoint recorded; without `config`,
@@ -73,6 +85,10 @@ def register_model(name: str, *, config: type[Config] | None = None) -> Callable
     ...     def __init__(self) -> None:
     ...         super().__init__(2, 1)
 
+    Args:
+        load: takes the network, which has no values yet, and a stored state, and gives the network with that state. By
+            default the names must be the network's own.
+
     Raises:
         Invalid: if the name is malformed.
         Conflict: if another builder has this name.
@@ -83,7 +99,7 @@ def register_model(name: str, *, config: type[Config] | None = None) -> Callable
         known = _builders.get(name)
         if known is not None and _place(known.make) != _place(make):
             raise Conflict(f"the builder {quoted(name)} is registered already, by {_place(known.make)}")
-        _builders[name] = Builder(name, make, config)
+        _builders[name] = Builder(name, make, config, load)
         return make
 
     return register
@@ -98,7 +114,10 @@ def builder(name: str) -> Builder:
     if name not in _builders:
         for entry in entry_points(group=GROUP, name=name):
             # A package registers its builders as it is imported.
-            entry.load()
+            try:
+                entry.load()
+            except ImportError as error:
+                raise NotFound(f"the builder {quoted(name)} cannot be loaded: {error}") from None
     found = _builders.get(name)
     if found is None:
         near = difflib.get_close_matches(name, names(), 1)
@@ -149,6 +168,51 @@ def config_of(model: Any) -> dict[str, Any] | None:
     except Exception as error:
         _logger.warning("the network's configuration is not recorded: %s", error)
         return None
+
+
+def network_of(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """How the network of a folder is made again, by its `config.json`: `builder` and `network` of a provenance.
+
+    Returns:
+        Those of transformers and timm; empty for any other configuration.
+    """
+    config = config or {}
+    classes = config.get("architectures")
+    if isinstance(config.get("model_type"), str) and isinstance(classes, list) and classes:
+        return {"builder": "transformers", "network": {"class": classes[0], "config": dict(config)}}
+    if isinstance(config.get("architecture"), str) and isinstance(config.get("pretrained_cfg"), Mapping):
+        known = ("architecture", "num_classes", "global_pool", "model_args", "pretrained_cfg")
+        return {"builder": "timm", "network": {key: config[key] for key in known if key in config}}
+    return {}
+
+
+def recorded(model: Any) -> tuple[str | None, dict[str, Any] | None]:
+    """The builder and the configuration by which a live network is made again; None for what is not known.
+
+    A network's class may be registered. Otherwise those of transformers and timm have builders of their own.
+    """
+    name, config = name_for(model), config_of(model)
+    if name is not None:
+        return name, config
+    kind = class_of(model)
+    if kind.__module__.startswith("transformers.models.") and config is not None:
+        return "transformers", {"class": kind.__name__, "config": config}
+    if kind.__module__.startswith("timm.models."):
+        plain = plain_module(model)
+        about = getattr(plain, "pretrained_cfg", None) or {}
+        # The classifier may have been replaced since the network was made.
+        classes = {"num_classes": getattr(plain, "num_classes", None)}
+        network = {
+            "architecture": about.get("architecture"),
+            **classes,
+            "model_args": {**getattr(plain, "_model_args", {}), **classes},
+            "pretrained_cfg": {**about, **classes},
+        }
+        try:
+            return "timm", plain_table(network, "the network's configuration")
+        except Invalid as error:
+            _logger.warning("the network's configuration is not recorded: %s", error)
+    return None, config
 
 
 def config_kind(model: Any) -> str | None:

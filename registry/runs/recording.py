@@ -222,8 +222,9 @@ class Recording:
             name: part for name, part in components.flat(live).items() if isinstance(part, torch.nn.Module)
         }
         going_on = {name: list(parts) for name, part in networks.items() if (parts := parts_going_on(part))}
-        builder = self._builder or (builders.name_for(model) if model is not None else None)
-        network = builders.config_of(model) if model is not None else None
+        builder, network = builders.recorded(model) if model is not None else (None, None)
+        if self._builder is not None:
+            builder, network = self._builder, builders.config_of(model) if model is not None else None
         is_unrecorded = isinstance(model, torch.nn.Module) and network is None
         bases = [getattr(part, "adapter_of", None) for part in components.flat(live).values()]
         found = {

@@ -16,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from registry.catalog.attached import drop_orphans
 from registry.catalog.database import OLD
 from registry.log import settings
 from registry.log.entries import Record
@@ -106,6 +107,8 @@ class _Sweep:
                     self._catalog.migrate()
                 self._catalog.check_unbroken()
             self._check_folders()
+            if not self._dry_run:
+                drop_orphans(self._catalog)
             dead = Dooming(self._catalog, self._store).doom(dry_run=self._dry_run)
             if self._is_unnamed_garbage():
                 self._sweep("packs", self._store.packs, suffix=".safetensors", dead=dead)

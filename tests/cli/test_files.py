@@ -92,19 +92,45 @@ def test_a_file_that_cannot_be_imported_is_named_and_the_others_are(
     assert "there is no such file" in found.json["failed"][1]["error"]
 
 
-def test_what_a_folder_holds_besides_is_said_to_be_left_out(filled: Registry, run: Run) -> None:
-    """As that of a checkpoint of transformers' Trainer."""
-    Path("checkpoint-500").mkdir()
-    safetensors.torch.save_file({"w": torch.ones(2)}, "checkpoint-500/model.safetensors")
-    Path("checkpoint-500/config.json").write_text('{"model_type": "bert"}')
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "a.txt", "b.txt"):
-        Path("checkpoint-500", name).write_bytes(b"x")
-    done = run("import", "checkpoint-500", "--name", "net")
+def test_a_folder_goes_in_and_out_with_all_its_files(filled: Registry, run: Run) -> None:
+    Path("llama/.git").mkdir(parents=True)
+    tensors = {"a": torch.randn(300), "b": torch.randn(300).bfloat16()}
+    safetensors.torch.save_file(tensors, "llama/model.safetensors")
+    torch.save(tensors, "llama/pytorch_model.bin")
+    kept = {"config.json": b'{"model_type": "llama"}', "tokenizer.json": b"{}"}
+    for name, data in kept.items():
+        Path("llama", name).write_bytes(data)
+    done = run("import", "llama", "--name", "llama")
     assert done.out.splitlines()[1:] == [
-        "left out: a.txt, b.txt, optimizer.pt, rng_state.pth, scheduler.pt and 1 more"
+        "left out: .git (a hidden folder)",
+        "left out: pytorch_model.bin (the same parameters in another format)",
     ]
-    left_out = run("import", "checkpoint-500", "--name", "net", "--json").json["imported"][0]["left_out"]
-    assert left_out[-1] == "trainer_state.json"
+    document = run("import", "llama", "--name", "llama", "--json").json["imported"][0]
+    assert document["left_out"][".git"] == "a hidden folder"
+    assert run("export", "llama", "out/", "--max-shard-size", "1.5 kB").status == 0
+    index = json.loads(Path("out/model.safetensors.index.json").read_text())
+    assert index == {
+        "metadata": {"total_size": 1_800},
+        "weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"},
+    }
+    for name, tensor in tensors.items():
+        assert torch.equal(safetensors.torch.load_file(f"out/{index['weight_map'][name]}")[name], tensor)
+    assert {name: Path("out", name).read_bytes() for name in kept} == kept
+    assert len(list(Path("out").iterdir())) == 5
+    for words, message in {
+        ("out",): "out: the folder is not empty, and a folder is never overwritten; choose another name",
+        ("out", "--force"): "a folder is never overwritten",
+        ("best.pt",): "the file exists",
+        ("new.pt", "--max-shard-size", "1GB"): "new.pt: only a folder has shards; end it in / for a folder",
+        ("a.onnx",): "or end it in / for a folder",
+        ("none/out",): "none: there is no such folder",
+    }.items():
+        Path("best.pt").touch()
+        done = run("export", "llama", *words)
+        assert (done.status, done.out) == (1, "")
+        assert message in done.err
+    assert run("export", "llama", "x", "--max-shard-size", "0GB").status == 2
+    assert not Path("x").exists()
 
 
 def test_two_files_are_two_versions(filled: Registry, run: Run, checkpoint: dict[str, Any]) -> None:
@@ -210,3 +236,42 @@ def test_one_file_that_cannot_be_imported_is_a_document_too(
     found = run("import", bad, "--name", "net", "--json")
     assert (found.status, found.json["imported"]) == (1, [])
     assert [one["file"] for one in found.json["failed"]] == [str(bad)]
+
+
+def test_files_are_attached_listed_and_written(filled: Registry, run: Run) -> None:
+    Path("model.onnx").write_bytes(b"onnx")
+    name = run("show", "lenet5", "--json").json["name"]
+    assert run("files", "lenet5").out == f"# {name} has no files\n"
+    assert run("attach", "lenet5", "model.onnx").out == f"model.onnx -> {name}  4 B\n"
+    listed = run("files", "lenet5").out.splitlines()
+    assert [line.split()[:3] for line in listed] == [["FILE", "SIZE", "ATTACHED"], ["model.onnx", "4", "B"]]
+    (one,) = run("files", name, "--json").json
+    assert (one["name"], one["size"]) == ("model.onnx", 4)
+    assert run("files", "lenet5", "model.onnx", "--output", "back").out == "model.onnx -> back  4 B\n"
+    assert Path("back").read_bytes() == b"onnx"
+    for words, message in {
+        ("files", "lenet5", "model.onnx", "-o", "back"): "back: the file exists",
+        ("files", "lenet5", "none", "-o", "new"): "has no file 'none'",
+        ("attach", "lenet5", "none"): "none: there is no such file",
+        ("checkout", "lenet5", "out"): "was not imported from a folder",
+    }.items():
+        done = run(*words)
+        assert (done.status, done.out) == (1, "")
+        assert message in done.err
+    Path("model.onnx").write_bytes(b"other")
+    assert "or replace it: --force" in run("attach", "lenet5", "model.onnx").err
+    assert run("attach", "lenet5", "model.onnx", "--force").status == 0
+    assert run("files", "lenet5", "model.onnx").status == 2
+
+
+def test_a_checkpoint_folder_of_a_trainer_is_checked_out(filled: Registry, run: Run) -> None:
+    Path("checkpoint-3").mkdir()
+    safetensors.torch.save_file({"w": torch.ones(2)}, "checkpoint-3/model.safetensors")
+    Path("checkpoint-3/trainer_state.json").write_text('{"global_step": 3}')
+    torch.save({"param_groups": []}, "checkpoint-3/optimizer.pt")
+    assert run("import", "checkpoint-3", "--name", "bert").status == 0
+    assert run("show", "bert", "--json").json["step"] == 3
+    assert run("checkout", "bert", "resume", "--json").json["file"] == "resume"
+    assert {path.name for path in Path("resume").iterdir()} == {
+        path.name for path in Path("checkpoint-3").iterdir()
+    }

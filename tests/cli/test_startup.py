@@ -30,7 +30,12 @@ except SystemExit as done:
 KEY = "3f2a91c04b7e"
 """The key of an artifact in the examples."""
 
-INSTEAD = {"/data/models": "models", ".yaml": ".json", "--class mypackage.configs:TrainConfig": ""}
+INSTEAD = {
+    "/data/models": "models",
+    ".yaml": ".json",
+    "--class mypackage.configs:TrainConfig": "",
+    "files lenet5:v3 model.onnx --output model.onnx": "files lenet5:v3 --json",
+}
 """Parts of examples, and what is typed instead: a folder of this test's, a format and a check that need no package."""
 
 BESIDE = (

@@ -152,10 +152,15 @@ def test_a_folder_that_cannot_be_imported_says_what_it_is_and_what_to_do(tmp_pat
         read_checkpoint_file(tmp_path)
 
 
-def test_a_state_of_accelerate_is_imported_without_what_is_left_out(tmp_path: Path) -> None:
+def test_a_state_that_cannot_be_read_is_kept_as_bytes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     safetensors.torch.save_file(TENSORS, tmp_path / "model.safetensors")
-    for name in ("optimizer.bin", "scheduler.bin", "random_states_0.pkl"):
+    names = ("optimizer.bin", "random_states_0.pkl", "scheduler.bin")
+    for name in names:
         shutil.copy(tmp_path / "model.safetensors", tmp_path / name)
     imported = read_checkpoint_file(tmp_path)
     assert list(imported.components["model"]) == ["w"]
-    assert imported.left_out == ("optimizer.bin", "random_states_0.pkl", "scheduler.bin")
+    assert tuple(imported.components["files"]) == names
+    assert imported.left_out == {}
+    assert all(f"{name} is kept as bytes and was not read" in caplog.text for name in names)

@@ -370,12 +370,21 @@ def test_a_folder_with_one_file_of_weights_needs_no_index(tmp_path: Path) -> Non
     assert (imported.config, imported.source["file"]) == ({"a": 1}, "model.safetensors")
 
 
-def test_a_folder_with_two_indexes_asks_for_one_of_them(tmp_path: Path) -> None:
-    sharded(tmp_path, "safetensors")
+def test_of_two_formats_the_better_one_is_read_and_the_other_is_left_out(tmp_path: Path) -> None:
+    tensors = sharded(tmp_path, "safetensors")
     sharded(tmp_path, "bin")
-    with pytest.raises(Invalid, match="name one of them"):
-        read_checkpoint_file(tmp_path)
+    imported = read_checkpoint_file(tmp_path)
+    assert same(imported.components["model"], tensors)
+    assert set(imported.left_out.values()) == {"the same parameters in another format"}
+    assert sorted(imported.left_out) == sorted(path.name for path in tmp_path.glob("pytorch_model*"))
     read_checkpoint_file(tmp_path / "pytorch_model.bin.index.json")
+
+
+def test_a_folder_with_two_networks_asks_for_one_of_them(tmp_path: Path) -> None:
+    for name in ("actor.safetensors", "critic.safetensors"):
+        save_file({"w": torch.ones(2)}, tmp_path / name)
+    with pytest.raises(Invalid, match=r"holds 'actor.safetensors', 'critic.safetensors'; name one of them"):
+        read_checkpoint_file(tmp_path)
 
 
 def test_a_folder_without_weights_says_what_is_readable(tmp_path: Path) -> None:
@@ -385,7 +394,9 @@ def test_a_folder_without_weights_says_what_is_readable(tmp_path: Path) -> None:
 
 def test_an_unknown_suffix_says_which_work(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(1)}, tmp_path / "model.weights")
-    with pytest.raises(Unsupported, match=r"readable are \.pt, \.pth, \.ckpt, \.bin, \.safetensors"):
+    with pytest.raises(
+        Unsupported, match=r"readable are \.pt, \.pth, \.ckpt, \.bin, \.pth\.tar, \.safetensors"
+    ):
         read_checkpoint_file(tmp_path / "model.weights")
 
 

@@ -1,0 +1,209 @@
+"""Writing folders: what `from_pretrained` opens, and what a Trainer and Accelerate resume from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from registry.files.outgoing import OutgoingFolder, check_relative
+from registry.files.safetensors_files import flat, metadata_of, write_tensors
+from registry.files.shards import INDEXES, SAFETENSORS
+from registry.files.states import TRAINERS, Trainer, states_of
+from registry.files.torch_files import write_torch_file
+from registry.progress import Progress, silent
+from registry.store.errors import Invalid, NotFound, Unsupported
+from registry.store.text import quoted
+from registry.store.tree import Leaf
+
+if TYPE_CHECKING:
+    from registry.checkpoints.checkpoint import Checkpoint
+
+SHARD = 5_000_000_000
+"""Bytes of tensors that one file holds at most, unless the user says otherwise."""
+
+_NETWORKS = ("model", "models", "adapter")
+"""Components that hold parameters; the first that a checkpoint has is written."""
+
+Shard = dict[str, Leaf]
+
+
+def export_folder(
+    checkpoint: Checkpoint,
+    folder: Path | str,
+    *,
+    component: str | None = None,
+    max_shard_size: int = SHARD,
+    verify: bool = True,
+    progress: Progress = silent,
+) -> Path:
+    """Write a checkpoint to a folder of its own, whole or not at all: parameters as safetensors, and its files.
+
+    The folder holds what `from_pretrained` of transformers, PEFT and diffusers opens, and timm by `local-dir:`. Parameters
+    have the names that they were saved or imported with.
+
+    Args:
+        folder: must not exist, or be empty.
+        component: write the parameters of this component; by default those of the network, or of all networks.
+        max_shard_size: bytes of tensors in one file; larger networks become several files, with an index.
+        verify: check the digests of what is read.
+        progress: called with the bytes that are written, and of all.
+
+    Returns:
+        `folder`, as a Path.
+
+    Raises:
+        Conflict: if there is a folder that is not empty, or something else.
+        NotFound: if the checkpoint has no parameters, or the folder above does not exist.
+        Unsupported: if safetensors cannot hold a value, naming it.
+        Corrupt: if a stored byte is not what was saved.
+        StorageError: if the system refuses; nothing is left behind.
+    """
+    return _write(
+        checkpoint,
+        Path(folder),
+        component=component,
+        trainer=None,
+        max_shard_size=max_shard_size,
+        verify=verify,
+        progress=progress,
+    )
+
+
+def checkout(
+    checkpoint: Checkpoint, folder: Path | str, *, verify: bool = True, progress: Progress = silent
+) -> Path:
+    """Write a checkpoint that was imported from a Trainer's or Accelerate's folder as such a folder again.
+
+    `Trainer.train(resume_from_checkpoint=folder)` and `accelerator.load_state(folder)` go on from it, with the optimizer,
+    scheduler, random numbers and everything else that the imported folder had.
+
+    Args:
+        folder: must not exist, or be empty.
+        verify: check the digests of what is read.
+        progress: called with the bytes that are written, and of all.
+
+    Returns:
+        `folder`, as a Path.
+
+    Raises:
+        Unsupported: if the checkpoint was not imported from such a folder, or has been thinned.
+        Conflict, NotFound, Corrupt, StorageError: as `export_folder`.
+    """
+    trainer = TRAINERS.get((checkpoint.record.get("source") or {}).get("folder", ""))
+    if trainer is None:
+        raise Unsupported(
+            f"{checkpoint.name} was not imported from a folder of transformers' Trainer or of Accelerate; resume it in its "
+            "program with restore()"
+        )
+    if "thinned-from" in checkpoint.record:
+        raise Unsupported(
+            f"{checkpoint.name} has been thinned and has no optimizer any more; take a version that has"
+        )
+    return _write(
+        checkpoint,
+        Path(folder),
+        component=None,
+        trainer=trainer,
+        max_shard_size=SHARD,
+        verify=verify,
+        progress=progress,
+    )
+
+
+def _write(
+    checkpoint: Checkpoint,
+    folder: Path,
+    *,
+    component: str | None,
+    trainer: Trainer | None,
+    max_shard_size: int,
+    verify: bool,
+    progress: Progress,
+) -> Path:
+    if type(max_shard_size) is not int or max_shard_size < 1:
+        raise Invalid(
+            f"max_shard_size is {quoted(str(max_shard_size))}, expected bytes, such as 5_000_000_000"
+        )
+    outgoing = OutgoingFolder(folder, progress=progress)
+    networks = list(_networks(checkpoint, component, verify=verify))
+    metadata = metadata_of(checkpoint, component or "model")
+    # Accelerate reads one file for each network.
+    limit = max_shard_size if len(networks) == 1 and trainer is not TRAINERS["accelerate"] else None
+    tensors = {
+        name: shard for stem, leaves in networks for name, shard in _shards(stem, leaves, limit).items()
+    }
+    kept = dict(checkpoint.files)
+    texts = _described(checkpoint, kept) | {
+        f"{stem}{INDEXES[0]}": _index(parts)
+        for stem, _ in networks
+        if (parts := {name: shard for name, shard in tensors.items() if name.startswith(f"{stem}-")})
+    }
+    for name in (*kept, *texts):
+        check_relative(name)
+    kept = {name: data for name, data in kept.items() if name not in tensors and name not in texts}
+    total = sum(leaf.size for shard in tensors.values() for leaf in shard.values())
+    with outgoing.opened(total + sum(map(len, kept.values()))) as file:
+        for name, shard in tensors.items():
+            with file(name) as take:
+                write_tensors(shard, metadata, take)
+        for name, data in {**kept, **texts}.items():
+            with file(name) as take:
+                take(data)
+        for name, tree in states_of(trainer, checkpoint, verify=verify) if trainer else ():
+            with file(name) as take:
+                write_torch_file(tree, take)
+    return folder
+
+
+def _networks(checkpoint: Checkpoint, component: str | None, *, verify: bool) -> Iterator[tuple[str, Shard]]:
+    """The tensors of each network, with what its file is called before the suffix."""
+    name = component or next((name for name in _NETWORKS if name in checkpoint.components), None)
+    if name is None:
+        raise NotFound(
+            f"{checkpoint.name} has no component model; name one of {', '.join(checkpoint.components)} as component"
+        )
+    tree = checkpoint.state_dict(name, verify=verify)
+    source = checkpoint.record.get("source") or {}
+    first = next(iter(source.get("weights") or ()), "adapter_model." if name == "adapter" else "model.")
+    stem = check_relative(str(first).partition(".")[0].replace("pytorch_model", "model") or "model")
+    for i, part in enumerate(tree if isinstance(tree, list) else [tree]):
+        yield f"{stem}_{i}" if i else stem, flat(part, name)
+
+
+def _shards(stem: str, leaves: Shard, limit: int | None) -> dict[str, Shard]:
+    """Tensors by the file that they go to; a single file if all fit into one. A tensor is never cut."""
+    parts: list[Shard] = [{}]
+    size = 0
+    for name, leaf in leaves.items():
+        if parts[-1] and limit is not None and size + leaf.size > limit:
+            parts.append({})
+            size = 0
+        parts[-1][name] = leaf
+        size += leaf.size
+    if len(parts) == 1:
+        return {f"{stem}{SAFETENSORS}": parts[0]}
+    return {
+        f"{stem}-{number:05}-of-{len(parts):05}{SAFETENSORS}": part for number, part in enumerate(parts, 1)
+    }
+
+
+def _index(shards: Mapping[str, Shard]) -> bytes:
+    """The index of shards, as transformers writes it."""
+    total = sum(leaf.size for shard in shards.values() for leaf in shard.values())
+    weight_map = {name: file for file, shard in shards.items() for name in shard}
+    document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return json.dumps(document, indent=2).encode() + b"\n"
+
+
+def _described(checkpoint: Checkpoint, kept: Mapping[str, Any]) -> dict[str, bytes]:
+    """The `config.json` of a network of transformers or timm that was saved in a program, by what was recorded of it."""
+    about = checkpoint.provenance
+    network, builder = about.get("network") or {}, about.get("builder")
+    if "config.json" in kept or builder not in ("transformers", "timm"):
+        return {}
+    document = dict(network)
+    if builder == "transformers":
+        document = {**network.get("config", {}), "architectures": [network.get("class")]}
+    return {"config.json": json.dumps(document, indent=2).encode() + b"\n"}
