@@ -69,7 +69,7 @@ def build(**recorded: Any) -> nn.Module:
         Unsupported: if the network is quantized.
     """
     name, config = recorded.get("class"), recorded.get("config")
-    kind = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    kind: Any = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if (
         not isinstance(kind, type)
         or not issubclass(kind, transformers.PreTrainedModel)
@@ -82,9 +82,8 @@ def build(**recorded: Any) -> nn.Module:
         raise Invalid(f"the configuration of {kind.__name__} is not recorded")
     if config.get("quantization_config"):
         raise Unsupported(f"{kind.__name__} is quantized; open an exported folder with from_pretrained")
-    of_class: Any = kind.config_class
     try:
-        made: nn.Module = kind(of_class.from_dict(_harmless(config)))
+        made: nn.Module = kind(kind.config_class.from_dict(_harmless(config)))
     except (StrictDataclassError, TypeError, ValueError, AttributeError, KeyError) as error:
         raise Invalid(f"{kind.__name__} cannot take this configuration: {quoted(str(error))}") from None
     return made
