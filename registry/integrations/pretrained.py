@@ -9,7 +9,7 @@ transformers' own classes are made; nothing is downloaded, and code beside the p
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -69,7 +69,7 @@ def build(**recorded: Any) -> nn.Module:
         Unsupported: if the network is quantized.
     """
     name, config = recorded.get("class"), recorded.get("config")
-    kind: Any = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    kind = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if (
         not isinstance(kind, type)
         or not issubclass(kind, transformers.PreTrainedModel)
@@ -83,7 +83,7 @@ def build(**recorded: Any) -> nn.Module:
     if config.get("quantization_config"):
         raise Unsupported(f"{kind.__name__} is quantized; open an exported folder with from_pretrained")
     try:
-        made: nn.Module = kind(kind.config_class.from_dict(_harmless(config)))
+        made: nn.Module = kind(cast(Any, kind).config_class.from_dict(_harmless(config)))
     except (StrictDataclassError, TypeError, ValueError, AttributeError, KeyError) as error:
         raise Invalid(f"{kind.__name__} cannot take this configuration: {quoted(str(error))}") from None
     return made
