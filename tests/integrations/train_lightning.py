@@ -146,7 +146,8 @@ def main(number: int, argv: list[str]) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    L.seed_everything(777 if args.resume else 0, verbose=False)
+    # Each of several processes has numbers of its own.
+    L.seed_everything((777 if args.resume else 0) + int(os.environ.get("RANK", "0")), verbose=False)
     trainer, net = trainer_of(args), Net(args)
     if args.early and not args.resume:
         write_file = pointers.write_file
