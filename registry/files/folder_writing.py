@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from registry.files.outgoing import OutgoingFolder, check_relative
+from registry.files.outgoing import OutgoingFolder
 from registry.files.safetensors_files import flat, metadata_of, write_tensors
 from registry.files.shards import INDEXES, SAFETENSORS
-from registry.files.states import TRAINERS, Trainer, states_of
+from registry.files.states import TRAINERS, Trainer, states_of, trainer_of
 from registry.files.torch_files import write_torch_file
 from registry.progress import Progress, silent
 from registry.store.errors import Invalid, NotFound, Unsupported
@@ -74,10 +74,12 @@ def export_folder(
 def checkout(
     checkpoint: Checkpoint, folder: Path | str, *, verify: bool = True, progress: Progress = silent
 ) -> Path:
-    """Write a checkpoint that was imported from a Trainer's or Accelerate's folder as such a folder again.
+    """Write a checkpoint that came from a Trainer or from Accelerate as a folder that they resume from.
+
+    It was imported from such a folder, or has a Trainer's `trainer_state.json` among its files.
 
     `Trainer.train(resume_from_checkpoint=folder)` and `accelerator.load_state(folder)` go on from it, with the optimizer,
-    scheduler, random numbers and everything else that the imported folder had.
+    scheduler, random numbers and its files.
 
     Args:
         folder: must not exist, or be empty.
@@ -88,13 +90,14 @@ def checkout(
         `folder`, as a Path.
 
     Raises:
-        Unsupported: if the checkpoint was not imported from such a folder, or has been thinned.
+        Unsupported: if the checkpoint did not come from them, or has been thinned.
         Conflict, NotFound, Corrupt, StorageError: as `export_folder`.
     """
-    trainer = TRAINERS.get((checkpoint.record.get("source") or {}).get("folder", ""))
+    source = checkpoint.record.get("source") or {}
+    trainer = TRAINERS.get(str(source.get("folder"))) or trainer_of(checkpoint.files)
     if trainer is None:
         raise Unsupported(
-            f"{checkpoint.name} was not imported from a folder of transformers' Trainer or of Accelerate; resume it in its "
+            f"{checkpoint.name} did not come from a folder of transformers' Trainer or of Accelerate; resume it in its "
             "program with restore()"
         )
     if "thinned-from" in checkpoint.record:
@@ -140,8 +143,6 @@ def _write(
         for stem, _ in networks
         if (parts := {name: shard for name, shard in tensors.items() if name.startswith(f"{stem}-")})
     }
-    for name in (*kept, *texts):
-        check_relative(name)
     kept = {name: data for name, data in kept.items() if name not in tensors and name not in texts}
     total = sum(leaf.size for shard in tensors.values() for leaf in shard.values())
     with outgoing.opened(total + sum(map(len, kept.values()))) as file:
@@ -165,9 +166,10 @@ def _networks(checkpoint: Checkpoint, component: str | None, *, verify: bool) ->
             f"{checkpoint.name} has no component model; name one of {', '.join(checkpoint.components)} as component"
         )
     tree = checkpoint.state_dict(name, verify=verify)
-    source = checkpoint.record.get("source") or {}
-    first = next(iter(source.get("weights") or ()), "adapter_model." if name == "adapter" else "model.")
-    stem = check_relative(str(first).partition(".")[0].replace("pytorch_model", "model") or "model")
+    files = (checkpoint.record.get("source") or {}).get("weights")
+    usual = "adapter_model" if name == "adapter" else "model"
+    first = files[0] if isinstance(files, list) and files and isinstance(files[0], str) else usual
+    stem = first.partition(".")[0].replace("pytorch_model", "model") or usual
     for i, part in enumerate(tree if isinstance(tree, list) else [tree]):
         yield f"{stem}_{i}" if i else stem, flat(part, name)
 

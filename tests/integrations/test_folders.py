@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -144,3 +147,28 @@ def test_automodel_opens_a_folder_of_pickled_parameters(tmp_path: Path, registry
     torch.save(net.state_dict(), tmp_path / "in" / "pytorch_model.bin")
     out = export(imported(registry, tmp_path / "in"), tmp_path / "out")
     assert same(AutoModel.from_pretrained(out), net.bert)
+
+
+def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("REGISTRY_ROOT", raising=False)
+    Registry()
+    for folder in ("llama", "checkpoint-14"):
+        GPT2LMHeadModel(copy.deepcopy(GPT2)).save_pretrained(folder)
+    Path("checkpoint-14/trainer_state.json").write_text('{"global_step": 14}')
+    Path("model.onnx").write_bytes(b"onnx")
+    page = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
+    section = page.partition("## Folders\n")[2].partition("\n## ")[0]
+    commands = re.findall(r"^\$ registry (.*)$", section, re.MULTILINE)
+    assert len(commands) == 7
+    for command in commands:
+        done = subprocess.run(
+            [sys.executable, "-m", "registry.cli", *command.split()],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    assert Path("copy.onnx").read_bytes() == b"onnx"
+    assert GPT2LMHeadModel.from_pretrained("llama-out").num_parameters() > 0
+    assert Path("resume/trainer_state.json").is_file()

@@ -236,9 +236,17 @@ def test_random_numbers_are_converted_both_ways(several: bool) -> None:
         assert torch.equal(found["torch"], state["torch"])
 
 
+def test_a_version_with_a_trainers_state_among_its_files_is_checked_out(
+    tmp_path: Path, registry: Registry
+) -> None:
+    components = {"model": TENSORS, "optimizer": {"param_groups": []}, "files": {"trainer_state.json": b"{}"}}
+    out = checkout(registry.save("net", components), tmp_path / "out")
+    assert sorted(files_in(out)) == ["model.safetensors", "optimizer.pt", "trainer_state.json"]
+
+
 def test_only_what_training_goes_on_from_is_checked_out(tmp_path: Path, registry: Registry) -> None:
     plain = imported(registry, folder_of(tmp_path / "in", FILES))
-    with pytest.raises(Unsupported, match=r"was not imported from a folder .* resume it in its program"):
+    with pytest.raises(Unsupported, match=r"did not come from a folder .* resume it in its program"):
         checkout(plain, tmp_path / "out")
     folder = folder_of(tmp_path / "trainer", {"trainer_state.json": b"{}"})
     torch.save({"state": {}, "param_groups": []}, folder / "optimizer.pt")
@@ -249,13 +257,21 @@ def test_only_what_training_goes_on_from_is_checked_out(tmp_path: Path, registry
 
 
 @pytest.mark.parametrize(
-    "name", ["../out.txt", "/etc/passwd", "a/../../b", "", "a//b", ".", "a\0b", "x" * 300, "a\nb", "a/" * 99]
+    "name", ["../out.txt", "/dev/null/x", "a/../../b", "", "a//b", ".", "a\0b", "x" * 300, "a\nb", "a/" * 99]
 )
 def test_a_stored_name_cannot_lead_out_of_the_folder(tmp_path: Path, registry: Registry, name: str) -> None:
     checkpoint = registry.save("net", {"model": TENSORS, "files": {name: b"x"}})
     with pytest.raises(Corrupt, match="cannot be written below a folder"):
         export(checkpoint, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["registry"]
+
+
+@pytest.mark.parametrize("weights", [5, [], [5], {}, "", [""]])
+def test_a_source_that_is_malformed_gives_the_usual_name(
+    tmp_path: Path, registry: Registry, weights: Any
+) -> None:
+    checkpoint = registry.save("net", {"model": TENSORS}, source={"weights": weights, "folder": weights})
+    assert list(files_in(export(checkpoint, tmp_path / "out"))) == ["model.safetensors"]
 
 
 def test_files_that_are_no_files_are_refused(tmp_path: Path, registry: Registry) -> None:
