@@ -2,7 +2,7 @@
 
     from registry.integrations.peft import adapter
 
-    base = registry.save("base", {"model": network})  # once, before get_peft_model
+    base = registry.save("base", {"model": network.state_dict()})  # once, before get_peft_model
     run.save(adapter=adapter(model, base=base), optimizer=optimizer, step=step)
     checkpoint.restore(adapter=adapter(model), optimizer=optimizer)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).parent
+PAGE = HERE.parents[1] / "docs" / "integrations.md"
 
 
 def fingerprint(*parts: Any) -> str:
@@ -37,6 +39,12 @@ def fingerprint(*parts: Any) -> str:
     for i, part in enumerate(parts):
         add(str(i), part.state_dict())
     return found.hexdigest()
+
+
+def examples_of(section: str) -> list[str]:
+    """The Python of a section of the page about integrations."""
+    text = PAGE.read_text().partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    return re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def kill_me() -> None:

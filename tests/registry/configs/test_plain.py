@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel
 
 from registry import Registry
-from registry.configs.plain import plain_table
+from registry.configs.plain import lenient_table, plain_table
 from registry.store.errors import Invalid
 
 
@@ -164,3 +164,39 @@ def test_extras_of_derived_kinds_come_back_as_the_plain_kind(
     assert type(found) is type(expected)
     if isinstance(found, dict):
         assert [type(key) for key in found] == [type(key) for key in expected]
+
+
+@dataclass
+class Odd:
+    net: Any
+    width: int = 4
+
+
+def test_what_a_framework_hands_over_is_never_refused() -> None:
+    loop: dict[str, Any] = {}
+    loop["again"] = loop
+    given = {
+        "out": Path("/x"),
+        "mode": Mode.FAST,
+        "space": argparse.Namespace(rate=np.float32(0.5), targets={"v", "q"}),
+        "odd": Odd(net=object()),
+        "several": (1, [object]),
+        3: None,
+        "$type": {"$x": 1},
+        "loop": loop,
+    }
+    found, as_text = lenient_table(given)
+    assert as_text[:2] == ["odd.net", "several[1][0]"]
+    assert len(as_text) == 3
+    loop_found = found.pop("loop")
+    assert isinstance(loop_found, dict)
+    assert found == {
+        "out": "/x",
+        "mode": "fast",
+        "space": {"rate": 0.5, "targets": ["q", "v"]},
+        "odd": {"net": "<object object>", "width": 4},
+        "several": [1, ["<class 'object'>"]],
+        "3": None,
+        "type": {"x": 1},
+    }
+    assert plain_table(found, "config") == found
