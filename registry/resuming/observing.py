@@ -80,20 +80,25 @@ class Observer:
         if not torch.compiler.is_compiling():
             self._calls.depth = getattr(self._calls, "depth", 0) + 1
 
-    def _after_call(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
-    ) -> None:
+    def _after_call(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+        """Note a batch.
+
+        Args:
+            rest: the keyword arguments and the result. Where the call has failed, torch gives no keyword arguments.
+        """
         if torch.compiler.is_compiling():
             return
         self._calls.depth -= 1
-        is_outermost = not self._calls.depth and module.training and torch.is_grad_enabled()
+        is_outermost = (
+            not self._calls.depth and module.training and torch.is_grad_enabled() and len(rest) == 2
+        )
         # Inside a backward pass, checkpointed layers are called once more.
         if (
             is_outermost
             and torch._C._current_graph_task_id() == -1
             and any(True for _ in module.parameters())
         ):
-            given = [*args, *kwargs.values()]
+            given = [*args, *rest[0].values()]
             rows = next((one for one in _tensors(given) if one.dim()), torch.zeros(0))
             self._batches.append({"digest": digest_of(given), "rows": list(map(digest_of, rows[:_ROWS]))})
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +11,8 @@ from typing import NamedTuple
 import pytest
 
 from registry.resuming.checking import ResumeCheck
+from registry.resuming.scratch import trace_file
+from registry.resuming.trace import Trace
 
 SCRIPT = """
 import random, time
@@ -234,3 +238,59 @@ def test_the_random_numbers_of_another_process_are_missed(
     assert (found.resumed, found.difference.rank, found.difference.kind) == (2, 1, "random numbers")
     assert found.difference.cause == "dropout on another rank"
     assert "random numbers at step 3 in process 1: torch" in str(found)
+
+
+LOOKED_AT = """
+import sys
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from registry.live import rng
+from registry.resuming.observing import digest_of
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.norm = nn.Linear(4, 8), nn.Linear(8, 1), nn.BatchNorm1d(8)
+
+    def forward(self, *, x):
+        return self.second(nn.functional.dropout(self.norm(checkpoint(self.first, x, use_reentrant=False))))
+
+
+torch.manual_seed(int(sys.argv[1]))
+net = Net()
+optimizer = torch.optim.AdamW(net.parameters(), 1e-2)
+loss = nn.MSELoss()
+for step in range(5):
+    optimizer.zero_grad()
+    loss(net(x=torch.randn(4, 4)), torch.ones(4, 1)).backward()
+    optimizer.step()
+    with torch.no_grad():
+        net(x=torch.ones(4, 4))
+    net.eval()
+    net(x=torch.ones(4, 4))
+    net.train()
+print(digest_of([net.state_dict(), optimizer.state_dict(), torch.get_rng_state()]), __name__, __file__)
+sys.exit(0)
+"""
+
+
+def test_a_training_is_the_same_while_it_is_looked_at(tmp_path: Path) -> None:
+    """Batches are those of training alone: no evaluation, and no second call of a layer in the backward pass."""
+    script = tmp_path / "train.py"
+    script.write_text(LOOKED_AT)
+    traced = ["-m", "registry.resuming.traced", str(tmp_path), "0"]
+    said = [
+        subprocess.run(
+            [sys.executable, *words, script, "3"], capture_output=True, text=True, check=True
+        ).stdout
+        for words in ([], traced)
+    ]
+    assert said[0] == said[1]
+    trace = Trace.read(trace_file(tmp_path, 0))
+    assert [len(one.batches) for one in trace.steps] == [1] * 5
+    assert trace.end is not None
+    names = {name.partition("/")[0] for name in trace.steps[1].seen}
+    assert names == {"parameter", "buffer", "gradient", "optimizer", "schedule", "random"}
+    assert [name for name in trace.end.seen if name.startswith("random")] == ["random/torch"]
