@@ -10,7 +10,7 @@ SOAK_SECONDS ?= 960
 
 FRAMEWORKS := .venv-integrations
 
-.PHONY: help test test-integrations soak check demo bench bench-full docs constraints clean
+.PHONY: help test test-integrations soak check demo bench bench-full exactness docs constraints clean
 
 help:
 	@echo "make test         install into .venv and run the whole suite"
@@ -20,6 +20,7 @@ help:
 	@echo "make demo         train, kill, resume, look at it in TensorBoard, and use the best"
 	@echo "make bench        measure against what people use now, in three minutes; docs/benchmarks.md explains"
 	@echo "make bench-full   all of it, in half an hour; writes docs/benchmarks.md"
+	@echo "make exactness    kill and resume trainings of each framework; writes the table of docs/integrations.md"
 	@echo "make docs         write docs/cli.md from the commands' own help"
 	@echo "make constraints  pin the versions that are installed now"
 	@echo "make clean        remove the environments and build files"
@@ -70,6 +71,9 @@ bench: $(READY)
 
 bench-full: $(READY)
 	$(BIN)/python -m benchmarks --write docs
+
+exactness: $(FRAMEWORKS)/.ready
+	$(FRAMEWORKS)/bin/python -m benchmarks exactness --write docs
 
 docs: $(READY)
 	$(BIN)/python docs/make_cli_docs.py

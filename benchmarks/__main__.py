@@ -15,6 +15,7 @@ from benchmarks import (
     caching,
     catalogs,
     compaction,
+    exactness,
     growth,
     peers,
     readers,
@@ -57,11 +58,16 @@ GROUPS: dict[str, tuple[str, Group]] = {
     "transfer": ("Diff and transfer", transfers.measure),
     "cache": ("Cached results", caching.measure),
     "sharded": ("torch.distributed.checkpoint on the registry", sharded.measure),
+    "exactness": ("What resumes exactly", exactness.measure),
 }
 """Every group by its name, with the title of its section."""
 
 QUICK = ("peers", "resnet50", "series", "growth", "catalog")
 """The groups that `--quick` measures."""
+
+
+ALONE = ("exactness",)
+"""Groups that are measured only where they are named, in an environment of their own. They write a page of their own."""
 
 
 def main() -> int:
@@ -80,7 +86,7 @@ def main() -> int:
     parser.add_argument("--strict", action="store_true", help="end with status 1 if a goal is missed")
     options = parser.parse_args()
     scale = Scale(options.rounds or (3 if options.quick else 7), options.quick)
-    names = options.groups or (QUICK if options.quick else [*GROUPS])
+    names = options.groups or (QUICK if options.quick else [name for name in GROUPS if name not in ALONE])
     began = time.monotonic()
     sections: dict[str, Section] = {}
     for name in names:
@@ -97,7 +103,9 @@ def main() -> int:
     command = " ".join(["python -m benchmarks", *(["--quick"] if options.quick else []), *options.groups])
     if options.json:
         print(json.dumps(report.document(sections, command), indent=2))
-    if options.write:
+    if options.write and names == ["exactness"]:
+        print(f"\nwrote {exactness.write(Path(options.write), sections['exactness'])}", file=sys.stderr)
+    elif options.write:
         page = report.write(
             Path(options.write),
             sections=sections,

@@ -51,6 +51,7 @@ _ROWS = (
     Row("training", "train"),
     Row("training", "eval_"),
     Row("training", "predict"),
+    Row("resuming", "check_resume"),
     Row("diffs", "diff"),
     Row("transfers", "plan"),
     Row("transfers", "transfer"),

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from registry.live.proof import frozen_proof as frozen_proof
     from registry.live.resumable import ResumableLoader as ResumableLoader
     from registry.registry import Registry as Registry
+    from registry.resuming.checking import check_resume as check_resume
     from registry.runs.logs import setup_logging as setup_logging
     from registry.runs.run import Run as Run
     from registry.store.errors import RegistryError as RegistryError
@@ -55,6 +56,7 @@ _HOMES = {
     "TransferPlan": "registry.transfer.plan",
     "cached": "registry.cache.decorator",
     "check_optimizer": "registry.live.optimizers",
+    "check_resume": "registry.resuming.checking",
     "diff": "registry.transfer.diffing",
     "freeze": "registry.live.freezing",
     "frozen_proof": "registry.live.proof",
@@ -84,6 +86,7 @@ __all__ = [
     "TransferPlan",
     "cached",
     "check_optimizer",
+    "check_resume",
     "diff",
     "freeze",
     "frozen_proof",

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as program
-from benchmarks import compaction, floors, growth, peers, report, worker
+from benchmarks import compaction, exactness, floors, growth, peers, report, worker
 from benchmarks.measure import Curve, Result, Scale, Section, Table, ratio, spoken, take_turns
 from benchmarks.peers import Peer, PeerFailed, Worker
 
@@ -230,3 +230,37 @@ def test_the_page_has_every_figure(
     monkeypatch.setattr(sys, "argv", [*command, "--strict", "--json"])
     assert program.main() == 1
     assert json.loads(capsys.readouterr().out)["command"] == "python -m benchmarks fake"
+
+
+def test_the_table_of_exactness_goes_into_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all((exactness.SCRIPTS / case.script).is_file() for case in exactness.CASES)
+    monkeypatch.setattr(exactness, "verdict", lambda case, *more: "differs: batches" if more else "**exact**")
+    case = exactness.Case("torch", "inside an epoch", "plain.py", "", 17)
+    monkeypatch.setattr(exactness, "CASES", [case])
+    page = tmp_path / "integrations.md"
+    page.write_text(f"before\n\n{exactness.BEGIN}old\n{exactness.END}\nbehind\n")
+    monkeypatch.setattr(
+        sys, "argv", ["benchmarks", "exactness", "--folder", str(tmp_path), "--write", str(tmp_path)]
+    )
+    assert program.main() == 0
+    row = f"| torch {torch.__version__.partition('+')[0]} | inside an epoch | differs: batches | **exact** |"
+    assert page.read_text().split("\n")[2:6] == [
+        exactness.BEGIN.strip(),
+        "|  | killed | its own checkpoint | ours |",
+        "| --- | --- | --- | --- |",
+        row,
+    ]
+    assert page.read_text().endswith(f"{exactness.END}\nbehind\n")
+    missing = exactness.Case("not-a-framework", "", "plain.py", "", 1)
+    monkeypatch.setattr(exactness, "CASES", [case, missing])
+    section = exactness.measure(tmp_path, Scale())
+    with pytest.raises(ValueError, match="not-a-framework is not installed"):
+        exactness.write(tmp_path, section)
+
+
+def test_the_page_has_a_place_and_a_row_for_every_case() -> None:
+    text = (Path(__file__).parents[1] / "docs" / exactness.PAGE).read_text()
+    table = text.partition(exactness.BEGIN)[2].partition(exactness.END)[0]
+    assert [line.split(" | ")[1] for line in table.splitlines()[2:]] == [
+        case.name for case in exactness.CASES
+    ]

@@ -182,7 +182,7 @@ LAYERS = (
     ("registry.checkpoints", "registry.cache"),
     ("registry.files",),
     ("registry.transfer",),
-    ("registry.runs",),
+    ("registry.runs", "registry.resuming"),
     ("registry.registry",),
     ("registry",),
     ("registry.models", "registry.integrations"),
