@@ -72,9 +72,8 @@ def write_folder(checkpoint: Checkpoint, folder: Path) -> None:
     (folder / STATE).write_text(json.dumps(state))
     network, file = ("adapter", "adapter_model") if "adapter" in checkpoint.components else ("model", "model")
     export(checkpoint, folder / f"{file}.safetensors", component=network)
-    # Tensors that are mapped share one large storage, which torch.save would write whole.
     for name in {"optimizer", "scheduler", "scaler"} & set(checkpoint.components):
-        torch.save(checkpoint.state_dict(name, copy=True), folder / f"{name}.pt")
+        torch.save(checkpoint.state_dict(name), folder / f"{name}.pt")
     states = _random_states(checkpoint)
     for rank, random_state in enumerate(states):
         name = "rng_state.pth" if len(states) == 1 else f"rng_state_{rank}.pth"

@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 from registry import Registry
 from registry.integrations.peft import adapter
 from registry.integrations.transformers import RegistryCallback, ResumableData, checkout
-from registry.store.errors import Incompatible, NotFound, Unsupported
+from registry.store.errors import Corrupt, Incompatible, NotFound, Unsupported
 
 CASES = {
     "bert, in the middle of an epoch": (["--kill", "10"], []),
@@ -232,6 +232,15 @@ def test_a_folder_holds_what_a_trainer_reads_and_no_more(tmp_path: Path) -> None
     assert (Path(folder) / "optimizer.pt").stat().st_size < 1.5 * (
         tmp_path / "out/checkpoint-6/optimizer.pt"
     ).stat().st_size
+
+
+def test_a_file_name_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "r")
+    files = {"trainer_state.json": b"{}", "../escaped": b"x"}
+    with registry.run("net") as run:
+        run.save(states={"model": {}, "optimizer": {}}, files=files)
+    with pytest.raises(Corrupt, match=r"the file name '\.\./escaped' leads out of the folder"):
+        checkout("net", registry)
 
 
 def test_lineage_leads_back_and_another_registry_is_refused(tmp_path: Path) -> None:
