@@ -72,6 +72,11 @@ class Saved:
                 raise Invalid(
                     f"kinds names {name}; it gives the class of a state, as in kinds={{'optimizer': 'AdamW'}}"
                 )
+        for name, data in (self.files or {}).items():
+            if not isinstance(name, str) or not isinstance(data, bytes):
+                raise Invalid(
+                    f"files gives {quoted(str(name))} a {type(data).__qualname__}, expected the bytes of a file by its name"
+                )
         if self.rng is not None:
             for one in [self.rng] if isinstance(self.rng, Mapping) else self.rng:
                 rng.check(one)

@@ -61,10 +61,7 @@ def train(script: str, *words: object, count: int = 1, killed: bool = False) -> 
     """
     command = [sys.executable]
     if count > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        launch = ["-m", "torch.distributed.run", f"--nproc-per-node={count}", f"--master-port={port}"]
+        launch = ["-m", "torch.distributed.run", f"--nproc-per-node={count}", f"--master-port={_free_port()}"]
         command += [*launch, "--master-addr=127.0.0.1"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
@@ -83,27 +80,43 @@ def train(script: str, *words: object, count: int = 1, killed: bool = False) -> 
     return "\n".join(ends)
 
 
-def train_forked(main: Callable[..., str], *words: object, killed: bool = False) -> str:
-    """Call the main function of a script of this folder in a process of its own, offline.
+def train_forked(main: Callable[..., str], *words: object, count: int = 1, killed: bool = False) -> list[str]:
+    """Call the main function of a script of this folder in processes of their own, offline.
 
     Where a framework takes seconds to import, this is quicker than `train`: a server imports the script once, does nothing
     else, and forks each process.
 
+    Args:
+        count: how many processes train together; each finds the others as under torchrun.
+
     Returns:
-        What it returned; empty if it was killed, as it should be.
+        What each process returned; empty if they were killed, as they should be.
     """
     os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE)}
     forking = multiprocessing.get_context("forkserver")
     forking.set_forkserver_preload([main.__module__])
     found = forking.SimpleQueue()
-    process = forking.Process(target=_call, args=(main, [*map(str, words)], found))
-    process.start()
-    process.join()
-    assert process.exitcode == (-signal.SIGKILL if killed else 0)
-    return "" if killed else found.get()
+    places = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    processes = []
+    for rank in range(count):
+        environment = places | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
+        given = (main, [*map(str, words)], environment, found)
+        processes.append(forking.Process(target=_call, args=given))
+        processes[-1].start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [-signal.SIGKILL if killed else 0] * count
+    return [] if killed else sorted(found.get() for _ in processes)
 
 
-def _call(main: Callable[..., str], words: list[str], found: Any) -> None:
+def _call(main: Callable[..., str], words: list[str], environment: dict[str, str], found: Any) -> None:
+    os.environ |= environment
     # Workers of loaders are forked, as in a program of its own.
     multiprocessing.set_start_method("fork", force=True)
-    found.put(main(words))
+    found.put(f"{environment.get('RANK', '0')} {main(words)}")
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])

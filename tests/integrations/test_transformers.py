@@ -15,28 +15,31 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import PartialState
-from killed import HERE, examples_of, train, train_forked
+from killed import HERE, examples_of, train_forked
 from train_transformers import Data, arguments, main, network
 from transformers import Trainer, TrainerCallback, set_seed
 
 from registry import Registry
 from registry.integrations.peft import adapter
 from registry.integrations.transformers import RegistryCallback, ResumableData, checkout
-from registry.store.errors import Incompatible, NotFound, Unsupported
+from registry.store.errors import Corrupt, Incompatible, NotFound, Unsupported
 
 CASES = {
-    "bert, in the middle of an epoch": (10, []),
-    "gpt2, at the end of an epoch": (9, ["--network", "gpt2", "--every", "7"]),
-    "gpt2, accumulation": (3, ["--network", "gpt2", "--window", "3", "--every", "2"]),
-    "mixtral": (10, ["--network", "mixtral"]),
-    "an adapter": (10, ["--network", "adapter"]),
-    "data that draw": (10, ["--draw"]),
-    "mixtral, data that draw, workers": (10, ["--network", "mixtral", "--draw", "--workers", "2"]),
-    "data that draw, at the end of an epoch": (9, ["--draw", "--every", "7"]),
-    "data that draw, accumulation": (4, ["--draw", "--window", "3", "--every", "1"]),
-    "saved behind the training": (10, ["--behind"]),
+    "bert, in the middle of an epoch": (["--kill", "10"], []),
+    "gpt2, at the end of an epoch": (["--kill", "9"], ["--network", "gpt2", "--every", "7"]),
+    "gpt2, accumulation": (["--kill", "3"], ["--network", "gpt2", "--window", "3", "--every", "2"]),
+    "mixtral": (["--kill", "10"], ["--network", "mixtral"]),
+    "an adapter": (["--kill", "10"], ["--network", "adapter"]),
+    "mixtral, data that draw, workers": (
+        ["--kill", "10"],
+        ["--network", "mixtral", "--draw", "--workers", "2"],
+    ),
+    "data that draw, at the end of an epoch": (["--kill", "9"], ["--draw", "--every", "7"]),
+    "data that draw, accumulation": (["--kill", "4"], ["--draw", "--window", "3", "--every", "1"]),
+    "during a save behind the training": (["--kill", "8"], ["--behind"]),
+    "while the Trainer writes its folder": (["--inside", "8"], []),
 }
-"""The step at which a training is killed, and what is trained."""
+"""When a training is killed, and what is trained."""
 
 
 @pytest.fixture(autouse=True)
@@ -48,12 +51,12 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     gc.collect()
 
 
-@pytest.mark.parametrize(("kill", "words"), CASES.values(), ids=CASES.keys())
-def test_a_training_that_is_killed_goes_on_exactly(tmp_path: Path, kill: int, words: list[str]) -> None:
+@pytest.mark.parametrize(("end", "words"), CASES.values(), ids=CASES.keys())
+def test_a_training_that_is_killed_goes_on_exactly(tmp_path: Path, end: list[str], words: list[str]) -> None:
     """The resuming process has other random numbers before."""
     whole = train_forked(main, tmp_path / "whole", *words)
-    train_forked(main, tmp_path / "r", "--kill", kill, *words, killed=True)
-    assert train_forked(main, tmp_path / "r", "--kill", kill, "--resume", *words) == whole
+    train_forked(main, tmp_path / "r", *end, *words, killed=True)
+    assert train_forked(main, tmp_path / "r", "--resume", *words) == whole
     registry = Registry(tmp_path / "r" / "registry")
     assert registry.verify().problems == ()
     assert len(registry.versions("net")) <= 4
@@ -66,22 +69,22 @@ def test_the_harness_tells_what_the_trainers_own_checkpoint_loses(tmp_path: Path
     whole = train_forked(main, tmp_path / "whole", *words)
     assert whole == train_forked(main, tmp_path / "silent", *words, "--silent")
     train_forked(main, tmp_path / "r", "--kill", 10, *words, "--native", killed=True)
-    assert train_forked(main, tmp_path / "r", "--kill", 10, "--resume", *words, "--native") != whole
+    assert train_forked(main, tmp_path / "r", "--resume", *words, "--native") != whole
 
 
 def test_data_that_draw_need_the_mixin(tmp_path: Path) -> None:
     words = ["--draw", "--plain"]
     whole = train_forked(main, tmp_path / "whole", *words)
     train_forked(main, tmp_path / "r", "--kill", 10, *words, killed=True)
-    assert train_forked(main, tmp_path / "r", "--kill", 10, "--resume", *words) != whole
+    assert train_forked(main, tmp_path / "r", "--resume", *words) != whole
 
 
 def test_two_processes_go_on_exactly(tmp_path: Path) -> None:
     """Each with its own random numbers and position."""
-    script = "train_transformers.py"
-    whole = train(script, tmp_path / "whole", "--draw", count=2)
-    train(script, tmp_path / "r", "--draw", "--kill", 6, count=2, killed=True)
-    assert train(script, tmp_path / "r", "--draw", "--kill", 6, "--resume", count=2) == whole
+    words = ["--draw", "--network", "gpt2"]
+    whole = train_forked(main, tmp_path / "whole", *words, count=2)
+    train_forked(main, tmp_path / "r", *words, "--kill", 6, count=2, killed=True)
+    assert train_forked(main, tmp_path / "r", *words, "--resume", count=2) == whole
     versions = Registry(tmp_path / "r" / "registry").versions("net")
     assert len({version.step for version in versions}) == len(versions)
 
@@ -229,6 +232,15 @@ def test_a_folder_holds_what_a_trainer_reads_and_no_more(tmp_path: Path) -> None
     assert (Path(folder) / "optimizer.pt").stat().st_size < 1.5 * (
         tmp_path / "out/checkpoint-6/optimizer.pt"
     ).stat().st_size
+
+
+def test_a_file_name_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "r")
+    files = {"trainer_state.json": b"{}", "../escaped": b"x"}
+    with registry.run("net") as run:
+        run.save(states={"model": {}, "optimizer": {}}, files=files)
+    with pytest.raises(Corrupt, match=r"the file name '\.\./escaped' leads out of the folder"):
+        checkout("net", registry)
 
 
 def test_lineage_leads_back_and_another_registry_is_refused(tmp_path: Path) -> None:

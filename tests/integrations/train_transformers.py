@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import random
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,9 +86,14 @@ def main(words: Sequence[str]) -> str:
 
     class Killed(Trainer):
         def training_step(self, *given: Any, **named: Any) -> torch.Tensor:
-            if args.kill == self.state.global_step and not args.resume:
+            if args.kill == self.state.global_step:
                 kill_me()
             return super().training_step(*given, **named)
+
+        def _save_rng_state(self, folder: str) -> None:
+            if args.inside == self.state.global_step:
+                kill_me()
+            super()._save_rng_state(folder)
 
     class Drawing(ResumableData, Killed):
         pass
@@ -134,6 +137,9 @@ def _parsed(words: Sequence[str]) -> Namespace:
     parser.add_argument("--network", choices=("bert", "gpt2", "mixtral", "adapter"), default="bert")
     parser.add_argument("--every", type=int, default=4, help="steps between two saves; an epoch has 7")
     parser.add_argument("--kill", type=int)
+    parser.add_argument(
+        "--inside", type=int, help="the step at which it is killed while the Trainer writes its folder"
+    )
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--native", action="store_true", help="the Trainer's own checkpoints, without ours")
     parser.add_argument("--silent", action="store_true", help="save nothing")
@@ -143,8 +149,3 @@ def _parsed(words: Sequence[str]) -> Namespace:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--window", type=int, default=1, help="batches whose gradients are accumulated")
     return parser.parse_args(words)
-
-
-if __name__ == "__main__":
-    # In one piece, as several processes write at once.
-    sys.stdout.write(f"\nEND {os.environ.get('RANK', '0')} {main(sys.argv[1:])}\n")

@@ -184,6 +184,8 @@ def test_wrong_calls_are_told(registry: Registry) -> None:
         calls: list[tuple[dict[str, Any], str]] = [
             ({"states": {"model": {}}, "model": net}, "model is given as an object and as a state"),
             ({"states": {"extra": {}}}, "'extra' is not the name of a component"),
+            ({"files": {}, "states": {"files": {}}}, "'files' is not the name of a component"),
+            ({"model": net, "files": {"a.txt": "text"}}, "files gives 'a.txt' a str, expected the bytes"),
             ({"model": net, "kinds": {"model": "Linear"}}, "kinds names model"),
             ({"model": net, "rng": {}}, "rng is no state of the random number generators"),
         ]
@@ -191,3 +193,31 @@ def test_wrong_calls_are_told(registry: Registry) -> None:
             with pytest.raises(Invalid, match=told):
                 run.save(**given)
     assert registry.names() == []
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_files_are_kept_byte_for_byte(registry: Registry, wait: bool) -> None:
+    net, _ = made()
+    files = {"config.json": b"{}", "sub/$odd.bin": bytes(range(256)) * 8, "empty": b""}
+    with registry.run("net") as run:
+        run.save(model=net, files=files, wait=wait)
+    assert registry["net"].load("files")["files"] == files
+
+
+class Part:
+    """A component that adapts something."""
+
+    adapter_of = "0" * 64
+
+    def state_dict(self) -> dict[str, int]:
+        return {"x": 1}
+
+
+def test_the_lineage_tells_what_a_component_adapts(registry: Registry) -> None:
+    with registry.run("net") as run:
+        run.save(part=Part())
+        run.save(parts=[Part()])
+    edge = {"kind": "adapter-of", "parent": "0" * 64}
+    assert all(registry[name].lineage == [edge] for name in ("net:v1", "net:v2"))
+    assert "lineage" not in registry["net"].provenance
+    assert registry.verify().problems == ()
