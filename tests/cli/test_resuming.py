@@ -9,6 +9,8 @@ from conftest import Run
 
 from registry import Registry
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 import sys
 import torch

@@ -14,6 +14,8 @@ from registry.resuming.checking import ResumeCheck
 from registry.resuming.scratch import trace_file
 from registry.resuming.trace import Trace
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 import random, time
 import numpy as np
