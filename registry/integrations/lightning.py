@@ -25,7 +25,15 @@ from typing import Any
 from registry.checkpoints.checkpoint import Checkpoint
 from registry.integrations import check_release, pointers
 from registry.integrations.lightning_loaders import Positions
-from registry.integrations.lightning_states import LISTS, is_same, items_of, with_paths, without_paths
+from registry.integrations.lightning_states import (
+    LISTS,
+    dict_of,
+    is_live,
+    is_same,
+    items_of,
+    with_paths,
+    without_paths,
+)
 from registry.integrations.storing import recordable, storable
 from registry.live import components, ranks, rng
 from registry.live.gradients import Gradients
@@ -210,6 +218,11 @@ class RegistryCheckpoint(Callback):  # type: ignore[misc]
         timeout = self._options.get("timeout", ranks.TIMEOUT)
         self._ranks = ranks.Ranks(timeout)
         self._ranks.leader(lambda: self._begin(trainer), f"a run of {self.model}")
+        if any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs):
+            _logger.warning(
+                "Lightning saves at the end of an epoch before a ReduceLROnPlateau takes its step, and leaves that step out when "
+                "it resumes; to resume exactly, save inside epochs (every_n_train_steps)"
+            )
         if self._loaded is not None:
             self._positions.put_back(self._loaded)
             if "gradients" in self._loaded.components:
@@ -283,8 +296,9 @@ class RegistryCheckpoint(Callback):  # type: ignore[misc]
         rest = dict(checkpoint)
         module = trainer.lightning_module
         state = rest.pop("state_dict")
-        # A module may leave something out of its checkpoints. Then the state is what it says, not what it has.
-        is_whole = list(components.capture("model", module)) == list(state)
+        # A module may leave something out of its checkpoints, and a callback put in an average of the parameters. Then the
+        # state is what they say, not what the module has.
+        is_whole = is_live(components.capture("model", module), state)
         states = {} if is_whole else {"model": state}
         kinds = {} if is_whole else {"model": components.kind_of(module)}
         live = {
@@ -335,18 +349,7 @@ class RegistryCheckpoint(Callback):  # type: ignore[misc]
         if pointer is None and os.path.isfile(path):
             return TorchCheckpointIO().load_checkpoint(path, map_location, weights_only)  # type: ignore[no-any-return]
         checkpoint = self._named(path, pointer)
-        if "lightning" not in checkpoint.components:
-            raise Incompatible(
-                f"{checkpoint.name} was not saved by Lightning; take its parameters alone: "
-                f"registry[{checkpoint.name!r}].restore(model=net)"
-            )
-        found: dict[str, Any] = checkpoint.state_dict("lightning")
-        found = {**found, "state_dict": checkpoint.state_dict("model")}
-        for key, name in LISTS.items():
-            count, states = found.pop(name), items_of(checkpoint, name)[1]
-            # A version that was thinned has lost them.
-            if count == len(states):
-                found[key] = states
+        found = dict_of(checkpoint)
         self._check(checkpoint, found)
         self._loaded = checkpoint if self._trainer.state.fn == TrainerFn.FITTING else None
         return with_paths(found, self._trainer, last=checkpoint.id)

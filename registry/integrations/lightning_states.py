@@ -12,6 +12,7 @@ from registry.checkpoints.checkpoint import Checkpoint
 from registry.integrations import check_release, pointers
 from registry.integrations.scrubbing import scrubbed, unscrubbed
 from registry.integrations.storing import recordable
+from registry.store.errors import Incompatible
 
 check_release("lightning")
 
@@ -28,6 +29,35 @@ def items_of(checkpoint: Checkpoint, name: str) -> tuple[str, list[Any]]:
         return name, [checkpoint.state_dict(name)]
     several = f"{name}s"
     return several, list(checkpoint.state_dict(several)) if several in checkpoint.components else []
+
+
+def is_live(live: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
+    """Whether a state dict has the very parameters and buffers of a live one, and no others."""
+
+    def place(value: Any) -> Any:
+        return (value.data_ptr(), value.shape, value.dtype) if isinstance(value, torch.Tensor) else None
+
+    return list(live) == list(state) and all(place(live[name]) == place(state[name]) for name in live)
+
+
+def dict_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The checkpoint dict of a version, with marks in the place of paths.
+
+    Raises:
+        Incompatible: if Lightning did not save it.
+    """
+    if "lightning" not in checkpoint.components:
+        raise Incompatible(
+            f"{checkpoint.name} was not saved by Lightning; take its parameters alone: "
+            f"registry[{checkpoint.name!r}].restore(model=net)"
+        )
+    found = {**checkpoint.state_dict("lightning"), "state_dict": checkpoint.state_dict("model")}
+    for key, name in LISTS.items():
+        count, states = found.pop(name), items_of(checkpoint, name)[1]
+        # A version that was thinned has lost them.
+        if count == len(states):
+            found[key] = states
+    return found
 
 
 def without_paths(rest: Mapping[str, Any], trainer: Trainer) -> dict[str, Any]:
