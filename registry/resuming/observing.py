@@ -102,11 +102,34 @@ class Observer:
             rows = next((one for one in _tensors(given) if one.dim()), torch.zeros(0))
             self._batches.append({"digest": digest_of(given), "rows": list(map(digest_of, rows[:_ROWS]))})
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if os.getpid() == self._pid:
-            if all(optimizer is not one for one in self._optimizers):
-                self._optimizers.append(optimizer)
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Any] | None:
+        """Write a line. With a closure, which Lightning uses, the line is written behind its first call.
+
+        Returns:
+            The arguments of the step, if its closure is another one now.
+        """
+        if os.getpid() != self._pid:
+            return None
+        if all(optimizer is not one for one in self._optimizers):
+            self._optimizers.append(optimizer)
+        itself, *given = args
+        closure = given[0] if given else kwargs.get("closure")
+        if closure is None:
             self._write()
+            return None
+        calls = 0
+
+        def observed() -> Any:
+            nonlocal calls
+            result = closure()
+            calls += 1
+            if calls == 1:
+                self._write()
+            return result
+
+        return ((itself, observed, *given[1:]), kwargs) if given else (args, {**kwargs, "closure": observed})
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if os.getpid() == self._pid:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,6 +108,35 @@ def test_a_line_that_was_cut_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "trace").write_text(f"{line}\n{line[:20]}")
     assert Trace.read(tmp_path / "trace").steps == [Observation({"parameter/x": "1"}, has_loader=True)]
     assert Trace.read(tmp_path / "missing") == Trace()
+
+
+CLOSURES = """
+import io, json, torch
+from registry.resuming.observing import Observer
+
+file = io.StringIO()
+Observer(file, 0).attach()
+net = torch.nn.Linear(2, 1)
+optimizer = torch.optim.LBFGS(net.parameters(), max_iter=3)
+
+def closure():
+    optimizer.zero_grad()
+    loss = net(torch.ones(1, 2)).sum() ** 2
+    loss.backward()
+    return loss
+
+optimizer.step(closure)
+optimizer.step(closure=closure)
+print(file.getvalue())
+"""
+
+
+def test_a_step_that_computes_its_gradients_itself_is_observed_behind_them() -> None:
+    """Lightning gives each step a closure; LBFGS calls it several times."""
+    done = subprocess.run([sys.executable, "-c", CLOSURES], capture_output=True, text=True, check=True)
+    first, second = map(json.loads, done.stdout.splitlines()[:2])
+    assert (len(first["batches"]), first["batches"][0]) == (1, second["batches"][-1])
+    assert all(any(name.startswith("gradient/") for name in one["seen"]) for one in (first, second))
 
 
 def test_digests_tell_values_apart_and_are_the_same_in_every_process() -> None:
