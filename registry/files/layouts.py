@@ -46,6 +46,12 @@ FIELD_KEYS = {
 
 _CONFIG_KEYS = ("config", "hyper_parameters", "hparams", "args")
 
+LIGHTNING = "lightning"
+"""The component in which a version that Lightning saved has the rest of its checkpoint dict."""
+
+LIGHTNING_LISTS = {"optimizer_states": "optimizer", "lr_schedulers": "scheduler"}
+"""Lists in a checkpoint dict of Lightning, and what one of their items is called as a component."""
+
 _MAX_KEYS = 256
 """Keys of the largest dict that is taken apart into components."""
 
@@ -108,11 +114,26 @@ def join(layout: Any, components: Mapping[str, Any], *, is_thin: bool = False) -
         raise Corrupt(f"the recorded layout does not fit the components ({quoted(str(error))})") from None
 
 
+def lightning_tree(components: Mapping[str, Any]) -> dict[str, Any]:
+    """The checkpoint dict of Lightning, from the components of a version that it saved.
+
+    The states of optimizers and schedulers are left out if some are lost, as by thinning.
+    """
+    found = {**components[LIGHTNING], "state_dict": components["model"]}
+    for key, name in LIGHTNING_LISTS.items():
+        states = [components[name]] if name in components else list(components.get(f"{name}s", ()))
+        # How many there were.
+        if found.pop(name) == len(states):
+            found[key] = states
+    return found
+
+
 def tree_of(checkpoint: Checkpoint, component: str | None = None, *, verify: bool = True) -> Any:
     """The tree that a file of a checkpoint holds.
 
-    A checkpoint that was imported from a file of `torch.save` has the layout of that file. Another one is a dict of its
-    components and of `epoch`, `step`, `loss`, `metrics` and `config` where they are recorded.
+    A checkpoint that was imported from a file of `torch.save` has the layout of that file, and one that Lightning saved has
+    that of its files, which `load_from_checkpoint` reads. Another one is a dict of its components and of `epoch`, `step`,
+    `loss`, `metrics` and `config` where they are recorded.
 
     Args:
         component: the tree of this component alone.
@@ -129,6 +150,8 @@ def tree_of(checkpoint: Checkpoint, component: str | None = None, *, verify: boo
     if source.get("format") == "torch" and "layout" in source:
         with naming(checkpoint.name):
             return join(source["layout"], components, is_thin="thinned-from" in checkpoint.record)
+    if "pytorch-lightning_version" in components.get(LIGHTNING, {}):
+        return lightning_tree(components)
     metrics = {key: math.nan if value is None else value for key, value in checkpoint.metrics.items()}
     fields = {"epoch": checkpoint.epoch, "step": checkpoint.step, "loss": _loss(checkpoint)}
     recorded = {**fields, "metrics": metrics or None, "config": checkpoint.config or None}

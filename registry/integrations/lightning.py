@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from registry.checkpoints.checkpoint import Checkpoint
+from registry.files.layouts import LIGHTNING, LIGHTNING_LISTS
 from registry.integrations import check_release, pointers
 from registry.integrations.lightning_loaders import Positions
 from registry.integrations.lightning_states import (
-    LISTS,
     dict_of,
     is_live,
     is_same,
@@ -305,7 +305,7 @@ class RegistryCheckpoint(Callback):  # type: ignore[misc]
             "optimizer": trainer.optimizers,
             "scheduler": [one.scheduler for one in trainer.lr_scheduler_configs],
         }
-        for key, name in LISTS.items():
+        for key, name in LIGHTNING_LISTS.items():
             items = rest.pop(key, None)
             rest[name] = None if items is None else len(items)
             if items:
@@ -318,7 +318,7 @@ class RegistryCheckpoint(Callback):  # type: ignore[misc]
             states["loaders"] = [{key: one[key] for key in ("loaders", "orders")} for one in everyone]
         if self._is_open and trainer.fit_loop._should_accumulate():
             states |= self._gradients(module)
-        states["lightning"] = storable(without_paths(rest, trainer))
+        states[LIGHTNING] = storable(without_paths(rest, trainer))
         measured = own.get("metrics", trainer._logger_connector._callback_metrics)
         saved = self._run.save(
             **({"model": module} if is_whole else {}),
@@ -372,7 +372,7 @@ class RegistryCheckpoint(Callback):  # type: ignore[misc]
         assert self._trainer is not None
         module = self._trainer.lightning_module
         is_resumed = self._trainer.state.fn == TrainerFn.FITTING
-        if is_resumed and not all(key in found for key in LISTS):
+        if is_resumed and not all(key in found for key in LIGHTNING_LISTS):
             raise Incompatible(
                 f"{checkpoint.name} has no state of optimizers (save_weights_only, or thinned); training cannot go on from it"
             )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from registry.checkpoints.checkpoint import Checkpoint
+from registry.files.layouts import LIGHTNING, lightning_tree
 from registry.integrations import check_release, pointers
 from registry.integrations.scrubbing import scrubbed, unscrubbed
 from registry.integrations.storing import recordable
@@ -18,9 +19,6 @@ check_release("lightning")
 
 from lightning.pytorch import Trainer  # noqa: E402
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
-
-LISTS = {"optimizer_states": "optimizer", "lr_schedulers": "scheduler"}
-"""Lists in a checkpoint dict, and what one of their items is called as a component."""
 
 
 def items_of(checkpoint: Checkpoint, name: str) -> tuple[str, list[Any]]:
@@ -46,18 +44,12 @@ def dict_of(checkpoint: Checkpoint) -> dict[str, Any]:
     Raises:
         Incompatible: if Lightning did not save it.
     """
-    if "lightning" not in checkpoint.components:
+    if LIGHTNING not in checkpoint.components:
         raise Incompatible(
             f"{checkpoint.name} was not saved by Lightning; take its parameters alone: "
             f"registry[{checkpoint.name!r}].restore(model=net)"
         )
-    found = {**checkpoint.state_dict("lightning"), "state_dict": checkpoint.state_dict("model")}
-    for key, name in LISTS.items():
-        count, states = found.pop(name), items_of(checkpoint, name)[1]
-        # A version that was thinned has lost them.
-        if count == len(states):
-            found[key] = states
-    return found
+    return lightning_tree(checkpoint.load())
 
 
 def without_paths(rest: Mapping[str, Any], trainer: Trainer) -> dict[str, Any]:

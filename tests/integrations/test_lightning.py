@@ -11,12 +11,13 @@ import lightning as L
 import pytest
 import torch
 from killed import train
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from registry import Registry, ResumableLoader
+from registry.files.exporting import export
 from registry.integrations import pointers
 from registry.integrations.lightning import RegistryCheckpoint
 from registry.integrations.scrubbing import scrubbed, unscrubbed
@@ -201,6 +202,60 @@ def test_what_a_model_checkpoint_removes_goes_unless_something_holds_it(tmp_path
     assert [version.version for version in registry.versions("net")] == [4, 1]
     assert registry["net@best"].version == 4
     assert [path.name for path in folder(tmp_path).iterdir()] == ["epoch=3-step=8.ckpt"]
+
+
+def test_what_a_callback_puts_into_the_place_of_the_parameters_is_saved(tmp_path: Path) -> None:
+    """An average of the parameters has their names, and other values."""
+    registry = Registry(tmp_path / "r")
+    average = EMAWeightAveraging(decay=0.5)
+    net = Net()
+    fit(RegistryCheckpoint("net", registry), tmp_path, net, callbacks=[average], max_epochs=1)
+    stored = registry["net"].load()
+    assert not torch.equal(
+        stored["model"]["layer.weight"], stored["lightning"]["current_model_state"]["layer.weight"]
+    )
+    again = Net()
+    trainer = fit(
+        RegistryCheckpoint("net", registry),
+        tmp_path,
+        again,
+        ckpt_path="net@latest",
+        callbacks=[EMAWeightAveraging(decay=0.5)],
+        max_epochs=2,
+    )
+    assert trainer.global_step == 4
+
+
+def test_an_exported_version_is_a_file_of_lightnings_own(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "r")
+    net = Net(width=3)
+    fit(RegistryCheckpoint("net", registry), tmp_path, net)
+    path = export(registry["net"], tmp_path / "out.ckpt")
+    found = Net.load_from_checkpoint(path)
+    assert found.hparams["width"] == 3
+    assert torch.equal(found.layer.weight, net.layer.weight)
+    again, trainer = Net(width=3), L.Trainer(**settings_of(tmp_path, logger=False, max_epochs=3))
+    trainer.fit(again, data(), ckpt_path=path, weights_only=False)
+    assert trainer.global_step == 6
+    thin = export(registry.thin("net"), tmp_path / "thin.ckpt")
+    assert "optimizer_states" not in torch.load(thin)
+
+
+def test_a_step_of_plateau_that_lightning_leaves_out_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Plateau(Net):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), 0.1)
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {"scheduler": scheduler, "monitor": "train/loss"},
+            }
+
+    with caplog.at_level(logging.WARNING, "registry"):
+        fit(RegistryCheckpoint("net", Registry(tmp_path / "r")), tmp_path, Plateau())
+    assert caplog.text.count("before a ReduceLROnPlateau takes its step") == 1
 
 
 @pytest.mark.parametrize("last", [True, "link"])
