@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from registry.files.outgoing import OutgoingFolder
 from registry.files.safetensors_files import flat, metadata_of, write_tensors
 from registry.files.shards import INDEXES, SAFETENSORS
-from registry.files.states import TRAINERS, Trainer, states_of, trainer_of
+from registry.files.states import ACCELERATOR, TRAINERS, Trainer, states_of, trainer_of
 from registry.files.torch_files import write_torch_file
 from registry.progress import Progress, silent
 from registry.store.errors import Invalid, NotFound, Unsupported
@@ -76,7 +76,8 @@ def checkout(
 ) -> Path:
     """Write a checkpoint that came from a Trainer or from Accelerate as a folder that they resume from.
 
-    It was imported from such a folder, or has a Trainer's `trainer_state.json` among its files.
+    It was imported from such a folder, has a Trainer's `trainer_state.json` among its files, or was saved by `save_state`
+    of `registry.integrations.accelerate`.
 
     `Trainer.train(resume_from_checkpoint=folder)` and `accelerator.load_state(folder)` go on from it, with the optimizer,
     scheduler, random numbers and its files.
@@ -95,10 +96,12 @@ def checkout(
     """
     source = checkpoint.record.get("source") or {}
     trainer = TRAINERS.get(str(source.get("folder"))) or trainer_of(checkpoint.files)
+    if trainer is None and ACCELERATOR in checkpoint.components:
+        trainer = TRAINERS["accelerate"]
     if trainer is None:
         raise Unsupported(
-            f"{checkpoint.name} did not come from a folder of transformers' Trainer or of Accelerate; resume it in its "
-            "program with restore()"
+            f"{checkpoint.name} did not come from transformers' Trainer or from Accelerate; resume it in its program with "
+            "restore()"
         )
     if "thinned-from" in checkpoint.record:
         raise Unsupported(

@@ -16,6 +16,9 @@ from registry.live import rng
 if TYPE_CHECKING:
     from registry.checkpoints.checkpoint import Checkpoint
 
+ACCELERATOR = "accelerator"
+"""The component that has what Accelerate counts itself."""
+
 Read = Callable[[str], Any]
 """Gives what a file of `torch.save` in the folder holds; None if it cannot be read."""
 
@@ -109,7 +112,7 @@ def read_states(trainer: Trainer, names: Collection[str], read: Read) -> tuple[d
         if len(states) > 1:
             components["ranks"] = {str(rank): {"rng": one} for rank, one in enumerate(states) if rank}
         if trainer.counts:
-            components["accelerator"] = {key: found[0][key] for key in trainer.counts}
+            components[ACCELERATOR] = {key: found[0][key] for key in trainer.counts}
         used |= set(there)
     return components, used, max(len(states), 1)
 
@@ -131,7 +134,7 @@ def states_of(trainer: Trainer, checkpoint: Checkpoint, *, verify: bool) -> Iter
     if "ranks" in checkpoint.components:
         ranks = checkpoint.state_dict("ranks", verify=verify)
         states += [ranks[str(rank)]["rng"] for rank in range(1, len(ranks) + 1)]
-    counts = {key: checkpoint.state_dict("accelerator", verify=verify)[key] for key in trainer.counts}
+    counts = {key: checkpoint.state_dict(ACCELERATOR, verify=verify)[key] for key in trainer.counts}
     alone, several = trainer.random
     for rank, state in enumerate(states):
         name = several.format(rank) if len(states) > 1 else alone

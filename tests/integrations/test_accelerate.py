@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from registry import Registry
+from registry.files.folder_writing import checkout
 from registry.integrations import accelerate as ours
 from registry.integrations import check_release
 from registry.integrations.accelerate import RegistryTracker, load_state, save_state
@@ -70,6 +71,21 @@ def test_several_networks_are_lists(tmp_path: Path) -> None:
     assert all(torch.equal(a, b.weight) for a, b in zip(before, other._models, strict=True))
     with pytest.raises(Incompatible, match="models is a list of 3"):
         load_state(registry["net"], prepared(networks=3))
+
+
+@pytest.mark.parametrize("networks", [1, 2])
+def test_a_checkout_is_what_accelerate_loads(tmp_path: Path, networks: int) -> None:
+    registry, accelerator = Registry(tmp_path / "r"), prepared(networks=networks)
+    accelerator.step = 3
+    with registry.run("net") as run:
+        save_state(run, accelerator)
+    drawn = torch.rand(3)
+    before = [model.weight.clone() for model in accelerator._models]
+    other = prepared(networks=networks)
+    other.load_state(str(checkout(registry["net"], tmp_path / "out")))
+    assert all(torch.equal(a, b.weight) for a, b in zip(before, other._models, strict=True))
+    assert other.step == 3
+    assert torch.equal(torch.rand(3), drawn)
 
 
 def test_another_network_changes_nothing(tmp_path: Path) -> None:
