@@ -16,6 +16,9 @@ WRAPPERS = frozenset(
 _PEFT = ["base_model", "model"]
 """What PEFT adds at the front of names. Each of the two alone is a usual name in networks."""
 
+_PEFT_SAVED = ".modules_to_save.default."
+"""What it adds to the names of layers that an adapter replaces. The replaced ones are called `original_module`."""
+
 _WEIGHT_NORM = {"weight_g": "original0", "weight_v": "original1"}
 """Names of weight norm before it became a parametrization, and since."""
 
@@ -102,10 +105,12 @@ def without_wrappers(name: str) -> str:
     'layer.weight'
     >>> without_wrappers("base_model.model.model.query.base_layer.weight")
     'model.query.weight'
+    >>> without_wrappers("base_model.model.score.modules_to_save.default.weight")
+    'score.weight'
     """
     kept = [part for part in name.split(".") if part not in WRAPPERS]
     if kept[:2] == _PEFT:
-        kept = kept[2:]
+        return ".".join(kept[2:]).replace(_PEFT_SAVED, ".") or name
     return ".".join(kept) or name
 
 

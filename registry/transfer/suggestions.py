@@ -13,13 +13,6 @@ from registry.transfer.positions import aligned
 from registry.transfer.renames import Rename, escaped
 from registry.transfer.sides import Side, StateEntry
 
-_PEFT = "base_model.model."
-"""What PEFT puts before every name."""
-
-_PEFT_LAYER = ".base_layer."
-_PEFT_SAVED = ".modules_to_save.default."
-"""What PEFT puts into the names of the layers that it has wrapped, and of those that it keeps a copy of."""
-
 _SWAPPED = "with the other prefix"
 """The evidence for another prefix in the place of one."""
 
@@ -60,7 +53,7 @@ class Suggestion(NamedTuple):
 def suggestions(left: Side, right: Side, pairs: Sequence[Pair]) -> Iterator[Suggestion]:
     """Rules that may explain what is left over, each with its evidence.
 
-    The rules that map the most names at once come first: a prefix that one side adds or changes, or what PEFT adds.
+    The rules that map the most names at once come first: a prefix that one side adds or changes.
     Then come layers of the same shapes in the same order, then single names.
     """
     ours = [pair.a for pair in pairs if pair.category == Category.ONLY_A and pair.a]
@@ -128,7 +121,7 @@ def _whole(
         ours, theirs: the names without a partner on each side.
     """
     best: tuple[int, Suggestion | None] = (0, None)
-    for rules, how in [*_prefixes(ours, theirs), *_peft(ours, theirs)]:
+    for rules, how in _prefixes(ours, theirs):
         fits = _fitting(rules, left.entries, right.entries)
         gain = fits - before
         # Another prefix says something only if it holds for most of what is left.
@@ -184,32 +177,6 @@ def _how(old: str, new: str) -> str:
     if old and new:
         return _SWAPPED
     return "without the prefix" if old else "with the prefix"
-
-
-def _peft(ours: Sequence[StateEntry], theirs: Sequence[StateEntry]) -> list[tuple[tuple[str, ...], str]]:
-    """Rules for a network that PEFT has wrapped on one side."""
-    if any(entry.name.startswith(_PEFT) for entry in ours):
-        rule = rf"re:{re.escape(_PEFT)}(.+?)(?:\.base_layer|\.modules_to_save\.default)?(\.[^.]+)=\1\2"
-        return [((rule,), "without what PEFT adds")]
-    found = []
-    whole = [_wrapped(theirs, _PEFT_LAYER), _wrapped(theirs, _PEFT_SAVED)]
-    for paths, saved in (whole, [{path.rpartition(".")[2] for path in paths} for paths in whole]):
-        rules = []
-        for layers, inner in ((paths, _PEFT_LAYER), (saved, _PEFT_SAVED)):
-            if layers:
-                any_of = escaped("|".join(map(re.escape, sorted(layers))))
-                start = "" if paths is whole[0] else r"(?:.+\.)?"
-                rules.append(rf"re:({start}(?:{any_of}))(\.[^.]+)={_PEFT}\1{inner[:-1]}\2")
-        if rules and len(paths) + len(saved) <= _MOST_LAYERS:
-            found.append(((*rules, f"**={_PEFT}**"), "with what PEFT adds"))
-    # By the layers' own names first, if that is enough: such rules are shorter.
-    return found[::-1]
-
-
-def _wrapped(entries: Sequence[StateEntry], inner: str) -> set[str]:
-    """Paths of the layers that PEFT has wrapped, or keeps a copy of."""
-    names = [entry.name for entry in entries if entry.name.startswith(_PEFT) and inner in entry.name]
-    return {name.removeprefix(_PEFT).partition(inner)[0] for name in names}
 
 
 def _moved(left: Side, right: Side, pairs: Sequence[Pair]) -> Iterator[Suggestion]:

@@ -253,7 +253,7 @@ def test_files_are_attached_listed_and_written(filled: Registry, run: Run) -> No
         ("files", "lenet5", "model.onnx", "-o", "back"): "back: the file exists",
         ("files", "lenet5", "none", "-o", "new"): "has no file 'none'",
         ("attach", "lenet5", "none"): "none: there is no such file",
-        ("checkout", "lenet5", "out"): "did not come from a folder",
+        ("checkout", "lenet5", "out"): "did not come from transformers",
     }.items():
         done = run(*words)
         assert (done.status, done.out) == (1, "")
