@@ -1,4 +1,6 @@
-"""Folders: a hub's, a Trainer's checkpoint, Accelerate's state, an adapter of PEFT. No file in one is passed over.
+"""Folders: a hub's, a Trainer's checkpoint, Accelerate's state, an adapter of PEFT, a tracker's with one checkpoint file.
+
+No file in one is passed over.
 
 The parameters become components, and so do the states that training goes on from. Every other file is kept byte for byte
 in the component `files`, or it is named with the reason why it is not.
@@ -75,7 +77,7 @@ def read_folder(folder: Path) -> Imported:
         Invalid: if it holds no tensors, more names than can be kept, or its index leads out of it.
         NotFound, Unsupported, StorageError: as for the files in it.
     """
-    names, left_out = _listing(folder)
+    names, left_out = listing(folder)
     weights = _weights(folder, names, left_out)
     imported, *others = [_read(inside(folder, name)) for name in weights]
     if not weights[0].endswith(INDEXES):
@@ -113,12 +115,14 @@ def read_folder(folder: Path) -> Imported:
         source=source,
         stamps=stamps,
         left_out=left_out,
-        provenance=network_of(imported.config) | ({"processes": processes} if processes > 1 else {}),
+        provenance=imported.provenance
+        | network_of(imported.config)
+        | ({"processes": processes} if processes > 1 else {}),
         **(_progress_of(folder) if "trainer_state.json" in kept else {}),
     )
 
 
-def _listing(folder: Path) -> tuple[list[str], dict[str, str]]:
+def listing(folder: Path) -> tuple[list[str], dict[str, str]]:
     """The names of the files in a folder and below it, sorted, and what is left out with the reason."""
     names: list[str] = []
     left_out: dict[str, str] = {}
@@ -185,19 +189,30 @@ def _weights(folder: Path, names: Collection[str], left_out: Mapping[str, str]) 
         [name for name in top if name.endswith(INDEXES)],
         [name for name in top if name.endswith(SAFETENSORS)],
     ):
-        if len(found) == 1:
-            return found
         if found:
-            listed = ", ".join(quoted(name) for name in found[:3])
-            more = ", ..." if len(found) > 3 else ""
-            raise Invalid(f"{printable(str(folder))}: holds {listed}{more}; name one of them")
+            return _single(folder, found)
     kind = kind_of_folder(folder, os.listdir(folder))
     for name in left_out:
         if name in _WEIGHTS or name.endswith((SAFETENSORS, *INDEXES)):
             kind = f"{quoted(name)} is {left_out[name]}; copy the folder with: cp -rL"
+    if kind is None and (found := [name for name in top if format_of(name)]):
+        return _single(folder, found)
     raise Invalid(
         f"{printable(str(folder))}: {kind or f'holds no index and no tensors; readable are {FORMS}'}"
     )
+
+
+def _single(folder: Path, found: list[str]) -> list[str]:
+    """The files that were found, which must be one.
+
+    Raises:
+        Invalid: naming them.
+    """
+    if len(found) > 1:
+        listed = ", ".join(quoted(name) for name in found[:3])
+        more = ", ..." if len(found) > 3 else ""
+        raise Invalid(f"{printable(str(folder))}: holds {listed}{more}; name one of them")
+    return found
 
 
 def _read(path: Path) -> Imported:

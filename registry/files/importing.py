@@ -33,6 +33,7 @@ def import_checkpoint(
     metrics: Mapping[str, float] | None = None,
     config: Mapping[str, Any] | None = None,
     meta: Mapping[str, Any] | None = None,
+    origin: str | None = None,
     progress: Progress = silent,
 ) -> Checkpoint:
     """Store a file as the next version of a model. Arguments override what the file says, metrics one by one.
@@ -44,6 +45,7 @@ def import_checkpoint(
         imported: what `registry.files.reading.read_checkpoint_file` gave.
         model: the model that gets a new version.
         epoch, step, loss, metrics, config, meta: as for `registry.Registry.save`.
+        origin: where it came from, for the lineage; the name of the file unless given.
         progress: told the bytes done and the bytes in all.
 
     Raises:
@@ -57,7 +59,7 @@ def import_checkpoint(
         metrics={**imported.metrics, **(metrics or {})},
         config=imported.config if config is None else config,
         meta=meta,
-        lineage=[{"kind": "imported-from", "parent": printable(imported.source["file"])}],
+        lineage=[{"kind": "imported-from", "parent": printable(origin or imported.source["file"])}],
         source=imported.source,
         provenance=imported.provenance,
     )

@@ -13,6 +13,7 @@ from registry.files.folders import read_folder
 from registry.files.foreign import kind_of
 from registry.files.formats import FORMS, format_of
 from registry.files.imported import Imported, file_status
+from registry.files.mlflow_models import MLMODEL, read_mlflow_model
 from registry.files.shards import INDEXES, read_index
 from registry.store.errors import Unsupported, storage_errors
 from registry.store.text import printable
@@ -21,7 +22,8 @@ from registry.store.text import printable
 def read_checkpoint_file(path: Path | str) -> Imported:
     """Read a file of a known format, a folder, or the index file of shards.
 
-    `read` of each format, and `registry.files.folders.read_folder`, say what it becomes.
+    `read` of each format, `registry.files.folders.read_folder`, and `registry.files.mlflow_models.read_mlflow_model` say
+    what it becomes.
 
     Raises:
         NotFound: if there is no such file.
@@ -31,7 +33,8 @@ def read_checkpoint_file(path: Path | str) -> Imported:
     """
     path = Path(path)
     if os.path.isdir(path):
-        return read_folder(path)
+        is_mlflow = os.path.isfile(path / MLMODEL)
+        return read_mlflow_model(path) if is_mlflow else read_folder(path)
     file_status(path)
     if path.name.lower().endswith(INDEXES):
         return read_index(path)

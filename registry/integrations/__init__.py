@@ -1,8 +1,8 @@
-"""Integrations: the trainers of other projects, which save into a registry and resume from it. One file for each.
+"""Integrations: the trainers and trackers of other projects, which work with a registry. One file for each.
 
 Each imports its framework at the top, and nothing else imports it, so a program loads what it uses. Where the framework
-is missing, or is a release that is not supported, one line says what to install. `pointers`, `scrubbing` and `storing`
-load no framework; they are for all.
+is missing, or is a release that is not supported, one line says what to install. `pointers`, `scrubbing`, `storing`
+and `tracked` load no framework; they are for all.
 
 It imports everything below it but `registry.cli` and `registry.models`. To add a framework: one file here, an extra in
 pyproject.toml, a row of the table in docs/integrations.md, and a file in tests/integrations.
@@ -15,11 +15,16 @@ from importlib.metadata import PackageNotFoundError, version
 _SUPPORTED = {
     "accelerate": ("1.10", "2"),
     "lightning": ("2.6.4", "2.7"),
+    "mlflow": ("3.17", "4"),
     "peft": ("0.21", "0.22"),
     "timm": ("1.0.20", "1.1"),
     "transformers": ("5.23", "6"),
+    "wandb": ("0.31", "1"),
 }
 """The first release of each framework that is supported, and the first that is not."""
+
+_PACKAGES = {"mlflow": "mlflow-skinny"}
+"""Frameworks whose package has another name. The package `mlflow` brings `mlflow-skinny` of its release."""
 
 
 def check_release(framework: str) -> None:
@@ -31,7 +36,7 @@ def check_release(framework: str) -> None:
     first, behind = _SUPPORTED[framework]
     wanted = f"pip install 'torch-registry[{framework}]'"
     try:
-        found = version(framework)
+        found = version(_PACKAGES.get(framework, framework))
     except PackageNotFoundError:
         raise ImportError(f"{framework} is not installed; run: {wanted}") from None
     if not _numbers(first) <= _numbers(found) < _numbers(behind):

@@ -33,6 +33,13 @@ def test_the_examples_in_the_docstrings_run() -> None:
 def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("REGISTRY_ROOT", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    downloaded = tmp_path / "artifacts" / "digits:v3"
+    downloaded.mkdir(parents=True)
+    torch.save({"state_dict": nn.Linear(2, 2).state_dict()}, downloaded / "model.pt")
     accelerator, net = Accelerator(cpu=True), nn.Linear(2, 2)
     model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), 0.1))
     there = {
@@ -55,11 +62,13 @@ def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.Monkey
     apart = r"^## (transformers|PEFT)\n.*?(?=^## )"
     page = re.sub(apart, "", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
     blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 5
     for block in blocks:
         exec(compile(block, PAGE.name, "exec", dont_inherit=True), there)
     registry = Registry()
     assert registry["lenet5"].epoch == 9
+    assert registry["digits:v1"].lineage[0]["parent"] == "wandb:digits:v3"
+    assert registry["digits:v2"].lineage[0]["parent"].startswith("mlflow:")
     assert registry["net:v1"].step == 3
     assert registry["net@best"].name == "net:v1"
     assert {"model", "optimizers", "gradients"} <= set(registry["net:v2"].components)

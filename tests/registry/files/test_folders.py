@@ -381,3 +381,17 @@ def test_a_file_that_changes_during_the_import_leaves_no_version(tmp_path: Path,
     with pytest.raises(Conflict, match=r"a.txt: the file was written to during the import"):
         import_checkpoint(registry, found, "net", progress=meddle)
     assert registry.names() == []
+
+
+def test_the_only_checkpoint_file_of_a_folder_is_read(tmp_path: Path, registry: Registry) -> None:
+    """As trackers keep one: W&B downloads an artifact into a folder, MLflow logs `state_dict.pth` into one."""
+    folder = tmp_path / "net:v3"
+    folder.mkdir()
+    torch.save({"state_dict": TENSORS, "epoch": 4}, folder / "model.ckpt")
+    (folder / "notes.txt").write_bytes(b"x")
+    checkpoint = imported(registry, folder)
+    assert (checkpoint.epoch, checkpoint.files) == (4, {"notes.txt": b"x"})
+    assert torch.equal(checkpoint.state_dict()["a"], TENSORS["a"])
+    torch.save(TENSORS, folder / "last.ckpt")
+    with pytest.raises(Invalid, match=r"holds 'last\.ckpt', 'model\.ckpt'; name one of them"):
+        read_checkpoint_file(folder)
