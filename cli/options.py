@@ -163,7 +163,7 @@ def byte_count(ctx: click.Context, param: click.Parameter, text: str | None) -> 
     """
     if text is None:
         return None
-    match = re.match(r"(\d+(?:\.\d+)?) ?([KMGT]?B|)\Z", text, re.IGNORECASE)
+    match = re.match(r"(\d{1,15}(?:\.\d{1,15})?) ?([KMGT]?B|)\Z", text, re.ASCII | re.IGNORECASE)
     found = int(float(match[1]) * _SIZES[match[2].upper()]) if match else 0
     if not found:
         raise click.BadParameter(f"{text!r} is not an amount such as 500MB or 5GB")

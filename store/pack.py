@@ -23,7 +23,7 @@ from registry.store.digest import digest as digest_of
 from registry.store.digest import is_digest, tensor_hasher
 from registry.store.dtypes import BY_CODE, ELEMENT_TYPES, byte_count
 from registry.store.durable import NewFile
-from registry.store.errors import Corrupt, Invalid, Unsupported, storage_errors
+from registry.store.errors import Conflict, Corrupt, Invalid, Unsupported, storage_errors
 from registry.store.locating import Location
 from registry.store.parallel import in_parallel
 from registry.store.places import open_regular
@@ -47,8 +47,8 @@ _BUFFER = 1 << 20
 """Bytes that are collected for one such write."""
 
 _READ = 1 << 20
-_MAPPED = 1 << 20
-"""Bytes from which on a user's file is mapped, not read."""
+_LARGE_FILE = 1 << 20
+"""Bytes from which on a user's file stays in the memory that it was read into."""
 
 
 class PackedTensor(NamedTuple):
@@ -360,14 +360,29 @@ def map_file(path: Path, size: int, *, inner: int = 0) -> mmap.mmap:
 
 
 def contents_of(path: Path) -> tuple[os.stat_result, bytes | mmap.mmap]:
-    """A user's file byte for byte, mapped if it is large, and its status.
+    """A user's file byte for byte, in memory, and its status.
+
+    It is read, not mapped: a mapped file that is cut short meanwhile ends the process.
 
     Raises:
-        Corrupt: if it is no regular file, or somebody is writing to it.
+        Conflict: if somebody is writing to it.
+        Corrupt: if it is no regular file.
+        Invalid: if its size is not that of its bytes, as of a file in /proc.
         StorageError: if the system refuses.
     """
-    with open_regular(path) as file:
+    with open_regular(path) as file, storage_errors(path):
         status = os.fstat(file.fileno())
-        if status.st_size < _MAPPED:
-            return status, file.read(_MAPPED)
-    return status, map_file(path, status.st_size)
+        size, count = status.st_size, 0
+        data = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with memoryview(data) as whole:
+            while count < size and (part := os.preadv(file.fileno(), [whole[count:size]], count)):
+                count += part
+        is_whole = count == size and not os.pread(file.fileno(), 1, size)
+        now = os.fstat(file.fileno())
+    if (now.st_size, now.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
+        raise Conflict(f"{path}: changed while it was read; repeat it when nobody writes to it")
+    if not is_whole:
+        raise Invalid(
+            f"{path}: does not have the {size:,} bytes that its size says; copy it and give the copy"
+        )
+    return status, data if size >= _LARGE_FILE else data[:size]

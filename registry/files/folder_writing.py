@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ SHARD = 5_000_000_000
 
 _NETWORKS = ("model", "models", "adapter")
 """Components that hold parameters; the first that a checkpoint has is written."""
+
+_SUFFIX = re.compile(r"(\.safetensors|\.bin)(\.index\.json)?\Z")
 
 Shard = dict[str, Leaf]
 
@@ -172,7 +175,8 @@ def _networks(checkpoint: Checkpoint, component: str | None, *, verify: bool) ->
     files = (checkpoint.record.get("source") or {}).get("weights")
     usual = "adapter_model" if name == "adapter" else "model"
     first = files[0] if isinstance(files, list) and files and isinstance(files[0], str) else usual
-    stem = first.partition(".")[0].replace("pytorch_model", "model") or usual
+    stem = _SUFFIX.sub("", first) or usual
+    stem = "model" if stem == "pytorch_model" else stem
     for i, part in enumerate(tree if isinstance(tree, list) else [tree]):
         yield f"{stem}_{i}" if i else stem, flat(part, name)
 

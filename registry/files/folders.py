@@ -8,19 +8,20 @@ in the component `files`, or it is named with the reason why it is not.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
 import os
 import re
 import stat
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from registry.checkpoints.files import FILES
 from registry.files.foreign import kind_of_folder
-from registry.files.formats import FORMS, format_of
+from registry.files.formats import FORMS, INDEX, format_of
 from registry.files.imported import Imported, Stamp, file_status, stamp_of
 from registry.files.outgoing import check_relative
 from registry.files.shards import (
@@ -37,9 +38,10 @@ from registry.files.states import read_states, trainer_of
 from registry.files.torch_files import read_torch_file
 from registry.live.builders import network_of
 from registry.log.metrics import is_metric
-from registry.store.errors import Invalid, RegistryError, storage_errors
+from registry.store.errors import Conflict, Invalid, Missing, RegistryError, storage_errors
 from registry.store.pack import contents_of
 from registry.store.text import printable, quoted
+from registry.store.tree import encode
 
 _MAX_NAMES = 10_000
 _MAX_DEPTH = 16
@@ -58,11 +60,15 @@ _WEIGHTS = (
 _FURTHER = re.compile(r"(model_[1-9][0-9]*\.safetensors|pytorch_model_[1-9][0-9]*\.bin)\Z")
 """Further networks of Accelerate's state."""
 
-_OTHER_FORMAT = re.compile(
-    r"((adapter_|diffusion_pytorch_)?model|pytorch_model)(-[0-9]{5}-of-[0-9]{5})?\.(safetensors|bin)(\.index\.json)?\Z"
-    r"|tf_model.*\.h5\Z|flax_model.*\.msgpack\Z|rust_model\.ot\Z"
-)
-"""Files that hold the parameters that were read from another one."""
+_OTHER_PROGRAMS = r"tf_model.*\.h5|flax_model.*\.msgpack|rust_model\.ot"
+_BIN = r"(-[0-9]{5}-of-[0-9]{5})?\.bin(\.index\.json)?"
+_OTHER_FORMATS = {
+    "model.safetensors": re.compile(rf"(pytorch_model{_BIN}|{_OTHER_PROGRAMS})\Z"),
+    "adapter_model.safetensors": re.compile(rf"adapter_model{_BIN}\Z"),
+    "diffusion_pytorch_model.safetensors": re.compile(rf"diffusion_pytorch_model{_BIN}\Z"),
+    "pytorch_model.bin": re.compile(rf"({_OTHER_PROGRAMS})\Z"),
+}
+"""How the other formats of a network are called, by the name of the file that was read, or that its index is of."""
 
 _logger = logging.getLogger(__name__)
 
@@ -75,6 +81,7 @@ def read_folder(folder: Path) -> Imported:
 
     Raises:
         Invalid: if it holds no tensors, more names than can be kept, or its index leads out of it.
+        Conflict: if a file in it goes or changes while it is read.
         NotFound, Unsupported, StorageError: as for the files in it.
     """
     names, left_out = listing(folder)
@@ -89,22 +96,21 @@ def read_folder(folder: Path) -> Imported:
     if others:
         components["models"] = [components.pop("model"), *(other.components["model"] for other in others)]
     used = {path.name for path in stamps}
+    other_formats = _OTHER_FORMATS.get(weights[0].removesuffix(INDEX))
     for name in names:
-        if name not in used and _OTHER_FORMAT.match(name):
-            left_out[name] = "the same parameters in another format"
+        if other_formats and name not in used and other_formats.match(name):
+            left_out[name] = "by its name the same parameters in another format"
     trainer = trainer_of(names)
     processes = 1
     if trainer is not None:
-        states, read, processes = read_states(
-            trainer, names, lambda name: None if name in left_out else _tree(folder, name)
-        )
+        states, read, processes = read_states(trainer, names, lambda name: _tree(folder, name, stamps))
         components |= states
         used |= read
-        stamps |= {folder / name: stamp_of(file_status(folder / name)) for name in read}
     kept = {}
     for name in names:
         if name not in used and name not in left_out:
-            status, kept[name] = contents_of(Path(os.path.realpath(folder / name)))
+            with _there(folder, name):
+                status, kept[name] = contents_of(Path(os.path.realpath(folder / name)))
             stamps[folder / name] = stamp_of(status)
     if kept:
         components[FILES] = kept
@@ -129,11 +135,12 @@ def listing(folder: Path) -> tuple[list[str], dict[str, str]]:
     pending = [""]
     while pending:
         below = pending.pop()
-        with storage_errors(folder / below):
+        with storage_errors(folder / below), _there(folder, below):
             entries = sorted(os.listdir(folder / below))
         for entry in entries:
             name = f"{below}/{entry}" if below else entry
-            reason = _why_not(folder, name)
+            with storage_errors(folder / name), _there(folder, name):
+                reason = _why_not(folder, name)
             if reason is not None:
                 left_out[name] = reason
             elif os.path.isdir(folder / name):
@@ -163,6 +170,8 @@ def _why_not(folder: Path, name: str) -> str | None:
     if stat.S_ISDIR(status.st_mode):
         if leaf.startswith("."):
             return "a hidden folder"
+        if leaf.endswith((SAFETENSORS, *INDEXES)):
+            return "a folder that is called like a file of parameters; rename it"
         if re.match(r"(checkpoint|global_step|epoch)[-_]?[0-9]+\Z", leaf):
             return "a checkpoint of its own; import it by itself"
         if name.count("/") >= _MAX_DEPTH:
@@ -194,7 +203,8 @@ def _weights(folder: Path, names: Collection[str], left_out: Mapping[str, str]) 
     kind = kind_of_folder(folder, os.listdir(folder))
     for name in left_out:
         if name in _WEIGHTS or name.endswith((SAFETENSORS, *INDEXES)):
-            kind = f"{quoted(name)} is {left_out[name]}; copy the folder with: cp -rL"
+            advice = "; copy the folder with: cp -rL" if (folder / name).is_symlink() else ""
+            kind = f"{quoted(name)} is {left_out[name]}{advice}"
     if kind is None and (found := [name for name in top if format_of(name)]):
         return _single(folder, found)
     raise Invalid(
@@ -223,13 +233,33 @@ def _read(path: Path) -> Imported:
     return form.read(path)
 
 
-def _tree(folder: Path, name: str) -> Any:
-    """What a file of `torch.save` in a folder holds; None if that cannot be told without running code."""
+def _tree(folder: Path, name: str, stamps: dict[Path, Stamp]) -> Any:
+    """What a file of `torch.save` in a folder holds; None if no component can hold that, or code would have to run.
+
+    Args:
+        stamps: get the file's stamp, from before it is read.
+    """
+    path = folder / name
     try:
-        return read_torch_file(folder / name)
+        stamps[path] = stamp_of(file_status(path))
+        tree = read_torch_file(path)
+        encode({name: tree})
+        return tree
     except RegistryError as error:
         _logger.warning("%s is kept as bytes and was not read: %s", printable(name), error)
         return None
+
+
+@contextlib.contextmanager
+def _there(folder: Path, name: str) -> Iterator[None]:
+    """Say that a listed file has gone meanwhile."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, Missing) as error:
+        shown = printable(str(folder / name))
+        raise Conflict(
+            f"{shown}: was removed while the folder was read; repeat it when nobody writes there"
+        ) from error
 
 
 def _progress_of(folder: Path) -> dict[str, Any]:

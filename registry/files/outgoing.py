@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from registry.progress import Progress, silent
-from registry.store.durable import Buffer, NewFile, host, make_folder, remove_tree, rename
+from registry.store.durable import (
+    Buffer,
+    NewFile,
+    host,
+    is_gone,
+    make_folder,
+    remove_tree,
+    rename,
+    try_lock,
+)
 from registry.store.errors import Conflict, Corrupt, Invalid, NotFound, fix, storage_errors
-from registry.store.places import refuse_inside
+from registry.store.places import opened_folder, refuse_inside
 from registry.store.text import printable, quoted
 
 Write = Callable[[Buffer], None]
@@ -121,6 +131,8 @@ class OutgoingFolder:
     def opened(self, total: int) -> Iterator[Callable[[str], contextlib.AbstractContextManager[Write]]]:
         """Make the folder beside its target. It takes the target's name when the block ends well; else it is deleted.
 
+        What processes of this machine that were killed left there of the same target is removed first.
+
         Args:
             total: bytes of the tensors that the folder will hold.
 
@@ -132,7 +144,7 @@ class OutgoingFolder:
             StorageError: if the system refuses; nothing is left behind.
         """
         target = Path(os.path.realpath(self._path))
-        beside = target.parent / f".{target.name[:100]}-{host()}-{os.getpid()}-{os.urandom(8).hex()}"
+        beside = target.parent / f"{_hidden(target)}{os.getpid()}-{os.urandom(8).hex()}"
         done = 0
 
         @contextlib.contextmanager
@@ -153,10 +165,13 @@ class OutgoingFolder:
 
         with storage_errors(self._path):
             try:
+                _remove_leftovers(target)
                 make_folder(beside)
-                yield file
-                self._check()
-                rename(beside, target)
+                with opened_folder(beside) as held:
+                    try_lock(held)
+                    yield file
+                    self._check()
+                    rename(beside, target)
             except OSError as error:
                 # The user does not know the temporary name of the folder.
                 error.filename = str(self._path)
@@ -183,6 +198,24 @@ class OutgoingFolder:
                     )
         except ValueError:
             raise Invalid(f"{shown}: a path cannot hold this character") from None
+
+
+def _hidden(target: Path) -> str:
+    """What the names of folders begin with that are written for a target on this machine."""
+    return f".{target.name[:100]}-{host()}-"
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove folders that were being written for a target when their process was killed."""
+    leftover = re.compile(rf"{re.escape(_hidden(target))}([0-9]+)-[0-9a-f]{{16}}\Z", re.ASCII)
+    for name in os.listdir(target.parent):
+        found = leftover.match(name)
+        path = target.parent / name
+        if found and is_gone(host(), found[1]) and path.is_dir() and not path.is_symlink():
+            # A process in another container may have the same machine name. It holds the lock while it lives.
+            with contextlib.suppress(OSError), opened_folder(path) as held:
+                if try_lock(held):
+                    remove_tree(path)
 
 
 def check_relative(name: str) -> str:

@@ -104,15 +104,16 @@ def read_states(trainer: Trainer, names: Collection[str], read: Read) -> tuple[d
     found = [read(name) for name in there]
     try:
         states = [trainer.generators[0](one) for one in found]
-    except (KeyError, TypeError, ValueError, OverflowError, IndexError, AttributeError):
+        counts = {key: found[0][key] for key in trainer.counts if states}
+    except (KeyError, TypeError, ValueError, OverflowError, IndexError, AttributeError, RuntimeError):
         # Random numbers of devices that are not known here. Their files are kept as they are.
         states = []
     if states:
         components["rng"] = states[0]
         if len(states) > 1:
             components["ranks"] = {str(rank): {"rng": one} for rank, one in enumerate(states) if rank}
-        if trainer.counts:
-            components[ACCELERATOR] = {key: found[0][key] for key in trainer.counts}
+        if counts:
+            components[ACCELERATOR] = counts
         used |= set(there)
     return components, used, max(len(states), 1)
 

@@ -103,7 +103,7 @@ def test_a_folder_goes_in_and_out_with_all_its_files(filled: Registry, run: Run)
     done = run("import", "llama", "--name", "llama")
     assert done.out.splitlines()[1:] == [
         "left out: .git (a hidden folder)",
-        "left out: pytorch_model.bin (the same parameters in another format)",
+        "left out: pytorch_model.bin (by its name the same parameters in another format)",
     ]
     document = run("import", "llama", "--name", "llama", "--json").json["imported"][0]
     assert document["left_out"][".git"] == "a hidden folder"
@@ -129,7 +129,9 @@ def test_a_folder_goes_in_and_out_with_all_its_files(filled: Registry, run: Run)
         done = run("export", "llama", *words)
         assert (done.status, done.out) == (1, "")
         assert message in done.err
-    assert run("export", "llama", "x", "--max-shard-size", "0GB").status == 2
+    for amount in ("0GB", "٣GB", "5\N{KELVIN SIGN}B", "9" * 400):
+        done = run("export", "llama", "x", "--max-shard-size", amount)
+        assert (done.status, "is not an amount such as 500MB or 5GB" in done.err) == (2, True)
     assert not Path("x").exists()
 
 

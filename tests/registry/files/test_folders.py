@@ -21,8 +21,12 @@ from registry.files.exporting import export
 from registry.files.folder_writing import checkout
 from registry.files.importing import import_checkpoint
 from registry.files.reading import read_checkpoint_file
+from registry.files.states import trainer_of
+from registry.files.torch_files import read_torch_file
 from registry.live import rng
+from registry.store.durable import host, try_lock
 from registry.store.errors import Conflict, Corrupt, Invalid, NotFound, RegistryError, Unsupported
+from registry.store.places import opened_folder
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 
@@ -162,6 +166,67 @@ def test_no_other_link_of_a_cache_is_followed(tmp_path: Path, way: str) -> None:
         read_checkpoint_file(snapshot)
 
 
+@pytest.mark.parametrize(
+    ("read", "left_out", "kept"),
+    [
+        (
+            "model.safetensors",
+            ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "tf_model.h5", "flax_model.msgpack"],
+            [
+                "adapter_model.safetensors",
+                "diffusion_pytorch_model.safetensors",
+                "model.bin",
+                "adapter_model.bin",
+            ],
+        ),
+        ("pytorch_model.bin", ["rust_model.ot"], ["adapter_model.bin", "model-00001-of-00002.safetensors"]),
+        ("adapter_model.safetensors", ["adapter_model.bin"], ["model.bin", "tf_model.h5"]),
+        (
+            "diffusion_pytorch_model.safetensors",
+            ["diffusion_pytorch_model.bin"],
+            ["pytorch_model.bin.index.json.txt", "model.bin"],
+        ),
+        ("net.safetensors", [], ["tf_model.h5", "model.bin"]),
+    ],
+)
+def test_only_other_formats_of_the_same_network_are_left_out(
+    tmp_path: Path, registry: Registry, read: str, left_out: list[str], kept: list[str]
+) -> None:
+    folder = folder_of(tmp_path / "in", {name: os.urandom(50) for name in (*left_out, *kept)})
+    (folder / "model.safetensors").rename(folder / read)
+    if read.endswith(".bin"):
+        torch.save(TENSORS, folder / read)
+    found = read_checkpoint_file(folder)
+    assert found.source["file"] == read
+    assert found.left_out == dict.fromkeys(left_out, "by its name the same parameters in another format")
+    checkpoint = import_checkpoint(registry, found, "net")
+    assert checkpoint.files == {name: (folder / name).read_bytes() for name in kept}
+    out = files_in(export(checkpoint, tmp_path / "out"))
+    assert set(out) == {*kept, "model.safetensors" if read == "pytorch_model.bin" else read}
+
+
+@pytest.mark.parametrize("name", ["my.model.v2.safetensors", "diffusion_pytorch_model.safetensors"])
+def test_a_file_of_parameters_keeps_its_name(tmp_path: Path, registry: Registry, name: str) -> None:
+    folder = folder_of(tmp_path / "in", {})
+    (folder / "model.safetensors").rename(folder / name)
+    assert list(files_in(export(imported(registry, folder), tmp_path / "out"))) == [name]
+
+
+def test_a_folder_that_is_called_like_a_file_of_parameters_is_named(
+    tmp_path: Path, registry: Registry
+) -> None:
+    (folder := tmp_path / "in" / "model.safetensors").mkdir(parents=True)
+    (folder / "keep").touch()
+    with pytest.raises(Invalid, match=r"is a folder that is called like a file of parameters; rename it$"):
+        read_checkpoint_file(folder.parent)
+    torch.save(TENSORS, folder.parent / "pytorch_model.bin")
+    found = read_checkpoint_file(folder.parent)
+    assert list(found.left_out) == ["model.safetensors"]
+    assert list(files_in(export(import_checkpoint(registry, found, "net"), tmp_path / "out"))) == [
+        "model.safetensors"
+    ]
+
+
 def test_a_trainers_checkpoint_becomes_components_and_fields(tmp_path: Path, registry: Registry) -> None:
     state = {
         "global_step": 7,
@@ -220,6 +285,36 @@ def test_odd_random_numbers_are_kept_as_they_are(tmp_path: Path, registry: Regis
     checkpoint = imported(registry, folder)
     assert "rng" not in checkpoint.components
     assert checkpoint.files["rng_state.pth"] == (folder / "rng_state.pth").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"step": 1, "torch_cuda_manual_seed": torch.zeros(2, 3)},
+        {"step": 1, "numpy_random_seed": ("x", torch.zeros(2, requires_grad=True), 0, 0, 0)},
+    ],
+)
+def test_odd_random_numbers_of_accelerate_are_kept_as_they_are(
+    tmp_path: Path, registry: Registry, more: dict[str, Any]
+) -> None:
+    folder = folder_of(tmp_path / "in", {})
+    torch.save({**rng.as_accelerate(rng.capture(), False), **more}, folder / "random_states_0.pkl")
+    checkpoint = imported(registry, folder)
+    assert not {"rng", "accelerator"} & set(checkpoint.components)
+    assert checkpoint.files == {"random_states_0.pkl": (folder / "random_states_0.pkl").read_bytes()}
+    assert files_in(checkout(checkpoint, tmp_path / "out")).keys() == files_in(folder).keys()
+
+
+@pytest.mark.parametrize("odd", [torch.ones(2, device="meta"), torch.eye(2).to_sparse()])
+def test_a_state_that_no_component_can_hold_is_kept_as_bytes(
+    tmp_path: Path, registry: Registry, odd: torch.Tensor
+) -> None:
+    folder = folder_of(tmp_path / "in", {"trainer_state.json": b"{}"})
+    torch.save({"state": {0: odd}, "param_groups": []}, folder / "optimizer.pt")
+    checkpoint = imported(registry, folder)
+    assert checkpoint.files["optimizer.pt"] == (folder / "optimizer.pt").read_bytes()
+    assert "optimizer" not in checkpoint.components
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -343,18 +438,45 @@ def test_an_export_that_is_killed_leaves_no_folder_or_a_whole_one(tmp_path: Path
     program = tmp_path / "programs" / "program.py"
     program.parent.mkdir()
     program.write_text(KILLED)
+    leftovers: list[Path] = []
     for step in (*range(1, 40, 4), 10_000):
         out = tmp_path / f"out{step}"
         command = [sys.executable, str(program), str(registry.root), str(out), str(step)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode in (0, -signal.SIGKILL), done.stderr
         assert not out.exists() or files_in(out) == whole
+        leftovers += list(tmp_path.glob(".out*"))
+        if not out.exists():
+            assert files_in(export(checkpoint, out)) == whole
+        assert not list(tmp_path.glob(".out*"))
         if done.returncode == 0:
-            assert out.exists()
             break
     else:
         pytest.fail("no export ended")
     assert step > 10
+    assert len(leftovers) > 3
+
+
+def test_an_export_leaves_folders_of_living_processes_and_others_alone(
+    tmp_path: Path, registry: Registry
+) -> None:
+    checkpoint = registry.save("net", {"model": TENSORS})
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    random = "0123456789abcdef"
+    others = [
+        f".out-{host()}-{os.getpid()}-{random}",
+        f".out-elsewhere-{gone.pid}-{random}",
+        f".out-{host()}-{gone.pid}-mine",
+        f".out2-{host()}-{gone.pid}-{random}",
+    ]
+    locked = f".out-{host()}-{gone.pid}-{random[::-1]}"
+    for name in (*others, locked, f".out-{host()}-{gone.pid}-{random}"):
+        (tmp_path / name).mkdir()
+    with opened_folder(tmp_path / locked) as held:
+        assert try_lock(held)
+        export(checkpoint, tmp_path / "out")
+    assert {path.name for path in tmp_path.glob(".out*")} == {*others, locked}
 
 
 def test_an_error_leaves_nothing_behind(
@@ -369,6 +491,48 @@ def test_an_error_leaves_nothing_behind(
     with pytest.raises(RegistryError, match=r"out: no space"):
         export(checkpoint, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "registry"]
+
+
+def test_a_state_that_is_rewritten_while_it_is_read_leaves_no_version(
+    tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of(tmp_path / "in", {"trainer_state.json": b"{}"})
+    path = folder / "optimizer.pt"
+    torch.save({"state": {0: torch.ones(9)}, "param_groups": []}, path)
+    os.utime(path, ns=(0, 0))
+
+    def torn(path: Path) -> Any:
+        tree = read_torch_file(path)
+        os.utime(path)
+        return tree
+
+    monkeypatch.setattr("registry.files.folders.read_torch_file", torn)
+    with pytest.raises(Conflict, match=r"optimizer.pt: the file was written to during the import"):
+        imported(registry, folder)
+    assert registry.names() == []
+
+
+def test_a_file_that_goes_while_the_folder_is_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of(tmp_path / "in", {"a.txt": b"x", "b.txt": b"x"})
+    listdir = os.listdir
+
+    def without_b(path: Path) -> list[str]:
+        names = listdir(path)
+        (folder / "b.txt").unlink(missing_ok=True)
+        return names
+
+    monkeypatch.setattr(os, "listdir", without_b)
+    with pytest.raises(Conflict, match=r"b.txt: was removed while the folder was read"):
+        read_checkpoint_file(folder)
+    monkeypatch.undo()
+    (folder / "b.txt").touch()
+    monkeypatch.setattr(
+        "registry.files.folders.trainer_of", lambda names: (folder / "b.txt").unlink() or trainer_of(names)
+    )
+    with pytest.raises(Conflict, match=r"b.txt: was removed while the folder was read"):
+        read_checkpoint_file(folder)
 
 
 def test_a_file_that_changes_during_the_import_leaves_no_version(tmp_path: Path, registry: Registry) -> None:

@@ -375,7 +375,7 @@ def test_of_two_formats_the_better_one_is_read_and_the_other_is_left_out(tmp_pat
     sharded(tmp_path, "bin")
     imported = read_checkpoint_file(tmp_path)
     assert same(imported.components["model"], tensors)
-    assert set(imported.left_out.values()) == {"the same parameters in another format"}
+    assert set(imported.left_out.values()) == {"by its name the same parameters in another format"}
     assert sorted(imported.left_out) == sorted(path.name for path in tmp_path.glob("pytorch_model*"))
     read_checkpoint_file(tmp_path / "pytorch_model.bin.index.json")
 
