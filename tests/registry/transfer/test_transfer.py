@@ -677,7 +677,7 @@ def test_a_network_under_peft_fits_the_network_itself(into: bool) -> None:
     plain, wrapped = encoder().state_dict(), wrapped_by_peft(encoder())
     source, target = (plain, wrapped) if into else (wrapped, plain)
     assert len(plan_transfer(source, target, everything=True).loaded) == 12
-    with pytest.raises(Incompatible, match="lora_A.default.weight is in the"):  # no partner
+    with pytest.raises(Incompatible, match=r"lora_A\.default\.weight is in the"):  # no partner
         plan_transfer(source, target)
 
 
