@@ -1,25 +1,27 @@
 """Attached files: artifacts that belong to a version, such as an ONNX file that was made from it.
 
-An artifact's record says under `attached` which version it belongs to, by its name, which no other version ever gets.
-When the version is gone, garbage collection drops the artifact.
+An artifact's record says under `attached` which version it belongs to, by the id that the version was saved with. A thinned
+version names that id in its record, and one that `rebuild --adopt` takes in under another number still has it. When the
+version is gone, garbage collection drops the artifact.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from registry.catalog.lookups import Reader, parsed
-from registry.catalog.resolving import resolve
 from registry.log.entries import Record, now
 from registry.store.digest import digest
-from registry.store.errors import Conflict, NotFound, RegistryError, fix
+from registry.store.errors import Conflict, fix
 from registry.store.text import quoted
 
 if TYPE_CHECKING:
     from registry.catalog.catalog import Catalog
+    from registry.catalog.versions import Version
 
 MARK = "attached"
-"""The key of an artifact's record that names the version."""
+"""The key of an artifact's record that names the version's first id."""
 
 
 class Attached(NamedTuple):
@@ -42,8 +44,76 @@ class Attached(NamedTuple):
     id: str
 
 
-def attached(reader: Reader, version: str | None = None) -> list[Attached]:
-    """The files that are attached to a version, or to any, by name."""
+class Attachment(NamedTuple):
+    """A file that is about to be attached: its name, its size in bytes, and the id of the artifact's manifest."""
+
+    name: str
+    size: int
+    id: str
+
+
+def attached(reader: Reader, version: Version) -> list[Attached]:
+    """The files that are attached to a version, by name."""
+    first = _first_id(version.id, version.record)
+    found = [
+        Attached(version=version.name, name=name, size=size, at=at, key=key, id=artifact_id)
+        for to, name, size, at, key, artifact_id in _all(reader)
+        if to == first
+    ]
+    return sorted(found, key=lambda one: one.name)
+
+
+def attachment(view: Reader, version: Version, file: Attachment, *, force: bool) -> Record:
+    """The record that attaches a file to a version.
+
+    Args:
+        force: take the place of a file of this name.
+
+    Raises:
+        Conflict: if another file of this name is attached and `force` is false.
+    """
+    first = _first_id(version.id, version.record)
+    key = digest(f"{MARK}\0{first}\0{file.name}".encode())
+    rows = view.query("SELECT id FROM artifacts WHERE key = ?", [key])
+    was = rows[0][0] if rows else None
+    if was not in (None, file.id) and not force:
+        raise Conflict(
+            f"{version.name} has another file {quoted(file.name)} already; rename yours",
+            fix("or replace it", force=True),
+        )
+    record = {MARK: first, "name": file.name, "size": file.size}
+    return {"op": "artifact", "key": key, "id": file.id, "at": now(), "record": record, "was": was}
+
+
+def drop_orphans(catalog: Catalog) -> None:
+    """Drop the artifacts of versions that are gone."""
+
+    def compute(view: Reader) -> list[Record]:
+        found = _all(view)
+        rows = view.query("SELECT id, created, record FROM versions") if found else []
+        is_readable = all(created for _, created, _ in rows)
+        if not is_readable or adoptable - {version_id for version_id, _, _ in rows}:
+            # A version that cannot be read, or that is yet to be taken in, may be a thinned one with any of the files.
+            return []
+        there = {_first_id(version_id, parsed(record)) for version_id, _, record in rows}
+        return [
+            {"op": "drop-artifact", "key": key, "was": artifact_id}
+            for to, _, _, _, key, artifact_id in found
+            if to not in there
+        ]
+
+    adoptable = catalog.ledger().ids_of_voids()
+    if compute(catalog):
+        catalog.commit(compute)
+
+
+def _first_id(version_id: str, record: Mapping[str, Any]) -> str:
+    """The id that a version was saved with."""
+    return str(record.get("thinned-from") or version_id)
+
+
+def _all(reader: Reader) -> list[tuple[str, str, int, str, str, str]]:
+    """Of each attached file: the version's first id, name, size, time, the artifact's key and its id."""
     rows = reader.query(
         "SELECT key, id, created, record FROM artifacts WHERE record LIKE ?", [f'%"{MARK}":%']
     )
@@ -51,57 +121,6 @@ def attached(reader: Reader, version: str | None = None) -> list[Attached]:
     for key, artifact_id, at, text in rows:
         record = parsed(text)
         to, name, size = (record.get(field) for field in (MARK, "name", "size"))
-        if isinstance(to, str) and isinstance(name, str) and type(size) is int and version in (None, to):
-            found.append(Attached(version=to, name=name, size=size, at=at, key=key, id=artifact_id))
-    return sorted(found, key=lambda one: (one.version, one.name))
-
-
-def attachment(
-    view: Reader, reference: str, artifact_id: str, *, name: str, size: int, force: bool
-) -> Record:
-    """The record that attaches an artifact's manifest to the version that a reference names.
-
-    Args:
-        name, size: of the file.
-        force: take the place of a file of this name.
-
-    Raises:
-        Conflict: if another file of this name is attached and `force` is false.
-        NotFound: if there is no such version.
-    """
-    version = resolve(view, reference).name
-    key = digest(f"{MARK}\0{version}\0{name}".encode())
-    rows = view.query("SELECT id FROM artifacts WHERE key = ?", [key])
-    was = rows[0][0] if rows else None
-    if was not in (None, artifact_id) and not force:
-        raise Conflict(
-            f"{version} has another file {quoted(name)} already; rename yours",
-            fix("or replace it", force=True),
-        )
-    record = {MARK: version, "name": name, "size": size}
-    return {"op": "artifact", "key": key, "id": artifact_id, "at": now(), "record": record, "was": was}
-
-
-def drop_orphans(catalog: Catalog) -> None:
-    """Drop the artifacts of versions that are gone."""
-
-    def compute(view: Reader) -> list[Record]:
-        return [
-            {"op": "drop-artifact", "key": one.key, "was": one.id}
-            for one in attached(view)
-            if not _is_there(view, one.version)
-        ]
-
-    if compute(catalog):
-        catalog.commit(compute)
-
-
-def _is_there(view: Reader, version: str) -> bool:
-    try:
-        resolve(view, version)
-    except NotFound:
-        return False
-    except RegistryError:
-        # The name is malformed, so that it names no version.
-        return False
-    return True
+        if isinstance(to, str) and isinstance(name, str) and type(size) is int:
+            found.append((to, name, size, at, key, artifact_id))
+    return found

@@ -62,34 +62,74 @@ def publish(
         Corrupt: if the log is damaged; nothing is written.
         Conflict: if others change the registry again and again.
     """
+    (manifest_id,), made = publish_all(
+        catalog,
+        store,
+        [state],
+        record=record,
+        records=lambda view, stored: records(view, *stored[0]),
+        what=what,
+        progress=progress,
+    )
+    return manifest_id, made
+
+
+def publish_all(
+    catalog: Catalog,
+    store: Store,
+    states: Sequence[Encoded | Written],
+    record: dict[str, Any],
+    records: Callable[[View, Sequence[tuple[str, Mapping[str, str]]]], Sequence[Record]],
+    *,
+    what: str,
+    progress: Progress = silent,
+) -> tuple[Sequence[str], Sequence[Record]]:
+    """Store trees as several manifests, and make them known in one commit; see `publish`.
+
+    Args:
+        states: of which no two have a tensor in common.
+        records: gets id and text of every manifest, in the order of the states.
+
+    Returns:
+        The manifests' digests, and the records of the entry.
+    """
     catalog.check_unbroken()
     # Packs that other processes wrote cannot be written again here.
-    is_repeatable = not isinstance(state, Written)
+    is_repeatable = not any(isinstance(state, Written) for state in states)
+
+    def put() -> list[Stored]:
+        return [store.put(state, record, progress=progress) for state in states]
+
     for attempt in range(_ATTEMPTS):
         # The last attempt stores inside the commit, while nobody else can change anything.
         alone = attempt == _ATTEMPTS - 1
-        stored: Stored | None = None if alone else store.put(state, record, progress=progress)
+        stored: list[Stored] = [] if alone else put()
 
         def compute(view: View) -> list[Record]:
             nonlocal stored
-            stored = stored or store.put(state, record, progress=progress)
-            packs = _packs(view, stored, strict=is_repeatable and attempt < _ATTEMPTS // 2)  # noqa: B023
-            text = manifest_text(stored.text)
-            if not text and view.query("SELECT 1 FROM doomed WHERE digest = ?", [stored.digest]):
-                raise Doomed(f"{stored.digest[:12]} was doomed")
-            return [*packs, *records(view, stored.digest, text)]
+            stored = stored or put()
+            packs: list[Record] = []
+            for one in stored:
+                found = _packs(view, one, strict=is_repeatable and attempt < _ATTEMPTS // 2)  # noqa: B023
+                packs += [record for record in found if record not in packs]
+            texts = [manifest_text(one.text) for one in stored]
+            for one, text in zip(stored, texts, strict=True):
+                if not text and view.query("SELECT 1 FROM doomed WHERE digest = ?", [one.digest]):
+                    raise Doomed(f"{one.digest[:12]} was doomed")
+            ids = [one.digest for one in stored]
+            return [*packs, *records(view, list(zip(ids, texts, strict=True)))]
 
         try:
             entry = catalog.commit(compute)
-            assert stored is not None
-            # Garbage collection took the file before the commit. Reading the manifest writes it again, from the log.
-            if not store.has(stored.digest):
-                store.manifest(stored.digest)
-            return stored.digest, entry.records if entry else ()
+            for one in stored:
+                # Garbage collection took the file before the commit. Reading the manifest writes it again, from the log.
+                if not store.has(one.digest):
+                    store.manifest(one.digest)
+            return [one.digest for one in stored], entry.records if entry else ()
         except Stale as error:
             stays = isinstance(error, Taken) and not is_repeatable
             if stored and not stays:
-                catalog.discard([pack.digest for pack in stored.packs])
+                catalog.discard([pack.digest for one in stored for pack in one.packs])
             if not (is_repeatable or stays):
                 break
             if "created" in record:

@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from registry.catalog.attached import MARK, Attached, attached, attachment
-from registry.catalog.commit import publish
+from registry.catalog.attached import Attached, Attachment, attached, attachment
+from registry.catalog.commit import publish_all
+from registry.catalog.resolving import resolve
 from registry.checkpoints.checkpoint import Checkpoint
 from registry.log.reference import MAX_NAME
+from registry.store.digest import digest
 from registry.store.errors import Invalid, NotFound
 from registry.store.pack import contents_of
 from registry.store.text import printable, quoted
@@ -42,7 +44,7 @@ class File(NamedTuple):
 
 
 def attach(home: Home, reference: str, paths: Sequence[Path | str], *, force: bool = False) -> list[Attached]:
-    """Attach files to a version, such as what was made from it. They stay as long as the version does.
+    """Attach files to a version, such as what was made from it: all of them, or none. They stay as long as the version does.
 
     Args:
         paths: the files; each is attached under its name without the folder.
@@ -50,8 +52,8 @@ def attach(home: Home, reference: str, paths: Sequence[Path | str], *, force: bo
 
     Raises:
         NotFound: if there is no such version or file.
-        Invalid: if one is no regular file, or cannot be called so; nothing is attached.
-        Conflict: if the version has another file of this name, and `force` is false.
+        Invalid: if one is no regular file, cannot be called so, or has other bytes than its size says.
+        Conflict: if the version has another file of this name and `force` is false, or somebody is writing to a file.
         StorageError: if the disk is full or refuses.
     """
     kept = {file.name for file in files_of(home, reference) if file.attached is None}
@@ -59,9 +61,34 @@ def attach(home: Home, reference: str, paths: Sequence[Path | str], *, force: bo
     for name in names:
         if name in kept or names.count(name) > 1:
             raise Invalid(f"there is a file {quoted(name)} already; give yours another name")
-    return [
-        _attach(home, reference, Path(path), name, force) for path, name in zip(paths, names, strict=True)
-    ]
+    contents = [contents_of(Path(os.path.realpath(path))) for path in paths]
+    digests = [digest(memoryview(data)) for _, data in contents]
+    # Equal files are one artifact.
+    distinct = {one: data for one, (_, data) in zip(digests, contents, strict=True)}
+    made: list[Attached] = []
+
+    def records(view: View, stored: Sequence[tuple[str, Mapping[str, str]]]) -> list[Record]:
+        made.clear()
+        version = resolve(view, reference)
+        by_digest = dict(zip(distinct, stored, strict=True))
+        found: list[Record] = []
+        for name, one, (status, _) in zip(names, digests, contents, strict=True):
+            artifact_id, text = by_digest[one]
+            file = Attachment(name=name, size=status.st_size, id=artifact_id)
+            record = attachment(view, version, file, force=force)
+            made.append(Attached(version=version.name, at=record["at"], key=record["key"], **file._asdict()))
+            found += [] if record["was"] == artifact_id else [{**record, **text}]
+        return found
+
+    publish_all(
+        home.catalog,
+        home.store,
+        [home.store.encode({_RESULT: data}) for data in distinct.values()],
+        record={"kind": "artifact"},
+        records=records,
+        what=", ".join(map(printable, names)),
+    )
+    return made
 
 
 def files_of(home: Home, reference: str) -> list[File]:
@@ -71,7 +98,7 @@ def files_of(home: Home, reference: str) -> list[File]:
         NotFound: if there is no such version.
     """
     checkpoint = Checkpoint.named(home, reference)
-    found = [File(one.name, one.size, one.at) for one in attached(home.catalog, checkpoint.name)]
+    found = [File(one.name, one.size, one.at) for one in attached(home.catalog, checkpoint.row)]
     manifest = home.store.manifest(checkpoint.id)
     for name, slot in _kept(manifest.components.get(FILES)):
         size = len(slot) // 2 if isinstance(slot, str) else manifest.tensors[slot].size
@@ -87,7 +114,7 @@ def read_file(home: Home, reference: str, name: str) -> bytes:
         Corrupt: if a byte is not what was stored.
     """
     checkpoint = Checkpoint.named(home, reference)
-    for one in attached(home.catalog, checkpoint.name):
+    for one in attached(home.catalog, checkpoint.row):
         if one.name == name:
             data = home.store.get(one.id, only=None, label=f"{checkpoint.name}: {printable(name)}")[_RESULT]
             return bytes(data)
@@ -97,33 +124,6 @@ def read_file(home: Home, reference: str, name: str) -> bytes:
             f"{checkpoint.name} has no file {quoted(name)}; registry files {checkpoint.name} lists them"
         )
     return kept[name]
-
-
-def _attach(home: Home, reference: str, path: Path, name: str, force: bool) -> Attached:
-    status, data = contents_of(Path(os.path.realpath(path)))
-    made: list[Record] = []
-
-    def records(view: View, artifact_id: str, text: Mapping[str, str]) -> list[Record]:
-        made[:] = [attachment(view, reference, artifact_id, name=name, size=status.st_size, force=force)]
-        return [] if made[0]["was"] == artifact_id else [{**made[0], **text}]
-
-    publish(
-        home.catalog,
-        home.store,
-        home.store.encode({_RESULT: data}),
-        record={"kind": "artifact"},
-        records=records,
-        what=printable(name),
-    )
-    (record,) = made
-    return Attached(
-        version=record["record"][MARK],
-        name=name,
-        size=status.st_size,
-        at=record["at"],
-        key=record["key"],
-        id=record["id"],
-    )
 
 
 def _name_of(path: Path) -> str:

@@ -111,7 +111,11 @@ def read_folder(folder: Path) -> Imported:
         if name not in used and name not in left_out:
             with _there(folder, name):
                 status, kept[name] = contents_of(Path(os.path.realpath(folder / name)))
-            stamps[folder / name] = stamp_of(status)
+            stamp = stamp_of(status)
+            # A state may be unreadable only because somebody was writing to it.
+            if stamps.setdefault(folder / name, stamp) != stamp:
+                shown = printable(str(folder / name))
+                raise Conflict(f"{shown}: changed while it was read; repeat it when nobody writes to it")
     if kept:
         components[FILES] = kept
     source = imported.source | {"weights": list(weights)} | ({"folder": trainer.name} if trainer else {})

@@ -512,6 +512,21 @@ def test_a_state_that_is_rewritten_while_it_is_read_leaves_no_version(
     assert registry.names() == []
 
 
+def test_a_state_that_cannot_be_read_as_it_is_being_written_leaves_no_version(
+    tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of(tmp_path / "in", {"trainer_state.json": b"{}", "optimizer.pt": b"half"})
+
+    def torn(path: Path) -> Any:
+        path.write_bytes(b"whole now")
+        raise Invalid("not a readable file of torch.save")
+
+    monkeypatch.setattr("registry.files.folders.read_torch_file", torn)
+    with pytest.raises(Conflict, match=r"optimizer.pt: changed while it was read"):
+        imported(registry, folder)
+    assert registry.names() == []
+
+
 def test_a_file_that_goes_while_the_folder_is_read_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
