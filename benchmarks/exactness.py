@@ -47,7 +47,6 @@ _PLAIN = ("torch", "plain.py")
 _TORCHDATA = ("torchdata", "plain.py")
 _ACCELERATE = ("accelerate", "accelerated.py")
 _LIGHTNING = ("lightning", "lightning_training.py")
-_TRANSFORMERS = ("transformers", "trainer_training.py")
 
 CASES = [
     Case(package, name, script, words, at)
@@ -72,11 +71,6 @@ CASES = [
         (_LIGHTNING, "inside an epoch, `StatefulDataLoader`", "--loader stateful", 17),
         (_LIGHTNING, "inside an epoch, `ResumableLoader`", "--loader resumable", 17),
         (_LIGHTNING, "the same, 2 workers", "--loader resumable --workers 2", 17),
-        (_TRANSFORMERS, "end of an epoch, BERT, data that draw", "--every 10 --draws", 23),
-        (_TRANSFORMERS, "inside an epoch, BERT", "", 17),
-        (_TRANSFORMERS, "the same, seeded otherwise before", "--seeded", 17),
-        (_TRANSFORMERS, "inside an epoch, BERT, data that draw", "--draws", 17),
-        (_TRANSFORMERS, "inside an epoch, Mixtral", "--mixtral", 17),
     )
 ]
 """The rows of the table."""

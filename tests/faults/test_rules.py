@@ -52,6 +52,11 @@ ALLOWED = {
     "registry/catalog/invariants.py": {"sqlite3.connect"},  # in memory
     "registry/catalog/old_format.py": {"sqlite3.connect"},
     "registry/catalog/refolding.py": {".rename"},  # `durable.disk.rename` is a durable step
+    "registry/integrations/trainer_folders.py": {".write_text"},  # in a folder that was just checked out
+    # The user's own script, in a temporary folder.
+    "registry/resuming/checking.py": {"subprocess.run"},
+    "registry/resuming/scratch.py": {"shutil.copytree"},
+    "registry/resuming/traced.py": {"open"},
     "registry/runs/provenance.py": {"subprocess.run"},  # git, without a shell
     "cli/runs.py": {"os.symlink"},  # in a temporary folder, for TensorBoard
 }
@@ -87,7 +92,7 @@ def test_only_their_own_modules_change_files_run_pickle_or_open_the_catalog(path
     found |= {(line, call) for line, call in calls(path) if call == "sqlite3.connect"}
     wrong = {(line, call) for line, call in found if call not in allowed}
     assert wrong == set()
-    assert list(opens_to_write(path)) == []
+    assert "open" in allowed or list(opens_to_write(path)) == []
 
 
 def test_torch_files_are_loaded_with_weights_only() -> None:
