@@ -54,7 +54,7 @@ ALLOWED = {
     "registry/catalog/refolding.py": {".rename"},  # `durable.disk.rename` is a durable step
     "registry/integrations/trainer_folders.py": {".write_text"},  # in a folder that was just checked out
     # The user's own script, in a temporary folder.
-    "registry/resuming/checking.py": {"subprocess.run"},
+    "registry/resuming/checking.py": {"subprocess.run", "open"},
     "registry/resuming/scratch.py": {"shutil.copytree"},
     "registry/resuming/traced.py": {"open"},
     "registry/runs/provenance.py": {"subprocess.run"},  # git, without a shell
