@@ -99,7 +99,7 @@ class Remembered:
         _, dtype, shape = place
         fingerprint = xxhash.xxh3_128(seed=self._seed)
         size = _PART if threads == 1 else _LARGE_PART
-        into = memoryview(bytearray(min(size, len(data)))) if into is None else into
+        into = np.empty(min(size, len(data)), np.uint8).data if into is None else into
         digest = _hash(dtype, shape, data, threads=threads, into=into, also=fingerprint.update)
         if len(self._entries) >= _MOST:
             self._entries.clear()

@@ -5,7 +5,7 @@ is missing, or is a release that is not supported, one line says what to install
 and `tracked` load no framework; they are for all.
 
 It imports everything below it but `registry.cli` and `registry.models`. To add a framework: one file here, an extra in
-pyproject.toml, a row of the table in docs/integrations.md, and a file in tests/integrations.
+pyproject.toml, a section of docs/integrations.md, and a file in tests/integrations.
 """
 
 from __future__ import annotations
