@@ -23,8 +23,8 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 COMMON = ["--set", "samples=192", "--set", "log_every=1", "--set", "workers=0"]
 
 
-def torchrun(root: Path, *words: str) -> subprocess.Popen[str]:
-    place = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "registry.cli"]
+def torchrun(root: Path, *words: str, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    place = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options, "-m", "registry.cli"]
     command = [sys.executable, *place, "--root", str(root), "train", *words]
     return subprocess.Popen(
         command, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
@@ -87,7 +87,8 @@ def test_training_in_two_processes(tmp_path: Path) -> None:
 
 def test_an_error_is_one_line_of_each_process(tmp_path: Path) -> None:
     Registry(tmp_path)
-    done = torchrun(tmp_path, "lenet5", "--resume", "nothing")
+    # torchrun ends the other process as soon as it sees one that failed, so it is told to look later
+    done = torchrun(tmp_path, "lenet5", "--resume", "nothing", options=("--monitor-interval=10",))
     _, err = done.communicate(timeout=120)
     assert done.returncode == 1
     lines = [line for line in err.splitlines() if line.startswith("registry: ")]
