@@ -65,6 +65,10 @@ class Disk:
         """Give a file another name; what has that name is replaced."""
         os.replace(source.name, target.name, src_dir_fd=source_folder, dst_dir_fd=target_folder)
 
+    def link(self, source: Path, target: Path, source_folder: int, target_folder: int) -> None:
+        """Give a file a second name, which no file has yet."""
+        os.link(source.name, target.name, src_dir_fd=source_folder, dst_dir_fd=target_folder)
+
     def unlink(self, path: Path, folder: int) -> None:
         """Remove a file."""
         os.unlink(path.name, dir_fd=folder)
@@ -189,8 +193,26 @@ class NewFile:
         os.close(self.fd)
         self.fd = -1
 
+    def publish_new(self, target: Path, *, inner: int = 2) -> bool:
+        """Give the file its final name, durably, unless a file has it: then false, and only `discard` may follow.
+
+        Args:
+            inner: how many of the last folders of the target's path belong to the registry.
+        """
+        make_folder(target.parent, inner=inner)
+        with (
+            opened_folder(self.path.parent, self._inner) as source_folder,
+            opened_folder(target.parent, inner) as target_folder,
+        ):
+            try:
+                disk.link(self.path, target, source_folder, target_folder)
+            except FileExistsError:
+                return False
+            disk.sync_folder(target.parent, target_folder)
+        return True
+
     def discard(self) -> None:
-        """Remove the file."""
+        """Remove the file; what `publish_new` made stays."""
         if self.fd >= 0:
             with contextlib.suppress(OSError):
                 if self._is_there():

@@ -63,7 +63,9 @@ def _registries_below(folder: Path) -> Iterator[Path]:
     for path, folders, _ in os.walk(folder):
         if "journal" in folders:
             folders.clear()
-            yield Path(path)
+            # The log of a bucket has an object for each entry.
+            if not any(Path(path, "journal").glob("*.zst")):
+                yield Path(path)
 
 
 def _broken_rules(root: Path) -> list[str]:

@@ -176,7 +176,7 @@ LAYERS = (
         "registry.patterns",
         "registry.release",
     ),
-    ("registry.catalog",),
+    ("registry.catalog", "registry.remote"),
     ("registry.home",),
     ("registry.live", "registry.upkeep"),
     ("registry.checkpoints", "registry.cache"),

@@ -24,7 +24,15 @@ COMMON = ["--set", "samples=192", "--set", "log_every=1", "--set", "workers=0"]
 
 
 def torchrun(root: Path, *words: str, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    place = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options, "-m", "registry.cli"]
+    place = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        *options,
+        "-m",
+        "registry.cli",
+    ]
     command = [sys.executable, *place, "--root", str(root), "train", *words]
     return subprocess.Popen(
         command, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
