@@ -1,7 +1,8 @@
 """What resumes exactly: trainings that are killed and resumed, from their framework's own checkpoint and from ours.
 
 Needs an environment with the frameworks; `make exactness` runs it there. A new case is an entry of `CASES`; a new
-framework a script in `trainings/` besides, which resumes by itself, and takes `--native` for its own checkpoint.
+framework a script in `trainings/` besides, which resumes by itself, and takes `--native` for its own checkpoint. The
+network and the samples of most are in `trainings/small.py`.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ _PLAIN = ("torch", "plain.py")
 _TORCHDATA = ("torchdata", "plain.py")
 _ACCELERATE = ("accelerate", "accelerated.py")
 _LIGHTNING = ("lightning", "lightning_training.py")
+_TRAINER = ("transformers", "trainer_training.py")
 
 CASES = [
     Case(package, name, script, words, at)
@@ -71,6 +73,14 @@ CASES = [
         (_LIGHTNING, "inside an epoch, `StatefulDataLoader`", "--loader stateful", 17),
         (_LIGHTNING, "inside an epoch, `ResumableLoader`", "--loader resumable", 17),
         (_LIGHTNING, "the same, 2 workers", "--loader resumable --workers 2", 17),
+        (_TRAINER, "end of an epoch, data that draw", "--every 10 --data draw", 23),
+        (_TRAINER, "inside an epoch", "", 17),
+        (_TRAINER, "the same, another seed set before it resumes", "--seed 777", 17),
+        (_TRAINER, "inside an epoch, data that draw", "--data draw", 17),
+        (_TRAINER, "the same, `ResumableData`", "--data draw --loader resumable", 17),
+        (_TRAINER, "the same, `ResumableData`, 2 workers", "--data draw --loader resumable --workers 2", 17),
+        (_TRAINER, "inside an epoch, Mixtral", "--network mixtral", 17),
+        (_TRAINER, "inside an epoch, LoRA of PEFT", "--network lora", 17),
     )
 ]
 """The rows of the table."""

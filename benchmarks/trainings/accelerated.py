@@ -8,23 +8,14 @@ import random
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
+from small import Rows, network
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from registry import Registry, ResumableLoader
 from registry.integrations.accelerate import load_state, save_state
 
 BATCHES, EPOCH = 30, 10
-
-
-class Rows(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Samples that draw random numbers, as an augmentation does."""
-
-    def __len__(self) -> int:
-        return 40
-
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.randn(8) + i / 40 + random.random(), torch.tensor(i % 2)
 
 
 class Progress:
@@ -55,11 +46,11 @@ accelerator = Accelerator(
     gradient_accumulation_steps=args.window,
     dataloader_config=DataLoaderConfiguration(use_stateful_dataloader=args.stateful),
 )
-network = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 2))
-optimizer = torch.optim.AdamW(network.parameters(), 1e-2)
+net = network()
+optimizer = torch.optim.AdamW(net.parameters(), 1e-2)
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, BATCHES)
 loader = DataLoader(Rows(), batch_size=4, shuffle=True, num_workers=args.workers)
-network, optimizer, scheduler, loader = accelerator.prepare(network, optimizer, scheduler, loader)
+net, optimizer, scheduler, loader = accelerator.prepare(net, optimizer, scheduler, loader)
 done = Progress()
 accelerator.register_for_checkpointing(done)
 if not args.native:
@@ -80,8 +71,8 @@ with registry.run("net", resume=before) as run:
         batches = accelerator.skip_first_batches(loader, skipped) if skipped else loader
         skipped = 0
         for x, y in batches:
-            with accelerator.accumulate(network):
-                loss = nn.functional.cross_entropy(network(x), y)
+            with accelerator.accumulate(net):
+                loss = nn.functional.cross_entropy(net(x), y)
                 accelerator.backward(loss)
                 optimizer.step()
                 scheduler.step()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import random
 from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from small import Rows, network
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from registry import Registry, ResumableLoader
@@ -19,24 +19,12 @@ from registry.integrations.lightning import RegistryCheckpoint
 EPOCHS, EPOCH = 3, 10
 
 
-class Rows(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Samples that draw random numbers, as an augmentation does."""
-
-    def __len__(self) -> int:
-        return 40
-
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.randn(8) + i / 40 + random.random(), torch.tensor(i % 2)
-
-
 class Net(LightningModule):
     """A small network with BatchNorm and dropout."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 2)
-        )
+        self.net = network()
 
     def training_step(self, batch: list[torch.Tensor]) -> torch.Tensor:
         return nn.functional.cross_entropy(self.net(batch[0]), batch[1])

@@ -8,26 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from small import SAMPLES, Rows, network
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from registry import Gradients, Registry, ResumableLoader
 
-SAMPLES, BATCH, BATCHES = 40, 4, 30
-
-
-class Rows(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Samples that may draw random numbers, as an augmentation does."""
-
-    def __init__(self, draws: bool) -> None:
-        self.draws = draws
-
-    def __len__(self) -> int:
-        return SAMPLES
-
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        noise = torch.randn(8) + random.random() if self.draws else torch.zeros(8)
-        return noise + i / SAMPLES, torch.tensor(i % 2)
+BATCH, BATCHES = 4, 30
 
 
 class Stream(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -77,15 +64,15 @@ def loader_of(data: Any) -> Any:
 torch.set_num_threads(1)
 torch.manual_seed(0)
 random.seed(0)
-network = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 2))
-optimizer = torch.optim.AdamW(network.parameters(), 1e-2)
+net = network()
+optimizer = torch.optim.AdamW(net.parameters(), 1e-2)
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, BATCHES)
 loader = loader_of(Stream() if args.data == "stream" else Rows(args.data == "draw"))
-parts = {"model": network, "optimizer": optimizer, "scheduler": scheduler}
+parts = {"model": net, "optimizer": optimizer, "scheduler": scheduler}
 if hasattr(loader, "state_dict"):
     parts["loader"] = loader
 if not args.native and args.window > 1:
-    parts["gradients"] = Gradients(network)
+    parts["gradients"] = Gradients(net)
 registry = Registry()
 native = registry.root / "native.pt"
 batch = 0
@@ -103,7 +90,7 @@ with registry.run("net", resume=before) as run:
         batch = state["batch"]
     while batch < BATCHES:
         for x, y in loader:
-            loss = nn.functional.cross_entropy(network(x), y)
+            loss = nn.functional.cross_entropy(net(x), y)
             loss.backward()
             batch += 1
             if batch % args.window == 0:

@@ -2,14 +2,15 @@
 
     from registry.integrations.accelerate import load_state, save_state
 
-    with Registry().run("net", config=config) as run:
+    with registry.run("net", resume=latest) as run:
+        if run.resumed:
+            load_state(run.resumed, accelerator)
+        ...
         save_state(run, accelerator, step=step, loss=loss)
 
-    load_state(registry["net@latest"], accelerator)
-
 All processes call these functions, as they call Accelerate's own. To resume exactly in the middle of an epoch, wrap what
-`prepare` returns, and register it: `loader = ResumableLoader(accelerator.prepare(loader))`, then
-`accelerator.register_for_checkpointing(loader)`.
+`prepare` has returned, and register it: `loader = ResumableLoader(loader)`, then
+`accelerator.register_for_checkpointing(loader)`. docs/integrations.md has the whole loop.
 """
 
 from __future__ import annotations

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from killed import train
+from killed import examples_of, train
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from registry import Registry
+from registry import Registry, check_resume
 from registry.files.folder_writing import checkout
 from registry.integrations import accelerate as ours
 from registry.integrations import check_release
@@ -50,6 +50,49 @@ def test_the_harness_tells_what_differs(tmp_path: Path) -> None:
         root = tmp_path / words[0]
         train(SCRIPT, root, "--kill", 17, *words, killed=True)
         assert train(SCRIPT, root, "--kill", 17, "--resume", *words) != whole
+
+
+STOCK = """
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+epochs = 2
+torch.manual_seed(0)
+torch.set_num_threads(1)
+data = TensorDataset(torch.rand(160, 8), torch.randint(2, (160,)))
+model = nn.Sequential(nn.Linear(8, 4), nn.Dropout(0.2), nn.Linear(4, 2))
+optimizer = torch.optim.AdamW(model.parameters())
+scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 320)
+accelerator = Accelerator(cpu=True)
+model, optimizer, loader, scheduler = accelerator.prepare(
+    model, optimizer, DataLoader(data, shuffle=True), scheduler
+)
+
+
+def trained(batch):
+    optimizer.zero_grad()
+    inputs, targets = batch
+    loss = nn.functional.cross_entropy(model(inputs), targets)
+    accelerator.backward(loss)
+    optimizer.step()
+    scheduler.step()
+    return loss
+
+
+"""
+"""A training as Accelerate's quick tour has it, up to its loop."""
+
+
+def test_the_loop_of_the_page_resumes_exactly(tmp_path: Path) -> None:
+    (loop,) = examples_of("Accelerate")
+    assert loop.count("...  #") == 1
+    script = tmp_path / "train.py"
+    script.write_text(STOCK + loop.replace("...  #", "loss = trained(batch)  #"))
+    found = check_resume(script, at=250)
+    found.assert_exact()
+    assert (found.steps, found.resumed) == (320, 200)
 
 
 def prepared(width: int = 2, networks: int = 1) -> Accelerator:

@@ -49,9 +49,9 @@ def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.Monkey
         "module": BoringModel(),
         "train_loader": DataLoader(RandomDataset(32, 8)),
         "accelerator": accelerator,
-        "loader": DataLoader(TensorDataset(torch.ones(4, 2))),
+        "loader": DataLoader(TensorDataset(torch.ones(100, 2))),
+        "epochs": 1,
         "loss": torch.tensor(0.5),
-        "step": 3,
         "model": model,
         "generator_optimizer": optimizer,
         "critic_optimizer": optimizer,
@@ -69,6 +69,6 @@ def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert registry["lenet5"].epoch == 9
     assert registry["digits:v1"].lineage[0]["parent"] == "wandb:digits:v3"
     assert registry["digits:v2"].lineage[0]["parent"].startswith("mlflow:")
-    assert registry["net:v1"].step == 3
+    assert registry["net:v1"].step == 100
     assert registry["net@best"].name == "net:v1"
     assert {"model", "optimizers", "gradients"} <= set(registry["net:v2"].components)
