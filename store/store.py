@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from registry.store import durable
 from registry.store.digest import is_digest
 from registry.store.errors import Corrupt, Missing, NotFound, RegistryError, naming, storage_errors
-from registry.store.folder_index import FolderIndex, ManifestFolder, PackFolder
+from registry.store.folder_index import Elsewhere, FolderIndex, ManifestFolder, PackFolder
 from registry.store.locating import Index, Locator, Wanted, filling, while_packs_move
 from registry.store.manifest import Manifest, TensorInfo, record_document, untagged
 from registry.store.pack import INNER, PackInfo
@@ -60,15 +60,19 @@ class Store:
     Args:
         root: a folder; `packs`, `manifests` and `tmp` below it are created when first needed.
         index: finds stored tensors; without one, the packs' own headers are read.
+        elsewhere: has the packs that are not in the folder.
     """
 
-    def __init__(self, root: Path | str, index: Index | None = None) -> None:
+    def __init__(
+        self, root: Path | str, index: Index | None = None, elsewhere: Elsewhere | None = None
+    ) -> None:
         self.root = Path(root)
         self.packs, self.manifests, self.tmp = (self.root / name for name in FOLDERS)
         self.index: Index = index or FolderIndex(self.packs)
         self.distrusted: set[str] = set()
         """Packs that were found damaged; what is saved again is written again, and heals them."""
-        self._packs = PackFolder(self.packs)
+        self.elsewhere = elsewhere
+        self._packs = PackFolder(self.packs, elsewhere)
         self._manifests = ManifestFolder(self.manifests, self.tmp, self.index)
         self._locator = Locator(self.index, self._packs)
 
