@@ -13,7 +13,7 @@ from registry.store import durable
 from registry.store.digest import is_digest
 from registry.store.errors import Corrupt, Missing, NotFound, RegistryError, naming, storage_errors
 from registry.store.folder_index import Elsewhere, FolderIndex, ManifestFolder, PackFolder
-from registry.store.locating import Index, Locator, Wanted, filling, while_packs_move
+from registry.store.locating import Index, Locator, Result, Wanted, filling, while_packs_move
 from registry.store.manifest import Manifest, TensorInfo, record_document, untagged
 from registry.store.pack import INNER, PackInfo
 
@@ -218,9 +218,11 @@ class Store:
         with self._reading(digest, label):
             manifest = self._manifests.recent(digest)
             documents = manifest.chosen(only)
-            tensors = while_packs_move(
-                lambda: self._locator.in_documents(manifest, documents),
-                lambda wanted: load(self.packs, wanted, copy=copy, check=verify),
+            tensors = self._read(
+                lambda: while_packs_move(
+                    lambda: self._locator.in_documents(manifest, documents),
+                    lambda wanted: load(self.packs, wanted, copy=copy, check=verify),
+                )
             )
             return {name: decode(document, tensors.__getitem__) for name, document in documents.items()}
 
@@ -272,9 +274,11 @@ class Store:
         with self._reading(digest, label), torch.no_grad():
             manifest = self._manifests.recent(digest)
             tensors, chosen = filling(manifest, tensor_paths(targets))
-            while_packs_move(
-                lambda: self._locator.chosen(manifest, chosen),
-                lambda wanted: fill(self.packs, tensors, wanted, check=verify),
+            self._read(
+                lambda: while_packs_move(
+                    lambda: self._locator.chosen(manifest, chosen),
+                    lambda wanted: fill(self.packs, tensors, wanted, check=verify),
+                )
             )
 
     def tensors_at(
@@ -294,9 +298,11 @@ class Store:
         with self._reading(digest, label):
             manifest = self._manifests.recent(digest)
             chosen = [(slot, slot, name) for slot, name in slots.items()]
-            return while_packs_move(
-                lambda: self._locator.chosen(manifest, chosen),
-                lambda wanted: load(self.packs, wanted, copy=False, check=verify),
+            return self._read(
+                lambda: while_packs_move(
+                    lambda: self._locator.chosen(manifest, chosen),
+                    lambda wanted: load(self.packs, wanted, copy=False, check=verify),
+                )
             )
 
     def __iter__(self) -> Iterator[str]:
@@ -344,6 +350,25 @@ class Store:
     def pack_is_whole(self, digest: str, size: int) -> bool:
         """Whether a pack's file is there in its full size, in bytes."""
         return self._packs.is_whole(digest, size)
+
+    def pack_is_here(self, digest: str, size: int) -> bool:
+        """Whether a pack's file is in this folder in its full size, in bytes."""
+        return self._packs.is_here(digest, size)
+
+    def bring(self, packs: Mapping[str, int]) -> None:
+        """Bring packs that lie elsewhere; see `registry.store.folder_index.PackFolder.bring`."""
+        with storage_errors(self.root):
+            self._packs.bring(packs)
+
+    def _read(self, read: Callable[[], Result]) -> Result:
+        """Read from packs. If one is damaged here and lies elsewhere as well, it is brought again, once."""
+        try:
+            return read()
+        except Corrupt as error:
+            if self.elsewhere is None or error.pack is None or isinstance(error, Missing):
+                raise
+            durable.unlink(self.pack_path(error.pack), inner=INNER)
+            return read()
 
     @contextlib.contextmanager
     def _reading(self, digest: str, label: str) -> Iterator[None]:

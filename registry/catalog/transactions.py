@@ -143,6 +143,10 @@ def follow(database: Database, change: Change) -> None:
         StorageError: if it cannot be reached.
     """
     catch_up(database, change)
+    _take_in_news(database, change)
+
+
+def _take_in_news(database: Database, change: Change) -> None:
     if database.shared is None or state(change.connection, "gaps"):
         return
     seq, digest, end = head(change.connection)
@@ -257,11 +261,11 @@ def finish_interrupted(database: Database, connection: sqlite3.Connection, ident
     """Finish a change that a crash interrupted; false if another process holds the log, or the disk is full."""
     try:
         with exclusive(database, connection, identity) as change:
+            catch_up(database, change)
             try:
-                follow(database, change)
-            except StorageError as error:
-                if database.shared is None:
-                    raise
+                _take_in_news(database, change)
+            except (StorageError, Corrupt) as error:
+                # What this host has is read all the same.
                 _logger.warning("%s", error)
     except StorageError as error:
         _logger.debug("the catalog is behind the log: %s", error)
