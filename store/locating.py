@@ -210,6 +210,10 @@ class Locator:
 
         return {digest for digest, place in located.items() if intact(place)}
 
+    def with_bases(self, digests: Collection[str]) -> set[str]:
+        """Some digests, and those of the tensors that theirs are stored as differences from."""
+        return {*digests, *self._bases(self._index.locate(digests))}
+
     def _bring(self, wanted: Iterable[Wanted]) -> None:
         self._packs.bring({place.pack: place.pack_size for item in wanted for place in item.places})
 

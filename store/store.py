@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,13 +163,32 @@ class Store:
             durable.again_on_trouble(write)
             return packs[-1]
 
-    def copy_to_new_pack(self, digests: Collection[str], bases: Mapping[str, str] | None = None) -> PackInfo:
-        """Copy stored tensors to a pack of their own; see `registry.store.recoding.copy_to_new_pack`."""
+    def copy_to_new_pack(
+        self, digests: Collection[str], bases: Mapping[str, str] | None = None, into: Store | None = None
+    ) -> PackInfo:
+        """Copy stored tensors to a pack of their own; see `registry.store.recoding.copy_to_new_pack`.
+
+        Args:
+            into: the store that gets the pack; this one unless given.
+        """
         # Lazy: loads torch.
         from registry.store.recoding import copy_to_new_pack
 
+        into = into or self
         with storage_errors(self.root):
-            return copy_to_new_pack(self._locator, digests, bases or {}, packs=self.packs, tmp=self.tmp)
+            for folder in (into.packs, into.manifests, into.tmp):
+                durable.make_folder(folder, inner=1)
+            return copy_to_new_pack(
+                self._locator, digests, bases or {}, source=self.packs, packs=into.packs, tmp=into.tmp
+            )
+
+    def intact(self, digests: Iterable[str]) -> set[str]:
+        """Those of the digests whose tensors are stored, with all that they are differences from, in whole packs."""
+        return set(self._locator.intact(set(digests), distrusted=self.distrusted))
+
+    def with_bases(self, digests: Collection[str]) -> set[str]:
+        """Some digests, and those of the tensors that theirs are stored as differences from."""
+        return self._locator.with_bases(digests)
 
     def discard_pack(self, digest: str) -> None:
         """Remove a pack that was written for nothing. Nobody else relies on it, as its name is new."""
