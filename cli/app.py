@@ -68,6 +68,8 @@ _ROWS = (
     Row("runs", "board"),
     Row("reading", "status", is_light=True),
     Row("caches", "cache", is_light=True),
+    Row("sharing", "push"),
+    Row("sharing", "pull"),
     Row("naming", "alias", is_light=True),
     Row("naming", "tag", is_light=True),
     Row("naming", "note", is_light=True),

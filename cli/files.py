@@ -15,7 +15,7 @@ from registry.configs.documents import read_document, read_value
 from registry.files.exporting import export as export_checkpoint
 from registry.files.formats import FORMATS, listed
 from registry.log.reference import check_name
-from registry.store.errors import Invalid, RegistryError
+from registry.store.errors import Invalid, NotFound, RegistryError
 from registry.store.text import printable, quoted
 
 if TYPE_CHECKING:
@@ -45,12 +45,16 @@ def init(folder: str | None, root: str | None, as_json: bool) -> None:
     is.
     """
     # Lazy: start-up.
-    from registry.home import SETTINGS, default_root
+    from registry.home import default_root
     from registry.registry import Registry
 
-    place = Path(folder or root or default_root())
-    fresh = not (place / SETTINGS).is_file()
-    Registry(place)
+    place = folder or root or default_root()
+    try:
+        Registry(place, create=False)
+        fresh = False
+    except NotFound:
+        Registry(place)
+        fresh = True
     if as_json:
         print_json({"root": str(place), "created": fresh})
     else:

@@ -17,15 +17,16 @@ from registry.store import durable
 from registry.store.errors import Conflict, NotFound, storage_errors
 
 if TYPE_CHECKING:
+    from registry.remote.remote import Remote
     from registry.store.store import Store
 
 SETTINGS = settings.NAME
 """The name of the file in which a registry's folder says what it is."""
 
 
-def default_root() -> Path:
+def default_root() -> str:
     """`REGISTRY_ROOT`, or `.registry` in the working directory."""
-    return Path(os.environ.get("REGISTRY_ROOT") or ".registry")
+    return os.environ.get("REGISTRY_ROOT") or ".registry"
 
 
 class Home:
@@ -36,7 +37,7 @@ class Home:
         catalog: the models, versions and runs that the registry knows.
 
     Args:
-        root: the folder; `REGISTRY_ROOT` or `./.registry` unless given.
+        root: the folder, or the URL of a shared registry; `REGISTRY_ROOT` or `./.registry` unless given.
         create: make a new registry if the folder does not hold one.
 
     Raises:
@@ -45,13 +46,17 @@ class Home:
     """
 
     def __init__(self, root: Path | str | None = None, *, create: bool = True) -> None:
-        given = Path(root) if root is not None else default_root()
+        given = str(root) if root is not None else default_root()
+        self.remote = _remote_at(given)
         # A program may change its working directory.
-        self.root = Path(os.path.abspath(given))
-        self.catalog = Catalog(self.root, lambda: self.store)
+        self.root = self.remote.folder if self.remote else Path(os.path.abspath(given))
+        self.catalog = Catalog(self.root, lambda: self.store, self.remote.log if self.remote else None)
         if not settings.are_there(self.root):
-            if not create:
+            is_there = self.remote is not None and self.remote.is_there()
+            if not create and not is_there:
                 raise NotFound(f"there is no registry at {given}; make one with: registry init")
+            if self.remote and not is_there:
+                self.remote.prepare()
             self._create()
         self.catalog.format = settings.read_format(self.root)
 
@@ -61,13 +66,18 @@ class Home:
         # Lazy: start-up.
         from registry.store.store import Store
 
-        return Store(self.root, self.catalog)
+        return Store(self.root, self.catalog, self.remote.packs if self.remote else None)
+
+    @property
+    def place(self) -> str:
+        """Where the registry is: its folder, or its URL."""
+        return self.remote.url if self.remote else str(self.root)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({str(self.root)!r})"
+        return f"{type(self).__name__}({self.place!r})"
 
     def __reduce__(self) -> tuple[type[Self], tuple[str]]:
-        return type(self), (str(self.root.absolute()),)
+        return type(self), (self.place,)
 
     def _create(self) -> None:
         # Lazy: start-up.
@@ -85,7 +95,20 @@ class Home:
             for folder in FOLDERS:
                 durable.make_folder(self.root / folder, inner=1)
             created_by = f"torch-registry {VERSION}"
+            if self.remote:
+                settings.share(self.root, self.remote.url)
             self.catalog.create(created_by)
             settings.create(self.root, created_by)
             if is_own:
                 settings.hide_from_git(self.root)
+
+
+def _remote_at(place: str) -> Remote | None:
+    """The shared registry at a URL, or the one that a host's folder is for; None for a folder of its own."""
+    url = place if "://" in place else settings.shared_url(Path(place))
+    if url is None:
+        return None
+    # Lazy: start-up.
+    from registry.remote.remote import open_remote
+
+    return open_remote(url, None if "://" in place else Path(os.path.abspath(place)))

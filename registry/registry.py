@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from registry.transfer.report import DiffReport
     from registry.transfer.sources import Source
     from registry.upkeep.compaction import Compacted
+    from registry.upkeep.copying import Copied
     from registry.upkeep.garbage import Collected
     from registry.upkeep.rebuilding import Rebuilt
     from registry.upkeep.status import Status
@@ -468,6 +469,19 @@ class Registry(Home):
         from registry.upkeep.garbage import collect_garbage
 
         return collect_garbage(self.catalog, self.store, grace=grace, dry_run=dry_run, tell=tell)
+
+    def copy_to(
+        self, other: Home, references: Sequence[str] = (), *, progress: Progress = silent
+    ) -> list[Copied]:
+        """Copy versions to another registry, such as a shared one; see `registry.upkeep.copying.copy_versions`.
+
+        for copied in registry.copy_to(Registry("s3://models/team"), ["lenet5@best"]):
+            print(copied.source, "->", copied.target)
+        """
+        # Lazy: loads torch.
+        from registry.upkeep.copying import copy_versions
+
+        return copy_versions(self, other, references, progress=progress)
 
     def rebuild(self, *, adopt: bool = False, progress: Progress = silent) -> Rebuilt:
         """Make the catalog anew from the log, and take in what it has lost; see `registry.upkeep.rebuilding.rebuild`.

@@ -10,8 +10,9 @@ import re
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Container, Iterable
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 from registry.store.digest import digest as digest_of
 from registry.store.digest import is_digest
@@ -32,15 +33,59 @@ _MOST_MANIFESTS = 256
 _SHARD = re.compile(r"[0-9a-f]{2}\Z")
 
 
+class Elsewhere(Protocol):
+    """Where packs lie that this host has only the headers of."""
+
+    def info(self, digest: str) -> PackInfo:
+        """What a pack holds.
+
+        Raises:
+            Corrupt: if it is not there, or its header is not the one that its name covers.
+            StorageError: if the place cannot be reached.
+        """
+        ...
+
+    def has(self, digest: str, size: int) -> bool:
+        """Whether a pack of this size is there, as far as this host knows."""
+        ...
+
+    def ages(self) -> Mapping[str, tuple[float, int]]:
+        """All packs that lie there: seconds by which each is older than the newest one, and bytes.
+
+        Raises:
+            StorageError: if the place cannot be reached.
+        """
+        ...
+
+    def delete(self, packs: Collection[str]) -> None:
+        """Delete packs that were doomed; one that is not there is fine.
+
+        Raises:
+            StorageError: if the place cannot be reached, or refuses.
+        """
+        ...
+
+    def fetch(self, packs: Mapping[str, int]) -> None:
+        """Bring packs of some sizes, in bytes, to this host.
+
+        Raises:
+            Corrupt: if one is not there, or not what its name covers.
+            StorageError: if the place cannot be reached.
+        """
+        ...
+
+
 class PackFolder:
     """The packs of a store; safe to use from several threads.
 
     Args:
         folder: where they lie.
+        elsewhere: has those that are not there.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, elsewhere: Elsewhere | None = None) -> None:
         self._folder = folder
+        self._elsewhere = elsewhere
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, PackInfo] = OrderedDict()
         self._size = 0
@@ -54,9 +99,25 @@ class PackFolder:
         return names_of(self._folder, ".safetensors")
 
     def is_whole(self, digest: str, size: int) -> bool:
-        """Whether a pack's file is there in its full size, in bytes."""
+        """Whether a pack's file is there in its full size, in bytes; here or elsewhere."""
+        is_here = self.is_here(digest, size)
+        return is_here or (self._elsewhere is not None and self._elsewhere.has(digest, size))
+
+    def is_here(self, digest: str, size: int) -> bool:
+        """Whether a pack's file is in the folder in its full size, in bytes."""
         status = status_of(self.path(digest), inner=INNER)
         return status is not None and stat.S_ISREG(status.st_mode) and status.st_size == size
+
+    def bring(self, packs: Mapping[str, int]) -> None:
+        """Bring those of some packs, of sizes in bytes, that lie elsewhere.
+
+        Raises:
+            Corrupt, StorageError: as `Elsewhere.fetch`.
+        """
+        if self._elsewhere is not None:
+            absent = {digest: size for digest, size in packs.items() if not self.is_here(digest, size)}
+            if absent:
+                self._elsewhere.fetch(absent)
 
     def info(self, digest: str) -> PackInfo:
         """What a pack holds, from its header, which is kept in memory.
@@ -67,7 +128,7 @@ class PackFolder:
         with self._lock:
             found = self._kept.get(digest)
         if found is None:
-            found = read_pack_info(self.path(digest))
+            found = self._read(digest)
             self.keep(found)
         return found
 
@@ -84,6 +145,14 @@ class PackFolder:
         for tensor in self.info(digest).tensors:
             if tensor.digest in only:
                 yield TensorInfo(tensor.dtype, tensor.shape, tensor.digest), tensor.start
+
+    def _read(self, digest: str) -> PackInfo:
+        try:
+            return read_pack_info(self.path(digest))
+        except Missing:
+            if self._elsewhere is None:
+                raise
+            return self._elsewhere.info(digest)
 
     def keep(self, info: PackInfo) -> None:
         """Keep the header of a pack in memory."""

@@ -65,6 +65,14 @@ class Index(Protocol):
 class Packs(Protocol):
     """What a locator asks about single packs."""
 
+    def bring(self, packs: Mapping[str, int]) -> None:
+        """Bring those of some packs, of sizes in bytes, that lie elsewhere.
+
+        Raises:
+            Corrupt, StorageError: if that fails.
+        """
+        ...
+
     def is_whole(self, digest: str, size: int) -> bool:
         """Whether a pack's file is there in its full size."""
         ...
@@ -139,6 +147,7 @@ class Locator:
             wanted.append(
                 Wanted(slot=key, info=info, location=location, name=path, size=info.size, base=base)
             )
+        self._bring(wanted)
         return wanted
 
     def by_digest(
@@ -178,6 +187,7 @@ class Locator:
                         base=base,
                     )
                 )
+        self._bring(found)
         return found
 
     def intact(self, digests: Collection[str], distrusted: Collection[str]) -> Collection[str]:
@@ -199,6 +209,13 @@ class Locator:
             return place.base is None or intact(bases.get(place.base), depth + 1)
 
         return {digest for digest, place in located.items() if intact(place)}
+
+    def with_bases(self, digests: Collection[str]) -> set[str]:
+        """Some digests, and those of the tensors that theirs are stored as differences from."""
+        return {*digests, *self._bases(self._index.locate(digests))}
+
+    def _bring(self, wanted: Iterable[Wanted]) -> None:
+        self._packs.bring({place.pack: place.pack_size for item in wanted for place in item.places})
 
     def _bases(self, located: Mapping[str, Location]) -> dict[str, Location]:
         """Where the tensors lie that others are stored as differences from, by digest."""

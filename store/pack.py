@@ -310,13 +310,28 @@ def read_pack_info(path: Path) -> PackInfo:
     name = path.name.removesuffix(".safetensors")
     if digest_of(head) != name:
         raise Corrupt(f"{path}: the header is not the one that the file's name covers")
+    try:
+        return info_from(name, parsed, size)
+    except Invalid as error:
+        raise Corrupt(f"{path}: {error}") from None
+
+
+def info_from(name: str, parsed: header.Header, size: int) -> PackInfo:
+    """What a pack holds, from its header.
+
+    Args:
+        size: of its file, in bytes.
+
+    Raises:
+        Invalid: naming the tensor that has a malformed type.
+    """
     tensors = []
     for entry in parsed.entries:
         digest, dot, base = entry.name.partition(".")
         if dot and is_digest(digest) and is_digest(base):
             dtype, shape = _opaque(parsed.metadata.get(entry.name, ""))
             if dtype not in ELEMENT_TYPES or entry.code != "U8":
-                raise Corrupt(f"{path}: tensor {entry.name} has a malformed type")
+                raise Invalid(f"tensor {entry.name} has a malformed type")
             size_there = entry.end - entry.start
             tensors.append(
                 PackedTensor(digest, dtype, shape=shape, start=entry.start, base=base, coded=size_there)
@@ -328,7 +343,7 @@ def read_pack_info(path: Path) -> PackInfo:
         if entry.name in parsed.metadata:
             dtype, shape = _opaque(parsed.metadata[entry.name])
         if dtype not in ELEMENT_TYPES or byte_count(dtype, shape) != entry.end - entry.start:
-            raise Corrupt(f"{path}: tensor {entry.name} has a malformed type")
+            raise Invalid(f"tensor {entry.name} has a malformed type")
         tensors.append(PackedTensor(entry.name, dtype, shape=shape, start=entry.start))
     return PackInfo(name, size, tuple(tensors))
 

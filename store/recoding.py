@@ -21,7 +21,13 @@ _WORTH_IT = 0.9
 
 
 def copy_to_new_pack(
-    locator: Locator, digests: Collection[str], bases: Mapping[str, str], *, packs: Path, tmp: Path
+    locator: Locator,
+    digests: Collection[str],
+    bases: Mapping[str, str],
+    *,
+    source: Path,
+    packs: Path,
+    tmp: Path,
 ) -> PackInfo:
     """Copy stored tensors to a pack of their own, verified, so that the packs they are in can go.
 
@@ -30,14 +36,15 @@ def copy_to_new_pack(
         digests: which to copy.
         bases: by digest, a stored tensor of the same dtype and shape; the copy is stored as the difference from it
             where that saves a tenth.
-        packs: the folder of the packs.
+        source: the folder of the packs that have them.
+        packs: the folder of the new one.
         tmp: the folder where the new one lies until it is complete.
 
     Raises:
         Corrupt: if a byte is not what was saved.
     """
     wanted, stored_bases = locator.by_digest(digests), locator.by_digest({*bases.values()})
-    mapped = loading.Mapped(packs)
+    mapped = loading.Mapped(source)
     sound: set[str] = set()
     differing = _differing(wanted, {item.info.digest: item for item in stored_bases}, bases)
     types = [(item.info.dtype, item.info.shape) for item in wanted]
@@ -49,13 +56,13 @@ def copy_to_new_pack(
         for item in wanted:
             info, base = item.info, differing.get(item.info.digest)
             if item.base:
-                _copy_difference(packs, item, mapped=mapped, writer=writer)
+                _copy_difference(source, item, mapped=mapped, writer=writer)
                 continue
             data = mapped.bytes(item)
-            _check(packs, item, data)
+            _check(source, item, data)
             if base is not None:
                 if base.info.digest not in sound:
-                    _check(packs, base, mapped.bytes(base))
+                    _check(source, base, mapped.bytes(base))
                     sound.add(base.info.digest)
                 if coded := _difference(item, data, mapped.bytes(base)):
                     writer.add_difference(
@@ -68,7 +75,7 @@ def copy_to_new_pack(
         # The pack that it was copied from has changed since it was checked.
         writer.discard()
         changed = next(one for one in wanted if one.info.digest in error.digests)
-        raise loading.damaged(packs, changed) from None
+        raise loading.damaged(source, changed) from None
     except BaseException:
         writer.discard()
         raise

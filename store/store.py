@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from registry.store import durable
 from registry.store.digest import is_digest
 from registry.store.errors import Corrupt, Missing, NotFound, RegistryError, naming, storage_errors
-from registry.store.folder_index import FolderIndex, ManifestFolder, PackFolder
-from registry.store.locating import Index, Locator, Wanted, filling, while_packs_move
+from registry.store.folder_index import Elsewhere, FolderIndex, ManifestFolder, PackFolder
+from registry.store.locating import Index, Locator, Result, Wanted, filling, while_packs_move
 from registry.store.manifest import Manifest, TensorInfo, record_document, untagged
 from registry.store.pack import INNER, PackInfo
 
@@ -60,15 +60,19 @@ class Store:
     Args:
         root: a folder; `packs`, `manifests` and `tmp` below it are created when first needed.
         index: finds stored tensors; without one, the packs' own headers are read.
+        elsewhere: has the packs that are not in the folder.
     """
 
-    def __init__(self, root: Path | str, index: Index | None = None) -> None:
+    def __init__(
+        self, root: Path | str, index: Index | None = None, elsewhere: Elsewhere | None = None
+    ) -> None:
         self.root = Path(root)
         self.packs, self.manifests, self.tmp = (self.root / name for name in FOLDERS)
         self.index: Index = index or FolderIndex(self.packs)
         self.distrusted: set[str] = set()
         """Packs that were found damaged; what is saved again is written again, and heals them."""
-        self._packs = PackFolder(self.packs)
+        self.elsewhere = elsewhere
+        self._packs = PackFolder(self.packs, elsewhere)
         self._manifests = ManifestFolder(self.manifests, self.tmp, self.index)
         self._locator = Locator(self.index, self._packs)
 
@@ -159,13 +163,32 @@ class Store:
             durable.again_on_trouble(write)
             return packs[-1]
 
-    def copy_to_new_pack(self, digests: Collection[str], bases: Mapping[str, str] | None = None) -> PackInfo:
-        """Copy stored tensors to a pack of their own; see `registry.store.recoding.copy_to_new_pack`."""
+    def copy_to_new_pack(
+        self, digests: Collection[str], bases: Mapping[str, str] | None = None, into: Store | None = None
+    ) -> PackInfo:
+        """Copy stored tensors to a pack of their own; see `registry.store.recoding.copy_to_new_pack`.
+
+        Args:
+            into: the store that gets the pack; this one unless given.
+        """
         # Lazy: loads torch.
         from registry.store.recoding import copy_to_new_pack
 
+        into = into or self
         with storage_errors(self.root):
-            return copy_to_new_pack(self._locator, digests, bases or {}, packs=self.packs, tmp=self.tmp)
+            for folder in (into.packs, into.manifests, into.tmp):
+                durable.make_folder(folder, inner=1)
+            return copy_to_new_pack(
+                self._locator, digests, bases or {}, source=self.packs, packs=into.packs, tmp=into.tmp
+            )
+
+    def intact(self, digests: Iterable[str]) -> set[str]:
+        """Those of the digests whose tensors are stored, with all that they are differences from, in whole packs."""
+        return set(self._locator.intact(set(digests), distrusted=self.distrusted))
+
+    def with_bases(self, digests: Collection[str]) -> set[str]:
+        """Some digests, and those of the tensors that theirs are stored as differences from."""
+        return self._locator.with_bases(digests)
 
     def discard_pack(self, digest: str) -> None:
         """Remove a pack that was written for nothing. Nobody else relies on it, as its name is new."""
@@ -214,9 +237,11 @@ class Store:
         with self._reading(digest, label):
             manifest = self._manifests.recent(digest)
             documents = manifest.chosen(only)
-            tensors = while_packs_move(
-                lambda: self._locator.in_documents(manifest, documents),
-                lambda wanted: load(self.packs, wanted, copy=copy, check=verify),
+            tensors = self._read(
+                lambda: while_packs_move(
+                    lambda: self._locator.in_documents(manifest, documents),
+                    lambda wanted: load(self.packs, wanted, copy=copy, check=verify),
+                )
             )
             return {name: decode(document, tensors.__getitem__) for name, document in documents.items()}
 
@@ -268,9 +293,11 @@ class Store:
         with self._reading(digest, label), torch.no_grad():
             manifest = self._manifests.recent(digest)
             tensors, chosen = filling(manifest, tensor_paths(targets))
-            while_packs_move(
-                lambda: self._locator.chosen(manifest, chosen),
-                lambda wanted: fill(self.packs, tensors, wanted, check=verify),
+            self._read(
+                lambda: while_packs_move(
+                    lambda: self._locator.chosen(manifest, chosen),
+                    lambda wanted: fill(self.packs, tensors, wanted, check=verify),
+                )
             )
 
     def tensors_at(
@@ -290,9 +317,11 @@ class Store:
         with self._reading(digest, label):
             manifest = self._manifests.recent(digest)
             chosen = [(slot, slot, name) for slot, name in slots.items()]
-            return while_packs_move(
-                lambda: self._locator.chosen(manifest, chosen),
-                lambda wanted: load(self.packs, wanted, copy=False, check=verify),
+            return self._read(
+                lambda: while_packs_move(
+                    lambda: self._locator.chosen(manifest, chosen),
+                    lambda wanted: load(self.packs, wanted, copy=False, check=verify),
+                )
             )
 
     def __iter__(self) -> Iterator[str]:
@@ -340,6 +369,25 @@ class Store:
     def pack_is_whole(self, digest: str, size: int) -> bool:
         """Whether a pack's file is there in its full size, in bytes."""
         return self._packs.is_whole(digest, size)
+
+    def pack_is_here(self, digest: str, size: int) -> bool:
+        """Whether a pack's file is in this folder in its full size, in bytes."""
+        return self._packs.is_here(digest, size)
+
+    def bring(self, packs: Mapping[str, int]) -> None:
+        """Bring packs that lie elsewhere; see `registry.store.folder_index.PackFolder.bring`."""
+        with storage_errors(self.root):
+            self._packs.bring(packs)
+
+    def _read(self, read: Callable[[], Result]) -> Result:
+        """Read from packs. If one is damaged here and lies elsewhere as well, it is brought again, once."""
+        try:
+            return read()
+        except Corrupt as error:
+            if self.elsewhere is None or error.pack is None or isinstance(error, Missing):
+                raise
+            durable.unlink(self.pack_path(error.pack), inner=INNER)
+            return read()
 
     @contextlib.contextmanager
     def _reading(self, digest: str, label: str) -> Iterator[None]:

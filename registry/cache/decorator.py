@@ -6,6 +6,7 @@ import asyncio
 import functools
 import inspect
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -125,7 +126,7 @@ class _Cached(Generic[P, R]):
     def _home(self) -> Home:
         if isinstance(self._given, Home):
             return self._given
-        return _opened(default_root() if self._given is None else Path(self._given))
+        return _opened(str(self._given) if self._given is not None else default_root())
 
     def _artifact(self, *args: Any, **kwargs: Any) -> Artifact:
         if inspect.iscoroutinefunction(self._function):
@@ -233,9 +234,9 @@ def _try(lock: FileLock) -> bool:
     return True
 
 
-def _opened(root: Path) -> Home:
-    """The registry in a folder, opened once, as opening the catalog takes longer than a small hit."""
-    where = str(root.absolute())
-    if where not in _homes or not (root / SETTINGS).is_file():
+def _opened(root: str) -> Home:
+    """The registry at a place, opened once, as opening the catalog takes longer than a small hit."""
+    where = root if "://" in root else os.path.abspath(root)
+    if where not in _homes or not (_homes[where].root / SETTINGS).is_file():
         _homes[where] = Home(root)
     return _homes[where]

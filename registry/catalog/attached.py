@@ -34,6 +34,7 @@ class Attached(NamedTuple):
         at: when it was attached, in UTC, ISO 8601.
         key: of the artifact.
         id: digest of the artifact's manifest.
+        to: the id that the version was saved with.
     """
 
     version: str
@@ -42,6 +43,7 @@ class Attached(NamedTuple):
     at: str
     key: str
     id: str
+    to: str
 
 
 class Attachment(NamedTuple):
@@ -56,7 +58,7 @@ def attached(reader: Reader, version: Version) -> list[Attached]:
     """The files that are attached to a version, by name."""
     first = _first_id(version.id, version.record)
     found = [
-        Attached(version=version.name, name=name, size=size, at=at, key=key, id=artifact_id)
+        Attached(version=version.name, name=name, size=size, at=at, key=key, id=artifact_id, to=to)
         for to, name, size, at, key, artifact_id in _all(reader)
         if to == first
     ]
@@ -83,6 +85,18 @@ def attachment(view: Reader, version: Version, file: Attachment, *, force: bool)
         )
     record = {MARK: first, "name": file.name, "size": file.size}
     return {"op": "artifact", "key": key, "id": file.id, "at": now(), "record": record, "was": was}
+
+
+def attached_again(file: Attached, view: Reader, text: Mapping[str, str]) -> list[Record]:
+    """The record that attaches a file of another registry to the same version in this one, unless one has its name.
+
+    Args:
+        text: the field that carries the text of the artifact's manifest.
+    """
+    rows = view.query("SELECT id FROM artifacts WHERE key = ?", [file.key])
+    about = {MARK: file.to, "name": file.name, "size": file.size}
+    record = {"op": "artifact", "key": file.key, "id": file.id, "at": file.at, "record": about, "was": None}
+    return [] if rows else [{**record, **text}]
 
 
 def drop_orphans(catalog: Catalog) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import math
 import os
+import random
 import sqlite3
 import threading
 import time
@@ -21,6 +22,7 @@ from registry.catalog.copies import gaps_in, is_behind, not_before, text_in
 from registry.catalog.database import Damaged, Database, FileId, Held, LogState, Replaced, Still
 from registry.catalog.lookups import locate
 from registry.catalog.opening import Opening
+from registry.log.sharing import Behind
 from registry.store import places
 from registry.store.errors import Corrupt, RegistryError, StorageError
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from registry.catalog.transactions import View
     from registry.log.entries import Entry, Record
     from registry.log.ledger import Ledger
+    from registry.log.sharing import Shared
     from registry.store.locating import Location
     from registry.store.store import Store
 
@@ -36,6 +39,9 @@ _TRIES = 4
 
 _LOOK_AGAIN = 1.0
 """Seconds after which a connection that stays open checks whether the log has entries that the catalog lacks."""
+
+_BEHIND = 60.0
+"""Seconds for which a change is worked out again, while other hosts add entries first."""
 
 _logger = logging.getLogger(__name__)
 
@@ -46,16 +52,18 @@ class Catalog:
     Args:
         root: the registry's folder.
         store: gives the store, whose manifests and packs a change reads.
+        shared: the log that other hosts add to as well; None where there are none.
 
     Attributes:
         path: of the database.
         journal: the log in the folder.
     """
 
-    def __init__(self, root: Path, store: Callable[[], Store]) -> None:
-        self._database = Database(root, store)
+    def __init__(self, root: Path, store: Callable[[], Store], shared: Shared | None = None) -> None:
+        self._database = Database(root, store, shared)
         self._opening = Opening(self._database, lambda why: self.refold(why=why))
         self._local = threading.local()
+        self.shared = shared
         self.path = self._database.path
         self.journal = self._database.journal
 
@@ -139,9 +147,19 @@ class Catalog:
 
         if self.format == 1:
             self.migrate()
-        for attempt in range(3):
+        until, behind, attempt = time.monotonic() + _BEHIND, 0, 0
+        while attempt < 3:
             try:
                 return commit(self._database, self._held(writes=True), compute)
+            except Behind:
+                if time.monotonic() > until:
+                    raise StorageError(
+                        f"{self.path}: other hosts have kept changing the registry for {_BEHIND:.0f} s; repeat"
+                    ) from None
+                # Somebody else got on; whoever waits longest is not to wait for ever.
+                behind += 1
+                time.sleep(random.uniform(0, min(0.6, 0.02 * 2**behind)))
+                continue
             except Replaced:
                 self.close()
             except StorageError:
@@ -153,6 +171,7 @@ class Catalog:
                     raise
                 _logger.warning("%s", error)
                 self.refold(why="damaged")
+            attempt += 1
         raise Corrupt(f"{self.path}: the catalog does not stay as it is made; check the disk")
 
     def adopt(self, compute: Callable[[Ledger], Sequence[Record]], reason: str) -> list[Record]:
@@ -341,6 +360,12 @@ class Catalog:
             return False
         if isinstance(held.identity, LogState | Still):
             return not (writes and database.is_writable)
+        if not writes and database.shared is not None and database.shared.is_due():
+            # Lazy: start-up.
+            from registry.catalog.transactions import finish_interrupted
+
+            with database.errors():
+                finish_interrupted(database, held.connection, held.identity)
         if writes or held.looked + _LOOK_AGAIN > time.monotonic() or not isinstance(held.identity, FileId):
             return True
         held.looked = time.monotonic()

@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from registry.catalog.lookups import are_doomed
 from registry.log.entries import Record, manifest_text, now, pack_record
 from registry.progress import Progress, silent
 from registry.store.errors import Conflict, Corrupt, RegistryError
@@ -96,6 +97,8 @@ def publish_all(
     catalog.check_unbroken()
     # Packs that other processes wrote cannot be written again here.
     is_repeatable = not any(isinstance(state, Written) for state in states)
+    # What another host has stored meanwhile does no harm, and to upload anew costs more than to have it twice.
+    strict_attempts = 0 if catalog.shared else _ATTEMPTS // 2
 
     def put() -> list[Stored]:
         return [store.put(state, record, progress=progress) for state in states]
@@ -110,7 +113,7 @@ def publish_all(
             stored = stored or put()
             packs: list[Record] = []
             for one in stored:
-                found = _packs(view, one, strict=is_repeatable and attempt < _ATTEMPTS // 2)  # noqa: B023
+                found = _packs(view, one, strict=is_repeatable and attempt < strict_attempts)  # noqa: B023
                 packs += [record for record in found if record not in packs]
             texts = [manifest_text(one.text) for one in stored]
             for one, text in zip(stored, texts, strict=True):
@@ -119,6 +122,8 @@ def publish_all(
             ids = [one.digest for one in stored]
             return [*packs, *records(view, list(zip(ids, texts, strict=True)))]
 
+        if catalog.shared:
+            catalog.shared.upload([pack.digest for one in stored for pack in one.packs])
         try:
             entry = catalog.commit(compute)
             for one in stored:
@@ -163,6 +168,8 @@ def _packs(view: View, stored: Stored, *, strict: bool) -> list[Record]:
         Stale: if something is not there any more.
     """
     store = view.store
+    if are_doomed(view, [pack.digest for pack in stored.packs]):
+        raise Stale("packs of this save were collected meanwhile")
     needed = {tensor.digest for tensor in stored.manifest.tensors}
     own: dict[str, Location] = {}
     for pack in stored.packs:

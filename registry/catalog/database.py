@@ -34,6 +34,7 @@ from registry.store.places import is_local
 from registry.store.text import printable, quoted
 
 if TYPE_CHECKING:
+    from registry.log.sharing import Shared
     from registry.store.store import Store
 
 NAME = "catalog.sqlite"
@@ -104,6 +105,7 @@ class Database:
     Args:
         root: the registry's folder.
         store: gives the store, whose manifests and packs a change reads.
+        shared: the log that other hosts add to as well; None where there are none.
 
     Attributes:
         path: of the database.
@@ -111,10 +113,11 @@ class Database:
         format: the format that the registry has.
     """
 
-    def __init__(self, root: Path, store: Callable[[], Store]) -> None:
+    def __init__(self, root: Path, store: Callable[[], Store], shared: Shared | None = None) -> None:
         self.root = root
         self.path = root / NAME
         self.journal = Journal(root)
+        self.shared = shared
         self.format = settings.FORMAT
         self._store = store
         self._local = threading.local()

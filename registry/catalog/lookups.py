@@ -68,6 +68,14 @@ def locate(query: Query, digests: Collection[str]) -> dict[str, Location]:
     return found
 
 
+def are_doomed(view: Reader, packs: Collection[str]) -> bool:
+    """Whether one of some packs was doomed, so that its name cannot count any more."""
+    return any(
+        view.query(f"SELECT 1 FROM doomed WHERE digest IN ({marks(part)}) LIMIT 1", part)
+        for part in batches(packs)
+    )
+
+
 def _is_difference(base: Any, coded: Any) -> bool:
     return is_digest(base) and type(coded) is int and coded >= 0
 

@@ -110,7 +110,9 @@ class Opening:
         if not database.is_sound(connection):
             return None
         self._check_pairing(connection, alone)
-        if is_behind(connection, database.journal) and not writes:
+        shared = database.shared
+        is_late = is_behind(connection, database.journal) or (shared is not None and shared.is_due())
+        if is_late and not writes:
             # Lazy: start-up.
             from registry.catalog.transactions import finish_interrupted
 

@@ -135,6 +135,29 @@ def catch_up(database: Database, change: Change, *, heals: bool = True) -> None:
         change.set_head(item.entry, item.end)
 
 
+def follow(database: Database, change: Change) -> None:
+    """Catch up with the folder's log, and with what other hosts have added to it.
+
+    Raises:
+        Corrupt: if the log that they share tells another history.
+        StorageError: if it cannot be reached.
+    """
+    catch_up(database, change)
+    _take_in_news(database, change)
+
+
+def _take_in_news(database: Database, change: Change) -> None:
+    if database.shared is None or state(change.connection, "gaps"):
+        return
+    seq, digest, end = head(change.connection)
+    has_news = False
+    for entry in database.shared.news(seq, digest):
+        end = database.journal.append(entry, end)
+        has_news = True
+    if has_news:
+        catch_up(database, change)
+
+
 def commit(database: Database, held: Held, compute: Callable[[View], Sequence[Record]]) -> Entry | None:
     """Make one change, once; see `registry.catalog.catalog.Catalog.commit`.
 
@@ -148,7 +171,7 @@ def commit(database: Database, held: Held, compute: Callable[[View], Sequence[Re
     store = database.store
     is_shown = True
     with exclusive(database, held.connection, held.identity) as change:
-        catch_up(database, change)
+        follow(database, change)
         _refuse_gaps(database, change)
         records = [dict(record) for record in compute(View(change, store))]
         if not records:
@@ -164,11 +187,17 @@ def commit(database: Database, held: Held, compute: Callable[[View], Sequence[Re
         if problem := broken_by(change, entry, store):
             raise Damaged(f"{database.path}: {problem}; run: registry rebuild")
         change.keep(entry)
-        end = database.journal.append(entry, end)
+        if database.shared is not None:
+            database.shared.add(entry)
+        else:
+            end = database.journal.append(entry, end)
         try:
+            if database.shared is not None:
+                # It has happened, for all hosts.
+                end = database.journal.append(entry, end)
             change.set_head(entry, end)
             change.connection.execute("COMMIT")
-        except sqlite3.Error as error:
+        except (sqlite3.Error, StorageError, OSError) as error:
             # The change has happened all the same: the log has the entry.
             is_shown = False
             with contextlib.suppress(sqlite3.Error):
@@ -233,6 +262,11 @@ def finish_interrupted(database: Database, connection: sqlite3.Connection, ident
     try:
         with exclusive(database, connection, identity) as change:
             catch_up(database, change)
+            try:
+                _take_in_news(database, change)
+            except (StorageError, Corrupt) as error:
+                # What this host has is read all the same.
+                _logger.warning("%s", error)
     except StorageError as error:
         _logger.debug("the catalog is behind the log: %s", error)
         return False

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from registry.catalog.attached import Attached, Attachment, attached, attachment
+from registry.catalog.attached import MARK, Attached, Attachment, attached, attachment
 from registry.catalog.commit import publish_all
 from registry.catalog.resolving import resolve
 from registry.checkpoints.checkpoint import Checkpoint
@@ -76,7 +76,8 @@ def attach(home: Home, reference: str, paths: Sequence[Path | str], *, force: bo
             artifact_id, text = by_digest[one]
             file = Attachment(name=name, size=status.st_size, id=artifact_id)
             record = attachment(view, version, file, force=force)
-            made.append(Attached(version=version.name, at=record["at"], key=record["key"], **file._asdict()))
+            about = {"at": record["at"], "key": record["key"], "to": record["record"][MARK]}
+            made.append(Attached(version=version.name, **about, **file._asdict()))
             found += [] if record["was"] == artifact_id else [{**record, **text}]
         return found
 

@@ -14,6 +14,9 @@ FORMAT = 2
 """The present format of a registry."""
 
 NAME = "registry.toml"
+_SHARED = "shared-url"
+"""In a host's folder for a shared registry: where that is."""
+
 _LONGEST = 64 << 10
 """Bytes of the settings that are read at most."""
 
@@ -33,6 +36,20 @@ def create(root: Path, created_by: str) -> None:
     """Write the settings of a new registry."""
     text = f'format = {FORMAT}\ncreated_by = "{created_by}"\n'
     durable.write_file(root / NAME, text.encode(), folder=root / "tmp")
+
+
+def share(root: Path, url: str) -> None:
+    """Note which shared registry this host's folder is for."""
+    durable.write_file(root / _SHARED, f"{url}\n".encode(), folder=root / "tmp")
+
+
+def shared_url(root: Path) -> str | None:
+    """The shared registry that a host's folder is for; None for one of its own."""
+    path = root / _SHARED
+    if places.status_of(path) is None:
+        return None
+    with storage_errors(path):
+        return places.read_file(path, _LONGEST).decode("utf-8", errors="replace").strip()
 
 
 def hide_from_git(root: Path) -> None:

@@ -188,7 +188,7 @@ class _Runs:
         self._script = script
         self._arguments = arguments
         self._processes = processes
-        self._root = Path(root) if root is not None else default_root()
+        self._root = Path(default_root() if root is None else root)
         self._copy = copy
 
     def run(self, place: str, *more: str, kill: int = 0, is_resumed: bool = False) -> list[Trace]:

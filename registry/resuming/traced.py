@@ -46,7 +46,7 @@ def _redirect(folder: Path) -> None:
 
     @functools.wraps(make)
     def made(self: Home, root: Path | str | None = None, **given: Any) -> None:
-        wanted = Path(root) if root is not None else default_root()
+        wanted = Path(default_root() if root is None else root)
         make(self, scratch_root(folder, wanted, copies=copies), **given)
 
     Home.__init__ = made  # type: ignore[method-assign]

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from registry.catalog.invariants import MAX_CHAIN
 from registry.catalog.schema import UNUSED
-from registry.log.entries import Record
+from registry.log.entries import Record, pack_record
 from registry.store.digest import is_digest
-from registry.store.errors import NotFound, RegistryError
+from registry.store.errors import Corrupt, NotFound, RegistryError
 
 if TYPE_CHECKING:
     from registry.catalog.catalog import Catalog
@@ -97,6 +97,35 @@ class Dooming:
             _logger.warning("no pack is removed, as it is not certain what is needed: %s", error)
             unneeded = []
         return unneeded[:_MOST], manifests[:_MOST]
+
+
+def doom_unnamed(catalog: Catalog, store: Store, packs: Mapping[str, int]) -> None:
+    """Doom packs that no entry names, so that none ever will.
+
+    Args:
+        packs: their sizes in bytes.
+    """
+    readable = {}
+    for digest, size in packs.items():
+        # What is no pack may be anything, and stays.
+        with contextlib.suppress(Corrupt):
+            if store.pack_info(digest).size == size:
+                readable[digest] = size
+
+    def compute(view: View) -> list[Record]:
+        left = [
+            digest
+            for digest in readable
+            if not view.query("SELECT 1 FROM packs WHERE digest = ?", [digest])
+            and not view.query("SELECT 1 FROM doomed WHERE digest = ?", [digest])
+        ]
+        if not left:
+            return []
+        # Only what counts can be doomed.
+        counts = [pack_record(view.store.pack_info(digest)) for digest in left]
+        return [*counts, {"op": "doom", "packs": left, "manifests": []}]
+
+    catalog.commit(compute)
 
 
 class _Overtaken(RegistryError):

@@ -23,9 +23,9 @@ from registry.log.entries import Record
 from registry.log.format1 import journal_path
 from registry.store import durable, places
 from registry.store.errors import Corrupt, NotFound, RegistryError, storage_errors
-from registry.store.folder_index import names_of
+from registry.store.folder_index import Elsewhere, names_of
 from registry.store.pack import INNER
-from registry.upkeep.dooming import Dooming
+from registry.upkeep.dooming import Dooming, doom_unnamed
 
 if TYPE_CHECKING:
     from registry.catalog.catalog import Catalog
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from registry.store.store import Store
 
 _logger = logging.getLogger(__name__)
+
+_UNNAMED = 86_400.0
+"""Seconds that a pack of a shared registry is left alone while no entry names it."""
 
 GRACE = 3_600.0
 """Seconds that a file is left alone after nothing needs it any more, for those who read it."""
@@ -113,6 +116,8 @@ class _Sweep:
             if self._is_unnamed_garbage():
                 self._sweep("packs", self._store.packs, suffix=".safetensors", dead=dead)
                 self._sweep("manifests", self._store.manifests, suffix=".json", dead=dead)
+            if self._store.elsewhere is not None:
+                self._sweep_elsewhere(self._store.elsewhere)
             self._sweep_temporary()
             if self._catalog.format != 1:
                 self._sweep_old_format()
@@ -179,6 +184,37 @@ class _Sweep:
                 since = _seconds(ledger.doomed[digest]) if digest in ledger.doomed else status.st_mtime
             if self._is_due(since, status.st_size) and self._remove(kind, digest, path):
                 self._count(kind, path, status.st_size)
+
+    def _sweep_elsewhere(self, elsewhere: Elsewhere) -> None:
+        """Remove packs that the hosts share, once an entry has doomed them and they have waited.
+
+        One that no entry names is doomed first: a save that is about to name it finds that, and writes it anew.
+        """
+        found = elsewhere.ages()
+        ledger = self._catalog.ledger()
+        unnamed = [digest for digest in found if digest not in ledger.packs and digest not in ledger.doomed]
+        late = [
+            digest
+            for digest in unnamed
+            if self._is_due(self._now - found[digest][0], found[digest][1], self._patience())
+        ]
+        if late and not self._dry_run and not ledger.ids_of_voids():
+            doom_unnamed(self._catalog, self._store, {digest: found[digest][1] for digest in late})
+            ledger = self._catalog.ledger()
+        dead = {digest for digest in found if digest in ledger.doomed}
+        due = [
+            digest
+            for digest in dead
+            if digest in unnamed or self._is_due(_seconds(ledger.doomed[digest]), found[digest][1])
+        ]
+        if not self._dry_run:
+            elsewhere.delete(due)
+        for digest in due if not self._dry_run else {*due, *late}:
+            self._count("packs", self._store.pack_path(digest), found[digest][1])
+
+    def _patience(self) -> float:
+        """Seconds that a pack which no entry names is left alone: an upload, and the save behind it, may take long."""
+        return self._grace if not self._grace else max(self._grace, _UNNAMED)
 
     def _is_of_a_void(self, kind: str, digest: str, named: Collection[str]) -> bool:
         """Whether a manifest is one that an entry without effect names, or a pack has tensors of one.

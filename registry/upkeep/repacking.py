@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from registry.catalog.lookups import batches, locate, marks
+from registry.catalog.lookups import are_doomed, batches, locate, marks
 from registry.log.entries import Record, pack_record
 from registry.store.errors import Corrupt, NotFound
 
@@ -111,7 +111,7 @@ def _replacement(view: View, old: str, new: PackInfo) -> list[Record]:
     store = view.store
     if not view.query("SELECT 1 FROM packs WHERE digest = ?", [old]):
         return []
-    if not store.pack_is_whole(new.digest, new.size):
+    if are_doomed(view, [new.digest]) or not store.pack_is_whole(new.digest, new.size):
         return []
     own = new.places
     if not needed_of(view.query, store, old) <= own.keys():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -126,6 +126,7 @@ class _Check:
         self._ids: dict[str, str] = {}
         """Id of each checkpoint's manifest when it was read. Thinning gives the checkpoint another one."""
         self._has_waited = False
+        self._ages: Mapping[str, tuple[float, int]] | None = None
 
     def manifests(self) -> None:
         """Check the manifests, and note which tensors each checkpoint has."""
@@ -209,6 +210,9 @@ class _Check:
         if text is None or digest_of(text) != manifest_id:
             self.problems.append(Problem(f"{error}; restore it from a backup", (name,), path))
             return None
+        if isinstance(error, Missing) and self._store.elsewhere is not None:
+            # Hosts that share a registry have a manifest's file only where it was needed.
+            return parse(text)
         # A save that gc has overtaken writes its file again at once.
         if isinstance(error, Missing):
             if not self._has_waited:
@@ -233,6 +237,31 @@ class _Check:
             self.problems.append(Problem("the catalog holds a damaged row of a pack; run: registry rebuild"))
         return [(str(digest), int(size), int(number)) for digest, size, number in sound]
 
+    def _is_at_hand(self, digest: str, size: int) -> bool:
+        """Whether a pack is to be read. One that lies elsewhere, and is not asked for by name, is not brought for that.
+
+        Raises:
+            Corrupt: if it is not there either, in its full size.
+        """
+        elsewhere = self._store.elsewhere
+        if elsewhere is None:
+            return True
+        if self._chosen:
+            self._store.bring({digest: size})
+            return True
+        if self._store.pack_is_here(digest, size):
+            return True
+        if self._ages is None:
+            self._ages = elsewhere.ages()
+        if digest not in self._ages or self._ages[digest][1] != size:
+            found = (
+                f"has {self._ages[digest][1]} bytes instead of {size}"
+                if digest in self._ages
+                else "is missing"
+            )
+            raise Corrupt(f"pack {digest} {found} in the registry's bucket; restore it from a copy")
+        return False
+
     def _counts(self, pack: str) -> bool:
         """Whether a pack still counts."""
         return bool(self._catalog.query("SELECT 1 FROM packs WHERE digest = ?", [pack]))
@@ -252,6 +281,8 @@ class _Check:
         }
         path = self._store.pack_path(digest)
         try:
+            if not self._is_at_hand(digest, size):
+                return
             info = read_pack_info(path)
             if info.size != size:
                 raise Corrupt(f"{path}: has {info.size} bytes instead of {size}")

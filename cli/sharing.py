@@ -1,0 +1,77 @@
+"""Between registries: push, pull."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from registry.cli.options import ReferenceType, command
+from registry.cli.output import counted, print_json, progress_bar, say, size
+from registry.store.errors import Invalid
+
+if TYPE_CHECKING:
+    from registry.registry import Registry
+
+
+@command(
+    "push",
+    "registry push lenet5@best --to s3://models/team\nregistry push --all --to file:///srv/models",
+)
+@click.argument("references", nargs=-1, type=ReferenceType(), metavar="[REFERENCE]...")
+@click.option("--to", "place", required=True, metavar="PLACE", help="The other registry: a folder or a URL.")
+@click.option("--all", "everything", is_flag=True, help="Copy all versions.")
+def push(
+    references: tuple[str, ...], place: str, everything: bool, registry: Registry, as_json: bool
+) -> None:
+    """Copy versions to another registry.
+
+    Only tensors that it lacks are copied, and each is checked on the way. A version keeps its id, tags, notes and attached
+    files, and gets the next number of its model there. What is there already stays as it is, so an interrupted push is
+    repeated.
+    """
+    # Lazy: start-up.
+    from registry.registry import Registry
+
+    _check(references, everything)
+    _copy(registry, Registry(place, create=False), references, as_json)
+
+
+@command(
+    "pull",
+    "registry pull lenet5@best --from s3://models/team\nregistry pull --all --from file:///srv/models",
+)
+@click.argument("references", nargs=-1, metavar="[REFERENCE]...")
+@click.option(
+    "--from", "place", required=True, metavar="PLACE", help="The other registry: a folder or a URL."
+)
+@click.option("--all", "everything", is_flag=True, help="Copy all versions.")
+def pull(
+    references: tuple[str, ...], place: str, everything: bool, registry: Registry, as_json: bool
+) -> None:
+    """Copy versions from another registry.
+
+    It is the other direction of push.
+    """
+    # Lazy: start-up.
+    from registry.registry import Registry
+
+    _check(references, everything)
+    _copy(Registry(place, create=False), registry, references, as_json)
+
+
+def _check(references: tuple[str, ...], everything: bool) -> None:
+    if bool(references) == everything:
+        raise Invalid("name the versions, such as lenet5@best, or give --all for all of them")
+
+
+def _copy(source: Registry, target: Registry, references: tuple[str, ...], as_json: bool) -> None:
+    with progress_bar("copying") as report:
+        found = source.copy_to(target, references, progress=report)
+    if as_json:
+        print_json([copied._asdict() for copied in found])
+        return
+    for copied in found:
+        what = size(copied.size) if copied.is_new else "there already"
+        say(f"{copied.source} -> {copied.target}  {what}")
+    say(f"{counted(sum(copied.is_new for copied in found), 'version')} copied to {target.place}")

@@ -1,0 +1,175 @@
+"""The packs in a bucket, and what a host keeps of them: all headers, and the files that were needed here."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from registry.remote.bucket import Bucket
+from registry.store import durable, heads
+from registry.store.digest import digest as digest_of
+from registry.store.digest import is_digest
+from registry.store.errors import Corrupt, Missing, storage_errors
+from registry.store.header import MAX_HEADER
+from registry.store.pack import INNER, PackInfo, pack_path
+
+FOLDER = "packs"
+_PART = 16 << 20
+_AT_ONCE = 4
+_DELETED_AT_ONCE = 1000
+
+
+class RemotePacks:
+    """The packs of a shared registry; a `registry.store.folder_index.Elsewhere`, safe to use from several threads.
+
+    Args:
+        bucket: where they lie.
+        root: this host's folder.
+    """
+
+    def __init__(self, bucket: Bucket, root: Path) -> None:
+        self._bucket = bucket
+        self._packs, self._heads, self._tmp = root / FOLDER, root / heads.FOLDER, root / "tmp"
+        self._lock = threading.Lock()
+        self._uploaded: set[str] = set()
+
+    def info(self, digest: str) -> PackInfo:
+        """What a pack holds, from the header that is kept here, or from the bucket's."""
+        try:
+            return heads.read(self._heads, digest)
+        except Corrupt:
+            # It is missing or damaged here.
+            found = self._header_there(digest)
+            self.keep_header(found)
+            return heads.read(self._heads, digest)
+
+    def has(self, digest: str, size: int) -> bool:
+        """Whether a pack of this size is in the bucket: the log says so if its header is kept here."""
+        return heads.size_of(self._heads, digest) == size
+
+    def fetch(self, packs: Mapping[str, int]) -> None:
+        """Bring packs to this host's folder, each whole or not at all."""
+        for digest, size in packs.items():
+            self._fetch(digest, size)
+
+    def ages(self) -> Mapping[str, tuple[float, int]]:
+        """All packs in the bucket: seconds by which each is older than the newest one, and bytes."""
+        found = {}
+        for held in self._bucket.list(FOLDER):
+            digest = held.key.rpartition("/")[2].removesuffix(".safetensors")
+            if is_digest(digest) and held.key == _key(digest):
+                found[digest] = held
+        newest = max((held.modified for held in found.values()), default=0.0)
+        return {digest: (newest - held.modified, held.size) for digest, held in found.items()}
+
+    def delete(self, packs: Collection[str]) -> None:
+        """Delete packs that were doomed."""
+        keys = [_key(digest) for digest in packs]
+        for start in range(0, len(keys), _DELETED_AT_ONCE):
+            self._bucket.delete(keys[start : start + _DELETED_AT_ONCE])
+
+    def upload(self, packs: Collection[str]) -> None:
+        """Bring packs of this host to the bucket, unless this process has done so."""
+        for digest in packs:
+            with self._lock:
+                is_there = digest in self._uploaded
+            # One that another host has uploaded, and that this one dooms, is not here.
+            if not is_there and not heads.is_kept(self._heads, digest):
+                self._bucket.put_file(_key(digest), pack_path(self._packs, digest))
+                with self._lock:
+                    self._uploaded.add(digest)
+
+    def headers(self, packs: Collection[str]) -> Sequence[Mapping[str, Any]]:
+        """The headers of packs of this host, as an entry of the log carries them."""
+        found = []
+        for digest in packs:
+            try:
+                text, head, size = heads.text_in(pack_path(self._packs, digest))
+            except Missing:
+                text, head, size = heads.kept_text(self._heads, digest)
+            found.append({"digest": digest, "size": size, "head": head, "header": text.decode()})
+        return found
+
+    def keep(self, packs: Collection[str]) -> None:
+        """Keep the headers of packs of this host, so that their files may go."""
+        for found in self.headers(packs):
+            self.keep_header(found)
+
+    def keep_header(self, found: Mapping[str, Any]) -> None:
+        """Keep a header that an entry carries, if the pack's name covers it.
+
+        Raises:
+            Corrupt: if it does not.
+        """
+        digest, head, size, text = found["digest"], found["head"], found["size"], found["header"].encode()
+        heads.pack_of(digest, text, head, size)
+        with storage_errors(self._heads):
+            heads.write(self._heads, self._tmp, digest, text, head=head, size=size)
+
+    def _header_there(self, digest: str) -> Mapping[str, Any]:
+        held = self._bucket.head(_key(digest))
+        first = held and self._bucket.get_range(_key(digest), 0, 8)
+        if not held or not first:
+            raise Missing(f"{self._bucket.url}/{_key(digest)}: the pack is missing")
+        length = int.from_bytes(first, "little")
+        text = self._bucket.get_range(_key(digest), 8, length) if 0 < length <= MAX_HEADER else None
+        try:
+            header = (text or b"").rstrip(b" ").decode()
+        except UnicodeDecodeError:
+            header = ""
+        return {"digest": digest, "size": held.size, "head": length + 8, "header": header}
+
+    def _fetch(self, digest: str, size: int) -> None:
+        with storage_errors(self._tmp):
+            durable.make_folder(self._tmp, inner=1)
+            file = durable.NewFile(self._tmp)
+            try:
+                count = 0
+                head = b""
+                for part in self._parts(digest, size):
+                    file.write(part)
+                    count += len(part)
+                    head = head or part[:8]
+                    if len(head) < self._head_size(head):
+                        head = (head + part[len(head) :]) if count == len(part) else head + part
+                length = self._head_size(head)
+                if count != size or digest_of(head[:length]) != digest:
+                    raise self._odd(digest, f"it has {count:,} of {size:,} bytes" if count != size else "")
+                file.sync(head[:length])
+                file.publish(pack_path(self._packs, digest), inner=INNER)
+            except BaseException:
+                file.discard()
+                raise
+
+    @staticmethod
+    def _head_size(head: bytes) -> int:
+        return min(int.from_bytes(head[:8], "little"), MAX_HEADER) + 8
+
+    def _parts(self, digest: str, size: int) -> Iterator[bytes]:
+        """A pack's bytes, in order; several requests are under way at a time."""
+
+        def part(start: int) -> bytes:
+            data = self._bucket.get_range(_key(digest), start, min(_PART, size - start))
+            if data is None:
+                raise Missing(f"{self._bucket.url}/{_key(digest)}: the pack is missing")
+            return data
+
+        with ThreadPoolExecutor(_AT_ONCE, "registry-fetch") as pool:
+            starts = range(0, size, _PART)
+            for first in range(0, len(starts), _AT_ONCE):
+                yield from pool.map(part, starts[first : first + _AT_ONCE])
+
+    def _odd(self, digest: str, problem: str) -> Corrupt:
+        error = Corrupt(
+            f"{self._bucket.url}/{_key(digest)}: the pack is not what was saved"
+            f"{f' ({problem})' if problem else ''}; restore it from a copy"
+        )
+        error.pack = digest
+        return error
+
+
+def _key(digest: str) -> str:
+    return f"{FOLDER}/{digest[:2]}/{digest}.safetensors"

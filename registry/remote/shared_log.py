@@ -1,0 +1,215 @@
+"""The log in a bucket: one object for each entry, which is created if there is none of its number.
+
+An object is the entry's line, as in a folder's log, and a line of JSON with the headers of the packs that the entry names,
+compressed together.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import zstandard
+
+from registry.log import entries
+from registry.log.entries import START, Entry
+from registry.log.sharing import Behind
+from registry.remote.bucket import Bucket, Unreachable
+from registry.remote.packs import RemotePacks
+from registry.store import header
+from registry.store.errors import Corrupt
+
+FOLDER = "journal"
+
+_LARGEST = 64 << 20
+"""Bytes of an object, compressed and not."""
+_REFRESH = 5.0
+"""Seconds in which a host does not ask again what others have added."""
+_CONFIRM = 60.0
+"""Seconds after which a host sees again, before it adds an entry, that the last one is still there."""
+_AT_ONCE = 16
+_PATIENCE = 60.0
+"""Seconds for which it is asked again whether an entry whose answer was lost is there."""
+
+
+class SharedLog:
+    """The log of a shared registry; a `registry.log.sharing.Shared`, safe to use from several threads.
+
+    Args:
+        bucket: where it lies.
+        packs: the packs there.
+    """
+
+    def __init__(self, bucket: Bucket, packs: RemotePacks) -> None:
+        self._bucket = bucket
+        self._packs = packs
+        self._lock = threading.Lock()
+        self._asked = self._confirmed = -_CONFIRM
+
+    @property
+    def url(self) -> str:
+        """Where it is, without keys."""
+        return self._bucket.url
+
+    def is_there(self) -> bool:
+        """Whether the log has an entry."""
+        return self._bucket.get(_key(1), _LARGEST) is not None
+
+    def is_due(self) -> bool:
+        """Whether it is time to ask for what other hosts have added."""
+        return self._asked + _REFRESH <= time.monotonic()
+
+    def news(self, seq: int, digest: str) -> Iterator[Entry]:
+        """The entries behind one, in order; see `registry.log.sharing.Shared.news`."""
+        # Also where the answer does not come: otherwise each call would wait for it.
+        self._asked = time.monotonic()
+        found = self._bucket.get(_key(seq + 1), _LARGEST)
+        if found is None:
+            self._confirm(seq, digest)
+            return
+        prev = digest if seq else START
+        for number, data in self._from(seq + 1, found):
+            entry = self._taken(number, data)
+            if entry.prev != prev:
+                raise Corrupt(
+                    f"{self.url}: the history of the registry changed at entry {number}: it does not follow from this "
+                    "host's; somebody has edited the bucket or put back an older state. Nothing is written"
+                )
+            yield entry
+            prev = entry.digest
+        self._confirmed = time.monotonic()
+
+    def upload(self, packs: Collection[str]) -> None:
+        """Bring packs of this host to the bucket, unless they are there."""
+        self._packs.upload(packs)
+
+    def add(self, entry: Entry) -> None:
+        """Add an entry behind the last one; see `registry.log.sharing.Shared.add`."""
+        packs = [record["digest"] for record in entry.records if record["op"] == "pack"]
+        self._packs.upload(packs)
+        data = packed(entry, self._packs.headers(packs))
+        key = _key(entry.seq)
+        until = time.monotonic() + _PATIENCE
+        while not self._bucket.create(key, data):
+            there = self._bucket.get(key, _LARGEST)
+            if there == data:
+                # It was this one, and its answer was lost.
+                break
+            if there is not None:
+                raise Behind
+            if time.monotonic() > until:
+                raise Unreachable(f"{self.url}: the store takes no entry; repeat")
+            time.sleep(0.2)
+        self._packs.keep(packs)
+        self._asked = self._confirmed = time.monotonic()
+
+    def _confirm(self, seq: int, digest: str) -> None:
+        """See that the last entry that this host has is still there, and so nothing older was put back."""
+        if not seq or self._confirmed + _CONFIRM > time.monotonic():
+            return
+        data = self._bucket.get(_key(seq), _LARGEST)
+        if data is None or unpacked(data)[0].digest != digest:
+            lost = "is missing" if data is None else "is another one"
+            raise Corrupt(
+                f"{self.url}: the history of the registry changed: entry {seq}, which this host has, {lost} there; "
+                "somebody has edited the bucket or put back an older state. Nothing is written"
+            )
+        self._confirmed = time.monotonic()
+
+    def _from(self, seq: int, first: bytes) -> Iterator[tuple[int, bytes]]:
+        """The objects of the log from a number on, of which the first was read."""
+        yield seq, first
+        listed = [int(held.key[len(FOLDER) + 1 :].partition(".")[0]) for held in self._listed(seq)]
+        with ThreadPoolExecutor(_AT_ONCE, "registry-log") as pool:
+            # A listing may lag. What counts is that an entry is there.
+            for number, data in zip(listed, pool.map(self._object, listed), strict=True):
+                seq += 1
+                if number != seq or data is None:
+                    seq -= 1
+                    break
+                yield seq, data
+        while (data := self._object(seq + 1)) is not None:
+            seq += 1
+            yield seq, data
+
+    def _listed(self, seq: int) -> Iterator[Any]:
+        return (held for held in self._bucket.list(FOLDER, after=_key(seq)) if _is_key(held.key))
+
+    def _object(self, seq: int) -> bytes | None:
+        return self._bucket.get(_key(seq), _LARGEST)
+
+    def _taken(self, seq: int, data: bytes) -> Entry:
+        """An entry, whose headers of packs are kept on this host from now on."""
+        try:
+            entry, headers = unpacked(data)
+        except Corrupt as error:
+            raise Corrupt(f"{self.url}/{_key(seq)}: {error}; nothing is written") from None
+        if entry.seq != seq:
+            raise Corrupt(f"{self.url}/{_key(seq)}: it is entry {entry.seq}; nothing is written")
+        for found in headers:
+            self._packs.keep_header(found)
+        return entry
+
+
+def packed(entry: Entry, headers: Sequence[Mapping[str, Any]]) -> bytes:
+    """The object that stands for an entry.
+
+    Args:
+        headers: of the packs that it names; see `registry.remote.packs.RemotePacks.headers`.
+    """
+    text = json.dumps(headers, separators=(",", ":"), ensure_ascii=True).encode()
+    return zstandard.ZstdCompressor(level=6).compress(entry.line + text)
+
+
+def unpacked(data: bytes) -> tuple[Entry, list[dict[str, Any]]]:
+    """The entry that an object stands for, and the headers of the packs that it names.
+
+    Raises:
+        Corrupt: if it is damaged, or nothing that `packed` makes.
+        Unsupported: if a newer version of this package wrote it.
+    """
+    try:
+        size = zstandard.frame_content_size(data)
+        if not 0 < size <= 2 * _LARGEST:
+            raise Corrupt(f"it would unpack to {size} bytes")
+        raw = zstandard.ZstdDecompressor().decompress(data, max_output_size=2 * _LARGEST)
+    except zstandard.ZstdError:
+        raise Corrupt("its bytes are not what was written") from None
+    line, end, text = raw.partition(b"\n")
+    entry = entries.parse(line + end)
+    try:
+        headers = json.loads(text)
+    except (ValueError, RecursionError):
+        raise Corrupt("the headers of its packs are not JSON") from None
+    if not isinstance(headers, list) or not all(map(_is_header, headers)):
+        raise Corrupt("the headers of its packs are malformed")
+    return entry, headers
+
+
+_HEADER: Mapping[str, Callable[[Any], bool]] = {
+    "digest": lambda value: isinstance(value, str),
+    "size": lambda value: type(value) is int and 0 < value < 1 << 63,
+    "head": lambda value: type(value) is int and 8 <= value <= header.MAX_HEADER + 8,
+    "header": lambda value: isinstance(value, str),
+}
+
+
+def _is_header(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == _HEADER.keys()
+        and all(check(value[name]) for name, check in _HEADER.items())
+    )
+
+
+def _key(seq: int) -> str:
+    return f"{FOLDER}/{seq:016d}.zst"
+
+
+def _is_key(key: str) -> bool:
+    name = key.removeprefix(f"{FOLDER}/").removesuffix(".zst")
+    return len(name) == 16 and name.isdecimal() and name.isascii()
