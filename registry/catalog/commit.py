@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from registry.catalog.lookups import are_doomed
-from registry.log.entries import Record, manifest_text, now, pack_record
+from registry.log.entries import MAX_TEXT, Record, manifest_text, now, pack_record
 from registry.progress import Progress, silent
-from registry.store.errors import Conflict, Corrupt, RegistryError
+from registry.store.errors import Conflict, Corrupt, RegistryError, Unsupported
 from registry.store.store import Written
 
 if TYPE_CHECKING:
@@ -116,6 +116,11 @@ def publish_all(
                 found = _packs(view, one, strict=is_repeatable and attempt < strict_attempts)  # noqa: B023
                 packs += [record for record in found if record not in packs]
             texts = [manifest_text(one.text) for one in stored]
+            if catalog.shared and not all(texts):
+                raise Unsupported(
+                    f"{what}: its plain values take more than the {MAX_TEXT >> 20} MB that an entry of a shared registry "
+                    "holds; put long lists into tensors or arrays"
+                )
             for one, text in zip(stored, texts, strict=True):
                 if not text and view.query("SELECT 1 FROM doomed WHERE digest = ?", [one.digest]):
                     raise Doomed(f"{one.digest[:12]} was doomed")

@@ -382,6 +382,14 @@ def s3_host(address: Address, host: Hosts, monkeypatch: pytest.MonkeyPatch) -> H
     return lambda name, **options: host(name, str(address), **options)
 
 
+def test_plain_values_that_no_entry_holds_are_refused(host: Hosts, bucket: FolderBucket) -> None:
+    a = host("a")
+    with pytest.raises(Unsupported, match="more than the 16 MB"):
+        a.save("net", {"model": {"w": torch.ones(3)}, "extra": {"long": list(range(3_000_000))}})
+    assert list(a.models()) == []
+    assert len(list(bucket.list("journal"))) == 1
+
+
 @pytest.mark.damages  # its folders cannot be opened without the keys
 class TestOnS3:
     def test_hosts_see_one_another(self, s3_host: Hosts) -> None:
@@ -395,6 +403,25 @@ class TestOnS3:
         assert value(b, "net:v2") == 2
         assert b.verify().problems == ()
         assert entries_of(a) == entries_of(b)
+
+    def test_a_forked_child_reads_what_is_here_and_is_told_that_it_cannot_save(self, s3_host: Hosts) -> None:
+        a = s3_host("a")
+        a.save("net", state(1))
+        child = os.fork()
+        if not child:
+            signal.alarm(20)
+            try:
+                assert value(a, "net") == 1
+                a.save("net", state(2))
+            except StorageError as error:
+                os._exit(3 if "forked" in str(error) else 4)
+            except BaseException:
+                os._exit(5)
+            os._exit(6)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+        assert value(a, "net") == 1
+        a.save("net", state(3))
+        assert a["net"].version == 2
 
     @pytest.mark.parametrize("do", ["lose", "409", "503", "500"])
     def test_a_commit_whose_answer_is_lost_happens_once(self, s3_host: Hosts, s3: Layer, do: str) -> None:
