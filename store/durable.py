@@ -419,6 +419,12 @@ def sync_folder(path: Path, *, inner: int = 0) -> None:
         disk.sync_folder(path, folder)
 
 
+def mark_used(path: Path, *, inner: int = 0) -> None:
+    """Set a file's times to now, which tell how long ago it was used."""
+    with contextlib.suppress(OSError), opened_folder(path.parent, inner) as folder:
+        os.utime(path.name, dir_fd=folder, follow_symlinks=False)
+
+
 def unlink(path: Path, *, inner: int = 0) -> bool:
     """Remove a file; false if it was not there."""
     try:

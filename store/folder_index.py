@@ -49,6 +49,10 @@ class Elsewhere(Protocol):
         """Whether a pack of this size is there, as far as this host knows."""
         ...
 
+    def used(self, packs: Collection[str]) -> None:
+        """Note that packs of this host are used."""
+        ...
+
     def ages(self) -> Mapping[str, tuple[float, int]]:
         """All packs that lie there: seconds by which each is older than the newest one, and bytes.
 
@@ -118,6 +122,7 @@ class PackFolder:
             absent = {digest: size for digest, size in packs.items() if not self.is_here(digest, size)}
             if absent:
                 self._elsewhere.fetch(absent)
+            self._elsewhere.used(packs.keys() - absent.keys())
 
     def info(self, digest: str) -> PackInfo:
         """What a pack holds, from its header, which is kept in memory.

@@ -362,10 +362,9 @@ class Catalog:
             return not (writes and database.is_writable)
         if not writes and database.shared is not None and database.shared.is_due():
             # Lazy: start-up.
-            from registry.catalog.transactions import finish_interrupted
+            from registry.catalog.transactions import ask_others
 
-            with database.errors():
-                finish_interrupted(database, held.connection, held.identity)
+            ask_others(database, held.connection, held.identity)
         if writes or held.looked + _LOOK_AGAIN > time.monotonic() or not isinstance(held.identity, FileId):
             return True
         held.looked = time.monotonic()

@@ -110,9 +110,12 @@ class Opening:
         if not database.is_sound(connection):
             return None
         self._check_pairing(connection, alone)
-        shared = database.shared
-        is_late = is_behind(connection, database.journal) or (shared is not None and shared.is_due())
-        if is_late and not writes:
+        if database.shared is not None and database.shared.is_due() and not writes:
+            # Lazy: start-up.
+            from registry.catalog.transactions import ask_others
+
+            ask_others(database, connection, identity)
+        if is_behind(connection, database.journal) and not writes:
             # Lazy: start-up.
             from registry.catalog.transactions import finish_interrupted
 

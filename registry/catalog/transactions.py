@@ -61,17 +61,20 @@ class View:
 
 
 @contextlib.contextmanager
-def exclusive(database: Database, connection: sqlite3.Connection, identity: object) -> Iterator[Change]:
+def exclusive(
+    database: Database, connection: sqlite3.Connection, identity: object, *, patience: float = 60.0
+) -> Iterator[Change]:
     """A transaction that no other writer has beside it, even one with another catalog.
 
     Args:
         identity: that of the catalog's file when it was opened; see `Database.identity`.
+        patience: seconds to wait for another writer.
 
     Raises:
         Replaced: if the catalog's file is another one by now.
     """
     database.check_writable()
-    with database.errors(), database.journal.locked():
+    with database.errors(), database.journal.locked(patience=patience):
         if identity != database.identity(identity):
             raise Replaced
         try:
@@ -262,11 +265,6 @@ def finish_interrupted(database: Database, connection: sqlite3.Connection, ident
     try:
         with exclusive(database, connection, identity) as change:
             catch_up(database, change)
-            try:
-                _take_in_news(database, change)
-            except (StorageError, Corrupt) as error:
-                # What this host has is read all the same.
-                _logger.warning("%s", error)
     except StorageError as error:
         _logger.debug("the catalog is behind the log: %s", error)
         return False
@@ -274,6 +272,23 @@ def finish_interrupted(database: Database, connection: sqlite3.Connection, ident
         # `Opening` opens the new one.
         pass
     return True
+
+
+def ask_others(database: Database, connection: sqlite3.Connection, identity: object) -> None:
+    """Take in what other hosts have added to a shared log, for somebody who reads.
+
+    Nobody waits for another process of this host, which is adding an entry or asking as well. Where the log cannot be
+    reached, what this host has is read all the same, and a warning says so.
+    """
+    try:
+        with exclusive(database, connection, identity, patience=0.0) as change:
+            catch_up(database, change)
+            try:
+                _take_in_news(database, change)
+            except (StorageError, Corrupt) as error:
+                _logger.warning("%s; what is shown is what this computer has", error)
+    except (StorageError, Replaced) as error:
+        _logger.debug("other hosts were not asked: %s", error)
 
 
 def _refuse_gaps(database: Database, change: Change) -> None:

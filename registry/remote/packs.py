@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import time
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,14 +16,19 @@ from registry.remote.bucket import Bucket
 from registry.store import durable, heads
 from registry.store.digest import digest as digest_of
 from registry.store.digest import is_digest
-from registry.store.errors import Corrupt, Missing, storage_errors
+from registry.store.errors import Corrupt, Invalid, Missing, storage_errors
+from registry.store.folder_index import names_of
 from registry.store.header import MAX_HEADER
 from registry.store.pack import INNER, PackInfo, pack_path
+from registry.store.places import status_of
+from registry.store.text import quoted
 
 FOLDER = "packs"
 _PART = 16 << 20
 _AT_ONCE = 4
 _DELETED_AT_ONCE = 1000
+_USED_LATELY = 3_600.0
+_AMOUNT = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?GB\Z")
 
 
 class RemotePacks:
@@ -28,6 +37,9 @@ class RemotePacks:
     Args:
         bucket: where they lie.
         root: this host's folder.
+
+    Attributes:
+        bound: bytes of packs that it keeps, except those that are needed at the moment.
     """
 
     def __init__(self, bucket: Bucket, root: Path) -> None:
@@ -35,6 +47,7 @@ class RemotePacks:
         self._packs, self._heads, self._tmp = root / FOLDER, root / heads.FOLDER, root / "tmp"
         self._lock = threading.Lock()
         self._uploaded: set[str] = set()
+        self.bound = cache_bound(root)
 
     def info(self, digest: str) -> PackInfo:
         """What a pack holds, from the header that is kept here, or from the bucket's."""
@@ -51,9 +64,35 @@ class RemotePacks:
         return heads.size_of(self._heads, digest) == size
 
     def fetch(self, packs: Mapping[str, int]) -> None:
-        """Bring packs to this host's folder, each whole or not at all."""
+        """Bring packs to this host's folder, each whole or not at all; those that were used longest ago may go for it."""
         for digest, size in packs.items():
             self._fetch(digest, size)
+        self._trim(packs)
+
+    def used(self, packs: Collection[str]) -> None:
+        """Note that packs of this host's folder are used."""
+        for digest in packs:
+            path = pack_path(self._packs, digest)
+            status = status_of(path, inner=INNER)
+            if status is not None and time.time() - status.st_mtime > _USED_LATELY:
+                durable.mark_used(path, inner=INNER)
+
+    def _trim(self, needed: Container[str]) -> None:
+        """Remove packs of this host's folder that the bucket has, those first that were used longest ago.
+
+        Only as many as lie above the bound. A program that has mapped one keeps it.
+        """
+        found = []
+        for digest in names_of(self._packs, ".safetensors"):
+            status = status_of(pack_path(self._packs, digest), inner=INNER)
+            if status is not None:
+                found.append((status.st_mtime, status.st_size, digest))
+        excess = sum(size for _, size, _ in found) - self.bound
+        for _, size, digest in sorted(found) if excess > 0 else ():
+            # One whose header is not kept may be a save of this host that no entry names yet.
+            if excess > 0 and digest not in needed and self.has(digest, size):
+                durable.unlink(pack_path(self._packs, digest), inner=INNER)
+                excess -= size
 
     def ages(self) -> Mapping[str, tuple[float, int]]:
         """All packs in the bucket: seconds by which each is older than the newest one, and bytes."""
@@ -169,6 +208,22 @@ class RemotePacks:
         )
         error.pack = digest
         return error
+
+
+def cache_bound(root: Path) -> int:
+    """Bytes of packs that a host keeps: `REGISTRY_CACHE_SIZE`, else 50 GB or a fifth of the disk, the smaller.
+
+    Raises:
+        Invalid: if the variable is not an amount.
+    """
+    text = os.environ.get("REGISTRY_CACHE_SIZE")
+    if text:
+        match = _AMOUNT.match(text)
+        if not match:
+            raise Invalid(f"REGISTRY_CACHE_SIZE is {quoted(text)}; expected an amount in GB, such as 20GB")
+        return int(float(match[1]) * 1e9)
+    place = next(folder for folder in (root, *root.parents) if folder.exists())
+    return min(50 * 10**9, shutil.disk_usage(place).total // 5)
 
 
 def _key(digest: str) -> str:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from registry.remote import remote, shared_log
 from registry.remote.folder import FolderBucket
 from registry.remote.shared_log import packed, unpacked
 from registry.remote.urls import Address
-from registry.store.errors import Corrupt, NotFound, StorageError, Unsupported
+from registry.store.errors import Corrupt, NotFound, RegistryError, StorageError, Unsupported
 
 Hosts = Callable[[str], Registry]
 
@@ -59,6 +60,11 @@ def state(number: float, size: int = 1000) -> dict[str, Any]:
 
 def value(registry: Registry, reference: str) -> float:
     return float(registry[reference].load()["model"]["w"][0])
+
+
+def places(registry: Registry, reference: str) -> list[Any]:
+    """Where the tensors of a version lie."""
+    return list(registry.catalog.locate([digest for *_, digest in registry[reference].parameters()]).values())
 
 
 def entries_of(registry: Registry) -> list[str]:
@@ -380,6 +386,62 @@ def s3_host(address: Address, host: Hosts, monkeypatch: pytest.MonkeyPatch) -> H
     """As `host`, on a real server, which is not probed again for each test, as it takes seconds where clients race."""
     monkeypatch.setattr(remote, "probe", lambda bucket: None)
     return lambda name, **options: host(name, str(address), **options)
+
+
+def test_a_host_keeps_the_packs_that_were_used_last(
+    host: Hosts, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    a = host("a")
+    for number in range(1, 5):
+        a.save("net", {"model": {"w": torch.full((250_000,), float(number))}})
+    assert len(list(a.root.glob("packs/*/*"))) == 4
+    monkeypatch.setenv("REGISTRY_CACHE_SIZE", "0.0025GB")
+    b = host("b")
+    kept = b["net:v1"].load()["model"]["w"]
+    times = iter(range(1, 9))
+
+    def age() -> None:
+        for path in b.root.glob("packs/*/*"):
+            os.utime(path, (time.time() - 9_000 + 100 * next(times),) * 2)
+
+    age()
+    assert value(b, "net:v2") == 2
+    age()
+    assert value(b, "net:v1") == 1  # used again, and so kept
+    assert value(b, "net:v3") == 3
+    held = {path.stem for path in b.root.glob("packs/*/*")}
+    assert held == {place.pack for n in (1, 3) for place in places(b, f"net:v{n}")}
+    assert value(b, "net:v2") == 2
+    assert float(kept[0]) == 1
+    # A save of this host that is not in the log yet stays, whatever the bound.
+    pack = b.store.put({"model": {"w": torch.zeros(900_000)}}).pack
+    assert pack is not None
+    assert value(b, "net:v4") == 4
+    assert b.store.pack_path(pack.digest).exists()
+
+
+def test_a_bound_that_is_no_amount_is_an_error(host: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REGISTRY_CACHE_SIZE", "much")
+    with pytest.raises(RegistryError, match="such as 20GB"):
+        host("a")
+
+
+def test_who_reads_does_not_wait_for_a_process_that_adds_an_entry(
+    host: Hosts, url: str, tmp_path: Path
+) -> None:
+    a = host("a")
+    a.save("net", state(1))
+    program = (
+        "import sys, time; from registry import Registry; r = Registry(sys.argv[1]); "
+        "r.catalog.commit(lambda view: [print('in', flush=True), time.sleep(8)] and [])"
+    )
+    environment = {**os.environ, "XDG_DATA_HOME": str(tmp_path / "host-a")}
+    child = subprocess.Popen([sys.executable, "-c", program, url], env=environment, stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.readline()
+    assert value(a, "net") == 1
+    assert child.poll() is None
+    child.wait()
 
 
 def test_plain_values_that_no_entry_holds_are_refused(host: Hosts, bucket: FolderBucket) -> None:
