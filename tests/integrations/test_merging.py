@@ -326,3 +326,28 @@ def test_a_network_without_other_names_is_exported_as_before(tmp_path: Path, reg
     other = export(registry["bare"], tmp_path / "other", max_shard_size=5_000)
     for file in other.glob("model*"):
         assert (one / file.name).read_bytes() == file.read_bytes()
+
+
+def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the registry. What the converters would have made is made up."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("REGISTRY_ROOT", raising=False)
+    registry = Registry()
+    base = base_in(registry, tmp_path / "base", base_network())
+    with registry.run("llama", monitor="loss") as run:
+        run.save(model=base_network(), loss=1.0)
+    with registry.run("tuned", monitor="loss") as run:
+        run.save(adapter=adapter(adapted(base_network()), base=base), loss=1.0)
+    for name in ("model.onnx", "model.onnx.data"):
+        Path(name).write_bytes(b"onnx")
+    page = (Path(__file__).parents[2] / "docs" / "converting.md").read_text()
+    commands = re.findall(r"^\$ registry (.*)$", page, re.MULTILINE)
+    assert len(commands) == 4
+    for command in commands:
+        line = [sys.executable, "-m", "registry.cli", *command.split()]
+        done = subprocess.run(line, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert "model.onnx.data" in done.stdout
+    for folder in ("llama-out", "out"):
+        opened: Any = AutoModelForCausalLM.from_pretrained(folder)
+        assert opened.num_parameters() == base_network().num_parameters()
