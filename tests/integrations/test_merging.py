@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from killed import train_forked
 from merge import base_network, export_killed
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors import safe_open
 from torch import nn
 from transformers import (
@@ -29,6 +28,7 @@ from registry.checkpoints.checkpoint import Checkpoint
 from registry.files.exporting import export
 from registry.files.importing import import_checkpoint
 from registry.files.reading import read_checkpoint_file
+from registry.integrations import pretrained
 from registry.integrations.merging import export_merged
 from registry.integrations.peft import adapter
 from registry.store.errors import Conflict, Incompatible, Invalid, NotFound, RegistryError, Unsupported
@@ -156,11 +156,13 @@ def test_two_adapters_of_one_base_are_merged_apart(tmp_path: Path, registry: Reg
 def test_a_folder_of_peft_is_merged_into_the_base_that_is_named(tmp_path: Path, registry: Registry) -> None:
     """So is an adapter that was saved before its base; the digest tells whether it is the right one."""
     base = base_in(registry, tmp_path / "base", base_network(dtype=torch.bfloat16))
-    model = adapted(base_network(dtype=torch.bfloat16))
+    config = LoraConfig(**TARGETS | {"init_lora_weights": False})
+    model: Any = get_peft_model(base_network(dtype=torch.bfloat16), config, autocast_adapter_dtype=False)
     model.save_pretrained(tmp_path / "half")
     saved(registry, model, None)
     imported(registry, tmp_path / "half", "folder")
-    expected = model.merge_and_unload()
+    kept: Any = PeftModel.from_pretrained(base_network(dtype=torch.bfloat16), tmp_path / "half")
+    expected = kept.merge_and_unload()
     for reference in ("folder", "tuned"):
         with pytest.raises(NotFound, match="name its version as base"):
             export_merged(registry, reference, tmp_path / reference)
@@ -309,7 +311,7 @@ def test_where_the_network_cannot_be_built_the_names_stay_and_a_line_says_so(
     net = mixtral()
     with registry.run("odd") as run:
         run.save(model=net)
-    monkeypatch.setattr(transformers, "MixtralForCausalLM", None)
+    monkeypatch.setattr(pretrained.transformers, "MixtralForCausalLM", None)
     with caplog.at_level(logging.WARNING):
         out = export(registry["odd"], tmp_path / "out")
     (line,) = [one.getMessage() for one in caplog.records if "names" in one.getMessage()]
