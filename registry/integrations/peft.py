@@ -96,12 +96,7 @@ class Adapter:
         set_peft_model_state_dict(self._model, dict(state), adapter_name=self._name)
         # PEFT passes over what it does not know, without a word.
         after = self._parameters()
-        # PEFT holds an adapter that was stored in half precision in float32.
-        lost = [
-            name
-            for name, tensor in after.items()
-            if not torch.equal(tensor.cpu(), state[name].to("cpu", tensor.dtype))
-        ]
+        lost = [name for name, tensor in after.items() if not torch.equal(tensor.cpu(), state[name].cpu())]
         if lost:
             set_peft_model_state_dict(self._model, before, adapter_name=self._name)
             raise_problems(f"adapter {quoted(self._name)}", [f"PEFT does not load {name}" for name in lost])
