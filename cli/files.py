@@ -103,7 +103,7 @@ def import_(
     """Store checkpoint files, folders, or a network of torchvision, as new versions.
 
     Each FILE becomes one version of the model. The command reads {readable}, and folders as Hugging Face, timm, PEFT,
-    Trainer and Accelerate write them. Of a folder every file is kept, or named with the reason why it is not.
+    Trainer, Accelerate and torch.distributed.checkpoint write them. Of a folder every file is kept, or named with the reason why it is not.
     torchvision:resnet18 stands for that network, with --weights, --file or --random. The epoch and the loss come from
     FILE unless --meta gives them. If a FILE cannot be read, the command names it and stores the others. The exit status
     is then 1.

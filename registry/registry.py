@@ -417,7 +417,7 @@ class Registry(Home):
         return self[thin(self.catalog, self.store, reference)]
 
     def remove(
-        self, references: Sequence[str], *, force: bool = False, dry_run: bool = False
+        self, references: str | Sequence[str], *, force: bool = False, dry_run: bool = False
     ) -> list[Version]:
         """Remove versions from the catalog, all or none; `collect_garbage` frees their space later.
 
@@ -425,7 +425,7 @@ class Registry(Home):
         """
         return naming.remove(self.catalog, references, force=force, dry_run=dry_run)
 
-    def verify(self, references: Iterable[str] = (), *, progress: Progress = silent) -> Verification:
+    def verify(self, references: str | Iterable[str] = (), *, progress: Progress = silent) -> Verification:
         """Compare every stored byte, or those that some checkpoints need, with its digest.
 
         Damaged packs are noted, so that the next save of their tensors writes them again.
@@ -440,7 +440,7 @@ class Registry(Home):
 
     def compact(
         self,
-        models: Sequence[str] = (),
+        models: str | Sequence[str] = (),
         *,
         dry_run: bool = False,
         progress: Callable[[int, int, int], None] = lambda done, total, saved: None,

@@ -1,11 +1,21 @@
-"""Making foreign text harmless before it reaches a terminal, a log or an error message."""
+"""Text that users and others give: lists of it, and making it harmless for a terminal, a log or an error message."""
 
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterable
 
 _LIMIT = 80
 """Characters of a text that `quoted` shows in full."""
+
+
+def texts(given: str | Iterable[str]) -> list[str]:
+    """Texts as a list; a single text is one of them, not its characters.
+
+    >>> texts("lenet5:v3"), texts(("a", "b"))
+    (['lenet5:v3'], ['a', 'b'])
+    """
+    return [given] if isinstance(given, str) else list(given)
 
 
 def printable(text: str) -> str:

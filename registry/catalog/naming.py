@@ -11,7 +11,7 @@ from registry.catalog.versions import Version
 from registry.log.entries import Record, now
 from registry.log.reference import RESERVED_ALIASES, check_name, check_text
 from registry.store.errors import Conflict, Invalid, NotFound, fix
-from registry.store.text import quoted
+from registry.store.text import quoted, texts
 
 if TYPE_CHECKING:
     from registry.catalog.catalog import Catalog
@@ -96,11 +96,12 @@ def removal(version: Version) -> Record:
 
 
 def remove(
-    catalog: Catalog, references: Sequence[str], *, force: bool = False, dry_run: bool = False
+    catalog: Catalog, references: str | Sequence[str], *, force: bool = False, dry_run: bool = False
 ) -> list[Version]:
     """Take versions out of the catalog, all or none.
 
     Args:
+        references: one or several.
         force: also versions that have an alias or a tag.
         dry_run: only say which versions it would be.
 
@@ -110,7 +111,7 @@ def remove(
     found: list[Version] = []
 
     def compute(view: Reader) -> list[Record]:
-        versions = {version.id: version for version in (resolve(view, one) for one in references)}
+        versions = {version.id: version for version in (resolve(view, one) for one in texts(references))}
         for version in versions.values():
             held = [f"alias {name}" for name in version.aliases] + [f"tag {name}" for name in version.tags]
             if held and not force:

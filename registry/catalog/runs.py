@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -114,6 +114,14 @@ class Runs:
             NotFound: suggesting the nearest name.
         """
         return _one(self._catalog, name)
+
+    def __iter__(self) -> Iterator[str]:
+        """The full names of the runs, the newest first."""
+        return iter([info.name for info in self.find()])
+
+    def __len__(self) -> int:
+        """How many runs there are."""
+        return len(self.find())
 
     def find(self, model: str | None = None) -> list[RunInfo]:
         """Runs, of one model or of all, the newest first."""

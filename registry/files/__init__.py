@@ -1,4 +1,4 @@
-"""Files of other programs, read and written: `.pt`, safetensors, folders of shards.
+"""Files of other programs, read and written: `.pt`, safetensors, folders of shards, of Hugging Face and of torch.distributed.
 
 Format: a kind of files, a row of the table in `formats`. Imported: what a file holds, ready to be saved. Outgoing: a
 file that is about to be written. Layout: where the parts of a checkpoint lie in the dict that a program saved. Foreign:

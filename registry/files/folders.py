@@ -1,4 +1,5 @@
-"""Folders: a hub's, a Trainer's checkpoint, Accelerate's state, an adapter of PEFT, a tracker's with one checkpoint file.
+"""Folders: a hub's, a Trainer's checkpoint, Accelerate's state, an adapter of PEFT, that of torch.distributed.checkpoint, a
+tracker's with one checkpoint file.
 
 No file in one is passed over.
 
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from registry.checkpoints.files import FILES
+from registry.files.distributed import METADATA, PARTS, read_distributed
 from registry.files.foreign import kind_of_folder
 from registry.files.formats import FORMS, INDEX, format_of
 from registry.files.imported import Imported, Stamp, file_status, stamp_of
@@ -124,7 +126,7 @@ def read_folder(folder: Path) -> Imported:
         components=components,
         source=source,
         stamps=stamps,
-        left_out=left_out,
+        left_out=left_out | dict(imported.left_out),
         provenance=imported.provenance
         | network_of(imported.config)
         | ({"processes": processes} if processes > 1 else {}),
@@ -204,6 +206,8 @@ def _weights(folder: Path, names: Collection[str], left_out: Mapping[str, str]) 
     ):
         if found:
             return _single(folder, found)
+    if METADATA in top and any(name.endswith(PARTS) for name in top):
+        return [METADATA]
     kind = kind_of_folder(folder, os.listdir(folder))
     for name in left_out:
         if name in _WEIGHTS or name.endswith((SAFETENSORS, *INDEXES)):
@@ -230,6 +234,8 @@ def _single(folder: Path, found: list[str]) -> list[str]:
 
 
 def _read(path: Path) -> Imported:
+    if path.name == METADATA:
+        return read_distributed(path)
     if path.name.endswith(INDEXES):
         return read_index(path)
     form = format_of(path.name)

@@ -62,10 +62,10 @@ def kind_of_folder(folder: Path, names: Collection[str]) -> str | None:
     Args:
         names: of what lies in it.
     """
-    if ".metadata" in names and any(name.endswith(".distcp") for name in names):
+    if any(name.endswith(".distcp") for name in names):
         return (
-            "a torch.distributed checkpoint; convert it into one file with: "
-            f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {_shown(folder)} model.pt"
+            "a torch.distributed checkpoint without its .metadata, which is written last; "
+            "the save did not end, or the folder was copied in part"
         )
     if "model_index.json" in names:
         parts = _parts(folder, names)
@@ -74,8 +74,8 @@ def kind_of_folder(folder: Path, names: Collection[str]) -> str | None:
     inner = [name for name in sorted(names) if name.startswith("pytorch_model_fsdp")]
     if inner:
         return (
-            "an accelerate state that FSDP has sharded; convert it into one file with: "
-            f"accelerate merge-weights {_shown(folder / inner[0])} OUT"
+            "an accelerate state that FSDP has sharded; import the folder of its parameters: "
+            f"{_shown(folder / inner[0])}"
         )
     steps = [name for name in sorted(names) if name.startswith("global_step")]
     if steps or "zero_to_fp32.py" in names:

@@ -46,6 +46,9 @@ FIELD_KEYS = {
 
 _CONFIG_KEYS = ("config", "hyper_parameters", "hparams", "args")
 
+_WITH_LAYOUT = ("torch", "torch.distributed")
+"""Formats whose layout is recorded when they are imported."""
+
 LIGHTNING = "lightning"
 """The component in which a version that Lightning saved has the rest of its checkpoint dict."""
 
@@ -131,7 +134,7 @@ def lightning_tree(components: Mapping[str, Any]) -> dict[str, Any]:
 def tree_of(checkpoint: Checkpoint, component: str | None = None, *, verify: bool = True) -> Any:
     """The tree that a file of a checkpoint holds.
 
-    A checkpoint that was imported from a file of `torch.save` has the layout of that file, and one that Lightning saved has
+    A checkpoint that was imported from a file of `torch.save` or a folder of `dcp.save` has the layout of that, and one that Lightning saved has
     that of its files, which `load_from_checkpoint` reads. Another one is a dict of its components and of `epoch`, `step`,
     `loss`, `metrics` and `config` where they are recorded.
 
@@ -147,7 +150,7 @@ def tree_of(checkpoint: Checkpoint, component: str | None = None, *, verify: boo
         return checkpoint.state_dict(component, verify=verify)
     components = checkpoint.load(verify=verify)
     source = checkpoint.record.get("source") or {}
-    if source.get("format") == "torch" and "layout" in source:
+    if source.get("format") in _WITH_LAYOUT and "layout" in source:
         with naming(checkpoint.name):
             return join(source["layout"], components, is_thin="thinned-from" in checkpoint.record)
     if "pytorch-lightning_version" in components.get(LIGHTNING, {}):

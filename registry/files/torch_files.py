@@ -1,4 +1,4 @@
-"""`.pt` files: the only module that touches pickle, and only through `torch.load(weights_only=True)`.
+"""`.pt` files, which are pickles, and read only through `torch.load(weights_only=True)`.
 
 `weights_only` keeps a file from running code, but not from asking for more memory than there is. What such a
 file can ask for is bounded here: compressed entries, buffers that are made by their length alone, trees that
@@ -7,6 +7,7 @@ refer to themselves, and tensors that unfold to many times the file.
 
 from __future__ import annotations
 
+import io
 import logging
 import mmap
 import pickle
@@ -36,6 +37,9 @@ _ADVICE = "save it again from its own program as a plain state dict: torch.save(
 
 _LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """The pickled number that every file of torch.save before 1.6 starts with."""
+
+_ZIP = b"PK\x03\x04"
+"""What every other file of torch.save starts with."""
 
 _BYTEARRAY = re.compile(rb"c(?:__builtin__|builtins)\nbytearray\n")
 """The pickled name of `bytearray`, which makes as many zeros as a file says."""
@@ -114,6 +118,20 @@ def read_torch_file(path: Path) -> Any:
         raise Unsupported(f"{printable(str(path))}: {kind}") from error
 
 
+def read_torch_bytes(data: bytes, shown: str) -> Any:
+    """What the bytes of a file of `torch.save` hold, such as one of those inside a file of torch.distributed.checkpoint.
+
+    Args:
+        shown: what errors call it.
+
+    Raises:
+        Unsupported, Invalid: as `read_torch_file`.
+    """
+    if not data.startswith(_ZIP):
+        raise Invalid(f"{shown}: not a file of torch.save, by its first bytes")
+    return _loaded(io.BytesIO(data), len(data), shown, zipped=True)
+
+
 def write_torch_file(tree: Any, write: Callable[[memoryview], object]) -> None:
     """Write a tree as a `.pt` file, front to back, one tensor at a time.
 
@@ -143,25 +161,33 @@ def _tree_in(path: Path) -> Any:
         raise Unsupported(f"{shown}: its name is not UTF-8, and torch cannot open it; rename it")
     with storage_errors(path), path.open("rb") as file:
         head = file.read(32)
-    zipped = head.startswith(b"PK\x03\x04")
-    if zipped:
-        _check_archive(path, size)
-    elif _LEGACY not in head:
+    zipped = head.startswith(_ZIP)
+    if not zipped and _LEGACY not in head:
         if head[:1] == b"\x80":
             raise Unsupported(f"{shown}: a bare pickle, reading it could run code; {_ADVICE}")
         raise Invalid(f"{shown}: not a file of torch.save, by its first bytes")
-    elif _names_bytearray(path):
+    if not zipped and _names_bytearray(path):
         raise _bytearray_error(shown)
+    with storage_errors(path):
+        return _loaded(path, size, shown, zipped=zipped)
+
+
+def _loaded(source: Path | io.BytesIO, size: int, shown: str, *, zipped: bool) -> Any:
+    """What a file of `size` bytes holds; see `read_torch_file`. From a path its tensors are mapped."""
+    if zipped:
+        _check_archive(source, size, shown)
+    if isinstance(source, io.BytesIO):
+        source.seek(0)
+    mapped = zipped and isinstance(source, Path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with torch.serialization.safe_globals(pickled.ALLOWED):
-                tree = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+                tree = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError:
-        with storage_errors(path):
-            raise
+        raise
     except Exception as error:
-        raise _refused(path, zipped, error) from error
+        raise _refused(source, shown, zipped, error) from error
     try:
         _check_extent(tree, size)
         tree, count = pickled.plain(tree)
@@ -174,11 +200,10 @@ def _tree_in(path: Path) -> Any:
     return tree
 
 
-def _check_archive(path: Path, size: int) -> None:
+def _check_archive(source: Path | io.BytesIO, size: int, shown: str) -> None:
     """Refuse archives that unpack to more than they take, which `torch.save` never writes."""
-    shown = printable(str(path))
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(source) as archive:
             entries = archive.infolist()
             packed = next((e for e in entries if e.compress_type != zipfile.ZIP_STORED), None)
             if packed or sum(entry.file_size for entry in entries) > size:
@@ -189,9 +214,6 @@ def _check_archive(path: Path, size: int) -> None:
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
         text = printable(str(error).partition("\n")[0])[:160]
         raise Invalid(f"{shown}: not a readable file of torch.save ({text}); it may be cut short") from None
-    except OSError:
-        with storage_errors(path):
-            raise
 
 
 def _names_bytearray(path: Path) -> bool:
@@ -211,10 +233,9 @@ def _bytearray_error(shown: str) -> Unsupported:
     )
 
 
-def _refused(path: Path, zipped: bool, error: Exception) -> Invalid | Unsupported:
+def _refused(source: Path | io.BytesIO, shown: str, zipped: bool, error: Exception) -> Invalid | Unsupported:
     """The error for a file that `torch.load` has refused."""
-    shown = printable(str(path))
-    blocked = _blocked(path) if zipped else ()
+    blocked = _blocked(source) if zipped else ()
     if blocked:
         names = ", ".join(printable(name[:80]) for name in sorted(blocked)[:5])
         return Unsupported(f"{shown}: loading it would run code ({names}); {_ADVICE}")
@@ -227,11 +248,13 @@ def _refused(path: Path, zipped: bool, error: Exception) -> Invalid | Unsupporte
     return Invalid(f"{shown}: not a readable file of torch.save ({first})")
 
 
-def _blocked(path: Path) -> set[str]:
+def _blocked(source: Path | io.BytesIO) -> set[str]:
     """The names in a file that are not allowed; empty if they cannot be told."""
     try:
+        if isinstance(source, io.BytesIO):
+            source.seek(0)
         with torch.serialization.safe_globals(pickled.ALLOWED):
-            return set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+            return set(torch.serialization.get_unsafe_globals_in_checkpoint(source))
     except Exception:
         return set()
 

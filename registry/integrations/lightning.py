@@ -65,6 +65,9 @@ _logger = logging.getLogger(__name__)
 _OWN = "torch-registry"
 """The key under which a checkpoint dict of Lightning has what this module adds to it, until it is saved."""
 
+_PASSING = (".lr_find_", ".scale_batch_size_")
+"""What the names of files begin with that a `Tuner` writes, reads back and removes; they are no checkpoints."""
+
 _OPTIONS = frozenset(inspect.signature(Registry.run).parameters) - {"self", "model", "resume", "together"}
 _RULES = ("monitor", "mode", "keep_last", "keep_best", "keep_optimizer")
 
@@ -145,8 +148,13 @@ class RegistryCheckpoint(Callback):  # type: ignore[misc]
         stays is then a matter of `keep_last` and `keep_best`.
 
         Raises:
-            Invalid: if there is a `RegistryCheckpoint` among your callbacks.
+            Invalid: if there is a `RegistryCheckpoint` among your callbacks, or `barebones=True` among your settings.
         """
+        if settings.get("barebones"):
+            raise Invalid(
+                "barebones=True measures speed without checkpoints and logs, so nothing would be saved; leave it out, or "
+                "make that Trainer without for_trainer()"
+            )
         callbacks, plugins = _listed(settings.get("callbacks")), _listed(settings.get("plugins"))
         if any(isinstance(one, RegistryCheckpoint) for one in callbacks):
             raise Invalid("the callbacks have a RegistryCheckpoint already; a Trainer takes one")
@@ -391,7 +399,11 @@ class _RegistryIO(CheckpointIO):  # type: ignore[misc]
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
-        self._kept._save(checkpoint, os.fspath(path))
+        if _is_passing(path):
+            own = {key: value for key, value in checkpoint.items() if key != _OWN}
+            TorchCheckpointIO().save_checkpoint(own, path)
+        else:
+            self._kept._save(checkpoint, os.fspath(path))
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
@@ -399,7 +411,10 @@ class _RegistryIO(CheckpointIO):  # type: ignore[misc]
         return self._kept._load(os.fspath(path), map_location, weights_only)
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        self._kept._pointers.remove(os.fspath(path))
+        if _is_passing(path):
+            TorchCheckpointIO().remove_checkpoint(path)
+        else:
+            self._kept._pointers.remove(os.fspath(path))
 
     def teardown(self) -> None:
         self._kept._end()
@@ -436,6 +451,11 @@ class _RegistryLogger(Logger):  # type: ignore[misc]
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Nothing: the run has taken them as its configuration."""
+
+
+def _is_passing(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is one of a `Tuner`, which finds a learning rate or a batch size before a training."""
+    return os.path.basename(path).startswith(_PASSING)
 
 
 def _listed(given: Any) -> list[Any]:

@@ -55,6 +55,15 @@ def unscrubbed(state: Any, folders: Mapping[str, str | os.PathLike[str]]) -> Any
     return _mapped(state, with_folder)
 
 
+def without_folders(state: Any) -> Any:
+    """A tree in which each absolute path is its last part alone, for what no program will ever look up again.
+
+    >>> without_folders({"output_dir": "/home/ann/out/", "seed": 3})
+    {'output_dir': 'out', 'seed': 3}
+    """
+    return _mapped(state, lambda text: os.path.basename(text.rstrip("/")) if os.path.isabs(text) else text)
+
+
 def _known(folders: Mapping[str, str | os.PathLike[str]]) -> dict[str, str]:
     own = {name: os.path.abspath(folder) for name, folder in folders.items()}
     return {"home": str(Path.home()), "working": str(Path.cwd()), **own}

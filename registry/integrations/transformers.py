@@ -18,7 +18,6 @@ import atexit
 import dataclasses
 import json
 import logging
-import os
 import shutil
 import sys
 import tempfile
@@ -30,17 +29,18 @@ from typing import Any
 from torch import nn
 
 from registry.checkpoints.checkpoint import Checkpoint
-from registry.configs.plain import lenient_table
 from registry.integrations import check_release
+from registry.integrations.scrubbing import without_folders
+from registry.integrations.storing import recordable
 from registry.integrations.trainer_folders import RESUMED, STATE, files_of, write_folder
-from registry.live import ranks
+from registry.live import components, ranks
 from registry.live.resumable import ResumableLoader
 from registry.log.metrics import is_metric
 from registry.log.reference import parse_reference
 from registry.registry import Registry
 from registry.runs.run import Run
 from registry.store.durable import host
-from registry.store.errors import NotFound, Unsupported, storage_errors
+from registry.store.errors import NotFound, Unsupported, naming, storage_errors
 
 check_release("transformers")
 
@@ -50,6 +50,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import rewrite_logs  # noqa: E402
 
 _logger = logging.getLogger(__name__)
+
+# The state of the process: `checkout` is given no Trainer, and a Trainer tells no callback what it is about to read.
+_networks: weakref.WeakValueDictionary[tuple[Path, str], nn.Module] = weakref.WeakValueDictionary()
+"""The network of the last Trainer that was made for each model, by the registry's folder and the model's name."""
 
 _SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
@@ -73,6 +77,8 @@ def checkout(reference: str, registry: Registry | None = None) -> str | bool:
 
     Raises:
         NotFound: if the model has versions, but not this one.
+        Incompatible: if the Trainer that was made last with `RegistryCallback` for this model has another network, naming
+            what differs.
         Unsupported: if a Trainer cannot go on from it, saying why.
         Corrupt: if a stored byte is not what was saved.
         StorageError: if the folder cannot be written.
@@ -95,6 +101,10 @@ def checkout(reference: str, registry: Registry | None = None) -> str | bool:
         written = processes.gather(write, f"a checkout of {checkpoint.name}")
     finally:
         processes.close()
+    network = _networks.get((registry.root, checkpoint.model))
+    if network is not None and "model" in checkpoint.components:
+        with naming(checkpoint.name):
+            components.check("model", network, checkpoint.state_dict("model"), kind=None)
     checkpoint.restore(rng=True)
     return next(folder for machine, folder in written if folder and machine == host())
 
@@ -144,6 +154,18 @@ class RegistryCallback(TrainerCallback):  # type: ignore[misc]
         """The run of the present training; None while nothing is trained."""
         return self._run
 
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Note the network, so that `checkout` can refuse a version of another one."""
+        if model is not None:
+            _networks[self._registry.root, self._model] = model
+
     def on_train_begin(
         self,
         args: TrainingArguments,
@@ -175,14 +197,12 @@ class RegistryCallback(TrainerCallback):  # type: ignore[misc]
         if monitor is None and (metric := args.metric_for_best_model) is not None:
             monitor = metric if metric.startswith("eval_") else f"eval_{metric}"
             mode = "max" if args.greater_is_better else "min"
-        config, as_text = lenient_table(_without_folders(args.to_dict()))
+        config = recordable(without_folders(args.to_dict()))
         run = self._registry.run(
             self._model, config=config, resume=resumed, monitor=monitor, mode=mode, **self._options
         )
         self._run = run.__enter__()
         self._ending = weakref.finalize(self, _end, run)
-        if as_text:
-            _logger.info("these arguments were recorded as text: %s", ", ".join(as_text))
         if resumed is not None and isinstance(train_dataloader, ResumableLoader):
             _go_on(resumed, train_dataloader)
 
@@ -213,14 +233,14 @@ class RegistryCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Save a version; every process calls it."""
         assert self._run is not None
-        components = _network(model)
+        saved = _network(model)
         if not args.save_only_model:
-            components["optimizer"] = getattr(optimizer, "optimizer", optimizer)
-            components["scheduler"] = lr_scheduler
+            saved["optimizer"] = getattr(optimizer, "optimizer", optimizer)
+            saved["scheduler"] = lr_scheduler
             if (scaler := getattr(optimizer, "scaler", None)) is not None:
-                components["scaler"] = scaler
+                saved["scaler"] = scaler
             if isinstance(train_dataloader, ResumableLoader):
-                components["loader"] = train_dataloader
+                saved["loader"] = train_dataloader
         losses = (entry["loss"] for entry in reversed(state.log_history) if "loss" in entry)
         self._run.save(
             epoch=int(state.epoch),
@@ -229,7 +249,7 @@ class RegistryCallback(TrainerCallback):  # type: ignore[misc]
             metrics=_metrics(state),
             files=self._files(args, state),
             wait=self._wait,
-            **components,
+            **saved,
         )
 
     def on_train_end(
@@ -269,7 +289,7 @@ class RegistryCallback(TrainerCallback):  # type: ignore[misc]
         with storage_errors(folder):
             found = files_of(folder)
         # The Trainer looks for the folder of the best network again at each save.
-        about = _without_folders(dataclasses.asdict(state)) | {"best_model_checkpoint": None}
+        about = without_folders(dataclasses.asdict(state)) | {"best_model_checkpoint": None}
         return found | {STATE: json.dumps(about).encode()}
 
     def _load_best(self, step: int, model: nn.Module) -> None:
@@ -366,12 +386,3 @@ def _metrics(state: TrainerState) -> dict[str, float]:
         for name, value in found.items()
         if is_metric(name) and isinstance(value, int | float) and not name.endswith(_SPEEDS)
     }
-
-
-def _without_folders(value: Any) -> Any:
-    """A tree in which an absolute path is its last part alone, so that nothing tells of this machine."""
-    if isinstance(value, str):
-        return os.path.basename(value.rstrip("/")) if os.path.isabs(value) else value
-    if isinstance(value, Mapping):
-        return {key: _without_folders(item) for key, item in value.items()}
-    return [_without_folders(item) for item in value] if isinstance(value, list) else value

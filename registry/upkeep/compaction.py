@@ -17,6 +17,7 @@ from registry.log.reference import check_name
 from registry.store.dtypes import ELEMENT_TYPES
 from registry.store.errors import Corrupt, NotFound, Unsupported
 from registry.store.manifest import Manifest, TensorInfo
+from registry.store.text import texts
 from registry.upkeep.repacking import needed_of, repack, unless_gone
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ CompactionProgress = Callable[[int, int, int], None]
 def compact(
     catalog: Catalog,
     store: Store,
-    models: Sequence[str] = (),
+    models: str | Sequence[str] = (),
     *,
     dry_run: bool = False,
     progress: CompactionProgress = lambda done, total, saved: None,
@@ -80,6 +81,7 @@ def compact(
     Raises:
         NotFound: if there is no such model.
     """
+    models = texts(models)
     for model in models:
         resolve(catalog, check_name(model, "model"))
     staying, bases = _staying(catalog)

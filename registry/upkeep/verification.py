@@ -24,6 +24,7 @@ from registry.store.locating import Location
 from registry.store.manifest import MAX_SIZE, parse
 from registry.store.pack import INNER, PackInfo, read_pack_info
 from registry.store.places import open_regular
+from registry.store.text import texts
 
 if TYPE_CHECKING:
     from registry.catalog.catalog import Catalog
@@ -63,7 +64,7 @@ class Verification:
 
 
 def verify(
-    catalog: Catalog, store: Store, references: Iterable[str] = (), progress: Progress = silent
+    catalog: Catalog, store: Store, references: str | Iterable[str] = (), progress: Progress = silent
 ) -> Verification:
     """Read every stored byte, or those that some checkpoints need, and compare it with its digest.
 
@@ -73,7 +74,7 @@ def verify(
     Returns:
         What was checked and every problem found; damage is reported, not raised.
     """
-    chosen = [resolve(catalog, reference).id for reference in references]
+    chosen = [resolve(catalog, reference).id for reference in texts(references)]
     check = _Check(catalog, store, chosen)
     check.manifests()
     check.packs(progress)

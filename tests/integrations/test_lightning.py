@@ -13,6 +13,7 @@ import torch
 from killed import train
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -328,13 +329,41 @@ def test_any_hyperparameter_and_any_state_is_taken(tmp_path: Path, caplog: pytes
             return {"count": 3, "thing": object()}
 
     fit(
-        RegistryCheckpoint("net", registry), tmp_path, Net(act=nn.ReLU(), sizes={"a": {1}}), callbacks=[Odd()]
+        RegistryCheckpoint("net", registry),
+        tmp_path,
+        Net(act=nn.ReLU(), sizes={"a": {1}}, classes={0: "cat", 1: "dog"}),
+        callbacks=[Odd()],
     )
-    assert registry["net"].config == {"width": 2, "act": "ReLU", "sizes": {"a": "set"}}
+    config = {"width": 2, "act": "ReLU()", "sizes": {"a": [1]}, "classes": {"0": "cat", "1": "dog"}}
+    assert registry["net"].config == config
     states = registry["net"].state_dict("lightning")["callbacks"]
     assert [state for key, state in states.items() if "Odd" in key] == [{"count": 3}]
     assert "thing (a object)" in caplog.text
     assert recordable({"a": 1}) == storable({"a": 1}) == {"a": 1}
+
+
+def test_a_tuner_begins_no_run_and_saves_nothing(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "r")
+    kept = RegistryCheckpoint("net", registry)
+    net = Net()
+    trainer = L.Trainer(**kept.for_trainer(**settings_of(tmp_path)))
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    Tuner(trainer).lr_find(net, data(), num_training=3, update_attr=False)
+    assert registry.runs.find() == []
+    assert "net" not in registry
+    assert all(torch.equal(net.state_dict()[name], tensor) for name, tensor in before.items())
+    assert list(tmp_path.glob(".lr_find*")) == []
+    trainer.fit(net, data())
+    assert [info.state for info in registry.runs.find()] == ["finished"]
+
+
+def test_a_trainer_that_measures_speed_is_refused(tmp_path: Path) -> None:
+    kept = RegistryCheckpoint("net", Registry(tmp_path / "r"))
+    with pytest.raises(Invalid, match="barebones=True measures speed without checkpoints"):
+        kept.for_trainer(barebones=True)
+    trainer = L.Trainer(barebones=True, max_epochs=1, default_root_dir=tmp_path, callbacks=[kept])
+    with pytest.raises(Invalid, match="lacks parts of RegistryCheckpoint"):
+        trainer.fit(Net(), data())
 
 
 def test_a_training_that_fails_ends_its_run(tmp_path: Path) -> None:

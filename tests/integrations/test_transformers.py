@@ -283,6 +283,16 @@ def test_a_version_without_a_position_is_resumed_as_the_trainer_does(tmp_path: P
     assert equal(trainer.model.state_dict(), whole.model.state_dict())
 
 
+def test_a_version_of_another_network_is_refused_in_one_line(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "r")
+    trainer_of(tmp_path, RegistryCallback("net", registry), Stops(2)).train()
+    other = trainer_of(tmp_path, RegistryCallback("net", registry), kind="bert")
+    with pytest.raises(Incompatible, match=r"net:v1: model: .* is not in the checkpoint") as caught:
+        other.train(resume_from_checkpoint=checkout("net", registry))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1_000
+
+
 def test_an_adapter_over_another_base_is_refused_before_training(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "r")
     trainer_of(tmp_path, RegistryCallback("net", registry), kind="adapter").train()

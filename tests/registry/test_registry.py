@@ -199,6 +199,15 @@ def test_removing_is_all_or_nothing_and_can_be_tried(registry: Registry) -> None
     assert list_versions(registry.catalog, "net")[1] == 1
 
 
+def test_a_single_text_names_one_version_and_one_model(registry: Registry) -> None:
+    for value in range(3):
+        registry.save("n", {"model": {"w": torch.full((4,), value)}})
+    assert registry.verify("n:v3").checkpoints == 1
+    assert [version.name for version in registry.remove("n:v3")] == ["n:v3"]
+    assert [version.version for version in registry.versions("n")] == [2, 1]
+    assert [one.model for one in registry.compact("n")] == ["n"]
+
+
 def test_a_live_model_is_filled_or_left_alone(registry: Registry) -> None:
     checkpoint = save(registry, 2)
     live = {"w": torch.zeros(3)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -15,7 +14,6 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
-from torch.distributed import checkpoint as dcp
 
 from registry import Registry
 from registry.files.importing import import_checkpoint
@@ -118,22 +116,11 @@ def test_safetensors_under_a_name_that_is_not_utf8_are_imported(tmp_path: Path) 
     assert checkpoint.record["source"]["file"] == r"a\udcff.safetensors"
 
 
-def test_a_folder_of_torch_distributed_is_imported_as_the_error_says(tmp_path: Path) -> None:
-    dcp.save(TENSORS, checkpoint_id=tmp_path / "sharded run")
-    with pytest.raises(Invalid, match=r"a torch\.distributed checkpoint") as caught:
-        read_checkpoint_file(tmp_path / "sharded run")
-    command = str(caught.value).partition("convert it into one file with: ")[2]
-    assert (
-        os.system(f"cd '{tmp_path}' && {command.replace('python', sys.executable, 1)} >/dev/null 2>&1") == 0
-    )
-    assert torch.equal(read_checkpoint_file(tmp_path / "model.pt").components["model"]["w"], TENSORS["w"])
-
-
 FOLDERS: dict[str, tuple[list[str], str]] = {
     "diffusers": (["model_index.json", "unet/diffusion.safetensors"], r"a diffusers pipeline.*/unet$"),
     "accelerate, FSDP": (
         ["pytorch_model_fsdp_0/x", "random_states_0.pkl"],
-        r"an accelerate state that FSDP has sharded.*merge-weights .*/pytorch_model_fsdp_0 OUT",
+        r"an accelerate state that FSDP has sharded; import .*/pytorch_model_fsdp_0$",
     ),
     "DeepSpeed": (["global_step500/x", "latest"], "a DeepSpeed checkpoint.*zero_to_fp32.py"),
     "accelerate": (["random_states_0.pkl", "scheduler.bin"], "an accelerate state without the model"),

@@ -144,3 +144,15 @@ def test_a_loss_among_the_metrics_is_the_loss(registry: Registry) -> None:
             run.save(model=net, metrics={"loss": loss})
     assert [version.loss for version in registry.versions("x")] == [0.9, 0.1]
     assert registry["x@best"].loss == 0.1
+
+
+def test_runs_are_a_collection_of_names(registry: Registry) -> None:
+    assert list(registry.runs) == []
+    for _ in range(2):
+        with registry.run("net"):
+            pass
+    assert sorted(registry.runs) == ["net/run-1", "net/run-2"]
+    assert list(registry.runs) == [info.name for info in registry.runs.find()]
+    assert len(registry.runs) == 2
+    assert "net/run-1" in registry.runs
+    assert "net/run-3" not in registry.runs
