@@ -18,6 +18,7 @@ from registry.store.store import Written
 if TYPE_CHECKING:
     from registry.catalog.catalog import Catalog
     from registry.catalog.transactions import View
+    from registry.log.sharing import Shared
     from registry.store.locating import Location
     from registry.store.saving import Encoded
     from registry.store.store import Store, Stored
@@ -116,11 +117,6 @@ def publish_all(
                 found = _packs(view, one, strict=is_repeatable and attempt < strict_attempts)  # noqa: B023
                 packs += [record for record in found if record not in packs]
             texts = [manifest_text(one.text) for one in stored]
-            if catalog.shared and not all(texts):
-                raise Unsupported(
-                    f"{what}: its plain values take more than the {MAX_TEXT >> 20} MB that an entry of a shared registry "
-                    "holds; put long lists into tensors or arrays"
-                )
             for one, text in zip(stored, texts, strict=True):
                 if not text and view.query("SELECT 1 FROM doomed WHERE digest = ?", [one.digest]):
                     raise Doomed(f"{one.digest[:12]} was doomed")
@@ -128,7 +124,7 @@ def publish_all(
             return [*packs, *records(view, list(zip(ids, texts, strict=True)))]
 
         if catalog.shared:
-            catalog.shared.upload([pack.digest for one in stored for pack in one.packs])
+            _bring_to_others(catalog.shared, stored, what)
         try:
             entry = catalog.commit(compute)
             for one in stored:
@@ -148,6 +144,20 @@ def publish_all(
                 # Without a time in the record, the id follows from the content alone.
                 record["salt"] = secrets.token_hex(16)
     raise Conflict(f"{what}: other processes kept changing the registry during the save; repeat it")
+
+
+def _bring_to_others(shared: Shared, stored: Sequence[Stored], what: str) -> None:
+    """Upload the packs of a save to where other hosts find them.
+
+    Raises:
+        Unsupported: if an entry of the log cannot carry a manifest's text.
+    """
+    if not all(manifest_text(one.text) for one in stored):
+        raise Unsupported(
+            f"{what}: its plain values take more than the {MAX_TEXT >> 20} MB that an entry of a shared registry holds; "
+            "put long lists into tensors or arrays"
+        )
+    shared.upload([pack.digest for one in stored for pack in one.packs])
 
 
 def publish_version(view: View, model: str, manifest_id: str, text: Mapping[str, str]) -> Record:

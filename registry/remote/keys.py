@@ -113,6 +113,7 @@ def _section(variable: str, name: str, profile: str) -> dict[str, str]:
 
 def _from_boto3() -> Any:
     """Keys that boto3 finds, such as those of single sign-on; None if it finds none without asking a network."""
+    # Lazy: loads obstore.
     import boto3
     from obstore.auth.boto3 import Boto3CredentialProvider
 
