@@ -113,16 +113,19 @@ def _section(variable: str, name: str, profile: str) -> dict[str, str]:
 
 def _from_boto3() -> Any:
     """Keys that boto3 finds, such as those of single sign-on; None if it finds none without asking a network."""
-    # Lazy: loads obstore.
     import boto3
-    from obstore.auth.boto3 import Boto3CredentialProvider
 
     # The address that virtual machines ask for keys does not answer elsewhere, and is waited for.
     before = os.environ.get("AWS_EC2_METADATA_DISABLED")
     os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
     try:
         session = boto3.Session()
-        return Boto3CredentialProvider(session) if session.get_credentials() else None
+        if not session.get_credentials():
+            return None
+        # Lazy: loads obstore.
+        from obstore.auth.boto3 import Boto3CredentialProvider
+
+        return Boto3CredentialProvider(session)
     finally:
         if before is None:
             del os.environ["AWS_EC2_METADATA_DISABLED"]
