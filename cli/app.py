@@ -70,6 +70,7 @@ _ROWS = (
     Row("caches", "cache", is_light=True),
     Row("sharing", "push"),
     Row("sharing", "pull"),
+    Row("sharing", "follow"),
     Row("naming", "alias", is_light=True),
     Row("naming", "tag", is_light=True),
     Row("naming", "note", is_light=True),

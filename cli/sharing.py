@@ -1,12 +1,15 @@
-"""Between registries: push, pull."""
+"""Between registries and computers: push, pull, follow."""
 
 from __future__ import annotations
 
+import os
+import shlex
+import subprocess
 from typing import TYPE_CHECKING
 
 import click
 
-from registry.cli.options import ReferenceType, command
+from registry.cli.options import ReferenceType, command, seconds
 from registry.cli.output import counted, print_json, progress_bar, say, size
 from registry.store.errors import Invalid
 
@@ -58,6 +61,50 @@ def pull(
 
     _check(references, everything)
     _copy(Registry(place, create=False), registry, references, as_json)
+
+
+@command(
+    "follow",
+    "registry follow net@production --exec 'systemctl reload net'\nregistry follow net@best --exec 'cp-to-device {}' --once",
+)
+@click.argument("reference", type=ReferenceType())
+@click.option(
+    "--exec", "program", metavar="COMMAND", help="A command to run for each version; {} stands for its name."
+)
+@click.option(
+    "--every", default="5s", show_default=True, callback=seconds, metavar="TIME", help="How often to look."
+)
+@click.option("--once", is_flag=True, help="Stop behind the first version.")
+def follow(
+    reference: str, program: str | None, every: float, once: bool, registry: Registry, as_json: bool
+) -> int:
+    """Wait for each version that a reference comes to name.
+
+    The present version comes first. COMMAND runs without a shell, with the variables REGISTRY_CHECKPOINT and
+    REGISTRY_CHECKPOINT_ID. If it fails, the command ends with its exit status. Ctrl-C ends it.
+    """
+    words = shlex.split(program) if program else []
+    for checkpoint in registry.follow(reference, every=every):
+        if as_json:
+            print_json({"name": checkpoint.name, "id": checkpoint.id})
+        else:
+            say(checkpoint.name)
+        if words:
+            environment = {
+                **os.environ,
+                "REGISTRY_CHECKPOINT": checkpoint.name,
+                "REGISTRY_CHECKPOINT_ID": checkpoint.id,
+            }
+            filled = [word.replace("{}", checkpoint.name) for word in words]
+            try:
+                status = subprocess.run(filled, env=environment).returncode
+            except OSError as error:
+                raise Invalid(f"{filled[0]}: {error.strerror}; give a command that can be run") from None
+            if status:
+                return status
+        if once:
+            return 0
+    return 0
 
 
 def _check(references: tuple[str, ...], everything: bool) -> None:

@@ -470,6 +470,24 @@ class Registry(Home):
 
         return collect_garbage(self.catalog, self.store, grace=grace, dry_run=dry_run, tell=tell)
 
+    def follow(
+        self,
+        reference: str,
+        *,
+        into: nn.Module | Mapping[str, Any] | None = None,
+        component: str = "model",
+        every: float = 5.0,
+    ) -> Iterator[Checkpoint]:
+        """Each version that a reference comes to name, put into a live network; see `registry.checkpoints.following.follow`.
+
+        for checkpoint in registry.follow("net@production", into=model):
+            print("serving", checkpoint.name)
+        """
+        # Lazy: start-up.
+        from registry.checkpoints.following import follow
+
+        return follow(self, reference, into=into, component=component, every=every)
+
     def copy_to(
         self, other: Home, references: Sequence[str] = (), *, progress: Progress = silent
     ) -> list[Copied]:
