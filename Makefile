@@ -33,8 +33,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $(READY)
 
+# Two tests at a time, so one thread of torch each: more would wait for one another.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20
 
 # Another environment over the first one: it adds the frameworks, so that the rest is seen to work without them.
 $(FRAMEWORKS)/.ready: $(READY) constraints-integrations.txt
@@ -46,11 +47,11 @@ $(FRAMEWORKS)/.ready: $(READY) constraints-integrations.txt
 	@touch $@
 
 test-integrations: $(FRAMEWORKS)/.ready
-	$(FRAMEWORKS)/bin/python -m pytest -n 2 --dist worksteal tests/integrations
+	OMP_NUM_THREADS=1 $(FRAMEWORKS)/bin/python -m pytest -n 2 --dist worksteal --durations 10 tests/integrations
 
 soak: $(READY)
 	rm -rf build/soak
-	SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest -n 2 --dist worksteal tests/faults; \
+	SOAK_SECONDS=$(SOAK_SECONDS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/faults; \
 		status=$$?; $(BIN)/python tests/faults/soak.py; exit $$status
 
 check: $(READY)
