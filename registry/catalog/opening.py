@@ -116,7 +116,8 @@ class Opening:
             # Lazy: start-up.
             from registry.catalog.transactions import finish_interrupted
 
-            if not finish_interrupted(database, connection, identity):
+            is_done = finish_interrupted(database, connection, identity)
+            if not is_done and is_behind(connection, database.journal):
                 found = self._ahead_of(connection)
                 self._let_go(connection, identity)
                 return found

@@ -89,11 +89,14 @@ class Journal:
             os.close(places.open_file(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, inner=1))
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, *, seconds: float = 60.0) -> Iterator[None]:
         """Keep other writers out, even those that use another catalog.
 
+        Args:
+            seconds: how long to wait for another process at most.
+
         Raises:
-            StorageError: if another process keeps the log locked for a minute.
+            StorageError: if another process keeps the log locked for so long.
         """
         try:
             fd = places.open_file(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, inner=1)
@@ -102,9 +105,9 @@ class Journal:
             fd = places.open_file(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, inner=1)
         try:
             with only_here(fd):
-                if not durable.lock(fd):
+                if not durable.lock(fd, seconds=seconds):
                     raise StorageError(
-                        f"{self.folder}: another process has kept the log locked for 60 s; repeat"
+                        f"{self.folder}: another process has kept the log locked for {seconds:.0f} s; repeat"
                     )
                 with no_fork():
                     try:

@@ -132,6 +132,8 @@ class RemotePacks:
                 for part in self._parts(digest, size):
                     file.write(part)
                     count += len(part)
+                    if len(part) < min(_PART, size - (count - len(part))):
+                        break
                     head = head or part[:8]
                     if len(head) < self._head_size(head):
                         head = (head + part[len(head) :]) if count == len(part) else head + part

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from registry.remote import remote, shared_log
 from registry.remote.folder import FolderBucket
 from registry.remote.shared_log import packed, unpacked
 from registry.remote.urls import Address
-from registry.store.errors import Corrupt, NotFound, StorageError, Unsupported
+from registry.store.errors import Corrupt, Invalid, NotFound, StorageError, Unsupported
 
 Hosts = Callable[[str], Registry]
 
@@ -352,6 +353,116 @@ def test_headers_that_a_host_has_lost_are_fetched(host: Hosts) -> None:
     again = host("b")
     assert value(again, "net") == 1
     assert again.verify().problems == ()
+
+
+def damage_log(registry: Registry, number: int) -> None:
+    """Damage an entry of a host's copy of the log, of which the catalog was a second copy."""
+    (path,) = registry.root.glob("journal/*.log")
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[number - 1] = b"x" + lines[number - 1][1:]
+    path.write_bytes(b"".join(lines))
+    for path in registry.root.glob("catalog.sqlite*"):
+        path.unlink()
+
+
+def test_a_log_that_is_damaged_on_a_host_is_brought_again(host: Hosts) -> None:
+    a, b = host("a"), host("b")
+    for number in (1, 2, 3):
+        a.save("net", state(number))
+    damage_log(a, 3)
+    again = host("a")
+    assert [value(again, f"net:v{number}") for number in (1, 2, 3)] == [1, 2, 3]
+    again.save("net", state(4))
+    assert value(b, "net:v4") == 4
+    assert entries_of(again) == entries_of(b)
+    assert again.verify().problems == ()
+
+
+@pytest.mark.damages
+def test_a_damaged_log_is_not_brought_again_from_an_older_state(host: Hosts, bucket: FolderBucket) -> None:
+    a = host("a")
+    for number in (1, 2, 3):
+        a.save("net", state(number))
+    damage_log(a, 2)
+    bucket.delete(["journal/0000000000000004.zst"])
+    again = host("a")
+    assert value(again, "net:v3") == 3
+    with pytest.raises(Corrupt, match="history of the registry changed"):
+        again.save("net", state(4))
+
+
+def test_rebuilding_follows_the_log_of_the_bucket_alone(host: Hosts) -> None:
+    a, b = host("a"), host("b")
+    for number in (1, 2):
+        a.save("net", state(number))
+    # As a save that was killed leaves it.
+    a.store.put({"model": {"w": torch.ones(3)}}, {"kind": "checkpoint", "model": "net"})
+    damage_log(a, 3)
+    again = host("a")
+    with pytest.raises(Unsupported, match="from its bucket by: registry rebuild"):
+        again.rebuild(adopt=True)
+    found = again.rebuild()
+    assert (found.versions, found.unnamed, found.damaged) == (2, (), ())
+    again.save("net", state(3))
+    assert value(b, "net:v3") == 3
+    assert entries_of(again) == entries_of(b)
+
+
+def test_a_reader_does_not_wait_for_a_process_that_waits_for_the_network(host: Hosts) -> None:
+    a = host("a")
+    a.save("net", state(1))
+    with a.catalog.journal.locked():
+        begun = time.monotonic()
+        again = host("a")
+        assert value(again, "net") == 1
+        assert again["net"].version == 1
+        assert time.monotonic() - begun < 5
+
+
+@pytest.mark.parametrize("at", [20, -20])
+def test_a_copy_of_a_pack_that_is_damaged_on_a_host_is_no_damage_of_the_registry(
+    host: Hosts, at: int
+) -> None:
+    a, b = host("a"), host("b")
+    for number in (1, 2):
+        a.save("net", {"model": {"w": torch.arange(20_000.0) + number / 8}})
+    for path in a.root.glob("packs/*/*"):
+        path.chmod(0o600)
+        data = bytearray(path.read_bytes())
+        data[at] ^= 1
+        path.write_bytes(data)
+    again = host("a")
+    assert again.verify().problems == ()
+    assert again.verify(["net:v1"]).problems == ()
+    assert value(again, "net:v2") == 0.25
+    # Nothing of it is said to other hosts.
+    assert value(b, "net:v2") == 0.25
+    assert entries_of(again) == entries_of(b)
+
+
+def test_files_that_a_file_system_leaves_in_a_bucket_are_passed_over(
+    host: Hosts, bucket: FolderBucket
+) -> None:
+    host("a").save("net", state(1))
+    for name in ("packs/.DS_Store", "packs/a b", "journal/.nfs0001", "journal/x y"):
+        (bucket.root / name).write_bytes(b"x")
+    b = host("b")
+    assert value(b, "net") == 1
+    b.collect_garbage(grace=0)
+    assert b.verify().problems == ()
+
+
+def test_an_entry_that_nobody_could_read_again_is_not_written(
+    host: Hosts, bucket: FolderBucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = host("a")
+    monkeypatch.setattr(shared_log, "_LARGEST", 1000)
+    with pytest.raises(Invalid, match="in smaller steps"):
+        a.save("net", {"model": {f"w{number}": torch.full((3,), float(number)) for number in range(100)}})
+    monkeypatch.undo()
+    assert len(list(bucket.list("journal"))) == 1
+    a.save("net", state(1))
+    assert a["net"].version == 1
 
 
 def test_a_host_that_has_lost_its_folder_begins_anew(host: Hosts, tmp_path: Path) -> None:
