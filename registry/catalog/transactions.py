@@ -21,7 +21,7 @@ from registry.log.journal import BEGINNING, Position
 from registry.log.ledger import Ledger
 from registry.log.refusals import Refused
 from registry.log.sharing import Shared
-from registry.store.errors import Corrupt, StorageError
+from registry.store.errors import Corrupt, StorageError, Unsupported
 from registry.store.locating import Location
 from registry.store.store import Store
 
@@ -298,7 +298,7 @@ def finish_interrupted(database: Database, connection: sqlite3.Connection, ident
             catch_up(database, change)
             try:
                 _take_in_news(database, change)
-            except (StorageError, Corrupt) as error:
+            except (StorageError, Corrupt, Unsupported) as error:
                 # What this host has is read all the same.
                 _logger.warning("%s", error)
     except StorageError as error:

@@ -104,7 +104,9 @@ class RemotePacks:
         Raises:
             Corrupt: if it does not.
         """
-        digest, head, size, text = found["digest"], found["head"], found["size"], found["header"].encode()
+        digest, head, size = found["digest"], found["head"], found["size"]
+        # What is no text in JSON's sense is found below, as no name covers it.
+        text = found["header"].encode(errors="surrogatepass")
         heads.pack_of(digest, text, head, size)
         with storage_errors(self._heads):
             heads.write(self._heads, self._tmp, digest, text, head=head, size=size)

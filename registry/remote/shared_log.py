@@ -146,12 +146,12 @@ class SharedLog:
         """An entry, whose headers of packs are kept on this host from now on."""
         try:
             entry, headers = unpacked(data)
+            if entry.seq != seq:
+                raise Corrupt(f"it is entry {entry.seq}")
+            for found in headers:
+                self._packs.keep_header(found)
         except Corrupt as error:
             raise Corrupt(f"{self.url}/{_key(seq)}: {error}; nothing is written") from None
-        if entry.seq != seq:
-            raise Corrupt(f"{self.url}/{_key(seq)}: it is entry {entry.seq}; nothing is written")
-        for found in headers:
-            self._packs.keep_header(found)
         return entry
 
 

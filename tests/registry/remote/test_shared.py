@@ -17,6 +17,7 @@ import torch
 from servers import Fault, Layer
 
 from registry import Registry
+from registry.log import entries
 from registry.remote import remote, shared_log
 from registry.remote.folder import FolderBucket
 from registry.remote.shared_log import packed, unpacked
@@ -298,27 +299,60 @@ def test_an_entry_that_was_edited_is_refused(host: Hosts, bucket: FolderBucket, 
     a = host("a")
     a.save("net", state(1))
     a.save("net", state(2))
-    entries = [held.key for held in bucket.list("journal")]
-    data = bucket.get(entries[-1], 1 << 20)
+    keys = [held.key for held in bucket.list("journal")]
+    data = bucket.get(keys[-1], 1 << 20)
     assert data is not None
     if damage == "flip":
         data = data[:50] + bytes([data[50] ^ 1]) + data[51:]
     elif damage == "cut":
         data = data[:-3]
     elif damage == "other":
-        data = bucket.get(entries[-2], 1 << 20)
+        data = bucket.get(keys[-2], 1 << 20)
     elif damage == "empty":
         data = b""
     else:
         entry, headers = unpacked(data)
-        from registry.log import entries as written
-
-        data = packed(written.write(entry.seq, "0" * 64, entry.records), headers)
-    bucket.delete([entries[-1]])
-    bucket.create(entries[-1], data or b"")
+        data = packed(entries.write(entry.seq, "0" * 64, entry.records), headers)
+    bucket.delete([keys[-1]])
+    bucket.create(keys[-1], data or b"")
     with pytest.raises(Corrupt, match=r"[nN]othing is written"):
         host("b").save("net", state(3))
-    assert [held.key for held in bucket.list("journal")] == entries
+    assert [held.key for held in bucket.list("journal")] == keys
+
+
+@pytest.mark.damages
+@pytest.mark.parametrize(
+    ("records", "headers", "said"),
+    [
+        ([{"op": "later"}], [], "upgrade with"),
+        (
+            None,
+            [{"digest": "../" * 4, "size": 99, "head": 50, "header": "{}"}],
+            "[0-9]{16}.zst: pack .* nothing is",
+        ),
+        (
+            None,
+            [{"digest": "a" * 64, "size": 99, "head": 50, "header": "\ud800"}],
+            "[0-9]{16}.zst: pack .* nothing is",
+        ),
+    ],
+)
+def test_what_cannot_be_understood_in_the_bucket_is_read_past_and_not_written_behind(
+    host: Hosts, bucket: FolderBucket, records: Any, headers: list[dict[str, Any]], said: str
+) -> None:
+    a = host("a")
+    a.save("net", state(1))
+    last = [item.entry for item in a.catalog.journal.read() if item.entry][-1]
+    tag = {"op": "tag", "id": a["net"].id, "tag": "new"}
+    entry = entries.write(last.seq + 1, last.digest, records or [tag])
+    bucket.create(f"journal/{entry.seq:016d}.zst", packed(entry, headers))
+    again = host("a")
+    assert value(again, "net") == 1
+    with pytest.raises((Corrupt, Unsupported), match=said):
+        again.save("net", state(2))
+    with pytest.raises((Corrupt, Unsupported), match=said):
+        host("b")
+    assert len(list(bucket.list("journal"))) == entry.seq
 
 
 def test_a_pack_that_was_edited_is_refused_and_not_kept(host: Hosts, bucket: FolderBucket) -> None:
@@ -438,6 +472,26 @@ def test_a_copy_of_a_pack_that_is_damaged_on_a_host_is_no_damage_of_the_registry
     # Nothing of it is said to other hosts.
     assert value(b, "net:v2") == 0.25
     assert entries_of(again) == entries_of(b)
+
+
+def test_a_reader_who_cannot_write_here_is_told_that_news_are_not_seen(
+    host: Hosts, url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    a, b = host("a"), host("b")
+    a.save("net", state(1))
+    assert value(b, "net") == 1
+    a.save("net", state(2))
+    with monkeypatch.context() as patch:
+        patch.setattr("registry.catalog.database.Database.is_writable", False)
+        assert value(host("b"), "net") == 1
+    assert f"what other hosts add to {url} is not seen" in caplog.text
+
+
+def test_the_status_says_where_the_registry_is(host: Hosts, url: str) -> None:
+    host("a").save("net", state(1))
+    program = [sys.executable, "-m", "registry.cli", "--root", url, "status"]
+    done = subprocess.run(program, capture_output=True, text=True, check=True)
+    assert f"registry    {url}\n" in done.stdout
 
 
 def test_files_that_a_file_system_leaves_in_a_bucket_are_passed_over(
