@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from registry.catalog.lookups import are_doomed
 from registry.log.entries import MAX_TEXT, Record, manifest_text, now, pack_record
 from registry.progress import Progress, silent
-from registry.store.errors import Conflict, Corrupt, RegistryError, Unsupported
+from registry.store.errors import Conflict, Corrupt, Missing, RegistryError, Unsupported
 from registry.store.store import Written
 
 if TYPE_CHECKING:
     from registry.catalog.catalog import Catalog
     from registry.catalog.transactions import View
+    from registry.log.sharing import Shared
     from registry.store.locating import Location
     from registry.store.saving import Encoded
     from registry.store.store import Store, Stored
@@ -127,9 +128,9 @@ def publish_all(
             ids = [one.digest for one in stored]
             return [*packs, *records(view, list(zip(ids, texts, strict=True)))]
 
-        if catalog.shared:
-            catalog.shared.upload([pack.digest for one in stored for pack in one.packs])
         try:
+            if catalog.shared:
+                _upload(catalog.shared, stored)
             entry = catalog.commit(compute)
             for one in stored:
                 # Garbage collection took the file before the commit. Reading the manifest writes it again, from the log.
@@ -148,6 +149,18 @@ def publish_all(
                 # Without a time in the record, the id follows from the content alone.
                 record["salt"] = secrets.token_hex(16)
     raise Conflict(f"{what}: other processes kept changing the registry during the save; repeat it")
+
+
+def _upload(shared: Shared, stored: Sequence[Stored]) -> None:
+    """Bring the packs of a save to where all hosts find them.
+
+    Raises:
+        Stale: if garbage collection took one of them before.
+    """
+    try:
+        shared.upload([pack.digest for one in stored for pack in one.packs])
+    except Missing as error:
+        raise Stale(str(error)) from error
 
 
 def publish_version(view: View, model: str, manifest_id: str, text: Mapping[str, str]) -> Record:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from registry import Registry
 from registry.log import entries
 from registry.remote import remote, shared_log
 from registry.remote.folder import FolderBucket
+from registry.remote.packs import RemotePacks
 from registry.remote.shared_log import packed, unpacked
 from registry.remote.urls import Address
 from registry.store.errors import Corrupt, Invalid, NotFound, StorageError, Unsupported
@@ -234,6 +235,57 @@ def test_a_pack_that_no_entry_names_is_doomed_before_it_goes(
     assert value(b, "net:v2") == 2
     assert value(host("c"), "net:v2") == 2
     assert len(list(bucket.list("packs"))) == 2
+
+
+def test_a_pack_of_a_save_that_failed_is_collected_by_the_same_program(
+    host: Hosts, bucket: FolderBucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = host("a"), host("b")
+    a.save("net", state(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderBucket, "create", lambda *_: False)
+        patch.setattr(shared_log, "_PATIENCE", 0.0)
+        with pytest.raises(StorageError, match="repeat"):
+            a.save("net", state(2))
+    assert len(list(bucket.list("packs"))) == 2
+    assert a.collect_garbage(grace=0).packs >= 1
+    assert len(list(bucket.list("packs"))) == 1
+    a.save("net", state(2))
+    assert value(b, "net:v2") == 2
+
+
+def test_a_header_that_is_damaged_on_a_host_does_not_get_into_the_log(
+    host: Hosts, bucket: FolderBucket
+) -> None:
+    a = host("a")
+    a.save("net", state(1))
+    packs = RemotePacks(bucket, a.root)
+    (digest,) = a.store.pack_digests()
+    (header,) = packs.headers([digest])
+    for path in (a.store.pack_path(digest), *a.root.glob("heads/*/*")):
+        path.chmod(0o600)
+        data = bytearray(path.read_bytes())
+        data[20] ^= 1
+        path.write_bytes(data)
+    assert packs.headers([digest]) == [header]
+
+
+def test_a_save_whose_pack_is_collected_before_it_is_uploaded_writes_it_again(
+    host: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = host("a"), host("b")
+    a.save("net", state(1))
+    upload, other = RemotePacks.upload, host("a")
+    calls = iter([True])
+
+    def late(packs: RemotePacks, digests: Collection[str]) -> None:
+        if next(calls, False):
+            other.collect_garbage(grace=0)
+        upload(packs, digests)
+
+    monkeypatch.setattr(RemotePacks, "upload", late)
+    a.save("net", state(2))
+    assert value(b, "net:v2") == 2
 
 
 def test_a_young_pack_that_no_entry_names_stays(host: Hosts, bucket: FolderBucket, tmp_path: Path) -> None:
@@ -451,6 +503,18 @@ def test_a_reader_does_not_wait_for_a_process_that_waits_for_the_network(host: H
         assert value(again, "net") == 1
         assert again["net"].version == 1
         assert time.monotonic() - begun < 5
+
+
+def test_a_copy_of_a_pack_that_is_damaged_on_a_host_is_not_copied_on(host: Hosts, tmp_path: Path) -> None:
+    a = host("a")
+    a.save("net", {"model": {"w": torch.arange(20_000.0)}})
+    (path,) = a.root.glob("packs/*/*")
+    path.chmod(0o600)
+    path.write_bytes(path.read_bytes()[:-4] + b"xxxx")
+    other = Registry(tmp_path / "other")
+    host("a").copy_to(other)
+    assert other.verify().problems == ()
+    assert float(other["net"].load()["model"]["w"][-1]) == 19_999
 
 
 @pytest.mark.parametrize("at", [20, -20])
