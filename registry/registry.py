@@ -478,7 +478,7 @@ class Registry(Home):
         for copied in registry.copy_to(Registry("s3://models/team"), ["lenet5@best"]):
             print(copied.source, "->", copied.target)
         """
-        # Lazy: loads torch.
+        # Lazy: start-up.
         from registry.upkeep.copying import copy_versions
 
         return copy_versions(self, other, references, progress=progress)

@@ -117,11 +117,7 @@ def publish_all(
                 found = _packs(view, one, strict=is_repeatable and attempt < strict_attempts)  # noqa: B023
                 packs += [record for record in found if record not in packs]
             texts = [manifest_text(one.text) for one in stored]
-            if catalog.shared and not all(texts):
-                raise Unsupported(
-                    f"{what}: its plain values take more than the {MAX_TEXT >> 20} MB that an entry of a shared registry "
-                    "holds; put long lists into tensors or arrays"
-                )
+            _check_size(texts if catalog.shared else (), what)
             for one, text in zip(stored, texts, strict=True):
                 if not text and view.query("SELECT 1 FROM doomed WHERE digest = ?", [one.digest]):
                     raise Doomed(f"{one.digest[:12]} was doomed")
@@ -149,6 +145,15 @@ def publish_all(
                 # Without a time in the record, the id follows from the content alone.
                 record["salt"] = secrets.token_hex(16)
     raise Conflict(f"{what}: other processes kept changing the registry during the save; repeat it")
+
+
+def _check_size(texts: Sequence[Mapping[str, str]], what: str) -> None:
+    """Refuse a manifest whose text an entry does not carry: a shared registry has no other place for it."""
+    if not all(texts):
+        raise Unsupported(
+            f"{what}: its plain values take more than the {MAX_TEXT >> 20} MB that an entry of a shared registry holds; "
+            "put long lists into tensors or arrays"
+        )
 
 
 def _upload(shared: Shared, stored: Sequence[Stored]) -> None:

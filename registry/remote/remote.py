@@ -77,7 +77,7 @@ def _bucket(address: Address) -> Bucket:
     if address.scheme != "s3":
         raise Unsupported(f"{address.scheme}:// is not supported yet; s3:// and file:// are")
     try:
-        # Only for those who use it.
+        # Lazy: loads obstore.
         from registry.remote.s3 import S3Bucket
     except ImportError:
         raise Unsupported("s3:// needs a client; run: pip install 'torch-registry[s3]'") from None
