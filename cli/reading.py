@@ -257,7 +257,7 @@ def status(registry: Registry, as_json: bool) -> None:
     coded = f", {found.differences:,} of them as differences" if found.differences else ""
     print_facts(
         [
-            ("registry", _nearby(found.root)),
+            ("registry", _nearby(registry.place)),
             ("holds", f"{counted(found.models, 'model')}, {counted(found.versions, 'version')}"),
             ("tensors", f"{found.tensors:,} distinct, in {counted(found.packs, 'pack')}{coded}"),
             ("artifacts", found.artifacts or None),

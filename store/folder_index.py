@@ -154,7 +154,8 @@ class PackFolder:
     def _read(self, digest: str) -> PackInfo:
         try:
             return read_pack_info(self.path(digest))
-        except Missing:
+        except Corrupt:
+            # It is missing or damaged here.
             if self._elsewhere is None:
                 raise
             return self._elsewhere.info(digest)

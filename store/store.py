@@ -178,8 +178,10 @@ class Store:
         with storage_errors(self.root):
             for folder in (into.packs, into.manifests, into.tmp):
                 durable.make_folder(folder, inner=1)
-            return copy_to_new_pack(
-                self._locator, digests, bases or {}, source=self.packs, packs=into.packs, tmp=into.tmp
+            return self._read(
+                lambda: copy_to_new_pack(
+                    self._locator, digests, bases or {}, source=self.packs, packs=into.packs, tmp=into.tmp
+                )
             )
 
     def intact(self, digests: Iterable[str]) -> set[str]:

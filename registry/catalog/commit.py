@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from registry.catalog.lookups import are_doomed
 from registry.log.entries import MAX_TEXT, Record, manifest_text, now, pack_record
 from registry.progress import Progress, silent
-from registry.store.errors import Conflict, Corrupt, RegistryError, Unsupported
+from registry.store.errors import Conflict, Corrupt, Missing, RegistryError, Unsupported
 from registry.store.store import Written
 
 if TYPE_CHECKING:
@@ -117,15 +117,16 @@ def publish_all(
                 found = _packs(view, one, strict=is_repeatable and attempt < strict_attempts)  # noqa: B023
                 packs += [record for record in found if record not in packs]
             texts = [manifest_text(one.text) for one in stored]
+            _check_size(texts if catalog.shared else (), what)
             for one, text in zip(stored, texts, strict=True):
                 if not text and view.query("SELECT 1 FROM doomed WHERE digest = ?", [one.digest]):
                     raise Doomed(f"{one.digest[:12]} was doomed")
             ids = [one.digest for one in stored]
             return [*packs, *records(view, list(zip(ids, texts, strict=True)))]
 
-        if catalog.shared:
-            _bring_to_others(catalog.shared, stored, what)
         try:
+            if catalog.shared:
+                _upload(catalog.shared, stored)
             entry = catalog.commit(compute)
             for one in stored:
                 # Garbage collection took the file before the commit. Reading the manifest writes it again, from the log.
@@ -146,18 +147,25 @@ def publish_all(
     raise Conflict(f"{what}: other processes kept changing the registry during the save; repeat it")
 
 
-def _bring_to_others(shared: Shared, stored: Sequence[Stored], what: str) -> None:
-    """Upload the packs of a save to where other hosts find them.
-
-    Raises:
-        Unsupported: if an entry of the log cannot carry a manifest's text.
-    """
-    if not all(manifest_text(one.text) for one in stored):
+def _check_size(texts: Sequence[Mapping[str, str]], what: str) -> None:
+    """Refuse a manifest whose text an entry does not carry: a shared registry has no other place for it."""
+    if not all(texts):
         raise Unsupported(
             f"{what}: its plain values take more than the {MAX_TEXT >> 20} MB that an entry of a shared registry holds; "
             "put long lists into tensors or arrays"
         )
-    shared.upload([pack.digest for one in stored for pack in one.packs])
+
+
+def _upload(shared: Shared, stored: Sequence[Stored]) -> None:
+    """Bring the packs of a save to where all hosts find them.
+
+    Raises:
+        Stale: if garbage collection took one of them before.
+    """
+    try:
+        shared.upload([pack.digest for one in stored for pack in one.packs])
+    except Missing as error:
+        raise Stale(str(error)) from error
 
 
 def publish_version(view: View, model: str, manifest_id: str, text: Mapping[str, str]) -> Record:

@@ -62,6 +62,12 @@ class Opening:
         if database.format == 1:
             return self._made_in_memory()
         if not database.is_writable:
+            if database.shared is not None:
+                _logger.warning(
+                    "%s cannot be written, so that what other hosts add to %s is not seen",
+                    database.root,
+                    database.shared.url,
+                )
             return self._opened_to_read("mode=ro", ALONE)
         for _ in range(_ATTEMPTS):
             identity = database.identity()
@@ -119,7 +125,8 @@ class Opening:
             # Lazy: start-up.
             from registry.catalog.transactions import finish_interrupted
 
-            if not finish_interrupted(database, connection, identity):
+            is_done = finish_interrupted(database, connection, identity)
+            if not is_done and is_behind(connection, database.journal):
                 found = self._ahead_of(connection)
                 self._let_go(connection, identity)
                 return found

@@ -15,12 +15,13 @@ from registry.catalog.database import Damaged, Database, Held, Replaced
 from registry.catalog.invariants import broken_by
 from registry.catalog.refolding import refold_in_place
 from registry.log import entries
-from registry.log.entries import Entry, Record
+from registry.log.entries import START, Entry, Record
 from registry.log.history import End, Gap, walk
-from registry.log.journal import Position
+from registry.log.journal import BEGINNING, Position
 from registry.log.ledger import Ledger
 from registry.log.refusals import Refused
-from registry.store.errors import Corrupt, StorageError
+from registry.log.sharing import Shared
+from registry.store.errors import Corrupt, StorageError, Unsupported
 from registry.store.locating import Location
 from registry.store.store import Store
 
@@ -62,19 +63,19 @@ class View:
 
 @contextlib.contextmanager
 def exclusive(
-    database: Database, connection: sqlite3.Connection, identity: object, *, patience: float = 60.0
+    database: Database, connection: sqlite3.Connection, identity: object, *, seconds: float = 60.0
 ) -> Iterator[Change]:
     """A transaction that no other writer has beside it, even one with another catalog.
 
     Args:
         identity: that of the catalog's file when it was opened; see `Database.identity`.
-        patience: seconds to wait for another writer.
+        seconds: how long to wait for other writers at most.
 
     Raises:
         Replaced: if the catalog's file is another one by now.
     """
     database.check_writable()
-    with database.errors(), database.journal.locked(patience=patience):
+    with database.errors(), database.journal.locked(seconds=seconds):
         if identity != database.identity(identity):
             raise Replaced
         try:
@@ -150,7 +151,10 @@ def follow(database: Database, change: Change) -> None:
 
 
 def _take_in_news(database: Database, change: Change) -> None:
-    if database.shared is None or state(change.connection, "gaps"):
+    if database.shared is None:
+        return
+    if state(change.connection, "gaps"):
+        _take_anew(database, database.shared, change)
         return
     seq, digest, end = head(change.connection)
     has_news = False
@@ -159,6 +163,31 @@ def _take_in_news(database: Database, change: Change) -> None:
         has_news = True
     if has_news:
         catch_up(database, change)
+
+
+def _take_anew(database: Database, shared: Shared, change: Change) -> None:
+    """Write this host's copy of the log anew, which is damaged, from the log that hosts share.
+
+    Raises:
+        Corrupt: if that does not have the last entry that can be read here.
+        StorageError: if it cannot be reached.
+    """
+    journal = database.journal
+    seq, digest, _ = head(change.connection)
+    found = list(shared.news(0, START))
+    if seq and (len(found) < seq or found[seq - 1].digest != digest):
+        raise Corrupt(
+            f"{shared.url}: the history of the registry changed: entry {seq}, which this host has, is not there; somebody "
+            "has edited the bucket or put back an older state. Nothing is written"
+        )
+    if not found:
+        raise Corrupt(f"{shared.url}: the log is gone; somebody has edited the bucket. Nothing is written")
+    journal.remove(journal.segments())
+    end = BEGINNING
+    for entry in found:
+        end = journal.append(entry, end)
+    refold_in_place(database, change, None)
+    _logger.warning("%s was damaged; it was written again from %s", journal.folder, shared.url)
 
 
 def commit(database: Database, held: Held, compute: Callable[[View], Sequence[Record]]) -> Entry | None:
@@ -262,8 +291,10 @@ def adopt(
 
 def finish_interrupted(database: Database, connection: sqlite3.Connection, identity: object) -> bool:
     """Finish a change that a crash interrupted; false if another process holds the log, or the disk is full."""
+    # Where hosts share a log, whoever holds it here may be waiting for a network, and is catching up, too.
+    seconds = 60.0 if database.shared is None else 0.0
     try:
-        with exclusive(database, connection, identity) as change:
+        with exclusive(database, connection, identity, seconds=seconds) as change:
             catch_up(database, change)
     except StorageError as error:
         _logger.debug("the catalog is behind the log: %s", error)
@@ -281,11 +312,11 @@ def ask_others(database: Database, connection: sqlite3.Connection, identity: obj
     reached, what this host has is read all the same, and a warning says so.
     """
     try:
-        with exclusive(database, connection, identity, patience=0.0) as change:
+        with exclusive(database, connection, identity, seconds=0.0) as change:
             catch_up(database, change)
             try:
                 _take_in_news(database, change)
-            except (StorageError, Corrupt) as error:
+            except (StorageError, Corrupt, Unsupported) as error:
                 _logger.warning("%s; what is shown is what this computer has", error)
     except (StorageError, Replaced) as error:
         _logger.debug("other hosts were not asked: %s", error)

@@ -128,6 +128,9 @@ class RegistryWriter(StorageWriter):
         """
         state = self.registry.store.encode({_shown(item): _value(planner, item) for item in plan.items})
         pack = self.registry.store.add(state)
+        if pack and (shared := self.registry.catalog.shared):
+            # The process that makes the version known may be on another host.
+            shared.upload([pack.digest])
         share = Share(state.tensors(), pack)
         results = []
         for item in plan.items:

@@ -89,14 +89,14 @@ class Journal:
             os.close(places.open_file(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, inner=1))
 
     @contextlib.contextmanager
-    def locked(self, *, patience: float = 60.0) -> Iterator[None]:
+    def locked(self, *, seconds: float = 60.0) -> Iterator[None]:
         """Keep other writers out, even those that use another catalog.
 
         Args:
-            patience: seconds to wait for another process.
+            seconds: how long to wait for another process at most.
 
         Raises:
-            StorageError: if it keeps the log locked for longer.
+            StorageError: if another process keeps the log locked for so long.
         """
         try:
             fd = places.open_file(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, inner=1)
@@ -105,9 +105,9 @@ class Journal:
             fd = places.open_file(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, inner=1)
         try:
             with only_here(fd):
-                if not durable.lock(fd, seconds=patience):
+                if not durable.lock(fd, seconds=seconds):
                     raise StorageError(
-                        f"{self.folder}: another process has kept the log locked for {patience:.0f} s; repeat"
+                        f"{self.folder}: another process has kept the log locked for {seconds:.0f} s; repeat"
                     )
                 with no_fork():
                     try:

@@ -46,9 +46,9 @@ def share(root: Path, url: str) -> None:
 def shared_url(root: Path) -> str | None:
     """The shared registry that a host's folder is for; None for one of its own."""
     path = root / _SHARED
-    if places.status_of(path) is None:
-        return None
     with storage_errors(path):
+        if places.status_of(path) is None:
+            return None
         return places.read_file(path, _LONGEST).decode("utf-8", errors="replace").strip()
 
 

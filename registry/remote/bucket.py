@@ -95,9 +95,14 @@ def check_key(key: str) -> str:
     Raises:
         Invalid: if it might name something else.
     """
-    if len(key) > _LONGEST_KEY or not _KEY.match(key):
+    if not is_key(key):
         raise Invalid(f"{quoted(key[:_LONGEST_KEY])} is no key of a registry's bucket")
     return key
+
+
+def is_key(text: str) -> bool:
+    """Whether a text is a key that names an object; see `check_key`."""
+    return len(text) <= _LONGEST_KEY and _KEY.match(text) is not None
 
 
 def too_large(url: str, key: str, limit: int) -> Corrupt:

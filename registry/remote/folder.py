@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from registry.progress import Progress, silent
-from registry.remote.bucket import Held, check_key, too_large
+from registry.remote.bucket import Held, check_key, is_key, too_large
 from registry.store import durable, places
 from registry.store.errors import storage_errors
 
@@ -86,7 +86,8 @@ class FolderBucket:
         for place, _, names in os.walk(self._path(folder)):
             keys += [(Path(place) / name).relative_to(self.root).as_posix() for name in names]
         for key in sorted(keys):
-            if key > after and (held := self.head(key)) is not None:
+            # File systems that are shared leave files of their own, such as `.nfs0001`.
+            if key > after and is_key(key) and (held := self.head(key)) is not None:
                 yield held
 
     def delete(self, keys: Sequence[str]) -> None:

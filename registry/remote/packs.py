@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from registry.remote.bucket import Bucket
-from registry.store import durable, heads
+from registry.store import durable, heads, places
 from registry.store.digest import digest as digest_of
 from registry.store.digest import is_digest
 from registry.store.errors import Corrupt, Invalid, Missing, storage_errors
@@ -117,20 +118,21 @@ class RemotePacks:
                 is_there = digest in self._uploaded
             # One that another host has uploaded, and that this one dooms, is not here.
             if not is_there and not heads.is_kept(self._heads, digest):
+                if places.status_of(pack_path(self._packs, digest), inner=INNER) is None:
+                    # Another process of this host has collected its file meanwhile, and the bucket may have it.
+                    self.keep_header(self._header_there(digest))
+                    continue
                 self._bucket.put_file(_key(digest), pack_path(self._packs, digest))
                 with self._lock:
                     self._uploaded.add(digest)
 
     def headers(self, packs: Collection[str]) -> Sequence[Mapping[str, Any]]:
-        """The headers of packs of this host, as an entry of the log carries them."""
-        found = []
-        for digest in packs:
-            try:
-                text, head, size = heads.text_in(pack_path(self._packs, digest))
-            except Missing:
-                text, head, size = heads.kept_text(self._heads, digest)
-            found.append({"digest": digest, "size": size, "head": head, "header": text.decode()})
-        return found
+        """The headers of packs of this host, as an entry of the log carries them.
+
+        Raises:
+            Corrupt: if one is not there, or not what its name covers; such an entry no host could read.
+        """
+        return [self._header(digest) for digest in packs]
 
     def keep(self, packs: Collection[str]) -> None:
         """Keep the headers of packs of this host, so that their files may go."""
@@ -143,10 +145,27 @@ class RemotePacks:
         Raises:
             Corrupt: if it does not.
         """
-        digest, head, size, text = found["digest"], found["head"], found["size"], found["header"].encode()
+        digest, head, size = found["digest"], found["head"], found["size"]
+        # What is no text in JSON's sense is found below, as no name covers it.
+        text = found["header"].encode(errors="surrogatepass")
         heads.pack_of(digest, text, head, size)
         with storage_errors(self._heads):
             heads.write(self._heads, self._tmp, digest, text, head=head, size=size)
+
+    def _header(self, digest: str) -> Mapping[str, Any]:
+        # It may be missing or damaged here.
+        with contextlib.suppress(Corrupt):
+            return self._checked(digest, *heads.text_in(pack_path(self._packs, digest)))
+        with contextlib.suppress(Corrupt):
+            return self._checked(digest, *heads.kept_text(self._heads, digest))
+        found = self._header_there(digest)
+        self.keep_header(found)
+        return found
+
+    @staticmethod
+    def _checked(digest: str, text: bytes, head: int, size: int) -> Mapping[str, Any]:
+        heads.pack_of(digest, text, head, size)
+        return {"digest": digest, "size": size, "head": head, "header": text.decode()}
 
     def _header_there(self, digest: str) -> Mapping[str, Any]:
         held = self._bucket.head(_key(digest))
@@ -171,6 +190,8 @@ class RemotePacks:
                 for part in self._parts(digest, size):
                     file.write(part)
                     count += len(part)
+                    if len(part) < min(_PART, size - (count - len(part))):
+                        break
                     head = head or part[:8]
                     if len(head) < self._head_size(head):
                         head = (head + part[len(head) :]) if count == len(part) else head + part

@@ -21,7 +21,7 @@ from registry.log.sharing import Behind
 from registry.remote.bucket import Bucket, Unreachable
 from registry.remote.packs import RemotePacks
 from registry.store import header
-from registry.store.errors import Corrupt
+from registry.store.errors import Corrupt, Invalid
 
 FOLDER = "journal"
 
@@ -146,12 +146,12 @@ class SharedLog:
         """An entry, whose headers of packs are kept on this host from now on."""
         try:
             entry, headers = unpacked(data)
+            if entry.seq != seq:
+                raise Corrupt(f"it is entry {entry.seq}")
+            for found in headers:
+                self._packs.keep_header(found)
         except Corrupt as error:
             raise Corrupt(f"{self.url}/{_key(seq)}: {error}; nothing is written") from None
-        if entry.seq != seq:
-            raise Corrupt(f"{self.url}/{_key(seq)}: it is entry {entry.seq}; nothing is written")
-        for found in headers:
-            self._packs.keep_header(found)
         return entry
 
 
@@ -160,9 +160,18 @@ def packed(entry: Entry, headers: Sequence[Mapping[str, Any]]) -> bytes:
 
     Args:
         headers: of the packs that it names; see `registry.remote.packs.RemotePacks.headers`.
+
+    Raises:
+        Invalid: if it would be larger than what can be read again.
     """
     text = json.dumps(headers, separators=(",", ":"), ensure_ascii=True).encode()
-    return zstandard.ZstdCompressor(level=6).compress(entry.line + text)
+    size = len(entry.line) + len(text)
+    data = zstandard.ZstdCompressor(level=6).compress(entry.line + text) if size <= 2 * _LARGEST else b""
+    if not 0 < len(data) <= _LARGEST:
+        raise Invalid(
+            f"an entry with the headers of its packs would take {size >> 20} MB; do it in smaller steps"
+        )
+    return data
 
 
 def unpacked(data: bytes) -> tuple[Entry, list[dict[str, Any]]]:

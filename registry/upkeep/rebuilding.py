@@ -14,7 +14,7 @@ from registry.log.reference import check_name
 from registry.log.strays import needed_strays, stray_manifests
 from registry.progress import Progress, silent
 from registry.store import places
-from registry.store.errors import RegistryError, storage_errors
+from registry.store.errors import RegistryError, Unsupported, storage_errors
 from registry.store.manifest import MAX_SIZE
 from registry.store.pack import INNER
 
@@ -58,11 +58,22 @@ def rebuild(catalog: Catalog, store: Store, *, adopt: bool = False, progress: Pr
     Raises:
         Corrupt: if the log and the catalog tell different histories.
         StorageError: if the folder cannot be written.
+        Unsupported: if a shared registry is to adopt, whose log is not this host's to write.
     """
+    if adopt and catalog.shared is not None:
+        raise Unsupported(
+            f"{catalog.shared.url}: --adopt is for the log of a folder; a shared registry's is brought from its bucket by: "
+            "registry rebuild"
+        )
     with storage_errors(store.root):
         refolded = catalog.refold()
+        if catalog.shared is not None:
+            # Follows the bucket's log, which also puts back what this host's copy has lost.
+            catalog.commit(lambda view: [])
+            refolded = refolded._replace(ledger=catalog.ledger())
         healed = len(refolded.healed) + _heal_manifests(catalog, store, progress)
-        unnamed = _unnamed(store, refolded.ledger)
+        # Of a shared registry, other hosts know nothing of them.
+        unnamed = _unnamed(store, refolded.ledger) if catalog.shared is None else set()
         adopted: list[str] = []
         if adopt and (unnamed or refolded.ledger.has_gaps):
             records = catalog.adopt(lambda ledger: _adoption(store, ledger), "taken in by rebuild --adopt")

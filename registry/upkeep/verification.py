@@ -6,6 +6,7 @@ What is found is looked at again before it is reported, as other processes may r
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from registry.catalog.resolving import resolve
 from registry.catalog.schema import UNUSED
 from registry.log.facts import facts_of
 from registry.progress import Progress, silent
+from registry.store import durable, places
 from registry.store.digest import digest as digest_of
 from registry.store.digest import is_digest, tensor_digest
 from registry.store.errors import Corrupt, Missing, RegistryError
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from registry.log.entries import Record
     from registry.store.manifest import Manifest
     from registry.store.store import Store
+
+_logger = logging.getLogger(__name__)
 
 _PART = 8 << 20
 """Bytes that are read at a time."""
@@ -273,6 +277,27 @@ class _Check:
         return not self._catalog.locate([digest]) and bool(self._live_names(ids))
 
     def _check_pack(self, digest: str, size: int, number: int) -> None:
+        """Check a pack. If a copy is damaged of one that lies elsewhere as well, the copy goes, and that one counts."""
+        before = len(self.problems), self.tensor_count
+        self._check_file(digest, size, number)
+        path = self._store.pack_path(digest)
+        if (
+            digest not in self.damaged
+            or self._store.elsewhere is None
+            or places.status_of(path, inner=INNER) is None
+        ):
+            return
+        try:
+            durable.unlink(path, inner=INNER)
+        except OSError:
+            return
+        _logger.warning("%s, a copy of what the registry has, was damaged; it was removed", path)
+        del self.problems[before[0] :]
+        self.tensor_count = before[1]
+        self.damaged.discard(digest)
+        self._check_file(digest, size, number)
+
+    def _check_file(self, digest: str, size: int, number: int) -> None:
         """Compare a pack with its name and with the catalog, and its bytes with their digests."""
         placed = {
             name: Location(pack=digest, start=start, pack_size=size, base=base, coded=coded)

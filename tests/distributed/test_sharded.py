@@ -27,8 +27,9 @@ from torch.distributed.checkpoint.default_planner import (
 )
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from registry import Config, Registry, RegistryReader, RegistryWriter, register_model
 from registry.store import durable
@@ -437,6 +438,24 @@ def test_what_cannot_be_saved_or_loaded_is_said(tmp_path: Path) -> None:
     ):
         load({"model": {"w": torch.zeros(3, 2)}}, "net")
     assert whole(target) == {"model": {"w": [[0.0] * 3] * 2}}
+
+
+def save_on_hosts(root: str) -> list[float]:
+    """Save from processes that share no folder but the bucket."""
+    os.environ["XDG_DATA_HOME"] = f"{root}/host-{os.environ['RANK']}"
+    registry = Registry(Path(root, "bucket").as_uri())
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for epoch in (1, 2):
+        whole = distribute_tensor(torch.arange(8000.0) + epoch / 4, mesh, [Shard(0)])
+        dcp.save({"model": {"w": whole}}, storage_writer=RegistryWriter(registry, "net", epoch=epoch))
+    dist.barrier()
+    found = Registry(Path(root, "bucket").as_uri())["net:v2"].load()
+    return [float(found["model"]["w"][0]), float(found["model"]["w"][-1])]
+
+
+def test_processes_on_different_hosts_save_shards_into_a_shared_registry(tmp_path: Path) -> None:
+    for result in together(2, save_on_hosts, tmp_path):
+        assert result == [0.5, 7999.5]
 
 
 def bad_on_every_rank(root: str) -> list[str]:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ import torch
 from servers import Fault, Layer
 
 from registry import Registry
+from registry.log import entries
 from registry.remote import remote, shared_log
 from registry.remote.folder import FolderBucket
+from registry.remote.packs import RemotePacks
 from registry.remote.shared_log import packed, unpacked
 from registry.remote.urls import Address
-from registry.store.errors import Corrupt, NotFound, RegistryError, StorageError, Unsupported
+from registry.store.errors import Corrupt, Invalid, NotFound, RegistryError, StorageError, Unsupported
 
 Hosts = Callable[[str], Registry]
 
@@ -240,6 +242,57 @@ def test_a_pack_that_no_entry_names_is_doomed_before_it_goes(
     assert len(list(bucket.list("packs"))) == 2
 
 
+def test_a_pack_of_a_save_that_failed_is_collected_by_the_same_program(
+    host: Hosts, bucket: FolderBucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = host("a"), host("b")
+    a.save("net", state(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderBucket, "create", lambda *_: False)
+        patch.setattr(shared_log, "_PATIENCE", 0.0)
+        with pytest.raises(StorageError, match="repeat"):
+            a.save("net", state(2))
+    assert len(list(bucket.list("packs"))) == 2
+    assert a.collect_garbage(grace=0).packs >= 1
+    assert len(list(bucket.list("packs"))) == 1
+    a.save("net", state(2))
+    assert value(b, "net:v2") == 2
+
+
+def test_a_header_that_is_damaged_on_a_host_does_not_get_into_the_log(
+    host: Hosts, bucket: FolderBucket
+) -> None:
+    a = host("a")
+    a.save("net", state(1))
+    packs = RemotePacks(bucket, a.root)
+    (digest,) = a.store.pack_digests()
+    (header,) = packs.headers([digest])
+    for path in (a.store.pack_path(digest), *a.root.glob("heads/*/*")):
+        path.chmod(0o600)
+        data = bytearray(path.read_bytes())
+        data[20] ^= 1
+        path.write_bytes(data)
+    assert packs.headers([digest]) == [header]
+
+
+def test_a_save_whose_pack_is_collected_before_it_is_uploaded_writes_it_again(
+    host: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = host("a"), host("b")
+    a.save("net", state(1))
+    upload, other = RemotePacks.upload, host("a")
+    calls = iter([True])
+
+    def late(packs: RemotePacks, digests: Collection[str]) -> None:
+        if next(calls, False):
+            other.collect_garbage(grace=0)
+        upload(packs, digests)
+
+    monkeypatch.setattr(RemotePacks, "upload", late)
+    a.save("net", state(2))
+    assert value(b, "net:v2") == 2
+
+
 def test_a_young_pack_that_no_entry_names_stays(host: Hosts, bucket: FolderBucket, tmp_path: Path) -> None:
     a = host("a")
     a.save("net", state(1))
@@ -303,27 +356,60 @@ def test_an_entry_that_was_edited_is_refused(host: Hosts, bucket: FolderBucket, 
     a = host("a")
     a.save("net", state(1))
     a.save("net", state(2))
-    entries = [held.key for held in bucket.list("journal")]
-    data = bucket.get(entries[-1], 1 << 20)
+    keys = [held.key for held in bucket.list("journal")]
+    data = bucket.get(keys[-1], 1 << 20)
     assert data is not None
     if damage == "flip":
         data = data[:50] + bytes([data[50] ^ 1]) + data[51:]
     elif damage == "cut":
         data = data[:-3]
     elif damage == "other":
-        data = bucket.get(entries[-2], 1 << 20)
+        data = bucket.get(keys[-2], 1 << 20)
     elif damage == "empty":
         data = b""
     else:
         entry, headers = unpacked(data)
-        from registry.log import entries as written
-
-        data = packed(written.write(entry.seq, "0" * 64, entry.records), headers)
-    bucket.delete([entries[-1]])
-    bucket.create(entries[-1], data or b"")
+        data = packed(entries.write(entry.seq, "0" * 64, entry.records), headers)
+    bucket.delete([keys[-1]])
+    bucket.create(keys[-1], data or b"")
     with pytest.raises(Corrupt, match=r"[nN]othing is written"):
         host("b").save("net", state(3))
-    assert [held.key for held in bucket.list("journal")] == entries
+    assert [held.key for held in bucket.list("journal")] == keys
+
+
+@pytest.mark.damages
+@pytest.mark.parametrize(
+    ("records", "headers", "said"),
+    [
+        ([{"op": "later"}], [], "upgrade with"),
+        (
+            None,
+            [{"digest": "../" * 4, "size": 99, "head": 50, "header": "{}"}],
+            "[0-9]{16}.zst: pack .* nothing is",
+        ),
+        (
+            None,
+            [{"digest": "a" * 64, "size": 99, "head": 50, "header": "\ud800"}],
+            "[0-9]{16}.zst: pack .* nothing is",
+        ),
+    ],
+)
+def test_what_cannot_be_understood_in_the_bucket_is_read_past_and_not_written_behind(
+    host: Hosts, bucket: FolderBucket, records: Any, headers: list[dict[str, Any]], said: str
+) -> None:
+    a = host("a")
+    a.save("net", state(1))
+    last = [item.entry for item in a.catalog.journal.read() if item.entry][-1]
+    tag = {"op": "tag", "id": a["net"].id, "tag": "new"}
+    entry = entries.write(last.seq + 1, last.digest, records or [tag])
+    bucket.create(f"journal/{entry.seq:016d}.zst", packed(entry, headers))
+    again = host("a")
+    assert value(again, "net") == 1
+    with pytest.raises((Corrupt, Unsupported), match=said):
+        again.save("net", state(2))
+    with pytest.raises((Corrupt, Unsupported), match=said):
+        host("b")
+    assert len(list(bucket.list("journal"))) == entry.seq
 
 
 def test_a_pack_that_was_edited_is_refused_and_not_kept(host: Hosts, bucket: FolderBucket) -> None:
@@ -358,6 +444,148 @@ def test_headers_that_a_host_has_lost_are_fetched(host: Hosts) -> None:
     again = host("b")
     assert value(again, "net") == 1
     assert again.verify().problems == ()
+
+
+def damage_log(registry: Registry, number: int) -> None:
+    """Damage an entry of a host's copy of the log, of which the catalog was a second copy."""
+    (path,) = registry.root.glob("journal/*.log")
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[number - 1] = b"x" + lines[number - 1][1:]
+    path.write_bytes(b"".join(lines))
+    for path in registry.root.glob("catalog.sqlite*"):
+        path.unlink()
+
+
+def test_a_log_that_is_damaged_on_a_host_is_brought_again(host: Hosts) -> None:
+    a, b = host("a"), host("b")
+    for number in (1, 2, 3):
+        a.save("net", state(number))
+    damage_log(a, 3)
+    again = host("a")
+    assert [value(again, f"net:v{number}") for number in (1, 2, 3)] == [1, 2, 3]
+    again.save("net", state(4))
+    assert value(b, "net:v4") == 4
+    assert entries_of(again) == entries_of(b)
+    assert again.verify().problems == ()
+
+
+@pytest.mark.damages
+def test_a_damaged_log_is_not_brought_again_from_an_older_state(host: Hosts, bucket: FolderBucket) -> None:
+    a = host("a")
+    for number in (1, 2, 3):
+        a.save("net", state(number))
+    damage_log(a, 2)
+    bucket.delete(["journal/0000000000000004.zst"])
+    again = host("a")
+    assert value(again, "net:v3") == 3
+    with pytest.raises(Corrupt, match="history of the registry changed"):
+        again.save("net", state(4))
+
+
+def test_rebuilding_follows_the_log_of_the_bucket_alone(host: Hosts) -> None:
+    a, b = host("a"), host("b")
+    for number in (1, 2):
+        a.save("net", state(number))
+    # As a save that was killed leaves it.
+    a.store.put({"model": {"w": torch.ones(3)}}, {"kind": "checkpoint", "model": "net"})
+    damage_log(a, 3)
+    again = host("a")
+    with pytest.raises(Unsupported, match="from its bucket by: registry rebuild"):
+        again.rebuild(adopt=True)
+    found = again.rebuild()
+    assert (found.versions, found.unnamed, found.damaged) == (2, (), ())
+    again.save("net", state(3))
+    assert value(b, "net:v3") == 3
+    assert entries_of(again) == entries_of(b)
+
+
+def test_a_reader_does_not_wait_for_a_process_that_waits_for_the_network(host: Hosts) -> None:
+    a = host("a")
+    a.save("net", state(1))
+    with a.catalog.journal.locked():
+        begun = time.monotonic()
+        again = host("a")
+        assert value(again, "net") == 1
+        assert again["net"].version == 1
+        assert time.monotonic() - begun < 5
+
+
+def test_a_copy_of_a_pack_that_is_damaged_on_a_host_is_not_copied_on(host: Hosts, tmp_path: Path) -> None:
+    a = host("a")
+    a.save("net", {"model": {"w": torch.arange(20_000.0)}})
+    (path,) = a.root.glob("packs/*/*")
+    path.chmod(0o600)
+    path.write_bytes(path.read_bytes()[:-4] + b"xxxx")
+    other = Registry(tmp_path / "other")
+    host("a").copy_to(other)
+    assert other.verify().problems == ()
+    assert float(other["net"].load()["model"]["w"][-1]) == 19_999
+
+
+@pytest.mark.parametrize("at", [20, -20])
+def test_a_copy_of_a_pack_that_is_damaged_on_a_host_is_no_damage_of_the_registry(
+    host: Hosts, at: int
+) -> None:
+    a, b = host("a"), host("b")
+    for number in (1, 2):
+        a.save("net", {"model": {"w": torch.arange(20_000.0) + number / 8}})
+    for path in a.root.glob("packs/*/*"):
+        path.chmod(0o600)
+        data = bytearray(path.read_bytes())
+        data[at] ^= 1
+        path.write_bytes(data)
+    again = host("a")
+    assert again.verify().problems == ()
+    assert again.verify(["net:v1"]).problems == ()
+    assert value(again, "net:v2") == 0.25
+    # Nothing of it is said to other hosts.
+    assert value(b, "net:v2") == 0.25
+    assert entries_of(again) == entries_of(b)
+
+
+def test_a_reader_who_cannot_write_here_is_told_that_news_are_not_seen(
+    host: Hosts, url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    a, b = host("a"), host("b")
+    a.save("net", state(1))
+    assert value(b, "net") == 1
+    a.save("net", state(2))
+    with monkeypatch.context() as patch:
+        patch.setattr("registry.catalog.database.Database.is_writable", False)
+        assert value(host("b"), "net") == 1
+    assert f"what other hosts add to {url} is not seen" in caplog.text
+
+
+def test_the_status_says_where_the_registry_is(host: Hosts, url: str) -> None:
+    host("a").save("net", state(1))
+    program = [sys.executable, "-m", "registry.cli", "--root", url, "status"]
+    done = subprocess.run(program, capture_output=True, text=True, check=True)
+    assert f"registry    {url}\n" in done.stdout
+
+
+def test_files_that_a_file_system_leaves_in_a_bucket_are_passed_over(
+    host: Hosts, bucket: FolderBucket
+) -> None:
+    host("a").save("net", state(1))
+    for name in ("packs/.DS_Store", "packs/a b", "journal/.nfs0001", "journal/x y"):
+        (bucket.root / name).write_bytes(b"x")
+    b = host("b")
+    assert value(b, "net") == 1
+    b.collect_garbage(grace=0)
+    assert b.verify().problems == ()
+
+
+def test_an_entry_that_nobody_could_read_again_is_not_written(
+    host: Hosts, bucket: FolderBucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = host("a")
+    monkeypatch.setattr(shared_log, "_LARGEST", 1000)
+    with pytest.raises(Invalid, match="in smaller steps"):
+        a.save("net", {"model": {f"w{number}": torch.full((3,), float(number)) for number in range(100)}})
+    monkeypatch.undo()
+    assert len(list(bucket.list("journal"))) == 1
+    a.save("net", state(1))
+    assert a["net"].version == 1
 
 
 def test_a_host_that_has_lost_its_folder_begins_anew(host: Hosts, tmp_path: Path) -> None:
