@@ -355,18 +355,20 @@ def write_file(
         again_on_trouble(write)
 
 
-def note(path: Path, data: bytes, *, folder: Path, like: Path) -> None:
-    """Write a small file whole or not at all for other programs; a power cut may take it back.
+def note(path: Path, data: bytes, *, folder: Path, like: Path | None = None, inner: int = 0) -> None:
+    """Write a small file whole or not at all, such as for other programs; a power cut may take it back, or damage it.
 
     Args:
         folder: a folder of the registry, where the file lies until it is complete.
         like: a file whose mode and owner this one gets, so that the same users can read it.
+        inner: how many of the last folders that it is in belong to the registry.
     """
     file = NewFile(folder)
     try:
-        file.share(like)
+        if like is not None:
+            file.share(like)
         file.write(data)
-        file.publish(path, inner=0, is_durable=False)
+        file.publish(path, inner=inner, is_durable=False)
     except BaseException:
         file.discard()
         raise

@@ -54,9 +54,9 @@ def pack_of(digest: str, text: bytes, head: int, size: int) -> PackInfo:
 
 
 def write(folder: Path, tmp: Path, digest: str, text: bytes, *, head: int, size: int) -> None:
-    """Keep a header; see `pack_of`."""
+    """Keep a header; see `pack_of`. What a power cut takes is brought again."""
     data = size.to_bytes(8, "little") + head.to_bytes(8, "little") + text
-    durable.write_file(head_path(folder, digest), data, folder=tmp, inner=INNER, read_only=True)
+    durable.note(head_path(folder, digest), data, folder=tmp, inner=INNER)
 
 
 def size_of(folder: Path, digest: str) -> int | None:

@@ -157,11 +157,7 @@ def _take_in_news(database: Database, change: Change) -> None:
         _take_anew(database, database.shared, change)
         return
     seq, digest, end = head(change.connection)
-    has_news = False
-    for entry in database.shared.news(seq, digest):
-        end = database.journal.append(entry, end)
-        has_news = True
-    if has_news:
+    if database.journal.append_all(database.shared.news(seq, digest), end) != end:
         catch_up(database, change)
 
 
@@ -183,9 +179,7 @@ def _take_anew(database: Database, shared: Shared, change: Change) -> None:
     if not found:
         raise Corrupt(f"{shared.url}: the log is gone; somebody has edited the bucket. Nothing is written")
     journal.remove(journal.segments())
-    end = BEGINNING
-    for entry in found:
-        end = journal.append(entry, end)
+    journal.append_all(found, BEGINNING)
     refold_in_place(database, change, None)
     _logger.warning("%s was damaged; it was written again from %s", journal.folder, shared.url)
 

@@ -23,6 +23,9 @@ FOLDER = "journal"
 SEGMENT = 16 << 20
 """Bytes from which on a segment is full: the next entry begins another."""
 
+_AT_A_TIME = 4 << 20
+"""Bytes of entries that are appended at a time, where they come from elsewhere."""
+
 _LOCK = "lock"
 _LARGEST = SEGMENT + MAX_LINE
 """Bytes of the largest segment: its last entry may be as long as any."""
@@ -184,6 +187,29 @@ class Journal:
             # Another process may have made the file, and been killed before it synced the folder.
             durable.sync_folder(self.folder, inner=1)
         return end._replace(offset=end.offset + len(entry.line))
+
+    def append_all(self, entries: Iterable[Entry], end: Position) -> Position:
+        """As `append`, for entries that others have durably: many are written at a time.
+
+        If no more can be had, those before are written all the same.
+        """
+        waiting: list[Entry] = []
+        size = 0
+        try:
+            for entry in entries:
+                if waiting and (size >= _AT_A_TIME or end.offset + size >= SEGMENT):
+                    end, waiting, size = self._append_lines(waiting, end), [], 0
+                waiting.append(entry)
+                size += len(entry.line)
+        finally:
+            end = self._append_lines(waiting, end)
+        return end
+
+    def _append_lines(self, entries: Sequence[Entry], end: Position) -> Position:
+        """Add entries to one segment, durably."""
+        if not entries:
+            return end
+        return self.append(entries[0]._replace(line=b"".join(entry.line for entry in entries)), end)
 
     def sync(self) -> None:
         """Make durable what a process may have written before it was killed."""

@@ -17,7 +17,7 @@ from registry.remote.bucket import Bucket
 from registry.store import durable, heads, places
 from registry.store.digest import digest as digest_of
 from registry.store.digest import is_digest
-from registry.store.errors import Corrupt, Invalid, Missing, storage_errors
+from registry.store.errors import Corrupt, Invalid, Missing, RegistryError, storage_errors
 from registry.store.folder_index import names_of
 from registry.store.header import MAX_HEADER
 from registry.store.pack import INNER, PackInfo, pack_path
@@ -61,8 +61,13 @@ class RemotePacks:
             return heads.read(self._heads, digest)
 
     def has(self, digest: str, size: int) -> bool:
-        """Whether a pack of this size is in the bucket: the log says so if its header is kept here."""
-        return heads.size_of(self._heads, digest) == size
+        """Whether a pack of this size is in the bucket: an entry names it if its header is kept here."""
+        if heads.size_of(self._heads, digest) == size:
+            return True
+        # A power cut may have taken the header.
+        with contextlib.suppress(RegistryError):
+            return self.info(digest).size == size
+        return False
 
     def fetch(self, packs: Mapping[str, int]) -> None:
         """Bring packs to this host's folder, each whole or not at all; those that were used longest ago may go for it."""
@@ -185,28 +190,23 @@ class RemotePacks:
             durable.make_folder(self._tmp, inner=1)
             file = durable.NewFile(self._tmp)
             try:
-                count = 0
-                head = b""
                 for part in self._parts(digest, size):
                     file.write(part)
-                    count += len(part)
-                    if len(part) < min(_PART, size - (count - len(part))):
-                        break
-                    head = head or part[:8]
-                    if len(head) < self._head_size(head):
-                        head = (head + part[len(head) :]) if count == len(part) else head + part
-                length = self._head_size(head)
-                if count != size or digest_of(head[:length]) != digest:
+                head = self._head_of(file)
+                count = os.fstat(file.fd).st_size
+                if count != size or digest_of(head) != digest:
                     raise self._odd(digest, f"it has {count:,} of {size:,} bytes" if count != size else "")
-                file.sync(head[:length])
+                file.sync(head)
                 file.publish(pack_path(self._packs, digest), inner=INNER)
             except BaseException:
                 file.discard()
                 raise
 
     @staticmethod
-    def _head_size(head: bytes) -> int:
-        return min(int.from_bytes(head[:8], "little"), MAX_HEADER) + 8
+    def _head_of(file: durable.NewFile) -> bytes:
+        """What a pack's name covers: its header, with the length before it."""
+        length = int.from_bytes(os.pread(file.fd, 8, 0), "little")
+        return os.pread(file.fd, 8 + min(length, MAX_HEADER), 0)
 
     def _parts(self, digest: str, size: int) -> Iterator[bytes]:
         """A pack's bytes, in order; several requests are under way at a time."""

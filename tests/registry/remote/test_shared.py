@@ -23,6 +23,7 @@ from registry.remote.folder import FolderBucket
 from registry.remote.packs import RemotePacks
 from registry.remote.shared_log import packed, unpacked
 from registry.remote.urls import Address
+from registry.store import durable
 from registry.store.errors import Corrupt, Invalid, NotFound, RegistryError, StorageError, Unsupported
 
 Hosts = Callable[[str], Registry]
@@ -427,6 +428,26 @@ def test_a_pack_that_was_edited_is_refused_and_not_kept(host: Hosts, bucket: Fol
     path.write_bytes(whole[:-1] + b"x")
     with pytest.raises(Corrupt, match="model/"):
         b["net"].load()
+
+
+def test_many_entries_are_taken_in_at_once(host: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = host("a")
+    a.save("net", state(1))
+    for number in range(60):
+        a.set_tag("net", f"tag-{number}")
+    synced = 0
+    sync = durable.disk.sync
+
+    def counted(fd: int, path: Path) -> None:
+        nonlocal synced
+        synced += 1
+        sync(fd, path)
+
+    monkeypatch.setattr(durable.disk, "sync", counted)
+    b = host("b")
+    assert len(b["net"].tags) == 60
+    assert synced < 30
+    assert entries_of(a) == entries_of(b)
 
 
 def test_headers_that_a_host_has_lost_are_fetched(host: Hosts) -> None:
