@@ -74,6 +74,9 @@ COMMANDS: dict[str, list[list[str]]] = {
     "log": [["log", RUN], ["log", RUN, "--json"]],
     "board": [["board", "nobody/run-1"]],
     "status": [["status"]],
+    "push": [["push", "net:v1", "--to", "{out}"], ["push", "--all", "--to", "{out}"]],
+    "pull": [["pull", "net:v1", "--from", "{out}"]],
+    "follow": [["follow", "net@@", "--once"]],  # one that it finds damaged, it waits for
     "cache list": [["cache", "list"]],
     "cache show": [["cache", "show", "ab"]],
     "cache rm": [["cache", "rm", "ab"]],
