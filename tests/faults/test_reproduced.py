@@ -470,10 +470,10 @@ def just_before_the_commit(registry: Registry, change: Callable[[], object]) -> 
     locked = journal.locked
 
     @contextlib.contextmanager
-    def later() -> Iterator[None]:
+    def later(**options: float) -> Iterator[None]:
         journal.locked = locked  # type: ignore[method-assign]
         change()
-        with locked():
+        with locked(**options):
             yield
 
     journal.locked = later  # type: ignore[method-assign]
