@@ -15,7 +15,7 @@ from registry.configs.documents import read_document, read_value
 from registry.files.exporting import export as export_checkpoint
 from registry.files.formats import FORMATS, listed
 from registry.log.reference import check_name
-from registry.store.errors import Invalid, NotFound, RegistryError
+from registry.store.errors import Invalid, NotFound, RegistryError, Unsupported
 from registry.store.text import printable, quoted
 
 if TYPE_CHECKING:
@@ -264,7 +264,10 @@ def _number(text: str, what: str) -> float:
         raise Invalid(f"{what} is {quoted(text)}, expected a number") from None
 
 
-@command("export", "registry export lenet5@best lenet5.safetensors\nregistry export llama@best llama/")
+@command(
+    "export",
+    "registry export lenet5@best lenet5.safetensors\nregistry export llama@best llama/\nregistry export tuned@best out/ --merge",
+)
 @click.argument("reference", type=ReferenceType())
 @click.argument("file", type=click.Path(), metavar="FILE|FOLDER")
 @click.option(
@@ -278,6 +281,12 @@ def _number(text: str, what: str) -> float:
     callback=byte_count,
     help="For a folder: how large its files of tensors get, such as 500MB. [default: 5GB]",
 )
+@click.option("--merge", is_flag=True, help="Merge an adapter of PEFT into its base network, to a FOLDER.")
+@click.option(
+    "--base",
+    type=ReferenceType(),
+    help="With --merge: the version of the base network. [default: the one that the adapter's lineage leads to]",
+)
 @click.option("--force", is_flag=True, help="Overwrite FILE. A folder is never overwritten.")
 @_told
 def export(
@@ -285,6 +294,8 @@ def export(
     file: str,
     component: str | None,
     max_shard_size: int | None,
+    merge: bool,
+    base: str | None,
     force: bool,
     registry: Registry,
     as_json: bool,
@@ -294,7 +305,15 @@ def export(
     FILE ends in {writable}. {about} FOLDER has no suffix, or a / at its end. It holds the parameters as safetensors, and
     every other file that an imported folder had, so that from_pretrained opens it.
     """
+    if merge and component:
+        raise click.UsageError("--merge takes the adapter; leave --component out")
+    if base and not merge:
+        raise click.UsageError("--base goes with --merge")
     checkpoint = registry[reference]
+    if merge:
+        path = _merged(registry, reference, file, base=base, max_shard_size=max_shard_size)
+        _wrote(checkpoint.name, path, as_json)
+        return
     with progress_bar(f"exporting {checkpoint.name}") as report:
         path = export_checkpoint(
             checkpoint,
@@ -305,6 +324,22 @@ def export(
             progress=report,
         )
     _wrote(checkpoint.name, path, as_json)
+
+
+def _merged(
+    registry: Registry, reference: str, folder: str, *, base: str | None, max_shard_size: int | None
+) -> Path:
+    """Write an adapter, merged into its base network, to a folder."""
+    try:
+        # Lazy: loads torch.
+        from registry.files.folder_writing import SHARD
+        from registry.integrations.merging import export_merged
+    except ImportError as error:
+        raise Unsupported(f"--merge: {error}") from None
+    with progress_bar(f"merging {printable(reference)}") as report:
+        return export_merged(
+            registry, reference, folder, base=base, max_shard_size=max_shard_size or SHARD, progress=report
+        )
 
 
 @command("checkout", "registry checkout bert@latest resume/")

@@ -1,18 +1,23 @@
-"""Building: the network of a checkpoint, made by its registered builder."""
+"""Building: the network of a checkpoint, made by its registered builder; the names that its parameters have in files."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from registry.checkpoints.checkpoint import Checkpoint
 from registry.live.builders import builder, on_meta
-from registry.store.errors import Incompatible, Invalid, naming
+from registry.store.errors import Incompatible, Invalid, RegistryError, naming
 from registry.store.text import quoted
 
 if TYPE_CHECKING:
     from registry.home import Home
+
+_logger = logging.getLogger(__name__)
 
 
 def build(home: Home, reference: str, *, component: str = "model") -> nn.Module:
@@ -55,3 +60,30 @@ def build(home: Home, reference: str, *, component: str = "model") -> nn.Module:
             f"makes another by default: {advice}"
         ) from None
     return network.eval()
+
+
+def under_names_on_disk(
+    checkpoint: Checkpoint, state: Mapping[str, torch.Tensor]
+) -> Mapping[str, torch.Tensor]:
+    """A state of the checkpoint's network under the names that files of such networks have.
+
+    Where the network cannot be built here, the names stay as they are, and a warning says so.
+
+    Args:
+        state: under the names of the live network.
+    """
+    about = checkpoint.provenance
+    # Only the networks of transformers have other names in files.
+    if about.get("builder") != "transformers":
+        return state
+    try:
+        made = builder("transformers")
+        network = on_meta(lambda: made.build(about.get("network")))
+        return state if made.on_disk is None else made.on_disk(network, state)
+    except RegistryError as error:
+        _logger.warning(
+            "%s: its parameters keep the names that they have in the live network, as it cannot be built here: %s",
+            checkpoint.name,
+            error,
+        )
+        return state

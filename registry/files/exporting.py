@@ -55,10 +55,9 @@ def export(
         Corrupt: if a stored byte is not what was saved.
         StorageError: if the system refuses; nothing is left behind.
     """
-    is_folder = str(path).endswith(os.sep)
+    is_folder = names_folder(path)
     path = Path(path)
-    form = None if is_folder else format_of(path.name)
-    if form is None and (is_folder or not path.suffix or path.is_dir()):
+    if is_folder:
         # Lazy: loads torch.
         from registry.files.folder_writing import SHARD, export_folder
 
@@ -70,6 +69,7 @@ def export(
             verify=verify,
             progress=progress,
         )
+    form = format_of(path.name)
     if form is None:
         raise Unsupported(
             f"{printable(str(path))}: unknown kind of file; name one that ends in {listed(SUFFIXES)}, or end it in / for a "
@@ -79,3 +79,11 @@ def export(
         raise Invalid(f"{printable(str(path))}: only a folder has shards; end it in / for a folder")
     form.write(checkpoint, component, Outgoing(path, force=force, progress=progress), verify=verify)
     return path
+
+
+def names_folder(path: Path | str) -> bool:
+    """Whether a checkpoint that is exported to this path becomes a folder: a name without a suffix, or with a / at its end."""
+    if str(path).endswith(os.sep):
+        return True
+    path = Path(path)
+    return format_of(path.name) is None and (not path.suffix or path.is_dir())

@@ -8,6 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from registry.checkpoints.building import under_names_on_disk
 from registry.files.outgoing import OutgoingFolder
 from registry.files.safetensors_files import flat, metadata_of, write_tensors
 from registry.files.shards import INDEXES, SAFETENSORS
@@ -37,6 +40,7 @@ def export_folder(
     folder: Path | str,
     *,
     component: str | None = None,
+    state: Mapping[str, torch.Tensor] | None = None,
     max_shard_size: int = SHARD,
     verify: bool = True,
     progress: Progress = silent,
@@ -44,11 +48,13 @@ def export_folder(
     """Write a checkpoint to a folder of its own, whole or not at all: parameters as safetensors, and its files.
 
     The folder holds what `from_pretrained` of transformers, PEFT and diffusers opens, and timm by `local-dir:`. Parameters
-    have the names that they were saved or imported with.
+    of a network of transformers have the names that `save_pretrained` writes; others those that they were saved with. What
+    was imported has the names that it had in its file.
 
     Args:
         folder: must not exist, or be empty.
         component: write the parameters of this component; by default those of the network, or of all networks.
+        state: write these parameters of the live network in the place of those of `model`.
         max_shard_size: bytes of tensors in one file; larger networks become several files, with an index.
         verify: check the digests of what is read.
         progress: called with the bytes that are written, and of all.
@@ -67,6 +73,7 @@ def export_folder(
         checkpoint,
         Path(folder),
         component=component,
+        state=state,
         trainer=None,
         max_shard_size=max_shard_size,
         verify=verify,
@@ -114,6 +121,7 @@ def checkout(
         checkpoint,
         Path(folder),
         component=None,
+        state=None,
         trainer=trainer,
         max_shard_size=SHARD,
         verify=verify,
@@ -126,6 +134,7 @@ def _write(
     folder: Path,
     *,
     component: str | None,
+    state: Mapping[str, torch.Tensor] | None,
     trainer: Trainer | None,
     max_shard_size: int,
     verify: bool,
@@ -136,7 +145,8 @@ def _write(
             f"max_shard_size is {quoted(str(max_shard_size))}, expected bytes, such as 5_000_000_000"
         )
     outgoing = OutgoingFolder(folder, progress=progress)
-    networks = list(_networks(checkpoint, component, verify=verify))
+    # A Trainer reads the names of the live network alone.
+    networks = list(_networks(checkpoint, component, state=state, on_disk=trainer is None, verify=verify))
     metadata = metadata_of(checkpoint, component or "model")
     # Accelerate reads one file for each network.
     limit = max_shard_size if len(networks) == 1 and trainer is not TRAINERS["accelerate"] else None
@@ -164,14 +174,29 @@ def _write(
     return folder
 
 
-def _networks(checkpoint: Checkpoint, component: str | None, *, verify: bool) -> Iterator[tuple[str, Shard]]:
-    """The tensors of each network, with what its file is called before the suffix."""
+def _networks(
+    checkpoint: Checkpoint,
+    component: str | None,
+    *,
+    state: Mapping[str, torch.Tensor] | None,
+    on_disk: bool,
+    verify: bool,
+) -> Iterator[tuple[str, Shard]]:
+    """The tensors of each network, with what its file is called before the suffix.
+
+    Args:
+        state: parameters of the live network, in the place of those of `model`.
+        on_disk: give parameters of a live network the names that they have in files.
+    """
     name = component or next((name for name in _NETWORKS if name in checkpoint.components), None)
     if name is None:
         raise NotFound(
             f"{checkpoint.name} has no component model; name one of {', '.join(checkpoint.components)} as component"
         )
-    tree = checkpoint.state_dict(name, verify=verify)
+    tree = checkpoint.state_dict(name, verify=verify) if state is None else state
+    is_live = state is not None or "source" not in checkpoint.record
+    if on_disk and is_live and name == "model" and isinstance(tree, Mapping):
+        tree = under_names_on_disk(checkpoint, tree)
     files = (checkpoint.record.get("source") or {}).get("weights")
     usual = "adapter_model" if name == "adapter" else "model"
     first = files[0] if isinstance(files, list) and files and isinstance(files[0], str) else usual

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from registry.checkpoints.building import under_names_on_disk
 from registry.checkpoints.checkpoint import Checkpoint
 from registry.configs.plain import lenient_table
 from registry.integrations import check_release
@@ -199,8 +200,16 @@ def _check_version(model: nn.Module, base: Checkpoint) -> None:
         for name, _, _, found in base.parameters()
         if name.startswith("model/")
     }
+    parameters: Mapping[str, torch.Tensor] = _base_parameters(model)
+    if "source" in base.record:
+        # A file may have other names than the network.
+        parameters = under_names_on_disk(base, parameters)
+    # A file holds tied parameters once.
+    held = {tensor.data_ptr() for name, tensor in parameters.items() if name in recorded}
     problems = []
-    for name, tensor in _base_parameters(model).items():
+    for name, tensor in parameters.items():
+        if name not in recorded and tensor.data_ptr() in held:
+            continue
         if name not in recorded:
             problems.append(f"{base.name} has no {name}")
         elif recorded[name] != _digest_of(tensor):

@@ -23,6 +23,7 @@ check_release("transformers")
 
 import transformers  # noqa: E402
 from huggingface_hub.errors import StrictDataclassError  # noqa: E402
+from transformers.core_model_loading import revert_weight_conversion  # noqa: E402
 
 
 def _load(network: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Module:
@@ -57,7 +58,20 @@ def _load(network: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Module:
     return loaded  # type: ignore[no-any-return]
 
 
-@register_model("transformers", load=_load)
+def _on_disk(network: nn.Module, state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """A state of the live network under the names that `save_pretrained` writes.
+
+    Raises:
+        Incompatible: if the state is not that of the network.
+    """
+    unknown = next((name for name in state if name not in network.state_dict()), None)
+    if unknown is not None:
+        raise Incompatible(f"{type(network).__name__} has no {quoted(unknown)}")
+    converted: Mapping[str, torch.Tensor] = revert_weight_conversion(cast(Any, network), dict(state))
+    return converted
+
+
+@register_model("transformers", load=_load, on_disk=_on_disk)
 def build(**recorded: Any) -> nn.Module:
     """A network of transformers with new parameters.
 

@@ -30,6 +30,9 @@ GROUP = "registry.models"
 
 Built = TypeVar("Built", bound=Callable[..., nn.Module])
 
+OnDisk = Callable[[nn.Module, Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
+"""Takes a network, whose parameters have no values, and a state under its names."""
+
 
 class Builder(NamedTuple):
     """A registered builder.
@@ -38,12 +41,14 @@ class Builder(NamedTuple):
         make: makes the network.
         config: the class of its configuration.
         load: gives the network with a stored state, where that may have other names than the network's own.
+        on_disk: gives a state with the names that files of such networks have, where these are others.
     """
 
     name: str
     make: Callable[..., nn.Module]
     config: type[Config] | None
     load: Callable[[nn.Module, Mapping[str, torch.Tensor]], nn.Module] | None = None
+    on_disk: OnDisk | None = None
 
     def build(self, config: Mapping[str, Any] | None) -> nn.Module:
         """The network for a recorded configuration, with newly initialised parameters.
@@ -73,6 +78,7 @@ def register_model(
     *,
     config: type[Config] | None = None,
     load: Callable[[nn.Module, Mapping[str, torch.Tensor]], nn.Module] | None = None,
+    on_disk: OnDisk | None = None,
 ) -> Callable[[Built], Built]:
     """Register a network's class, or a function that makes it, under a name.
 
@@ -88,6 +94,8 @@ def register_model(
     Args:
         load: takes the network, which has no values yet, and a stored state, and gives the network with that state. By
             default the names must be the network's own.
+        on_disk: takes the network, which has no values, and a state under its names, and gives that state under the names
+            that an exported folder has. By default these are the same.
 
     Raises:
         Invalid: if the name is malformed.
@@ -99,7 +107,7 @@ def register_model(
         known = _builders.get(name)
         if known is not None and _place(known.make) != _place(make):
             raise Conflict(f"the builder {quoted(name)} is registered already, by {_place(known.make)}")
-        _builders[name] = Builder(name, make, config, load)
+        _builders[name] = Builder(name, make, config, load, on_disk)
         return make
 
     return register
