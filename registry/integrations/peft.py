@@ -2,7 +2,8 @@
 
     from registry.integrations.peft import adapter
 
-    base = registry.save("base", {"model": network.state_dict()})  # once, before get_peft_model
+    with registry.run("base") as run:  # once, before get_peft_model
+        base = run.save(model=network)
     run.save(adapter=adapter(model, base=base), optimizer=optimizer, step=step)
     checkpoint.restore(adapter=adapter(model), optimizer=optimizer)
 
