@@ -15,7 +15,6 @@ because Lightning calls methods of the same name on each, with other arguments.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 from collections.abc import Mapping
@@ -34,6 +33,7 @@ from registry.integrations.lightning_states import (
     with_paths,
     without_paths,
 )
+from registry.integrations.options import check_options, registry_of
 from registry.integrations.storing import recordable, storable
 from registry.live import components, ranks, rng
 from registry.live.gradients import Gradients
@@ -66,7 +66,6 @@ _logger = logging.getLogger(__name__)
 _OWN = "torch-registry"
 """The key under which a checkpoint dict of Lightning has what this module adds to it, until it is saved."""
 
-_OPTIONS = frozenset(inspect.signature(Registry.run).parameters) - {"self", "model", "resume", "together"}
 _RULES = ("monitor", "mode", "keep_last", "keep_best", "keep_optimizer")
 
 
@@ -109,10 +108,8 @@ class RegistryCheckpoint(Callback):  # type: ignore[misc]
 
     def __init__(self, model: str, registry: Registry | None = None, **options: Any) -> None:
         self.model = check_name(model, "model")
-        self.registry = registry or Registry()
-        for name in options:
-            if name not in _OPTIONS:
-                raise Invalid(f"{name} is no option; there are {', '.join(sorted(_OPTIONS))}")
+        self.registry = registry_of(registry)
+        check_options(options, own=frozenset({"model", "resume", "together"}))
         if options.get("monitor"):
             Retention.of(**{rule: options.get(rule) for rule in _RULES})
         self._options = options

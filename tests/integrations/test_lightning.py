@@ -432,6 +432,8 @@ def test_a_wrong_use_is_refused_in_one_line(tmp_path: Path) -> None:
         RegistryCheckpoint("net", registry, keep_lats=3)
     with pytest.raises(Invalid, match="mode='min' or mode='max'"):
         RegistryCheckpoint("net", registry, monitor="depth")
+    with pytest.raises(Invalid, match="registry is 'r', expected a Registry"):
+        RegistryCheckpoint("net", "r")  # type: ignore[arg-type]
     kept = RegistryCheckpoint("net", registry)
     with pytest.raises(Invalid, match="have a RegistryCheckpoint already"):
         kept.for_trainer(callbacks=[kept])

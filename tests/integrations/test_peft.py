@@ -171,6 +171,8 @@ def test_bad_input_is_refused_in_one_line(tmp_path: Path) -> None:
         adapter(base_network())
     with pytest.raises(Invalid, match="there is no adapter 'mine'; there are default"):
         adapter(model, "mine")
+    with pytest.raises(Invalid, match=r"base is 'base', expected a version: base=registry\['base'\]"):
+        adapter(model, base="base")  # type: ignore[arg-type]
     model.get_input_embeddings().weight.requires_grad_(True)
     with (
         pytest.raises(Unsupported, match=r"wte.weight of the base network is trained.*modules_to_save"),
