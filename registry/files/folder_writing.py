@@ -30,6 +30,9 @@ SHARD = 5_000_000_000
 _NETWORKS = ("model", "models", "adapter")
 """Components that hold parameters; the first that a checkpoint has is written."""
 
+_ADAPTER = "adapter_model"
+"""What the file of an adapter of PEFT is called before the suffix."""
+
 _SUFFIX = re.compile(r"(\.safetensors|\.bin)(\.index\.json)?\Z")
 
 Shard = dict[str, Leaf]
@@ -55,7 +58,8 @@ def export_folder(
         folder: must not exist, or be empty.
         component: write the parameters of this component; by default those of the network, or of all networks.
         state: write these parameters of the live network in the place of those of `model`.
-        max_shard_size: bytes of tensors in one file; larger networks become several files, with an index.
+        max_shard_size: bytes of tensors in one file; larger networks become several files, with an index. An adapter is one
+            file.
         verify: check the digests of what is read.
         progress: called with the bytes that are written, and of all.
 
@@ -152,8 +156,13 @@ def _write(
         tree = under_names_on_disk(checkpoint, tree)
     networks = list(_files_of(checkpoint, name, tree))
     metadata = metadata_of(checkpoint, component or "model")
-    # Accelerate reads one file for each network.
-    limit = max_shard_size if len(networks) == 1 and trainer is not TRAINERS["accelerate"] else None
+    # Accelerate reads one file for each network, and PEFT one for an adapter.
+    is_one_file = (
+        len(networks) > 1
+        or trainer is TRAINERS["accelerate"]
+        or any(stem == _ADAPTER for stem, _ in networks)
+    )
+    limit = None if is_one_file else max_shard_size
     tensors = {
         name: shard for stem, leaves in networks for name, shard in _shards(stem, leaves, limit).items()
     }
@@ -205,7 +214,7 @@ def _network(
 def _files_of(checkpoint: Checkpoint, name: str, tree: Any) -> Iterator[tuple[str, Shard]]:
     """The tensors of each network of a component, with what its file is called before the suffix."""
     files = (checkpoint.record.get("source") or {}).get("weights")
-    usual = "adapter_model" if name == "adapter" or adapter_config(tree) else "model"
+    usual = _ADAPTER if name == "adapter" or adapter_config(tree) else "model"
     first = files[0] if isinstance(files, list) and files and isinstance(files[0], str) else usual
     stem = _SUFFIX.sub("", first) or usual
     stem = "model" if stem == "pytorch_model" else stem

@@ -355,7 +355,8 @@ def _check_resumed(
             )
     if "adapter" in network:
         network["adapter"].check_base(checkpoint.state_dict("adapter"))
-    else:
+    elif "source" not in checkpoint.record:
+        # What was imported has the names of a file, and tied parameters once.
         with naming(checkpoint.name):
             components.check("model", model, checkpoint.state_dict(verify=False), kind=None)
     if 0 < args.max_steps <= state.global_step and not float(state.epoch or 0).is_integer():

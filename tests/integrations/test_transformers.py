@@ -20,6 +20,8 @@ from train_transformers import Data, arguments, main, network
 from transformers import Trainer, TrainerCallback, set_seed
 
 from registry import Registry
+from registry.files.importing import import_checkpoint
+from registry.files.reading import read_checkpoint_file
 from registry.integrations.peft import adapter
 from registry.integrations.transformers import RegistryCallback, ResumableData, checkout
 from registry.store.errors import Corrupt, Incompatible, Invalid, NotFound, Unsupported
@@ -314,6 +316,18 @@ def test_a_version_of_another_network_is_refused_before_training(
     with pytest.raises(Incompatible, match=problem):
         other.train(resume_from_checkpoint=folder)
     assert registry.runs.find("net")[0].name == "net/run-1"
+
+
+def test_a_version_that_was_imported_is_gone_on_from(tmp_path: Path) -> None:
+    """From a folder of the Trainer's own, where tied parameters are once."""
+    registry = Registry(tmp_path / "r")
+    trainer_of(tmp_path, Stops(4)).train()
+    import_checkpoint(registry, read_checkpoint_file(tmp_path / "out" / "checkpoint-4"), "net")
+    whole, trainer = trainer_of(tmp_path / "whole"), trainer_of(tmp_path, RegistryCallback("net", registry))
+    whole.train()
+    trainer.train(resume_from_checkpoint=checkout("net", registry))
+    assert equal(trainer.model.state_dict(), whole.model.state_dict())
+    assert registry["net"].lineage == [{"kind": "resumed-from", "parent": registry["net:v1"].id}]
 
 
 def test_a_wrong_use_is_refused_in_one_line(tmp_path: Path) -> None:
