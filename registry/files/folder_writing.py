@@ -30,6 +30,9 @@ SHARD = 5_000_000_000
 _NETWORKS = ("model", "models", "adapter")
 """Components that hold parameters; the first that a checkpoint has is written."""
 
+_ADAPTER = "adapter_model"
+"""What the file of an adapter of PEFT is called before the suffix."""
+
 _SUFFIX = re.compile(r"(\.safetensors|\.bin)(\.index\.json)?\Z")
 
 Shard = dict[str, Leaf]
@@ -49,13 +52,14 @@ def export_folder(
 
     The folder holds what `from_pretrained` of transformers, PEFT and diffusers opens, and timm by `local-dir:`. Parameters
     of a network of transformers have the names that `save_pretrained` writes; others those that they were saved with. What
-    was imported has the names that it had in its file.
+    was imported has the names that it had in its file. An adapter of PEFT has its `adapter_config.json` beside it.
 
     Args:
         folder: must not exist, or be empty.
         component: write the parameters of this component; by default those of the network, or of all networks.
         state: write these parameters of the live network in the place of those of `model`.
-        max_shard_size: bytes of tensors in one file; larger networks become several files, with an index.
+        max_shard_size: bytes of tensors in one file; larger networks become several files, with an index. An adapter is one
+            file.
         verify: check the digests of what is read.
         progress: called with the bytes that are written, and of all.
 
@@ -145,16 +149,25 @@ def _write(
             f"max_shard_size is {quoted(str(max_shard_size))}, expected bytes, such as 5_000_000_000"
         )
     outgoing = OutgoingFolder(folder, progress=progress)
+    name, tree = _network(checkpoint, component, state=state, verify=verify)
+    is_live = state is not None or "source" not in checkpoint.record
     # A Trainer reads the names of the live network alone.
-    networks = list(_networks(checkpoint, component, state=state, on_disk=trainer is None, verify=verify))
+    if trainer is None and is_live and name == "model" and isinstance(tree, Mapping):
+        tree = under_names_on_disk(checkpoint, tree)
+    networks = list(_files_of(checkpoint, name, tree))
     metadata = metadata_of(checkpoint, component or "model")
-    # Accelerate reads one file for each network.
-    limit = max_shard_size if len(networks) == 1 and trainer is not TRAINERS["accelerate"] else None
+    # Accelerate reads one file for each network, and PEFT one for an adapter.
+    is_one_file = (
+        len(networks) > 1
+        or trainer is TRAINERS["accelerate"]
+        or any(stem == _ADAPTER for stem, _ in networks)
+    )
+    limit = None if is_one_file else max_shard_size
     tensors = {
         name: shard for stem, leaves in networks for name, shard in _shards(stem, leaves, limit).items()
     }
     kept = dict(checkpoint.files)
-    texts = _described(checkpoint, kept) | {
+    texts = _described(checkpoint, kept, tree) | {
         f"{stem}{INDEXES[0]}": _index(parts)
         for stem, _ in networks
         if (parts := {name: shard for name, shard in tensors.items() if name.startswith(f"{stem}-")})
@@ -174,31 +187,34 @@ def _write(
     return folder
 
 
-def _networks(
-    checkpoint: Checkpoint,
-    component: str | None,
-    *,
-    state: Mapping[str, torch.Tensor] | None,
-    on_disk: bool,
-    verify: bool,
-) -> Iterator[tuple[str, Shard]]:
-    """The tensors of each network, with what its file is called before the suffix.
+def adapter_config(state: Any) -> Mapping[str, Any] | None:
+    """The configuration of an adapter of PEFT that was saved in a program; None for any other state."""
+    found = getattr(state, "_metadata", None)
+    for key in ("", "config"):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found if isinstance(found, Mapping) and "peft_type" in found else None
+
+
+def _network(
+    checkpoint: Checkpoint, component: str | None, *, state: Mapping[str, torch.Tensor] | None, verify: bool
+) -> tuple[str, Any]:
+    """The component whose parameters are written, and its state.
 
     Args:
         state: parameters of the live network, in the place of those of `model`.
-        on_disk: give parameters of a live network the names that they have in files.
     """
     name = component or next((name for name in _NETWORKS if name in checkpoint.components), None)
     if name is None:
         raise NotFound(
             f"{checkpoint.name} has no component model; name one of {', '.join(checkpoint.components)} as component"
         )
-    tree = checkpoint.state_dict(name, verify=verify) if state is None else state
-    is_live = state is not None or "source" not in checkpoint.record
-    if on_disk and is_live and name == "model" and isinstance(tree, Mapping):
-        tree = under_names_on_disk(checkpoint, tree)
+    return name, checkpoint.state_dict(name, verify=verify) if state is None else state
+
+
+def _files_of(checkpoint: Checkpoint, name: str, tree: Any) -> Iterator[tuple[str, Shard]]:
+    """The tensors of each network of a component, with what its file is called before the suffix."""
     files = (checkpoint.record.get("source") or {}).get("weights")
-    usual = "adapter_model" if name == "adapter" else "model"
+    usual = _ADAPTER if name == "adapter" or adapter_config(tree) else "model"
     first = files[0] if isinstance(files, list) and files and isinstance(files[0], str) else usual
     stem = _SUFFIX.sub("", first) or usual
     stem = "model" if stem == "pytorch_model" else stem
@@ -231,13 +247,20 @@ def _index(shards: Mapping[str, Shard]) -> bytes:
     return json.dumps(document, indent=2).encode() + b"\n"
 
 
-def _described(checkpoint: Checkpoint, kept: Mapping[str, Any]) -> dict[str, bytes]:
-    """The `config.json` of a network of transformers or timm that was saved in a program, by what was recorded of it."""
-    about = checkpoint.provenance
-    network, builder = about.get("network") or {}, about.get("builder")
-    if "config.json" in kept or builder not in ("transformers", "timm"):
-        return {}
-    document = dict(network)
-    if builder == "transformers":
-        document = {**network.get("config", {}), "architectures": [network.get("class")]}
-    return {"config.json": json.dumps(document, indent=2).encode() + b"\n"}
+def _described(checkpoint: Checkpoint, kept: Mapping[str, Any], tree: Any) -> dict[str, bytes]:
+    """What describes a network that was saved in a program, by what was recorded of it.
+
+    Of an adapter it is PEFT's `adapter_config.json`, of a network of transformers or timm its `config.json`.
+    """
+    config = adapter_config(tree)
+    if config is not None:
+        name, document = "adapter_config.json", dict(config)
+    else:
+        about = checkpoint.provenance
+        network, builder = about.get("network") or {}, about.get("builder")
+        if builder not in ("transformers", "timm"):
+            return {}
+        name, document = "config.json", dict(network)
+        if builder == "transformers":
+            document = {**network.get("config", {}), "architectures": [network.get("class")]}
+    return {} if name in kept else {name: json.dumps(document, indent=2).encode() + b"\n"}

@@ -2,7 +2,7 @@
 
 Each imports its framework at the top. Nothing else imports it but a command that needs it, so a program loads what it uses.
 Where the framework is missing, or is a release that is not supported, one line says what to install. `merging` belongs to
-PEFT. `pointers`, `scrubbing`, `storing` and `tracked` load no framework; they are for all.
+PEFT. `options`, `pointers`, `scrubbing`, `storing` and `tracked` load no framework; they are for all.
 
 It imports everything below it but `registry.cli` and `registry.models`. To add a framework: one file here, an extra in
 pyproject.toml, a section of docs/integrations.md, and a file in tests/integrations.

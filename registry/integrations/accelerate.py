@@ -48,9 +48,13 @@ def save_state(run: Run, accelerator: Accelerator, **fields: Any) -> Checkpoint 
         fields: what `Run.save` takes beside components, such as `step`, `loss`, `metrics` and `wait`.
 
     Raises:
-        Invalid: if nothing was prepared.
+        Invalid: if nothing was prepared, or `run` is none.
         Unsupported: for networks that are sharded over processes; use `run.sharded` for these.
     """
+    if not isinstance(run, Run):
+        raise Invalid(
+            "save_state takes a run first: with registry.run('net') as run: save_state(run, accelerator)"
+        )
     components = _components(accelerator)
     if accelerator._dataloaders and not any(map(_is_resumable, accelerator._custom_objects)):
         _logger.warning(
@@ -64,9 +68,12 @@ def load_state(checkpoint: Checkpoint, accelerator: Accelerator) -> None:
     """Restore what `save_state` saved, all of it or nothing; every process calls it.
 
     Raises:
+        Invalid: if `checkpoint` is none.
         NotFound: if the accelerator holds something that the checkpoint has not.
         Incompatible: saying what differs; nothing was changed.
     """
+    if not isinstance(checkpoint, Checkpoint):
+        raise Invalid("load_state takes a checkpoint first: load_state(registry['net@latest'], accelerator)")
     checkpoint.restore(**_components(accelerator), rng=True)
 
 

@@ -15,7 +15,6 @@ because Lightning calls methods of the same name on each, with other arguments.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 from collections.abc import Mapping
@@ -34,6 +33,7 @@ from registry.integrations.lightning_states import (
     with_paths,
     without_paths,
 )
+from registry.integrations.options import check_options, registry_of
 from registry.integrations.storing import recordable, storable
 from registry.live import components, ranks, rng
 from registry.live.gradients import Gradients
@@ -42,6 +42,7 @@ from registry.log.reference import check_name
 from registry.registry import Registry
 from registry.runs.process import Mute
 from registry.runs.run import Run
+from registry.runs.session import Session
 from registry.store.errors import Conflict, Incompatible, Invalid, NotFound, Unsupported, naming
 from registry.upkeep.retention import Retention
 
@@ -68,7 +69,6 @@ _OWN = "torch-registry"
 _PASSING = (".lr_find_", ".scale_batch_size_")
 """What the names of files begin with that a `Tuner` writes, reads back and removes; they are no checkpoints."""
 
-_OPTIONS = frozenset(inspect.signature(Registry.run).parameters) - {"self", "model", "resume", "together"}
 _RULES = ("monitor", "mode", "keep_last", "keep_best", "keep_optimizer")
 
 
@@ -111,10 +111,8 @@ class RegistryCheckpoint(Callback):  # type: ignore[misc]
 
     def __init__(self, model: str, registry: Registry | None = None, **options: Any) -> None:
         self.model = check_name(model, "model")
-        self.registry = registry or Registry()
-        for name in options:
-            if name not in _OPTIONS:
-                raise Invalid(f"{name} is no option; there are {', '.join(sorted(_OPTIONS))}")
+        self.registry = registry_of(registry)
+        check_options(options, own=frozenset({"model", "resume", "together"}))
         if options.get("monitor"):
             Retention.of(**{rule: options.get(rule) for rule in _RULES})
         self._options = options
@@ -123,6 +121,7 @@ class RegistryCheckpoint(Callback):  # type: ignore[misc]
         self._trainer: Trainer | None = None
         self._ranks: ranks.Ranks | None = None
         self._run: Run | None = None
+        self._session: Session | None = None
         self._is_open = False
         self._error: BaseException | None = None
         self._loaded: Checkpoint | None = None
@@ -259,15 +258,25 @@ class RegistryCheckpoint(Callback):  # type: ignore[misc]
 
     def _begin(self, trainer: Trainer) -> None:
         """Begin a run; in the process that saves."""
-        options = dict(self._options)
+        self._run = self._made_run(trainer, resume=self._loaded, config=_hyperparameters(trainer))
+        self._run.__enter__()
+        self._is_open, self._error = True, None
+
+    def _made_run(self, trainer: Trainer, **others: Any) -> Run:
+        """A run that has not begun. What stays of it is decided here, as a pointer goes before its version.
+
+        Args:
+            others: options of a run that the user's have precedence over.
+        """
+        options = others | self._options
         by = next((one for one in trainer.checkpoint_callbacks if getattr(one, "monitor", None)), None)
         if "monitor" not in options and by is not None:
             options |= {"monitor": by.monitor, "mode": by.mode}
-        if "config" not in options:
-            options["config"] = _hyperparameters(trainer)
-        self._run = self.registry.run(self.model, resume=self._loaded, together=False, **options)
-        self._run.__enter__()
-        self._is_open, self._error = True, None
+        kept = {rule: options.pop(rule, None) for rule in ("keep_last", "keep_best")}
+        rules = Retention.of(options.get("monitor"), options.get("mode"), keep_optimizer=None, **kept)
+        run = self.registry.run(self.model, together=False, **options)
+        self._session = Session(run.name, self.model, rules)
+        return run
 
     def _end(self) -> None:
         """End the run; called in every case in which Lightning leaves the training."""
@@ -294,11 +303,14 @@ class RegistryCheckpoint(Callback):  # type: ignore[misc]
         keys = ("global_step", "epoch", "loops")
         self._moment = _Moment(saved, {key: checkpoint[key] for key in keys} | own)
         self._pointers.write(path, saved)
+        assert self._session is not None
+        self._pointers.remove_all(self._session.superfluous(self.registry))
+        self._session.retain(self.registry)
 
     def _saved(self, trainer: Trainer, checkpoint: dict[str, Any], own: Mapping[str, Any]) -> Checkpoint:
         """A new version."""
         if self._run is None:
-            self._run = self.registry.run(self.model, together=False, **self._options)
+            self._run = self._made_run(trainer)
             with self._run:
                 pass
         rest = dict(checkpoint)
@@ -368,12 +380,12 @@ class RegistryCheckpoint(Callback):  # type: ignore[misc]
             if os.path.isabs(path) or path.endswith(".ckpt"):
                 raise NotFound(f"there is no file {path}; give one, or a reference such as {self.model}@best")
             return self.registry[path]
-        try:
-            return self.registry[pointer[1]]
-        except NotFound:
+        version = pointers.version_at(self.registry, pointer)
+        if version is None:
             raise NotFound(
                 f"{path} points at {pointer[0]}, which is not, or no longer, in the registry {self.registry.root}"
-            ) from None
+            )
+        return Checkpoint(self.registry.store, version)
 
     def _check(self, checkpoint: Checkpoint, found: Mapping[str, Any]) -> None:
         """See that a checkpoint is one of this network, before anything is changed."""

@@ -20,7 +20,7 @@ from registry.catalog.versions import by_id
 from registry.checkpoints.building import build
 from registry.checkpoints.checkpoint import Checkpoint
 from registry.files.exporting import names_folder
-from registry.files.folder_writing import SHARD, export_folder
+from registry.files.folder_writing import SHARD, adapter_config, export_folder
 from registry.files.outgoing import OutgoingFolder
 from registry.files.shards import strict_json
 from registry.home import Home
@@ -88,7 +88,7 @@ def _adapter_in(checkpoint: Checkpoint) -> tuple[PeftConfig, Mapping[str, torch.
     config: Any = None
     if "adapter" in checkpoint.components:
         state = checkpoint.state_dict("adapter")
-        config = getattr(state, "_metadata", {}).get("", {}).get("config")
+        config = adapter_config(state)
     elif str(weights[0]).startswith("adapter_model"):
         state = checkpoint.state_dict()
         with naming(f"{checkpoint.name}: adapter_config.json"):

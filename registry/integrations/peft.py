@@ -2,7 +2,8 @@
 
     from registry.integrations.peft import adapter
 
-    base = registry.save("base", {"model": network.state_dict()})  # once, before get_peft_model
+    with registry.run("base") as run:  # once, before get_peft_model
+        base = run.save(model=network)
     run.save(adapter=adapter(model, base=base), optimizer=optimizer, step=step)
     checkpoint.restore(adapter=adapter(model), optimizer=optimizer)
 
@@ -138,7 +139,7 @@ def adapter(model: nn.Module, name: str | None = None, *, base: Checkpoint | Non
             digest of the base's parameters.
 
     Raises:
-        Invalid: if the network has no such adapter, or several are active and none is named.
+        Invalid: if the network has no such adapter, several are active and none is named, or `base` is no version.
         Incompatible: if the base network has not the parameters of `base`, naming the first that differ.
     """
     model = plain_module(model)
@@ -153,6 +154,8 @@ def adapter(model: nn.Module, name: str | None = None, *, base: Checkpoint | Non
     if name not in model.peft_config:
         raise Invalid(f"there is no adapter {quoted(name)}; there are {', '.join(model.peft_config)}")
     if base is not None:
+        if not isinstance(base, Checkpoint):
+            raise Invalid(f"base is {quoted(str(base))}, expected a version: base=registry['base']")
         _check_version(model, base)
     return Adapter(model, name, base)
 

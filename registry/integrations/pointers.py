@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
-from registry.catalog.versions import with_descendants
+from registry.catalog.versions import Version, by_id, with_descendants
 from registry.checkpoints.checkpoint import Checkpoint
 from registry.registry import Registry
 from registry.store.digest import is_digest
@@ -23,17 +24,16 @@ _MAX_BYTES = 4096
 class Pointers:
     """The pointers to the versions of a registry, as one program writes and removes them.
 
-    A version goes with its last pointer in a folder, as a file would, unless an alias, a tag or a descendant holds it.
+    A version goes with its last pointer in a folder, as a file would, unless an alias, a tag or a descendant holds it. A
+    pointer goes before its version, so that a program that is killed leaves none that leads nowhere.
     """
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        self._written: dict[str, str] = {}
+        self._folders: set[str] = set()
 
     def write(self, path: str, checkpoint: Checkpoint) -> None:
         """Let a path point at a version, durably. What had the path before is removed.
-
-        Pointers of this program to versions that the rules of a run have removed go, too.
 
         Raises:
             StorageError: if the disk refuses; an earlier file is untouched.
@@ -45,35 +45,48 @@ class Pointers:
             unlink(place)
         pointer = {"torch-registry": checkpoint.name, "id": checkpoint.id}
         write_file(place, json.dumps(pointer).encode())
-        self._written[path] = checkpoint.id
+        self._folders.add(str(place.parent))
         if replaced and replaced[1] != checkpoint.id:
-            self._release(replaced[1], os.path.dirname(path))
-        for other, version_id in list(self._written.items()):
-            if version_id not in self._registry:
-                del self._written[other]
-                if (found := read(other)) and found[1] == version_id:
-                    unlink(Path(other).absolute())
+            self._release(replaced, place.parent)
 
     def remove(self, path: str) -> None:
         """Remove a pointer, and the version if nothing else holds it; nothing happens where there is no pointer."""
-        pointer = read(path)
+        pointer, place = read(path), Path(path).absolute()
         if pointer is not None:
-            unlink(Path(path).absolute())
-            self._written.pop(path, None)
-            self._release(pointer[1], os.path.dirname(path))
+            unlink(place)
+            self._release(pointer, place.parent)
 
-    def _release(self, version_id: str, folder: str) -> None:
+    def remove_all(self, versions: Iterable[Version]) -> None:
+        """Remove each pointer to some versions, in the folders that this program has written to."""
+        going = {version.record.get("thinned-from") or version.id for version in versions}
+        for folder in self._folders if going else ():
+            for path, version_id in in_folder(folder).items():
+                if version_id in going:
+                    unlink(Path(path))
+
+    def _release(self, pointer: tuple[str, str], folder: Path) -> None:
         """Remove a version that no pointer in a folder leads to, unless something else holds it."""
-        if version_id in in_folder(folder).values():
+        if pointer[1] in in_folder(folder).values():
             return
-        if with_descendants(self._registry.catalog, [version_id]):
+        version = version_at(self._registry, pointer)
+        if version is None or with_descendants(self._registry.catalog, [version.id]):
             return
         try:
-            self._registry.remove([version_id])
+            self._registry.remove([version.id])
         except (Conflict, NotFound) as reason:
             _logger.info("a version stays: %s", reason)
             return
         self._registry.collect_garbage()
+
+
+def version_at(registry: Registry, pointer: tuple[str, str]) -> Version | None:
+    """The version that a pointer leads to, also if it has been thinned since; None if it is gone."""
+    name, version_id = pointer
+    found = by_id(registry.catalog, version_id)
+    if found is None and name in registry:
+        thinned = registry.resolve(name)
+        found = thinned if thinned.record.get("thinned-from") == version_id else None
+    return found
 
 
 def read(path: str | os.PathLike[str]) -> tuple[str, str] | None:

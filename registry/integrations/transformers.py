@@ -30,17 +30,19 @@ from torch import nn
 
 from registry.checkpoints.checkpoint import Checkpoint
 from registry.integrations import check_release
+from registry.integrations.options import check_options, registry_of
 from registry.integrations.scrubbing import without_folders
 from registry.integrations.storing import recordable
 from registry.integrations.trainer_folders import RESUMED, STATE, files_of, write_folder
 from registry.live import components, ranks
 from registry.live.resumable import ResumableLoader
 from registry.log.metrics import is_metric
-from registry.log.reference import parse_reference
+from registry.log.reference import check_name, parse_reference
 from registry.registry import Registry
 from registry.runs.run import Run
 from registry.store.durable import host
-from registry.store.errors import NotFound, Unsupported, naming, storage_errors
+from registry.store.errors import Incompatible, NotFound, Unsupported, naming, storage_errors
+from registry.store.text import quoted
 
 check_release("transformers")
 
@@ -76,6 +78,7 @@ def checkout(reference: str, registry: Registry | None = None) -> str | bool:
         The folder; False, with which training begins anew, as long as the model has no version.
 
     Raises:
+        Invalid: if `registry` is none.
         NotFound: if the model has versions, but not this one.
         Incompatible: if the Trainer that was made last with `RegistryCallback` for this model has another network, naming
             what differs.
@@ -83,7 +86,7 @@ def checkout(reference: str, registry: Registry | None = None) -> str | bool:
         Corrupt: if a stored byte is not what was saved.
         StorageError: if the folder cannot be written.
     """
-    registry = registry or Registry()
+    registry = registry_of(registry)
     try:
         checkpoint = registry[reference]
     except NotFound as missing:
@@ -102,7 +105,8 @@ def checkout(reference: str, registry: Registry | None = None) -> str | bool:
     finally:
         processes.close()
     network = _networks.get((registry.root, checkpoint.model))
-    if network is not None and "model" in checkpoint.components:
+    # What was imported has the names of a file, and tied parameters once.
+    if network is not None and "model" in checkpoint.components and "source" not in checkpoint.record:
         with naming(checkpoint.name):
             components.check("model", network, checkpoint.state_dict("model"), kind=None)
     checkpoint.restore(rng=True)
@@ -128,6 +132,9 @@ class RegistryCallback(TrainerCallback):  # type: ignore[misc]
         wait: whether training waits until a version is durable. Otherwise it is written behind the training, and a training
             that is killed may lose the last one.
         options: what `Registry.run` takes beside, such as `keep_last`, `keep_best` and `keep_optimizer`.
+
+    Raises:
+        Invalid: if an option is none of a run, or the name is malformed.
     """
 
     def __init__(
@@ -140,8 +147,9 @@ class RegistryCallback(TrainerCallback):  # type: ignore[misc]
         wait: bool = True,
         **options: Any,
     ) -> None:
-        self._model = model
-        self._registry = registry or Registry()
+        check_options(options, own=frozenset({"model", "resume", "together", "config", "monitor", "mode"}))
+        self._model = check_name(model, "model")
+        self._registry = registry_of(registry)
         self._monitor = monitor
         self._mode = mode
         self._wait = wait
@@ -180,7 +188,7 @@ class RegistryCallback(TrainerCallback):  # type: ignore[misc]
         Raises:
             Unsupported: for networks that are sharded over processes.
             NotFound: if the training goes on from a version that is not in this registry.
-            Incompatible: if an adapter goes on over another base network.
+            Incompatible: if the version is of another network, or an adapter goes on over another base network.
         """
         if self._ending is not None:
             self._ending()
@@ -191,8 +199,8 @@ class RegistryCallback(TrainerCallback):  # type: ignore[misc]
                 "dcp.save(state, storage_writer=run.sharded(...)), see docs/distributed.md"
             )
         resumed = self._resumed(state)
-        if resumed is not None and "adapter" in resumed.components:
-            _network(model)["adapter"].check_base(resumed.state_dict("adapter"))
+        if resumed is not None:
+            _check_resumed(resumed, model, state, args)
         monitor, mode = self._monitor, self._mode
         if monitor is None and (metric := args.metric_for_best_model) is not None:
             monitor = metric if metric.startswith("eval_") else f"eval_{metric}"
@@ -233,14 +241,14 @@ class RegistryCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Save a version; every process calls it."""
         assert self._run is not None
-        saved = _network(model)
+        live = _network(model)
         if not args.save_only_model:
-            saved["optimizer"] = getattr(optimizer, "optimizer", optimizer)
-            saved["scheduler"] = lr_scheduler
+            live["optimizer"] = getattr(optimizer, "optimizer", optimizer)
+            live["scheduler"] = lr_scheduler
             if (scaler := getattr(optimizer, "scaler", None)) is not None:
-                saved["scaler"] = scaler
+                live["scaler"] = scaler
             if isinstance(train_dataloader, ResumableLoader):
-                saved["loader"] = train_dataloader
+                live["loader"] = train_dataloader
         losses = (entry["loss"] for entry in reversed(state.log_history) if "loss" in entry)
         self._run.save(
             epoch=int(state.epoch),
@@ -249,7 +257,7 @@ class RegistryCallback(TrainerCallback):  # type: ignore[misc]
             metrics=_metrics(state),
             files=self._files(args, state),
             wait=self._wait,
-            **saved,
+            **live,
         )
 
     def on_train_end(
@@ -354,6 +362,29 @@ def _end(run: Run) -> None:
     """End the run of a training that did not come to its end."""
     error = getattr(sys, "last_value", None) or SystemExit()
     run.__exit__(type(error), error, None)
+
+
+def _check_resumed(
+    checkpoint: Checkpoint, model: nn.Module, state: TrainerState, args: TrainingArguments
+) -> None:
+    """See that a version is of the network that goes on from it; the Trainer passes over names that it does not know."""
+    network = _network(model)
+    for name in network:
+        if name not in checkpoint.components:
+            raise Incompatible(
+                f"{checkpoint.name} has no component {quoted(name)}; it has {', '.join(checkpoint.components)}"
+            )
+    if "adapter" in network:
+        network["adapter"].check_base(checkpoint.state_dict("adapter"))
+    elif "source" not in checkpoint.record:
+        # What was imported has the names of a file, and tied parameters once.
+        with naming(checkpoint.name):
+            components.check("model", model, checkpoint.state_dict(verify=False), kind=None)
+    if 0 < args.max_steps <= state.global_step and not float(state.epoch or 0).is_integer():
+        _logger.warning(
+            "%s is at the last step already, and the Trainer makes one more where that is inside an epoch",
+            checkpoint.name,
+        )
 
 
 def _go_on(checkpoint: Checkpoint, loader: ResumableLoader) -> None:

@@ -13,6 +13,7 @@ from registry.store.errors import RegistryError
 from registry.upkeep.retention import Retention
 
 if TYPE_CHECKING:
+    from registry.catalog.versions import Version
     from registry.home import Home
 
 _logger = logging.getLogger(__name__)
@@ -43,6 +44,11 @@ class Session:
             return dict(first)
         provenance = {key: value for key, value in (first["provenance"] or {}).items() if key != "plan"}
         return {**first, "lineage": [], "parent": newest[0].name, "provenance": provenance}
+
+    def superfluous(self, home: Home) -> list[Version]:
+        """The versions that `retain` would remove now."""
+        chain = Runs(home.catalog, home.root).chain(self.name)
+        return self.retention.superfluous(home.catalog, runs=chain, model=self.model)
 
     def retain(self, home: Home) -> None:
         """Remove, and thin, what the run's rules no longer keep.

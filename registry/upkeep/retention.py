@@ -80,7 +80,7 @@ class Retention(NamedTuple):
             return
 
         def compute(view: View) -> list[Record]:
-            return [removal(version) for version in self._superfluous(view, _of(view, runs, model))]
+            return [removal(version) for version in self.superfluous(view, runs, model)]
 
         removed = None
         if self.keep_last is not None or self.keep_best is not None:
@@ -90,6 +90,21 @@ class Retention(NamedTuple):
             collect_garbage(catalog, store)
         if failed:
             raise failed[0]
+
+    def superfluous(self, view: Reader, runs: Sequence[str], model: str) -> list[Version]:
+        """The versions of some runs that the rules no longer keep."""
+        if self.keep_last is None and self.keep_best is None:
+            return []
+        versions = _of(view, runs, model)
+        best = self._best(versions)
+        if self.keep_best is not None and not best:
+            # It is not known which one is the best, so none may go.
+            return []
+        kept = {version.id for version in versions[: self.keep_last or 1]}
+        kept |= {version.id for version in best}
+        kept |= {version.id for version in versions if version.aliases or version.tags}
+        kept |= with_descendants(view, [version.id for version in versions])
+        return [version for version in versions if version.id not in kept]
 
     def _thin(self, catalog: Catalog, store: Store, versions: Sequence[Version]) -> list[RegistryError]:
         """Thin all versions but the newest; what prevents it for some does not keep the others from it."""
@@ -104,17 +119,6 @@ class Retention(NamedTuple):
                 except RegistryError as error:
                     failed.append(error)
         return failed
-
-    def _superfluous(self, view: Reader, versions: Sequence[Version]) -> list[Version]:
-        best = self._best(versions)
-        if self.keep_best is not None and not best:
-            # It is not known which one is the best, so none may go.
-            return []
-        kept = {version.id for version in versions[: self.keep_last or 1]}
-        kept |= {version.id for version in best}
-        kept |= {version.id for version in versions if version.aliases or version.tags}
-        kept |= with_descendants(view, [version.id for version in versions])
-        return [version for version in versions if version.id not in kept]
 
     def _best(self, versions: Sequence[Version]) -> list[Version]:
         if self.monitor is None or self.keep_best is None:

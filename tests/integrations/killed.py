@@ -43,8 +43,16 @@ def fingerprint(*parts: Any) -> str:
 
 def examples_of(section: str) -> list[str]:
     """The Python of a section of the page about integrations."""
-    text = PAGE.read_text().partition(f"\n## {section}\n")[2].partition("\n## ")[0]
-    return re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return re.findall(r"^```python\n(.*?)^```$", _section(section), re.MULTILINE | re.DOTALL)
+
+
+def commands_of(section: str) -> list[str]:
+    """The commands of a section of the page about integrations, without `registry`."""
+    return re.findall(r"^\$ registry (.*)$", _section(section), re.MULTILINE)
+
+
+def _section(name: str) -> str:
+    return PAGE.read_text().partition(f"\n## {name}\n")[2].partition("\n## ")[0]
 
 
 def kill_me() -> None:

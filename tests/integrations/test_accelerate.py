@@ -148,6 +148,10 @@ def test_what_cannot_be_saved_is_said(tmp_path: Path, caplog: pytest.LogCaptureF
         with pytest.raises(Invalid, match="prepared no network yet"):
             save_state(run, Accelerator(cpu=True))
         accelerator = prepared()
+        with pytest.raises(Invalid, match="save_state takes a run first"):
+            save_state(accelerator, run)  # type: ignore[arg-type]
+        with pytest.raises(Invalid, match="load_state takes a checkpoint first"):
+            load_state("net@latest", accelerator)  # type: ignore[arg-type]
         accelerator.prepare(DataLoader(TensorDataset(torch.ones(2))))
         with caplog.at_level(logging.WARNING):
             save_state(run, accelerator)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from killed import commands_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
@@ -157,9 +157,7 @@ def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.Monkey
         GPT2LMHeadModel(copy.deepcopy(GPT2)).save_pretrained(folder)
     Path("checkpoint-14/trainer_state.json").write_text('{"global_step": 14}')
     Path("model.onnx").write_bytes(b"onnx")
-    page = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
-    section = page.partition("## Folders\n")[2].partition("\n## ")[0]
-    commands = re.findall(r"^\$ registry (.*)$", section, re.MULTILINE)
+    commands = commands_of("Folders")
     assert len(commands) == 7
     for command in commands:
         done = subprocess.run(

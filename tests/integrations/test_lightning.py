@@ -183,6 +183,23 @@ def test_the_best_follows_the_metric_and_the_rules_keep_what_they_say(tmp_path: 
         fit(RegistryCheckpoint("net", registry), tmp_path, Net(), ckpt_path=old)
 
 
+def test_a_pointer_leads_to_a_version_that_was_thinned(tmp_path: Path) -> None:
+    """The rules of the run take the optimizer of the best version; Lightning removes it when it is the best no more."""
+    registry = Registry(tmp_path / "r")
+    kept = RegistryCheckpoint("net", registry, keep_optimizer=1)
+    keep = ModelCheckpoint(monitor="val/loss", save_top_k=2)
+    net = Net(losses=(0.5, 0.1, 0.4, 0.3, 0.2, 0.2))
+    trainer = fit(kept, tmp_path, net, max_epochs=5, callbacks=[keep])
+    assert [version.version for version in registry.versions("net")] == [5, 2]
+    assert len(pointers.in_folder(folder(tmp_path))) == 2
+    best = registry["net@best"]
+    assert "optimizer" not in best.components
+    trainer.validate(net, data(), ckpt_path="best")
+    assert torch.equal(net.layer.weight, best.state_dict()["layer.weight"])
+    with pytest.raises(Incompatible, match=r"net:v2 has no state of optimizers .* cannot go on from it"):
+        fit(kept, tmp_path, Net(), ckpt_path=keep.best_model_path)
+
+
 def test_what_a_model_checkpoint_removes_goes_unless_something_holds_it(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "r")
 
@@ -444,6 +461,8 @@ def test_a_wrong_use_is_refused_in_one_line(tmp_path: Path) -> None:
         RegistryCheckpoint("net", registry, keep_lats=3)
     with pytest.raises(Invalid, match="mode='min' or mode='max'"):
         RegistryCheckpoint("net", registry, monitor="depth")
+    with pytest.raises(Invalid, match="registry is 'r', expected a Registry"):
+        RegistryCheckpoint("net", "r")  # type: ignore[arg-type]
     kept = RegistryCheckpoint("net", registry)
     with pytest.raises(Invalid, match="have a RegistryCheckpoint already"):
         kept.for_trainer(callbacks=[kept])

@@ -8,13 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from killed import examples_of
+from click.testing import CliRunner
+from killed import commands_of, examples_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from registry import Registry
+from registry.cli.app import app
 from registry.files.exporting import export
+from registry.files.importing import import_checkpoint
+from registry.files.reading import read_checkpoint_file
 from registry.integrations.peft import adapter, base_digest
 from registry.store.errors import Incompatible, Invalid, Unsupported
 from registry.transfer.matching import Category
@@ -50,17 +54,17 @@ def outputs(model: nn.Module) -> torch.Tensor:
         return model.eval()(input_ids=IDS).logits
 
 
-@pytest.mark.parametrize(
-    "others",
-    [
-        {},
-        {"bias": "all"},
-        {"modules_to_save": ["lm_head"]},
-        {"use_dora": True},
-        {"target_modules": ["c_attn", "wte"]},
-    ],
-    ids=["lora", "biases", "a whole layer", "dora", "embeddings"],
-)
+FORMS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "biases": {"bias": "all"},
+    "a whole layer": {"modules_to_save": ["lm_head"]},
+    "dora": {"use_dora": True},
+    "embeddings": {"target_modules": ["c_attn", "wte"]},
+}
+"""Adapters of each form, as what is changed in a configuration."""
+
+
+@pytest.mark.parametrize("others", FORMS.values(), ids=FORMS)
 def test_an_adapter_comes_back_over_its_base(tmp_path: Path, others: dict[str, Any]) -> None:
     registry, model = Registry(tmp_path / "r"), adapted(**others)
     before = base_digest(model)
@@ -167,6 +171,8 @@ def test_bad_input_is_refused_in_one_line(tmp_path: Path) -> None:
         adapter(base_network())
     with pytest.raises(Invalid, match="there is no adapter 'mine'; there are default"):
         adapter(model, "mine")
+    with pytest.raises(Invalid, match=r"base is 'base', expected a version: base=registry\['base'\]"):
+        adapter(model, base="base")  # type: ignore[arg-type]
     model.get_input_embeddings().weight.requires_grad_(True)
     with (
         pytest.raises(Unsupported, match=r"wte.weight of the base network is trained.*modules_to_save"),
@@ -175,22 +181,33 @@ def test_bad_input_is_refused_in_one_line(tmp_path: Path) -> None:
         run.save(adapter=adapter(model))
 
 
-def test_an_exported_adapter_opens_with_peft(tmp_path: Path) -> None:
-    """Under the names that PEFT itself gives the parameters; nothing of this machine is in the version."""
+@pytest.mark.parametrize("others", FORMS.values(), ids=FORMS)
+def test_an_exported_adapter_opens_with_peft(tmp_path: Path, others: dict[str, Any]) -> None:
+    """Nothing of this machine is in the folder."""
     registry, network = Registry(tmp_path / "r"), base_network()
     network.name_or_path = str(tmp_path / "secret" / "tiny")
-    model = get_peft_model(network, config())
-    trained(model)
+    model = get_peft_model(network, config(**others))
+    optimizer = trained(model)
     with registry.run("net") as run:
-        run.save(adapter=adapter(model))
-    folder = tmp_path / "out"
-    folder.mkdir()
-    export(registry["net"], folder / "adapter_model.safetensors", component="adapter")
-    about = registry["net"].state_dict("adapter")._metadata[""]
-    assert about["base_name"] == about["config"]["base_model_name_or_path"] == "tiny"
-    (folder / "adapter_config.json").write_text(json.dumps(about["config"]))
+        run.save(adapter=adapter(model), optimizer=optimizer)
+    # PEFT reads one file, however large.
+    folder = export(registry["net"], tmp_path / "out", max_shard_size=100)
+    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
     opened = PeftModel.from_pretrained(base_network(), folder)
     assert torch.equal(outputs(opened), outputs(model))
+    content = import_checkpoint(registry, read_checkpoint_file(folder), "again")
+    state = registry["net"].state_dict("adapter")
+    assert content.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in content.state_dict().items())
+
+
+def test_an_adapter_under_another_name_is_exported_by_it(tmp_path: Path) -> None:
+    registry, model = Registry(tmp_path / "r"), adapted(init_lora_weights=False)
+    with registry.run("net") as run:
+        run.save(model=model, lora=adapter(model))
+    folder = export(registry["net"], tmp_path / "out", component="lora")
+    assert torch.equal(outputs(PeftModel.from_pretrained(base_network(), folder)), outputs(model))
 
 
 def test_a_network_matches_itself_under_peft(tmp_path: Path) -> None:
@@ -199,19 +216,30 @@ def test_a_network_matches_itself_under_peft(tmp_path: Path) -> None:
     assert Category.ONLY_A not in counts
 
 
-def test_the_lines_of_the_page_run(tmp_path: Path) -> None:
-    registry, network = Registry(tmp_path / "r"), base_network()
+def test_the_lines_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other: saved, exported as an adapter, and merged."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("REGISTRY_ROOT", raising=False)
+    registry, network = Registry(), base_network()
     (block,) = examples_of("PEFT")
-    optimizer = torch.optim.SGD(network.parameters(), 0.1)
-    with registry.run("tuned") as run:
-        there: dict[str, Any] = {
-            "get_peft_model": get_peft_model,
-            "registry": registry,
-            "network": network,
-            "config": config(),
-            "run": run,
-            "optimizer": optimizer,
-            "step": 1,
-        }
-        exec(compile(block, "page", "exec", dont_inherit=True), there)
+    torch.manual_seed(1)
+    there: dict[str, Any] = {
+        "get_peft_model": get_peft_model,
+        "registry": registry,
+        "network": network,
+        "config": config(init_lora_weights=False),
+        "optimizer": torch.optim.SGD(network.parameters(), 0.1),
+        "step": 1,
+    }
+    exec(compile(block, "page", "exec", dont_inherit=True), there)
     assert registry["tuned"].lineage == [{"kind": "adapter-of", "parent": registry["base"].id}]
+    expected = outputs(there["model"])
+    commands = commands_of("PEFT")
+    assert len(commands) == 2
+    for command in commands:
+        result = CliRunner().invoke(app, command.split())
+        assert result.exit_code == 0, result.output
+    assert torch.equal(outputs(PeftModel.from_pretrained(base_network(), "adapter")), expected)
+    assert not torch.equal(outputs(base_network()), expected)
+    merged = GPT2LMHeadModel.from_pretrained("merged")
+    assert torch.equal(outputs(merged), outputs(there["model"].merge_and_unload()))

@@ -20,9 +20,11 @@ from train_transformers import Data, arguments, main, network
 from transformers import Trainer, TrainerCallback, set_seed
 
 from registry import Registry
+from registry.files.importing import import_checkpoint
+from registry.files.reading import read_checkpoint_file
 from registry.integrations.peft import adapter
 from registry.integrations.transformers import RegistryCallback, ResumableData, checkout
-from registry.store.errors import Corrupt, Incompatible, NotFound, Unsupported
+from registry.store.errors import Corrupt, Incompatible, Invalid, NotFound, Unsupported
 
 CASES = {
     "bert, in the middle of an epoch": (["--kill", "10"], []),
@@ -301,6 +303,67 @@ def test_an_adapter_over_another_base_is_refused_before_training(tmp_path: Path)
         other.model.get_input_embeddings().weight.add_(1)
     with pytest.raises(Incompatible, match="the base network here is another one"):
         other.train(resume_from_checkpoint=checkout("net", registry))
+
+
+@pytest.mark.parametrize(
+    ("kind", "problem"),
+    [
+        ("mixtral", "net:v3: model: .* is not in the checkpoint"),
+        ("adapter", "net:v3 has no component 'adapter'"),
+    ],
+)
+def test_a_version_of_another_network_is_refused_before_training(
+    tmp_path: Path, kind: str, problem: str
+) -> None:
+    """The Trainer passes over names that it does not know."""
+    registry = Registry(tmp_path / "r")
+    trainer_of(tmp_path, RegistryCallback("net", registry)).train()
+    other = trainer_of(tmp_path, RegistryCallback("net", registry), kind=kind)
+    folder = checkout("net", registry)
+    for name in ("optimizer.pt", "scheduler.pt"):
+        # The Trainer looks at these before.
+        Path(str(folder), name).unlink()
+    with pytest.raises(Incompatible, match=problem):
+        other.train(resume_from_checkpoint=folder)
+    assert registry.runs.find("net")[0].name == "net/run-1"
+
+
+def test_a_version_that_was_imported_is_gone_on_from(tmp_path: Path) -> None:
+    """From a folder of the Trainer's own, where tied parameters are once."""
+    registry = Registry(tmp_path / "r")
+    trainer_of(tmp_path, Stops(4)).train()
+    import_checkpoint(registry, read_checkpoint_file(tmp_path / "out" / "checkpoint-4"), "net")
+    whole, trainer = trainer_of(tmp_path / "whole"), trainer_of(tmp_path, RegistryCallback("net", registry))
+    whole.train()
+    trainer.train(resume_from_checkpoint=checkout("net", registry))
+    assert equal(trainer.model.state_dict(), whole.model.state_dict())
+    assert registry["net"].lineage == [{"kind": "resumed-from", "parent": registry["net:v1"].id}]
+
+
+def test_a_wrong_use_is_refused_in_one_line(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "r")
+    with pytest.raises(Invalid, match="keep_lats is no option; there are builder, compact, dataset"):
+        RegistryCallback("net", registry, keep_lats=3)
+    with pytest.raises(Invalid, match="'my net' cannot be the name of a model"):
+        RegistryCallback("my net", registry)
+    for given in (RegistryCallback, checkout):
+        with pytest.raises(Invalid, match=r"registry is 'r', expected a Registry, such as Registry\("):
+            given("net", "r")  # type: ignore[arg-type]
+
+
+def test_a_training_that_ended_inside_an_epoch_warns_of_another_step(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As from the Trainer's own folder."""
+    registry = Registry(tmp_path / "r")
+    trainer_of(tmp_path, RegistryCallback("net", registry)).train()
+    own = trainer_of(tmp_path / "own")
+    own.train()
+    trainer = trainer_of(tmp_path, RegistryCallback("net", registry))
+    with caplog.at_level(logging.WARNING):
+        trainer.train(resume_from_checkpoint=checkout("net", registry))
+    assert "net:v3 is at the last step already" in caplog.text
+    assert own.train(resume_from_checkpoint=True).global_step == trainer.state.global_step == 7
 
 
 def test_the_lines_of_the_page_run_and_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
