@@ -105,10 +105,8 @@ def checkout(reference: str, registry: Registry | None = None) -> str | bool:
     finally:
         processes.close()
     network = _networks.get((registry.root, checkpoint.model))
-    # What was imported has the names of a file, and tied parameters once.
-    if network is not None and "model" in checkpoint.components and "source" not in checkpoint.record:
-        with naming(checkpoint.name):
-            components.check("model", network, checkpoint.state_dict("model"), kind=None)
+    if network is not None:
+        _check_network(checkpoint, network)
     checkpoint.restore(rng=True)
     return next(folder for machine, folder in written if folder and machine == host())
 
@@ -367,7 +365,21 @@ def _end(run: Run) -> None:
 def _check_resumed(
     checkpoint: Checkpoint, model: nn.Module, state: TrainerState, args: TrainingArguments
 ) -> None:
-    """See that a version is of the network that goes on from it; the Trainer passes over names that it does not know."""
+    """See that a version is of the network that goes on from it."""
+    _check_network(checkpoint, model)
+    if 0 < args.max_steps <= state.global_step and not float(state.epoch or 0).is_integer():
+        _logger.warning(
+            "%s is at the last step already, and the Trainer makes one more where that is inside an epoch",
+            checkpoint.name,
+        )
+
+
+def _check_network(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Refuse a version of another network: the Trainer passes over names that it does not know.
+
+    Raises:
+        Incompatible: naming what differs.
+    """
     network = _network(model)
     for name in network:
         if name not in checkpoint.components:
@@ -380,11 +392,6 @@ def _check_resumed(
         # What was imported has the names of a file, and tied parameters once.
         with naming(checkpoint.name):
             components.check("model", model, checkpoint.state_dict(verify=False), kind=None)
-    if 0 < args.max_steps <= state.global_step and not float(state.epoch or 0).is_integer():
-        _logger.warning(
-            "%s is at the last step already, and the Trainer makes one more where that is inside an epoch",
-            checkpoint.name,
-        )
 
 
 def _go_on(checkpoint: Checkpoint, loader: ResumableLoader) -> None:

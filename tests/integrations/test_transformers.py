@@ -318,8 +318,10 @@ def test_a_version_of_another_network_is_refused_before_training(
     """The Trainer passes over names that it does not know."""
     registry = Registry(tmp_path / "r")
     trainer_of(tmp_path, RegistryCallback("net", registry)).train()
-    other = trainer_of(tmp_path, RegistryCallback("net", registry), kind=kind)
     folder = checkout("net", registry)
+    other = trainer_of(tmp_path, RegistryCallback("net", registry), kind=kind)
+    with pytest.raises(Incompatible, match=problem):
+        checkout("net", registry)
     for name in ("optimizer.pt", "scheduler.pt"):
         # The Trainer looks at these before.
         Path(str(folder), name).unlink()
