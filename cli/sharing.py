@@ -11,7 +11,7 @@ import click
 
 from registry.cli.options import ReferenceType, command, seconds
 from registry.cli.output import counted, print_json, progress_bar, say, size
-from registry.store.errors import Invalid
+from registry.store.errors import Invalid, NotFound
 
 if TYPE_CHECKING:
     from registry.registry import Registry
@@ -33,11 +33,8 @@ def push(
     files, and gets the next number of its model there. What is there already stays as it is, so an interrupted push is
     repeated.
     """
-    # Lazy: start-up.
-    from registry.registry import Registry
-
     _check(references, everything)
-    _copy(registry, Registry(place, create=False), references, as_json)
+    _copy(registry, _other(place), references, as_json)
 
 
 @command(
@@ -56,11 +53,8 @@ def pull(
 
     It is the other direction of push.
     """
-    # Lazy: start-up.
-    from registry.registry import Registry
-
     _check(references, everything)
-    _copy(Registry(place, create=False), registry, references, as_json)
+    _copy(_other(place), registry, references, as_json)
 
 
 @command(
@@ -105,6 +99,21 @@ def follow(
         if once:
             return 0
     return 0
+
+
+def _other(place: str) -> Registry:
+    """The registry at the other end.
+
+    Raises:
+        NotFound: if there is none.
+    """
+    # Lazy: start-up.
+    from registry.registry import Registry
+
+    try:
+        return Registry(place, create=False)
+    except NotFound:
+        raise NotFound(f"there is no registry at {place}; make one with: registry init {place}") from None
 
 
 def _check(references: tuple[str, ...], everything: bool) -> None:

@@ -79,8 +79,12 @@ class Runs:
         record = record_document({**about, "state": "running"})
 
         def compute(view: View) -> list[Record]:
-            rows = view.query("SELECT name FROM runs WHERE model = ?", [model])
-            taken = {str(row[0]).partition("/")[2] for row in rows}
+            # Versions that were copied from another registry have the names of its runs.
+            rows = view.query(
+                "SELECT name FROM runs WHERE model = ? UNION SELECT run FROM versions WHERE model = ?",
+                [model, model],
+            )
+            taken = {str(row[0]).removeprefix(f"{model}/") for row in rows}
             if name is None:
                 numbers = [int(match[1]) for text in taken if (match := _NUMBERED.match(text))]
                 own = f"run-{max(numbers, default=0) + 1}"

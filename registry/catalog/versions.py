@@ -142,6 +142,13 @@ def by_id(catalog: Reader, version_id: str) -> Version | None:
     return found[0] if found else None
 
 
+COPIED = "copied from "
+"""What the note of a version that was copied from another registry begins with."""
+
+SAVED_HERE = f"v.id NOT IN (SELECT id FROM notes WHERE text LIKE '{COPIED}%')"
+"""A condition: the version was not copied from another registry, whose runs may have the names of those here."""
+
+
 def name_of(catalog: Reader, version_id: str) -> str | None:
     """The name of the version with an id."""
     rows = catalog.query("SELECT model, version FROM versions WHERE id = ?", [version_id])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from registry.catalog.runs import Runs
-from registry.catalog.versions import find_versions
+from registry.catalog.versions import SAVED_HERE, find_versions
 from registry.store.errors import RegistryError
 from registry.upkeep.retention import Retention
 
@@ -39,7 +39,8 @@ class Session:
         Args:
             first: what they are if it is the first version of the run.
         """
-        newest = find_versions(home.catalog, "v.model = ? AND v.run = ?", [self.model, self.name], limit=1)
+        where = f"v.model = ? AND v.run = ? AND {SAVED_HERE}"
+        newest = find_versions(home.catalog, where, [self.model, self.name], limit=1)
         if not newest:
             return dict(first)
         provenance = {key: value for key, value in (first["provenance"] or {}).items() if key != "plan"}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from registry.catalog.attached import attached, attached_again
 from registry.catalog.commit import publish, publish_version
 from registry.catalog.resolving import resolve
-from registry.catalog.versions import by_id, find_versions
+from registry.catalog.versions import COPIED, by_id, find_versions
 from registry.log.entries import now
 from registry.store.errors import Conflict
 from registry.store.store import Written
@@ -128,7 +128,7 @@ def _publish(
 
 def _version(view: View, version: Version, text: Mapping[str, str], place: str) -> list[Record]:
     """The records of a version with its tags and notes, and of where it came from."""
-    origin = (now(), f"copied from {version.name} of {place}")
+    origin = (now(), f"{COPIED}{version.name} of {place}")
     return [
         publish_version(view, version.model, version.id, text),
         *({"op": "tag", "id": version.id, "tag": tag} for tag in version.tags),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from registry.catalog.lookups import Reader, marks
 from registry.catalog.naming import removal
-from registry.catalog.versions import find_versions, with_descendants
+from registry.catalog.versions import SAVED_HERE, find_versions, with_descendants
 from registry.log.metrics import Monitor, monitored
 from registry.store.errors import Invalid, NotFound, RegistryError
 from registry.store.text import quoted
@@ -135,4 +135,6 @@ class Retention(NamedTuple):
 
 def _of(catalog: Reader, runs: Sequence[str], model: str) -> list[Version]:
     """Versions of a model that some runs have saved, the newest first."""
-    return find_versions(catalog, f"v.model = ? AND v.run IN ({marks(runs)})", [model, *runs])
+    return find_versions(
+        catalog, f"v.model = ? AND v.run IN ({marks(runs)}) AND {SAVED_HERE}", [model, *runs]
+    )

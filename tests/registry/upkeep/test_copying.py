@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from registry import Registry
-from registry.store.errors import Corrupt, NotFound
+from registry.store.errors import Conflict, Corrupt, NotFound
 
 
 @pytest.fixture
@@ -134,3 +134,31 @@ def test_a_damaged_tensor_is_not_copied(registry: Registry, other: Registry) -> 
 def test_what_is_not_there_is_named(registry: Registry, other: Registry) -> None:
     with pytest.raises(NotFound, match="nothing"):
         registry.copy_to(other, ["nothing"])
+
+
+def test_the_rules_of_a_run_spare_versions_that_were_copied(registry: Registry, other: Registry) -> None:
+    model = torch.nn.Linear(4, 4)
+    with registry.run("net") as run:
+        run.save(model=model, epoch=1)
+        run.save(model=model, epoch=2)
+    with other.run("net", keep_last=1) as run:
+        run.save(model=model, epoch=10)
+        registry.copy_to(other)
+        saved = run.save(model=model, epoch=11)
+    assert saved is not None
+    assert saved.parent == "net:v1"
+    assert [version.epoch for version in other.versions("net")] == [11, 2, 1]
+
+
+def test_a_run_gets_no_name_that_copied_versions_have(registry: Registry, other: Registry) -> None:
+    model = torch.nn.Linear(4, 4)
+    with registry.run("net") as run:
+        run.save(model=model, epoch=1)
+    registry.copy_to(other)
+    with other.run("net", resume="net", keep_last=1) as run:
+        assert run.name == "net/run-2"
+        run.save(model=model, epoch=2)
+        run.save(model=model, epoch=3)
+    assert [version.epoch for version in other.versions("net")] == [3, 1]
+    with pytest.raises(Conflict, match="run-1"), other.run("net", name="run-1"):
+        pass
