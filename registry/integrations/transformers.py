@@ -41,7 +41,7 @@ from registry.log.reference import check_name, parse_reference
 from registry.registry import Registry
 from registry.runs.run import Run
 from registry.store.durable import host
-from registry.store.errors import Incompatible, NotFound, Unsupported, naming, storage_errors
+from registry.store.errors import Incompatible, Invalid, NotFound, Unsupported, naming, storage_errors
 from registry.store.text import quoted
 
 check_release("transformers")
@@ -56,6 +56,9 @@ _logger = logging.getLogger(__name__)
 # The state of the process: `checkout` is given no Trainer, and a Trainer tells no callback what it is about to read.
 _networks: weakref.WeakValueDictionary[tuple[Path, str], nn.Module] = weakref.WeakValueDictionary()
 """The network of the last Trainer that was made for each model, by the registry's folder and the model's name."""
+
+_OWNER = "_registry_callback"
+"""The attribute of a Trainer's state with the callback that saves its training."""
 
 _SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
@@ -184,12 +187,18 @@ class RegistryCallback(TrainerCallback):  # type: ignore[misc]
         """Begin a run.
 
         Raises:
+            Invalid: if the Trainer has another `RegistryCallback`, which would save everything twice.
             Unsupported: for networks that are sharded over processes.
             NotFound: if the training goes on from a version that is not in this registry.
             Incompatible: if the version is of another network, or an adapter goes on over another base network.
         """
         if self._ending is not None:
             self._ending()
+        # Nothing else that callbacks are given is one and the same for all of them, and for this training alone.
+        if state.__dict__.setdefault(_OWNER, self) is not self:
+            raise Invalid(
+                "the Trainer has several callbacks of RegistryCallback, which would save everything several times; keep one"
+            )
         kind = AcceleratorState().distributed_type.name
         if kind in _SHARDED:
             raise Unsupported(

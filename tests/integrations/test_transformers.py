@@ -342,6 +342,20 @@ def test_a_version_that_was_imported_is_gone_on_from(tmp_path: Path) -> None:
     assert registry["net"].lineage == [{"kind": "resumed-from", "parent": registry["net:v1"].id}]
 
 
+def test_two_callbacks_are_refused_before_training(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "r")
+    kept = RegistryCallback("net", registry)
+    trainer = trainer_of(tmp_path, kept)
+    trainer.add_callback(RegistryCallback("other", registry))
+    with pytest.raises(Invalid, match="several callbacks of RegistryCallback"):
+        trainer.train()
+    assert "other" not in registry
+    trainer.remove_callback(RegistryCallback)
+    trainer.train()
+    trainer.train()
+    assert len(registry.runs) == 2 + 1  # the first one began a run, and failed
+
+
 def test_a_wrong_use_is_refused_in_one_line(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "r")
     with pytest.raises(Invalid, match="keep_lats is no option; there are builder, compact, dataset"):
