@@ -7,7 +7,6 @@ compressed together.
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -47,7 +46,6 @@ class SharedLog:
     def __init__(self, bucket: Bucket, packs: RemotePacks) -> None:
         self._bucket = bucket
         self._packs = packs
-        self._lock = threading.Lock()
         self._asked = self._confirmed = -_CONFIRM
 
     @property
