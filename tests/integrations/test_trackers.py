@@ -53,6 +53,8 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "wandb").mkdir()
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    # A process that has used it, as a test of the page does, keeps the folders of that time.
+    wandb.teardown()
 
 
 @pytest.fixture(scope="module")
