@@ -113,7 +113,9 @@ def _other(place: str) -> Registry:
     try:
         return Registry(place, create=False)
     except NotFound:
-        raise NotFound(f"there is no registry at {place}; make one with: registry --root {place} init") from None
+        raise NotFound(
+            f"there is no registry at {place}; make one with: registry --root {place} init"
+        ) from None
 
 
 def _check(references: tuple[str, ...], everything: bool) -> None:
