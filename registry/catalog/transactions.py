@@ -20,7 +20,7 @@ from registry.log.history import End, Gap, walk
 from registry.log.journal import BEGINNING, Position
 from registry.log.ledger import Ledger
 from registry.log.refusals import Refused
-from registry.log.sharing import Shared
+from registry.log.sharing import Shared, history_changed
 from registry.store.errors import Corrupt, StorageError, Unsupported
 from registry.store.locating import Location
 from registry.store.store import Store
@@ -172,10 +172,7 @@ def _take_anew(database: Database, shared: Shared, change: Change) -> None:
     seq, digest, _ = head(change.connection)
     found = list(shared.news(0, START))
     if seq and (len(found) < seq or found[seq - 1].digest != digest):
-        raise Corrupt(
-            f"{shared.url}: the history of the registry changed: entry {seq}, which this host has, is not there; somebody "
-            "has edited the bucket or put back an older state. Nothing is written"
-        )
+        raise history_changed(shared.url, f": entry {seq}, which this host has, is not there")
     if not found:
         raise Corrupt(f"{shared.url}: the log is gone; somebody has edited the bucket. Nothing is written")
     journal.remove(journal.segments())

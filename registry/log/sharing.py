@@ -5,12 +5,26 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Protocol
 
+from registry.store.errors import Corrupt
+
 if TYPE_CHECKING:
     from registry.log.entries import Entry
 
 
 class Behind(Exception):
     """Another host has added an entry first, so the change is worked out again. Never reaches users."""
+
+
+def history_changed(url: str, problem: str) -> Corrupt:
+    """The error for a shared log that is not the one that this host has followed.
+
+    Args:
+        problem: goes on behind "the history of the registry changed".
+    """
+    return Corrupt(
+        f"{url}: the history of the registry changed{problem}; somebody has edited the bucket or put back an older state. "
+        "Nothing is written"
+    )
 
 
 class Shared(Protocol):

@@ -46,7 +46,7 @@ def find_keys() -> Keys:
     Raises:
         Invalid: if there are none, saying which variables give them.
     """
-    options = _places()
+    options = find_places()
     key, secret = os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_SECRET_ACCESS_KEY")
     if key and secret:
         options |= {"access_key_id": key, "secret_access_key": secret}
@@ -74,7 +74,7 @@ def find_keys() -> Keys:
     )
 
 
-def _places() -> S3Config:
+def find_places() -> S3Config:
     """Endpoint and region."""
     config = _section("AWS_CONFIG_FILE", "config", os.environ.get("AWS_PROFILE") or "default")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or config.get("region")

@@ -139,11 +139,6 @@ class RemotePacks:
         """
         return [self._header(digest) for digest in packs]
 
-    def keep(self, packs: Collection[str]) -> None:
-        """Keep the headers of packs of this host, so that their files may go."""
-        for found in self.headers(packs):
-            self.keep_header(found)
-
     def keep_header(self, found: Mapping[str, Any]) -> None:
         """Keep a header that an entry carries, if the pack's name covers it.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from registry.remote.bucket import Bucket
 from registry.remote.folder import FolderBucket
+from registry.remote.keys import find_places
 from registry.remote.packs import RemotePacks
 from registry.remote.probe import probe
 from registry.remote.shared_log import SharedLog
@@ -66,8 +67,8 @@ def open_remote(text: str, folder: Path | None = None) -> Remote:
 def folder_for(address: Address) -> Path:
     """This host's folder for a shared registry: among the user's data, as it may hold the only copy of a save."""
     home = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    name = digest_of(f"{address} {endpoint if address.scheme == 's3' else ''}".encode())[:16]
+    endpoint = find_places().get("endpoint", "") if address.scheme == "s3" else ""
+    name = digest_of(f"{address} {endpoint}".encode())[:16]
     return Path(home).expanduser() / "torch-registry" / name
 
 

@@ -16,7 +16,7 @@ import zstandard
 
 from registry.log import entries
 from registry.log.entries import START, Entry
-from registry.log.sharing import Behind
+from registry.log.sharing import Behind, history_changed
 from registry.remote.bucket import Bucket, Unreachable
 from registry.remote.packs import RemotePacks
 from registry.store import header
@@ -73,10 +73,7 @@ class SharedLog:
         for number, data in self._from(seq + 1, found):
             entry = self._taken(number, data)
             if entry.prev != prev:
-                raise Corrupt(
-                    f"{self.url}: the history of the registry changed at entry {number}: it does not follow from this "
-                    "host's; somebody has edited the bucket or put back an older state. Nothing is written"
-                )
+                raise history_changed(self.url, f" at entry {number}: it does not follow from this host's")
             yield entry
             prev = entry.digest
         self._confirmed = time.monotonic()
@@ -89,7 +86,8 @@ class SharedLog:
         """Add an entry behind the last one; see `registry.log.sharing.Shared.add`."""
         packs = [record["digest"] for record in entry.records if record["op"] == "pack"]
         self._packs.upload(packs)
-        data = packed(entry, self._packs.headers(packs))
+        headers = self._packs.headers(packs)
+        data = packed(entry, headers)
         key = _key(entry.seq)
         until = time.monotonic() + _PATIENCE
         while not self._bucket.create(key, data):
@@ -102,7 +100,9 @@ class SharedLog:
             if time.monotonic() > until:
                 raise Unreachable(f"{self.url}: the store takes no entry; repeat")
             time.sleep(0.2)
-        self._packs.keep(packs)
+        # So that the files of the packs may go.
+        for found in headers:
+            self._packs.keep_header(found)
         self._asked = self._confirmed = time.monotonic()
 
     def _confirm(self, seq: int, digest: str) -> None:
@@ -112,10 +112,7 @@ class SharedLog:
         data = self._bucket.get(_key(seq), _LARGEST)
         if data is None or unpacked(data)[0].digest != digest:
             lost = "is missing" if data is None else "is another one"
-            raise Corrupt(
-                f"{self.url}: the history of the registry changed: entry {seq}, which this host has, {lost} there; "
-                "somebody has edited the bucket or put back an older state. Nothing is written"
-            )
+            raise history_changed(self.url, f": entry {seq}, which this host has, {lost} there")
         self._confirmed = time.monotonic()
 
     def _from(self, seq: int, first: bytes) -> Iterator[tuple[int, bytes]]:
