@@ -114,6 +114,7 @@ class NewFile:
             os.close(self.fd)
         self._position = 0
         self._written_back = 0
+        self._dirty = 0
 
     def share(self, like: Path) -> None:
         """Give the file the mode of another one, and its owner where that is allowed, whatever the umask."""
@@ -141,12 +142,16 @@ class NewFile:
                 self._written_back = self._position
 
     def write_at(self, data: Buffer, offset: int) -> None:
-        """Write at an offset that `skip_to` left out."""
+        """Write at an offset; several threads may, each in a place of its own. `skip_to` says where the file ends."""
         rest = memoryview(data).cast("B")
         while rest:
-            count = disk.write_at(self.fd, self.path, rest, offset)
+            count = disk.write_at(self.fd, self.path, rest[:_CHUNK], offset)
             rest = rest[count:]
             offset += count
+            self._dirty += count
+            if self._dirty >= WRITEBACK:
+                self._dirty = 0
+                _start_writeback(self.fd, 0, 0)
 
     def sync(self, head: Buffer, *, read_only: bool = True) -> None:
         """Make the bytes durable.

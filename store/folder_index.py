@@ -17,7 +17,7 @@ from typing import Protocol
 from registry.store.digest import digest as digest_of
 from registry.store.digest import is_digest
 from registry.store.durable import write_file
-from registry.store.errors import Corrupt, Invalid, Missing, NotFound, StorageError
+from registry.store.errors import Corrupt, Invalid, Missing, NotFound, StorageError, storage_errors
 from registry.store.locating import Index, Location
 from registry.store.manifest import MAX_SIZE, Manifest, TensorInfo, parse
 from registry.store.pack import INNER, PackInfo, pack_path, read_pack_info
@@ -79,6 +79,33 @@ class Elsewhere(Protocol):
         ...
 
 
+class _Headers:
+    """Headers of packs in memory, those that were asked for first leaving first; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[object, PackInfo] = OrderedDict()
+        self._size = 0
+
+    def get(self, key: object) -> PackInfo | None:
+        with self._lock:
+            return self._kept.get(key)
+
+    def keep(self, key: object, info: PackInfo) -> None:
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = info
+                self._size += len(info.tensors)
+                while self._size > _MOST_KEPT and len(self._kept) > 1:
+                    _, oldest = self._kept.popitem(last=False)
+                    self._size -= len(oldest.tensors)
+
+
+_headers_of_files = _Headers()
+"""State of the process: headers that were read and checked, by digest and what the system knows of the file. A registry that
+is opened again need not read them again."""
+
+
 class PackFolder:
     """The packs of a store; safe to use from several threads.
 
@@ -90,9 +117,7 @@ class PackFolder:
     def __init__(self, folder: Path, elsewhere: Elsewhere | None = None) -> None:
         self._folder = folder
         self._elsewhere = elsewhere
-        self._lock = threading.Lock()
-        self._kept: OrderedDict[str, PackInfo] = OrderedDict()
-        self._size = 0
+        self._kept = _Headers()
 
     def path(self, digest: str) -> Path:
         """Where a pack's file is; see `registry.store.pack.pack_path`."""
@@ -130,11 +155,10 @@ class PackFolder:
         Raises:
             Corrupt: if the header is not the one that the pack's name covers.
         """
-        with self._lock:
-            found = self._kept.get(digest)
+        found = self._kept.get(digest)
         if found is None:
             found = self._read(digest)
-            self.keep(found)
+            self._kept.keep(digest, found)
         return found
 
     def listed(self, digest: str, only: Container[str]) -> Iterable[tuple[TensorInfo, int]]:
@@ -151,24 +175,35 @@ class PackFolder:
             if tensor.digest in only:
                 yield TensorInfo(tensor.dtype, tensor.shape, tensor.digest), tensor.start
 
+    def keep(self, info: PackInfo) -> None:
+        """Keep the header of a pack that was just written, and compared with its file, in memory."""
+        self._kept.keep(info.digest, info)
+        if file := self._file(info.digest):
+            _headers_of_files.keep(file, info)
+
     def _read(self, digest: str) -> PackInfo:
+        file = self._file(digest)
+        if file and (found := _headers_of_files.get(file)):
+            return found
         try:
-            return read_pack_info(self.path(digest))
+            found = read_pack_info(self.path(digest))
         except Corrupt:
             # It is missing or damaged here.
             if self._elsewhere is None:
                 raise
             return self._elsewhere.info(digest)
+        if file:
+            _headers_of_files.keep(file, found)
+        return found
 
-    def keep(self, info: PackInfo) -> None:
-        """Keep the header of a pack in memory."""
-        with self._lock:
-            if info.digest not in self._kept:
-                self._kept[info.digest] = info
-                self._size += len(info.tensors)
-                while self._size > _MOST_KEPT and len(self._kept) > 1:
-                    _, oldest = self._kept.popitem(last=False)
-                    self._size -= len(oldest.tensors)
+    def _file(self, digest: str) -> tuple[object, ...] | None:
+        """What tells the file of a pack, as it is now, from any other; None if there is none."""
+        path = self.path(digest)
+        with storage_errors(path):
+            status = status_of(path, inner=INNER)
+        if status is None or not stat.S_ISREG(status.st_mode):
+            return None
+        return digest, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 class ManifestFolder:

@@ -12,8 +12,8 @@ import mmap
 import os
 import re
 import secrets
+import threading
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +25,6 @@ from registry.store.dtypes import BY_CODE, ELEMENT_TYPES, byte_count
 from registry.store.durable import NewFile
 from registry.store.errors import Conflict, Corrupt, Invalid, Unsupported, storage_errors
 from registry.store.locating import Location
-from registry.store.parallel import in_parallel
 from registry.store.places import open_regular
 from registry.store.text import quoted
 
@@ -95,6 +94,16 @@ class PackInfo:
         }
 
 
+class _Entry(NamedTuple):
+    """A tensor of a pack that is being written, as its header lists it."""
+
+    start: int
+    size: int
+    name: str
+    code: str
+    shape: Sequence[int]
+
+
 class Changed(Exception):
     """Tensors changed between being hashed and being written, so that a pack does not hold what it should.
 
@@ -108,7 +117,7 @@ class Changed(Exception):
 
 
 class PackWriter:
-    """Writes one pack, front to back; after an error only `discard` may follow.
+    """Writes one pack; after an error only `discard` may follow.
 
     Args:
         tmp: folder on the same file system as the packs.
@@ -135,121 +144,156 @@ class PackWriter:
                 f"{header.MAX_HEADER >> 20} are stored; stack small tensors into larger ones, or save in parts"
             )
         self._file = NewFile(tmp)
-        self._file.skip_to(self._head)
-        self._position = self._head
+        self._lock = threading.Lock()
+        self._end = self._head
         self._buffer = bytearray()
+        self._buffer_start = 0
         self._tensors: list[PackedTensor] = []
-        self._entries: list[tuple[str, str, Sequence[int], int, int]] = []
+        self._entries: list[_Entry] = []
         self._opaque: dict[str, str] = {}
-        self._unsure: list[PackedTensor] = []
+        self._changed: set[str] = set()
 
     def add(
-        self, digest: str, dtype: str, shape: Sequence[int], data: memoryview, *, is_sure: bool = True
+        self,
+        digest: str,
+        dtype: str,
+        shape: Sequence[int],
+        data: memoryview,
+        *,
+        is_sure: bool = True,
+        fingerprint: bytes | None = None,
     ) -> None:
         """Add a tensor.
 
         Args:
-            is_sure: whether nobody can have changed the bytes since they were hashed. Otherwise `finish` checks those
-                that were written.
+            is_sure: whether nobody can have changed the bytes since they were hashed. Otherwise they are written from a
+                copy that is checked, and `finish` tells of those that had changed.
+            fingerprint: what to check them by, if this process has found it; else they are hashed again.
         """
-        self._pad()
-        code = ELEMENT_TYPES[dtype].pack_code
-        self._tensors.append(PackedTensor(digest, dtype, shape=tuple(shape), start=self._position))
-        if not is_sure:
-            self._unsure.append(self._tensors[-1])
-        if code is None:
-            self._opaque[digest] = _type_and_shape(dtype, shape)
-            self._entry(digest, "U8", shape=(len(data),), size=len(data))
-        else:
-            self._entry(digest, code, shape=shape, size=len(data))
-        self._write(data)
+        start = self.reserve(len(data))
+        self.add_written(digest, dtype, shape, start)
+        if is_sure:
+            self._write(data, start)
+        elif not self._write_checked(self._tensors[-1], data, fingerprint):
+            self._changed.add(digest)
 
     def add_difference(
         self, digest: str, dtype: str, shape: Sequence[int], base: str, coded: memoryview
     ) -> None:
         """Add a tensor as its difference from another one."""
-        name = f"{digest}.{base}"
-        self._pad()
+        name, start = f"{digest}.{base}", self.reserve(len(coded))
         self._tensors.append(
-            PackedTensor(digest, dtype, shape=tuple(shape), start=self._position, base=base, coded=len(coded))
+            PackedTensor(digest, dtype, shape=tuple(shape), start=start, base=base, coded=len(coded))
         )
         self._opaque[name] = _type_and_shape(dtype, shape)
-        self._entry(name, "U8", shape=(len(coded),), size=len(coded))
-        self._write(coded)
+        self._entries.append(_Entry(start, len(coded), name, "U8", (len(coded),)))
+        self._write(coded, start)
+
+    def reserve(self, size: int) -> int:
+        """Room in the file for a tensor of so many bytes, which then is written, added as written, or left; from any thread.
+
+        Returns:
+            Where it begins, in bytes from the start of the file.
+        """
+        with self._lock:
+            start = -(-self._end // ALIGNMENT) * ALIGNMENT
+            self._end = start + size
+        return start
+
+    def write(self, part: memoryview, start: int) -> None:
+        """Write a part of a tensor into room that was reserved; from any thread."""
+        self._file.write_at(part, start)
+
+    def add_written(self, digest: str, dtype: str, shape: Sequence[int], start: int) -> None:
+        """Add a tensor that was written, or will be, into room that was reserved."""
+        size, code = byte_count(dtype, shape), ELEMENT_TYPES[dtype].pack_code
+        self._tensors.append(PackedTensor(digest, dtype, shape=tuple(shape), start=start))
+        if code is None:
+            self._opaque[digest] = _type_and_shape(dtype, shape)
+            code, shape = "U8", (size,)
+        self._entries.append(_Entry(start, size, digest, code, shape))
+
+    def leave(self, start: int, size: int) -> None:
+        """Leave room that was reserved, and perhaps written, unused: it holds zeros."""
+        zeros = memoryview(bytes(min(size, _BUFFER)))
+        for done in range(0, size, _BUFFER):
+            self._file.write_at(zeros[: size - done], start + done)
 
     def finish(self, packs: Path) -> PackInfo:
         """Publish the pack below `packs`, durably.
 
-        Tensors that were added as not sure are read back and hashed while the disk is busy.
-
         Raises:
-            Changed: if one does not have its digest; nothing is published.
+            Changed: if the bytes of a tensor that was added as not sure had changed; nothing is published.
         """
+        if self._changed:
+            raise Changed(frozenset(self._changed))
         self._flush()
         about = {"format": _FORMAT, "salt": secrets.token_hex(_SALT), **self._opaque}
-        text = header.render(self._entries, about)
+        text = header.render(self._laid_out(), about)
         head = header.framed(text, self._head)
         name = digest_of(head)
         self._file.write_at(head, 0)
-        with ThreadPoolExecutor(1, "registry-check") as pool:
-            check = pool.submit(self._changed) if self._unsure else None
-            self._file.sync(head)
-        if check and (changed := check.result()):
-            raise Changed(frozenset(changed))
+        self._file.skip_to(self._end)
+        self._file.sync(head)
         self._file.publish(pack_path(packs, name))
-        return PackInfo(name, self._position, tuple(self._tensors))
+        return PackInfo(name, self._end, tuple(self._tensors))
 
     def discard(self) -> None:
         """Remove what was written."""
         self._file.discard()
 
-    def _changed(self) -> list[str]:
-        """The digests of the tensors whose bytes in the file do not have them."""
-        changed: list[str] = []
+    def _laid_out(self) -> list[tuple[str, str, Sequence[int], int, int]]:
+        """The entries of the header: in order, and without holes, as safetensors wants it."""
+        laid_out: list[tuple[str, str, Sequence[int], int, int]] = []
+        position = self._head
 
-        def check(tensor: PackedTensor) -> None:
-            if self._digest(tensor) != tensor.digest:
-                changed.append(tensor.digest)
+        def lay(name: str, code: str, shape: Sequence[int], size: int) -> None:
+            nonlocal position
+            start = position - self._head
+            laid_out.append((name, code, shape, start, start + size))
+            position += size
 
-        in_parallel(self._unsure, check, [tensor.size for tensor in self._unsure])
-        return changed
+        for start, size, name, code, shape in sorted(self._entries):
+            if start > position:
+                lay(f"pad.{len(laid_out)}", "U8", (start - position,), start - position)
+            lay(name, code, shape, size)
+        if self._end > position:
+            lay(f"pad.{len(laid_out)}", "U8", (self._end - position,), self._end - position)
+        return laid_out
 
-    def _digest(self, tensor: PackedTensor) -> str:
-        """The digest of the bytes that are in the file, read as any other program would read them."""
-        hasher = tensor_hasher(tensor.dtype, tensor.shape, 1)
-        end = tensor.start + tensor.size
-        buffer = bytearray(min(tensor.size, _READ))
-        for start in range(tensor.start, end, _READ):
-            part = memoryview(buffer)[: end - start]
-            if os.preadv(self._file.fd, [part], start) != len(part):
-                return ""
-            hasher.update(part)
-        return hasher.hexdigest()
-
-    def _pad(self) -> None:
-        """Go on at a multiple of `ALIGNMENT`."""
-        gap = -self._position % ALIGNMENT
-        if gap:
-            self._entry(f"pad.{len(self._entries)}", "U8", shape=(gap,), size=gap)
-            self._write(memoryview(bytes(gap)))
-
-    def _entry(self, name: str, code: str, shape: Sequence[int], size: int) -> None:
-        start = self._position - self._head
-        self._entries.append((name, code, shape, start, start + size))
-        self._position += size
-
-    def _write(self, data: memoryview) -> None:
-        if len(data) < _COALESCE:
-            self._buffer += data
-            if len(self._buffer) >= _BUFFER:
-                self._flush()
+    def _write(self, data: memoryview, start: int) -> None:
+        """Write a tensor's bytes; small neighbours are collected, and written together."""
+        if len(data) >= _COALESCE:
+            self._file.write_at(data, start)
+            return
+        gap = start - self._buffer_start - len(self._buffer)
+        if self._buffer and 0 <= gap < ALIGNMENT and len(self._buffer) < _BUFFER:
+            self._buffer += bytes(gap)
         else:
             self._flush()
-            self._file.write(data)
+            self._buffer_start = start
+        self._buffer += data
+
+    def _write_checked(self, tensor: PackedTensor, data: memoryview, fingerprint: bytes | None) -> bool:
+        """Write from a copy, and tell whether that has the fingerprint, or the tensor's digest if there is none."""
+        # Lazy: loads NumPy.
+        from registry.store.fingerprints import copied, remembered
+
+        check = remembered.fingerprinting() if fingerprint else tensor_hasher(tensor.dtype, tensor.shape, 1)
+        start = tensor.start
+
+        def write(part: memoryview) -> None:
+            nonlocal start
+            check.update(part)
+            self._write(part, start)
+            start += len(part)
+
+        copied(data, write)
+        return check.digest() == (fingerprint or bytes.fromhex(tensor.digest))
 
     def _flush(self) -> None:
         if self._buffer:
-            self._file.write(self._buffer)
+            self._file.write_at(self._buffer, self._buffer_start)
             self._buffer = bytearray()
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from registry.store.digest import ALL_CORES
-from registry.store.fingerprints import SMALLEST, copies, remembered
+from registry.store.fingerprints import SMALLEST, remembered
 from registry.store.manifest import TensorInfo
 from registry.store.pack import Changed, PackInfo, PackWriter
 from registry.store.tree import Leaf
@@ -41,9 +41,8 @@ RUN = 2 << 20
 COPIES_IN_FLIGHT = 32 << 20
 """Bytes of host copies (of device tensors and views that are not contiguous) that may wait for the writer."""
 
-LENT = 32 << 20
-"""Bytes of copies of live tensors that may wait for the writer. A tensor for which there is no room is written from where
-it lies, and checked behind that."""
+ALONE = 64 << 10
+"""Bytes from which on a tensor is written alone."""
 
 MANY = 1 << 16
 """Tensors from which on all are hashed before the first is written: the header has room for each that may be new."""
@@ -185,6 +184,7 @@ def _write_new(
         stored = known(digests)
         possible = {slot for slot, digest in enumerate(state.digests) if digest not in stored}
     writer: PackWriter | None = None
+    are_new = True
     total = sum(leaf.size for leaf in state.leaves)
     done = 0
     seen: set[str] = set()
@@ -195,8 +195,13 @@ def _write_new(
                 new, rest = _parted(batch, known, seen)
                 hashing.release(rest, writing=bool(new))
                 possible.difference_update(item.slot for item in batch)
-                if new:
-                    writer = writer or _writer_of(state, new, possible=possible, tmp=tmp)
+                # Where one is stored, others are likely to be.
+                are_new = are_new and not any(item.leaf.size >= ALONE for item in rest)
+                if new and not writer:
+                    writer = _writer_of(state, new, possible=possible, tmp=tmp)
+                hashing.writer = writer if are_new else None
+                if writer:
+                    _leave(writer, rest)
                     _write(writer, new, hashing)
                 done += sum(item.leaf.size for item in batch)
                 progress(done, total)
@@ -230,10 +235,27 @@ def _writer_of(state: Encoded, new: Sequence[_Hashed], possible: Collection[int]
     return PackWriter(tmp, [(leaf.dtype, leaf.shape) for leaf in leaves])
 
 
+def _leave(writer: PackWriter, known: Sequence[_Hashed]) -> None:
+    """Leave the room of tensors that were written before it was known that they are stored."""
+    for item in known:
+        if item.start is not None:
+            writer.leave(item.start, item.leaf.size)
+
+
 def _write(writer: PackWriter, new: Sequence[_Hashed], hashing: _Hashing) -> None:
     for item in new:
+        if item.start is not None:
+            writer.add_written(item.digest, item.leaf.dtype, item.leaf.shape, item.start)
+            continue
         leaf, data = item.leaf, item.leaf.buffer() if item.data is None else item.data
-        writer.add(item.digest, leaf.dtype, leaf.shape, data=data, is_sure=item.is_sure)
+        writer.add(
+            item.digest,
+            leaf.dtype,
+            leaf.shape,
+            data=data,
+            is_sure=item.is_sure,
+            fingerprint=item.fingerprint,
+        )
         hashing.release([item], writing=True)
 
 
@@ -255,8 +277,30 @@ class _Hashed(NamedTuple):
     """The bytes, where they were copied to be hashed; None where they can be had from the leaf for nothing."""
     is_sure: bool
     """Whether what will be written is what was hashed, whatever other threads do."""
-    is_lent: bool = False
-    """Whether the bytes lie in memory that the next tensors use again."""
+    fingerprint: bytes | None = None
+    """Of what was hashed, where it is not sure."""
+    start: int | None = None
+    """Where it was written already, in the pack's file."""
+
+
+class _Room:
+    """Room in a pack, reserved once the first part of a tensor is written.
+
+    Attributes:
+        start: where it begins; None until then.
+    """
+
+    def __init__(self, writer: PackWriter, size: int) -> None:
+        self._writer, self._size = writer, size
+        self.start: int | None = None
+        self._written = 0
+
+    def write(self, part: memoryview) -> None:
+        """Write the next part."""
+        if self.start is None:
+            self.start = self._writer.reserve(self._size)
+        self._writer.write(part, self.start + self._written)
+        self._written += len(part)
 
 
 class _Run(NamedTuple):
@@ -271,6 +315,10 @@ class _Hashing:
     """Threads that hash a state's tensors, and bound the copies that they have to make.
 
     A thread claims a run of small tensors at a time, as handing over single ones costs more than hashing them.
+
+    Attributes:
+        writer: where large tensors that have to be hashed are written at once, from the copy that is hashed, as they are
+            likely to be new; None for nowhere.
     """
 
     def __init__(self, state: Encoded) -> None:
@@ -279,9 +327,10 @@ class _Hashing:
         lock = threading.Lock()
         self._progress = threading.Condition(lock)
         self._room = threading.Condition(lock)
-        self._claimed = self._copied = self._lent = self._ahead = 0
+        self._claimed = self._copied = self._ahead = 0
         self._batch = FIRST_BATCH
         self._writing = False
+        self.writer: PackWriter | None = None
         self._finished: dict[int, list[_Hashed]] = {}
         self._in_order = 0
         self._ready: list[_Hashed] = []
@@ -323,18 +372,11 @@ class _Hashing:
         Args:
             writing: whether the last batch is being written; where nothing is, larger batches save look-ups.
         """
-        size = copied = lent = 0
-        for item in items:
-            size += item.leaf.size
-            if item.is_lent and item.data is not None:
-                lent += item.leaf.size
-                copies.give_back(item.data)
-            elif item.data is not None:
-                copied += item.leaf.size
+        size = sum(item.leaf.size for item in items if item.start is None)
+        copied = sum(item.leaf.size for item in items if item.data is not None)
         with self._room:
             self._ahead -= size
             self._copied -= copied
-            self._lent -= lent
             self._writing = writing
             self._batch = BATCH if writing else 2 * self._batch
             if self._waiting:
@@ -352,7 +394,7 @@ class _Hashing:
                 items = [self._hash(slot) for slot in run.slots]
                 with self._progress:
                     self._finished[number] = items
-                    self._ahead += run.size
+                    self._ahead += sum(item.leaf.size for item in items if item.start is None)
                     while self._in_order in self._finished:
                         self._ready += self._finished.pop(self._in_order)
                         self._ready_bytes += self._runs[self._in_order].size
@@ -374,36 +416,24 @@ class _Hashing:
         digest = self._state.digests[slot]
         copy = data if is_copied else None
         is_sure = not leaf.is_live or (is_copied and digest is None)
-        if digest is None:
-            lent: list[memoryview] = []
-
-            def memory() -> memoryview | None:
-                """Room for a copy of a live tensor that is likely to be written."""
-                if not is_copied and leaf.is_live and self._borrow(leaf.size):
-                    lent.append(copies.take(leaf.size))
-                return lent[0] if lent else None
-
-            threads = ALL_CORES if leaf.size >= _LARGE else 1
-            digest = remembered.digest(
-                leaf.address,
-                dtype=leaf.dtype,
-                shape=leaf.shape,
-                data=data,
-                threads=threads,
-                memory=memory,
-                # The others are likely to be new as well.
-                copied=self._writing,
-            )
-            if lent:
-                return _Hashed(slot=slot, digest=digest, leaf=leaf, data=lent[0], is_sure=True, is_lent=True)
-        return _Hashed(slot=slot, digest=digest, leaf=leaf, data=copy, is_sure=is_sure)
-
-    def _borrow(self, size: int) -> bool:
-        """Whether a copy of so many bytes may be made now, which is then counted."""
-        with self._room:
-            fits = self._lent + size <= LENT
-            self._lent += size if fits else 0
-            return fits
+        if digest is not None:
+            return _Hashed(slot=slot, digest=digest, leaf=leaf, data=copy, is_sure=is_sure)
+        writer = self.writer if leaf.size >= ALONE and not is_sure else None
+        room = _Room(writer, leaf.size) if writer else None
+        found = remembered.find(
+            leaf.address,
+            dtype=leaf.dtype,
+            shape=leaf.shape,
+            data=data,
+            threads=ALL_CORES if leaf.size >= _LARGE else 1,
+            is_live=not is_sure,
+            use=room.write if room else None,
+        )
+        if room and room.start is not None:
+            return _Hashed(slot, found.digest, leaf=leaf, data=None, is_sure=True, start=room.start)
+        return _Hashed(
+            slot, found.digest, leaf=leaf, data=copy, is_sure=is_sure, fingerprint=found.fingerprint
+        )
 
     def _claim(self, thread: int) -> int | None:
         """The next run to hash, in order, once there is room for the copies that it may need.

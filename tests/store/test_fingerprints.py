@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 
 from registry.store import fingerprints as module
 from registry.store.digest import ALL_CORES, tensor_digest, tensor_hasher
-from registry.store.fingerprints import Copies, Remembered
+from registry.store.fingerprints import Remembered
 from registry.store.store import Store
 
 VALUES = 2_048  # of float32: above the size from which on digests are remembered
@@ -33,15 +32,15 @@ class Seen:
                 monkeypatch.setattr(module, name, self._counted(getattr(module, name)))
             compare = Remembered._fingerprint
 
-            def counted(remembered: Remembered, data: memoryview, into: memoryview | None = None) -> bytes:
+            def counted(remembered: Remembered, data: memoryview) -> bytes:
                 self.compared += 1
-                return compare(remembered, data, into)
+                return compare(remembered, data)
 
             monkeypatch.setattr(Remembered, "_fingerprint", counted)
 
     def digest(self) -> str:
         address = self.values.__array_interface__["data"][0]
-        return self.remembered.digest(address, "float32", (VALUES,), self.values.view(np.uint8).data)
+        return self.remembered.find(address, "float32", (VALUES,), self.values.view(np.uint8).data).digest
 
     def expected(self) -> str:
         return tensor_digest("float32", (VALUES,), self.values.view(np.uint8).data)
@@ -121,7 +120,7 @@ def test_another_type_or_shape_at_the_same_place_is_another_tensor() -> None:
     seen = Seen()
     data, address = seen.values.view(np.uint8).data, seen.values.__array_interface__["data"][0]
     views = [("float32", (VALUES,)), ("float32", (2, VALUES // 2)), ("int32", (VALUES,))] * 2
-    found = [seen.remembered.digest(address, dtype, shape, data) for dtype, shape in views]
+    found = [seen.remembered.find(address, dtype, shape, data).digest for dtype, shape in views]
     assert found == [tensor_digest(dtype, shape, data) for dtype, shape in views]
 
 
@@ -130,7 +129,7 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     remembered = Remembered()
     data = memoryview(bytes(2 * module.SMALLEST))
     for address in range(1, 101):
-        remembered.digest(address, "uint8", (len(data),), data)
+        remembered.find(address, "uint8", (len(data),), data)
         assert len(remembered._entries) <= 10
 
 
@@ -160,42 +159,32 @@ def test_a_tensor_of_many_parts_has_the_same_digest() -> None:
     for threads in (1, ALL_CORES):
         remembered = Remembered()
         for _ in range(2):
-            found = remembered.digest(1, "uint8", (len(data),), data, threads=threads)
-            assert found == tensor_digest("uint8", (len(data),), data)
+            found = remembered.find(1, "uint8", (len(data),), data, threads=threads)
+            assert found.digest == tensor_digest("uint8", (len(data),), data)
 
 
-def test_memory_for_copies_is_lent_to_one_tensor_at_a_time_and_used_again() -> None:
-    pool = Copies()
-    first, second = pool.take(1_000_000), pool.take(1_000_000)
-    assert first.obj is not second.obj
-    pool.give_back(first)
-    again = pool.take(600_000)
-    assert (again.obj, len(again)) == (first.obj, 600_000)
-    assert pool.take(1_000_000).obj is not first.obj
-    pool.give_back(again)
-    assert pool.take(100).obj is not first.obj  # small tensors do not keep large memory
-    assert pool.take(2_000_000).obj is not first.obj
+@pytest.mark.parametrize("threads", [1, ALL_CORES])
+def test_what_is_given_on_has_the_digest_whatever_another_thread_does(
+    monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    values = np.zeros(6_000_000, np.float32)
+    data, given = values.view(np.uint8).data, bytearray()
+    monkeypatch.setattr(
+        module, "tensor_hasher", lambda *given: Meddling(tensor_hasher(*given), values, "before")
+    )
+    found = Remembered().find(
+        1, "float32", values.shape, data, threads=threads, is_live=True, use=given.extend
+    )
+    assert len(set(np.frombuffer(given, np.float32))) > 1
+    assert found.digest == tensor_digest("float32", values.shape, memoryview(given))
 
 
-def test_little_memory_is_kept_for_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_KEPT", 3_000_000)
-    pool = Copies()
-    taken = [pool.take(1_000_000) for _ in range(10)]
-    for memory in taken:
-        pool.give_back(memory)
-    assert sum(map(len, pool._free.values())) <= 3_000_000
-    assert pool.take(1_000_000).obj is taken[-1].obj  # what was used last, and is still in the cache
-
-
-def test_threads_never_share_memory_for_copies() -> None:
-    pool = Copies()
-
-    def work(number: int) -> None:
-        for size in (5_000, 9_000, 7_000) * 300:
-            values = np.frombuffer(pool_memory := pool.take(size), np.uint8)
-            values[:] = number
-            assert (values == number).all()
-            pool.give_back(pool_memory)
-
-    with ThreadPoolExecutor(4) as threads:
-        list(threads.map(work, range(8)))
+def test_nothing_is_given_on_of_what_is_remembered() -> None:
+    seen, given = Seen(), bytearray()
+    seen.digest()
+    address, data = seen.values.__array_interface__["data"][0], seen.values.view(np.uint8).data
+    found = seen.remembered.find(address, "float32", (VALUES,), data, is_live=True, use=given.extend)
+    assert (found.digest, bytes(given)) == (seen.expected(), b"")
+    check = seen.remembered.fingerprinting()
+    check.update(data)
+    assert found.fingerprint == check.digest()
