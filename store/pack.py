@@ -236,7 +236,7 @@ class PackWriter:
         self._file.skip_to(self._end)
         self._file.sync(head)
         self._file.publish(pack_path(packs, name))
-        return PackInfo(name, self._end, tuple(self._tensors))
+        return PackInfo(name, self._end, tuple(sorted(self._tensors, key=_place)))
 
     def discard(self) -> None:
         """Remove what was written."""
@@ -253,7 +253,7 @@ class PackWriter:
             laid_out.append((name, code, shape, start, start + size))
             position += size
 
-        for start, size, name, code, shape in sorted(self._entries):
+        for start, size, name, code, shape in sorted(self._entries, key=_place):
             if start > position:
                 lay(f"pad.{len(laid_out)}", "U8", (start - position,), start - position)
             lay(name, code, shape, size)
@@ -276,7 +276,7 @@ class PackWriter:
 
     def _write_checked(self, tensor: PackedTensor, data: memoryview, fingerprint: bytes | None) -> bool:
         """Write from a copy, and tell whether that has the fingerprint, or the tensor's digest if there is none."""
-        # Lazy: loads NumPy.
+        # Lazy: loads numpy.
         from registry.store.fingerprints import copied, remembered
 
         check = remembered.fingerprinting() if fingerprint else tensor_hasher(tensor.dtype, tensor.shape, 1)
@@ -295,6 +295,11 @@ class PackWriter:
         if self._buffer:
             self._file.write_at(self._buffer, self._buffer_start)
             self._buffer = bytearray()
+
+
+def _place(tensor: _Entry | PackedTensor) -> tuple[int, int]:
+    """What a pack's tensors are sorted by: those without bytes come before the one that begins where they are."""
+    return tensor.start, tensor.size
 
 
 def _type_and_shape(dtype: str, shape: Sequence[int]) -> str:
