@@ -71,6 +71,7 @@ _ROWS = (
     Row("sharing", "push"),
     Row("sharing", "pull"),
     Row("sharing", "follow"),
+    Row("sharing", "outbox"),
     Row("naming", "alias", is_light=True),
     Row("naming", "tag", is_light=True),
     Row("naming", "note", is_light=True),

@@ -69,7 +69,19 @@ def open_registry(root: str | None = None) -> Registry:
     # Lazy: start-up.
     from registry.registry import Registry
 
-    return Registry(_root(root), create=False)
+    registry = Registry(_root(root), create=False)
+    if registry.remote is not None:
+        share_pending(registry)
+    return registry
+
+
+def share_pending(registry: Registry) -> None:
+    """Share what was saved while a shared registry could not be reached, and say what became of it."""
+    for copied in registry.outbox.share_if_possible():
+        click.echo(f"{copied.source} is {copied.target} now", err=True)
+    if waiting := registry.outbox.versions():
+        names = f"{waiting[0].name} waits" if len(waiting) == 1 else f"{len(waiting)} versions wait"
+        click.echo(f"{names} to be shared; see registry outbox", err=True)
 
 
 def registry_if_any(root: str | None) -> Registry | None:

@@ -101,6 +101,50 @@ def follow(
     return 0
 
 
+@command("outbox", "registry outbox\nregistry outbox --drop lenet5:pending-1")
+@click.argument("references", nargs=-1, metavar="[REFERENCE]...")
+@click.option("--drop", is_flag=True, help="Give up the versions that are named.")
+@click.option("--all", "everything", is_flag=True, help="With --drop: give up all of them.")
+def outbox(
+    references: tuple[str, ...], drop: bool, everything: bool, root: str | None, as_json: bool
+) -> None:
+    """Share what was saved while a shared registry could not be reached, and list what still waits.
+
+    Every command on a shared registry tries to share it first, and each save does. Until then such a version is on this
+    computer alone, and is called lenet5:pending-1.
+    """
+    # Lazy: start-up.
+    from registry.registry import Registry
+
+    registry = Registry(root, create=False)
+    if registry.remote is None:
+        raise Invalid(f"{registry.place} is a folder, and only a shared registry has an outbox")
+    if not drop and (references or everything):
+        raise Invalid("without --drop all versions are shared; give no names")
+    if drop and bool(references) == everything:
+        raise Invalid("name the versions to give up, such as lenet5:pending-1, or give --all")
+    dropped = registry.outbox.drop(references) if drop else []
+    shared = [] if drop else registry.outbox.share()
+    waiting = registry.outbox.versions()
+    if as_json:
+        print_json(
+            {
+                "shared": [copied._asdict() for copied in shared],
+                "dropped": [version.name for version in dropped],
+                "pending": [version.name for version in waiting],
+            }
+        )
+        return
+    for copied in shared:
+        say(f"{copied.source} is {copied.target} now")
+    for version in dropped:
+        say(f"{version.name} is given up")
+    for version in waiting:
+        say(f"{version.name}  {version.id[:12]}  {version.created}")
+    if not (shared or dropped or waiting):
+        say("nothing waits to be shared")
+
+
 def _other(place: str) -> Registry:
     """The registry at the other end.
 

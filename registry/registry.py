@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from registry.upkeep.compaction import Compacted
     from registry.upkeep.copying import Copied
     from registry.upkeep.garbage import Collected
+    from registry.upkeep.outbox import Outbox
     from registry.upkeep.rebuilding import Rebuilt
     from registry.upkeep.status import Status
     from registry.upkeep.verification import Verification
@@ -90,6 +91,14 @@ class Registry(Home):
         from registry.catalog.runs import Runs
 
         return Runs(self.catalog, self.root)
+
+    @property
+    def outbox(self) -> Outbox:
+        """What was saved while a shared registry could not be reached; see `registry.upkeep.outbox`."""
+        # Lazy: start-up.
+        from registry.upkeep.outbox import Outbox
+
+        return Outbox(self)
 
     def run(
         self,
@@ -274,7 +283,7 @@ class Registry(Home):
         # Lazy: start-up.
         from registry.checkpoints.checkpoint import Checkpoint
 
-        return Checkpoint(self.store, self.resolve(reference))
+        return Checkpoint.named(self, reference)
 
     def __contains__(self, reference: object) -> bool:
         """Whether a text names a checkpoint."""

@@ -308,7 +308,8 @@ def ask_others(database: Database, connection: sqlite3.Connection, identity: obj
             try:
                 _take_in_news(database, change)
             except (StorageError, Corrupt, Unsupported) as error:
-                _logger.warning("%s; what is shown is what this computer has", error)
+                since = database.shared.as_of() if database.shared else ""
+                _logger.warning("%s; what is shown is as of %s", error, since)
     except (StorageError, Replaced) as error:
         _logger.debug("other hosts were not asked: %s", error)
 

@@ -33,11 +33,13 @@ class Version(NamedTuple):
     tags: tuple[str, ...] = ()
     notes: tuple[tuple[str, str], ...] = ()
     metrics: Mapping[str, float] = MappingProxyType({})
+    is_pending: bool = False
+    """Whether it is one of the outbox: saved while a shared registry could not be reached."""
 
     @property
     def name(self) -> str:
-        """Its name, such as `lenet5:v3`."""
-        return f"{self.model}:v{self.version}"
+        """Its name, such as `lenet5:v3`, or `lenet5:pending-3`."""
+        return f"{self.model}:{'pending-' if self.is_pending else 'v'}{self.version}"
 
 
 class Model(NamedTuple):

@@ -12,6 +12,7 @@ from registry.catalog.resolving import resolve
 from registry.catalog.versions import Version
 from registry.store.errors import Corrupt, naming
 from registry.store.text import printable
+from registry.upkeep.outbox import Outbox
 
 if TYPE_CHECKING:
     from registry.home import Home
@@ -37,7 +38,15 @@ class Checkpoint:
         Raises:
             Invalid, NotFound, Conflict: as `registry.Registry.__getitem__`.
         """
+        if home.remote is not None:
+            outbox = Outbox(home)
+            if found := outbox.find(reference):
+                return cls(outbox.home.store, found)
         return cls(home.store, resolve(home.catalog, reference))
+
+    def pending(self) -> Checkpoint:
+        """The same, as one of the outbox; see `registry.upkeep.outbox`."""
+        return Checkpoint(self._store, self._version._replace(is_pending=True))
 
     @property
     def row(self) -> Version:

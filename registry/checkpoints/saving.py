@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import logging
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from registry.catalog.commit import publish, publish_version
-from registry.catalog.lookups import best_id
+from registry.catalog.lookups import best_with
 from registry.catalog.naming import point
 from registry.catalog.resolving import resolve
 from registry.catalog.versions import version_of
@@ -22,16 +22,20 @@ from registry.log.metrics import check_metric
 from registry.log.reference import MAX_EDGE, check_name, check_text, check_version_name
 from registry.progress import Progress, silent
 from registry.release import VERSION
+from registry.remote.bucket import Unreachable
 from registry.store.errors import Invalid, NotFound
 from registry.store.saving import Encoded
 from registry.store.store import Written
 from registry.store.text import quoted
+from registry.upkeep.outbox import Outbox
 
 if TYPE_CHECKING:
     from registry.catalog.transactions import View
     from registry.home import Home
     from registry.log.entries import Record
     from registry.log.metrics import Monitor
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +109,8 @@ def save(
     Raises:
         Invalid: if a name or a number has the wrong form.
         Unsupported: if a value cannot be stored, naming its path and type; nothing is written.
-        StorageError: if the disk is full or refuses; no version is made.
+        StorageError: if the disk is full or refuses; no version is made. Where a shared registry cannot be reached, the
+            version is kept on this computer, see `registry.upkeep.outbox`.
     """
     check_name(model, "model")
     state = components if isinstance(components, Encoded | Written) else None
@@ -117,32 +122,46 @@ def save(
 
     def records(view: View, manifest_id: str, text: Mapping[str, str]) -> list[Record]:
         found = [publish_version(view, model, manifest_id, text=text)]
-        best = _best_with(view, model, best_by, manifest_id=manifest_id, record=record) if best_by else None
+        if best_by is None:
+            return found
+        value = (
+            record.get("loss") if best_by.metric == "loss" else record.get("metrics", {}).get(best_by.metric)
+        )
+        best = best_with(view.query, model, best_by, manifest_id=manifest_id, value=value)
         return [*found, *(point(view, model, "best", manifest_id=best) if best else ())]
 
-    saved, made = publish(
-        home.catalog, home.store, state, record=record, records=records, what=model, progress=progress
-    )
-    (version,) = (one["version"] for one in made if one["op"] == "publish")
+    def saved_in(home: Home) -> Checkpoint:
+        saved, made = publish(
+            home.catalog, home.store, state, record=record, records=records, what=model, progress=progress
+        )
+        (version,) = (one["version"] for one in made if one["op"] == "publish")
+        try:
+            return Checkpoint(home.store, resolve(home.catalog, f"{model}:v{version}"))
+        except NotFound:
+            # The catalog could not be written, or others have removed the version already.
+            manifest = home.store.just_written(saved) or home.store.manifest(saved)
+            return Checkpoint(home.store, version_of(saved, model, version, manifest=manifest))
+
+    if home.remote is None:
+        return saved_in(home)
+    outbox = Outbox(home)
     try:
-        return Checkpoint(home.store, resolve(home.catalog, f"{model}:v{version}"))
-    except NotFound:
-        # The catalog could not be written, or others have removed the version already.
-        manifest = home.store.just_written(saved) or home.store.manifest(saved)
-        return Checkpoint(home.store, version_of(saved, model, version, manifest=manifest))
-
-
-def _best_with(
-    view: View, model: str, by: Monitor, manifest_id: str, record: Mapping[str, Any]
-) -> str | None:
-    """The id of a model's best version once one more is published. NaN never wins; of equal values the earlier does."""
-    best = best_id(view.query, model, by.metric, smallest=by.smallest)
-    value = record.get("loss") if by.metric == "loss" else record.get("metrics", {}).get(by.metric)
-    if value is None or math.isnan(value):
-        return best[0] if best else None
-    if best is None or (value < best[1] if by.smallest else value > best[1]):
-        return manifest_id
-    return best[0]
+        if home.remote.log.rests() and outbox:
+            raise Unreachable(f"{home.place}: the store did not answer a moment ago")
+        # What was saved before gets its number before.
+        outbox.share()
+        return saved_in(home)
+    except Unreachable as error:
+        # The shards of several processes lie in this registry already.
+        if isinstance(state, Written) or not outbox.takes():
+            raise
+        if best_by:
+            outbox.watch(model, best_by)
+        kept = saved_in(outbox.home).pending()
+        _logger.warning(
+            "%s; %s is kept on this computer until it does", str(error).removesuffix("; repeat"), kept.name
+        )
+        return kept
 
 
 def _edge(edge: Mapping[str, str]) -> dict[str, str]:

@@ -14,7 +14,7 @@ FORMAT = 2
 """The present format of a registry."""
 
 NAME = "registry.toml"
-_SHARED = "shared-url"
+SHARED = "shared-url"
 """In a host's folder for a shared registry: where that is."""
 
 _LONGEST = 64 << 10
@@ -40,12 +40,12 @@ def create(root: Path, created_by: str) -> None:
 
 def share(root: Path, url: str) -> None:
     """Note which shared registry this host's folder is for."""
-    durable.write_file(root / _SHARED, f"{url}\n".encode(), folder=root / "tmp")
+    durable.write_file(root / SHARED, f"{url}\n".encode(), folder=root / "tmp")
 
 
 def shared_url(root: Path) -> str | None:
     """The shared registry that a host's folder is for; None for one of its own."""
-    path = root / _SHARED
+    path = root / SHARED
     with storage_errors(path):
         if places.status_of(path) is None:
             return None

@@ -35,6 +35,10 @@ class Shared(Protocol):
         """Where it is, without keys."""
         ...
 
+    def as_of(self) -> str:
+        """When this host last saw the log, in words, such as `09:12, 3 h ago`."""
+        ...
+
     def is_due(self) -> bool:
         """Whether it is time to ask for what other hosts have added."""
         ...

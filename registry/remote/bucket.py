@@ -19,6 +19,10 @@ class Unreachable(StorageError):
     """The store does not answer, or its last answer was lost: what was asked of it may have happened."""
 
 
+class Absent(Unreachable):
+    """The folder that stands for a bucket is not there: nothing was made there yet, or it is not mounted."""
+
+
 class Denied(StorageError):
     """The store refuses, as the keys lack a right or are not known to it."""
 

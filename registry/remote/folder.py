@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from registry.progress import Progress, silent
-from registry.remote.bucket import Held, check_key, is_key, too_large
+from registry.remote.bucket import Absent, Held, check_key, is_key, too_large
 from registry.store import durable, places
 from registry.store.errors import storage_errors
 
@@ -22,10 +22,13 @@ class FolderBucket:
 
     Args:
         root: the folder, which is made when something is written.
+        first: the object that is made first. Without it nothing but what lies below `probe/` is touched, as the folder of a
+            file system that is not mounted is there as well, and empty.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, first: str = "") -> None:
         self.root = root
+        self._first = first
 
     def __repr__(self) -> str:
         return f"FolderBucket({str(self.root)!r})"
@@ -37,14 +40,14 @@ class FolderBucket:
 
     def create(self, key: str, data: bytes) -> bool:
         """Make an object if there is none of this key."""
-        with self._errors(), self._new_file() as file:
+        with self._errors(key), self._new_file() as file:
             file.write(data)
             file.sync(data)
             return file.publish_new(self._path(key), inner=self._inner(key))
 
     def put_file(self, key: str, path: Path, progress: Progress = silent) -> None:
         """Copy a file, in the place of an object that has the key."""
-        with self._errors(), places.open_regular(path) as source, self._new_file() as file:
+        with self._errors(key), places.open_regular(path) as source, self._new_file() as file:
             size = os.fstat(source.fileno()).st_size
             done = 0
             while data := os.pread(source.fileno(), _CHUNK, done):
@@ -63,7 +66,7 @@ class FolderBucket:
 
     def get_range(self, key: str, start: int, size: int) -> bytes | None:
         """Bytes of an object; None if it is not there."""
-        with self._errors():
+        with self._errors(key):
             try:
                 fd = places.open_file(self._path(key), os.O_RDONLY, inner=self._inner(key))
             except FileNotFoundError:
@@ -74,7 +77,7 @@ class FolderBucket:
 
     def head(self, key: str) -> Held | None:
         """An object's size and age; None if it is not there."""
-        with self._errors():
+        with self._errors(key):
             status = places.status_of(self._path(key), inner=self._inner(key))
         if status is None or not stat.S_ISREG(status.st_mode):
             return None
@@ -83,8 +86,9 @@ class FolderBucket:
     def list(self, folder: str, after: str = "") -> Iterator[Held]:
         """The objects below a folder whose keys come behind `after`, sorted by key."""
         keys = []
-        for place, _, names in os.walk(self._path(folder)):
-            keys += [(Path(place) / name).relative_to(self.root).as_posix() for name in names]
+        with self._errors(folder):
+            for place, _, names in os.walk(self._path(folder)):
+                keys += [(Path(place) / name).relative_to(self.root).as_posix() for name in names]
         for key in sorted(keys):
             # File systems that are shared leave files of their own, such as `.nfs0001`.
             if key > after and is_key(key) and (held := self.head(key)) is not None:
@@ -92,7 +96,7 @@ class FolderBucket:
 
     def delete(self, keys: Sequence[str]) -> None:
         """Delete objects; one that is not there is fine."""
-        with self._errors():
+        with self._errors(""):
             for key in keys:
                 durable.unlink(self._path(key), inner=self._inner(key))
 
@@ -117,6 +121,11 @@ class FolderBucket:
             file.discard()
 
     @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
+    def _errors(self, key: str) -> Iterator[None]:
         with storage_errors(self.root):
+            is_late = self._first and key != self._first and not key.startswith("probe/")
+            if is_late and not (self.root / self._first).exists():
+                raise Absent(
+                    f"{self.url}: there is no registry in that folder; mount it, or make one with registry init"
+                )
             yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from registry.remote.bucket import Bucket
+from registry.remote.bucket import Absent, Bucket
 from registry.remote.folder import FolderBucket
 from registry.remote.keys import find_places
 from registry.remote.packs import RemotePacks
@@ -32,11 +32,14 @@ class Remote:
         self.folder = folder
         self._bucket = bucket
         self.packs = RemotePacks(bucket, folder)
-        self.log = SharedLog(bucket, self.packs)
+        self.log = SharedLog(bucket, self.packs, folder)
 
     def is_there(self) -> bool:
         """Whether there is a registry."""
-        return self.log.is_there()
+        try:
+            return self.log.is_there()
+        except Absent:
+            return False
 
     def prepare(self) -> None:
         """See that a registry can be made there.
@@ -74,7 +77,7 @@ def folder_for(address: Address) -> Path:
 
 def _bucket(address: Address) -> Bucket:
     if address.scheme == "file":
-        return FolderBucket(Path(address.prefix))
+        return FolderBucket(Path(address.prefix), first=SETTINGS)
     if address.scheme != "s3":
         raise Unsupported(f"{address.scheme}:// is not supported yet; s3:// and file:// are")
     try:

@@ -6,20 +6,22 @@ compressed together.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import zstandard
 
-from registry.log import entries
+from registry.log import entries, settings
 from registry.log.entries import START, Entry
 from registry.log.sharing import Behind, history_changed
 from registry.remote.bucket import Bucket, Unreachable
 from registry.remote.packs import RemotePacks
-from registry.store import header
+from registry.store import durable, header, places
 from registry.store.errors import Corrupt, Invalid
 
 FOLDER = "journal"
@@ -30,6 +32,8 @@ _REFRESH = 5.0
 """Seconds in which a host does not ask again what others have added."""
 _CONFIRM = 60.0
 """Seconds after which a host sees again, before it adds an entry, that the last one is still there."""
+_REST = 20.0
+"""Seconds for which nothing that can do without it tries a bucket that could not be reached, as that costs seconds."""
 _AT_ONCE = 16
 _PATIENCE = 60.0
 """Seconds for which it is asked again whether an entry whose answer was lost is there."""
@@ -41,12 +45,15 @@ class SharedLog:
     Args:
         bucket: where it lies.
         packs: the packs there.
+        root: this host's folder.
     """
 
-    def __init__(self, bucket: Bucket, packs: RemotePacks) -> None:
+    def __init__(self, bucket: Bucket, packs: RemotePacks, root: Path) -> None:
         self._bucket = bucket
         self._packs = packs
+        self._settings = root / settings.SHARED
         self._asked = self._confirmed = -_CONFIRM
+        self._failed = -_REST
 
     @property
     def url(self) -> str:
@@ -59,10 +66,28 @@ class SharedLog:
 
     def is_due(self) -> bool:
         """Whether it is time to ask for what other hosts have added."""
-        return self._asked + _REFRESH <= time.monotonic()
+        return not self.rests() and self._asked + _REFRESH <= time.monotonic()
+
+    def rests(self) -> bool:
+        """Whether the bucket could not be reached a moment ago."""
+        return time.monotonic() < self._failed + _REST
+
+    def as_of(self) -> str:
+        """When this host last saw the log, in words; see `registry.log.sharing.Shared.as_of`."""
+        status = places.status_of(self._settings)
+        if status is None:
+            return "an unknown time"
+        age, clock = time.time() - status.st_mtime, time.strftime("%H:%M", time.localtime(status.st_mtime))
+        hours, minutes = divmod(int(max(age, 0)) // 60, 60)
+        ago = f"{hours // 24} days ago" if hours > 48 else f"{hours} h ago" if hours else f"{minutes} min ago"
+        return f"{clock}, {ago}"
 
     def news(self, seq: int, digest: str) -> Iterator[Entry]:
         """The entries behind one, in order; see `registry.log.sharing.Shared.news`."""
+        with self._reaching():
+            yield from self._news(seq, digest)
+
+    def _news(self, seq: int, digest: str) -> Iterator[Entry]:
         # Also where the answer does not come: otherwise each call would wait for it.
         self._asked = time.monotonic()
         found = self._bucket.get(_key(seq + 1), _LARGEST)
@@ -80,10 +105,15 @@ class SharedLog:
 
     def upload(self, packs: Collection[str]) -> None:
         """Bring packs of this host to the bucket, unless they are there."""
-        self._packs.upload(packs)
+        with self._reaching():
+            self._packs.upload(packs)
 
     def add(self, entry: Entry) -> None:
         """Add an entry behind the last one; see `registry.log.sharing.Shared.add`."""
+        with self._reaching():
+            self._add(entry)
+
+    def _add(self, entry: Entry) -> None:
         packs = [record["digest"] for record in entry.records if record["op"] == "pack"]
         self._packs.upload(packs)
         headers = self._packs.headers(packs)
@@ -104,6 +134,17 @@ class SharedLog:
         for found in headers:
             self._packs.keep_header(found)
         self._asked = self._confirmed = time.monotonic()
+
+    @contextlib.contextmanager
+    def _reaching(self) -> Iterator[None]:
+        """Note whether the bucket was reached."""
+        try:
+            yield
+        except Unreachable:
+            self._failed = time.monotonic()
+            raise
+        self._failed = -_REST
+        durable.mark_used(self._settings)
 
     def _confirm(self, seq: int, digest: str) -> None:
         """See that the last entry that this host has is still there, and so nothing older was put back."""

@@ -275,7 +275,10 @@ class Recording:
             "config": self.values or None,
             "lineage": lineage,
             "run": run,
-            "parent": before.name if before else None,
+            # A pending version has no name yet that others know.
+            "parent": (before.row.record.get("parent") if before.row.is_pending else before.name)
+            if before
+            else None,
             "provenance": about,
         }
 

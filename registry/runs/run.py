@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import torch
 
 from registry.catalog.runs import INNER, LOG, PROCESS, Runs
+from registry.catalog.versions import by_id
 from registry.checkpoints.checkpoint import Checkpoint
 from registry.checkpoints.saving import Facts, save
 from registry.configs.config import Config
 from registry.live import ranks
 from registry.log.reference import check_name
+from registry.remote.bucket import Unreachable
 from registry.runs.logs import run_log
 from registry.runs.process import Mute, ending, sigterm_as_exit, this_process
 from registry.runs.recording import Recording, Saved
@@ -33,6 +35,7 @@ from registry.store.saving import Arena, Encoded
 from registry.transfer.plan import TransferPlan
 from registry.upkeep.compaction import compact
 from registry.upkeep.garbage import collect_garbage
+from registry.upkeep.outbox import Outbox
 from registry.upkeep.retention import Retention
 
 if TYPE_CHECKING:
@@ -191,7 +194,10 @@ class Run:
             self._saver.shutdown()
             if self._ranks.leads:
                 unlink(self.folder / PROCESS, inner=INNER)
-                self._runs.end(self.name, state)
+                try:
+                    self._runs.end(self.name, state)
+                except Unreachable as failed:
+                    _logger.warning("%s; the registry does not know that run %s %s", failed, self.name, state)
             self._ranks.close()
             if self._compact and self._ranks.leads and error is None:
                 _store_differences(self._home, self.model)
@@ -363,6 +369,10 @@ class Run:
         return Checkpoint(self._home.store, self._ranks.leader(row, what))
 
     def _publish(self, state: Encoded, about: Mapping[str, Any], fields: Mapping[str, Any]) -> Checkpoint:
+        if self._last is not None and self._last.row.is_pending:
+            Outbox(self._home).share_if_possible()
+            if shared := by_id(self._home.catalog, self._last.id):
+                self._last = Checkpoint(self._home.store, shared)
         origin = self._recording.origin(about, run=self.name, last=self._last)
         if self._has_sharded:
             # Another process may have published the last version.
@@ -370,7 +380,7 @@ class Run:
         described = Facts(**fields, **origin)
         best_by = self._session.retention.monitor
         saved = save(self._home, self.model, state, about=described, best_by=best_by)
-        self._session.retain(self._home)
+        self._session.retain(self._home, Outbox(self._home).home if saved.row.is_pending else self._home)
         return saved
 
 

@@ -51,13 +51,17 @@ class Session:
         chain = Runs(home.catalog, home.root).chain(self.name)
         return self.retention.superfluous(home.catalog, runs=chain, model=self.model)
 
-    def retain(self, home: Home) -> None:
+    def retain(self, home: Home, saved_in: Home | None = None) -> None:
         """Remove, and thin, what the run's rules no longer keep.
+
+        Args:
+            saved_in: where the new version is, if not there: in the outbox, whose versions the rules are about then.
 
         The new version is safe by now, so a failure is only logged. The next save tries again.
         """
         try:
             chain = Runs(home.catalog, home.root).chain(self.name)
-            self.retention.apply(home.catalog, home.store, runs=chain, model=self.model)
+            kept = saved_in or home
+            self.retention.apply(kept.catalog, kept.store, runs=chain, model=self.model)
         except RegistryError as error:
             _logger.warning("%s: older versions stay, as the rules of the run fail: %s", self.name, error)

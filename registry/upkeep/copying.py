@@ -74,17 +74,40 @@ def copy_versions(
     done, total = 0, sum(version.size for version in versions)
     for version in versions:
         progress(done, total)
-        found.append(_copy(source, target, version))
+        found.append(
+            _copy(source, target, version, functools.partial(_copied_version, version, source.place))
+        )
         done += version.size
     return found
 
 
-def _copy(source: Home, target: Home, version: Version) -> Copied:
+def copy_pending(
+    source: Home, target: Home, version: Version, more: Callable[[View], list[Record]]
+) -> Copied:
+    """Copy a version that was meant for the other registry, and whose run knows it there; see `registry.upkeep.outbox`.
+
+    Args:
+        more: what else is recorded with it.
+
+    Raises:
+        Conflict, Corrupt, StorageError: as `copy_versions`.
+    """
+    return _copy(source, target, version, lambda view, text: [*_version(view, version, text), *more(view)])
+
+
+def _copy(
+    source: Home,
+    target: Home,
+    version: Version,
+    known: Callable[[View, Mapping[str, str]], list[Record]],
+) -> Copied:
+    """Copy a version with its attached files.
+
+    Args:
+        known: returns the records of the version, from the view and the field that carries its text.
+    """
     there, size = by_id(target.catalog, version.id), 0
     is_new = there is None
-
-    def known(view: View, text: Mapping[str, str]) -> list[Record]:
-        return _version(view, version, text, source.place)
 
     for _ in range(_ATTEMPTS if is_new else 0):
         # Somebody else may copy it, or remove what it relies on, at this moment.
@@ -126,11 +149,16 @@ def _publish(
     return pack.size if pack else 0
 
 
-def _version(view: View, version: Version, text: Mapping[str, str], place: str) -> list[Record]:
-    """The records of a version with its tags and notes, and of where it came from."""
-    origin = (now(), f"{COPIED}{version.name} of {place}")
+def _version(view: View, version: Version, text: Mapping[str, str]) -> list[Record]:
+    """The records of a version with its tags and notes."""
     return [
         publish_version(view, version.model, version.id, text),
         *({"op": "tag", "id": version.id, "tag": tag} for tag in version.tags),
-        *({"op": "note", "id": version.id, "at": at, "text": note} for at, note in (*version.notes, origin)),
+        *({"op": "note", "id": version.id, "at": at, "text": note} for at, note in version.notes),
     ]
+
+
+def _copied_version(version: Version, place: str, view: View, text: Mapping[str, str]) -> list[Record]:
+    """The same, and where it came from."""
+    origin = f"{COPIED}{version.name} of {place}"
+    return [*_version(view, version, text), {"op": "note", "id": version.id, "at": now(), "text": origin}]

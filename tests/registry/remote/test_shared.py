@@ -251,6 +251,7 @@ def test_a_pack_of_a_save_that_failed_is_collected_by_the_same_program(
     with monkeypatch.context() as patch:
         patch.setattr(FolderBucket, "create", lambda *_: False)
         patch.setattr(shared_log, "_PATIENCE", 0.0)
+        patch.setenv("REGISTRY_UNREACHABLE", "fail")
         with pytest.raises(StorageError, match="repeat"):
             a.save("net", state(2))
     assert len(list(bucket.list("packs"))) == 2
@@ -758,8 +759,9 @@ class TestOnS3:
         assert value(s3_host("b"), "net:v2") == 3
 
     def test_a_server_that_is_away_is_read_past_and_not_written(
-        self, s3_host: Hosts, s3: Layer, caplog: pytest.LogCaptureFixture
+        self, s3_host: Hosts, s3: Layer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.setenv("REGISTRY_UNREACHABLE", "fail")
         a = s3_host("a")
         a.save("net", state(1))
         s3.faults += [Fault(method, "", "503", times=9_999) for method in ("GET", "PUT", "HEAD")]

@@ -1,0 +1,192 @@
+"""The outbox: what was saved while a shared registry could not be reached, in a registry of its own on this computer.
+
+Its versions are *pending*, and are called `lenet5:pending-1`. Once the shared registry answers, they are copied there, in the
+order in which they were saved, and get the next numbers of their models. They keep their ids.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from registry.catalog.lookups import best_with
+from registry.catalog.naming import point, removal
+from registry.catalog.versions import Version, find_versions
+from registry.home import Home
+from registry.log.metrics import Monitor
+from registry.log.reference import is_name
+from registry.remote.bucket import Unreachable
+from registry.store import durable, places
+from registry.store.errors import Invalid, NotFound
+from registry.store.text import quoted
+from registry.upkeep.copying import Copied, copy_pending
+from registry.upkeep.garbage import collect_garbage
+
+if TYPE_CHECKING:
+    from registry.catalog.transactions import View
+    from registry.log.entries import Record
+
+FOLDER = "outbox"
+VARIABLE = "REGISTRY_UNREACHABLE"
+"""Set to `fail` where a save that cannot be shared is to be an error, as on a computer that does not last."""
+
+_MONITORS = "monitors.json"
+_LONGEST = 1 << 20
+_PENDING = re.compile(r"pending-([1-9][0-9]{0,8})\Z")
+
+_logger = logging.getLogger(__name__)
+
+
+class Outbox:
+    """The pending versions of a shared registry on this computer.
+
+    Args:
+        home: the shared registry.
+    """
+
+    def __init__(self, home: Home) -> None:
+        self._home = home
+
+    @functools.cached_property
+    def home(self) -> Home:
+        """The registry that has them; it is made if need be."""
+        return Home(self._folder)
+
+    def __bool__(self) -> bool:
+        """Whether there is a pending version."""
+        return bool(self.versions())
+
+    def versions(self, model: str | None = None) -> list[Version]:
+        """The pending versions, of a model or of all, in the order in which they were saved."""
+        if not self._folder.is_dir():
+            return []
+        where, given = ("1", []) if model is None else ("v.model = ?", [model])
+        found = find_versions(self.home.catalog, where, given, order="v.created, v.model, v.version")
+        return [version._replace(is_pending=True) for version in found]
+
+    def find(self, reference: str) -> Version | None:
+        """The pending version that a reference names: by its number, or as the latest of its model; None if it names none.
+
+        Raises:
+            NotFound: if it is the name of a pending version that is not there.
+        """
+        model, colon, rest = reference.partition(":")
+        match = _PENDING.match(rest)
+        if colon and not match:
+            return None
+        if not match:
+            model, _, alias = reference.partition("@")
+            pending = self.versions(model) if alias in ("", "latest") and is_name(model) else []
+            return pending[-1] if pending else None
+        number = int(match[1])
+        for version in self.versions(model):
+            if version.version == number:
+                return version
+        raise NotFound(
+            f"no version {quoted(reference)} is pending; if it was shared, it has a number now: registry list {model}"
+        )
+
+    def takes(self) -> bool:
+        """Whether what cannot be shared is to be kept here.
+
+        Raises:
+            Invalid: if `REGISTRY_UNREACHABLE` is set to something else than `fail` or `keep`.
+        """
+        wanted = os.environ.get(VARIABLE) or "keep"
+        if wanted not in ("keep", "fail"):
+            raise Invalid(f"{VARIABLE} is {quoted(wanted)}; expected keep or fail")
+        return wanted == "keep"
+
+    def watch(self, model: str, by: Monitor) -> None:
+        """Note by which metric the alias `best` of a model moves, once its pending versions are shared."""
+        known = self._monitors()
+        if known.get(model) != by:
+            table = {name: [*one] for name, one in {**known, model: by}.items()}
+            durable.write_file(
+                self._folder / _MONITORS, json.dumps(table).encode(), folder=self.home.store.tmp
+            )
+
+    def share(self) -> list[Copied]:
+        """Copy all pending versions to the shared registry, and remove them here.
+
+        If it is interrupted, it is repeated: what is there already is not copied again.
+
+        Raises:
+            Unreachable: if the shared registry cannot be reached; what is pending stays so.
+            StorageError, Corrupt: as `registry.upkeep.copying.copy_versions`.
+        """
+        pending = self.versions()
+        if not pending:
+            return []
+        monitors, found = self._monitors(), []
+        for version in pending:
+            # Another process may have shared it, and somebody removed it then.
+            if not self._home.catalog.was_removed(version.id):
+                records = functools.partial(self._best, version, monitors.get(version.model))
+                found.append(copy_pending(self.home, self._home, version, records))
+                _logger.info("%s is %s now", version.name, found[-1].target)
+            self._remove([version])
+        collect_garbage(self.home.catalog, self.home.store, grace=0)
+        return found
+
+    def share_if_possible(self) -> list[Copied]:
+        """As `share`; where the shared registry cannot be reached, what is pending stays so."""
+        try:
+            return self.share()
+        except Unreachable as error:
+            _logger.debug("%s", error)
+            return []
+
+    def drop(self, references: Sequence[str] = ()) -> list[Version]:
+        """Give up pending versions; all of them unless they are named.
+
+        Raises:
+            NotFound: if one is not there; none is given up then.
+        """
+        chosen = [version for name in references if (version := self.find(name))]
+        chosen = chosen if references else self.versions()
+        if chosen:
+            self._remove(chosen)
+            collect_garbage(self.home.catalog, self.home.store, grace=0)
+        return chosen
+
+    @property
+    def _folder(self) -> Path:
+        return self._home.root / FOLDER
+
+    def _remove(self, versions: Sequence[Version]) -> None:
+        def compute(view: View) -> list[Record]:
+            there = {id for (id,) in view.query("SELECT id FROM versions")}
+            return [removal(version) for version in versions if version.id in there]
+
+        self.home.catalog.commit(compute)
+
+    @staticmethod
+    def _best(version: Version, by: Monitor | None, view: View) -> list[Record]:
+        """What moves the alias `best` of the shared registry, where the run that saved a version wanted that."""
+        if by is None:
+            return []
+        value = version.loss if by.metric == "loss" else version.metrics.get(by.metric)
+        best = best_with(view.query, version.model, by, manifest_id=version.id, value=value)
+        return point(view, version.model, "best", manifest_id=best) if best else []
+
+    def _monitors(self) -> Mapping[str, Monitor]:
+        """By which metric the alias `best` of a model moves."""
+        path = self._folder / _MONITORS
+        if places.status_of(path) is None:
+            return {}
+        try:
+            table = json.loads(places.read_file(path, _LONGEST))
+            return {
+                str(model): Monitor(str(metric), bool(smallest))
+                for model, (metric, smallest) in table.items()
+            }
+        except (ValueError, TypeError, AttributeError):
+            _logger.warning("%s is damaged; no alias `best` moves by it", path)
+            return {}

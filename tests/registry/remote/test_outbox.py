@@ -1,0 +1,302 @@
+"""The outbox: what is saved while a shared registry cannot be reached is kept, and shared in order later."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from registry import Registry
+from registry.log.metrics import Monitor
+from registry.remote import shared_log
+from registry.store.errors import Invalid, NotFound, StorageError
+from registry.upkeep.outbox import Outbox
+
+Hosts = Callable[..., Registry]
+
+
+@pytest.fixture(autouse=True)
+def asks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_log, "_REFRESH", 0.0)
+    monkeypatch.setattr(shared_log, "_REST", 0.0)
+
+
+@pytest.fixture
+def bucket(tmp_path: Path) -> Path:
+    return tmp_path / "bucket"
+
+
+@pytest.fixture
+def host(bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hosts:
+    def opened(name: str) -> Registry:
+        monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / f"host-{name}"))
+        return Registry(bucket.as_uri())
+
+    return opened
+
+
+def away(bucket: Path) -> None:
+    """Unmount the folder that stands for the bucket."""
+    bucket.rename(bucket.with_name("elsewhere"))
+
+
+def back(bucket: Path) -> None:
+    bucket.with_name("elsewhere").rename(bucket)
+
+
+def state(number: float) -> dict[str, Any]:
+    return {"model": {"w": torch.full((5_000,), float(number)), "same": torch.full((5_000,), 0.5)}}
+
+
+def value(registry: Registry, reference: str) -> float:
+    return float(registry[reference].load()["model"]["w"][0])
+
+
+def assert_whole(*registries: Registry) -> None:
+    for registry in registries:
+        assert registry.verify().problems == ()
+
+
+def test_what_is_saved_offline_gets_the_next_numbers_in_order(host: Hosts, bucket: Path) -> None:
+    a, b = host("a"), host("b")
+    for i in range(1, 4):
+        a.save("net", state(i))
+    away(bucket)
+    kept = [a.save("net", state(i), epoch=i) for i in (10, 11, 12)]
+    assert [one.name for one in kept] == ["net:pending-1", "net:pending-2", "net:pending-3"]
+    assert [float(one.load()["model"]["w"][0]) for one in kept] == [10, 11, 12]
+    assert [value(a, f"net:pending-{i}") for i in (1, 2, 3)] == [10, 11, 12]
+    assert value(a, "net") == value(a, "net@latest") == 12
+    assert value(a, "net:v3") == 3
+    back(bucket)
+    b.save("net", state(4))
+    b.save("net", state(5))
+    b.remove(["net:v1", "net:v2", "net:v3"])
+    b.collect_garbage(grace=0)
+    # The next save shares them first.
+    assert a.save("net", state(13)).name == "net:v9"
+    assert [value(b, f"net:v{i}") for i in range(6, 10)] == [10, 11, 12, 13]
+    assert [b[f"net:v{i}"].id for i in (6, 7, 8)] == [one.id for one in kept]
+    assert b["net:v6"].epoch == 10
+    assert b["net:v6"].row.notes == ()
+    assert not a.outbox
+    with pytest.raises(NotFound, match="if it was shared, it has a number now: registry list net"):
+        a["net:pending-1"]
+    assert value(a, "net") == 13
+    assert_whole(a, b, Registry(a.root / "outbox"))
+    assert list((a.root / "outbox").glob("packs/*/*")) == []
+
+
+def test_a_tensor_that_is_stored_there_is_not_relied_on_offline(host: Hosts, bucket: Path) -> None:
+    """Whoever is online may remove it meanwhile."""
+    a, b = host("a"), host("b")
+    a.save("net", state(1))
+    away(bucket)
+    a.save("net", state(1), epoch=1)
+    back(bucket)
+    b.remove(["net:v1"])
+    b.collect_garbage(grace=0)
+    (copied,) = a.outbox.share()
+    assert copied.target == "net:v2"
+    assert value(b, "net:v2") == 1
+    assert_whole(a, b)
+
+
+def test_a_run_goes_on_while_the_registry_is_away(host: Hosts, bucket: Path) -> None:
+    a, b = host("a"), host("b")
+    net = torch.nn.Linear(2, 2)
+    with a.run("net", monitor="accuracy", keep_last=2) as run:
+        first = run.save(model=net, epoch=1, metrics={"accuracy": 0.5})
+        away(bucket)
+        for epoch in range(2, 6):
+            net.weight.data.add_(1)
+            kept = run.save(model=net, epoch=epoch, metrics={"accuracy": (epoch + 1) / 10})
+        assert kept.name == "net:pending-4"
+        assert [version.version for version in a.outbox.versions()] == [3, 4]  # keep_last
+        assert kept.row.record["parent"] == first.name
+        back(bucket)
+        net.weight.data.add_(1)
+        last = run.save(model=net, epoch=6, metrics={"accuracy": 0.4})
+    assert [version.epoch for version in b.versions("net")][:2] == [6, 5]
+    assert b["net@best"].epoch == 5
+    assert last.row.record["parent"] == b["net@best"].name
+    assert_whole(a, b)
+
+
+def test_the_end_of_a_run_that_cannot_be_told_is_no_error(
+    host: Hosts, bucket: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    a = host("a")
+    with a.run("net") as run:
+        away(bucket)
+        run.save(model=torch.nn.Linear(2, 2))
+    assert "does not know that run net/run-1 finished" in caplog.text
+    back(bucket)
+    assert [one.target for one in a.outbox.share()] == ["net:v1"]
+
+
+def test_best_moves_by_the_shared_registry_s_versions(host: Hosts, bucket: Path) -> None:
+    a, b = host("a"), host("b")
+    by = Monitor("loss", smallest=True)
+    a.save("net", state(1), loss=0.5, best_by=by)
+    away(bucket)
+    a.save("net", state(2), loss=0.4, best_by=by)
+    a.save("net", state(3), loss=0.6, best_by=by)
+    back(bucket)
+    b.save("net", state(4), loss=0.45, best_by=by)
+    a.outbox.share()
+    assert b["net@best"].loss == 0.4
+    assert [version.loss for version in b.versions("net")] == [0.6, 0.4, 0.45, 0.5]
+
+
+def test_where_a_computer_does_not_last_it_is_an_error(
+    host: Hosts, bucket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = host("a")
+    a.save("net", state(1))
+    away(bucket)
+    monkeypatch.setenv("REGISTRY_UNREACHABLE", "fail")
+    with pytest.raises(StorageError, match="there is no registry in that folder; mount it"):
+        a.save("net", state(2))
+    assert not a.outbox
+    assert not bucket.exists()
+    monkeypatch.setenv("REGISTRY_UNREACHABLE", "maybe")
+    with pytest.raises(Invalid, match="expected keep or fail"):
+        a.save("net", state(2))
+
+
+def test_versions_are_given_up(host: Hosts, bucket: Path) -> None:
+    a = host("a")
+    a.save("net", state(1))
+    away(bucket)
+    for i in (2, 3, 4):
+        a.save("net", state(i))
+    with pytest.raises(NotFound):
+        a.outbox.drop(["net:pending-2", "net:pending-9"])
+    assert [version.name for version in a.outbox.drop(["net:pending-2"])] == ["net:pending-2"]
+    back(bucket)
+    assert [one.target for one in a.outbox.share()] == ["net:v2", "net:v3"]
+    assert [value(a, f"net:v{i}") for i in (1, 2, 3)] == [1, 2, 4]
+
+
+def test_two_processes_share_one_outbox_once(
+    host: Hosts, bucket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = host("a")
+    a.save("net", state(0))
+    away(bucket)
+    for i in range(1, 6):
+        a.save("net", state(i))
+    back(bucket)
+    program = "import sys; from registry import Registry; Registry(sys.argv[1]).outbox.share()"
+    started = [subprocess.Popen([sys.executable, "-c", program, bucket.as_uri()]) for _ in range(2)]
+    assert [one.wait(60) for one in started] == [0, 0]
+    assert [value(a, f"net:v{i}") for i in range(1, 7)] == [0, 1, 2, 3, 4, 5]
+    assert len(a.versions("net")) == 6
+    assert not a.outbox
+    assert_whole(a, host("b"))
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 5, 8])
+def test_a_program_that_is_killed_while_it_shares_loses_and_doubles_nothing(
+    host: Hosts, bucket: Path, at: int
+) -> None:
+    """At each of its durable steps, counted from the beginning."""
+    a = host("a")
+    a.save("net", state(0))
+    away(bucket)
+    for i in (1, 2, 3):
+        a.save("net", state(i))
+    back(bucket)
+    program = (
+        "import itertools, os, signal, sys\n"
+        "from registry import Registry\n"
+        "from registry.store import durable\n"
+        "count = itertools.count(1)\n"
+        "sync = durable.Disk.sync\n"
+        "def killed(*given):\n"
+        "    if next(count) == int(sys.argv[2]): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    sync(*given)\n"
+        "durable.Disk.sync = killed\n"
+        "Registry(sys.argv[1]).outbox.share()\n"
+    )
+    words = [sys.executable, "-c", program, bucket.as_uri(), str(at * 3)]
+    assert subprocess.run(words).returncode in (0, -signal.SIGKILL)
+    Registry(bucket.as_uri()).outbox.share()
+    assert [value(a, f"net:v{i}") for i in (1, 2, 3, 4)] == [0, 1, 2, 3]
+    assert len(a.versions("net")) == 4
+    assert_whole(a, host("b"))
+
+
+def test_a_version_that_was_shared_and_removed_does_not_come_back(
+    host: Hosts, bucket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = host("a")
+    a.save("net", state(0))
+    away(bucket)
+    a.save("net", state(1))
+    back(bucket)
+    with monkeypatch.context() as patch:
+        patch.setattr(Outbox, "_remove", lambda *_: None)
+        a.outbox.share()
+    a.remove(["net:v2"])
+    a.collect_garbage(grace=0)
+    assert a.outbox.share() == []
+    assert [version.version for version in a.versions("net")] == [1]
+    assert not a.outbox
+
+
+def test_the_command_line_shares_and_tells(host: Hosts, bucket: Path) -> None:
+    a = host("a")
+    a.save("net", state(0))
+    away(bucket)
+    a.save("net", state(1))
+    a.save("net", state(2))
+
+    def run(*words: str) -> tuple[int, str, str]:
+        program = [sys.executable, "-m", "registry.cli", "--root", bucket.as_uri(), *words]
+        done = subprocess.run(program, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    status, out, err = run("list", "net", "--json")
+    assert (status, '"pending' in out) == (0, False)
+    assert "2 versions wait to be shared; see registry outbox" in err
+    assert "what is shown is as of " in err
+    status, out, err = run("outbox")
+    assert (status, out) == (1, "")
+    assert "there is no registry in that folder; mount it" in err
+    assert run("outbox", "net:pending-1")[0] == 1
+    assert run("outbox", "--drop", "net:pending-2")[1].splitlines()[0] == "net:pending-2 is given up"
+    back(bucket)
+    status, out, err = run("show", "net:v2")
+    assert (status, err) == (0, "net:pending-1 is net:v2 now\n")
+    assert run("outbox")[1] == "nothing waits to be shared\n"
+    folder = a.root.parent / "folder"
+    Registry(folder)
+    done = subprocess.run(
+        [sys.executable, "-m", "registry.cli", "--root", str(folder), "outbox"],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, "only a shared registry has an outbox" in done.stderr) == (1, True)
+
+
+def test_an_outbox_with_a_damaged_note_still_shares(host: Hosts, bucket: Path) -> None:
+    a = host("a")
+    a.save("net", state(0))
+    away(bucket)
+    a.save("net", state(1), loss=0.1, best_by=Monitor("loss", smallest=True))
+    (a.root / "outbox" / "monitors.json").write_text("[1")
+    back(bucket)
+    assert [one.target for one in a.outbox.share()] == ["net:v2"]
+    shutil.rmtree(a.root / "outbox")
+    assert not a.outbox
+    assert os.listdir(a.root)
