@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -346,6 +347,20 @@ def test_a_table_of_a_registry_that_is_gone_is_not_gone_on_with(
     assert not (tmp_path / "bucket" / "registry.toml").exists()
 
 
+def test_a_table_that_another_makes_at_this_moment_is_used(database: str) -> None:
+    journal = PostgresJournal(log_place(database, NAME))
+    with psycopg.connect(database) as other:
+        other.execute(f"CREATE TABLE journal_{NAME} (seq bigint PRIMARY KEY, body bytea NOT NULL)".encode())
+        with ThreadPoolExecutor(1) as pool:
+            made = pool.submit(journal.make)
+            waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+            while run(database, waits) == [(0,)]:
+                assert not made.done()
+            other.commit()
+            made.result()
+    assert journal.create(1, b"first")
+
+
 def test_several_make_one_registry_at_once(database: str, url: str, tmp_path: Path) -> None:
     program = [sys.executable, "-m", "registry.cli", "init", url, "--log", database]
     makers = [
@@ -600,6 +615,15 @@ def test_a_server_that_is_started_again_is_gone_on_with(host: Hosts, server: Dat
     assert value(a, "net:v2") == 3
 
 
+def test_a_connection_that_ended_while_nobody_asked_is_made_again(host: Hosts, database: str) -> None:
+    a = host("a")
+    for number in (1, 2):
+        a.save("net", state(number))
+        terminated(database)
+    assert [value(a, f"net:v{number}") for number in (1, 2)] == [1, 2]
+    assert list(PostgresJournal(log_place(database, table(database)[-16:])).behind(3, 1 << 20)) == []
+
+
 def test_a_server_that_is_frozen_is_not_waited_for(
     host: Hosts, before: Relay, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -670,17 +694,27 @@ def test_a_forked_child_has_a_connection_of_its_own(host: Hosts, before: Relay, 
     assert numbers(a) == [1, 2, 3]
 
 
-def test_threads_of_one_process_share_a_connection(host: Hosts, before: Relay, database: str) -> None:
-    a = host("a", through(before, database))
-    made = before.connections
-    threads = [threading.Thread(target=a.save, args=("net", state(number))) for number in range(4)]
+def at_once(*calls: Callable[[], object]) -> None:
+    """Call functions in threads of their own."""
+    threads = [threading.Thread(target=call) for call in calls]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+
+
+def test_threads_of_one_process_share_a_connection(host: Hosts, before: Relay, database: str) -> None:
+    a = host("a", through(before, database))
+    at_once(*(lambda number=number: a.save("net", state(number)) for number in range(4)))
     assert numbers(a) == [1, 2, 3, 4]
     assert {value(a, f"net:v{number}") for number in range(1, 5)} == {0.0, 1.0, 2.0, 3.0}
-    assert before.connections == made
+    journal = PostgresJournal(log_place(through(before, database), table(database).removeprefix("journal_")))
+    made, found = before.connections, []
+    before.latency = 0.05
+    at_once(*(lambda: found.append(journal.get(1, 1 << 20)) for _ in range(6)))
+    assert len(found) == 6
+    assert len(set(found)) == 1
+    assert before.connections == made + 1
 
 
 # -- the client --------------------------------------------------------------------------------------------
