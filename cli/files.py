@@ -38,7 +38,12 @@ def _told(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @command("init", "registry init\nregistry init --root /data/models")
 @click.argument("folder", required=False)
-def init(folder: str | None, root: str | None, as_json: bool) -> None:
+@click.option(
+    "--log",
+    metavar="URL",
+    help="Keep the log of a registry in a bucket in PostgreSQL: postgresql://HOST/DATABASE, without user and password.",
+)
+def init(folder: str | None, log: str | None, root: str | None, as_json: bool) -> None:
     """Make a new registry.
 
     Its folder is FOLDER, or else --root, $REGISTRY_ROOT or ./.registry. A registry that is there already stays as it
@@ -49,6 +54,11 @@ def init(folder: str | None, root: str | None, as_json: bool) -> None:
     from registry.registry import Registry
 
     place = folder or root or default_root()
+    if log is not None:
+        # Lazy: start-up.
+        from registry.remote.remote import put_log_in
+
+        put_log_in(place, log)
     try:
         Registry(place, create=False)
         fresh = False

@@ -96,7 +96,7 @@ class Home:
                 durable.make_folder(self.root / folder, inner=1)
             created_by = f"torch-registry {VERSION}"
             if self.remote:
-                settings.share(self.root, self.remote.url)
+                settings.share(self.root, self.remote.url, self.remote.log_place)
             self.catalog.create(created_by)
             settings.create(self.root, created_by)
             if is_own:

@@ -237,7 +237,18 @@ def test_a_package_says_what_it_is_for(package: str) -> None:
     assert len(first.split('"""')[1].split()) > 3
 
 
-HEAVY = {"obstore", "torch", "torchvision", "tensorboard", "numpy", "pydantic", "safetensors", "yaml", "rich"}
+HEAVY = {
+    "obstore",
+    "psycopg",
+    "torch",
+    "torchvision",
+    "tensorboard",
+    "numpy",
+    "pydantic",
+    "safetensors",
+    "yaml",
+    "rich",
+}
 """Packages that a command which needs the metadata alone does not load."""
 
 REASON = re.compile(r" *# Lazy: (?:loads (?P<package>[\w.]*\w)|start-up)\.")

@@ -38,18 +38,31 @@ def create(root: Path, created_by: str) -> None:
     durable.write_file(root / NAME, text.encode(), folder=root / "tmp")
 
 
-def share(root: Path, url: str) -> None:
-    """Note which shared registry this host's folder is for."""
-    durable.write_file(root / SHARED, f"{url}\n".encode(), folder=root / "tmp")
+def share(root: Path, url: str, log: str = "") -> None:
+    """Note which shared registry this host's folder is for.
+
+    Args:
+        log: where its log lies, if not in the bucket.
+    """
+    durable.write_file(root / SHARED, f"{url}\n{log}".encode(), folder=root / "tmp")
 
 
 def shared_url(root: Path) -> str | None:
     """The shared registry that a host's folder is for; None for one of its own."""
+    return _shared(root)[0].strip() or None
+
+
+def shared_log(root: Path) -> str:
+    """Where the log of the shared registry lies that a host's folder is for; empty for its bucket."""
+    return _shared(root)[2].strip()
+
+
+def _shared(root: Path) -> tuple[str, str, str]:
     path = root / SHARED
     with storage_errors(path):
         if places.status_of(path) is None:
-            return None
-        return places.read_file(path, _LONGEST).decode("utf-8", errors="replace").strip()
+            return "", "", ""
+        return places.read_file(path, _LONGEST).decode("utf-8", errors="replace").partition("\n")
 
 
 def hide_from_git(root: Path) -> None:

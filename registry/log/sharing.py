@@ -22,7 +22,7 @@ def history_changed(url: str, problem: str) -> Corrupt:
         problem: goes on behind "the history of the registry changed".
     """
     return Corrupt(
-        f"{url}: the history of the registry changed{problem}; somebody has edited the bucket or put back an older state. "
+        f"{url}: the history of the registry changed{problem}; somebody has edited the log or put back an older state. "
         "Nothing is written"
     )
 

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import os
+import tomllib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from registry.log import settings
 from registry.remote.bucket import Absent, Bucket
 from registry.remote.folder import FolderBucket
+from registry.remote.journal import BucketJournal, Journal
 from registry.remote.keys import find_places
 from registry.remote.packs import RemotePacks
 from registry.remote.probe import probe
 from registry.remote.shared_log import SharedLog
-from registry.remote.urls import Address, parse
+from registry.remote.urls import Address, is_url, log_place, parse
 from registry.store.digest import digest as digest_of
-from registry.store.errors import Unsupported
+from registry.store.errors import Conflict, Invalid, Unsupported
+
+if TYPE_CHECKING:
+    from registry.remote.postgresql import PostgresJournal
 
 SETTINGS = "registry.toml"
+_LONGEST = 64 << 10
+"""Bytes of the settings."""
 
 
 class Remote:
@@ -24,15 +33,18 @@ class Remote:
     Attributes:
         url: where it is, without keys.
         folder: this host's folder for it, with a copy of the log, the catalog, and packs that were needed here.
-        log, packs: those in the bucket.
+        log_place: where its log lies; empty for its bucket.
+        log, packs: those that hosts share.
     """
 
-    def __init__(self, url: str, bucket: Bucket, folder: Path) -> None:
+    def __init__(self, url: str, bucket: Bucket, folder: Path, log_place: str = "") -> None:
         self.url = url
         self.folder = folder
+        self.log_place = log_place
         self._bucket = bucket
         self.packs = RemotePacks(bucket, folder)
-        self.log = SharedLog(bucket, self.packs, folder)
+        journal: Journal = _in_postgresql(log_place) if log_place else BucketJournal(bucket)
+        self.log = SharedLog(journal, self.packs, folder)
 
     def is_there(self) -> bool:
         """Whether there is a registry."""
@@ -42,15 +54,20 @@ class Remote:
             return False
 
     def prepare(self) -> None:
-        """See that a registry can be made there.
+        """See that a registry can be made there. Where its log is in PostgreSQL, `put_log_in` has done so.
 
         Raises:
             Unsupported: if the store does not keep to what is asked of it.
+            Conflict: if another host has made one at this moment, whose log lies elsewhere.
             StorageError: if it cannot be reached, or refuses.
         """
+        if self.log_place:
+            return
         if problem := probe(self._bucket):
             raise Unsupported(f"{self.url}: this store cannot hold a shared registry: {problem}")
         self._bucket.create(SETTINGS, b"format = 2\n")
+        if _log_place_in(self._bucket):
+            raise Conflict(f"{self.url}: somebody has made a registry there at this moment; repeat")
 
 
 def open_remote(text: str, folder: Path | None = None) -> Remote:
@@ -62,17 +79,62 @@ def open_remote(text: str, folder: Path | None = None) -> Remote:
     Raises:
         Invalid: if the URL is malformed, or there are no keys.
         Unsupported: if the client for it is not installed.
+        StorageError: if this host has no folder for it yet, and it cannot be reached, or refuses.
     """
     address = parse(text)
-    return Remote(str(address), _bucket(address), folder or folder_for(address))
+    bucket = _bucket(address)
+    folder = folder or folder_for(address)
+    place = settings.shared_log(folder) if settings.are_there(folder) else _log_place_in(bucket)
+    return Remote(str(address), bucket, folder, place or "")
+
+
+def put_log_in(text: str, log: str) -> None:
+    """Say that the log of a shared registry, which is not there yet, lies in PostgreSQL. It may be repeated.
+
+    Args:
+        text: the URL of the registry.
+        log: that of the database.
+
+    Raises:
+        Invalid: if a URL is malformed, or there are no keys.
+        Unsupported: if a client is not installed.
+        Conflict: if there is a registry whose log lies elsewhere, or the database has another log for this URL.
+        StorageError: if bucket or database cannot be reached, or refuse.
+    """
+    if not is_url(text):
+        raise Invalid(
+            "only the log of a shared registry can lie in PostgreSQL; give its URL, such as s3://BUCKET/PREFIX"
+        )
+    address = parse(text)
+    place = log_place(log, _name_of(address))
+    bucket = _bucket(address)
+    url, folder = str(address), folder_for(address)
+    found = _log_place_in(bucket)
+    if found is None and not Remote(url, bucket, folder).is_there():
+        _in_postgresql(place).make()
+        if not Remote(url, bucket, folder, place).is_there():
+            bucket.create(SETTINGS, f'format = 2\nlog = "{place}"\n'.encode())
+        found = _log_place_in(bucket)
+        if found is None:
+            raise Conflict(
+                f"{place}: the table has the log of a registry that is not at {url} any more; drop it, or use "
+                "another URL"
+            )
+    if (found or "").partition("#")[0] != log:
+        raise Conflict(
+            f"{url}: the log of this registry lies in {found or 'the bucket'} already, and stays there"
+        )
 
 
 def folder_for(address: Address) -> Path:
     """This host's folder for a shared registry: among the user's data, as it may hold the only copy of a save."""
     home = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return Path(home).expanduser() / "torch-registry" / _name_of(address)
+
+
+def _name_of(address: Address) -> str:
     endpoint = find_places().get("endpoint", "") if address.scheme == "s3" else ""
-    name = digest_of(f"{address} {endpoint}".encode())[:16]
-    return Path(home).expanduser() / "torch-registry" / name
+    return digest_of(f"{address} {endpoint}".encode())[:16]
 
 
 def _bucket(address: Address) -> Bucket:
@@ -86,3 +148,26 @@ def _bucket(address: Address) -> Bucket:
     except ImportError:
         raise Unsupported("s3:// needs a client; run: pip install 'torch-registry[s3]'") from None
     return S3Bucket(address)
+
+
+def _log_place_in(bucket: Bucket) -> str | None:
+    """Where a registry says that its log lies: empty for its bucket. None if there are no settings."""
+    data = bucket.get(SETTINGS, _LONGEST)
+    if data is None:
+        return None
+    try:
+        found = tomllib.loads(data.decode()).get("log", "")
+    except (RecursionError, ValueError):
+        raise Invalid(f"{bucket.url}/{SETTINGS}: is no TOML; correct it") from None
+    return str(found)
+
+
+def _in_postgresql(place: str) -> PostgresJournal:
+    try:
+        # Lazy: loads psycopg.
+        from registry.remote.postgresql import PostgresJournal
+    except ImportError:
+        raise Unsupported(
+            "a log in PostgreSQL needs a client; run: pip install 'torch-registry[postgresql]'"
+        ) from None
+    return PostgresJournal(place)

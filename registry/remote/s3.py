@@ -43,7 +43,16 @@ _TIMEOUT = "10s"
 """For an answer to begin. An upload gets one for each part."""
 _UPLOAD_TIMEOUT = "300s"
 _RETRIES: RetryConfig = {"max_retries": 3, "retry_timeout": datetime.timedelta(seconds=20)}
-_REASON = re.compile(r"<Code>([A-Za-z]{1,64})</Code>")
+_REASON = re.compile(r"(?:<Code>|\(code: )([A-Za-z]{1,64})[<)]")
+_KEYS_REFUSED = (
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "SignatureDoesNotMatch",
+    "TokenRefreshRequired",
+)
+_TO_READ = "GetObject, or ListBucket if the object is not there"
+_SKEWED = "RequestTimeTooSkewed"
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 _used_by: int | None = None
@@ -95,14 +104,14 @@ class S3Bucket:
 
     def create(self, key: str, data: bytes) -> bool:
         """Make an object if there is none of this key; False where it is not known."""
-        with self._errors(key):
+        with self._errors(key, "PutObject"):
             try:
                 obstore.put(self._store, check_key(key), data, mode="create", use_multipart=False)
             except (AlreadyExistsError, PreconditionError):
                 return False
-            except (PermissionDeniedError, UnauthenticatedError, FileNotFoundError):
-                raise
-            except BaseError:
+            except BaseError as error:
+                if isinstance(error, FileNotFoundError) or _is_refused(error):
+                    raise
                 # The answer may be lost, or the store asks to repeat (409).
                 return False
             return True
@@ -113,7 +122,7 @@ class S3Bucket:
         with storage_errors(path), open_regular(path) as opened:
             size = os.fstat(opened.fileno()).st_size
             part = max(_PART, -(-size // _MOST_PARTS))
-            with os.fdopen(os.dup(opened.fileno()), "rb") as file, self._errors(key):
+            with os.fdopen(os.dup(opened.fileno()), "rb") as file, self._errors(key, "PutObject"):
                 obstore.put(
                     self._uploads,
                     key,
@@ -125,7 +134,7 @@ class S3Bucket:
 
     def get(self, key: str, limit: int) -> bytes | None:
         """An object's bytes; None if it is not there."""
-        with self._errors(key):
+        with self._errors(key, _TO_READ):
             try:
                 found = obstore.get(self._store, check_key(key))
             except FileNotFoundError as error:
@@ -137,7 +146,7 @@ class S3Bucket:
 
     def get_range(self, key: str, start: int, size: int) -> bytes | None:
         """Bytes of an object; None if it is not there."""
-        with self._errors(key):
+        with self._errors(key, _TO_READ):
             try:
                 end = start + size
                 found = obstore.get(self._store, check_key(key), options={"range": (start, end)})
@@ -152,7 +161,7 @@ class S3Bucket:
 
     def head(self, key: str) -> Held | None:
         """An object's size and age; None if it is not there."""
-        with self._errors(key):
+        with self._errors(key, _TO_READ):
             try:
                 meta = obstore.head(self._store, check_key(key))
             except FileNotFoundError as error:
@@ -162,7 +171,7 @@ class S3Bucket:
 
     def list(self, folder: str, after: str = "") -> Iterator[Held]:
         """The objects below a folder that come behind `after`, sorted by key."""
-        with self._errors(folder):
+        with self._errors(folder, "ListBucket"):
             for batch in obstore.list(self._store, check_key(folder), offset=after or None, chunk_size=1000):
                 for meta in batch:
                     yield Held(meta["path"], meta["size"], meta["last_modified"].timestamp())
@@ -170,7 +179,7 @@ class S3Bucket:
     def delete(self, keys: Sequence[str]) -> None:
         """Delete objects; one that is not there is fine."""
         if keys:
-            with self._errors(keys[0]), contextlib.suppress(FileNotFoundError):
+            with self._errors(keys[0], "DeleteObject"), contextlib.suppress(FileNotFoundError):
                 obstore.delete(self._store, [check_key(key) for key in keys])
 
     def uploads(self, older_than: float) -> None:
@@ -189,7 +198,7 @@ class S3Bucket:
             )
 
     @contextlib.contextmanager
-    def _errors(self, key: str) -> Iterator[None]:
+    def _errors(self, key: str, right: str) -> Iterator[None]:
         global _used_by
         if _used_by not in (None, os.getpid()):
             raise Forked(
@@ -199,26 +208,40 @@ class S3Bucket:
         _used_by = os.getpid()
         try:
             yield
-        except (PermissionDeniedError, UnauthenticatedError) as error:
-            raise Denied(f"{self.url}/{key}: {self._refusal(error)}") from None
         except FileNotFoundError as error:
             self._check_bucket(error)
             raise NotFound(f"{self.url}/{key}: is not there") from None
         except BaseError as error:
-            if "AccessDenied" in str(error):
-                raise Denied(f"{self.url}/{key}: {self._refusal(error)}") from None
+            if _is_refused(error):
+                raise Denied(f"{self.url}/{key}: {_refusal(_reason(error), right)}") from None
             at = f" at {self._endpoint}" if self._endpoint else ""
             raise Unreachable(
                 f"{self.url}: the store{at} does not answer ({_reason(error)}); repeat"
             ) from None
 
-    def _refusal(self, error: Exception) -> str:
-        reason = _reason(error)
-        if reason in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "TokenRefreshRequired"):
-            return f"the store does not take these keys ({reason}); check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        if reason == "RequestTimeTooSkewed":
-            return "this computer's clock is wrong (RequestTimeTooSkewed); set it"
-        return f"these keys lack the right ({reason})"
+
+def _is_refused(error: BaseError) -> bool:
+    """Whether a store has answered that it does not do this for these keys."""
+    if isinstance(error, PermissionDeniedError | UnauthenticatedError):
+        return True
+    # Some of this comes as a malformed request (400), and in the text alone.
+    return _reason(error) in (*_KEYS_REFUSED, _SKEWED) or "AccessDenied" in str(error)
+
+
+def _refusal(reason: str, right: str) -> str:
+    """Why a store refuses, and what to do.
+
+    Args:
+        right: what the request needs.
+    """
+    if reason in _KEYS_REFUSED:
+        return (
+            f"the store does not take these keys ({reason}); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and "
+            "AWS_SESSION_TOKEN, or AWS_PROFILE"
+        )
+    if reason == _SKEWED:
+        return f"this computer's clock is wrong ({reason}); set it"
+    return f"these keys lack the right {right} ({reason})"
 
 
 def _told(file: BinaryIO, size: int, part: int, progress: Progress) -> Iterator[bytes]:

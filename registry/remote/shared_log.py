@@ -1,4 +1,4 @@
-"""The log in a bucket: one object for each entry, which is created if there is none of its number.
+"""The log that hosts share: one object for each entry, which is created if there is none of its number.
 
 An object is the entry's line, as in a folder's log, and a line of JSON with the headers of the packs that the entry names,
 compressed together.
@@ -10,7 +10,6 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,11 @@ import zstandard
 from registry.log import entries, settings
 from registry.log.entries import START, Entry
 from registry.log.sharing import Behind, history_changed
-from registry.remote.bucket import Bucket, Unreachable
+from registry.remote.bucket import Unreachable
+from registry.remote.journal import Journal
 from registry.remote.packs import RemotePacks
 from registry.store import durable, header, places
 from registry.store.errors import Corrupt, Invalid
-
-FOLDER = "journal"
 
 _LARGEST = 64 << 20
 """Bytes of an object, compressed and not."""
@@ -34,7 +32,6 @@ _CONFIRM = 60.0
 """Seconds after which a host sees again, before it adds an entry, that the last one is still there."""
 _REST = 20.0
 """Seconds for which nothing that can do without it tries a bucket that could not be reached, as that costs seconds."""
-_AT_ONCE = 16
 _PATIENCE = 60.0
 """Seconds for which it is asked again whether an entry whose answer was lost is there."""
 
@@ -43,13 +40,13 @@ class SharedLog:
     """The log of a shared registry; a `registry.log.sharing.Shared`, safe to use from several threads.
 
     Args:
-        bucket: where it lies.
-        packs: the packs there.
+        journal: its objects.
+        packs: those in the bucket.
         root: this host's folder.
     """
 
-    def __init__(self, bucket: Bucket, packs: RemotePacks, root: Path) -> None:
-        self._bucket = bucket
+    def __init__(self, journal: Journal, packs: RemotePacks, root: Path) -> None:
+        self._journal = journal
         self._packs = packs
         self._settings = root / settings.SHARED
         self._asked = self._confirmed = -_CONFIRM
@@ -58,11 +55,11 @@ class SharedLog:
     @property
     def url(self) -> str:
         """Where it is, without keys."""
-        return self._bucket.url
+        return self._journal.url
 
     def is_there(self) -> bool:
         """Whether the log has an entry."""
-        return self._bucket.get(_key(1), _LARGEST) is not None
+        return self._object(1) is not None
 
     def is_due(self) -> bool:
         """Whether it is time to ask for what other hosts have added."""
@@ -90,7 +87,7 @@ class SharedLog:
     def _news(self, seq: int, digest: str) -> Iterator[Entry]:
         # Also where the answer does not come: otherwise each call would wait for it.
         self._asked = time.monotonic()
-        found = self._bucket.get(_key(seq + 1), _LARGEST)
+        found = self._object(seq + 1)
         if found is None:
             self._confirm(seq, digest)
             return
@@ -118,10 +115,9 @@ class SharedLog:
         self._packs.upload(packs)
         headers = self._packs.headers(packs)
         data = packed(entry, headers)
-        key = _key(entry.seq)
         until = time.monotonic() + _PATIENCE
-        while not self._bucket.create(key, data):
-            there = self._bucket.get(key, _LARGEST)
+        while not self._journal.create(entry.seq, data):
+            there = self._object(entry.seq)
             if there == data:
                 # It was this one, and its answer was lost.
                 break
@@ -150,7 +146,7 @@ class SharedLog:
         """See that the last entry that this host has is still there, and so nothing older was put back."""
         if not seq or self._confirmed + _CONFIRM > time.monotonic():
             return
-        data = self._bucket.get(_key(seq), _LARGEST)
+        data = self._object(seq)
         if data is None or unpacked(data)[0].digest != digest:
             lost = "is missing" if data is None else "is another one"
             raise history_changed(self.url, f": entry {seq}, which this host has, {lost} there")
@@ -159,24 +155,18 @@ class SharedLog:
     def _from(self, seq: int, first: bytes) -> Iterator[tuple[int, bytes]]:
         """The objects of the log from a number on, of which the first was read."""
         yield seq, first
-        listed = [int(held.key[len(FOLDER) + 1 :].partition(".")[0]) for held in self._listed(seq)]
-        with ThreadPoolExecutor(_AT_ONCE, "registry-log") as pool:
-            # A listing may lag. What counts is that an entry is there.
-            for number, data in zip(listed, pool.map(self._object, listed), strict=True):
-                seq += 1
-                if number != seq or data is None:
-                    seq -= 1
-                    break
-                yield seq, data
+        # What it gives may lag. What counts is that an entry is there.
+        for number, found in self._journal.behind(seq, _LARGEST):
+            if number != seq + 1:
+                break
+            seq = number
+            yield seq, found
         while (data := self._object(seq + 1)) is not None:
             seq += 1
             yield seq, data
 
-    def _listed(self, seq: int) -> Iterator[Any]:
-        return (held for held in self._bucket.list(FOLDER, after=_key(seq)) if _is_key(held.key))
-
     def _object(self, seq: int) -> bytes | None:
-        return self._bucket.get(_key(seq), _LARGEST)
+        return self._journal.get(seq, _LARGEST)
 
     def _taken(self, seq: int, data: bytes) -> Entry:
         """An entry, whose headers of packs are kept on this host from now on."""
@@ -187,7 +177,7 @@ class SharedLog:
             for found in headers:
                 self._packs.keep_header(found)
         except Corrupt as error:
-            raise Corrupt(f"{self.url}/{_key(seq)}: {error}; nothing is written") from None
+            raise Corrupt(f"{self._journal.name(seq)}: {error}; nothing is written") from None
         return entry
 
 
@@ -249,12 +239,3 @@ def _is_header(value: Any) -> bool:
         and value.keys() == _HEADER.keys()
         and all(check(value[name]) for name, check in _HEADER.items())
     )
-
-
-def _key(seq: int) -> str:
-    return f"{FOLDER}/{seq:016d}.zst"
-
-
-def _is_key(key: str) -> bool:
-    name = key.removeprefix(f"{FOLDER}/").removesuffix(".zst")
-    return len(name) == 16 and name.isdecimal() and name.isascii()

@@ -8,13 +8,15 @@ from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from registry.remote.bucket import check_key
-from registry.store.errors import Invalid
+from registry.store.errors import Invalid, Unsupported
 from registry.store.text import quoted
 
 SCHEMES = ("s3", "file", "gs", "az")
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,254}\Z")
+_LOG_URL = re.compile(r"postgres(ql)?://[A-Za-z0-9._~%:,\[\]-]*(/[A-Za-z0-9._~%-]*)?\Z")
+_LOG_TABLE = re.compile(r"journal_[0-9a-f]{16}\Z")
 
 
 class Address(NamedTuple):
@@ -77,3 +79,36 @@ def parse(text: str) -> Address:
                 f"{quoted(text)}: the prefix may have letters, digits, '_', '-' and '.', in parts with '/' between them"
             ) from None
     return Address(scheme, parts.netloc, prefix)
+
+
+def log_place(url: str, name: str) -> str:
+    """Where in PostgreSQL the log of a shared registry lies: the URL of the database, `#`, and the table.
+
+    Args:
+        url: of the database, as a user gives it.
+        name: 16 hex digits that no other registry has, as several may use one database.
+
+    Raises:
+        Invalid: if the URL is malformed, or holds more than a server and a database. It is not repeated in the message.
+    """
+    if not _LOG_URL.match(url):
+        raise Invalid(
+            "the log's URL names a server and a database alone, as postgresql://HOST/DATABASE; user, password and options "
+            "come from the environment: PGUSER, PGPASSWORD or PGPASSFILE, PGSERVICE, PGSSLMODE"
+        )
+    return f"{url}#journal_{name}"
+
+
+def parse_log_place(place: str) -> tuple[str, str]:
+    """The URL of a database, and the table in it.
+
+    Raises:
+        Unsupported: if it is none that `log_place` makes. It is not repeated in the message.
+    """
+    url, _, table = place.partition("#")
+    if not _LOG_URL.match(url) or not _LOG_TABLE.match(table):
+        raise Unsupported(
+            "the registry names a place for its log that this version of torch-registry does not know; upgrade with: "
+            "pip install -U torch-registry, or correct its registry.toml"
+        )
+    return url, table

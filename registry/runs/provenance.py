@@ -41,10 +41,14 @@ def devices(tensors: Iterable[torch.Tensor]) -> list[str]:
 
 
 def _without_place(word: str) -> str:
-    """A word of the command line; a path outside the working directory is cut down to its last part."""
+    """A word of the command line; a path outside the working directory, or a URL, is cut down to its last part."""
     option, equals, value = word.partition("=")
     if equals and option.startswith("-"):
         return f"{option}={_without_place(value)}"
+    if "://" in word:
+        # It may hold a password, or a token behind `?`.
+        path = re.split(r"[?#]", word.partition("://")[2].partition("/")[2])[0]
+        return f".../{re.split('[/@]', path)[-1]}"
     if not _ABSOLUTE.match(word):
         return word
     try:

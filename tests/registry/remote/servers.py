@@ -33,8 +33,12 @@ def weed() -> str | None:
 
 
 @contextlib.contextmanager
-def seaweed(folder: Path) -> Iterator[int]:
-    """Run the server until the block ends; gives its port."""
+def seaweed(folder: Path, users: Path | None = None) -> Iterator[int]:
+    """Run the server until the block ends; gives its port.
+
+    Args:
+        users: a file with users and their rights, one of them with `KEYS`; otherwise there is that one alone.
+    """
     program = weed()
     assert program
     first = _free_ports()
@@ -50,6 +54,8 @@ def seaweed(folder: Path) -> Iterator[int]:
         ),
         *(f"-{name}.port={port}" for name, port in ports.items()),
     ]
+    if users:
+        words.append(f"-s3.config={users}")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "weed.log", "wb") as log:
         # Its sockets lie in the temporary folder.
@@ -99,7 +105,7 @@ class Fault:
 
     Attributes:
         method, match: of the requests: their method, and a pattern that is looked for in path and query.
-        do: `403`, `409`, `500`, `503`, `507`: answer that, and hand nothing on. `lose`: hand it on, then end the
+        do: `403`, `409`, `500`, `503`, `507`, `400 ExpiredToken`: answer that, and hand nothing on. `lose`: hand it on, then end the
             connection without an answer. `flip`, `cut`: change a bit of the answer's body, or end it in the middle.
             `race`: look whether the object is there, then put without the condition. `blind`: without the condition.
         skip: how many such requests pass first.
@@ -155,6 +161,8 @@ def layer(behind: int) -> Iterator[Layer]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        # Otherwise each answer waits 40 ms for the client's receipt of its head.
+        disable_nagle_algorithm = True
 
         def handle_one_request(self) -> None:
             with contextlib.suppress(ConnectionError, TimeoutError):
@@ -188,8 +196,8 @@ def _answer(handler: BaseHTTPRequestHandler, state: Layer) -> None:
     do = fault.do if fault else ""
     if fault:
         fault.before()
-    if do.isdigit():
-        _say(handler, int(do))
+    if do[:3].isdigit():
+        _say(handler, int(do[:3]), do[4:])
         return
     if do in ("race", "blind"):
         _say(handler, 200 if _put_anyway(state, handler.path, body, looks=do == "race") else 412)
@@ -218,8 +226,8 @@ def _answer(handler: BaseHTTPRequestHandler, state: Layer) -> None:
 _CODES = {403: "AccessDenied", 409: "ConditionalRequestConflict", 412: "PreconditionFailed", 503: "SlowDown"}
 
 
-def _say(handler: BaseHTTPRequestHandler, status: int) -> None:
-    code = _CODES.get(status, "InternalError")
+def _say(handler: BaseHTTPRequestHandler, status: int, code: str = "") -> None:
+    code = code or _CODES.get(status, "InternalError")
     body = f"<Error><Code>{code}</Code><Message>injected</Message></Error>".encode() if status != 200 else b""
     handler.send_response_only(status)
     handler.send_header("ETag", '"injected"')

@@ -190,7 +190,7 @@ def test_a_busy_store_is_asked_again(s3: Layer, bucket: S3Bucket) -> None:
 
 def test_a_right_that_is_missing_is_named(s3: Layer, bucket: S3Bucket) -> None:
     s3.faults.append(Fault("PUT", ENTRY, "403", times=9))
-    with pytest.raises(Denied, match=rf"{ENTRY}: these keys lack the right \(AccessDenied\)"):
+    with pytest.raises(Denied, match=rf"{ENTRY}: these keys lack the right PutObject \(AccessDenied\)"):
         bucket.create(ENTRY, b"")
 
 

@@ -62,13 +62,15 @@ def test_nothing_recorded_names_a_person_a_machine_or_a_place_outside(tmp_path: 
     who = ["-c", "user.name=somebody-known", "-c", "user.email=somebody-known@example.org"]
     subprocess.run(["git", *who, "commit", "-qm", "x"], cwd=place, check=True)
     command = [sys.executable, str(place / "train.py"), "reg", "--data=/mnt/somebody-known/set", "~/x/y.txt"]
+    command += ["--root=s3://key:somebody-known@models/team?x=somebody-known", "s3://a:somebody-known@models"]
     done = subprocess.run(command, cwd=place, check=True, env={**os.environ, "USER": "somebody-known"})
     assert done.returncode == 0
     (place / "train.py").write_text(SECRET + "# changed\n")
     subprocess.run(command, cwd=place, check=True)
     registry = Registry(place / "reg")
     first, second = registry["net:v1"].provenance, registry["net:v2"].provenance
-    assert first["command"] == ["train.py", "reg", "--data=.../set", ".../y.txt"]
+    words = ["train.py", "reg", "--data=.../set", ".../y.txt", "--root=.../team", ".../"]
+    assert first["command"] == words
     assert [first["git"]["dirty"], second["git"]["dirty"]] == [False, True]
     assert len(first["git"]["commit"]) == 40
     stored = b"".join(

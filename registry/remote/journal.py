@@ -1,0 +1,99 @@
+"""The objects of the log, one for each entry, by number; and how they lie in a bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+from registry.remote.bucket import Bucket
+
+FOLDER = "journal"
+_AT_ONCE = 16
+
+
+class Journal(Protocol):
+    """The objects of the log by number; safe to use from several threads.
+
+    Every method raises `Unreachable`, `Denied`, or another `StorageError` that says where the log is.
+    """
+
+    @property
+    def url(self) -> str:
+        """Where it is, without keys."""
+        ...
+
+    def name(self, seq: int) -> str:
+        """What to call an object in an error."""
+        ...
+
+    def create(self, seq: int, data: bytes) -> bool:
+        """Make an object if there is none of this number.
+
+        Returns:
+            Whether this call is known to have made it. Otherwise look: it may be there, by this call or another, or not.
+        """
+        ...
+
+    def get(self, seq: int, limit: int) -> bytes | None:
+        """An object's bytes; None if it is not there.
+
+        Raises:
+            Corrupt: if it has more than `limit` bytes, of which none is kept.
+        """
+        ...
+
+    def behind(self, seq: int, limit: int) -> Iterator[tuple[int, bytes]]:
+        """The objects behind a number, in order. The last ones may be missing.
+
+        Raises:
+            Corrupt: as `get`.
+        """
+        ...
+
+
+class BucketJournal:
+    """The log in a bucket; a `Journal`.
+
+    Args:
+        bucket: where it lies.
+    """
+
+    def __init__(self, bucket: Bucket) -> None:
+        self._bucket = bucket
+
+    @property
+    def url(self) -> str:
+        """Where it is, without keys."""
+        return self._bucket.url
+
+    def name(self, seq: int) -> str:
+        """The URL of an object."""
+        return f"{self.url}/{_key(seq)}"
+
+    def create(self, seq: int, data: bytes) -> bool:
+        """Make an object if there is none of this number."""
+        return self._bucket.create(_key(seq), data)
+
+    def get(self, seq: int, limit: int) -> bytes | None:
+        """An object's bytes; None if it is not there."""
+        return self._bucket.get(_key(seq), limit)
+
+    def behind(self, seq: int, limit: int) -> Iterator[tuple[int, bytes]]:
+        """The objects behind a number that a listing shows, which may lag; several are read at a time."""
+        held = (held.key for held in self._bucket.list(FOLDER, after=_key(seq)))
+        listed = [int(key[len(FOLDER) + 1 :].partition(".")[0]) for key in held if _is_key(key)]
+        with ThreadPoolExecutor(_AT_ONCE, "registry-log") as pool:
+            for number, data in zip(listed, pool.map(lambda n: self.get(n, limit), listed), strict=True):
+                if data is None:
+                    return
+                yield number, data
+
+
+def _key(seq: int) -> str:
+    return f"{FOLDER}/{seq:016d}.zst"
+
+
+def _is_key(key: str) -> bool:
+    name = key.removeprefix(f"{FOLDER}/").removesuffix(".zst")
+    return len(name) == 16 and name.isdecimal() and name.isascii()
