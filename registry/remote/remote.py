@@ -24,13 +24,14 @@ class Remote:
     Attributes:
         url: where it is, without keys.
         folder: this host's folder for it, with a copy of the log, the catalog, and packs that were needed here.
+        bucket: where it is.
         log, packs: those in the bucket.
     """
 
     def __init__(self, url: str, bucket: Bucket, folder: Path) -> None:
         self.url = url
         self.folder = folder
-        self._bucket = bucket
+        self.bucket = bucket
         self.packs = RemotePacks(bucket, folder)
         self.log = SharedLog(bucket, self.packs)
 
@@ -45,9 +46,9 @@ class Remote:
             Unsupported: if the store does not keep to what is asked of it.
             StorageError: if it cannot be reached, or refuses.
         """
-        if problem := probe(self._bucket):
+        if problem := probe(self.bucket):
             raise Unsupported(f"{self.url}: this store cannot hold a shared registry: {problem}")
-        self._bucket.create(SETTINGS, b"format = 2\n")
+        self.bucket.create(SETTINGS, b"format = 2\n")
 
 
 def open_remote(text: str, folder: Path | None = None) -> Remote:

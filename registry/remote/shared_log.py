@@ -6,6 +6,7 @@ compressed together.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -31,6 +32,8 @@ _REFRESH = 5.0
 _CONFIRM = 60.0
 """Seconds after which a host sees again, before it adds an entry, that the last one is still there."""
 _AT_ONCE = 16
+_MANY = 256
+"""Entries that are asked for in one go, where all of them are."""
 _PATIENCE = 60.0
 """Seconds for which it is asked again whether an entry whose answer was lost is there."""
 
@@ -55,7 +58,7 @@ class SharedLog:
 
     def is_there(self) -> bool:
         """Whether the log has an entry."""
-        return self._bucket.get(_key(1), _LARGEST) is not None
+        return self._bucket.get(entry_key(1), _LARGEST) is not None
 
     def is_due(self) -> bool:
         """Whether it is time to ask for what other hosts have added."""
@@ -65,7 +68,7 @@ class SharedLog:
         """The entries behind one, in order; see `registry.log.sharing.Shared.news`."""
         # Also where the answer does not come: otherwise each call would wait for it.
         self._asked = time.monotonic()
-        found = self._bucket.get(_key(seq + 1), _LARGEST)
+        found = self._bucket.get(entry_key(seq + 1), _LARGEST)
         if found is None:
             self._confirm(seq, digest)
             return
@@ -88,7 +91,7 @@ class SharedLog:
         self._packs.upload(packs)
         headers = self._packs.headers(packs)
         data = packed(entry, headers)
-        key = _key(entry.seq)
+        key = entry_key(entry.seq)
         until = time.monotonic() + _PATIENCE
         while not self._bucket.create(key, data):
             there = self._bucket.get(key, _LARGEST)
@@ -105,11 +108,39 @@ class SharedLog:
             self._packs.keep_header(found)
         self._asked = self._confirmed = time.monotonic()
 
+    def entries(self) -> Iterator[tuple[int, Entry | None]]:
+        """All numbers up to the last one that is listed, with their entries; None for one that is missing or damaged."""
+        last = max((_seq(held.key) for held in self._listed(0)), default=0)
+
+        numbers = range(1, last + 1)
+        with ThreadPoolExecutor(_AT_ONCE, "registry-log") as pool:
+            for start in range(0, last, _MANY):
+                part = numbers[start : start + _MANY]
+                yield from zip(part, pool.map(self._readable, part), strict=True)
+
+    def put_back(self, entry: Entry) -> None:
+        """Put an entry in its place in the bucket, where it is missing or damaged.
+
+        Raises:
+            Corrupt: if another entry is there, or the header of a pack that the entry names cannot be had.
+            StorageError: if the place cannot be reached, or refuses.
+        """
+        packs = [record["digest"] for record in entry.records if record["op"] == "pack"]
+        data, key = packed(entry, self._packs.headers(packs)), entry_key(entry.seq)
+        if self._bucket.create(key, data):
+            return
+        there = self._readable(entry.seq)
+        if there is None:
+            # Not deleted and created, as another host could take the number in between.
+            self._bucket.put(key, data)
+        elif there.digest != entry.digest:
+            raise history_changed(self.url, f": entry {entry.seq} is another one there")
+
     def _confirm(self, seq: int, digest: str) -> None:
         """See that the last entry that this host has is still there, and so nothing older was put back."""
         if not seq or self._confirmed + _CONFIRM > time.monotonic():
             return
-        data = self._bucket.get(_key(seq), _LARGEST)
+        data = self._bucket.get(entry_key(seq), _LARGEST)
         if data is None or unpacked(data)[0].digest != digest:
             lost = "is missing" if data is None else "is another one"
             raise history_changed(self.url, f": entry {seq}, which this host has, {lost} there")
@@ -118,7 +149,7 @@ class SharedLog:
     def _from(self, seq: int, first: bytes) -> Iterator[tuple[int, bytes]]:
         """The objects of the log from a number on, of which the first was read."""
         yield seq, first
-        listed = [int(held.key[len(FOLDER) + 1 :].partition(".")[0]) for held in self._listed(seq)]
+        listed = [_seq(held.key) for held in self._listed(seq)]
         with ThreadPoolExecutor(_AT_ONCE, "registry-log") as pool:
             # A listing may lag. What counts is that an entry is there.
             for number, data in zip(listed, pool.map(self._object, listed), strict=True):
@@ -132,10 +163,18 @@ class SharedLog:
             yield seq, data
 
     def _listed(self, seq: int) -> Iterator[Any]:
-        return (held for held in self._bucket.list(FOLDER, after=_key(seq)) if _is_key(held.key))
+        return (held for held in self._bucket.list(FOLDER, after=entry_key(seq)) if _is_key(held.key))
 
     def _object(self, seq: int) -> bytes | None:
-        return self._bucket.get(_key(seq), _LARGEST)
+        return self._bucket.get(entry_key(seq), _LARGEST)
+
+    def _readable(self, seq: int) -> Entry | None:
+        """The entry of a number; None if it is missing or damaged."""
+        data = self._object(seq)
+        with contextlib.suppress(Corrupt):
+            entry = unpacked(data)[0] if data is not None else None
+            return entry if entry is None or entry.seq == seq else None
+        return None
 
     def _taken(self, seq: int, data: bytes) -> Entry:
         """An entry, whose headers of packs are kept on this host from now on."""
@@ -146,7 +185,7 @@ class SharedLog:
             for found in headers:
                 self._packs.keep_header(found)
         except Corrupt as error:
-            raise Corrupt(f"{self.url}/{_key(seq)}: {error}; nothing is written") from None
+            raise Corrupt(f"{self.url}/{entry_key(seq)}: {error}; nothing is written") from None
         return entry
 
 
@@ -210,8 +249,14 @@ def _is_header(value: Any) -> bool:
     )
 
 
-def _key(seq: int) -> str:
+def entry_key(seq: int) -> str:
+    """The key of an entry in a bucket."""
     return f"{FOLDER}/{seq:016d}.zst"
+
+
+def _seq(key: str) -> int:
+    """The number of the entry that has a key."""
+    return int(key[len(FOLDER) + 1 :].partition(".")[0])
 
 
 def _is_key(key: str) -> bool:
