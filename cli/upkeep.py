@@ -21,7 +21,8 @@ def verify(references: tuple[str, ...], registry: Registry, as_json: bool) -> in
     """Compare every stored byte with its digest.
 
     With REFERENCEs, the command reads only the bytes that they need. The exit status is 1 if anything is not as it was
-    saved. When something saves a damaged tensor again, it is written again, and the versions that hold it are whole.
+    saved. What is damaged comes back from a second copy with registry repair. When something saves a damaged tensor again,
+    it is written again, too, and the versions that hold it are whole.
     """
     with progress_bar("verifying") as report:
         found = registry.verify(references, progress=report)
@@ -37,6 +38,8 @@ def verify(references: tuple[str, ...], registry: Registry, as_json: bool) -> in
         f"{size(found.bytes)} in {counted(found.packs, 'pack')}"
     )
     say(f"{checked}: {counted(len(found.problems), 'problem') if found.problems else 'all as saved'}")
+    if found.problems:
+        say("a second copy, such as a backup, puts back what it has: registry repair --from PLACE")
     return int(bool(found.problems))
 
 
