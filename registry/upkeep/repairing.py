@@ -121,15 +121,17 @@ class _Repair:
         self._put_back_packs()
         self._refold()
         self._put_back_tensors()
-        self._refold()
+        self._refold(invariants(self._catalog.query, self._store))
         return Repaired(**self._counts, problems=tuple(self._problems))
 
-    def _refold(self) -> None:
-        """Make the catalog anew, unless it is what follows from the log, the manifests and the packs as they are now."""
+    def _refold(self, more: Iterable[str] = ()) -> None:
+        """Make the catalog anew, unless it is what follows from the log, the manifests and the packs as they are now.
+
+        Args:
+            more: other reasons to make it anew.
+        """
         catalog = self._catalog
-        if not self._dry_run and any(
-            [*catalog.gaps(), *catalog.problems(), *invariants(catalog.query, self._store)]
-        ):
+        if not self._dry_run and any([*catalog.gaps(), *catalog.problems(), *more]):
             self._counts["entries"] += len(catalog.refold().healed)
 
     def _mend_log(self) -> None:
@@ -231,8 +233,11 @@ class _Repair:
 
     def _put_back_packs(self) -> None:
         """Look at all packs that count, those first that others rest on."""
+        # It is not known whether one whose header could not be read is used.
+        is_known = "number IN (SELECT pack FROM tensors)"
         rows = self._catalog.query(
-            f"SELECT digest, size FROM packs WHERE NOT (damaged = 1 AND {UNUSED}) ORDER BY differences, number"
+            f"SELECT digest, size FROM packs WHERE NOT (damaged = 1 AND {UNUSED} AND {is_known}) "
+            "ORDER BY differences, number"
         )
         done, total = 0, sum(size for _, size in rows)
         for pack, size in rows:

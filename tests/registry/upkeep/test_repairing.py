@@ -83,7 +83,7 @@ def is_whole(registry: Registry) -> bool:
     return registry.verify().problems == () and registry.catalog.problems() == []
 
 
-@pytest.mark.parametrize("knows", ["knows", "has forgotten"])
+@pytest.mark.parametrize("knows", ["knows", "has forgotten", "has noted it"])
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_pack_is_put_back_as_it_was(
     registry: Registry, tmp_path: Path, kind: str, knows: str
@@ -94,9 +94,13 @@ def test_a_damaged_pack_is_put_back_as_it_was(
     before = {path: path.read_bytes() for path in packs(registry.root)}
     for path in before:
         damage(path, kind)
-    if knows == "has forgotten":
+    if knows != "knows":
         catalog_is_lost(registry.root)
     again = reopened(registry)
+    if knows == "has noted it":
+        assert again.verify().problems
+        catalog_is_lost(again.root)
+        again = reopened(again)
     would = again.repair(backup, dry_run=True)
     assert (would.packs, would.problems) == (2, ())
     assert {path: path.read_bytes() for path in packs(registry.root) if not path.is_symlink()} != before
