@@ -79,6 +79,7 @@ _ROWS = (
     Row("upkeep", "verify", is_light=True),
     Row("upkeep", "gc", is_light=True),
     Row("upkeep", "compact"),
+    Row("upkeep", "repair"),
     Row("upkeep", "rebuild", is_light=True),
     Row("configs", "config", is_light=True),
     Row("shell", "completion", is_light=True),

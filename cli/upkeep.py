@@ -1,4 +1,4 @@
-"""Keeping house: verify, gc, compact, rebuild."""
+"""Keeping house: verify, gc, compact, repair, rebuild."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def verify(references: tuple[str, ...], registry: Registry, as_json: bool) -> in
     """Compare every stored byte with its digest.
 
     With REFERENCEs, the command reads only the bytes that they need. The exit status is 1 if anything is not as it was
-    saved. When something saves a damaged tensor again, it is written again, and the versions that hold it are whole.
+    saved. What is damaged comes back from a second copy with registry repair. When something saves a damaged tensor again,
+    it is written again, too, and the versions that hold it are whole.
     """
     with progress_bar("verifying") as report:
         found = registry.verify(references, progress=report)
@@ -37,6 +38,8 @@ def verify(references: tuple[str, ...], registry: Registry, as_json: bool) -> in
         f"{size(found.bytes)} in {counted(found.packs, 'pack')}"
     )
     say(f"{checked}: {counted(len(found.problems), 'problem') if found.problems else 'all as saved'}")
+    if found.problems:
+        say("a second copy, such as a backup, puts back what it has: registry repair --from PLACE")
     return int(bool(found.problems))
 
 
@@ -109,6 +112,43 @@ def compact(models: tuple[str, ...], dry_run: bool, registry: Registry, as_json:
     if any(one.after for one in found):
         say("registry gc frees the space")
     return int(any(one.problem for one in found))
+
+
+@command(
+    "repair",
+    "registry repair --from /backup/models --dry-run\nregistry repair --from s3://models/team",
+)
+@click.option("--from", "place", required=True, metavar="PLACE", help="The second copy: a folder or a URL.")
+@click.option("--dry-run", is_flag=True, help="Only show what would be put back.")
+def repair(place: str, dry_run: bool, registry: Registry, as_json: bool) -> int:
+    """Put back what is damaged or missing from a second copy.
+
+    A second copy is a backup, a registry that versions were copied to or from, or a computer's folder for a shared
+    registry. Every byte of the packs is read. Only bytes whose digest is that of what is missing are taken, and nothing is
+    removed. Entries of the log come only from a copy of the same log. The exit status is 1 if something is left that
+    PLACE does not have either.
+    """
+    with progress_bar("repairing") as report:
+        found = registry.repair(place, dry_run=dry_run, progress=report)
+    if as_json:
+        print_json({"dry_run": dry_run, **asdict(found)})
+        return int(bool(found.problems))
+    for problem in found.problems:
+        used = f" (needed by {', '.join(problem.checkpoints)})" if problem.checkpoints else ""
+        warn(f"{problem.message}{used}")
+    parts = [
+        counted(found.entries, "entry of the log", "entries of the log"),
+        counted(found.manifests, "manifest"),
+        counted(found.packs, "pack"),
+        f"{counted(found.tensors, 'tensor')} in new packs",
+    ]
+    numbers = (found.entries, found.manifests, found.packs, found.tensors)
+    done = ", ".join(part for part, number in zip(parts, numbers, strict=True) if number)
+    if done:
+        say(f"{'would put back' if dry_run else 'put back'} {size(found.bytes)}: {done}")
+    else:
+        say("nothing was put back" if found.problems else "nothing is damaged")
+    return int(bool(found.problems))
 
 
 @command("rebuild", "registry rebuild\nregistry rebuild --adopt")

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from registry.upkeep.garbage import Collected
     from registry.upkeep.outbox import Outbox
     from registry.upkeep.rebuilding import Rebuilt
+    from registry.upkeep.repairing import Repaired
     from registry.upkeep.status import Status
     from registry.upkeep.verification import Verification
 
@@ -520,6 +521,24 @@ class Registry(Home):
         from registry.upkeep.rebuilding import rebuild
 
         return rebuild(self.catalog, self.store, adopt=adopt, progress=progress)
+
+    def repair(
+        self, other: Path | str | Home, *, dry_run: bool = False, progress: Progress = silent
+    ) -> Repaired:
+        """Put back what is damaged or missing from a second copy, by digest; see `registry.upkeep.repairing.repair`.
+
+        Args:
+            other: a folder, a URL, or another registry.
+            dry_run: only say what would be put back.
+
+        Returns:
+            What was put back, and the problems that are left.
+        """
+        # Lazy: start-up.
+        from registry.upkeep.repairing import repair
+
+        place = other.place if isinstance(other, Home) else other
+        return repair(self, place, dry_run=dry_run, progress=progress)
 
     def status(self) -> Status:
         """What the registry holds, from the catalog alone."""

@@ -278,7 +278,9 @@ class ManifestFolder:
             with open_regular(path, inner=INNER) as file:
                 data = file.read(MAX_SIZE + 1)
             if digest_of(data) != digest:
-                raise Corrupt(f"{path}: the manifest is not what was saved; restore it from a backup")
+                raise Corrupt(
+                    f"{path}: the manifest is not what was saved; put it back with: registry repair --from A-COPY"
+                )
         except Corrupt as error:
             text = (text_of or self._index.manifest_text)(digest)
             if text is None or digest_of(text) != digest:

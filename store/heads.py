@@ -89,7 +89,16 @@ def kept_text(folder: Path, digest: str) -> tuple[bytes, int, int]:
     Raises:
         Missing: if it is not kept.
     """
-    with places.open_regular(head_path(folder, digest), inner=INNER) as file:
+    return text_kept_in(head_path(folder, digest))
+
+
+def text_kept_in(path: Path) -> tuple[bytes, int, int]:
+    """The header in the file for a pack; see `text_in`.
+
+    Raises:
+        Missing: if it is not kept.
+    """
+    with places.open_regular(path, inner=INNER) as file:
         data = file.read(_LARGEST)
     size, head = (int.from_bytes(data[start : start + 8], "little") for start in (0, 8))
     return data[16:], head, size

@@ -241,7 +241,7 @@ def damaged(packs: Path, item: Wanted) -> Corrupt:
     error = Corrupt(
         f"{item.name}: the bytes {item.location.start} to {end} of pack "
         f"{pack_path(packs, item.location.pack).name} are not what was saved; "
-        "restore the pack from a backup, or load another version"
+        "put them back with: registry repair --from A-COPY, or load another version"
     )
     error.pack = item.location.pack
     return error

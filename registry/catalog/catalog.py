@@ -27,6 +27,7 @@ from registry.store import places
 from registry.store.errors import Corrupt, RegistryError, StorageError
 
 if TYPE_CHECKING:
+    from registry.catalog.mending import EntriesOf, Mended
     from registry.catalog.refolding import Refolded
     from registry.catalog.transactions import View
     from registry.log.entries import Entry, Record
@@ -207,6 +208,16 @@ class Catalog:
         self.check_writable()
         problems = self.migrate(chooses=True) if self.format == 1 else []
         return refold(self._database, self.ledger, why=why)._replace(problems=problems)
+
+    def mend(self, entries_of: EntriesOf, *, dry_run: bool = False) -> Mended:
+        """Put back entries of the log from a second copy of it; see `registry.catalog.mending.mend`.
+
+        Once it is mended, `refold` makes the catalog anew.
+        """
+        # Lazy: start-up.
+        from registry.catalog.mending import mend
+
+        return mend(self._database, self.connection(), entries_of, dry_run=dry_run)
 
     def problems(self) -> list[str]:
         """Where the log, the catalog's copy of it and the tables contradict one another, in words.

@@ -60,6 +60,10 @@ class Bucket(Protocol):
         """
         ...
 
+    def put(self, key: str, data: bytes) -> None:
+        """Put a small object in the place of one that has the key; it may be repeated."""
+        ...
+
     def put_file(self, key: str, path: Path, progress: Progress = silent) -> None:
         """Upload a file, in the place of an object that has the key; it may be repeated."""
         ...

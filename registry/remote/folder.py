@@ -45,6 +45,13 @@ class FolderBucket:
             file.sync(data)
             return file.publish_new(self._path(key), inner=self._inner(key))
 
+    def put(self, key: str, data: bytes) -> None:
+        """Put a small object in the place of one that has the key."""
+        with self._errors(), self._new_file() as file:
+            file.write(data)
+            file.sync(data)
+            file.publish(self._path(key), inner=self._inner(key))
+
     def put_file(self, key: str, path: Path, progress: Progress = silent) -> None:
         """Copy a file, in the place of an object that has the key."""
         with self._errors(key), places.open_regular(path) as source, self._new_file() as file:

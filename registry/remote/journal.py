@@ -43,6 +43,14 @@ class Journal(Protocol):
         """
         ...
 
+    def put(self, seq: int, data: bytes) -> None:
+        """Make an object in the place of a damaged one."""
+        ...
+
+    def last(self) -> int:
+        """The highest number that is known to have an object; 0 for none."""
+        ...
+
     def behind(self, seq: int, limit: int) -> Iterator[tuple[int, bytes]]:
         """The objects behind a number, in order. The last ones may be missing.
 
@@ -69,28 +77,41 @@ class BucketJournal:
 
     def name(self, seq: int) -> str:
         """The URL of an object."""
-        return f"{self.url}/{_key(seq)}"
+        return f"{self.url}/{entry_key(seq)}"
 
     def create(self, seq: int, data: bytes) -> bool:
         """Make an object if there is none of this number."""
-        return self._bucket.create(_key(seq), data)
+        return self._bucket.create(entry_key(seq), data)
 
     def get(self, seq: int, limit: int) -> bytes | None:
         """An object's bytes; None if it is not there."""
-        return self._bucket.get(_key(seq), limit)
+        return self._bucket.get(entry_key(seq), limit)
+
+    def put(self, seq: int, data: bytes) -> None:
+        """Make an object in the place of a damaged one."""
+        self._bucket.put(entryentry_key(seq), data)
+
+    def last(self) -> int:
+        """The highest number in a listing, which may lag; 0 for none."""
+        return max(self._listed(0), default=0)
 
     def behind(self, seq: int, limit: int) -> Iterator[tuple[int, bytes]]:
         """The objects behind a number that a listing shows, which may lag; several are read at a time."""
-        held = (held.key for held in self._bucket.list(FOLDER, after=_key(seq)))
-        listed = [int(key[len(FOLDER) + 1 :].partition(".")[0]) for key in held if _is_key(key)]
+        listed = self._listed(seq)
         with ThreadPoolExecutor(_AT_ONCE, "registry-log") as pool:
             for number, data in zip(listed, pool.map(lambda n: self.get(n, limit), listed), strict=True):
                 if data is None:
                     return
                 yield number, data
 
+    def _listed(self, seq: int) -> list[int]:
+        """The numbers behind one in a listing."""
+        keys = (held.key for held in self._bucket.list(FOLDER, after=entryentry_key(seq)))
+        return [int(key[len(FOLDER) + 1 :].partition(".")[0]) for key in keys if _is_key(key)]
 
-def _key(seq: int) -> str:
+
+def entry_key(seq: int) -> str:
+    """The key of an entry in a bucket."""
     return f"{FOLDER}/{seq:016d}.zst"
 
 

@@ -105,14 +105,14 @@ class RemotePacks:
         found = {}
         for held in self._bucket.list(FOLDER):
             digest = held.key.rpartition("/")[2].removesuffix(".safetensors")
-            if is_digest(digest) and held.key == _key(digest):
+            if is_digest(digest) and held.key == pack_key(digest):
                 found[digest] = held
         newest = max((held.modified for held in found.values()), default=0.0)
         return {digest: (newest - held.modified, held.size) for digest, held in found.items()}
 
     def delete(self, packs: Collection[str]) -> None:
         """Delete packs that were doomed."""
-        keys = [_key(digest) for digest in packs]
+        keys = [pack_key(digest) for digest in packs]
         for start in range(0, len(keys), _DELETED_AT_ONCE):
             self._bucket.delete(keys[start : start + _DELETED_AT_ONCE])
 
@@ -127,9 +127,13 @@ class RemotePacks:
                     # Another process of this host has collected its file meanwhile, and the bucket may have it.
                     self.keep_header(self._header_there(digest))
                     continue
-                self._bucket.put_file(_key(digest), pack_path(self._packs, digest))
+                self._bucket.put_file(pack_key(digest), pack_path(self._packs, digest))
                 with self._lock:
                     self._uploaded.add(digest)
+
+    def put_back(self, digest: str) -> None:
+        """Bring a pack of this host to the bucket, in the place of one that is damaged or missing there."""
+        self._bucket.put_file(pack_key(digest), pack_path(self._packs, digest))
 
     def headers(self, packs: Collection[str]) -> Sequence[Mapping[str, Any]]:
         """The headers of packs of this host, as an entry of the log carries them.
@@ -168,12 +172,12 @@ class RemotePacks:
         return {"digest": digest, "size": size, "head": head, "header": text.decode()}
 
     def _header_there(self, digest: str) -> Mapping[str, Any]:
-        held = self._bucket.head(_key(digest))
-        first = held and self._bucket.get_range(_key(digest), 0, 8)
+        held = self._bucket.head(pack_key(digest))
+        first = held and self._bucket.get_range(pack_key(digest), 0, 8)
         if not held or not first:
-            raise Missing(f"{self._bucket.url}/{_key(digest)}: the pack is missing")
+            raise Missing(f"{self._bucket.url}/{pack_key(digest)}: the pack is missing")
         length = int.from_bytes(first, "little")
-        text = self._bucket.get_range(_key(digest), 8, length) if 0 < length <= MAX_HEADER else None
+        text = self._bucket.get_range(pack_key(digest), 8, length) if 0 < length <= MAX_HEADER else None
         try:
             header = (text or b"").rstrip(b" ").decode()
         except UnicodeDecodeError:
@@ -207,9 +211,9 @@ class RemotePacks:
         """A pack's bytes, in order; several requests are under way at a time."""
 
         def part(start: int) -> bytes:
-            data = self._bucket.get_range(_key(digest), start, min(_PART, size - start))
+            data = self._bucket.get_range(pack_key(digest), start, min(_PART, size - start))
             if data is None:
-                raise Missing(f"{self._bucket.url}/{_key(digest)}: the pack is missing")
+                raise Missing(f"{self._bucket.url}/{pack_key(digest)}: the pack is missing")
             return data
 
         with ThreadPoolExecutor(_AT_ONCE, "registry-fetch") as pool:
@@ -219,8 +223,8 @@ class RemotePacks:
 
     def _odd(self, digest: str, problem: str) -> Corrupt:
         error = Corrupt(
-            f"{self._bucket.url}/{_key(digest)}: the pack is not what was saved"
-            f"{f' ({problem})' if problem else ''}; restore it from a copy"
+            f"{self._bucket.url}/{pack_key(digest)}: the pack is not what was saved"
+            f"{f' ({problem})' if problem else ''}; put it back with: registry repair --from A-COPY"
         )
         error.pack = digest
         return error
@@ -242,5 +246,6 @@ def cache_bound(root: Path) -> int:
     return min(50 * 10**9, shutil.disk_usage(place).total // 5)
 
 
-def _key(digest: str) -> str:
+def pack_key(digest: str) -> str:
+    """The key of a pack in a bucket."""
     return f"{FOLDER}/{digest[:2]}/{digest}.safetensors"

@@ -101,6 +101,14 @@ class PostgresJournal:
         found = self._rows("seq = %s", seq, limit)
         return found[0][1] if found else None
 
+    def put(self, seq: int, data: bytes) -> None:
+        """Make a row in the place of a damaged one, which needs the right to UPDATE."""
+        self._read("WITH done AS (UPDATE {} SET body = %s WHERE seq = %s RETURNING 1) SELECT 1 FROM done", [data, seq])
+
+    def last(self) -> int:
+        """The highest number; 0 for none."""
+        return int(self._read("SELECT coalesce(max(seq), 0) FROM {}")[0][0])
+
     def behind(self, seq: int, limit: int) -> Iterator[tuple[int, bytes]]:
         """The rows behind a number, in order."""
         while found := self._rows("seq > %s", seq, limit):

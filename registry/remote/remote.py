@@ -34,6 +34,7 @@ class Remote:
         url: where it is, without keys.
         folder: this host's folder for it, with a copy of the log, the catalog, and packs that were needed here.
         log_place: where its log lies; empty for its bucket.
+        bucket: where it is.
         log, packs: those that hosts share.
     """
 
@@ -41,7 +42,7 @@ class Remote:
         self.url = url
         self.folder = folder
         self.log_place = log_place
-        self._bucket = bucket
+        self.bucket = bucket
         self.packs = RemotePacks(bucket, folder)
         journal: Journal = _in_postgresql(log_place) if log_place else BucketJournal(bucket)
         self.log = SharedLog(journal, self.packs, folder)
@@ -63,10 +64,10 @@ class Remote:
         """
         if self.log_place:
             return
-        if problem := probe(self._bucket):
+        if problem := probe(self.bucket):
             raise Unsupported(f"{self.url}: this store cannot hold a shared registry: {problem}")
-        self._bucket.create(SETTINGS, b"format = 2\n")
-        if _log_place_in(self._bucket):
+        self.bucket.create(SETTINGS, b"format = 2\n")
+        if _log_place_in(self.bucket):
             raise Conflict(f"{self.url}: somebody has made a registry there at this moment; repeat")
 
 

@@ -116,6 +116,11 @@ class S3Bucket:
                 return False
             return True
 
+    def put(self, key: str, data: bytes) -> None:
+        """Put a small object in the place of one that has the key."""
+        with self._errors(key):
+            obstore.put(self._store, check_key(key), data, use_multipart=False)
+
     def put_file(self, key: str, path: Path, progress: Progress = silent) -> None:
         """Upload a file in parts, in the place of an object that has the key."""
         check_key(key)

@@ -10,6 +10,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ _CONFIRM = 60.0
 """Seconds after which a host sees again, before it adds an entry, that the last one is still there."""
 _REST = 20.0
 """Seconds for which nothing that can do without it tries a bucket that could not be reached, as that costs seconds."""
+_AT_ONCE = 16
+_MANY = 256
+"""Entries that are asked for in one go, where all of them are."""
 _PATIENCE = 60.0
 """Seconds for which it is asked again whether an entry whose answer was lost is there."""
 
@@ -142,6 +146,33 @@ class SharedLog:
         self._failed = -_REST
         durable.mark_used(self._settings)
 
+    def entries(self) -> Iterator[tuple[int, Entry | None]]:
+        """All numbers up to the last one that is listed, with their entries; None for one that is missing or damaged."""
+        last = self._journal.last()
+        numbers = range(1, last + 1)
+        with ThreadPoolExecutor(_AT_ONCE, "registry-log") as pool:
+            for start in range(0, last, _MANY):
+                part = numbers[start : start + _MANY]
+                yield from zip(part, pool.map(self._readable, part), strict=True)
+
+    def put_back(self, entry: Entry) -> None:
+        """Put an entry in its place in the bucket, where it is missing or damaged.
+
+        Raises:
+            Corrupt: if another entry is there, or the header of a pack that the entry names cannot be had.
+            StorageError: if the place cannot be reached, or refuses.
+        """
+        packs = [record["digest"] for record in entry.records if record["op"] == "pack"]
+        data = packed(entry, self._packs.headers(packs))
+        if self._journal.create(entry.seq, data):
+            return
+        there = self._readable(entry.seq)
+        if there is None:
+            # Not deleted and created, as another host could take the number in between.
+            self._journal.put(entry.seq, data)
+        elif there.digest != entry.digest:
+            raise history_changed(self.url, f": entry {entry.seq} is another one there")
+
     def _confirm(self, seq: int, digest: str) -> None:
         """See that the last entry that this host has is still there, and so nothing older was put back."""
         if not seq or self._confirmed + _CONFIRM > time.monotonic():
@@ -167,6 +198,14 @@ class SharedLog:
 
     def _object(self, seq: int) -> bytes | None:
         return self._journal.get(seq, _LARGEST)
+
+    def _readable(self, seq: int) -> Entry | None:
+        """The entry of a number; None if it is missing or damaged."""
+        data = self._object(seq)
+        with contextlib.suppress(Corrupt):
+            entry = unpacked(data)[0] if data is not None else None
+            return entry if entry is None or entry.seq == seq else None
+        return None
 
     def _taken(self, seq: int, data: bytes) -> Entry:
         """An entry, whose headers of packs are kept on this host from now on."""

@@ -213,7 +213,9 @@ class _Check:
         text = self._catalog.manifest_text(manifest_id)
         path = str(self._store.manifest_path(manifest_id))
         if text is None or digest_of(text) != manifest_id:
-            self.problems.append(Problem(f"{error}; restore it from a backup", (name,), path))
+            self.problems.append(
+                Problem(f"{error}; put it back with: registry repair --from A-COPY", (name,), path)
+            )
             return None
         if isinstance(error, Missing) and self._store.elsewhere is not None:
             # Hosts that share a registry have a manifest's file only where it was needed.
@@ -264,7 +266,7 @@ class _Check:
                 if digest in self._ages
                 else "is missing"
             )
-            raise Corrupt(f"pack {digest} {found} in the registry's bucket; restore it from a copy")
+            raise Corrupt(f"pack {digest} {found} in the registry's bucket")
         return False
 
     def _counts(self, pack: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -517,3 +518,28 @@ def test_a_command_line_without_words_is_answered(run: Run, monkeypatch: pytest.
     monkeypatch.setattr(sys, "argv", ["program", "--root"])
     assert with_root("make one with: registry init") == "make one with: registry init"
     assert "Usage:" in run().out + run().err
+
+
+@pytest.mark.damages
+def test_repair_puts_back_what_verify_has_found(filled: Registry, run: Run, tmp_path: Path) -> None:
+    backup = tmp_path / "backup"
+    filled.catalog.close()
+    shutil.copytree(filled.root, backup)
+    assert run("repair", "--from", backup).out == "nothing is damaged\n"
+    for root, count in ((filled.root, 3), (backup, 1)):
+        for path in sorted(root.glob("packs/*/*"))[:count]:
+            path.unlink()
+    verified = run("verify")
+    assert verified.status == 1
+    assert verified.out.endswith("puts back what it has: registry repair --from PLACE\n")
+    would = run("repair", "--from", backup, "--dry-run")
+    assert (would.status, would.out[:14]) == (1, "would put back")
+    done = run("repair", "--from", backup)
+    assert done.status == 1
+    assert ": 2 packs" in done.out
+    assert f"neither {filled.root} nor {backup} has it whole (needed by " in done.err
+    document = run("repair", "--from", backup, "--json")
+    assert (document.status, document.json["packs"], document.json["dry_run"]) == (1, 0, False)
+    assert document.json["problems"][0]["checkpoints"]
+    missing = run("repair", "--from", tmp_path / "nowhere")
+    assert (missing.status, missing.err.count("\n")) == (1, 1)
