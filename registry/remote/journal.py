@@ -89,7 +89,7 @@ class BucketJournal:
 
     def put(self, seq: int, data: bytes) -> None:
         """Make an object in the place of a damaged one."""
-        self._bucket.put(entryentry_key(seq), data)
+        self._bucket.put(entry_key(seq), data)
 
     def last(self) -> int:
         """The highest number in a listing, which may lag; 0 for none."""
@@ -106,7 +106,7 @@ class BucketJournal:
 
     def _listed(self, seq: int) -> list[int]:
         """The numbers behind one in a listing."""
-        keys = (held.key for held in self._bucket.list(FOLDER, after=entryentry_key(seq)))
+        keys = (held.key for held in self._bucket.list(FOLDER, after=entry_key(seq)))
         return [int(key[len(FOLDER) + 1 :].partition(".")[0]) for key in keys if _is_key(key)]
 
 
