@@ -47,7 +47,7 @@ class FolderBucket:
 
     def put(self, key: str, data: bytes) -> None:
         """Put a small object in the place of one that has the key."""
-        with self._errors(), self._new_file() as file:
+        with self._errors(key), self._new_file() as file:
             file.write(data)
             file.sync(data)
             file.publish(self._path(key), inner=self._inner(key))

@@ -103,7 +103,10 @@ class PostgresJournal:
 
     def put(self, seq: int, data: bytes) -> None:
         """Make a row in the place of a damaged one, which needs the right to UPDATE."""
-        self._read("WITH done AS (UPDATE {} SET body = %s WHERE seq = %s RETURNING 1) SELECT 1 FROM done", [data, seq])
+        self._read(
+            "WITH done AS (UPDATE {} SET body = %s WHERE seq = %s RETURNING 1) SELECT 1 FROM done",
+            [data, seq],
+        )
 
     def last(self) -> int:
         """The highest number; 0 for none."""

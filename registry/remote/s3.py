@@ -118,7 +118,7 @@ class S3Bucket:
 
     def put(self, key: str, data: bytes) -> None:
         """Put a small object in the place of one that has the key."""
-        with self._errors(key):
+        with self._errors(key, "PutObject"):
             obstore.put(self._store, check_key(key), data, use_multipart=False)
 
     def put_file(self, key: str, path: Path, progress: Progress = silent) -> None:
