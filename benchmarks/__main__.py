@@ -22,6 +22,7 @@ from benchmarks import (
     report,
     series,
     sharded,
+    shared,
     states,
     storage,
     training,
@@ -58,6 +59,7 @@ GROUPS: dict[str, tuple[str, Group]] = {
     "transfer": ("Diff and transfer", transfers.measure),
     "cache": ("Cached results", caching.measure),
     "sharded": ("torch.distributed.checkpoint on the registry", sharded.measure),
+    "shared": ("A shared registry", shared.measure),
     "exactness": ("What resumes exactly", exactness.measure),
 }
 """Every group by its name, with the title of its section."""

@@ -1,0 +1,225 @@
+"""A shared registry over a real S3 server on this computer: requests, throughput, and several hosts that save at once.
+
+The server has the same cores and the same disk as its clients, so only ratios of one run tell something.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from statistics import median, quantiles
+
+import obstore
+import torch
+from obstore.store import S3Store
+
+from benchmarks.floors import touch_free_memory
+from benchmarks.measure import Contender, Result, Scale, Section, Table, ratio, spoken, take_turns
+from registry import Registry
+from registry.remote import shared_log
+from tests.registry.remote.servers import BUCKET, KEYS, Layer, layer, seaweed
+
+HOSTS = (1, 4, 8)
+SAVES = 12
+"""Saves of each host."""
+
+_SAVER = """
+import sys, time, torch
+from registry import Registry
+registry, saves = Registry(sys.argv[1]), int(sys.argv[2])
+registry.save("warm", {"model": {"w": torch.randn(8)}})
+print("ready", flush=True)
+sys.stdin.readline()
+for i in range(saves):
+    began = time.perf_counter()
+    registry.save("net", {"model": {"w": torch.randn(1_000)}})
+    print(time.perf_counter() - began, flush=True)
+"""
+
+
+def measure(folder: Path, scale: Scale) -> Section:
+    """Measure requests, throughput beside obstore alone, a push, and several hosts."""
+    size = 32 << 20 if scale.quick else 128 << 20
+    with seaweed(folder / "seaweed") as port, layer(port) as before, _environment(port):
+        results = _throughput(folder, size, scale)
+        results += _push(folder, size)
+        tables = [_requests(folder, before, scale), _hosts(folder, scale)]
+    notes = ["dvc, boto3 and s3fs are not measured: the same bytes go through obstore alone."]
+    return Section(results, tables=tables, notes=notes)
+
+
+@contextlib.contextmanager
+def _environment(port: int) -> Iterator[None]:
+    """The keys, and the endpoint, in the environment."""
+    kept = dict(os.environ)
+    os.environ.update(KEYS, AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}")
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(kept)
+
+
+def _opened(folder: Path, host: str, prefix: str) -> Registry:
+    os.environ["XDG_DATA_HOME"] = str(folder / f"host-{host}")
+    return Registry(f"s3://{BUCKET}/{prefix}")
+
+
+def _throughput(folder: Path, size: int, scale: Scale) -> list[Result]:
+    """New states saved and loaded, beside the same bytes through obstore alone, and a load from the cache."""
+    store = S3Store(BUCKET, endpoint=os.environ["AWS_ENDPOINT_URL"], client_options={"allow_http": True})
+    shared, local = _opened(folder, "a", "throughput"), Registry(folder / "local")
+    number, state = count(), {"w": torch.empty(0)}
+
+    def renew() -> None:
+        state["w"] = torch.randn(size // 4)
+
+    def upload() -> None:
+        obstore.put(
+            store, f"plain/{next(number)}", memoryview(state["w"].numpy()).cast("B"), chunk_size=16 << 20
+        )
+
+    def save() -> None:
+        shared.save("net", {"model": state})
+
+    saving = take_turns({"ours": (renew, save), "obstore": (renew, upload)}, scale.rounds)
+    local.save("net", {"model": state})
+    plain = f"plain/{next(number) - 1}"
+    hosts = count()
+    cold: list[Registry] = []
+
+    def new_host() -> None:
+        cold[:] = [_opened(folder, f"cold-{next(hosts)}", "throughput")]
+        cold[0].versions("net")
+
+    loading: dict[str, Contender] = {
+        "ours": (new_host, lambda: cold[0]["net"].load()),
+        "obstore": (lambda: None, lambda: obstore.get(store, plain).bytes()),
+    }
+    loads = take_turns(loading, scale.rounds)
+    shared["net"].load()
+    cached: dict[str, Contender] = {
+        "cached": (lambda: touch_free_memory(folder, size), lambda: shared["net"].load()),
+        "local": (lambda: touch_free_memory(folder, size), lambda: local["net"].load()),
+    }
+    # How often others are asked is another question.
+    shared_log._REFRESH = 60.0
+    warm = take_turns(cached, 3 * scale.rounds)
+    what = f"{size >> 20} MB"
+    return [
+        ratio(
+            f"save, {what}, all new", saving, ours="ours", peer="obstore", goal=None, name="an upload alone"
+        ),
+        ratio(
+            f"load, {what}, first on a host",
+            loads,
+            ours="ours",
+            peer="obstore",
+            goal=None,
+            name="a get alone",
+        ),
+        ratio(
+            f"load, {what}, from the cache",
+            warm,
+            ours="cached",
+            peer="local",
+            goal=1.05,
+            name="a local registry",
+        ),
+    ]
+
+
+def _push(folder: Path, size: int) -> list[Result]:
+    """The second checkpoint of a frozen backbone: bytes that go to the bucket."""
+    local, shared = Registry(folder / "frozen"), _opened(folder, "a", "push")
+    backbone = torch.randn(size // 4)
+    for _ in range(2):
+        local.save("net", {"model": {"backbone": backbone, "head": torch.randn(10_000)}})
+    first, second = (local.copy_to(shared, [f"net:v{version}"])[0].size for version in (1, 2))
+    detail = f"{second / 1e6:.2f} MB against {first / 1e6:.0f} MB, as a store of whole files copies again"
+    return [
+        Result("push of the second checkpoint with a frozen backbone, bytes", second / first, None, detail)
+    ]
+
+
+def _requests(folder: Path, before: Layer, scale: Scale) -> Table:
+    """Requests, and seconds with 0 and 30 ms before each request."""
+    os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{before.port}"
+    shared_log._REFRESH = 5.0
+    writer = _opened(folder, "requests", "requests")
+    number, hosts = count(), count()
+
+    def save() -> None:
+        writer.save("net", {"model": {"w": torch.full((1_000,), float(next(number)))}})
+
+    def other_host() -> Registry:
+        return _opened(folder, f"requests-{next(hosts)}", "requests")
+
+    save()
+    reader = other_host()
+    reader["net"].load()
+    rows = []
+    steps: dict[str, Callable[[], object]] = {
+        "save, first of a program": lambda: _opened(folder, "requests", "requests").save(
+            "net", {"model": {"w": torch.full((1_000,), float(next(number)))}}
+        ),
+        "save": save,
+        "list, first of a program": lambda: _opened(folder, "requests", "requests").versions("net"),
+        "list again": lambda: writer.versions("net"),
+        "list, a new host": lambda: other_host().versions("net"),
+        "show of structure": lambda: list(writer["net"].parameters()),
+        "load, cached": lambda: writer["net"].load(),
+        "load, new here": lambda: (save(), setattr(reader.remote.log, "_asked", -1e9), reader["net"].load()),
+    }
+    for name, step in steps.items():
+        counts, seconds = [], {0.0: [], 0.03: []}
+        for latency, times in seconds.items():
+            before.latency = latency
+            for _ in range(scale.rounds):
+                before.requests.clear()
+                began = time.perf_counter()
+                step()
+                times.append(time.perf_counter() - began)
+                counts.append(len(before.requests))
+        before.latency = 0.0
+        rows.append([name, f"{median(counts):g}", *(spoken(median(times)) for times in seconds.values())])
+    return Table("requests of one operation", ["operation", "requests", "0 ms", "30 ms each"], rows)
+
+
+def _hosts(folder: Path, scale: Scale) -> Table:
+    """Hosts that save small versions of one model as fast as they can."""
+    rows = []
+    for hosts in HOSTS:
+        url = f"s3://{BUCKET}/hosts-{hosts}"
+        _opened(folder, f"first-{hosts}", f"hosts-{hosts}")
+        started = []
+        for host in range(hosts):
+            environment = {**os.environ, "XDG_DATA_HOME": str(folder / f"saver-{hosts}-{host}")}
+            words = [sys.executable, "-c", _SAVER, url, str(SAVES)]
+            pipe = subprocess.PIPE
+            started.append(subprocess.Popen(words, env=environment, stdin=pipe, stdout=pipe, text=True))
+        for one in started:
+            assert one.stdout and one.stdout.readline() == "ready\n"
+        began = time.perf_counter()
+        for one in started:
+            assert one.stdin
+            one.stdin.write("\n")
+            one.stdin.flush()
+        told = [one.communicate()[0].split() for one in started]
+        elapsed = time.perf_counter() - began
+        times = [float(text) for texts in told for text in texts]
+        found = [
+            version.version for version in _opened(folder, f"last-{hosts}", f"hosts-{hosts}").versions("net")
+        ]
+        missing = hosts * SAVES - len(found) if found == list(range(len(found), 0, -1)) else "gaps"
+        p95 = quantiles(times, n=20)[-1]
+        rows.append(
+            [str(hosts), f"{len(times) / elapsed:.1f}", spoken(median(times)), spoken(p95), str(missing)]
+        )
+    return Table("hosts that save at once", ["hosts", "saves a second", "p50", "p95", "missing"], rows)
