@@ -205,7 +205,8 @@ def _hosts(folder: Path, scale: Scale) -> Table:
             pipe = subprocess.PIPE
             started.append(subprocess.Popen(words, env=environment, stdin=pipe, stdout=pipe, text=True))
         for one in started:
-            assert one.stdout and one.stdout.readline() == "ready\n"
+            assert one.stdout
+            assert one.stdout.readline() == "ready\n"
         began = time.perf_counter()
         for one in started:
             assert one.stdin
