@@ -108,10 +108,10 @@ def follow(
 def outbox(
     references: tuple[str, ...], drop: bool, everything: bool, root: str | None, as_json: bool
 ) -> None:
-    """Share what was saved while a shared registry could not be reached, and list what still waits.
+    """Share what was saved while a bucket was away.
 
-    Every command on a shared registry tries to share it first, and each save does. Until then such a version is on this
-    computer alone, and is called lenet5:pending-1.
+    What still waits is listed. Every command on a shared registry tries to share it first, and so does each save. Until then
+    such a version is on this computer alone, and is called lenet5:pending-1.
     """
     # Lazy: start-up.
     from registry.registry import Registry

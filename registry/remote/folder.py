@@ -22,13 +22,13 @@ class FolderBucket:
 
     Args:
         root: the folder, which is made when something is written.
-        first: the object that is made first. Without it nothing but what lies below `probe/` is touched, as the folder of a
-            file system that is not mounted is there as well, and empty.
+        marks: names of which one is there once the folder stands for a bucket. Without any, nothing but the first and what
+            lies below `probe/` is touched: the folder of a file system that is not mounted is there as well, and empty.
     """
 
-    def __init__(self, root: Path, first: str = "") -> None:
+    def __init__(self, root: Path, marks: Sequence[str] = ()) -> None:
         self.root = root
-        self._first = first
+        self._marks = marks
 
     def __repr__(self) -> str:
         return f"FolderBucket({str(self.root)!r})"
@@ -130,8 +130,8 @@ class FolderBucket:
     @contextlib.contextmanager
     def _errors(self, key: str) -> Iterator[None]:
         with storage_errors(self.root):
-            is_late = self._first and key != self._first and not key.startswith("probe/")
-            if is_late and not (self.root / self._first).exists():
+            is_first = not self._marks or key == self._marks[0] or key.startswith("probe/")
+            if not is_first and not any((self.root / mark).exists() for mark in self._marks):
                 raise Absent(
                     f"{self.url}: there is no registry in that folder; mount it, or make one with registry init"
                 )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from registry.log import settings
 from registry.remote.bucket import Absent, Bucket
 from registry.remote.folder import FolderBucket
+from registry.remote.journal import FOLDER as JOURNAL
 from registry.remote.journal import BucketJournal, Journal
 from registry.remote.keys import find_places
 from registry.remote.packs import RemotePacks
@@ -140,7 +141,7 @@ def _name_of(address: Address) -> str:
 
 def _bucket(address: Address) -> Bucket:
     if address.scheme == "file":
-        return FolderBucket(Path(address.prefix), first=SETTINGS)
+        return FolderBucket(Path(address.prefix), marks=(SETTINGS, JOURNAL))
     if address.scheme != "s3":
         raise Unsupported(f"{address.scheme}:// is not supported yet; s3:// and file:// are")
     try:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from registry.log import settings
 from registry.log.entries import Entry
 from registry.log.journal import Journal
-from registry.remote.bucket import Bucket
+from registry.remote.bucket import Absent, Bucket
 from registry.remote.journal import entry_key
 from registry.remote.packs import FOLDER as PACKS
 from registry.remote.packs import pack_key
@@ -246,7 +246,10 @@ def second_copy(place: str) -> FolderCopy | BucketCopy:
     """
     if is_url(place):
         found: FolderCopy | BucketCopy = BucketCopy(open_remote(place).bucket)
-        is_there = next(iter(found.entries(range(1, 2))), None) is not None or any(found.packs())
+        try:
+            is_there = next(iter(found.entries(range(1, 2))), None) is not None or any(found.packs())
+        except Absent:
+            is_there = False
     else:
         root = Path(os.path.abspath(place))
         found = FolderCopy(root)

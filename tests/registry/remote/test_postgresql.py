@@ -598,7 +598,10 @@ def test_a_backend_that_is_killed_inside_the_statement_commits_nothing(host: Hos
     assert run(database, f"SELECT array_agg(seq ORDER BY seq) FROM {name}") == [([1, 2, 3],)]
 
 
-def test_a_server_that_is_started_again_is_gone_on_with(host: Hosts, server: Database) -> None:
+def test_a_server_that_is_started_again_is_gone_on_with(
+    host: Hosts, server: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REGISTRY_UNREACHABLE", "fail")
     a = host("a")
     a.save("net", state(1))
     server.control("-m", "fast", "-w", "-s", "stop")
@@ -633,6 +636,7 @@ def test_a_server_that_is_frozen_is_not_waited_for(
     a.save("net", state(1))
     monkeypatch.setattr(module, "_ANSWER", 0.3)
     monkeypatch.setenv("PGCONNECT_TIMEOUT", "2")
+    monkeypatch.setenv("REGISTRY_UNREACHABLE", "fail")
     before.latency = 30.0
     with pytest.raises(Unreachable, match="does not answer"):
         a.save("net", state(2))

@@ -247,7 +247,11 @@ def test_keys_that_expire_midway_and_a_wrong_clock_are_named_and_nothing_is_half
     assert value(opened("reader"), "net:v2") == 2
 
 
-def test_an_endpoint_that_goes_down_midway_is_named(admin: S3Bucket, opened: As, s3: Layer) -> None:
+def test_an_endpoint_that_goes_down_midway_is_named(
+    admin: S3Bucket, opened: As, s3: Layer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REGISTRY_UNREACHABLE", "fail")
+    monkeypatch.setattr(shared_log, "_REST", 0.0)
     writer = opened("writer")
     gone = [Fault(method, "", "lose", times=99) for method in ("GET", "PUT", "HEAD")]
     s3.faults.append(Fault("PUT", "/journal/", "lose", after=lambda: s3.faults.extend(gone)))
