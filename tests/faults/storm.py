@@ -20,6 +20,7 @@ from support import Tree, all_versions
 
 from registry import Registry
 from registry.cache.keys import Key
+from registry.remote.bucket import Unreachable
 from registry.store.digest import digest
 from registry.store.errors import Conflict, NotFound, RegistryError
 from registry.upkeep.repacking import tidy
@@ -231,20 +232,26 @@ class Held:
     def state_dict(self) -> Tree:
         return self._state
 
+    def load_state_dict(self, state: Tree) -> None:
+        self._state = state
+
 
 class Worker:
     """One process of a storm.
 
     Args:
+        place: the registry: a folder, or the URL of a shared one.
         slot: its place, which another process gets once this one is killed.
         number: how many have had it before.
     """
 
-    def __init__(self, root: Path, ledger: Path, seed: int, slot: int, number: int) -> None:
+    def __init__(self, place: str, ledger: Path, seed: int, slot: int, number: int) -> None:
         self.name = f"{slot}-{number:04d}"
         self.chance = random.Random(f"{seed} {self.name}")
         self.slot = slot
-        self.registry = Registry(root, create=False)
+        self.registry = Registry(place, create=False)
+        self.is_shared = self.registry.catalog.shared is not None
+        self.own = ledger.parent / f"own-{slot}"
         self.known = Known(ledger).refresh()
         self.count = 0
         self._first_token = (slot * 10_000 + number) * 10_000
@@ -253,14 +260,25 @@ class Worker:
     def work(self, stop: Path) -> None:
         """Do one thing after the other until there is a file, or who started it is gone."""
         parent = os.getppid()
+        operations = {**OPERATIONS, **(SHARED_OPERATIONS if self.is_shared else {})}
         while not stop.exists() and os.getppid() == parent:
-            (operation,) = self.chance.choices([*OPERATIONS], [*OPERATIONS.values()])
-            self.known.refresh()
+            (operation,) = self.chance.choices([*operations], [*operations.values()])
             try:
+                self.look_up()
                 operation(self)
+            except Unreachable:
+                # What it was at may have happened or not, as with a process that is killed.
+                continue
             except Exception as error:
                 error.add_note(f"process {self.name}, {operation.__name__}, change {self.count}")
                 raise
+
+    def look_up(self) -> None:
+        """Read the ledger on, and see at least what it has."""
+        self.known.refresh()
+        if self.is_shared:
+            # A reader may see what this host had, while another process of it waits for the network.
+            self.registry.catalog.commit(lambda view: [])
 
     def change(
         self,
@@ -282,6 +300,8 @@ class Worker:
         self._pen.write(what="begin", token=token, op=op, **about)
         try:
             name = act(token)
+        except Unreachable:
+            raise
         except RegistryError as error:
             self._pen.write(what="refused", token=token)
             self.known.refresh()
@@ -316,6 +336,11 @@ class Worker:
         return lambda error: isinstance(error, NotFound) and self.known.may_be_gone(name)
 
 
+def overtaken(worker: Worker) -> Callable[[RegistryError], bool]:
+    """Whether an error is right as other hosts kept changing the registry during a save."""
+    return lambda error: worker.is_shared and isinstance(error, Conflict)
+
+
 def save(worker: Worker) -> None:
     model, content = worker.chance.choice(MODELS), worker.content()
 
@@ -325,7 +350,7 @@ def save(worker: Worker) -> None:
         except NotFound:
             return None  # It was saved, and somebody has removed it before it could be shown.
 
-    worker.change("save", act, model=model, content=content)
+    worker.change("save", act, refused=overtaken(worker), model=model, content=content)
 
 
 def save_in_a_run(worker: Worker) -> None:
@@ -342,8 +367,11 @@ def save_in_a_run(worker: Worker) -> None:
                 assert saved is not None
                 return saved.name
 
-            saved = worker.change("run", act, model=model, content=content, run=name, ages=made)
-            assert saved is not None
+            saved = worker.change(
+                "run", act, refused=overtaken(worker), model=model, content=content, run=name, ages=made
+            )
+            if saved is None:
+                break
             made.append(saved)
 
 
@@ -554,6 +582,80 @@ def lose_catalog(worker: Worker) -> None:
     worker.change("lose the catalog", act)
 
 
+def resume(worker: Worker) -> None:
+    """Go on from a version that any process of any host may have saved."""
+    name = worker.pick()
+    if name is None:
+        return
+    model, run = name.partition(":")[0], f"{worker.name}-{worker.count}-again"
+    try:
+        checkpoint = worker.registry[name]
+        live = {part: Held({}) for part in checkpoint.components if part != "rng"}
+        checkpoint.restore(**live, rng=False)
+        loaded = {part: held.state_dict() for part, held in live.items()}
+        worker.known.refresh().check(name, checkpoint.step, loaded, was_thin=False)
+        with worker.registry.run(model, name=run, resume=name) as session:
+            content = worker.content()
+            live = {part: Held(tree) for part, tree in tree_of(content).items()}
+
+            def act(token: int) -> str:
+                saved = session.save(step=token, **live)
+                assert saved is not None
+                return saved.name
+
+            worker.change("resume", act, refused=overtaken(worker), model=model, content=content)
+    except NotFound:
+        worker.known.refresh()
+        if not worker.known.may_be_gone(name) and not worker.known.may_be_thin(name):
+            raise
+
+
+def push(worker: Worker) -> None:
+    """Copy a version to a folder of this process's own, and compare it there."""
+    name = worker.pick()
+    if name is None:
+        return
+    was_thin, folder = worker.known.must_be_thin(name), Registry(worker.own)
+    try:
+        (copied,) = worker.registry.copy_to(folder, [name])
+    except NotFound:
+        worker.known.refresh()
+        if not worker.known.may_be_gone(name) and not worker.known.may_be_thin(name):
+            raise
+        return
+    there = folder[copied.target]
+    worker.known.refresh().check(name, there.step, there.load(), was_thin=was_thin)
+    if worker.chance.random() < 0.3:
+        folder.remove([copied.target], force=True)
+        folder.collect_garbage(grace=0)
+    worker.seen("push")
+
+
+def pull(worker: Worker) -> None:
+    """Save into a folder of this process's own, and copy that to the shared registry."""
+    model, content, folder = worker.chance.choice(MODELS), worker.content(), Registry(worker.own)
+
+    def act(token: int) -> str:
+        name = folder.save(model, tree_of(content), step=token).name
+        (copied,) = folder.copy_to(worker.registry, [name])
+        return copied.target
+
+    worker.change("pull", act, refused=overtaken(worker), model=model, content=content)
+
+
+def follow(worker: Worker) -> None:
+    """Put the newest version of a model into live tensors."""
+    model = worker.chance.choice(MODELS)
+    live = tree_of(Content(-1, -1))["model"]
+    if any(version.model == model for version in all_versions(worker.registry)):
+        checkpoint = next(worker.registry.follow(f"{model}@latest", into=live, every=0.1))
+        assert checkpoint.step is not None
+        _, content = worker.known.refresh().begun[checkpoint.step]
+        if not equal(live, tree_of(content)["model"]):
+            raise Wrong(f"{checkpoint.name} was put into live tensors, and is not what was saved")
+        worker.seen("follow")
+
+
 OPERATIONS: dict[Callable[[Worker], None], float] = {
     save: 20,
     save_in_a_run: 4,
@@ -574,3 +676,5 @@ OPERATIONS: dict[Callable[[Worker], None], float] = {
     rebuild: 2,
     lose_catalog: 1,
 }
+
+SHARED_OPERATIONS: dict[Callable[[Worker], None], float] = {resume: 8, push: 4, pull: 4, follow: 4}

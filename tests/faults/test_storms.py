@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import os
-import random
 import select
-import signal
 import sqlite3
-import time
-import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
 import soak
-import storm
 import torch
-from storm import Content, Known, Worker, Wrong
-from support import Tree, all_versions, broken_rules, collect, dump, fork, wait
+from storms import Storm
+from support import Tree, all_versions, broken_rules, collect, fork, wait
 
 from registry import Registry
 from registry.catalog import database
@@ -27,160 +22,9 @@ from registry.store.manifest import Manifest
 from registry.store.places import is_local
 from registry.store.store import Store
 from registry.upkeep import verification
-from registry.upkeep.garbage import GRACE
 from registry.upkeep.repacking import tidy
 
 STEM = "test_storms"
-PATIENCE = 100
-"""Seconds that a process may take to end; SQLite and the log's lock wait for a minute."""
-
-
-class Storm:
-    """A storm over one registry, drawn by a seed; the times of the kills are those of the machine."""
-
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.seed = seed
-        self.chance = random.Random(seed)
-        self.root, self.ledger, self.stop = folder / "r", folder / "ledger", folder / "stop"
-        self.failures = folder / "failures"
-        self.ledger.mkdir()
-        self.failures.mkdir()
-        Registry(self.root).catalog.close()
-        self.pids: dict[int, int] = {}
-        self.numbers: dict[int, int] = {}
-        self.kills = 0
-
-    def rage(self, seconds: float) -> None:
-        """Let the processes work, and kill one now and then."""
-        slots = self.chance.randrange(3, 6)
-        pace = self.chance.uniform(0.05, 0.5)
-        end = time.monotonic() + seconds
-        try:
-            for slot in range(slots):
-                self._start(slot)
-            while time.monotonic() < end:
-                time.sleep(self.chance.expovariate(1 / pace))
-                self._check_alive()
-                several = self.chance.random() < 0.1
-                for slot in range(slots) if several else [self.chance.randrange(slots)]:
-                    self._hurt(slot)
-            self._check_alive()
-            if self.chance.random() < 0.5:
-                self._end()
-        finally:
-            for slot in [*self.pids]:
-                self._kill(slot)
-
-    def _start(self, slot: int) -> None:
-        number = self.numbers[slot] = self.numbers.get(slot, -1) + 1
-
-        def run() -> None:
-            try:
-                Worker(self.root, self.ledger, self.seed, slot, number).work(self.stop)
-            except BaseException:
-                (self.failures / f"{slot}-{number}").write_text(traceback.format_exc())
-                raise
-
-        self.pids[slot] = fork(run)
-
-    def _hurt(self, slot: int) -> None:
-        """Kill a process, at times while it is stopped, and start another in its place."""
-        if self.chance.random() < 0.2:
-            os.kill(self.pids[slot], signal.SIGSTOP)
-            time.sleep(self.chance.uniform(0, 0.3))
-            if self.chance.random() < 0.5:
-                os.kill(self.pids[slot], signal.SIGCONT)
-                return
-        self._kill(slot)
-        self._check_alive()
-        self._start(slot)
-
-    def _kill(self, slot: int) -> None:
-        pid = self.pids.pop(slot)
-        os.kill(pid, signal.SIGKILL)
-        self.kills += wait(pid) == -signal.SIGKILL
-
-    def _check_alive(self) -> None:
-        for path in self.failures.iterdir():
-            time.sleep(0.1)  # It may be being written.
-            raise Wrong(path.read_text())
-
-    def _end(self) -> None:
-        """Let the processes finish what they are at."""
-        self.stop.touch()
-        end = time.monotonic() + PATIENCE
-        while self.pids and time.monotonic() < end:
-            for slot, pid in [*self.pids.items()]:
-                ended, status = os.waitpid(pid, os.WNOHANG)
-                if ended:
-                    del self.pids[slot]
-                    self._check_alive()
-                    assert status == 0
-            time.sleep(0.02)
-        assert not self.pids, f"{[*self.pids]} hang"
-
-    # -- afterwards --------------------------------------------------------------------------------------
-
-    def check(self) -> Known:
-        """Compare what is there with the ledger.
-
-        Raises:
-            AssertionError: if a promise was broken.
-        """
-        known = Known(self.ledger).refresh()
-        assert known.twice == []
-        registry = Registry(self.root, create=False)
-        self._check_values(known, registry)
-        assert broken_rules(registry) == []
-        assert [problem.message for problem in registry.verify().problems] == []
-        collect(registry, grace=0, now=time.time() + 2 * GRACE)
-        self._check_values(known, registry)
-        assert broken_rules(registry) == []
-        packs = {digest for (digest,) in registry.catalog.query("SELECT digest FROM packs")}
-        assert set(registry.store.pack_digests()) == packs
-        assert set(registry.store) == {one for (one,) in registry.catalog.query("SELECT id FROM manifests")}
-        assert list(registry.store.tmp.iterdir()) == []
-        before = dump(registry)
-        registry.catalog.close()
-        for path in self.root.glob("catalog.sqlite*"):
-            path.unlink()
-        found = registry.rebuild()
-        assert (found.damaged, found.unnamed) == ((), ())
-        assert dump(registry) == before
-        registry.catalog.close()
-        return known
-
-    def _check_values(self, known: Known, registry: Registry) -> None:
-        versions = {version.name: version for version in all_versions(registry)}
-        assert known.must_be_there() - set(versions) == set()
-        assert {name for name in versions if known.must_be_gone(name)} == set()
-        tokens = [version.step for version in versions.values()]
-        assert len(tokens) == len(set(tokens))
-        for name, version in versions.items():
-            known.check(name, version.step, registry[name].load(), was_thin=known.must_be_thin(name))
-        for key, values in known.values.items():
-            kind, _, rest = key.partition(" ")
-            name = rest.partition(" ")[0]
-            if kind == "artifact":
-                found = registry.artifacts.id_for(rest)
-                loaded = None if found is None else registry.artifacts.load(found)
-                expected = [value and storm.tree_of(Content(*value)) for value in values]
-                assert any(storm.equal(loaded, value) for value in expected), key
-                continue
-            if kind == "alias":
-                model, _, alias = rest.partition("@")
-                (value,) = [
-                    one.name for one in versions.values() if one.model == model and alias in one.aliases
-                ] or [None]
-                assert value in values or (
-                    value is None and any(map(known.may_be_gone, filter(None, values)))
-                ), key
-                continue
-            text = rest.partition(" ")[2]
-            if name in versions:
-                here = versions[name]
-                value = (text in here.tags or text in [note for _, note in here.notes]) or None
-                assert value in values, key
 
 
 @pytest.mark.slow
