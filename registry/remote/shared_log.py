@@ -59,12 +59,13 @@ class SharedLog:
 
     def is_due(self) -> bool:
         """Whether it is time to ask for what other hosts have added."""
-        return self._asked + _REFRESH <= time.monotonic()
+        return self._packs.was_missing or self._asked + _REFRESH <= time.monotonic()
 
     def news(self, seq: int, digest: str) -> Iterator[Entry]:
         """The entries behind one, in order; see `registry.log.sharing.Shared.news`."""
         # Also where the answer does not come: otherwise each call would wait for it.
         self._asked = time.monotonic()
+        self._packs.was_missing = False
         found = self._bucket.get(_key(seq + 1), _LARGEST)
         if found is None:
             self._confirm(seq, digest)
