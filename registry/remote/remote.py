@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
+from registry.log.settings import FORMAT
 from registry.remote.bucket import Bucket
 from registry.remote.folder import FolderBucket
 from registry.remote.keys import find_places
@@ -16,6 +18,9 @@ from registry.store.digest import digest as digest_of
 from registry.store.errors import Unsupported
 
 SETTINGS = "registry.toml"
+_LONGEST = 64 << 10
+"""Bytes of the settings that are read at most."""
+_FORMAT = re.compile(r"(?m)^format = ([0-9]{1,9})$")
 
 
 class Remote:
@@ -35,7 +40,19 @@ class Remote:
         self.log = SharedLog(bucket, self.packs)
 
     def is_there(self) -> bool:
-        """Whether there is a registry."""
+        """Whether there is a registry.
+
+        Raises:
+            Unsupported: if a newer version of this package made it.
+            Corrupt: if the beginning of its log is missing.
+        """
+        text = self._bucket.get(SETTINGS, _LONGEST)
+        found = _FORMAT.search(text.decode(errors="replace")) if text is not None else None
+        if found and int(found[1]) > FORMAT:
+            raise Unsupported(
+                f"{self.url} has format {found[1]}, this version of torch-registry reads format {FORMAT}; upgrade with: "
+                "pip install -U torch-registry"
+            )
         return self.log.is_there()
 
     def prepare(self) -> None:
@@ -47,7 +64,7 @@ class Remote:
         """
         if problem := probe(self._bucket):
             raise Unsupported(f"{self.url}: this store cannot hold a shared registry: {problem}")
-        self._bucket.create(SETTINGS, b"format = 2\n")
+        self._bucket.create(SETTINGS, b"format = %d\n" % FORMAT)
 
 
 def open_remote(text: str, folder: Path | None = None) -> Remote:

@@ -54,8 +54,15 @@ class SharedLog:
         return self._bucket.url
 
     def is_there(self) -> bool:
-        """Whether the log has an entry."""
-        return self._bucket.get(_key(1), _LARGEST) is not None
+        """Whether the log has an entry.
+
+        Raises:
+            Corrupt: if the first one is missing, and others are there.
+        """
+        if self._bucket.get(_key(1), _LARGEST) is not None:
+            return True
+        self._check_no_hole(0)
+        return False
 
     def is_due(self) -> bool:
         """Whether it is time to ask for what other hosts have added."""
@@ -114,12 +121,21 @@ class SharedLog:
         if data is None or unpacked(data)[0].digest != digest:
             lost = "is missing" if data is None else "is another one"
             raise history_changed(self.url, f": entry {seq}, which this host has, {lost} there")
+        self._check_no_hole(seq)
         self._confirmed = time.monotonic()
+
+    def _check_no_hole(self, seq: int) -> None:
+        """See that no entries are there whose predecessor, the one behind a number, is missing."""
+        if any(self._numbers(seq)) and self._object(seq + 1) is None:
+            raise self._hole(seq + 1)
+
+    def _hole(self, seq: int) -> Corrupt:
+        return history_changed(self.url, f": entry {seq} is missing there, and later ones are there")
 
     def _from(self, seq: int, first: bytes) -> Iterator[tuple[int, bytes]]:
         """The objects of the log from a number on, of which the first was read."""
         yield seq, first
-        listed = [int(held.key[len(FOLDER) + 1 :].partition(".")[0]) for held in self._listed(seq)]
+        listed = self._numbers(seq)
         with ThreadPoolExecutor(_AT_ONCE, "registry-log") as pool:
             # A listing may lag. What counts is that an entry is there.
             for number, data in zip(listed, pool.map(self._object, listed), strict=True):
@@ -131,9 +147,13 @@ class SharedLog:
         while (data := self._object(seq + 1)) is not None:
             seq += 1
             yield seq, data
+        if listed and max(listed) > seq:
+            raise self._hole(seq + 1)
 
-    def _listed(self, seq: int) -> Iterator[Any]:
-        return (held for held in self._bucket.list(FOLDER, after=_key(seq)) if _is_key(held.key))
+    def _numbers(self, seq: int) -> list[int]:
+        """The numbers of the entries behind one, as far as a listing shows them."""
+        keys = (held.key for held in self._bucket.list(FOLDER, after=_key(seq)))
+        return sorted(int(key[len(FOLDER) + 1 :].partition(".")[0]) for key in keys if _is_key(key))
 
     def _object(self, seq: int) -> bytes | None:
         return self._bucket.get(_key(seq), _LARGEST)

@@ -4,20 +4,17 @@ the end, numbers are dense, what was acknowledged loads, and `verify` finds noth
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from faulty import FaultyBucket
-from hosts import Team, entries_of, save, state, value
+from hosts import Team, save, state, value
 from support import fork, wait
 
 from registry import Registry
 from registry.remote import shared_log
-from registry.remote.bucket import Held
-from registry.store.errors import Corrupt, NotFound, RegistryError
+from registry.store.errors import NotFound
 
 pytestmark = pytest.mark.damages
 """Its folders cannot be opened without the bucket that they belong to."""
