@@ -112,7 +112,7 @@ class S3Bucket:
         check_key(key)
         with storage_errors(path), open_regular(path) as opened:
             size = os.fstat(opened.fileno()).st_size
-            part = max(_PART, -(-size // _MOST_PARTS))
+            part = part_size(size)
             with os.fdopen(os.dup(opened.fileno()), "rb") as file, self._errors(key):
                 obstore.put(
                     self._uploads,
@@ -219,6 +219,11 @@ class S3Bucket:
         if reason == "RequestTimeTooSkewed":
             return "this computer's clock is wrong (RequestTimeTooSkewed); set it"
         return f"these keys lack the right ({reason})"
+
+
+def part_size(size: int) -> int:
+    """Bytes of each part of an upload of so many: a store takes 10,000 parts at most."""
+    return max(_PART, -(-size // _MOST_PARTS))
 
 
 def _told(file: BinaryIO, size: int, part: int, progress: Progress) -> Iterator[bytes]:

@@ -6,6 +6,7 @@ compressed together.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from registry.log.sharing import Behind, history_changed
 from registry.remote.bucket import Bucket, Unreachable
 from registry.remote.packs import RemotePacks
 from registry.store import header
-from registry.store.errors import Corrupt, Invalid
+from registry.store.errors import Corrupt, Invalid, StorageError
 
 FOLDER = "journal"
 
@@ -108,9 +109,10 @@ class SharedLog:
             if time.monotonic() > until:
                 raise Unreachable(f"{self.url}: the store takes no entry; repeat")
             time.sleep(0.2)
-        # So that the files of the packs may go.
-        for found in headers:
-            self._packs.keep_header(found)
+        # So that the files of the packs may go. The entry is there, also where this disk is full.
+        with contextlib.suppress(StorageError):
+            for found in headers:
+                self._packs.keep_header(found)
         self._asked = self._confirmed = time.monotonic()
 
     def _confirm(self, seq: int, digest: str) -> None:

@@ -3,9 +3,12 @@ the end, numbers are dense, what was acknowledged loads, and `verify` finds noth
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,10 @@ from hosts import Team, save, state, value
 from support import fork, wait
 
 from registry import Registry
+from registry.log import entries
 from registry.remote import shared_log
-from registry.store.errors import NotFound
+from registry.store import durable
+from registry.store.errors import NotFound, StorageError
 
 pytestmark = pytest.mark.damages
 """Its folders cannot be opened without the bucket that they belong to."""
@@ -158,3 +163,99 @@ def test_a_version_that_is_compacted_while_it_is_loaded_is_read_at_its_new_place
     assert done
     assert {held.key for held in team.bucket.list("packs")} != before
     team.check({f"net:v{number}": number for number in (1, 2, 3)})
+
+
+# -- disks and clocks --------------------------------------------------------------------------------------
+
+
+class Full(durable.Disk):
+    """A disk without room."""
+
+    def write(self, fd: int, path: Path, data: memoryview) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+@pytest.mark.parametrize("moment", ["before create", "after create"])
+def test_a_disk_that_is_full_at_the_commit_loses_nothing(
+    team: Team, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    save(team.host("a"), 1)
+    with monkeypatch.context() as patch:
+
+        def at(number: int, what: str, key: str) -> None:
+            if what == moment and key.startswith("journal"):
+                patch.setattr(durable, "disk", Full())
+
+        a = team.host("a", at=at)
+        if moment == "after create":
+            # It has happened, for all hosts.
+            assert save(a, 2) == "net:v2"
+        else:
+            with pytest.raises(StorageError, match="no space left on the device"):
+                save(a, 2)
+    number = len(team.host("b").versions("net")) + 1
+    save(team.host("a"), number)
+    team.check({f"net:v{one}": one for one in range(1, number + 1)})
+    assert number == (3 if moment == "after create" else 2)
+
+
+@pytest.mark.parametrize("years", [1, -1])
+def test_a_host_whose_clock_is_a_year_off_takes_nothing_from_others(
+    team: Team, monkeypatch: pytest.MonkeyPatch, years: int
+) -> None:
+    a = team.host("a")
+    for number in (1, 2):
+        save(a, number)
+    a.remove(["net:v2"])
+    pid = stopped_at(team, "before create", "journal", lambda registry: save(registry, 3))
+    clock, seconds = time.time, years * 365 * 86_400.0
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: clock() + seconds)
+        patch.setattr(
+            entries, "now", lambda: datetime.fromtimestamp(time.time(), UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        )
+        b = team.host("b")
+        # The upload of another host is young by the store's clock, whatever this one says.
+        b.collect_garbage(grace=3600)
+        save(b, 4)
+    assert goes_on(pid) == 0
+    assert len({held.key for held in team.bucket.list("packs")}) >= 3
+    team.host("a").collect_garbage(grace=0)
+    packs = {row[0] for row in team.host("a").catalog.query("SELECT digest FROM packs")}
+    assert {held.key[-76:-12] for held in team.bucket.list("packs")} == packs
+    team.check({"net:v1": 1, "net:v3": 4, "net:v4": 3})
+
+
+# -- copies ------------------------------------------------------------------------------------------------
+
+
+def test_versions_that_are_copied_twice_or_by_two_at_once_are_there_once(team: Team, tmp_path: Path) -> None:
+    local = Registry(tmp_path / "local")
+    for number in (1, 2):
+        save(local, number)
+    save(team.host("a"), 7)
+    ids = [local[f"net:v{number}"].id for number in (1, 2)]
+    children = [fork(lambda name=name: Registry(local.root).copy_to(team.host(name))) for name in "ab"]
+    assert [wait(pid) for pid in children] == [0, 0]
+    again = local.copy_to(team.host("c"))
+    assert [copied.is_new for copied in again] == [False, False]
+    # The same name, and another id: the registry there gives the number.
+    assert {copied.source: copied.id for copied in again} == dict(zip(["net:v1", "net:v2"], ids, strict=True))
+    assert sorted(copied.target for copied in again) == ["net:v2", "net:v3"]
+    numbers = {copied.target: int(copied.source[-1]) for copied in again}
+    team.check({"net:v1": 7, **numbers})
+
+
+def test_a_version_that_was_removed_and_collected_comes_back_when_it_is_copied_again(
+    team: Team, tmp_path: Path
+) -> None:
+    local = Registry(tmp_path / "local")
+    save(local, 1)
+    a, b = team.host("a"), team.host("b")
+    local.copy_to(a)
+    a.remove(["net:v1"])
+    a.collect_garbage(grace=0)
+    (copied,) = local.copy_to(b)
+    assert (copied.is_new, copied.target, copied.id) == (True, "net:v2", local["net:v1"].id)
+    a.collect_garbage(grace=0)
+    team.check({"net:v2": 1})
