@@ -251,15 +251,15 @@ def while_packs_move(
     Raises:
         Missing: if a pack is gone and its tensors lie nowhere else.
     """
-    wanted = locate()
+    told: set[str] = set()
     while True:
         try:
-            return use(wanted)
-        except Missing:
-            again = locate()
-            if [item.places for item in again] == [item.places for item in wanted]:
+            return use(locate())
+        except Missing as error:
+            # To locate them brings packs that lie elsewhere, and may find one gone as well.
+            if str(error) in told:
                 raise
-            wanted = again
+            told.add(str(error))
 
 
 def filling(manifest: Manifest, live: Mapping[str, torch.Tensor]) -> tuple[list[torch.Tensor], list[Chosen]]:

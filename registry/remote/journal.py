@@ -47,8 +47,8 @@ class Journal(Protocol):
         """Make an object in the place of a damaged one."""
         ...
 
-    def last(self) -> int:
-        """The highest number that is known to have an object; 0 for none."""
+    def last(self, behind: int = 0) -> int:
+        """The highest number that is known to have an object; the one that is given if there is none behind it."""
         ...
 
     def behind(self, seq: int, limit: int) -> Iterator[tuple[int, bytes]]:
@@ -91,9 +91,9 @@ class BucketJournal:
         """Make an object in the place of a damaged one."""
         self._bucket.put(entry_key(seq), data)
 
-    def last(self) -> int:
-        """The highest number in a listing, which may lag; 0 for none."""
-        return max(self._listed(0), default=0)
+    def last(self, behind: int = 0) -> int:
+        """The highest number in a listing, which may lag; the one that is given if there is none behind it."""
+        return max(self._listed(behind), default=behind)
 
     def behind(self, seq: int, limit: int) -> Iterator[tuple[int, bytes]]:
         """The objects behind a number that a listing shows, which may lag; several are read at a time."""

@@ -41,6 +41,8 @@ class RemotePacks:
 
     Attributes:
         bound: bytes of packs that it keeps, except those that are needed at the moment.
+        was_missing: whether one was not there, since it was last asked what other hosts have added. They may have
+            removed it, or stored its tensors anew.
     """
 
     def __init__(self, bucket: Bucket, root: Path) -> None:
@@ -49,6 +51,7 @@ class RemotePacks:
         self._lock = threading.Lock()
         self._uploaded: set[str] = set()
         self.bound = cache_bound(root)
+        self.was_missing = False
 
     def info(self, digest: str) -> PackInfo:
         """What a pack holds, from the header that is kept here, or from the bucket's."""
@@ -175,7 +178,7 @@ class RemotePacks:
         held = self._bucket.head(pack_key(digest))
         first = held and self._bucket.get_range(pack_key(digest), 0, 8)
         if not held or not first:
-            raise Missing(f"{self._bucket.url}/{pack_key(digest)}: the pack is missing")
+            raise self._missing(digest)
         length = int.from_bytes(first, "little")
         text = self._bucket.get_range(pack_key(digest), 8, length) if 0 < length <= MAX_HEADER else None
         try:
@@ -213,13 +216,17 @@ class RemotePacks:
         def part(start: int) -> bytes:
             data = self._bucket.get_range(pack_key(digest), start, min(_PART, size - start))
             if data is None:
-                raise Missing(f"{self._bucket.url}/{pack_key(digest)}: the pack is missing")
+                raise self._missing(digest)
             return data
 
         with ThreadPoolExecutor(_AT_ONCE, "registry-fetch") as pool:
             starts = range(0, size, _PART)
             for first in range(0, len(starts), _AT_ONCE):
                 yield from pool.map(part, starts[first : first + _AT_ONCE])
+
+    def _missing(self, digest: str) -> Missing:
+        self.was_missing = True
+        return Missing(f"{self._bucket.url}/{pack_key(digest)}: the pack is missing")
 
     def _odd(self, digest: str, problem: str) -> Corrupt:
         error = Corrupt(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from registry.log import settings
+from registry.log.settings import FORMAT
 from registry.remote.bucket import Absent, Bucket
 from registry.remote.folder import FolderBucket
 from registry.remote.journal import FOLDER as JOURNAL
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 
 SETTINGS = "registry.toml"
 _LONGEST = 64 << 10
-"""Bytes of the settings."""
+"""Bytes of the settings that are read at most."""
+_FORMAT = re.compile(r"(?m)^format = ([0-9]{1,9})$")
 
 
 class Remote:
@@ -49,7 +52,19 @@ class Remote:
         self.log = SharedLog(journal, self.packs, folder)
 
     def is_there(self) -> bool:
-        """Whether there is a registry."""
+        """Whether there is a registry.
+
+        Raises:
+            Unsupported: if a newer version of this package made it.
+            Corrupt: if the beginning of its log is missing.
+        """
+        text = self.bucket.get(SETTINGS, _LONGEST)
+        found = _FORMAT.search(text.decode(errors="replace")) if text is not None else None
+        if found and int(found[1]) > FORMAT:
+            raise Unsupported(
+                f"{self.url} has format {found[1]}, this version of torch-registry reads format {FORMAT}; upgrade with: "
+                "pip install -U torch-registry"
+            )
         try:
             return self.log.is_there()
         except Absent:
@@ -67,7 +82,7 @@ class Remote:
             return
         if problem := probe(self.bucket):
             raise Unsupported(f"{self.url}: this store cannot hold a shared registry: {problem}")
-        self.bucket.create(SETTINGS, b"format = 2\n")
+        self.bucket.create(SETTINGS, b"format = %d\n" % FORMAT)
         if _log_place_in(self.bucket):
             raise Conflict(f"{self.url}: somebody has made a registry there at this moment; repeat")
 

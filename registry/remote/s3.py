@@ -126,7 +126,7 @@ class S3Bucket:
         check_key(key)
         with storage_errors(path), open_regular(path) as opened:
             size = os.fstat(opened.fileno()).st_size
-            part = max(_PART, -(-size // _MOST_PARTS))
+            part = part_size(size)
             with os.fdopen(os.dup(opened.fileno()), "rb") as file, self._errors(key, "PutObject"):
                 obstore.put(
                     self._uploads,
@@ -247,6 +247,11 @@ def _refusal(reason: str, right: str) -> str:
     if reason == _SKEWED:
         return f"this computer's clock is wrong ({reason}); set it"
     return f"these keys lack the right {right} ({reason})"
+
+
+def part_size(size: int) -> int:
+    """Bytes of each part of an upload of so many: a store takes 10,000 parts at most."""
+    return max(_PART, -(-size // _MOST_PARTS))
 
 
 def _told(file: BinaryIO, size: int, part: int, progress: Progress) -> Iterator[bytes]:

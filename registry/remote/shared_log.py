@@ -23,7 +23,7 @@ from registry.remote.bucket import Unreachable
 from registry.remote.journal import Journal
 from registry.remote.packs import RemotePacks
 from registry.store import durable, header, places
-from registry.store.errors import Corrupt, Invalid
+from registry.store.errors import Corrupt, Invalid, StorageError
 
 _LARGEST = 64 << 20
 """Bytes of an object, compressed and not."""
@@ -62,12 +62,21 @@ class SharedLog:
         return self._journal.url
 
     def is_there(self) -> bool:
-        """Whether the log has an entry."""
-        return self._object(1) is not None
+        """Whether the log has an entry.
+
+        Raises:
+            Corrupt: if the first one is missing, and others are there.
+        """
+        if self._object(1) is not None:
+            return True
+        self._check_no_hole(0)
+        return False
 
     def is_due(self) -> bool:
         """Whether it is time to ask for what other hosts have added."""
-        return not self.rests() and self._asked + _REFRESH <= time.monotonic()
+        return self._packs.was_missing or (
+            not self.rests() and self._asked + _REFRESH <= time.monotonic()
+        )
 
     def rests(self) -> bool:
         """Whether the bucket could not be reached a moment ago."""
@@ -91,6 +100,7 @@ class SharedLog:
     def _news(self, seq: int, digest: str) -> Iterator[Entry]:
         # Also where the answer does not come: otherwise each call would wait for it.
         self._asked = time.monotonic()
+        self._packs.was_missing = False
         found = self._object(seq + 1)
         if found is None:
             self._confirm(seq, digest)
@@ -130,9 +140,10 @@ class SharedLog:
             if time.monotonic() > until:
                 raise Unreachable(f"{self.url}: the store takes no entry; repeat")
             time.sleep(0.2)
-        # So that the files of the packs may go.
-        for found in headers:
-            self._packs.keep_header(found)
+        # So that the files of the packs may go. The entry is there, also where this disk is full.
+        with contextlib.suppress(StorageError):
+            for found in headers:
+                self._packs.keep_header(found)
         self._asked = self._confirmed = time.monotonic()
 
     @contextlib.contextmanager
@@ -181,20 +192,32 @@ class SharedLog:
         if data is None or unpacked(data)[0].digest != digest:
             lost = "is missing" if data is None else "is another one"
             raise history_changed(self.url, f": entry {seq}, which this host has, {lost} there")
+        self._check_no_hole(seq)
         self._confirmed = time.monotonic()
+
+    def _check_no_hole(self, seq: int) -> None:
+        """See that no entries are there whose predecessor, the one behind a number, is missing."""
+        if self._journal.last(seq) > seq and self._object(seq + 1) is None:
+            raise self._hole(seq + 1)
+
+    def _hole(self, seq: int) -> Corrupt:
+        return history_changed(self.url, f": entry {seq} is missing there, and later ones are there")
 
     def _from(self, seq: int, first: bytes) -> Iterator[tuple[int, bytes]]:
         """The objects of the log from a number on, of which the first was read."""
         yield seq, first
+        last = seq
         # What it gives may lag. What counts is that an entry is there.
-        for number, found in self._journal.behind(seq, _LARGEST):
-            if number != seq + 1:
+        for last, found in self._journal.behind(seq, _LARGEST):
+            if last != seq + 1:
                 break
-            seq = number
+            seq = last
             yield seq, found
         while (data := self._object(seq + 1)) is not None:
             seq += 1
             yield seq, data
+        if last > seq:
+            raise self._hole(seq + 1)
 
     def _object(self, seq: int) -> bytes | None:
         return self._journal.get(seq, _LARGEST)

@@ -93,6 +93,7 @@ class Known:
         values: what an alias, a tag, a note or an artifact may be, by key; one value once that is acknowledged.
         changes: how often somebody began or ended a change of a key.
         held: versions that may have had an alias or a tag.
+        resumed: versions that others may descend from, so that no rule and no thinning touches them.
         counts: acknowledged operations.
     """
 
@@ -112,6 +113,7 @@ class Known:
         self.values: dict[str, set[Any]] = {}
         self.changes: Counter[str] = Counter()
         self.held: set[str] = set()
+        self.resumed: set[str] = set()
         self.counts: Counter[str] = Counter()
 
     def refresh(self) -> Known:
@@ -147,6 +149,7 @@ class Known:
         self.thinning.update(line.get("thins", ()))
         self.ageing |= dict.fromkeys(line.get("ages", ()), line.get("run"))
         self.held.update(line.get("holds", ()))
+        self.resumed.update(line.get("resumes", ()))
         if "key" in line:
             values = self.values.setdefault(line["key"], {None})
             line["before"] = [*values]
@@ -176,14 +179,15 @@ class Known:
             return True
         names = self.runs.get(self.ageing.get(name, ""), [])
         is_old = name in names[:-KEEP_LAST] and not any(map(self.removing.get, names))
-        return is_old and name not in self.held
+        return is_old and name not in self.held and name not in self.resumed
 
     def may_be_thin(self, name: str) -> bool:
         return name in self.thinning or name in self.ageing
 
     def must_be_thin(self, name: str) -> bool:
         names = self.runs.get(self.ageing.get(name, ""), [])
-        return name in self.thinned or (name in names[:-1] and not any(map(self.removing.get, names)))
+        is_thinned = name in self.thinned or (name in names[:-1] and not any(map(self.removing.get, names)))
+        return is_thinned and name not in self.resumed
 
     def must_be_there(self) -> set[str]:
         return {name for name in self.saved if not self.may_be_gone(name)}
@@ -603,7 +607,9 @@ def resume(worker: Worker) -> None:
                 assert saved is not None
                 return saved.name
 
-            worker.change("resume", act, refused=overtaken(worker), model=model, content=content)
+            worker.change(
+                "resume", act, refused=overtaken(worker), model=model, content=content, resumes=[name]
+            )
     except NotFound:
         worker.known.refresh()
         if not worker.known.may_be_gone(name) and not worker.known.may_be_thin(name):
