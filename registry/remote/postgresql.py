@@ -110,7 +110,9 @@ class PostgresJournal:
 
     def last(self, behind: int = 0) -> int:
         """The highest number; the one that is given if there is none behind it."""
-        return int(self._read("SELECT coalesce(max(seq), 0) FROM {} WHERE seq > %s", [behind])[0][0]) or behind
+        return (
+            int(self._read("SELECT coalesce(max(seq), 0) FROM {} WHERE seq > %s", [behind])[0][0]) or behind
+        )
 
     def behind(self, seq: int, limit: int) -> Iterator[tuple[int, bytes]]:
         """The rows behind a number, in order."""

@@ -74,9 +74,7 @@ class SharedLog:
 
     def is_due(self) -> bool:
         """Whether it is time to ask for what other hosts have added."""
-        return self._packs.was_missing or (
-            not self.rests() and self._asked + _REFRESH <= time.monotonic()
-        )
+        return self._packs.was_missing or (not self.rests() and self._asked + _REFRESH <= time.monotonic())
 
     def rests(self) -> bool:
         """Whether the bucket could not be reached a moment ago."""
