@@ -159,7 +159,9 @@ def save(
             outbox.watch(model, best_by)
         kept = saved_in(outbox.home).pending()
         _logger.warning(
-            "%s; %s is kept on this computer until it does", str(error).removesuffix("; repeat"), kept.name
+            "%s; the version is kept on this computer as %s, and shared later",
+            str(error).removesuffix("; repeat"),
+            kept.name,
         )
         return kept
 
