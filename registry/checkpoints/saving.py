@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -144,6 +144,25 @@ def save(
 
     if home.remote is None:
         return saved_in(home)
+    # The shards of several processes lie in this registry already.
+    return _shared_or_kept(home, saved_in, model, best_by, can_wait=not isinstance(state, Written))
+
+
+def _shared_or_kept(
+    home: Home,
+    saved_in: Callable[[Home], Checkpoint],
+    model: str,
+    best_by: Monitor | None,
+    *,
+    can_wait: bool,
+) -> Checkpoint:
+    """Save in a shared registry, or in its outbox where it cannot be reached.
+
+    Args:
+        saved_in: saves in one of the two.
+        can_wait: whether the outbox may take it.
+    """
+    assert home.remote is not None
     outbox = Outbox(home)
     try:
         if home.remote.log.rests() and outbox:
@@ -152,17 +171,13 @@ def save(
         outbox.share()
         return saved_in(home)
     except Unreachable as error:
-        # The shards of several processes lie in this registry already.
-        if isinstance(state, Written) or not outbox.takes():
+        if not can_wait or not outbox.takes():
             raise
         if best_by:
             outbox.watch(model, best_by)
         kept = saved_in(outbox.home).pending()
-        _logger.warning(
-            "%s; the version is kept on this computer as %s, and shared later",
-            str(error).removesuffix("; repeat"),
-            kept.name,
-        )
+        reason = str(error).removesuffix("; repeat")
+        _logger.warning("%s; the version is kept on this computer as %s, and shared later", reason, kept.name)
         return kept
 
 
