@@ -3,7 +3,8 @@
 An `Encoded` state may be copied into an `Arena` first, so that training goes on while it is saved.
 
 Threads hash tensors ahead of the writer (the hashes release the GIL). The writer starts with the first batch that
-holds a new tensor, so that a small save gets an exactly sized header and an unchanged one writes no pack at all.
+holds a new tensor, so that a small save gets an exactly sized header and an unchanged one writes no pack at all. From then
+on the threads write large tensors themselves, part by part while they are hashed, as long as all were new.
 """
 
 from __future__ import annotations
