@@ -599,9 +599,9 @@ def test_the_rules_of_a_run_spare_what_gets_a_name_at_the_last_moment(
         }
         retain = Session.retain
 
-        def give_and_retain(self: Session, home: Home) -> None:
+        def give_and_retain(self: Session, *given: Home) -> None:
             just_before_the_commit(registry, give[hold])
-            retain(self, home)
+            retain(self, *given)
 
         with monkeypatch.context() as patch:
             patch.setattr(Session, "retain", give_and_retain)
