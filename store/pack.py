@@ -45,7 +45,6 @@ _COALESCE = 64 << 10
 _BUFFER = 1 << 20
 """Bytes that are collected for one such write."""
 
-_READ = 1 << 20
 _LARGE_FILE = 1 << 20
 """Bytes from which on a user's file stays in the memory that it was read into."""
 
@@ -94,16 +93,6 @@ class PackInfo:
         }
 
 
-class _Entry(NamedTuple):
-    """A tensor of a pack that is being written, as its header lists it."""
-
-    start: int
-    size: int
-    name: str
-    code: str
-    shape: Sequence[int]
-
-
 class Changed(Exception):
     """Tensors changed between being hashed and being written, so that a pack does not hold what it should.
 
@@ -149,8 +138,6 @@ class PackWriter:
         self._buffer = bytearray()
         self._buffer_start = 0
         self._tensors: list[PackedTensor] = []
-        self._entries: list[_Entry] = []
-        self._opaque: dict[str, str] = {}
         self._changed: set[str] = set()
 
     def add(
@@ -181,12 +168,10 @@ class PackWriter:
         self, digest: str, dtype: str, shape: Sequence[int], base: str, coded: memoryview
     ) -> None:
         """Add a tensor as its difference from another one."""
-        name, start = f"{digest}.{base}", self.reserve(len(coded))
+        start = self.reserve(len(coded))
         self._tensors.append(
             PackedTensor(digest, dtype, shape=tuple(shape), start=start, base=base, coded=len(coded))
         )
-        self._opaque[name] = _type_and_shape(dtype, shape)
-        self._entries.append(_Entry(start, len(coded), name, "U8", (len(coded),)))
         self._write(coded, start)
 
     def reserve(self, size: int) -> int:
@@ -206,12 +191,7 @@ class PackWriter:
 
     def add_written(self, digest: str, dtype: str, shape: Sequence[int], start: int) -> None:
         """Add a tensor that was written, or will be, into room that was reserved."""
-        size, code = byte_count(dtype, shape), ELEMENT_TYPES[dtype].pack_code
         self._tensors.append(PackedTensor(digest, dtype, shape=tuple(shape), start=start))
-        if code is None:
-            self._opaque[digest] = _type_and_shape(dtype, shape)
-            code, shape = "U8", (size,)
-        self._entries.append(_Entry(start, size, digest, code, shape))
 
     def leave(self, start: int, size: int) -> None:
         """Leave room that was reserved, and perhaps written, unused: it holds zeros."""
@@ -228,22 +208,31 @@ class PackWriter:
         if self._changed:
             raise Changed(frozenset(self._changed))
         self._flush()
-        about = {"format": _FORMAT, "salt": secrets.token_hex(_SALT), **self._opaque}
-        text = header.render(self._laid_out(), about)
+        # Those without bytes come before the one that begins where they are.
+        tensors = sorted(self._tensors, key=lambda tensor: (tensor.start, tensor.size))
+        about = {"format": _FORMAT, "salt": secrets.token_hex(_SALT)}
+        text = header.render(self._laid_out(tensors, about), about)
         head = header.framed(text, self._head)
         name = digest_of(head)
         self._file.write_at(head, 0)
         self._file.skip_to(self._end)
         self._file.sync(head)
         self._file.publish(pack_path(packs, name))
-        return PackInfo(name, self._end, tuple(sorted(self._tensors, key=_place)))
+        return PackInfo(name, self._end, tuple(tensors))
 
     def discard(self) -> None:
         """Remove what was written."""
         self._file.discard()
 
-    def _laid_out(self) -> list[tuple[str, str, Sequence[int], int, int]]:
-        """The entries of the header: in order, and without holes, as safetensors wants it."""
+    def _laid_out(
+        self, tensors: Iterable[PackedTensor], about: dict[str, str]
+    ) -> list[tuple[str, str, Sequence[int], int, int]]:
+        """The entries of the header: in order, and without holes, as safetensors wants it.
+
+        Args:
+            tensors: sorted by where they begin.
+            about: is given the types that safetensors lacks, by name.
+        """
         laid_out: list[tuple[str, str, Sequence[int], int, int]] = []
         position = self._head
 
@@ -253,12 +242,20 @@ class PackWriter:
             laid_out.append((name, code, shape, start, start + size))
             position += size
 
-        for start, size, name, code, shape in sorted(self._entries, key=_place):
-            if start > position:
-                lay(f"pad.{len(laid_out)}", "U8", (start - position,), start - position)
-            lay(name, code, shape, size)
-        if self._end > position:
-            lay(f"pad.{len(laid_out)}", "U8", (self._end - position,), self._end - position)
+        def pad(end: int) -> None:
+            if end > position:
+                lay(f"pad.{len(laid_out)}", "U8", (end - position,), end - position)
+
+        for tensor in tensors:
+            pad(tensor.start)
+            name = tensor.digest if tensor.base is None else f"{tensor.digest}.{tensor.base}"
+            code = ELEMENT_TYPES[tensor.dtype].pack_code if tensor.base is None else None
+            if code is not None:
+                lay(name, code, tensor.shape, tensor.size)
+            else:
+                about[name] = _type_and_shape(tensor.dtype, tensor.shape)
+                lay(name, "U8", (tensor.size,), tensor.size)
+        pad(self._end)
         return laid_out
 
     def _write(self, data: memoryview, start: int) -> None:
@@ -295,11 +292,6 @@ class PackWriter:
         if self._buffer:
             self._file.write_at(self._buffer, self._buffer_start)
             self._buffer = bytearray()
-
-
-def _place(tensor: _Entry | PackedTensor) -> tuple[int, int]:
-    """What a pack's tensors are sorted by: those without bytes come before the one that begins where they are."""
-    return tensor.start, tensor.size
 
 
 def _type_and_shape(dtype: str, shape: Sequence[int]) -> str:
