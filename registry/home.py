@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from registry.remote.remote import Remote
     from registry.store.store import Store
 
+OUTBOX = "outbox"
+"""In a computer's folder for a shared registry: the folder of its outbox."""
+
 SETTINGS = settings.NAME
 """The name of the file in which a registry's folder says what it is."""
 
@@ -46,6 +49,7 @@ class Home:
     """
 
     def __init__(self, root: Path | str | None = None, *, create: bool = True) -> None:
+        self._outbox: Home | None = None
         given = str(root) if root is not None else default_root()
         self.remote = _remote_at(given)
         # A program may change its working directory.
@@ -67,6 +71,14 @@ class Home:
         from registry.store.store import Store
 
         return Store(self.root, self.catalog, self.remote.packs if self.remote else None)
+
+    @property
+    def outbox_home(self) -> Home:
+        """The registry that keeps what cannot be shared yet; it is made if need be. See `registry.upkeep.outbox`."""
+        # Its folder may be deleted once nothing waits in it.
+        if self._outbox is None or not settings.are_there(self._outbox.root):
+            self._outbox = Home(self.root / OUTBOX)
+        return self._outbox
 
     @property
     def place(self) -> str:

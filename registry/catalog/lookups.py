@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from registry.store.digest import is_digest
 from registry.store.errors import Corrupt
 from registry.store.locating import Location
-
-if TYPE_CHECKING:
-    from registry.log.metrics import Monitor
 
 _BATCH = 500
 """Parameters of one statement."""
@@ -101,20 +97,6 @@ def best_id(query: Query, model: str, metric: str, *, smallest: bool) -> tuple[s
             [model, metric],
         )
     return (str(rows[0][0]), float(rows[0][1])) if rows else None
-
-
-def best_with(query: Query, model: str, by: Monitor, manifest_id: str, value: float | None) -> str | None:
-    """The id of a model's best version once one more is published. NaN never wins; of equal values the earlier does.
-
-    Args:
-        manifest_id, value: of that one.
-    """
-    best = best_id(query, model, by.metric, smallest=by.smallest)
-    if value is None or math.isnan(value):
-        return best[0] if best else None
-    if best is None or (value < best[1] if by.smallest else value > best[1]):
-        return manifest_id
-    return best[0]
 
 
 def parsed(record: Any) -> Any:

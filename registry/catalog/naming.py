@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from registry.catalog.lookups import Reader
+from registry.catalog.lookups import Reader, best_id
 from registry.catalog.resolving import hint, resolve
 from registry.catalog.versions import Version
 from registry.log.entries import Record, now
@@ -16,6 +17,7 @@ from registry.store.text import quoted, texts
 if TYPE_CHECKING:
     from registry.catalog.catalog import Catalog
     from registry.catalog.transactions import View
+    from registry.log.metrics import Monitor
 
 
 def set_alias(catalog: Catalog, reference: str, alias: str) -> Version:
@@ -36,6 +38,22 @@ def point(view: Reader, model: str, alias: str, manifest_id: str) -> list[Record
     if was == manifest_id:
         return []
     return [{"op": "alias", "model": model, "alias": alias, "id": manifest_id, "was": was}]
+
+
+def point_best(view: Reader, model: str, by: Monitor, manifest_id: str, value: float | None) -> list[Record]:
+    """The record that points `best` at the best version once one more is published; none if it points there already.
+
+    NaN never wins; of equal values the earlier one does.
+
+    Args:
+        by: which version is the best.
+        manifest_id, value: of the one that is published.
+    """
+    best = best_id(view.query, model, by.metric, smallest=by.smallest)
+    if value is not None and not math.isnan(value):
+        is_better = best is None or (value < best[1] if by.smallest else value > best[1])
+        best = (manifest_id, value) if is_better else best
+    return point(view, model, "best", manifest_id=best[0]) if best else []
 
 
 def pointed_at(view: Reader, model: str, alias: str) -> str | None:

@@ -44,10 +44,6 @@ class Checkpoint:
                 return cls(outbox.home.store, found)
         return cls(home.store, resolve(home.catalog, reference))
 
-    def pending(self) -> Checkpoint:
-        """The same, as one of the outbox; see `registry.upkeep.outbox`."""
-        return Checkpoint(self._store, self._version._replace(is_pending=True))
-
     @property
     def row(self) -> Version:
         """What the catalog has of it."""

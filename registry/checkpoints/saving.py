@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from registry.catalog.commit import publish, publish_version
-from registry.catalog.lookups import best_with
-from registry.catalog.naming import point
+from registry.catalog.naming import point_best
 from registry.catalog.resolving import resolve
 from registry.catalog.versions import version_of
 from registry.checkpoints.checkpoint import Checkpoint
@@ -124,11 +123,8 @@ def save(
         found = [publish_version(view, model, manifest_id, text=text)]
         if best_by is None:
             return found
-        value = (
-            record.get("loss") if best_by.metric == "loss" else record.get("metrics", {}).get(best_by.metric)
-        )
-        best = best_with(view.query, model, best_by, manifest_id=manifest_id, value=value)
-        return [*found, *(point(view, model, "best", manifest_id=best) if best else ())]
+        value = best_by.value(record.get("loss"), record.get("metrics", {}))
+        return [*found, *point_best(view, model, best_by, manifest_id=manifest_id, value=value)]
 
     def saved_in(home: Home) -> Checkpoint:
         saved, made = publish(
@@ -175,7 +171,8 @@ def _shared_or_kept(
             raise
         if best_by:
             outbox.watch(model, best_by)
-        kept = saved_in(outbox.home).pending()
+        saved = saved_in(outbox.home)
+        kept = Checkpoint(outbox.home.store, saved.row._replace(is_pending=True))
         reason = str(error).removesuffix("; repeat")
         _logger.warning("%s; the version is kept on this computer as %s, and shared later", reason, kept.name)
         return kept

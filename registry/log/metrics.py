@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from registry.store.errors import Fix, Invalid
@@ -69,6 +70,10 @@ class Monitor(NamedTuple):
 
     metric: str
     smallest: bool
+
+    def value(self, loss: float | None, metrics: Mapping[str, float]) -> float | None:
+        """What a version has of it; None if it was not recorded."""
+        return loss if self.metric == "loss" else metrics.get(self.metric)
 
 
 def check_metric(name: str) -> str:

@@ -130,7 +130,7 @@ def put_log_in(text: str, log: str) -> None:
     if found is None and not Remote(url, bucket, folder).is_there():
         _in_postgresql(place).make()
         if not Remote(url, bucket, folder, place).is_there():
-            bucket.create(SETTINGS, f'format = 2\nlog = "{place}"\n'.encode())
+            bucket.create(SETTINGS, f'format = {FORMAT}\nlog = "{place}"\n'.encode())
         found = _log_place_in(bucket)
         if found is None:
             raise Conflict(

@@ -15,10 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from registry.catalog.lookups import best_with
-from registry.catalog.naming import point, removal
+from registry.catalog.naming import point_best, removal
 from registry.catalog.versions import Version, find_versions
-from registry.home import Home
+from registry.home import OUTBOX, Home
 from registry.log.metrics import Monitor
 from registry.log.reference import is_name
 from registry.remote.bucket import Unreachable
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from registry.catalog.transactions import View
     from registry.log.entries import Record
 
-FOLDER = "outbox"
 VARIABLE = "REGISTRY_UNREACHABLE"
 """Set to `fail` where a save that cannot be shared is to be an error, as on a computer that does not last."""
 
@@ -53,10 +51,10 @@ class Outbox:
     def __init__(self, home: Home) -> None:
         self._home = home
 
-    @functools.cached_property
+    @property
     def home(self) -> Home:
         """The registry that has them; it is made if need be."""
-        return Home(self._folder)
+        return self._home.outbox_home
 
     def __bool__(self) -> bool:
         """Whether there is a pending version."""
@@ -158,7 +156,7 @@ class Outbox:
 
     @property
     def _folder(self) -> Path:
-        return self._home.root / FOLDER
+        return self._home.root / OUTBOX
 
     def _remove(self, versions: Sequence[Version]) -> None:
         def compute(view: View) -> list[Record]:
@@ -172,9 +170,8 @@ class Outbox:
         """What moves the alias `best` of the shared registry, where the run that saved a version wanted that."""
         if by is None:
             return []
-        value = version.loss if by.metric == "loss" else version.metrics.get(by.metric)
-        best = best_with(view.query, version.model, by, manifest_id=version.id, value=value)
-        return point(view, version.model, "best", manifest_id=best) if best else []
+        value = by.value(version.loss, version.metrics)
+        return point_best(view, version.model, by, manifest_id=version.id, value=value)
 
     def _monitors(self) -> Mapping[str, Monitor]:
         """By which metric the alias `best` of a model moves."""

@@ -125,8 +125,7 @@ class Retention(NamedTuple):
             return []
         ranked = []
         for version in versions:
-            metric = self.monitor.metric
-            value = version.loss if metric == "loss" else version.metrics.get(metric)
+            value = self.monitor.value(version.loss, version.metrics)
             # NaN is never the best.
             if value is not None and value == value:
                 ranked.append((value if self.monitor.smallest else -value, version.version, version))

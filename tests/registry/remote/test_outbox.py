@@ -300,3 +300,45 @@ def test_an_outbox_with_a_damaged_note_still_shares(host: Hosts, bucket: Path) -
     shutil.rmtree(a.root / "outbox")
     assert not a.outbox
     assert os.listdir(a.root)
+
+
+def test_an_outbox_whose_folder_was_deleted_is_made_anew_by_the_same_program(
+    host: Hosts, bucket: Path
+) -> None:
+    a = host("a")
+    a.save("net", state(0))
+    away(bucket)
+    a.save("net", state(1))
+    a.outbox.drop()
+    shutil.rmtree(a.root / "outbox")
+    assert a.save("net", state(2)).name == "net:pending-1"
+    back(bucket)
+    assert [one.target for one in a.outbox.share()] == ["net:v2"]
+    assert value(a, "net:v2") == 2
+
+
+def test_equal_versions_that_were_thinned_offline_are_shared_thinned_compacted_and_collected(
+    host: Hosts, bucket: Path
+) -> None:
+    a, b = host("a"), host("b")
+    net = torch.nn.Linear(300, 300)
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.ones(4, 300)).sum().backward()
+    optimizer.step()
+    with a.run("net", keep_optimizer=1, keep_last=4) as run:
+        run.save(model=net, optimizer=optimizer)
+        away(bucket)
+        for _ in range(5):
+            run.save(model=net, optimizer=optimizer)
+        assert ["thinned-from" in version.record for version in a.outbox.versions()] == [True] * 3 + [False]
+        back(bucket)
+        run.save(model=net, optimizer=optimizer)
+    assert ["thinned-from" in version.record for version in a.versions("net")] == [False] + [True] * 3
+    a.collect_garbage(grace=0)
+    a.compact(["net"])
+    b.collect_garbage(grace=0)
+    for registry in (a, b):
+        for version in registry.versions("net"):
+            found = registry[version.name].load()["model"]
+            assert all(torch.equal(found[name], tensor) for name, tensor in net.state_dict().items())
+    assert_whole(a, b)
