@@ -1,13 +1,18 @@
-"""A real S3 server, which the tests of this folder share."""
+"""What the tests of this folder share: a real S3 server, and hosts over one bucket."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+from hosts import Team
 from servers import BUCKET, KEYS, Layer, layer, seaweed, weed
 
+from registry import Registry
+from registry.remote import shared_log
 from registry.remote.s3 import S3Bucket
 from registry.remote.urls import Address
 
@@ -41,3 +46,35 @@ def address(s3: Layer) -> Address:
 def bucket(address: Address) -> S3Bucket:
     """The bucket there."""
     return S3Bucket(address)
+
+
+@pytest.fixture
+def asks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each reader asks what other hosts have added, and each writer whether the last entry is still there."""
+    monkeypatch.setattr(shared_log, "_REFRESH", 0.0)
+    monkeypatch.setattr(shared_log, "_CONFIRM", 0.0)
+
+
+@pytest.fixture
+def team(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Team:
+    """Hosts over one bucket in a folder."""
+    # It is changed by `Team.host`, and put back behind the test.
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    return Team(tmp_path / "team")
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    """A bucket in a folder."""
+    return (tmp_path / "bucket").as_uri()
+
+
+@pytest.fixture
+def host(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Registry]:
+    """Opens the registry as a host of some name has it."""
+
+    def opened(name: str, place: str = url, **options: Any) -> Registry:
+        monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / f"host-{name}"))
+        return Registry(place, **options)
+
+    return opened

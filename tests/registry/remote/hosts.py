@@ -112,6 +112,11 @@ def value(registry: Registry, reference: str) -> float:
     return float(loaded["w"][0])
 
 
+def numbers(registry: Registry) -> list[int]:
+    """The numbers of the versions of `net`."""
+    return sorted(version.version for version in registry.versions("net"))
+
+
 def entries_of(registry: Registry) -> list[str]:
     """The digests of a host's entries."""
     return [item.entry.digest for item in registry.catalog.journal.read() if item.entry]

@@ -21,22 +21,8 @@ from registry.remote import shared_log
 from registry.store import durable
 from registry.store.errors import NotFound, StorageError
 
-pytestmark = pytest.mark.damages
+pytestmark = [pytest.mark.damages, pytest.mark.usefixtures("asks_at_once")]
 """Its folders cannot be opened without the bucket that they belong to."""
-
-
-@pytest.fixture(autouse=True)
-def asks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each reader asks what other hosts have added, and each writer whether the last entry is still there."""
-    monkeypatch.setattr(shared_log, "_REFRESH", 0.0)
-    monkeypatch.setattr(shared_log, "_CONFIRM", 0.0)
-
-
-@pytest.fixture
-def team(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Team:
-    # It is changed by `Team.host`, and put back behind the test.
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    return Team(tmp_path / "team")
 
 
 # -- races ---------------------------------------------------------------------------------------------------

@@ -17,28 +17,13 @@ from hosts import Team, entries_of, save, value
 from registry import Registry
 from registry.log import entries
 from registry.log.entries import Entry
-from registry.remote import shared_log
 from registry.remote.bucket import Held
 from registry.remote.shared_log import packed
 from registry.store.digest import digest
 from registry.store.errors import Corrupt, Unsupported
 
 # Its folders cannot be opened without the bucket that they belong to.
-pytestmark = pytest.mark.damages
-
-
-@pytest.fixture(autouse=True)
-def asks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each reader asks what other hosts have added, and each writer whether the last entry is still there."""
-    monkeypatch.setattr(shared_log, "_REFRESH", 0.0)
-    monkeypatch.setattr(shared_log, "_CONFIRM", 0.0)
-
-
-@pytest.fixture
-def team(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Team:
-    # It is changed by `Team.host`, and put back behind the test.
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    return Team(tmp_path / "team")
+pytestmark = [pytest.mark.damages, pytest.mark.usefixtures("asks_at_once")]
 
 
 def key_of(seq: int) -> str:

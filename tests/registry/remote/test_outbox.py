@@ -34,15 +34,6 @@ def bucket(tmp_path: Path) -> Path:
     return tmp_path / "bucket"
 
 
-@pytest.fixture
-def host(bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hosts:
-    def opened(name: str) -> Registry:
-        monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / f"host-{name}"))
-        return Registry(bucket.as_uri())
-
-    return opened
-
-
 def away(bucket: Path) -> None:
     """Unmount the folder that stands for the bucket."""
     bucket.rename(bucket.with_name("elsewhere"))

@@ -19,6 +19,7 @@ import psycopg
 import pytest
 import torch
 from databases import OWNER, Database, Fault, Relay, postgresql, programs, relay
+from hosts import entries_of, numbers, state
 from servers import Layer
 
 from registry import Registry
@@ -113,21 +114,8 @@ def terminated(url: str) -> None:
     )
 
 
-def state(number: float) -> dict[str, Any]:
-    return {"model": {"w": torch.full((1000,), float(number)), "same": torch.full((1000,), 0.5)}}
-
-
 def value(registry: Registry, reference: str) -> float:
     return float(registry[reference].load()["model"]["w"][0])
-
-
-def numbers(registry: Registry) -> list[int]:
-    return sorted(version.version for version in registry.versions("net"))
-
-
-def entries_of(registry: Registry) -> list[str]:
-    """The digests of a host's entries."""
-    return [item.entry.digest for item in registry.catalog.journal.read() if item.entry]
 
 
 # -- what every journal promises ---------------------------------------------------------------------------

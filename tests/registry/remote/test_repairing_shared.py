@@ -13,7 +13,7 @@ from servers import Fault, Layer
 
 from registry import Registry
 from registry.log import entries
-from registry.remote import remote, shared_log
+from registry.remote import remote
 from registry.remote.folder import FolderBucket
 from registry.remote.shared_log import packed, unpacked
 from registry.remote.urls import Address
@@ -22,29 +22,12 @@ from registry.store.errors import Corrupt, Invalid, NotFound, StorageError
 Hosts = Callable[..., Registry]
 
 
-@pytest.fixture(autouse=True)
-def asks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_log, "_REFRESH", 0.0)
-    monkeypatch.setattr(shared_log, "_CONFIRM", 0.0)
-
-
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    return (tmp_path / "bucket").as_uri()
+pytestmark = pytest.mark.usefixtures("asks_at_once")
 
 
 @pytest.fixture
 def bucket(tmp_path: Path) -> FolderBucket:
     return FolderBucket(tmp_path / "bucket")
-
-
-@pytest.fixture
-def host(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hosts:
-    def opened(name: str, place: str = url, **options: Any) -> Registry:
-        monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / f"host-{name}"))
-        return Registry(place, **options)
-
-    return opened
 
 
 def state(number: float) -> dict[str, Any]:

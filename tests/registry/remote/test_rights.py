@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from hosts import numbers, state, value
 from servers import BUCKET, KEYS, Fault, Layer, layer, seaweed, weed
 
 from registry import Registry
@@ -99,18 +100,6 @@ def admin(opened: As, s3: Layer, address: Address, monkeypatch: pytest.MonkeyPat
         for name, text in KEYS.items():
             patch.setenv(name, text)
         return S3Bucket(address)
-
-
-def state(number: float) -> dict[str, Any]:
-    return {"model": {"w": torch.full((1000,), float(number)), "same": torch.full((1000,), 0.5)}}
-
-
-def value(registry: Registry, reference: str) -> float:
-    return float(registry[reference].load()["model"]["w"][0])
-
-
-def numbers(registry: Registry) -> list[int]:
-    return sorted(version.version for version in registry.versions("net"))
 
 
 def keys(bucket: S3Bucket) -> list[str]:

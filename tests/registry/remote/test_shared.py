@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from hosts import entries_of, state
 from servers import Fault, Layer
 
 from registry import Registry
@@ -29,36 +30,12 @@ from registry.store.errors import Corrupt, Invalid, NotFound, RegistryError, Sto
 Hosts = Callable[[str], Registry]
 
 
-@pytest.fixture(autouse=True)
-def asks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each reader asks what other hosts have added, and each writer whether the last entry is still there."""
-    monkeypatch.setattr(shared_log, "_REFRESH", 0.0)
-    monkeypatch.setattr(shared_log, "_CONFIRM", 0.0)
-
-
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    return (tmp_path / "bucket").as_uri()
+pytestmark = pytest.mark.usefixtures("asks_at_once")
 
 
 @pytest.fixture
 def bucket(tmp_path: Path) -> FolderBucket:
     return FolderBucket(tmp_path / "bucket")
-
-
-@pytest.fixture
-def host(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hosts:
-    """Opens the registry as a host of some name has it."""
-
-    def opened(name: str, place: str = url, **options: Any) -> Registry:
-        monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / f"host-{name}"))
-        return Registry(place, **options)
-
-    return opened
-
-
-def state(number: float, size: int = 1000) -> dict[str, Any]:
-    return {"model": {"w": torch.full((size,), float(number)), "same": torch.full((size,), 0.5)}}
 
 
 def value(registry: Registry, reference: str) -> float:
@@ -68,11 +45,6 @@ def value(registry: Registry, reference: str) -> float:
 def places(registry: Registry, reference: str) -> list[Any]:
     """Where the tensors of a version lie."""
     return list(registry.catalog.locate([digest for *_, digest in registry[reference].parameters()]).values())
-
-
-def entries_of(registry: Registry) -> list[str]:
-    """The digests of a host's entries."""
-    return [item.entry.digest for item in registry.catalog.journal.read() if item.entry]
 
 
 # -- several hosts -----------------------------------------------------------------------------------------
