@@ -49,6 +49,14 @@ def broken_by(change: Change, entry: Entry, store: Store) -> str | None:
             (row,) = change.query("SELECT size FROM packs WHERE digest = ?", [record["new"]])
             if not store.pack_is_whole(record["new"], row[0]):
                 return f"pack {record['new'][:12]} is not there"
+    return takes_needed(change)
+
+
+def takes_needed(change: Change) -> str | None:
+    """What an entry that has been applied takes away although it is needed, in words; None if it takes nothing.
+
+    It depends on the log alone: not on the files that are here.
+    """
     for digest, tensors, users in change.packs.dropped:
         lost = tensors - set(locate(change.query, tensors))
         for manifest_id in users:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import sqlite3
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from typing import Any
 
 from registry.catalog import pairing
 from registry.catalog.change import Change
 from registry.catalog.copies import Material, gaps_in, head, not_before, state, text_in
 from registry.catalog.database import Damaged, Database, Held, Replaced
-from registry.catalog.invariants import broken_by
+from registry.catalog.invariants import broken_by, takes_needed
 from registry.catalog.refolding import refold_in_place
 from registry.log import entries
 from registry.log.entries import START, Entry, Record
@@ -21,7 +21,7 @@ from registry.log.journal import BEGINNING, Position
 from registry.log.ledger import Ledger
 from registry.log.refusals import Refused
 from registry.log.sharing import Shared, history_changed
-from registry.store.errors import Corrupt, StorageError, Unsupported
+from registry.store.errors import Corrupt, RegistryError, StorageError, Unsupported
 from registry.store.locating import Location
 from registry.store.store import Store
 
@@ -121,22 +121,29 @@ def catch_up(database: Database, change: Change, *, heals: bool = True) -> None:
         if isinstance(item, Gap):
             refold_in_place(database, change, connection, heals=heals)
             return
-        connection.execute("SAVEPOINT entry")
-        try:
-            change.take(item.entry)
-        except Refused:
-            # It contradicts those before it, and has no effect; verify names it.
-            connection.execute("ROLLBACK TO entry")
-            change.packs.forget()
-            if any(record["op"] in ("adopt", "publish") for record in item.entry.records):
-                change.is_unsure = True
-        connection.execute("RELEASE entry")
+        _apply(change, item.entry)
         if change.is_unsure:
             refold_in_place(database, change, connection, heals=heals)
             return
         change.keep(item.entry)
         assert item.end is not None
         change.set_head(item.entry, item.end)
+
+
+def _apply(change: Change, entry: Entry) -> bool:
+    """Apply an entry to the tables; false if it contradicts those before it, and so has no effect. verify names it."""
+    change.connection.execute("SAVEPOINT entry")
+    try:
+        change.take(entry)
+        return True
+    except Refused:
+        change.connection.execute("ROLLBACK TO entry")
+        change.packs.forget()
+        if any(record["op"] in ("adopt", "publish") for record in entry.records):
+            change.is_unsure = True
+        return False
+    finally:
+        change.connection.execute("RELEASE entry")
 
 
 def follow(database: Database, change: Change) -> None:
@@ -157,8 +164,55 @@ def _take_in_news(database: Database, change: Change) -> None:
         _take_anew(database, database.shared, change)
         return
     seq, digest, end = head(change.connection)
-    if database.journal.append_all(database.shared.news(seq, digest), end) != end:
+    news = _harmless(database.shared, change, database.shared.news(seq, digest))
+    try:
+        after = database.journal.append_all(news, end)
+    finally:
+        news.close()
+    if after != end:
         catch_up(database, change)
+
+
+def _harmless(shared: Shared, change: Change, news: Iterator[Entry]) -> Generator[Entry, None, None]:
+    """Entries of other hosts, up to one that takes away packs which are needed.
+
+    Such an entry, and all behind it, is not taken in by any host, so none deletes these packs.
+
+    Raises:
+        Corrupt: if there is one.
+    """
+    connection = change.connection
+    waiting: list[Entry] = []
+    connection.execute("SAVEPOINT news")
+    try:
+        for entry in news:
+            waiting.append(entry)
+            # Only these can do harm. What comes before one is applied once there is one.
+            if any(record["op"] in ("doom", "replace") for record in entry.records):
+                problem = _problem_of(change, waiting)
+                waiting = []
+                if problem:
+                    raise Corrupt(
+                        f"{shared.url}: entry {entry.seq} of the log is not sound: {problem}. A broken program wrote it. "
+                        "Nothing is written; remove it and all behind it from journal/"
+                    )
+            yield entry
+    finally:
+        # What was taken in is applied from this host's copy of the log.
+        connection.execute("ROLLBACK TO news")
+        connection.execute("RELEASE news")
+        change.packs.forget()
+
+
+def _problem_of(change: Change, waiting: Sequence[Entry]) -> str | None:
+    """What the last of some entries takes away although it is needed; None if it takes nothing, or nobody can tell."""
+    has_effect = False
+    for entry in waiting:
+        has_effect = _apply(change, entry)
+        change.keep(entry)
+    with contextlib.suppress(RegistryError):
+        return takes_needed(change) if has_effect and not change.is_unsure else None
+    return None
 
 
 def _take_anew(database: Database, shared: Shared, change: Change) -> None:

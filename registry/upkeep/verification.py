@@ -21,7 +21,7 @@ from registry.progress import Progress, silent
 from registry.store import durable, places
 from registry.store.digest import digest as digest_of
 from registry.store.digest import is_digest, tensor_digest
-from registry.store.errors import Corrupt, Missing, RegistryError
+from registry.store.errors import Corrupt, Missing, RegistryError, StorageError
 from registry.store.locating import Location
 from registry.store.manifest import MAX_SIZE, parse
 from registry.store.pack import INNER, PackInfo, read_pack_info
@@ -77,6 +77,10 @@ def verify(
 
     Returns:
         What was checked and every problem found; damage is reported, not raised.
+
+    Raises:
+        NotFound: if there is no such checkpoint.
+        StorageError: if the bucket of a shared registry cannot be reached, which says nothing against its packs.
     """
     chosen = [resolve(catalog, reference).id for reference in texts(references)]
     check = _Check(catalog, store, chosen)
@@ -249,6 +253,7 @@ class _Check:
 
         Raises:
             Corrupt: if it is not there either, in its full size.
+            StorageError: if the place cannot be reached.
         """
         elsewhere = self._store.elsewhere
         if elsewhere is None:
@@ -271,6 +276,10 @@ class _Check:
 
     def _counts(self, pack: str) -> bool:
         """Whether a pack still counts."""
+        if self._store.elsewhere is not None:
+            # Another host may have doomed it a moment ago.
+            with contextlib.suppress(StorageError):
+                self._catalog.commit(lambda view: [])
         return bool(self._catalog.query("SELECT 1 FROM packs WHERE digest = ?", [pack]))
 
     def _is_lost(self, digest: str) -> bool:
@@ -309,24 +318,34 @@ class _Check:
         }
         path = self._store.pack_path(digest)
         try:
+            # That a store does not answer says nothing against the pack, and is raised.
             if not self._is_at_hand(digest, size):
                 return
+        except Corrupt as error:
+            self._note_damage(digest, placed, error)
+            return
+        try:
             info = read_pack_info(path)
             if info.size != size:
                 raise Corrupt(f"{path}: has {info.size} bytes instead of {size}")
             with open_regular(path, inner=INNER) as file:
                 self._check_contents(info, file.fileno())
         except RegistryError as error:
-            if self._counts(digest):
-                self.damaged.add(digest)
-                affected = {name for tensor in placed for name, _ in self._names.get(tensor, ())}
-                self.problems.append(Problem(f"pack {error}", tuple(sorted(affected)), str(path)))
+            self._note_damage(digest, placed, error)
             return
         self._check_differences([tensor.digest for tensor in info.tensors if tensor.base], digest)
         if placed != info.places and self._counts(digest):
             self.problems.append(
                 Problem(f"{path} does not hold what the catalog says; run: registry rebuild", (), str(path))
             )
+
+    def _note_damage(self, digest: str, tensors: Iterable[str], error: RegistryError) -> None:
+        """Note what is wrong with a pack, if it still counts."""
+        if self._counts(digest):
+            self.damaged.add(digest)
+            affected = {name for tensor in tensors for name, _ in self._names.get(tensor, ())}
+            path = str(self._store.pack_path(digest))
+            self.problems.append(Problem(f"pack {error}", tuple(sorted(affected)), path))
 
     def _check_contents(self, info: PackInfo, fd: int) -> None:
         """Compare the bytes of a pack with their digests; read, not mapped, since it may shrink meanwhile."""

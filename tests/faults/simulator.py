@@ -5,6 +5,8 @@ every durable step, at every lock and before every file that is opened, the seed
 the machine is killed or loses power. What was not synced then may be lost, torn or kept, and names of files whose
 folder was not synced may be the old ones.
 
+With `--hosts`, the actors are on several hosts that share a registry in a bucket, whose requests are durable steps as well.
+
 What was acknowledged is written down outside, and checked against the registry while it is used and after each crash.
 """
 
@@ -33,6 +35,7 @@ from support import broken_rules, collect, may_be_an_old_log
 from registry import Registry
 from registry.catalog import catalog
 from registry.log import entries, journal
+from registry.remote import remote, shared_log
 from registry.store import durable, pack, places
 from registry.store.errors import Conflict, NotFound, RegistryError
 
@@ -142,6 +145,10 @@ class Disk(durable.Disk):
             super().rename(source, target, source_folder, target_folder)
             self.world.pending.append(change)
 
+    def link(self, source: Path, target: Path, source_folder: int, target_folder: int) -> None:
+        with self._step():
+            super().link(source, target, source_folder, target_folder)
+
     def unlink(self, path: Path, folder: int) -> None:
         with self._step():
             change = Pending(path.parent, path, None, self.world.buried(path))
@@ -199,7 +206,7 @@ class Actor:
     def act(self) -> None:
         """One operation."""
         if self.registry is None or self.chance.random() < 0.05:
-            self.registry = Registry(self.world.root)
+            self.registry = self.world.opened(self.index)
         name = self.chance.choices(*self.world.operations)[0]
         self.world.trace.append((self.index, name))
         try:
@@ -209,9 +216,12 @@ class Actor:
         self.world.count += 1
 
     def pick(self, *, gone: bool = False) -> str | None:
-        """The name of some version that was acknowledged."""
+        """The name of some version that was acknowledged, and that this host has seen."""
         names = [name for name, known in self.world.versions.items() if gone or not known.is_gone]
-        return self.chance.choice(names[-12:]) if names else None
+        name = self.chance.choice(names[-12:]) if names else None
+        assert self.registry is not None
+        self.world.catch_up(self.registry)
+        return name
 
 
 def _save(actor: Actor, registry: Registry, world: World) -> None:
@@ -257,7 +267,7 @@ def _thin(actor: Actor, registry: Registry, world: World) -> None:
         world.versions[name].may_be_thin = True
         with contextlib.suppress(NotFound):
             registry.thin(name)
-        _unless_gone(world, name)
+        _unless_gone(actor, world, name)
 
 
 def _remove(actor: Actor, registry: Registry, world: World) -> None:
@@ -274,13 +284,15 @@ def _remove(actor: Actor, registry: Registry, world: World) -> None:
         raise
     except NotFound:
         known.removers -= 1
-        _unless_gone(world, name)
+        _unless_gone(actor, world, name)
     else:
         known.is_gone = True
 
 
-def _unless_gone(world: World, name: str) -> None:
-    is_there = name in present(Registry(world.root))  # Others may have their turn meanwhile.
+def _unless_gone(actor: Actor, world: World, name: str) -> None:
+    registry = world.opened(actor.index)
+    world.catch_up(registry)
+    is_there = name in present(registry)  # Others may have their turn meanwhile.
     if not is_there and not world.versions[name].may_be_gone:
         raise Found(f"{name} is gone")
 
@@ -304,7 +316,7 @@ def _name(actor: Actor, registry: Registry, world: World) -> None:
             registry.set_alias(name, word)
             known.names.add(("alias", word))
     except NotFound:
-        _unless_gone(world, name)
+        _unless_gone(actor, world, name)
 
 
 def _artifact(actor: Actor, registry: Registry, world: World) -> None:
@@ -348,7 +360,7 @@ def _rebuild(actor: Actor, registry: Registry, world: World) -> None:
 
 
 def _lose_catalog(actor: Actor, registry: Registry, world: World) -> None:
-    for path in world.root.glob(f"{SQLITE}*"):
+    for path in registry.root.glob(f"{SQLITE}*"):
         path.unlink(missing_ok=True)
 
 
@@ -389,16 +401,26 @@ def present(registry: Registry) -> dict[str, Any]:
     return {version.name: version for version in find_versions(registry.catalog, "1 = 1")}
 
 
+def stored_packs(registry: Registry) -> set[str]:
+    """The packs that lie in a registry's folder, or in the bucket that hosts share."""
+    elsewhere = registry.store.elsewhere
+    return set(registry.store.pack_digests() if elsewhere is None else elsewhere.ages())
+
+
 class World:
     """A registry, its actors, and what they were told.
 
     Args:
         place: a folder, best in memory.
         without: operations that are left out, to find out which a failure needs.
+        hosts: how many share the registry; none for one in a folder.
     """
 
-    def __init__(self, place: Path, seed: int, *, without: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self, place: Path, seed: int, *, without: frozenset[str] = frozenset(), hosts: int = 0
+    ) -> None:
         self.seed = seed
+        self.hosts = hosts
         self.chance = random.Random(seed)
         self.place = place
         self.root = place / "0"
@@ -411,6 +433,23 @@ class World:
         self.count = self.crashes = self.budget = self.turns = 0
         self.failure: BaseException | None = None
         self._clear()
+
+    def opened(self, index: int) -> Registry:
+        """The registry as an actor's host has it."""
+        if not self.hosts:
+            return Registry(self.root)
+        folder = self.folders(self.root)[index % self.hosts]
+        remote.folder_for = lambda address: folder
+        return Registry((self.root / "bucket").as_uri())
+
+    def folders(self, root: Path) -> list[Path]:
+        """The folders that hold a catalog."""
+        return [root / f"host-{number}" for number in range(self.hosts)] or [root]
+
+    def catch_up(self, registry: Registry) -> None:
+        """Let a host see what others have done."""
+        if self.hosts:
+            registry.catalog.commit(lambda view: [])
 
     def _clear(self) -> None:
         self.crashed = self.is_computing = False
@@ -478,11 +517,13 @@ class World:
         self.crashes += 1
         target = self.place / str(self.crashes)
         shutil.copytree(self.root, target, symlinks=True)
-        (target / f"{SQLITE}-shm").unlink(missing_ok=True)
+        for folder in self.folders(target):
+            (folder / f"{SQLITE}-shm").unlink(missing_ok=True)
         durable.disk.safe_folders.clear()
         if self.chance.random() < 0.6:
             self._cut_power(target)
-        self._damage_catalog(target)
+        for folder in self.folders(target):
+            self._damage_catalog(folder)
         shutil.rmtree(self.root)
         self.root = target
 
@@ -531,11 +572,11 @@ class World:
     def _damage_catalog(self, target: Path) -> None:
         """What a crash can do to a catalog, which is a view: lose it, or leave an older one."""
         fate = self.chance.random()
-        older = self.place / "older"
+        older = self.place / f"older-{target.name if self.hosts else ''}"
         if fate < 0.1:
             for path in target.glob(f"{SQLITE}*"):
                 path.unlink()
-        elif fate < 0.2 and older.exists():
+        elif fate < 0.2 and older.exists() and target.exists():
             for path in target.glob(f"{SQLITE}*"):
                 path.unlink()
             shutil.copyfile(older, target / SQLITE)
@@ -551,6 +592,8 @@ class World:
             Found, RegistryError: if something that was acknowledged is not so, or an operation fails.
         """
         with self._patched():
+            for index in range(self.hosts):
+                self.opened(index).catalog.close()
             while operations > 0:
                 part = min(operations, self.chance.randint(5, 60))
                 operations -= part
@@ -578,8 +621,16 @@ class World:
             self.crashed = False
 
     def check(self) -> None:
-        """Compare the registry with what was acknowledged."""
-        registry = Registry(self.root)
+        """Compare the registry, as each host has it, with what was acknowledged."""
+        for index in range(self.hosts or 1):
+            registry = self.opened(index)
+            self.catch_up(registry)
+            self._check(registry)
+        shutil.rmtree(self.place / "graves", ignore_errors=True)
+        self.pending.clear()
+        self.made.clear()
+
+    def _check(self, registry: Registry) -> None:
         found = present(registry)
         for name, known in self.versions.items():
             self._check_version(registry, name, known, found)
@@ -595,20 +646,18 @@ class World:
         if self.chance.random() < 0.2:
             if problems := broken_rules(registry):
                 raise Found(problems[0])
-            packs = set(registry.store.pack_digests())
+            packs = stored_packs(registry)
             collect(registry, grace=0)
-            if not may_be_an_old_log(registry):
+            if self.hosts or not may_be_an_old_log(registry):
                 packs = {row[0] for row in registry.catalog.query("SELECT digest FROM packs")}
-            if set(registry.store.pack_digests()) != packs:
+            if stored_packs(registry) != packs:
                 raise Found("gc leaves packs that nothing needs")
             if problems := [problem.message for problem in registry.verify().problems]:
                 raise Found(problems[0])
         registry.catalog.close()
         if self.chance.random() < 0.2:
-            shutil.copyfile(self.root / SQLITE, self.place / "older")
-        shutil.rmtree(self.place / "graves", ignore_errors=True)
-        self.pending.clear()
-        self.made.clear()
+            older = self.place / f"older-{registry.root.name if self.hosts else ''}"
+            shutil.copyfile(registry.root / SQLITE, older)
 
     def _check_version(self, registry: Registry, name: str, known: Known, found: dict[str, Any]) -> None:
         if name not in found:
@@ -662,6 +711,8 @@ class World:
 
         class Chance:
             token_hex = staticmethod(lambda size: f"{salt.getrandbits(8 * size):0{2 * size}x}")
+            # Who waits for other hosts does not let them go on here.
+            uniform = staticmethod(lambda least, most: 0.0)
 
         looks = random.Random(f"{self.seed} looks")
 
@@ -678,6 +729,11 @@ class World:
         entries.now = commit.now = saving.now = now
         segment = journal.SEGMENT
         journal.SEGMENT = 20_000
+        shared = (shared_log._REFRESH, shared_log._CONFIRM, remote.probe, remote.folder_for)
+        shared_log._REFRESH, shared_log._CONFIRM = Sometimes(), 0.0  # type: ignore[assignment]
+        # Its clients race in threads of their own.
+        remote.probe = lambda bucket: None
+        catalog_random, catalog.random = catalog.random, Chance  # type: ignore[attr-defined]
         try:
             yield
         finally:
@@ -686,6 +742,8 @@ class World:
             commit.now, saving.now = commit_now, saving_now
             journal.SEGMENT = segment
             catalog._LOOK_AGAIN = look_again
+            shared_log._REFRESH, shared_log._CONFIRM, remote.probe, remote.folder_for = shared
+            catalog.random = catalog_random  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -700,15 +758,16 @@ class Outcome:
     trace: list[tuple[int, str]]
 
 
-def simulate(seed: int, operations: int, *, without: frozenset[str] = frozenset()) -> Outcome:
+def simulate(seed: int, operations: int, *, without: frozenset[str] = frozenset(), hosts: int = 0) -> Outcome:
     """Run one seed, in memory where there is a folder for that."""
     shared = Path("/dev/shm")
     place = shared if os.access(shared, os.W_OK) else None
     folder = Path(tempfile.mkdtemp(prefix="registry-simulation-", dir=place))
-    world = World(folder, seed, without=without)
+    world = World(folder, seed, without=without, hosts=hosts)
     failure: BaseException | None = None
     try:
-        Registry(world.root).catalog.close()
+        if not hosts:
+            Registry(world.root).catalog.close()
         world.run(operations)
     except (Found, RegistryError, AssertionError, OSError) as error:
         failure = error
@@ -717,13 +776,15 @@ def simulate(seed: int, operations: int, *, without: frozenset[str] = frozenset(
     return Outcome(seed, world.count, world.crashes, world.turns, failure, world.trace)
 
 
-def shrink(seed: int, operations: int) -> tuple[int, frozenset[str]]:
+def shrink(seed: int, operations: int, hosts: int) -> tuple[int, frozenset[str]]:
     """The fewest operations, and the most kinds of operations left out, with which a seed still fails."""
     without: frozenset[str] = frozenset()
     for name in OPERATIONS:
-        if simulate(seed, operations, without=without | {name}).failure is not None:
+        if simulate(seed, operations, without=without | {name}, hosts=hosts).failure is not None:
             without |= {name}
-    while operations > 5 and simulate(seed, operations // 2, without=without).failure is not None:
+    while (
+        operations > 5 and simulate(seed, operations // 2, without=without, hosts=hosts).failure is not None
+    ):
         operations //= 2
     return operations, without
 
@@ -736,34 +797,35 @@ def main() -> None:
     arguments.add_argument(
         "--soak", metavar="STEM", help="the kept seeds of a test, and fresh ones for its time"
     )
+    arguments.add_argument("--hosts", type=int, default=0, help="hosts that share the registry")
     given = arguments.parse_args()
     if os.environ.get("PYTHONHASHSEED") != "0":
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "PYTHONHASHSEED": "0"})
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
     for seed in soak.seeds(given.soak, 25.0) if given.soak else given.seeds:
-        outcome = simulate(seed, given.operations)
+        outcome = simulate(seed, given.operations, hosts=given.hosts)
         if given.soak:
             numbers = {"seeds": 1, "operations": outcome.operations, "crashes": outcome.crashes}
             soak.count(given.soak, **numbers, turns=outcome.turns)
         if outcome.failure is not None:
             if given.soak:
                 soak.keep(given.soak, seed)
-            _explain(outcome, given.operations)
+            _explain(outcome, given.operations, given.hosts)
             raise SystemExit(1)
         trace = [] if given.soak else outcome.trace
         counts = {"operations": outcome.operations, "crashes": outcome.crashes, "turns": outcome.turns}
         print(json.dumps({"seed": seed, **counts, "trace": trace}), flush=True)
 
 
-def _explain(outcome: Outcome, operations: int) -> None:
+def _explain(outcome: Outcome, operations: int, hosts: int) -> None:
     traceback.print_exception(outcome.failure)
-    fewest, without = shrink(outcome.seed, operations)
-    smaller = simulate(outcome.seed, fewest, without=without)
+    fewest, without = shrink(outcome.seed, operations, hosts)
+    smaller = simulate(outcome.seed, fewest, without=without, hosts=hosts)
     print(f"seed {outcome.seed} fails: {outcome.failure!r}")
     print(f"with {fewest} operations, and without {sorted(without)}: {smaller.failure!r}")
     print("\n".join(f"  actor {actor}: {name}" for actor, name in smaller.trace[-40:]))
-    print(f"replay it: python tests/faults/simulator.py {outcome.seed}")
+    print(f"replay it: python tests/faults/simulator.py {outcome.seed} --hosts {hosts}")
 
 
 if __name__ == "__main__":

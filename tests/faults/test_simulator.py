@@ -32,12 +32,21 @@ def simulator(*arguments: object, budget: float | None = None) -> list[dict[str,
 
 @pytest.mark.parametrize("part", [0, 1])
 def test_nothing_acknowledged_is_lost_whatever_the_order_and_whenever_the_machine_stops(part: int) -> None:
-    found = simulator("--soak", STEM, budget=15.0)
+    check(simulator("--soak", STEM, budget=15.0))
+
+
+@pytest.mark.parametrize("hosts", [2, 3])
+def test_nothing_acknowledged_is_lost_by_hosts_that_share_a_registry(hosts: int) -> None:
+    check(simulator("--soak", f"test_shared_simulator_{hosts}", "--hosts", hosts, budget=10.0))
+
+
+def check(found: list[dict[str, Any]]) -> None:
     assert sum(outcome["operations"] for outcome in found) > 0
     assert sum(outcome["crashes"] for outcome in found) > 0
 
 
-def test_a_seed_says_everything(tmp_path: Path) -> None:
-    first, second = (simulator(11, "--operations", 120) for _ in range(2))
+@pytest.mark.parametrize("hosts", [0, 2])
+def test_a_seed_says_everything(hosts: int) -> None:
+    first, second = (simulator(11, "--operations", 120, "--hosts", hosts) for _ in range(2))
     assert first == second
-    assert len(first[0]["trace"]) > 50
+    assert len(first[0]["trace"]) > (10 if hosts else 50)

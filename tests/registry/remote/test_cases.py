@@ -18,6 +18,7 @@ from support import fork, wait
 from registry import Registry
 from registry.log import entries
 from registry.remote import shared_log
+from registry.remote.bucket import Unreachable
 from registry.store import durable
 from registry.store.errors import NotFound, StorageError
 
@@ -149,6 +150,42 @@ def test_a_version_that_is_compacted_while_it_is_loaded_is_read_at_its_new_place
     assert done
     assert {held.key for held in team.bucket.list("packs")} != before
     team.check({f"net:v{number}": number for number in (1, 2, 3)})
+
+
+def test_verify_beside_a_collection_of_another_host_raises_no_alarm(
+    team: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_log, "_REFRESH", 3600.0)
+    a = team.host("a")
+    for number in (1, 2):
+        save(a, number)
+    done: list[bool] = []
+
+    def at(number: int, what: str, key: str) -> None:
+        if what == "before list" and key == "packs" and not done:
+            done.append(True)
+            a.remove(["net:v2"])
+            a.collect_garbage(grace=0)
+
+    assert team.host("b", at=at).verify().problems == ()
+    assert done
+    team.check({"net:v1": 1})
+
+
+@pytest.mark.parametrize("references", [[], ["net:v1"]])
+def test_a_store_that_does_not_answer_is_no_damage(team: Team, references: list[str]) -> None:
+    save(team.host("a"), 1)
+
+    def at(number: int, what: str, key: str) -> None:
+        if key.startswith("packs"):
+            raise Unreachable("the store does not answer; repeat")
+
+    b = team.host("b", at=at)
+    before = len([*team.bucket.list("journal")])
+    with pytest.raises(StorageError, match="does not answer"):
+        b.verify(references)
+    assert len([*team.bucket.list("journal")]) == before
+    team.check({"net:v1": 1})
 
 
 # -- disks and clocks --------------------------------------------------------------------------------------

@@ -279,6 +279,43 @@ def test_an_entry_that_contradicts_those_before_has_no_effect_on_any_host_and_is
     assert value(team.host("b"), "net:v2") == 2
 
 
+@pytest.mark.parametrize("op", ["doom", "replace"])
+def test_an_entry_that_takes_away_a_pack_that_is_needed_is_taken_in_by_no_host(team: Team, op: str) -> None:
+    a = team.host("a")
+    for number in (1, 2):
+        save(a, number)
+    a.remove(["net:v1"])
+    a.collect_garbage(grace=0)
+    save(a, 3)
+    assert value(team.host("b"), "net:v3") == 3
+    packs = [row[0] for row in a.catalog.query("SELECT digest FROM packs ORDER BY number")]
+    record = {
+        "doom": {"op": "doom", "packs": packs[:1], "manifests": []},
+        "replace": {"op": "replace", "old": packs[0], "new": packs[1]},
+    }[op]
+    note = {"op": "note", "id": a["net:v3"].id, "at": entries.now(), "text": "x"}
+    add(team, a, [note, record])
+    bad = last_seq = len([*team.bucket.list("journal")])
+    before = objects(team)
+    with pytest.raises(Corrupt, match=f"entry {bad} of the log is not sound: .* needs? pack {packs[0][:12]}"):
+        team.host("new")
+    for name in "ab":
+        host = team.host(name)
+        with pytest.raises(Corrupt, match=f"entry {bad} of the log is not sound"):
+            save(host, 4)
+        with contextlib.suppress(Corrupt):
+            host.collect_garbage(grace=0)
+        assert [value(host, f"net:v{number}") for number in (2, 3)] == [2, 3]
+        assert host["net:v3"].notes == ()
+    assert {key for key in before if key.startswith("packs/")} >= {
+        f"packs/{pack[:2]}/{pack}.safetensors" for pack in packs
+    }
+    assert before.items() <= objects(team).items()
+    team.bucket.delete([key_of(last_seq)])
+    save(team.host("b"), 4)
+    team.check({"net:v2": 2, "net:v3": 3, "net:v4": 4})
+
+
 def test_a_registry_of_a_newer_format_is_refused(team: Team) -> None:
     save(team.host("a"), 1)
     path = team.bucket.root / "registry.toml"
