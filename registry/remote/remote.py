@@ -7,6 +7,7 @@ from pathlib import Path
 
 from registry.remote.bucket import Bucket
 from registry.remote.folder import FolderBucket
+from registry.remote.forked import ForkSafe
 from registry.remote.keys import find_places
 from registry.remote.packs import RemotePacks
 from registry.remote.probe import probe
@@ -80,7 +81,7 @@ def _bucket(address: Address) -> Bucket:
         raise Unsupported(f"{address.scheme}:// is not supported yet; s3:// and file:// are")
     try:
         # Lazy: loads obstore.
-        from registry.remote.s3 import S3Bucket
+        from registry.remote.s3 import S3Bucket, is_usable
     except ImportError:
         raise Unsupported("s3:// needs a client; run: pip install 'torch-registry[s3]'") from None
-    return S3Bucket(address)
+    return ForkSafe(S3Bucket(address), is_usable)

@@ -1,6 +1,7 @@
 """Buckets of S3, and of what speaks its protocol, through obstore.
 
-obstore's threads do not outlive a fork: once used, every call in a forked child waits for ever. So a child is refused.
+obstore's threads do not outlive a fork: once used, every call in a forked child waits for ever. So a child is refused, and
+`registry.remote.forked` helps it.
 """
 
 from __future__ import annotations
@@ -196,7 +197,7 @@ class S3Bucket:
     @contextlib.contextmanager
     def _errors(self, key: str) -> Iterator[None]:
         global _used_by
-        if _used_by not in (None, os.getpid()):
+        if not is_usable():
             raise Forked(
                 f"{self.url}: this process was forked from one that uses the bucket already; start it with the method "
                 "spawn or forkserver"
@@ -224,6 +225,11 @@ class S3Bucket:
         if reason == "RequestTimeTooSkewed":
             return "this computer's clock is wrong (RequestTimeTooSkewed); set it"
         return f"these keys lack the right ({reason})"
+
+
+def is_usable() -> bool:
+    """Whether this process may use obstore: it was not forked from one that has."""
+    return _used_by in (None, os.getpid())
 
 
 def _told(file: BinaryIO, size: int, part: int, progress: Progress) -> Iterator[bytes]:
