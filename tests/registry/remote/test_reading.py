@@ -92,6 +92,15 @@ def test_a_few_names_are_read_in_ranges_and_nothing_is_kept(
     assert is_whole(b["net"].load("model/w03"), ["w03"])
 
 
+def test_two_names_of_equal_tensors_that_are_read_in_ranges_share_no_memory(host: Hosts) -> None:
+    state = layers()
+    state["model"]["again"] = state["model"]["w03"].clone()
+    host("a").save("net", state)
+    found = host("b")["net"].load(["model/w03", "model/again"])["model"]
+    found["w03"].zero_()
+    assert torch.equal(found["again"], state["model"]["w03"])
+
+
 def test_what_is_needed_for_the_greater_part_is_brought_whole_and_kept(host: Hosts, asked: list[int]) -> None:
     host("a").save("net", layers())
     b = host("b")
