@@ -18,7 +18,7 @@ import shutil
 import stat
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from registry.store.errors import StorageError, storage_errors
@@ -257,6 +257,26 @@ def unlock(fd: int) -> None:
     """End a lock, also where a process that was forked meanwhile has the file open, as a worker of a loader may."""
     with contextlib.suppress(OSError):
         fcntl.flock(fd, fcntl.LOCK_UN)
+
+
+@contextlib.contextmanager
+def alone(path: Path, *, seconds: float, inner: int = 1) -> Iterator[None]:
+    """Keep other processes from the same work, which is named by a file of the registry; it goes behind the block.
+
+    Args:
+        seconds: how long to wait for another process at most. The work is done all the same then.
+        inner: how many of the last folders that the file is in belong to the registry.
+    """
+    fd = open_file(path, os.O_RDWR | os.O_CREAT, inner=inner)
+    try:
+        lock(fd, seconds=seconds)
+        try:
+            yield
+        finally:
+            unlink(path, inner=inner)
+            unlock(fd)
+    finally:
+        os.close(fd)
 
 
 def try_lock(fd: int) -> bool:

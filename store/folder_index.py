@@ -18,7 +18,7 @@ from registry.store.digest import digest as digest_of
 from registry.store.digest import is_digest
 from registry.store.durable import write_file
 from registry.store.errors import Corrupt, Invalid, Missing, NotFound, StorageError, storage_errors
-from registry.store.locating import Index, Location
+from registry.store.locating import Index, Location, Part
 from registry.store.manifest import MAX_SIZE, Manifest, TensorInfo, parse
 from registry.store.pack import INNER, PackInfo, pack_path, read_pack_info
 from registry.store.places import names_in, open_regular, status_of
@@ -29,6 +29,9 @@ _MOST_KEPT = 200_000
 
 _MOST_MANIFESTS = 256
 """Manifests whose tensors are kept in memory, at most."""
+
+_REQUEST = 1 << 20
+"""Bytes that cost as much time as a request does."""
 
 _SHARD = re.compile(r"[0-9a-f]{2}\Z")
 
@@ -66,6 +69,15 @@ class Elsewhere(Protocol):
 
         Raises:
             StorageError: if the place cannot be reached, or refuses.
+        """
+        ...
+
+    def read(self, parts: Mapping[Part, int]) -> Mapping[Part, memoryview]:
+        """Parts of packs, with their bytes, in memory of their own; nothing is kept.
+
+        Raises:
+            Corrupt: if a pack is not there, or ends before.
+            StorageError: if the place cannot be reached.
         """
         ...
 
@@ -118,6 +130,9 @@ class PackFolder:
         self._folder = folder
         self._elsewhere = elsewhere
         self._kept = _Headers()
+        self._lock = threading.Lock()
+        # Bytes that were asked of packs that are not here, and what the requests cost.
+        self._asked: dict[str, int] = {}
 
     def path(self, digest: str) -> Path:
         """Where a pack's file is; see `registry.store.pack.pack_path`."""
@@ -148,6 +163,26 @@ class PackFolder:
             if absent:
                 self._elsewhere.fetch(absent)
             self._elsewhere.used(packs.keys() - absent.keys())
+
+    def bring_parts(self, parts: Mapping[Part, int], sizes: Mapping[str, int]) -> Mapping[Part, memoryview]:
+        """Bring what is needed of packs that lie elsewhere; see `registry.store.locating.Packs`.
+
+        A pack of which much is needed, sooner or later, is brought whole and kept.
+        """
+        if self._elsewhere is None:
+            return {}
+        absent = {pack for pack, size in sizes.items() if not self.is_here(pack, size)}
+        costs = dict.fromkeys(absent, 0)
+        for (pack, _), size in parts.items():
+            if pack in absent:
+                costs[pack] += size
+        with self._lock:
+            for pack, cost in costs.items():
+                costs[pack] = self._asked[pack] = self._asked.get(pack, 0) + cost + _REQUEST
+        whole = {pack for pack in absent if 2 * costs[pack] >= sizes[pack]}
+        self.bring({pack: size for pack, size in sizes.items() if pack not in absent - whole})
+        few = {part: size for part, size in parts.items() if part[0] in absent - whole and size}
+        return self._elsewhere.read(few) if few else {}
 
     def info(self, digest: str) -> PackInfo:
         """What a pack holds, from its header, which is kept in memory.

@@ -93,7 +93,8 @@ class Mapped:
         Raises:
             Corrupt: if one is missing or has another size than the catalog says.
         """
-        for location in {item.location.pack: item.location for item in items if item.size}.values():
+        chosen = [item for item in items if item.size and item.held is None]
+        for location in {item.location.pack: item.location for item in chosen}.values():
             self._map(location, 0)
 
     def tensor(self, wanted: Wanted) -> torch.Tensor:
@@ -110,9 +111,10 @@ class Mapped:
 
     def stored(self, wanted: Wanted) -> memoryview:
         """The bytes of a tensor as they are in the pack."""
+        if wanted.held is not None:
+            return wanted.held
         place = wanted.location
-        size = wanted.size if place.coded is None else place.coded
-        return memoryview(self._map(place, 0))[place.start : place.start + size]
+        return memoryview(self._map(place, 0))[place.start : place.start + wanted.stored_size]
 
     def bytes(self, wanted: Wanted) -> memoryview:
         """The bytes of a tensor, to be read only."""
@@ -133,6 +135,9 @@ class Mapped:
         if wanted.base:
             tensor = view(self._decoded[wanted.info.digest], wanted.info, 0)
             return tensor.clone() if use else tensor
+        if wanted.held is not None:
+            tensor = view(wanted.held, wanted.info, 0)
+            return tensor.clone() if use else tensor
         return view(self._map(wanted.location, use), wanted.info, wanted.location.start)
 
     def _map(self, location: Location, use: int) -> mmap.mmap:
@@ -151,11 +156,12 @@ class Read(Mapped):
 
     def stored(self, wanted: Wanted) -> memoryview:
         """The bytes of a tensor as they are in the pack, in memory of their own."""
-        place = wanted.location
-        size = wanted.size if place.coded is None else place.coded
+        if wanted.held is not None:
+            return wanted.held
+        size = wanted.stored_size
         data = memoryview(bytearray(size))
         with OpenFiles() as files:
-            job = _ReadJob(item=wanted, start=place.start, size=size, buffers=[data])
+            job = _ReadJob(item=wanted, start=wanted.location.start, size=size, buffers=[data])
             _read(self._packs, files, job)
         return data
 
@@ -189,20 +195,21 @@ def verify(packs: Path, items: Sequence[Wanted], mapped: Mapped, stop: threading
 def steady(packs: Path, items: Sequence[Wanted], mapped: Mapped) -> Iterator[None]:
     """Verify mapped tensors that the body copies elsewhere, and check behind it that it copied what was verified.
 
-    Every byte is read twice, and a file may change in between. Unless the system vouches that none has, the tensors are
+    Every byte of a file is read twice, and it may change in between. Unless the system vouches that none has, the tensors are
     verified once more, through another mapping, as users may write to theirs.
 
     Raises:
         Corrupt: as `verify`. Behind the body it says that what was filled may be wrong.
     """
+    in_files = [item for item in items if not item.is_in_memory]
     again = Mapped(packs)
-    again.open(items)
+    again.open(in_files)
     verify(packs, items, mapped)
     yield
     if mapped.is_unchanged():
         return
     try:
-        verify(packs, items, again)
+        verify(packs, in_files, again)
     except Corrupt as error:
         changed = Corrupt(
             f"{error}; it changed while it was copied, so what was filled may be wrong: load it again"
@@ -237,7 +244,7 @@ def _check(packs: Path, item: Wanted, data: memoryview) -> None:
 
 def damaged(packs: Path, item: Wanted) -> Corrupt:
     """The error for a tensor whose bytes are not what was saved."""
-    end = item.location.start + (item.size if item.location.coded is None else item.location.coded)
+    end = item.location.start + item.stored_size
     error = Corrupt(
         f"{item.name}: the bytes {item.location.start} to {end} of pack "
         f"{pack_path(packs, item.location.pack).name} are not what was saved; "
@@ -271,6 +278,9 @@ def read_into(packs: Path, items: Iterable[Wanted], memory: Callable[[Wanted], m
     first: dict[tuple[str, int], Wanted] = {}
     repeated = []
     for item in items:
+        if item.held is not None:
+            memory(item)[:] = item.held
+            continue
         place = (item.location.pack, item.location.start)
         if first.setdefault(place, item) is not item:
             repeated.append((item, first[place]))

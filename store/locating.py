@@ -25,6 +25,9 @@ Result = TypeVar("Result")
 Chosen = tuple[int, int, str]
 """A tensor to load: a key for the caller, its position in the manifest, its name for messages."""
 
+Part = tuple[str, int]
+"""A part of a pack: the pack, and the first byte in it."""
+
 _MAX_CHAIN = 8
 """How many differences may lie on one another."""
 
@@ -65,8 +68,15 @@ class Index(Protocol):
 class Packs(Protocol):
     """What a locator asks about single packs."""
 
-    def bring(self, packs: Mapping[str, int]) -> None:
-        """Bring those of some packs, of sizes in bytes, that lie elsewhere.
+    def bring_parts(self, parts: Mapping[Part, int], sizes: Mapping[str, int]) -> Mapping[Part, memoryview]:
+        """Bring what is needed of packs that lie elsewhere.
+
+        Args:
+            parts: with their bytes.
+            sizes: bytes of the whole packs.
+
+        Returns:
+            Parts that were brought into memory. The others can be read from the packs' files.
 
         Raises:
             Corrupt, StorageError: if that fails.
@@ -91,6 +101,7 @@ class Wanted(NamedTuple):
 
     Attributes:
         base: the tensor that it is stored as a difference from, if it is.
+        held: the bytes that stand for it in the pack, where these were brought into memory.
     """
 
     slot: int
@@ -99,6 +110,22 @@ class Wanted(NamedTuple):
     name: str
     size: int
     base: Wanted | None = None
+    held: memoryview | None = None
+
+    @property
+    def stored_size(self) -> int:
+        """Bytes that it takes in the pack."""
+        return self.size if self.location.coded is None else self.location.coded
+
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether no file is read for it."""
+        return self.held is not None and (self.base is None or self.base.is_in_memory)
+
+    @property
+    def chain(self) -> list[Wanted]:
+        """It, and what it is a difference from."""
+        return [self, *(self.base.chain if self.base else ())]
 
     @property
     def places(self) -> list[Location]:
@@ -147,8 +174,7 @@ class Locator:
             wanted.append(
                 Wanted(slot=key, info=info, location=location, name=path, size=info.size, base=base)
             )
-        self._bring(wanted)
-        return wanted
+        return self._brought(wanted)
 
     def by_digest(
         self, digests: Collection[str], *, broken: dict[str, RegistryError] | None = None
@@ -187,8 +213,7 @@ class Locator:
                         base=base,
                     )
                 )
-        self._bring(found)
-        return found
+        return self._brought(found)
 
     def intact(self, digests: Collection[str], distrusted: Collection[str]) -> Collection[str]:
         """Those of the digests whose tensors lie in whole packs, with all that they are differences from.
@@ -214,8 +239,13 @@ class Locator:
         """Some digests, and those of the tensors that theirs are stored as differences from."""
         return {*digests, *self._bases(self._index.locate(digests))}
 
-    def _bring(self, wanted: Iterable[Wanted]) -> None:
-        self._packs.bring({place.pack: place.pack_size for item in wanted for place in item.places})
+    def _brought(self, wanted: list[Wanted]) -> list[Wanted]:
+        """Tensors whose packs are here, or that are in memory."""
+        links = [link for item in wanted for link in item.chain]
+        parts = {(link.location.pack, link.location.start): link.stored_size for link in links}
+        sizes = {link.location.pack: link.location.pack_size for link in links}
+        held = self._packs.bring_parts(parts, sizes)
+        return [_holding(item, held) for item in wanted] if held else wanted
 
     def _bases(self, located: Mapping[str, Location]) -> dict[str, Location]:
         """Where the tensors lie that others are stored as differences from, by digest."""
@@ -241,6 +271,12 @@ def _base(
     if its_place.base:
         further = _base(its_info, its_place, bases, path=path, depth=depth + 1)
     return Wanted(slot=-1, info=its_info, location=its_place, name=path, size=info.size, base=further)
+
+
+def _holding(item: Wanted, held: Mapping[Part, memoryview]) -> Wanted:
+    """A tensor with what was brought of it."""
+    data = held.get((item.location.pack, item.location.start))
+    return item._replace(held=data, base=item.base and _holding(item.base, held))
 
 
 def while_packs_move(

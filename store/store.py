@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 FOLDERS = ("packs", "manifests", "tmp")
 
+_TRIES = 3
+"""How often packs are brought that lie elsewhere, while other processes of this host need their place."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stored:
@@ -265,9 +268,11 @@ class Store:
                 manifest = self._manifests.recent(digest)
                 documents = manifest.chosen(only)
 
-                found = while_packs_move(
-                    lambda: self._locator.in_documents(manifest, documents),
-                    lambda wanted: lent(self.packs, wanted, checks if verify else None),
+                found = self._read(
+                    lambda: while_packs_move(
+                        lambda: self._locator.in_documents(manifest, documents),
+                        lambda wanted: lent(self.packs, wanted, checks if verify else None),
+                    )
                 )
                 trees = {name: decode(document, found.__getitem__) for name, document in documents.items()}
             yield trees
@@ -382,14 +387,20 @@ class Store:
             self._packs.bring(packs)
 
     def _read(self, read: Callable[[], Result]) -> Result:
-        """Read from packs. If one is damaged here and lies elsewhere as well, it is brought again, once."""
-        try:
-            return read()
-        except Corrupt as error:
-            if self.elsewhere is None or error.pack is None or isinstance(error, Missing):
-                raise
-            durable.unlink(self.pack_path(error.pack), inner=INNER)
-            return read()
+        """Read from packs. One that lies elsewhere as well is brought again if it is damaged here, or went meanwhile."""
+        for attempt in range(_TRIES):
+            try:
+                return read()
+            except Corrupt as error:
+                is_gone = isinstance(error, Missing)
+                if self.elsewhere is None or attempt == _TRIES - 1 or not (is_gone or error.pack):
+                    raise
+                # Another process of this host may have needed its place.
+                if error.pack and not is_gone:
+                    if attempt:
+                        raise
+                    durable.unlink(self.pack_path(error.pack), inner=INNER)
+        raise AssertionError
 
     @contextlib.contextmanager
     def _reading(self, digest: str, label: str) -> Iterator[None]:

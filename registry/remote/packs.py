@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import re
 import shutil
 import threading
 import time
 from collections.abc import Collection, Container, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from registry.remote.bucket import Bucket
 from registry.store import durable, heads, places
@@ -20,16 +21,37 @@ from registry.store.digest import is_digest
 from registry.store.errors import Corrupt, Invalid, Missing, RegistryError, storage_errors
 from registry.store.folder_index import names_of
 from registry.store.header import MAX_HEADER
+from registry.store.locating import Part
 from registry.store.pack import INNER, PackInfo, pack_path
 from registry.store.places import status_of
 from registry.store.text import quoted
 
 FOLDER = "packs"
 _PART = 16 << 20
-_AT_ONCE = 4
+_AT_ONCE = 8
+"""Requests that are under way at a time."""
+_GAP = 1 << 20
+"""Bytes between two parts of a pack that are brought too, so that one request brings both."""
+_PATIENCE, _SLOW = 60.0, 1 << 20
+"""Seconds for which another process may take to bring a pack, and bytes for each second more."""
 _DELETED_AT_ONCE = 1000
 _USED_LATELY = 3_600.0
 _AMOUNT = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?GB\Z")
+
+
+class _Run(NamedTuple):
+    """Neighbouring parts of a pack, which are brought together.
+
+    Attributes:
+        parts: the first byte and the size of each.
+        memory: where they go.
+    """
+
+    pack: str
+    start: int
+    size: int
+    parts: Sequence[tuple[int, int]]
+    memory: mmap.mmap
 
 
 class RemotePacks:
@@ -72,10 +94,39 @@ class RemotePacks:
             return self.info(digest).size == size
         return False
 
+    def read(self, parts: Mapping[Part, int]) -> Mapping[Part, memoryview]:
+        """Parts of packs, in memory of their own; neighbours come in one request, and several requests at a time."""
+        runs = list(_runs(parts))
+        jobs = [
+            (run, done, min(_PART, run.size - done)) for run in runs for done in range(0, run.size, _PART)
+        ]
+
+        def bring(job: tuple[_Run, int, int]) -> None:
+            run, done, size = job
+            data = self._range(run.pack, run.start + done, size)
+            if len(data) != size:
+                raise self._odd(run.pack, "it is cut short")
+            run.memory[done : done + size] = data
+
+        with ThreadPoolExecutor(_AT_ONCE, "registry-read") as pool:
+            _all_of([pool.submit(bring, job) for job in jobs])
+        found = {}
+        for run in runs:
+            memory = memoryview(run.memory)
+            for start, size in run.parts:
+                found[run.pack, start] = memory[start - run.start : start - run.start + size]
+        return found
+
     def fetch(self, packs: Mapping[str, int]) -> None:
-        """Bring packs to this host's folder, each whole or not at all; those that were used longest ago may go for it."""
-        for digest, size in packs.items():
-            self._fetch(digest, size)
+        """Bring packs to this host's folder, each whole or not at all; those that were used longest ago may go for it.
+
+        Several come at a time, and a large one in several parts. What another process brings is waited for.
+        """
+        with (
+            ThreadPoolExecutor(_AT_ONCE, "registry-part") as parts,
+            ThreadPoolExecutor(_AT_ONCE, "registry-fetch") as pool,
+        ):
+            _all_of([pool.submit(self._fetch, digest, size, parts) for digest, size in packs.items()])
         self._trim(packs)
 
     def used(self, packs: Collection[str]) -> None:
@@ -187,42 +238,50 @@ class RemotePacks:
             header = ""
         return {"digest": digest, "size": held.size, "head": length + 8, "header": header}
 
-    def _fetch(self, digest: str, size: int) -> None:
+    def _fetch(self, digest: str, size: int, pool: ThreadPoolExecutor) -> None:
+        """Bring a pack, unless another process brings it meanwhile.
+
+        Args:
+            pool: brings its parts.
+        """
+        path = pack_path(self._packs, digest)
         with storage_errors(self._tmp):
             durable.make_folder(self._tmp, inner=1)
-            file = durable.NewFile(self._tmp)
-            try:
-                for part in self._parts(digest, size):
-                    file.write(part)
-                head = self._head_of(file)
-                count = os.fstat(file.fd).st_size
-                if count != size or digest_of(head) != digest:
-                    raise self._odd(digest, f"it has {count:,} of {size:,} bytes" if count != size else "")
-                file.sync(head)
-                file.publish(pack_path(self._packs, digest), inner=INNER)
-            except BaseException:
-                file.discard()
-                raise
+            with durable.alone(self._tmp / f"{digest}.fetch", seconds=_PATIENCE + size / _SLOW):
+                status = status_of(path, inner=INNER)
+                if status is None or status.st_size != size:
+                    self._bring(digest, size, path, pool)
+
+    def _bring(self, digest: str, size: int, path: Path, pool: ThreadPoolExecutor) -> None:
+        file = durable.NewFile(self._tmp)
+
+        def part(start: int) -> None:
+            file.write_at(self._range(digest, start, min(_PART, size - start)), start)
+
+        try:
+            file.skip_to(size)
+            _all_of([pool.submit(part, start) for start in range(0, size, _PART)])
+            head = self._head_of(file)
+            count = os.fstat(file.fd).st_size
+            if count != size or digest_of(head) != digest:
+                raise self._odd(digest, f"it has {count:,} of {size:,} bytes" if count != size else "")
+            file.sync(head)
+            file.publish(path, inner=INNER)
+        except BaseException:
+            file.discard()
+            raise
+
+    def _range(self, digest: str, start: int, size: int) -> bytes:
+        data = self._bucket.get_range(pack_key(digest), start, size)
+        if data is None:
+            raise self._missing(digest)
+        return data
 
     @staticmethod
     def _head_of(file: durable.NewFile) -> bytes:
         """What a pack's name covers: its header, with the length before it."""
         length = int.from_bytes(os.pread(file.fd, 8, 0), "little")
         return os.pread(file.fd, 8 + min(length, MAX_HEADER), 0)
-
-    def _parts(self, digest: str, size: int) -> Iterator[bytes]:
-        """A pack's bytes, in order; several requests are under way at a time."""
-
-        def part(start: int) -> bytes:
-            data = self._bucket.get_range(pack_key(digest), start, min(_PART, size - start))
-            if data is None:
-                raise self._missing(digest)
-            return data
-
-        with ThreadPoolExecutor(_AT_ONCE, "registry-fetch") as pool:
-            starts = range(0, size, _PART)
-            for first in range(0, len(starts), _AT_ONCE):
-                yield from pool.map(part, starts[first : first + _AT_ONCE])
 
     def _missing(self, digest: str) -> Missing:
         self.was_missing = True
@@ -235,6 +294,32 @@ class RemotePacks:
         )
         error.pack = digest
         return error
+
+
+def _runs(parts: Mapping[Part, int]) -> Iterator[_Run]:
+    """Parts of packs, grouped into runs of neighbours."""
+    group: list[tuple[int, int]] = []
+    last, end = "", 0
+    for (pack, start), size in [*sorted(parts.items()), (("", 0), 0)]:
+        if group and (pack != last or start > end + _GAP):
+            first = group[0][0]
+            yield _Run(last, first, end - first, parts=group, memory=mmap.mmap(-1, end - first))
+            group = []
+        group.append((start, size))
+        end = start + size if len(group) == 1 else max(end, start + size)
+        last = pack
+
+
+def _all_of(futures: Sequence[Future[None]]) -> None:
+    """Wait until all is done; the first error ends what has not begun."""
+    try:
+        for future in futures:
+            future.result()
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        wait(futures)
+        raise
 
 
 def cache_bound(root: Path) -> int:

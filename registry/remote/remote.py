@@ -12,6 +12,7 @@ from registry.log import settings
 from registry.log.settings import FORMAT
 from registry.remote.bucket import Absent, Bucket
 from registry.remote.folder import FolderBucket
+from registry.remote.forked import ForkSafe
 from registry.remote.journal import FOLDER as JOURNAL
 from registry.remote.journal import BucketJournal, Journal
 from registry.remote.keys import find_places
@@ -161,10 +162,10 @@ def _bucket(address: Address) -> Bucket:
         raise Unsupported(f"{address.scheme}:// is not supported yet; s3:// and file:// are")
     try:
         # Lazy: loads obstore.
-        from registry.remote.s3 import S3Bucket
+        from registry.remote.s3 import S3Bucket, is_usable
     except ImportError:
         raise Unsupported("s3:// needs a client; run: pip install 'torch-registry[s3]'") from None
-    return S3Bucket(address)
+    return ForkSafe(S3Bucket(address), is_usable)
 
 
 def _log_place_in(bucket: Bucket) -> str | None:

@@ -1,6 +1,7 @@
 """Buckets of S3, and of what speaks its protocol, through obstore.
 
-obstore's threads do not outlive a fork: once used, every call in a forked child waits for ever. So a child is refused.
+obstore's threads do not outlive a fork: once used, every call in a forked child waits for ever. So a child is refused, and
+`registry.remote.forked` helps it.
 """
 
 from __future__ import annotations
@@ -205,7 +206,7 @@ class S3Bucket:
     @contextlib.contextmanager
     def _errors(self, key: str, right: str) -> Iterator[None]:
         global _used_by
-        if _used_by not in (None, os.getpid()):
+        if not is_usable():
             raise Forked(
                 f"{self.url}: this process was forked from one that uses the bucket already; start it with the method "
                 "spawn or forkserver"
@@ -252,6 +253,11 @@ def _refusal(reason: str, right: str) -> str:
 def part_size(size: int) -> int:
     """Bytes of each part of an upload of so many: a store takes 10,000 parts at most."""
     return max(_PART, -(-size // _MOST_PARTS))
+
+
+def is_usable() -> bool:
+    """Whether this process may use obstore: it was not forked from one that has."""
+    return _used_by in (None, os.getpid())
 
 
 def _told(file: BinaryIO, size: int, part: int, progress: Progress) -> Iterator[bytes]:

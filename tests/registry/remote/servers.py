@@ -131,12 +131,14 @@ class Layer:
         latency: seconds that each request waits.
         faults: the first one that fits and is not used up is done.
         requests: method and path of each request so far.
+        sent: bytes of all answers' bodies so far.
     """
 
     behind: int
     latency: float = 0.0
     faults: list[Fault] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
+    sent: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
     port: int = 0
 
@@ -213,6 +215,8 @@ def _answer(handler: BaseHTTPRequestHandler, state: Layer) -> None:
         return
     if do == "flip" and data:
         data = data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
+    with state.lock:
+        state.sent += len(data)
     handler.send_response_only(status)
     for name, value in names:
         handler.send_header(name, value)

@@ -688,25 +688,6 @@ class TestOnS3:
         assert b.verify().problems == ()
         assert entries_of(a) == entries_of(b)
 
-    def test_a_forked_child_reads_what_is_here_and_is_told_that_it_cannot_save(self, s3_host: Hosts) -> None:
-        a = s3_host("a")
-        a.save("net", state(1))
-        child = os.fork()
-        if not child:
-            signal.alarm(20)
-            try:
-                assert value(a, "net") == 1
-                a.save("net", state(2))
-            except StorageError as error:
-                os._exit(3 if "forked" in str(error) else 4)
-            except BaseException:
-                os._exit(5)
-            os._exit(6)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
-        assert value(a, "net") == 1
-        a.save("net", state(3))
-        assert a["net"].version == 2
-
     @pytest.mark.parametrize("do", ["lose", "409", "503", "500"])
     def test_a_commit_whose_answer_is_lost_happens_once(self, s3_host: Hosts, s3: Layer, do: str) -> None:
         a = s3_host("a")

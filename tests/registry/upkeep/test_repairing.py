@@ -113,6 +113,19 @@ def test_a_damaged_pack_is_put_back_as_it_was(
     assert again.repair(backup).packs == 0
 
 
+def test_padding_that_is_not_zero_is_put_back(registry: Registry, tmp_path: Path) -> None:
+    registry.save("net", {"model": {"a": torch.ones(3), "b": torch.ones(5)}})
+    backup = backed_up(registry, tmp_path / "backup")
+    (path,) = packs(registry.root)
+    before, (first, _) = path.read_bytes(), read_pack_info(path).tensors
+    change(path, first.start + first.size + 1)
+    again = reopened(registry)
+    assert again.verify().problems
+    assert again.repair(backup).packs == 1
+    assert path.read_bytes() == before
+    assert is_whole(again)
+
+
 @pytest.mark.parametrize("kind", ["header", "middle", "missing"])
 @pytest.mark.parametrize("noted", ["noted", "unnoted"])
 def test_what_another_registry_has_in_other_packs_is_put_back(
@@ -135,6 +148,11 @@ def test_what_another_registry_has_in_other_packs_is_put_back(
     # Of a pack whose header is there, the bytes are put in their places, as far as nothing else was in it.
     assert found.packs == (2 if kind == "middle" else 0)
     assert found.tensors == (0 if kind == "middle" else 3)
+    if kind != "middle" and noted == "unnoted":
+        # At once, so that a repair that is killed does not write them twice.
+        made = [entry for line in again.catalog.journal.read() if (entry := line.entry)]
+        last = next(entry for entry in reversed(made) if entry.records[-1]["op"] == "pack")
+        assert {record["op"] for record in last.records} == {"damaged", "pack"}
     again.collect_garbage(grace=0)
     assert is_whole(again)
     again.save("net", state(1))
@@ -318,6 +336,24 @@ def logged(registry: Registry, tmp_path: Path) -> Path:
         registry.save("net", state(number))
     registry.set_alias("net:v2", "production")
     return backed_up(registry, tmp_path / "backup")
+
+
+@pytest.mark.damages
+def test_a_forged_manifest_is_not_taken(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("registry.log.entries.MAX_TEXT", 100)
+    registry.save("net", state(1))
+    backup = backed_up(registry, tmp_path / "backup")
+    (path,) = registry.root.glob("manifests/*/*")
+    damage(path, "missing")
+    change(backup / path.relative_to(registry.root), 200)
+    again = reopened(registry)
+    found = again.repair(backup)
+    assert found.manifests == 0
+    assert found.problems[0].message.endswith(f"{backup} does not have it whole either")
+    assert found.problems[0].checkpoints == ("net:v1",)
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("lost", [(1,), (3,), (2, 3), (1, 2, 3, 4, 5)])
