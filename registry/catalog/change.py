@@ -127,6 +127,7 @@ class Change:
         self.packs.add(digest, record["size"], number=number, differences=differences)
         if before:
             self.packs.moved |= self.packs.users_left(before)
+        self.packs.moved |= self.packs.lacking(name for name in digests if name not in before)
 
     def _digests_in(self, pack: str) -> list[str]:
         try:

@@ -82,18 +82,29 @@ def stamp(connection: sqlite3.Connection) -> None:
 def close(path: Path, connection: sqlite3.Connection) -> None:
     """Close a connection to a catalog that was found whole. If it was the last connection, note the catalog's stamp.
 
+    A note that cannot be written costs no more than that the catalog is made anew.
+    """
+    with contextlib.suppress(OSError, RegistryError, durable.Moved):
+        close_made(path, connection)
+
+
+def close_made(path: Path, connection: sqlite3.Connection) -> None:
+    """See `close`, for a catalog that has just been made: without the note, it would be made anew whenever it is opened.
+
     The stamp is read before the connection is closed. If another program changes the catalog in between, the note does
     not fit, and does not count.
+
+    Raises:
+        OSError, RegistryError, durable.Moved: if the stamp cannot be noted.
     """
     found = None
     with contextlib.suppress(sqlite3.Error):
         found = _stamp_in(connection)
     connection.close()
-    with contextlib.suppress(OSError, RegistryError, durable.Moved):
-        is_open = places.status_of(path.with_name(f"{path.name}-wal")) is not None
-        if found is not None and not is_open and found != _noted(path):
-            note = path.with_name(f"{path.name}{WHOLE}")
-            durable.note(note, found.encode(), folder=path.parent / "tmp", like=path)
+    is_open = places.status_of(path.with_name(f"{path.name}-wal")) is not None
+    if found is not None and not is_open and found != _noted(path):
+        note = path.with_name(f"{path.name}{WHOLE}")
+        durable.note(note, found.encode(), folder=path.parent / "tmp", like=path)
 
 
 def after(path: Path, connection: sqlite3.Connection, look: Callable[[], Alone]) -> dict[str, str]:

@@ -188,7 +188,7 @@ def refold_locked(database: Database, *, why: str = "") -> Refolded | None:
                 with contextlib.suppress(sqlite3.Error):
                     usable.execute("ROLLBACK")
                 raise
-        pairing.close(database.path, usable)
+        pairing.close_made(database.path, usable)
     return refolded._replace(set_aside=set_aside, healed=[*rescued, *refolded.healed])
 
 

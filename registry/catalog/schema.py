@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sqlite3
 
-VERSION = 10
+VERSION = 11
 """Raised with every change of the tables."""
 
 TABLES = """
@@ -114,6 +114,12 @@ CREATE TABLE uses (
     PRIMARY KEY (id, pack)
 ) WITHOUT ROWID;
 CREATE INDEX uses_by_pack ON uses (pack);
+CREATE TABLE lacks (
+    digest TEXT NOT NULL,
+    id TEXT NOT NULL REFERENCES manifests (id) ON DELETE CASCADE,
+    PRIMARY KEY (digest, id)
+) WITHOUT ROWID;
+CREATE INDEX lacks_by_id ON lacks (id);
 CREATE TABLE released (
     id TEXT PRIMARY KEY
 ) WITHOUT ROWID;
@@ -122,7 +128,8 @@ CREATE TABLE doomed (
     at TEXT NOT NULL
 ) WITHOUT ROWID
 """
-"""The statements that make the tables. `next_again` repeats `next_version`, so that damage to a number is noticed."""
+"""The statements that make the tables. `next_again` repeats `next_version`, so that damage to a number is noticed. `lacks` has
+the tensors that manifests need and no pack is known to have, as where its header cannot be read."""
 
 _ODD = re.compile(r"\bVIRTUAL\b|\bGENERATED\b|\bAS\s*\(|\bCHECK\b|\bCOLLATE\b", re.IGNORECASE)
 """Words in the SQL of a table that make SQLite evaluate expressions. Our tables have none of them."""
@@ -141,6 +148,7 @@ DERIVED = (
     "packs",
     "tensors",
     "uses",
+    "lacks",
     "released",
     "doomed",
 )

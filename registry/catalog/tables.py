@@ -2,7 +2,7 @@
 
 Where each tensor lies, and which manifest needs which pack, follow from the manifests and the packs that count, and from
 nothing else. `Packs.derive_uses` derives it, for any manifests. A step that moves tensors calls it again for the
-manifests that need the packs concerned.
+manifests that need the packs concerned, or have lacked these tensors.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Contents(Protocol):
 
 
 class Packs:
-    """The tables of packs, tensors and uses.
+    """The tables of packs, of tensors, and of what manifests need.
 
     Attributes:
         dropped: packs that do not count any more, with their tensors and the manifests that needed them before.
@@ -65,7 +65,7 @@ class Packs:
         return self._connection.execute(sql, parameters).fetchall()
 
     def add(self, digest: str, size: int, *, number: int, differences: bool, damaged: bool = False) -> None:
-        """Let a pack count. The table `uses` is not brought up to date."""
+        """Let a pack count. What manifests need is not brought up to date."""
         self.forget()
         self._connection.execute(
             "INSERT INTO packs (number, digest, size, differences, damaged) VALUES (?, ?, ?, ?, ?)",
@@ -138,6 +138,16 @@ class Packs:
             )
         return found
 
+    def lacking(self, tensors: Iterable[str]) -> set[str]:
+        """The manifests that need one of some tensors which no pack was known to have."""
+        if not self.query("SELECT 1 FROM lacks LIMIT 1"):
+            return set()
+        return {
+            row[0]
+            for part in batches(tensors)
+            for row in self.query(f"SELECT id FROM lacks WHERE digest IN ({marks(part)})", part)
+        }
+
     def locate(self, digests: Collection[str]) -> dict[str, Location]:
         """Where tensors lie. A commit asks several times, so it is remembered until a pack comes, goes or is damaged."""
         places = self._places
@@ -161,13 +171,20 @@ class Packs:
     def derive_uses(self, manifest_ids: Iterable[str]) -> None:
         """Bring up to date which packs some manifests need."""
         for manifest_id in sorted(manifest_ids):
-            self._connection.execute("DELETE FROM uses WHERE id = ?", (manifest_id,))
+            for table in ("uses", "lacks"):
+                self._connection.execute(f"DELETE FROM {table} WHERE id = ?", (manifest_id,))
             try:
                 digests = self._contents.tensors_of(manifest_id)
             except RegistryError:
                 # Damaged or gone: verify names it.
                 continue
-            packs = sorted({place.pack for place in self.located(digests).values()})
+            found = self.located(digests)
+            bases = {place.base for place in found.values() if place.base}
+            self._connection.executemany(
+                "INSERT INTO lacks (digest, id) VALUES (?, ?)",
+                ((digest, manifest_id) for digest in sorted({*digests, *bases} - found.keys())),
+            )
+            packs = sorted({place.pack for place in found.values()})
             for part in batches(packs):
                 self._connection.execute(
                     f"INSERT INTO uses (id, pack) SELECT ?, number FROM packs WHERE digest IN ({marks(part)})",

@@ -844,6 +844,34 @@ def test_a_save_writes_again_what_lies_in_a_pack_with_a_damaged_header(tmp_path:
     assert "head" in told[0] or pack.name in told[0]
 
 
+@pytest.mark.damages
+def test_who_needs_a_pack_is_known_though_its_tensors_lay_in_one_that_could_not_be_read(
+    tmp_path: Path,
+) -> None:
+    weights = {"model": {"w": torch.arange(100.0)}}
+    root = tmp_path / "r"
+    registry = Registry(root)
+    registry.save("net", weights)
+    registry.catalog.close()
+    (pack,) = root.glob("packs/*/*")
+    change_byte(pack, 30)
+    (root / "catalog.sqlite").unlink()
+    registry = Registry(root)
+    assert registry.catalog.query("SELECT 1 FROM lacks")
+    # The second save brings the tensor to another pack, which the first version relies on from then on.
+    registry.save("net", weights)
+    registry.save("net", weights)
+    assert torch.equal(registry["net:v1"].state_dict()["w"], weights["model"]["w"])
+    used = registry.catalog.query("SELECT pack FROM uses GROUP BY pack HAVING COUNT(*) = 3")
+    assert len(used) == 1
+    assert registry.catalog.query("SELECT 1 FROM lacks") == []
+    for rule in broken_rules(registry):
+        assert pack.stem[:12] in rule or pack.name in rule, rule
+    before = dump(registry)
+    registry.rebuild()
+    assert dump(registry) == before
+
+
 @pytest.mark.parametrize("command", [["list"], ["alias", "net:v1", "x"], ["verify"], ["gc"], ["rebuild"]])
 def test_too_few_files_are_one_line_that_says_so(tmp_path: Path, command: list[str]) -> None:
     registry = Registry(tmp_path / "r")

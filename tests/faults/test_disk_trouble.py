@@ -151,6 +151,29 @@ def test_a_write_that_did_not_happen_is_noticed(
         check_whole(root, SAVED)
 
 
+class Full(durable.Disk):
+    """A disk without room for anything but what SQLite writes in place."""
+
+    def write(self, fd: int, path: Path, data: memoryview) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def test_where_the_note_of_a_whole_catalog_is_lost_a_full_disk_can_be_read(
+    golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = copy(golden, tmp_path / "r")
+    (root / "catalog.sqlite-whole").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "disk", Full())
+        registry = Registry(root)
+        assert {one.name for one in registry.versions("net")} == SAVED.keys()
+        with pytest.raises(StorageError, match="no space left on the device"):
+            save(registry, 3)
+    save(registry, 3)
+    registry.catalog.close()
+    check_whole(root, SAVED, {"net:v3": 3})
+
+
 @contextlib.contextmanager
 def small_disk(place: Path, megabytes: int) -> Iterator[Path]:
     """A file system of a few megabytes in memory; needs the right to mount."""

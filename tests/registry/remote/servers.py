@@ -250,6 +250,8 @@ def _put_anyway(state: Layer, path: str, body: bytes, *, looks: bool) -> bool:
         with contextlib.suppress(FileNotFoundError):
             obstore.head(store, key)
             return False
+        # So that all clients of a race have looked before the first one puts.
+        time.sleep(0.1)
     obstore.put(store, key, body)
     return True
 
