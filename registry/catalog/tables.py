@@ -66,7 +66,6 @@ class Packs:
 
     def add(self, digest: str, size: int, *, number: int, differences: bool, damaged: bool = False) -> None:
         """Let a pack count. What manifests need is not brought up to date."""
-        self.forget()
         self._connection.execute(
             "INSERT INTO packs (number, digest, size, differences, damaged) VALUES (?, ?, ?, ?, ?)",
             (number, digest, size, int(differences), int(damaged)),
@@ -76,6 +75,8 @@ class Packs:
         except RegistryError:
             # Damaged or gone: verify names it. Its tensors have no place in it.
             return
+        for name in info.places:
+            self._places.pop(name, None)
         rows = [(name, number, place.start, place.base, place.coded) for name, place in info.places.items()]
         self._connection.executemany(
             "INSERT INTO tensors (digest, pack, start, base, coded) VALUES (?, ?, ?, ?, ?)", rows
@@ -149,7 +150,7 @@ class Packs:
         }
 
     def locate(self, digests: Collection[str]) -> dict[str, Location]:
-        """Where tensors lie. A commit asks several times, so it is remembered until a pack comes, goes or is damaged."""
+        """Where tensors lie. A commit asks several times, so it is remembered until a pack has them, too, goes or is damaged."""
         places = self._places
         places.update(locate(self.query, [digest for digest in digests if digest not in places]))
         return {digest: places[digest] for digest in digests if digest in places}

@@ -10,6 +10,8 @@ from registry.remote.bucket import Bucket
 
 FOLDER = "journal"
 _AT_ONCE = 16
+_MANY = 256
+"""Objects that are asked for in one go."""
 
 
 class Journal(Protocol):
@@ -99,10 +101,13 @@ class BucketJournal:
         """The objects behind a number that a listing shows, which may lag; several are read at a time."""
         listed = self._listed(seq)
         with ThreadPoolExecutor(_AT_ONCE, "registry-log") as pool:
-            for number, data in zip(listed, pool.map(lambda n: self.get(n, limit), listed), strict=True):
-                if data is None:
-                    return
-                yield number, data
+            # What has been read waits in memory, so not all are asked for at once.
+            for start in range(0, len(listed), _MANY):
+                part = listed[start : start + _MANY]
+                for number, data in zip(part, pool.map(lambda n: self.get(n, limit), part), strict=True):
+                    if data is None:
+                        return
+                    yield number, data
 
     def _listed(self, seq: int) -> list[int]:
         """The numbers behind one in a listing."""
