@@ -25,7 +25,7 @@ from registry.store.manifest import TensorInfo
 from registry.store.pack import INNER, map_file, pack_path
 from registry.store.parallel import SMALL, in_order, in_parallel
 from registry.store.places import FileState, OpenFiles, is_local, state_of
-from registry.store.tree import torch_type
+from registry.store.tree import is_plain, memory_of, torch_type
 
 _ARENA = 64 << 20
 """Bytes of memory that tensors share; see `owned`."""
@@ -266,7 +266,8 @@ class _ReadJob(NamedTuple):
 def read_into(packs: Path, items: Iterable[Wanted], memory: Callable[[Wanted], memoryview]) -> None:
     """Fill memory with stored bytes, straight from the files.
 
-    Neighbours in a pack are read together, as thousands of small reads cost more than their bytes.
+    Neighbours in a pack are read together, as thousands of small reads cost more than their bytes. All packs are opened before
+    the first byte is read.
 
     Args:
         items: tensors with at least one byte.
@@ -286,6 +287,8 @@ def read_into(packs: Path, items: Iterable[Wanted], memory: Callable[[Wanted], m
             repeated.append((item, first[place]))
     ordered = [first[place] for place in sorted(first)]
     with OpenFiles() as files:
+        for location in {item.location.pack: item.location for item in ordered}.values():
+            files.open(pack_path(packs, location.pack), location.pack_size, inner=INNER)
         reads, size = _reads(ordered, memory), sum(item.size for item in ordered)
         in_order(reads, lambda one: _read(packs, files, one), size)
     for item, source in repeated:
@@ -429,7 +432,23 @@ def fill(packs: Path, tensors: Sequence[torch.Tensor], items: Sequence[Wanted], 
     mapped = Mapped(packs)
     mapped.decode(items)
     mapped.open(items)
+    # To read is faster than to copy what has not been verified, and so is not in memory yet.
+    direct = (
+        set()
+        if check
+        else {item.slot for item in items if item.size and _is_direct(item, tensors[item.slot])}
+    )
+    if len({tensors[slot].untyped_storage().data_ptr() for slot in direct}) < len(direct):
+        # They share memory, and the last one counts.
+        direct.clear()
     with steady(packs, items, mapped) if check else contextlib.nullcontext():
         for item in items:
-            if item.size:
+            if item.size and item.slot not in direct:
                 tensors[item.slot].copy_(view(mapped.bytes(item), item.info, 0))
+    straight = [item for item in items if item.slot in direct]
+    read_into(packs, straight, lambda item: memory_of(tensors[item.slot], item.info.dtype))
+
+
+def _is_direct(item: Wanted, tensor: torch.Tensor) -> bool:
+    """Whether the stored bytes are those of the live tensor."""
+    return is_plain(tensor) and not item.base and item.held is None

@@ -231,7 +231,7 @@ class OpenFiles:
             Corrupt: if the file does not have `size` bytes.
             StorageError: if the system refuses.
         """
-        fd = self._descriptor(path, size, inner)
+        fd = self.open(path, size, inner=inner)
         with storage_errors(path):
             while start < end:
                 count = os.preadv(fd, buffers, start)
@@ -241,7 +241,13 @@ class OpenFiles:
                 buffers = _after(buffers, count) if start < end else []
         return True
 
-    def _descriptor(self, path: Path, size: int, inner: int) -> int:
+    def open(self, path: Path, size: int, *, inner: int = 0) -> int:
+        """The descriptor of a file, which is opened unless it is open.
+
+        Raises:
+            Corrupt: if the file does not have `size` bytes.
+            StorageError: if the system refuses.
+        """
         name = str(path)
         with self._lock:
             if name not in self._open:

@@ -147,6 +147,18 @@ def test_a_real_model_is_filled_with_equal_tensors_in_their_places(store: Store)
         assert all(map(torch.equal, net.state_dict().values(), other.state_dict().values()))
 
 
+@pytest.mark.parametrize("verify", [True, False])
+def test_of_live_tensors_that_share_memory_the_last_one_counts(store: Store, verify: bool) -> None:
+    parts = {name: torch.full((3_000,), float(number)) for number, name in enumerate("abcd")}
+    digest = store.put({"model": parts}).digest
+    memory = torch.zeros(4_500)
+    live = {"d": memory[:3_000], "b": memory[1_500:], "a": torch.ones(3_000), "c": torch.zeros(6_000)[::2]}
+    store.load_into(digest, {"model": live}, verify=verify)
+    assert memory.tolist() == [3.0] * 1_500 + [1.0] * 3_000
+    assert live["c"].tolist() == [2.0] * 3_000
+    assert not live["a"].any()
+
+
 def test_what_does_not_fit_is_listed_and_nothing_is_changed(store: Store) -> None:
     digest = store.put(TREE).digest
     live = {
