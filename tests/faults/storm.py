@@ -20,6 +20,7 @@ from support import Tree, all_versions
 
 from registry import Registry
 from registry.cache.keys import Key
+from registry.catalog.versions import Version
 from registry.remote.bucket import Unreachable
 from registry.store.digest import digest
 from registry.store.errors import Conflict, NotFound, RegistryError
@@ -84,8 +85,10 @@ class Known:
     Attributes:
         begun: the models and values of all saves that were begun, by token.
         saved: tokens of the acknowledged versions, by name.
+        pending: tokens of those that wait in an outbox, or did: which name they get is not known.
         twice: names that were given to two versions.
         removing: how many removals of a version were begun, and not refused.
+        taken: tokens of versions whose removal was begun.
         removed: versions whose removal was acknowledged.
         thinning, thinned: likewise.
         ageing: versions that a run's rules may remove or thin, with the run.
@@ -103,8 +106,10 @@ class Known:
         self._open: dict[int, dict[str, Any]] = {}
         self.begun: dict[int, tuple[str, Content]] = {}
         self.saved: dict[str, int] = {}
+        self.pending: set[int] = set()
         self.twice: list[str] = []
         self.removing: Counter[str] = Counter()
+        self.taken: set[int] = set()
         self.removed: set[str] = set()
         self.thinning: set[str] = set()
         self.thinned: set[str] = set()
@@ -146,6 +151,7 @@ class Known:
         if "content" in line:
             self.begun[line["token"]] = line["model"], Content(*line["content"])
         self.removing.update(line.get("removes", ()))
+        self.taken.update(line.get("takes", ()))
         self.thinning.update(line.get("thins", ()))
         self.ageing |= dict.fromkeys(line.get("ages", ()), line.get("run"))
         self.held.update(line.get("holds", ()))
@@ -159,9 +165,15 @@ class Known:
     def _end(self, begun: dict[str, Any], name: str | None) -> None:
         if "content" in begun:
             assert name is not None
-            if name in self.saved:
-                self.twice.append(name)
-            self.saved[name] = begun["token"]
+            if is_pending(name):
+                self.pending.add(begun["token"])
+                if "run" in begun:
+                    # The rules of its run may take it.
+                    self.taken.add(begun["token"])
+            else:
+                if name in self.saved:
+                    self.twice.append(name)
+                self.saved[name] = begun["token"]
         if "run" in begun:
             assert name is not None
             self.runs.setdefault(begun["run"], []).append(name)
@@ -172,25 +184,37 @@ class Known:
             self.changes[begun["key"]] += 1
 
     def may_be_gone(self, name: str) -> bool:
-        return self.removing[name] > 0 or name in self.ageing
+        return self.removing[name] > 0 or name in self.ageing or self._may_have_been_taken(name)
 
     def must_be_gone(self, name: str) -> bool:
         if name in self.removed:
             return True
         names = self.runs.get(self.ageing.get(name, ""), [])
+        if any(map(is_pending, names)):
+            return False
         is_old = name in names[:-KEEP_LAST] and not any(map(self.removing.get, names))
         return is_old and name not in self.held and name not in self.resumed
 
     def may_be_thin(self, name: str) -> bool:
-        return name in self.thinning or name in self.ageing
+        return name in self.thinning or name in self.ageing or self._may_have_been_taken(name)
+
+    def _may_have_been_taken(self, name: str) -> bool:
+        """Whether it may be one of those that waited in an outbox, and the rules of its run, or a removal, concern it."""
+        return name not in self.saved and not self.pending.isdisjoint(self.taken)
 
     def must_be_thin(self, name: str) -> bool:
         names = self.runs.get(self.ageing.get(name, ""), [])
+        if any(map(is_pending, names)):
+            names = []
         is_thinned = name in self.thinned or (name in names[:-1] and not any(map(self.removing.get, names)))
         return is_thinned and name not in self.resumed
 
     def must_be_there(self) -> set[str]:
         return {name for name in self.saved if not self.may_be_gone(name)}
+
+    def must_be_shared(self) -> set[int]:
+        """Tokens of versions that are there once all outboxes have been shared."""
+        return self.pending - self.taken
 
     def check(self, name: str, token: int | None, loaded: Mapping[str, Any], *, was_thin: bool) -> None:
         """Compare a loaded version with what the ledger says.
@@ -218,6 +242,11 @@ class Known:
             raise Wrong(f"{name} was thinned, and is whole")
         if wrong := [part for part in found if not equal(found[part], expected[part])]:
             raise Wrong(f"{wrong} of {name} is not what was saved")
+
+
+def is_pending(name: str) -> bool:
+    """Whether a version was saved in an outbox."""
+    return ":pending-" in name
 
 
 def _plain(value: Any) -> Any:
@@ -322,8 +351,13 @@ class Worker:
 
     def pick(self) -> str | None:
         """A version that is there."""
+        found = self.pick_row()
+        return found.name if found else None
+
+    def pick_row(self) -> Version | None:
+        """A version that is there, as the catalog has it."""
         found = all_versions(self.registry)
-        return self.chance.choice(found).name if found else None
+        return self.chance.choice(found) if found else None
 
     def content(self) -> Content:
         """New values, those of another state, or near ones."""
@@ -380,9 +414,10 @@ def save_in_a_run(worker: Worker) -> None:
 
 
 def remove(worker: Worker) -> None:
-    name = worker.pick()
-    if name is None:
+    found = worker.pick_row()
+    if found is None:
         return
+    name = found.name
     force = worker.chance.random() < 0.3
 
     def refused(error: RegistryError) -> bool:
@@ -393,7 +428,7 @@ def remove(worker: Worker) -> None:
     def act(_: int) -> None:
         worker.registry.remove([name], force=force)
 
-    worker.change("remove", act, refused=refused, removes=[name])
+    worker.change("remove", act, refused=refused, removes=[name], takes=[found.step])
 
 
 def thin(worker: Worker) -> None:

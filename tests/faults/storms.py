@@ -296,6 +296,13 @@ def _check_rebuilt(registry: Registry) -> None:
 def check_shared(known: Known, hosts: Sequence[Registry]) -> None:
     """Assert that every host of a shared registry holds what the ledger says, and that the bucket has nothing else."""
     for registry in hosts:
+        registry.outbox.share()
+        assert not registry.outbox
+    for registry in hosts:
+        registry.catalog.commit(lambda view: [])
+        tokens = {version.step for version in all_versions(registry)}
+        assert known.must_be_shared() - tokens == set()
+    for registry in hosts:
         check_values(known, registry)
         check_equal_views(hosts)
         assert broken_rules(registry) == []
