@@ -248,9 +248,7 @@ def commit(database: Database, held: Held, compute: Callable[[View], Sequence[Re
     store = database.store
     is_shown = True
     with exclusive(database, held.connection, held.identity) as change:
-        follow(database, change)
-        _refuse_gaps(database, change)
-        records = [dict(record) for record in compute(View(change, store))]
+        records = _worked_out(database, change, compute)
         if not records:
             return None
         for record in records:
@@ -288,6 +286,27 @@ def commit(database: Database, held: Held, compute: Callable[[View], Sequence[Re
     if not is_shown:
         database.close()
     return entry
+
+
+def _worked_out(
+    database: Database, change: Change, compute: Callable[[View], Sequence[Record]]
+) -> list[dict[str, Any]]:
+    """The records of a change, from a view that has caught up.
+
+    Whether other hosts have added something is not asked where that is unlikely: if they have, the entry cannot be added, and
+    the change is worked out again.
+    """
+    view = View(change, database.store)
+    if database.shared is not None and database.shared.is_likely_last():
+        catch_up(database, change)
+        _refuse_gaps(database, change)
+        # Nothing to do, and an error, may be due to what has not been seen.
+        with contextlib.suppress(RegistryError):
+            if found := compute(view):
+                return [dict(record) for record in found]
+    follow(database, change)
+    _refuse_gaps(database, change)
+    return [dict(record) for record in compute(view)]
 
 
 def adopt(

@@ -53,7 +53,7 @@ class SharedLog:
         self._journal = journal
         self._packs = packs
         self._settings = root / settings.SHARED
-        self._asked = self._confirmed = -_CONFIRM
+        self._asked = self._confirmed = self._overtaken = -_CONFIRM
         self._failed = -_REST
 
     @property
@@ -69,12 +69,17 @@ class SharedLog:
         """
         if self._object(1) is not None:
             return True
-        self._check_no_hole(0)
+        self._check_no_hole(0, self._journal.last())
         return False
 
     def is_due(self) -> bool:
         """Whether it is time to ask for what other hosts have added."""
         return self._packs.was_missing or (not self.rests() and self._asked + _REFRESH <= time.monotonic())
+
+    def is_likely_last(self) -> bool:
+        """Whether neither others have added an entry lately, nor the log may have been put back."""
+        since = time.monotonic() - _CONFIRM
+        return self._overtaken < since < self._confirmed and not self._packs.was_missing
 
     def rests(self) -> bool:
         """Whether the bucket could not be reached a moment ago."""
@@ -99,10 +104,10 @@ class SharedLog:
         # Also where the answer does not come: otherwise each call would wait for it.
         self._asked = time.monotonic()
         self._packs.was_missing = False
-        found = self._object(seq + 1)
+        found = self._first_behind(seq, digest)
         if found is None:
-            self._confirm(seq, digest)
             return
+        self._overtaken = time.monotonic()
         prev = digest if seq else START
         for number, data in self._from(seq + 1, found):
             entry = self._taken(number, data)
@@ -134,6 +139,7 @@ class SharedLog:
                 # It was this one, and its answer was lost.
                 break
             if there is not None:
+                self._overtaken = time.monotonic()
                 raise Behind
             if time.monotonic() > until:
                 raise Unreachable(f"{self.url}: the store takes no entry; repeat")
@@ -182,20 +188,33 @@ class SharedLog:
         elif there.digest != entry.digest:
             raise history_changed(self.url, f": entry {entry.seq} is another one there")
 
-    def _confirm(self, seq: int, digest: str) -> None:
-        """See that the last entry that this host has is still there, and so nothing older was put back."""
-        if not seq or self._confirmed + _CONFIRM > time.monotonic():
-            return
-        data = self._object(seq)
-        if data is None or unpacked(data)[0].digest != digest:
-            lost = "is missing" if data is None else "is another one"
-            raise history_changed(self.url, f": entry {seq}, which this host has, {lost} there")
-        self._check_no_hole(seq)
-        self._confirmed = time.monotonic()
+    def _first_behind(self, seq: int, digest: str) -> bytes | None:
+        """The object behind an entry that this host has.
 
-    def _check_no_hole(self, seq: int) -> None:
-        """See that no entries are there whose predecessor, the one behind a number, is missing."""
-        if self._journal.last(seq) > seq and self._object(seq + 1) is None:
+        Now and then it is seen, too, that this entry is still there, and so nothing older was put back. That is asked at the
+        same time.
+        """
+        if not seq or self._confirmed + _CONFIRM > time.monotonic():
+            return self._object(seq + 1)
+        with ThreadPoolExecutor(2, "registry-log") as pool:
+            own, last = pool.submit(self._object, seq), pool.submit(self._journal.last, seq)
+            found = self._object(seq + 1)
+        if found is None:
+            data = own.result()
+            if data is None or unpacked(data)[0].digest != digest:
+                lost = "is missing" if data is None else "is another one"
+                raise history_changed(self.url, f": entry {seq}, which this host has, {lost} there")
+            self._check_no_hole(seq, last.result())
+            self._confirmed = time.monotonic()
+        return found
+
+    def _check_no_hole(self, seq: int, last: int) -> None:
+        """See that no entries are there whose predecessor, the one behind a number, is missing.
+
+        Args:
+            last: the highest number that is known to have one.
+        """
+        if last > seq and self._object(seq + 1) is None:
             raise self._hole(seq + 1)
 
     def _hole(self, seq: int) -> Corrupt:

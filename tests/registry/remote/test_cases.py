@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -119,12 +120,14 @@ def test_a_version_that_is_removed_and_collected_while_it_is_loaded_is_not_there
         save(a, number)
 
     def at(number: int, what: str, key: str) -> None:
-        if what == "before get" and key.startswith("packs") and not done:
-            done.append(True)
-            a.remove(["net:v2"])
-            a.collect_garbage(grace=0)
+        with reading:
+            if what == "before get" and key.startswith("packs") and not done:
+                done.append(True)
+                a.remove(["net:v2"])
+                a.collect_garbage(grace=0)
 
-    done: list[bool] = []
+    # Packs come side by side.
+    done, reading = list[bool](), threading.Lock()
     with pytest.raises(NotFound, match="net:v2 was removed while it was read"):
         team.host("b", at=at)["net:v2"].load()
     team.check({"net:v1": 1})
@@ -137,13 +140,14 @@ def test_a_version_that_is_compacted_while_it_is_loaded_is_read_at_its_new_place
     a = team.host("a")
     for number in (1, 2, 3):
         a.save("net", state(number, 50_000), epoch=number)
-    done: list[bool] = []
+    done, reading = list[bool](), threading.Lock()
 
     def at(number: int, what: str, key: str) -> None:
-        if what == "before get" and key.startswith("packs") and not done:
-            done.append(True)
-            a.compact()
-            a.collect_garbage(grace=0)
+        with reading:
+            if what == "before get" and key.startswith("packs") and not done:
+                done.append(True)
+                a.compact()
+                a.collect_garbage(grace=0)
 
     before = {held.key for held in team.bucket.list("packs")}
     assert value(team.host("b", at=at), "net:v1") == 1
