@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from registry.catalog.copies import gaps_in, is_behind, not_before, text_in
 from registry.catalog.database import Damaged, Database, FileId, Held, LogState, Replaced, Still
-from registry.catalog.lookups import locate
+from registry.catalog.lookups import locate, was_removed
 from registry.catalog.opening import Opening
 from registry.log.sharing import Behind
 from registry.store import places
@@ -317,17 +317,9 @@ class Catalog:
 
     def was_removed(self, manifest_id: str) -> bool:
         """Whether a manifest counted once, and does not any more."""
-        gone = "SELECT id FROM released UNION ALL SELECT digest FROM doomed"
-        live = "SELECT id FROM manifests"
-        try:
-            return bool(
-                self.query(
-                    f"SELECT 1 FROM ({gone}) WHERE id = ? AND ? NOT IN ({live} WHERE id = ?)",
-                    [manifest_id] * 3,
-                )
-            )
-        except RegistryError:
-            return False
+        with contextlib.suppress(RegistryError):
+            return was_removed(self.query, manifest_id)
+        return False
 
     def _followed(self) -> Ledger:
         """What follows from the folder's log alone; it may have gaps."""

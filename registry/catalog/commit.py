@@ -46,12 +46,14 @@ def publish(
     records: Callable[[View, str, Mapping[str, str]], Sequence[Record]],
     *,
     what: str,
+    keeps_id: bool = False,
     progress: Progress = silent,
 ) -> tuple[str, Sequence[Record]]:
     """Store trees and make them known.
 
     Args:
         record: what the manifest carries along. If the manifest's id is taken, the record gets a new time, or a salt.
+        keeps_id: it gets neither, as it is a copy. If its id is taken, that is a conflict.
         records: returns the records that make the manifest known, from the view inside the commit, its id, and the
             field that carries its text.
         what: what to call it in an error.
@@ -71,6 +73,7 @@ def publish(
         record=record,
         records=lambda view, stored: records(view, *stored[0]),
         what=what,
+        keeps_id=keeps_id,
         progress=progress,
     )
     return manifest_id, made
@@ -84,6 +87,7 @@ def publish_all(
     records: Callable[[View, Sequence[tuple[str, Mapping[str, str]]]], Sequence[Record]],
     *,
     what: str,
+    keeps_id: bool = False,
     progress: Progress = silent,
 ) -> tuple[Sequence[str], Sequence[Record]]:
     """Store trees as several manifests, and make them known in one commit; see `publish`.
@@ -134,17 +138,22 @@ def publish_all(
                     store.manifest(one.digest)
             return [one.digest for one in stored], entry.records if entry else ()
         except Stale as error:
-            stays = isinstance(error, Taken) and not is_repeatable
+            stays = isinstance(error, Taken) and not is_repeatable and not keeps_id
             if stored and not stays:
                 catalog.discard([pack.digest for one in stored for pack in one.packs])
             if not (is_repeatable or stays):
                 break
-            if "created" in record:
-                record["created"] = now()
-            elif isinstance(error, Doomed):
-                # Without a time in the record, the id follows from the content alone.
-                record["salt"] = secrets.token_hex(16)
+            _renew(record, error)
     raise Conflict(f"{what}: other processes kept changing the registry during the save; repeat it")
+
+
+def _renew(record: dict[str, Any], error: Stale) -> None:
+    """Let a manifest have another id, where what is recorded of it holds a time, or where that is needed."""
+    if "created" in record:
+        record["created"] = now()
+    elif isinstance(error, Doomed):
+        # Without a time in the record, the id follows from the content alone.
+        record["salt"] = secrets.token_hex(16)
 
 
 def _check_size(texts: Sequence[Mapping[str, str]], what: str) -> None:

@@ -76,6 +76,15 @@ def are_doomed(view: Reader, packs: Collection[str]) -> bool:
     )
 
 
+def was_removed(query: Query, manifest_id: str) -> bool:
+    """Whether a manifest counted once, and does not any more."""
+    gone = "SELECT id FROM released UNION ALL SELECT digest FROM doomed"
+    live = "SELECT id FROM manifests"
+    return bool(
+        query(f"SELECT 1 FROM ({gone}) WHERE id = ? AND ? NOT IN ({live} WHERE id = ?)", [manifest_id] * 3)
+    )
+
+
 def _is_difference(base: Any, coded: Any) -> bool:
     return is_digest(base) and type(coded) is int and coded >= 0
 

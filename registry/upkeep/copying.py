@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from registry.catalog.attached import attached, attached_again
 from registry.catalog.commit import publish, publish_version
+from registry.catalog.lookups import was_removed
 from registry.catalog.resolving import resolve
 from registry.catalog.versions import COPIED, by_id, find_versions
 from registry.log.entries import now
-from registry.store.errors import Conflict
+from registry.store.errors import Conflict, NotFound
 from registry.store.store import Written
 
 if TYPE_CHECKING:
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from registry.log.entries import Record
 
 _ATTEMPTS = 3
+
+
+class Removed(NotFound):
+    """A version that must not come back by being copied. Never reaches users."""
 
 
 class Copied(NamedTuple):
@@ -90,9 +95,16 @@ def copy_pending(
         more: what else is recorded with it.
 
     Raises:
+        Removed: if it was copied before, and removed there since.
         Conflict, Corrupt, StorageError: as `copy_versions`.
     """
-    return _copy(source, target, version, lambda view, text: [*_version(view, version, text), *more(view)])
+
+    def known(view: View, text: Mapping[str, str]) -> list[Record]:
+        if was_removed(view.query, version.id):
+            raise Removed(f"{version.name} was copied to {target.place}, and removed there since")
+        return [*_version(view, version, text), *more(view)]
+
+    return _copy(source, target, version, known)
 
 
 def _copy(
@@ -145,6 +157,7 @@ def _publish(
         dict(manifest.record),
         lambda view, _, text: records(view, text),
         what=manifest_id[:12],
+        keeps_id=True,
     )
     return pack.size if pack else 0
 

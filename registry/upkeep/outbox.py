@@ -24,7 +24,7 @@ from registry.remote.bucket import Unreachable
 from registry.store import durable, places
 from registry.store.errors import Invalid, NotFound
 from registry.store.text import quoted
-from registry.upkeep.copying import Copied, copy_pending
+from registry.upkeep.copying import Copied, Removed, copy_pending
 from registry.upkeep.garbage import collect_garbage
 
 if TYPE_CHECKING:
@@ -124,11 +124,18 @@ class Outbox:
             return []
         monitors, found = self._monitors(), []
         for version in pending:
-            # Another process may have shared it, and somebody removed it then.
-            if not self._home.catalog.was_removed(version.id):
-                records = functools.partial(self._best, version, monitors.get(version.model))
+            records = functools.partial(self._best, version, monitors.get(version.model))
+            try:
                 found.append(copy_pending(self.home, self._home, version, records))
                 _logger.info("%s is %s now", version.name, found[-1].target)
+            except Removed:
+                # Another process has shared it, and somebody has removed it then.
+                pass
+            except NotFound:
+                if any(one.id == version.id for one in self.versions()):
+                    raise
+                # Another process has shared it, and collected it here.
+                continue
             self._remove([version])
         collect_garbage(self.home.catalog, self.home.store, grace=0)
         return found

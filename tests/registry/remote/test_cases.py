@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from registry.remote import shared_log
 from registry.remote.bucket import Unreachable
 from registry.store import durable
 from registry.store.errors import NotFound, StorageError
+from registry.upkeep.copying import Copied, Removed, copy_pending
 
 pytestmark = [pytest.mark.damages, pytest.mark.usefixtures("asks_at_once")]
 """Its folders cannot be opened without the bucket that they belong to."""
@@ -256,6 +257,31 @@ def test_a_host_whose_clock_is_a_year_off_takes_nothing_from_others(
 # -- copies ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("is_waiting", [False, True])
+def test_a_version_that_is_copied_twice_at_the_same_instant_is_one_version(
+    team: Team, tmp_path: Path, is_waiting: bool
+) -> None:
+    save(team.host("a"), 1)
+    local = Registry(tmp_path / "local")
+    save(local, 2)
+    (version,) = local.versions("net")
+    done: list[Sequence[Copied]] = []
+
+    def at(number: int, what: str, key: str) -> None:
+        if what == "before create" and key.startswith("journal") and not done:
+            done.append(())
+            done[:] = [local.copy_to(team.host("b"))]
+
+    host = team.host("a", at=at)
+    if is_waiting:
+        copied = copy_pending(local, host, version, lambda view: [])
+    else:
+        (copied,) = local.copy_to(host)
+    assert [copied.id] == [other.id for (other,) in done] == [version.id]
+    assert copied.target == "net:v2"
+    team.check({"net:v1": 1, "net:v2": 2})
+
+
 def test_versions_that_are_copied_twice_or_by_two_at_once_are_there_once(team: Team, tmp_path: Path) -> None:
     local = Registry(tmp_path / "local")
     for number in (1, 2):
@@ -271,6 +297,30 @@ def test_versions_that_are_copied_twice_or_by_two_at_once_are_there_once(team: T
     assert sorted(copied.target for copied in again) == ["net:v2", "net:v3"]
     numbers = {copied.target: int(copied.source[-1]) for copied in again}
     team.check({"net:v1": 7, **numbers})
+
+
+@pytest.mark.parametrize("is_collected", [False, True])
+def test_what_waited_in_an_outbox_does_not_come_back_once_it_was_shared_and_removed(
+    team: Team, tmp_path: Path, is_collected: bool
+) -> None:
+    save(team.host("a"), 1)
+    waiting = Registry(tmp_path / "waiting")
+    save(waiting, 2)
+    (version,) = waiting.versions("net")
+    done: list[bool] = []
+
+    def at(number: int, what: str, key: str) -> None:
+        if what == "before create" and key.startswith("journal") and not done:
+            done.append(True)
+            b = team.host("b")
+            assert copy_pending(waiting, b, version, lambda view: []).target == "net:v2"
+            b.remove(["net:v2"])
+            if is_collected:
+                b.collect_garbage(grace=0)
+
+    with pytest.raises(Removed):
+        copy_pending(waiting, team.host("a", at=at), version, lambda view: [])
+    team.check({"net:v1": 1})
 
 
 def test_a_version_that_was_removed_and_collected_comes_back_when_it_is_copied_again(
