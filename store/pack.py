@@ -180,6 +180,9 @@ class PackWriter:
         Returns:
             Where it begins, in bytes from the start of the file.
         """
+        if size == 0:
+            # Behind the last byte it would need bytes before it that nobody writes.
+            return self._head
         with self._lock:
             start = -(-self._end // ALIGNMENT) * ALIGNMENT
             self._end = start + size

@@ -7,13 +7,14 @@ hold, and what can be seen is what `expected.py` says: nothing half, nothing tha
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -159,11 +160,28 @@ class Machine(RuleBasedStateMachine):
         Machine.machines += 1
         self._plain, durable.disk = durable.disk, Unsynced()
         self.folder = Path(tempfile.mkdtemp(prefix="registry-machine-"))
-        self.root = self.folder / "r"
-        self.here, self.there = Registry(self.root), Registry(self.root)
+        self.place = self.made()
+        self.here, self.there = self.opened(), self.opened(there=True)
         self.expected = Expected()
         self.turn = 0
         self.has_failed = False
+
+    def made(self) -> str:
+        """Make the registry, and return its place."""
+        return str(Registry(self.folder / "r").root)
+
+    def opened(self, *, there: bool = False) -> Registry:
+        """The registry, opened once more.
+
+        Args:
+            there: as the second object has it open.
+        """
+        return Registry(self.place, create=False)
+
+    @property
+    def root(self) -> Path:
+        """The folder of the first object."""
+        return self.here.root
 
     # -- running an operation --------------------------------------------------------------------------------
 
@@ -205,7 +223,7 @@ class Machine(RuleBasedStateMachine):
                 return operation.stages
             assert status == 0
         elif how.who == "typed" and words is not None:
-            done = CliRunner().invoke(app, ["--root", str(self.root), *words])
+            done = CliRunner().invoke(app, ["--root", self.place, *words])
             assert done.exit_code == (0 if error is None else 1), done.output
         else:
             attempt()
@@ -547,10 +565,10 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def collect_without_doing_it(self) -> None:
-        before = files(self.root)
+        before = self.files()
         run = lambda registry: collect(registry, grace=0, dry_run=True)  # noqa: E731
         self.perform(Operation(run, [self.expected]), How("here", 0, "before"))
-        assert files(self.root) == before
+        assert self.files() == before
 
     @rule(damage=st.sampled_from(["none", "no file", "no files", "header", "cut", "zeroed"]), how=HOW)
     def rebuild(self, damage: str, how: How) -> None:
@@ -591,16 +609,13 @@ class Machine(RuleBasedStateMachine):
     def copy_the_folder(self, stays: bool) -> None:
         target = self.folder / f"copy{self.turn}"
         shutil.copytree(self.root, target)
-        before = self.root, self.here, self.there
-        self.root, self.here, self.there = (
-            target,
-            Registry(target, create=False),
-            Registry(target, create=False),
-        )
+        before = self.place, self.here, self.there
+        self.place = str(target)
+        self.here, self.there = self.opened(), self.opened(there=True)
         self.perform(Operation(lambda registry: None, [self.expected]), How("here", 0, "before"))
-        old = (self.root, self.here, self.there) if stays else before
+        old = (self.place, self.here, self.there) if stays else before
         if stays:
-            self.root, self.here, self.there = before
+            self.place, self.here, self.there = before
         for registry in old[1:]:
             registry.catalog.close()
         shutil.rmtree(old[0])
@@ -611,12 +626,12 @@ class Machine(RuleBasedStateMachine):
             self._reopen_here()
         if there:
             self.there.catalog.close()
-            self.there = Registry(self.root, create=False)
+            self.there = self.opened(there=True)
         self.perform(Operation(lambda registry: None, [self.expected]), How("here", 0, "before"))
 
     def _reopen_here(self) -> None:
         self.here.catalog.close()
-        self.here = Registry(self.root, create=False)
+        self.here = self.opened()
         self.here.catalog.connection()
 
     # -- the end ---------------------------------------------------------------------------------------------
@@ -639,13 +654,67 @@ class Machine(RuleBasedStateMachine):
         store = self.here.store
         packs = {pack for (pack,) in self.here.catalog.query("SELECT digest FROM packs")}
         ids = {manifest_id for (manifest_id,) in self.here.catalog.query("SELECT id FROM manifests")}
-        assert (set(store.pack_digests()), set(store), list(store.tmp.iterdir())) == (packs, ids, [])
+        assert (self.packs_there(), set(store), list(store.tmp.iterdir())) == (packs, ids, [])
         before = dump(self.here)
         damage_catalog(self.root, "no files")
         found = self.there.rebuild()
         assert (found.damaged, found.unnamed, found.adopted) == ((), (), ())
         assert dump(self.here) == before
         self.check(deep=True)
+
+    def files(self) -> dict[str, bytes]:
+        """The files that only a change of the registry changes."""
+        return files(self.root)
+
+    def packs_there(self) -> set[str]:
+        """All packs that are there, whether they are needed or not."""
+        return set(self.here.store.pack_digests())
+
+
+class SharedMachine(Machine):
+    """A registry that two hosts share: the first object is on one of them, the second on the other."""
+
+    def made(self) -> str:
+        (self.folder / "bucket").mkdir()
+        url = f"file://{self.folder}/bucket"
+        self._hosts = 1
+        with self._on("1"):
+            Registry(url)
+        return url
+
+    def opened(self, *, there: bool = False) -> Registry:
+        with self._on(f"2-{self._hosts}" if there else "1"):
+            return Registry(self.place, create=False)
+
+    @contextlib.contextmanager
+    def _on(self, host: str) -> Iterator[None]:
+        # What is run on the command line runs on the first host.
+        try:
+            os.environ["XDG_DATA_HOME"] = str(self.folder / f"host-{host}")
+            yield
+        finally:
+            os.environ["XDG_DATA_HOME"] = str(self.folder / "host-1")
+
+    @rule(stays=st.booleans())
+    def copy_the_folder(self, stays: bool) -> None:
+        """Let a host that has seen nothing take the place of the second one."""
+        self.there.catalog.close()
+        if not stays:
+            shutil.rmtree(self.there.root)
+        self._hosts += 1
+        self.there = self.opened(there=True)
+        self.perform(Operation(lambda registry: None, [self.expected]), How("here", 0, "before"))
+
+    def files(self) -> dict[str, bytes]:
+        # These come when they are read.
+        brought = ("packs/", "manifests/")
+        return {path: data for path, data in super().files().items() if not path.startswith(brought)}
+
+    def packs_there(self) -> set[str]:
+        elsewhere = self.here.store.elsewhere
+        assert elsewhere is not None
+        assert set(self.here.store.pack_digests()) <= elsewhere.ages().keys()
+        return set(elsewhere.ages())
 
 
 def damage_catalog(root: Path, damage: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from registry.store.digest import digest, tensor_digest
@@ -23,7 +23,9 @@ TENSORS = st.lists(
 )
 
 
-def write(root: Path, tensors: list[tuple[str, list[int], int]]) -> tuple[PackInfo, dict[str, bytes]]:
+def write(
+    root: Path, tensors: list[tuple[str, list[int], int]], *, is_sure: bool = True
+) -> tuple[PackInfo, dict[str, bytes]]:
     """A pack of tensors of arbitrary bytes, and the bytes by digest."""
     (root / "tmp").mkdir(exist_ok=True)
     writer = PackWriter(root / "tmp", [(kind, shape) for kind, shape, _ in tensors])
@@ -33,17 +35,18 @@ def write(root: Path, tensors: list[tuple[str, list[int], int]]) -> tuple[PackIn
         name = tensor_digest(kind, shape, data)
         if name not in contents:
             contents[name] = data
-            writer.add(name, kind, shape, memoryview(data))
+            writer.add(name, kind, shape, memoryview(data), is_sure=is_sure)
     return writer.finish(root / "packs"), contents
 
 
-@given(TENSORS)
+@given(TENSORS, st.booleans())
+@example([("uint8", [3], 0), ("uint8", [0], 0)], False)
 @settings(max_examples=60)
 def test_any_safetensors_reader_opens_a_pack(
-    tmp_path_factory: pytest.TempPathFactory, tensors: list[tuple[str, list[int], int]]
+    tmp_path_factory: pytest.TempPathFactory, tensors: list[tuple[str, list[int], int]], is_sure: bool
 ) -> None:
     root = tmp_path_factory.mktemp("p")
-    info, contents = write(root, tensors)
+    info, contents = write(root, tensors, is_sure=is_sure)
     path = pack_path(root / "packs", info.digest)
     assert read_pack_info(path) == info
     data = path.read_bytes()
