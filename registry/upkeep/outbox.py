@@ -10,7 +10,6 @@ import functools
 import json
 import logging
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ from registry.catalog.naming import point_best, removal
 from registry.catalog.versions import Version, find_versions
 from registry.home import OUTBOX, Home
 from registry.log.metrics import Monitor
-from registry.log.reference import is_name
+from registry.log.reference import PENDING, is_name
 from registry.remote.bucket import Unreachable
 from registry.store import durable, places
 from registry.store.errors import Invalid, NotFound
@@ -36,7 +35,6 @@ VARIABLE = "REGISTRY_UNREACHABLE"
 
 _MONITORS = "monitors.json"
 _LONGEST = 1 << 20
-_PENDING = re.compile(r"pending-([1-9][0-9]{0,8})\Z")
 
 _logger = logging.getLogger(__name__)
 
@@ -75,7 +73,7 @@ class Outbox:
             NotFound: if it is the name of a pending version that is not there.
         """
         model, colon, rest = reference.partition(":")
-        match = _PENDING.match(rest)
+        match = PENDING.match(rest)
         if colon and not match:
             return None
         if not match:

@@ -333,3 +333,30 @@ def test_equal_versions_that_were_thinned_offline_are_shared_thinned_compacted_a
             found = registry[version.name].load()["model"]
             assert all(torch.equal(found[name], tensor) for name, tensor in net.state_dict().items())
     assert_whole(a, b)
+
+
+def test_a_pending_version_is_shown_compared_and_its_files_are_listed(host: Hosts, bucket: Path) -> None:
+    a = host("a")
+    a.save("net", state(0))
+    away(bucket)
+    for i in (1, 2):
+        a.save("net", state(i), epoch=i)
+    assert a.resolve("net:pending-1").epoch == 1
+    assert a.resolve("net@latest").name == a.resolve("net").name == "net:pending-2"
+    assert "net:pending-2" in a
+    assert "net:pending-3" not in a
+    report = a.diff("net:pending-1", "net:pending-2", values=True)
+    assert [change.name for change in report.changes] == ["w"]
+    assert a.files("net:pending-2") == []
+    with pytest.raises(Invalid, match=r"net:pending-1.* gets a number once it is shared: registry outbox"):
+        a.remove("net:pending-1", dry_run=True)
+
+
+def test_what_is_imported_offline_is_told_with_its_name(host: Hosts, bucket: Path, tmp_path: Path) -> None:
+    a = host("a")
+    a.save("net", state(0))
+    away(bucket)
+    torch.save(state(1)["model"], tmp_path / "net.pt")
+    words = ["--root", bucket.as_uri(), "import", str(tmp_path / "net.pt"), "--name", "net"]
+    done = subprocess.run([sys.executable, "-m", "registry.cli", *words], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()[0]) == (0, "net:pending-1"), done.stderr
