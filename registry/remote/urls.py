@@ -15,7 +15,9 @@ SCHEMES = ("s3", "file", "gs", "az")
 
 _URL = re.compile(rf"[A-Za-z][A-Za-z0-9+.-]*://|(?i:{'|'.join(SCHEMES)}):")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,254}\Z")
-_LOG_URL = re.compile(r"postgres(ql)?://[A-Za-z0-9._~%:,\[\]-]*(/[A-Za-z0-9._~%-]*)?\Z")
+_SERVER = r"(?:[A-Za-z0-9._~%-]*|\[[0-9A-Fa-f:.%]*\])(?::[0-9]{0,5})?"
+"""A server and its port. What is no number behind a colon may be a password."""
+_LOG_URL = re.compile(rf"postgres(ql)?://{_SERVER}(?:,{_SERVER})*(/[A-Za-z0-9._~%-]*)?\Z")
 _LOG_TABLE = re.compile(r"journal_[0-9a-f]{16}\Z")
 
 
