@@ -154,8 +154,13 @@ class Outbox:
         Raises:
             NotFound: if one is not there; none is given up then.
         """
-        chosen = [version for name in references if (version := self.find(name))]
-        chosen = chosen if references else self.versions()
+        named: dict[str, Version] = {}
+        for reference in references:
+            version = self.find(reference)
+            if version is None:
+                raise NotFound(f"{quoted(reference)} names no pending version; nothing is given up")
+            named[version.id] = version
+        chosen = list(named.values()) if references else self.versions()
         if chosen:
             self._remove(chosen)
             collect_garbage(self.home.catalog, self.home.store, grace=0)
