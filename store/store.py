@@ -394,11 +394,10 @@ class Store:
                     return read()
                 except Corrupt as error:
                     is_gone = isinstance(error, Missing)
-                    if self.elsewhere is None or attempt == _TRIES - 1 or not (is_gone or error.pack):
+                    tries = _TRIES if is_gone else 2 if error.pack else 1
+                    if self.elsewhere is None or attempt + 1 >= tries:
                         raise
                     if error.pack and not is_gone:
-                        if attempt:
-                            raise
                         durable.unlink(self.pack_path(error.pack), inner=INNER)
                     elif not attempt:
                         # Another process of this host, or another thread, needed its place.
