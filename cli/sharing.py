@@ -105,12 +105,10 @@ def follow(
 @click.argument("references", nargs=-1, metavar="[REFERENCE]...")
 @click.option("--drop", is_flag=True, help="Give up the versions that are named.")
 @click.option("--all", "everything", is_flag=True, help="With --drop: give up all of them.")
-def outbox(
-    references: tuple[str, ...], drop: bool, everything: bool, root: str | None, as_json: bool
-) -> None:
+def outbox(references: tuple[str, ...], drop: bool, everything: bool, root: str | None, as_json: bool) -> int:
     """Share what was saved while a bucket was away.
 
-    What still waits is listed. Every command on a shared registry tries to share it first, and so does each save. Until then
+    What still waits is listed, and the exit status is 1 then. Every command on a shared registry tries to share it first, and so does each save. Until then
     such a version is on this computer alone, and is called lenet5:pending-1.
     """
     # Lazy: start-up.
@@ -126,6 +124,7 @@ def outbox(
     dropped = registry.outbox.drop(references) if drop else []
     shared = [] if drop else registry.outbox.share()
     waiting = registry.outbox.versions()
+    status = 1 if waiting and not drop else 0
     if as_json:
         print_json(
             {
@@ -134,7 +133,7 @@ def outbox(
                 "pending": [version.name for version in waiting],
             }
         )
-        return
+        return status
     for copied in shared:
         say(f"{copied.source} is {copied.target} now")
     for version in dropped:
@@ -143,6 +142,7 @@ def outbox(
         say(f"{version.name}  {version.id[:12]}  {version.created}")
     if not (shared or dropped or waiting):
         say("nothing waits to be shared")
+    return status
 
 
 def _other(place: str) -> Registry:

@@ -117,10 +117,18 @@ class Home:
 
 def _remote_at(place: str) -> Remote | None:
     """The shared registry at a URL, or the one that a host's folder is for; None for a folder of its own."""
-    url = place if "://" in place else settings.shared_url(Path(place))
+    is_url = ":" in place and _is_url(place)
+    url = place if is_url else settings.shared_url(Path(place))
     if url is None:
         return None
     # Lazy: start-up.
     from registry.remote.remote import open_remote
 
-    return open_remote(url, None if "://" in place else Path(os.path.abspath(place)))
+    return open_remote(url, None if is_url else Path(os.path.abspath(place)))
+
+
+def _is_url(place: str) -> bool:
+    # Lazy: start-up.
+    from registry.remote.urls import is_url
+
+    return is_url(place)

@@ -345,8 +345,8 @@ class Registry(Home):
         return found
 
     def resolve(self, text: str) -> Version:
-        """The catalog's row for a reference; raises as `__getitem__`."""
-        return resolve(self.catalog, text)
+        """What the catalog has of the checkpoint that a reference names; raises as `__getitem__`."""
+        return resolve(self.catalog, text) if self.remote is None else self[text].row
 
     def best(self, model: str, metric: str, *, smallest: bool | None = None) -> Checkpoint:
         """The version with the best value of a metric, or of `loss`. NaN never wins; of equal values the earlier does.

@@ -11,6 +11,7 @@ import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Container, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -81,8 +82,12 @@ class Elsewhere(Protocol):
         """
         ...
 
+    def undisturbed(self) -> AbstractContextManager[None]:
+        """While it lasts, what `fetch` brings stays here, as no process of this host removes packs."""
+        ...
+
     def fetch(self, packs: Mapping[str, int]) -> None:
-        """Bring packs of some sizes, in bytes, to this host.
+        """Bring packs of some sizes, in bytes, to this host. Those that were used longest ago may go for it.
 
         Raises:
             Corrupt: if one is not there, or not what its name covers.

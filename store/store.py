@@ -388,18 +388,20 @@ class Store:
 
     def _read(self, read: Callable[[], Result]) -> Result:
         """Read from packs. One that lies elsewhere as well is brought again if it is damaged here, or went meanwhile."""
-        for attempt in range(_TRIES):
-            try:
-                return read()
-            except Corrupt as error:
-                is_gone = isinstance(error, Missing)
-                if self.elsewhere is None or attempt == _TRIES - 1 or not (is_gone or error.pack):
-                    raise
-                # Another process of this host may have needed its place.
-                if error.pack and not is_gone:
-                    if attempt:
+        with contextlib.ExitStack() as undisturbed:
+            for attempt in range(_TRIES):
+                try:
+                    return read()
+                except Corrupt as error:
+                    is_gone = isinstance(error, Missing)
+                    tries = _TRIES if is_gone else 2 if error.pack else 1
+                    if self.elsewhere is None or attempt + 1 >= tries:
                         raise
-                    durable.unlink(self.pack_path(error.pack), inner=INNER)
+                    if error.pack and not is_gone:
+                        durable.unlink(self.pack_path(error.pack), inner=INNER)
+                    elif not attempt:
+                        # Another process of this host, or another thread, needed its place.
+                        undisturbed.enter_context(self.elsewhere.undisturbed())
         raise AssertionError
 
     @contextlib.contextmanager

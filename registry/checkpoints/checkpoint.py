@@ -25,10 +25,13 @@ class Checkpoint:
     """An immutable version of a model.
 
     Get one from a registry: `Registry()["lenet5:v3"]`.
+
+    Attributes:
+        store: where its tensors are: the registry's, or its outbox's.
     """
 
     def __init__(self, store: Store, version: Version) -> None:
-        self._store = store
+        self.store = store
         self._version = version
 
     @classmethod
@@ -158,7 +161,7 @@ class Checkpoint:
         self, only: str | Sequence[str] | None = None, *, copy: bool = False, verify: bool = True
     ) -> dict[str, Any]:
         """Its components by name; see `registry.store.store.Store.get`."""
-        return self._store.get(self.id, only=only, copy=copy, verify=verify, label=self.name)
+        return self.store.get(self.id, only=only, copy=copy, verify=verify, label=self.name)
 
     def state_dict(self, component: str = "model", *, copy: bool = False, verify: bool = True) -> Any:
         """One component, its tensors mapped copy-on-write from the store.
@@ -180,7 +183,7 @@ class Checkpoint:
         Raises:
             Incompatible: listing the names, shapes or dtypes that differ; nothing was changed.
         """
-        self._store.load_into(self.id, components, verify=verify, label=self.name)
+        self.store.load_into(self.id, components, verify=verify, label=self.name)
 
     def restore(self, *, rng: bool | None = None, verify: bool = True, **live: Any) -> None:
         """Put recorded state into live objects, all of them or none: `restore(model=model, optimizer=optimizer)`.
@@ -226,7 +229,7 @@ class Checkpoint:
         with contextlib.ExitStack() as borrowed:
             states: dict[str, Any] = {}
             if lent:
-                read = self._store.borrowed(self.id, lent, verify=verify, label=self.name)
+                read = self.store.borrowed(self.id, lent, verify=verify, label=self.name)
                 states |= borrowed.enter_context(read)
             # Objects other than networks keep the tensors that they are given, so they need copies.
             if others:
@@ -270,7 +273,7 @@ class Checkpoint:
 
         A tensor that several processes stored in shards has the digest of the list of its shards.
         """
-        for path, info, _ in self._store.manifest(self.id).listed:
+        for path, info, _ in self.store.manifest(self.id).listed:
             yield path, info.dtype, info.shape, info.digest
 
     def __repr__(self) -> str:

@@ -100,7 +100,7 @@ def files_of(home: Home, reference: str) -> list[File]:
     """
     checkpoint = Checkpoint.named(home, reference)
     found = [File(one.name, one.size, one.at) for one in attached(home.catalog, checkpoint.row)]
-    manifest = home.store.manifest(checkpoint.id)
+    manifest = checkpoint.store.manifest(checkpoint.id)
     for name, slot in _kept(manifest.components.get(FILES)):
         size = len(slot) // 2 if isinstance(slot, str) else manifest.tensors[slot].size
         found.append(File(name, size, None))

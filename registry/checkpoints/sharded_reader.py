@@ -99,7 +99,7 @@ class RegistryReader(StorageReader):
         """
         assert self.checkpoint is not None
         slots = {slot: item.storage_index.fqn for item in plan.items for slot in self._flat.slots(item)}
-        tensors = self.registry.store.tensors_at(
+        tensors = self.checkpoint.store.tensors_at(
             self.checkpoint.id, slots, verify=self._verify, label=self.checkpoint.name
         )
         for item in plan.items:
@@ -127,7 +127,7 @@ class RegistryReader(StorageReader):
 
     def _open(self, reference: str) -> None:
         checkpoint = Checkpoint.named(self.registry, reference)
-        self._manifest = self.registry.store.manifest(checkpoint.id)
+        self._manifest = checkpoint.store.manifest(checkpoint.id)
         if RECORD not in self._manifest.record:
             raise Incompatible(
                 f"{checkpoint.name} was not written by dcp.save; restore it before the network is sharded: "

@@ -16,6 +16,9 @@ RESERVED_ALIASES = ("latest", "best")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 _VERSION = re.compile(r"v([1-9][0-9]{0,8})\Z")
+PENDING = re.compile(r"pending-([1-9][0-9]{0,8})\Z")
+"""What stands behind the colon for a version that waits to be shared; see `registry.upkeep.outbox`."""
+
 _PREFIX = re.compile(r"[0-9a-f]{6,64}\Z")
 
 
@@ -53,6 +56,10 @@ def parse_reference(text: str) -> Reference:
     model, colon, version = text.partition(":")
     if colon:
         match = _VERSION.match(version)
+        if PENDING.match(version):
+            raise Invalid(
+                f"{quoted(text)}: such a version can be loaded and shown, and gets a number once it is shared: registry outbox"
+            )
         if not match:
             raise Invalid(f"{quoted(text)}: a version is written as v and its number, such as lenet5:v3")
         return Reference(check_name(model, "model"), version=int(match[1]))

@@ -129,6 +129,16 @@ class RemotePacks:
             _all_of([pool.submit(self._fetch, digest, size, parts) for digest, size in packs.items()])
         self._trim(packs)
 
+    @contextlib.contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """While it lasts, what `fetch` brings stays here, as no process of this host removes packs."""
+        with places.opened_folder(self._packs, 1) as folder:
+            durable.lock(folder, seconds=_PATIENCE)
+            try:
+                yield
+            finally:
+                durable.unlock(folder)
+
     def used(self, packs: Collection[str]) -> None:
         """Note that packs of this host's folder are used."""
         for digest in packs:
@@ -140,8 +150,16 @@ class RemotePacks:
     def _trim(self, needed: Container[str]) -> None:
         """Remove packs of this host's folder that the bucket has, those first that were used longest ago.
 
-        Only as many as lie above the bound. A program that has mapped one keeps it.
+        Only as many as lie above the bound, and none while somebody reads undisturbed. A program that has mapped one keeps it.
         """
+        with places.opened_folder(self._packs, 1) as folder:
+            if durable.try_lock(folder):
+                try:
+                    self._trim_alone(needed)
+                finally:
+                    durable.unlock(folder)
+
+    def _trim_alone(self, needed: Container[str]) -> None:
         found = []
         for digest in names_of(self._packs, ".safetensors"):
             status = status_of(pack_path(self._packs, digest), inner=INNER)

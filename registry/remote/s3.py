@@ -291,10 +291,18 @@ def _allows_http(endpoint: str) -> bool:
     """Whether an endpoint without TLS may be used.
 
     Raises:
-        Invalid: if it would send what is asked of it over a network in the open.
+        Invalid: if it would send what is asked of it over a network in the open, or is no endpoint. It is not repeated in
+            the message, as it may hold a password.
     """
+    if not endpoint:
+        return False
     parts = urlsplit(endpoint)
-    if parts.scheme != "http":
+    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+        raise Invalid(
+            "the endpoint in AWS_ENDPOINT_URL, or in the profile, is malformed; expected https://HOST or https://HOST:PORT, "
+            "without keys"
+        )
+    if parts.scheme == "https":
         return False
     if parts.hostname in _LOOPBACK or os.environ.get("AWS_ALLOW_HTTP", "").lower() == "true":
         return True

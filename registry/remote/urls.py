@@ -13,9 +13,11 @@ from registry.store.text import quoted
 
 SCHEMES = ("s3", "file", "gs", "az")
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_URL = re.compile(rf"[A-Za-z][A-Za-z0-9+.-]*://|(?i:{'|'.join(SCHEMES)}):")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,254}\Z")
-_LOG_URL = re.compile(r"postgres(ql)?://[A-Za-z0-9._~%:,\[\]-]*(/[A-Za-z0-9._~%-]*)?\Z")
+_SERVER = r"(?:[A-Za-z0-9._~%-]*|\[[0-9A-Fa-f:.%]*\])(?::[0-9]{0,5})?"
+"""A server and its port. What is no number behind a colon may be a password."""
+_LOG_URL = re.compile(rf"postgres(ql)?://{_SERVER}(?:,{_SERVER})*(/[A-Za-z0-9._~%-]*)?\Z")
 _LOG_TABLE = re.compile(r"journal_[0-9a-f]{16}\Z")
 
 
@@ -39,7 +41,7 @@ class Address(NamedTuple):
 
 
 def is_url(text: str) -> bool:
-    """Whether a text is meant as a URL, and not as a folder."""
+    """Whether a text is meant as a URL, which may be malformed, and not as a folder."""
     return _URL.match(text) is not None
 
 
@@ -49,7 +51,13 @@ def parse(text: str) -> Address:
     Raises:
         Invalid: if it is malformed, has another scheme, or carries a password, which is not repeated in the message.
     """
-    scheme = text.partition("://")[0].lower()
+    scheme, _, rest = text.partition(":")
+    scheme = scheme.lower()
+    if not rest.startswith("//"):
+        raise Invalid(
+            f"a URL has two slashes behind {scheme}: and is given as text, not as a Path, which takes one of them away; "
+            f"a folder of this name is ./{scheme}:..."
+        )
     if scheme not in SCHEMES:
         known = ", ".join(f"{one}://" for one in SCHEMES)
         raise Invalid(

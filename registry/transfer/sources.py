@@ -112,7 +112,7 @@ def _stored(home: Home, reference: str, component: str) -> Side:
     checkpoint = Checkpoint.named(home, reference)
     if component not in checkpoint.components:
         raise components.missing(component, checkpoint.name, checkpoint.components)
-    manifest = home.store.manifest(checkpoint.id)
+    manifest = checkpoint.store.manifest(checkpoint.id)
     buffers = set(checkpoint.provenance.get("buffers", {}).get(component, ()))
     known = "buffers" in checkpoint.provenance
     entries, digests, shards = [], {}, {}

@@ -10,22 +10,22 @@ import functools
 import json
 import logging
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from registry.catalog.naming import point_best, removal
-from registry.catalog.versions import Version, find_versions
+from registry.catalog.versions import Version, by_id, find_versions
 from registry.home import OUTBOX, Home
 from registry.log.metrics import Monitor
-from registry.log.reference import is_name
+from registry.log.reference import PENDING, is_name
 from registry.remote.bucket import Unreachable
 from registry.store import durable, places
-from registry.store.errors import Invalid, NotFound
+from registry.store.errors import Corrupt, Invalid, NotFound, RegistryError
 from registry.store.text import quoted
 from registry.upkeep.copying import Copied, Removed, copy_pending
 from registry.upkeep.garbage import collect_garbage
+from registry.upkeep.verification import verify
 
 if TYPE_CHECKING:
     from registry.catalog.transactions import View
@@ -36,7 +36,6 @@ VARIABLE = "REGISTRY_UNREACHABLE"
 
 _MONITORS = "monitors.json"
 _LONGEST = 1 << 20
-_PENDING = re.compile(r"pending-([1-9][0-9]{0,8})\Z")
 
 _logger = logging.getLogger(__name__)
 
@@ -75,7 +74,7 @@ class Outbox:
             NotFound: if it is the name of a pending version that is not there.
         """
         model, colon, rest = reference.partition(":")
-        match = _PENDING.match(rest)
+        match = PENDING.match(rest)
         if colon and not match:
             return None
         if not match:
@@ -113,7 +112,8 @@ class Outbox:
     def share(self) -> list[Copied]:
         """Copy all pending versions to the shared registry, and remove them here.
 
-        If it is interrupted, it is repeated: what is there already is not copied again.
+        If it is interrupted, it is repeated: what is there already is not copied again. A version that is damaged here stays
+        pending, and a warning names it; those behind it are shared.
 
         Raises:
             Unreachable: if the shared registry cannot be reached; what is pending stays so.
@@ -131,22 +131,23 @@ class Outbox:
             except Removed:
                 # Another process has shared it, and somebody has removed it then.
                 pass
-            except NotFound:
-                if any(one.id == version.id for one in self.versions()):
+            except (Corrupt, NotFound) as error:
+                if not self._cannot_be_shared(version, error):
                     raise
-                # Another process has shared it, and collected it here.
                 continue
             self._remove([version])
         collect_garbage(self.home.catalog, self.home.store, grace=0)
         return found
 
     def share_if_possible(self) -> list[Copied]:
-        """As `share`; where the shared registry cannot be reached, what is pending stays so."""
+        """As `share`; where the shared registry cannot be reached, or refuses, what is pending stays so."""
         try:
             return self.share()
         except Unreachable as error:
             _logger.debug("%s", error)
-            return []
+        except RegistryError as error:
+            _logger.warning("%s; what waits to be shared stays on this computer", error)
+        return []
 
     def drop(self, references: Sequence[str] = ()) -> list[Version]:
         """Give up pending versions; all of them unless they are named.
@@ -154,8 +155,13 @@ class Outbox:
         Raises:
             NotFound: if one is not there; none is given up then.
         """
-        chosen = [version for name in references if (version := self.find(name))]
-        chosen = chosen if references else self.versions()
+        named: dict[str, Version] = {}
+        for reference in references:
+            version = self.find(reference)
+            if version is None:
+                raise NotFound(f"{quoted(reference)} names no pending version; nothing is given up")
+            named[version.id] = version
+        chosen = list(named.values()) if references else self.versions()
         if chosen:
             self._remove(chosen)
             collect_garbage(self.home.catalog, self.home.store, grace=0)
@@ -164,6 +170,22 @@ class Outbox:
     @property
     def _folder(self) -> Path:
         return self._home.root / OUTBOX
+
+    def _cannot_be_shared(self, version: Version, error: RegistryError) -> bool:
+        """Whether an error comes of what this computer has of a version, and not of the shared registry."""
+        if by_id(self.home.catalog, version.id) is None:
+            # Another process has shared it, thinned it, or given it up.
+            return True
+        name = version._replace(is_pending=False).name
+        if not verify(self.home.catalog, self.home.store, name).problems:
+            return False
+        _logger.warning(
+            "%s is damaged and cannot be shared (%s); give it up with: registry outbox --drop %s",
+            version.name,
+            error,
+            version.name,
+        )
+        return True
 
     def _remove(self, versions: Sequence[Version]) -> None:
         def compute(view: View) -> list[Record]:

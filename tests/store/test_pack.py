@@ -83,3 +83,20 @@ def test_a_pack_under_a_name_that_is_not_its_own_is_refused(tmp_path: Path) -> N
     path.rename(other)
     with pytest.raises(Corrupt, match="the header is not the one that the file's name covers"):
         read_pack_info(other)
+
+
+@pytest.mark.parametrize("is_sure", [True, False])
+@pytest.mark.parametrize("size", [1, 100_001])
+def test_a_tensor_without_bytes_may_be_the_last_one(tmp_path: Path, size: int, is_sure: bool) -> None:
+    writer = PackWriter(tmp_path, [("float32", [size]), ("float32", [0])])
+    for length in (size, 0):
+        data = np.ones(length, np.float32).tobytes()
+        name = tensor_digest("float32", [length], memoryview(data))
+        writer.add(name, "float32", [length], data=memoryview(data), is_sure=is_sure)
+    info = writer.finish(tmp_path / "packs")
+    path = pack_path(tmp_path / "packs", info.digest)
+    assert path.stat().st_size == info.size
+    assert read_pack_info(path) == info
+    assert [tensor.shape for tensor in info.tensors] == [(size,), (0,)]
+    with safetensors.safe_open(path, "np") as file:
+        assert file.get_tensor(info.tensors[1].digest).shape == (0,)

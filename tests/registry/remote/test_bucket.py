@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from servers import KEYS, Fault, Layer
 
+from registry import Registry
 from registry.remote.bucket import Bucket, Denied, Unreachable, check_key
 from registry.remote.folder import FolderBucket
 from registry.remote.keys import find_keys
@@ -298,6 +299,20 @@ def test_an_endpoint_without_tls_is_refused(no_keys: Path, monkeypatch: pytest.M
     S3Bucket(Address("s3", "reg", "x"))
 
 
+@pytest.mark.parametrize(
+    "endpoint", ["127.0.0.1:9000", "minio", "https://", "https://key:CANARY@127.0.0.1:1"]
+)
+def test_a_malformed_endpoint_is_refused_and_not_repeated(
+    endpoint: str, no_keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(Invalid, match="expected https://HOST") as refused:
+        S3Bucket(Address("s3", "reg", "x"))
+    assert "CANARY" not in str(refused.value)
+
+
 # -- URLs --------------------------------------------------------------------------------------------------
 
 
@@ -328,6 +343,9 @@ def test_a_url_names_a_place(text: str, address: tuple[str, str, str], shown: st
         ("s3://models/../x", "the prefix may have"),
         ("s3://models/%2e%2e/x", "the prefix may have"),
         ("file://host/x", "three slashes"),
+        ("s3:/key:CANARY@models/x", "two slashes behind s3:"),
+        ("S3:models/x", "two slashes behind s3:"),
+        ("file:/srv/models", "two slashes behind file:"),
     ],
 )
 def test_a_malformed_url_is_refused_and_no_secret_repeated(text: str, said: str) -> None:
@@ -336,9 +354,21 @@ def test_a_malformed_url_is_refused_and_no_secret_repeated(text: str, said: str)
     assert "CANARY" not in str(refused.value)
 
 
-@pytest.mark.parametrize("text", ["/srv/models", ".registry", "c:/models", "s3", "a//b", "s3:/x"])
+@pytest.mark.parametrize("text", ["/srv/models", ".registry", "c:/models", "s3", "a//b", "./s3:/x", "a:b"])
 def test_a_folder_is_no_url(text: str) -> None:
     assert not is_url(text)
+
+
+@pytest.mark.parametrize(
+    "place", ["s3:/models/team", "s3:models", Path("s3://models/team"), "file:/srv/models"]
+)
+def test_a_url_that_lost_a_slash_makes_no_folder(
+    place: Path | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Invalid, match="two slashes behind"):
+        Registry(place)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_fast_command_loads_a_client(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ import torch
 from registry import Registry
 from registry.log.metrics import Monitor
 from registry.remote import shared_log
+from registry.remote.bucket import Denied
+from registry.remote.folder import FolderBucket
 from registry.store.errors import Invalid, NotFound, StorageError
 from registry.upkeep.outbox import Outbox
 
@@ -172,7 +174,9 @@ def test_versions_are_given_up(host: Hosts, bucket: Path) -> None:
         a.save("net", state(i))
     with pytest.raises(NotFound):
         a.outbox.drop(["net:pending-2", "net:pending-9"])
-    assert [version.name for version in a.outbox.drop(["net:pending-2"])] == ["net:pending-2"]
+    with pytest.raises(NotFound, match="'net:v1' names no pending version; nothing is given up"):
+        a.outbox.drop(["net:pending-2", "net:v1"])
+    assert [version.name for version in a.outbox.drop(["net:pending-2"] * 2)] == ["net:pending-2"]
     back(bucket)
     assert [one.target for one in a.outbox.share()] == ["net:v2", "net:v3"]
     assert [value(a, f"net:v{i}") for i in (1, 2, 3)] == [1, 2, 4]
@@ -333,3 +337,81 @@ def test_equal_versions_that_were_thinned_offline_are_shared_thinned_compacted_a
             found = registry[version.name].load()["model"]
             assert all(torch.equal(found[name], tensor) for name, tensor in net.state_dict().items())
     assert_whole(a, b)
+
+
+def test_a_pending_version_is_shown_compared_and_its_files_are_listed(host: Hosts, bucket: Path) -> None:
+    a = host("a")
+    a.save("net", state(0))
+    away(bucket)
+    for i in (1, 2):
+        a.save("net", state(i), epoch=i)
+    assert a.resolve("net:pending-1").epoch == 1
+    assert a.resolve("net@latest").name == a.resolve("net").name == "net:pending-2"
+    assert "net:pending-2" in a
+    assert "net:pending-3" not in a
+    report = a.diff("net:pending-1", "net:pending-2", values=True)
+    assert [change.name for change in report.changes] == ["w"]
+    assert a.files("net:pending-2") == []
+    with pytest.raises(Invalid, match=r"net:pending-1.* gets a number once it is shared: registry outbox"):
+        a.remove("net:pending-1", dry_run=True)
+
+
+def test_what_is_imported_offline_is_told_with_its_name(host: Hosts, bucket: Path, tmp_path: Path) -> None:
+    a = host("a")
+    a.save("net", state(0))
+    away(bucket)
+    torch.save(state(1)["model"], tmp_path / "net.pt")
+    words = ["--root", bucket.as_uri(), "import", str(tmp_path / "net.pt"), "--name", "net"]
+    done = subprocess.run([sys.executable, "-m", "registry.cli", *words], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()[0]) == (0, "net:pending-1"), done.stderr
+
+
+def test_a_damaged_pending_version_holds_up_nothing(
+    host: Hosts, bucket: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    a = host("a")
+    a.save("net", state(0))
+    away(bucket)
+    for i in (1, 2, 3):
+        a.save("net", state(i))
+    kept = Registry(a.root / "outbox")
+    (digest,) = (one for path, _, _, one in kept["net:v2"].parameters() if path == "model/w")
+    place = kept.catalog.locate([digest])[digest]
+    path = kept.store.pack_path(place.pack)
+    data = bytearray(path.read_bytes())
+    data[place.start] ^= 1
+    path.chmod(0o600)
+    path.write_bytes(data)
+    back(bucket)
+    assert a.save("net", state(4)).name == "net:v4"
+    assert [value(a, f"net:v{i}") for i in range(1, 5)] == [0, 1, 3, 4]
+    assert "net:pending-2 is damaged and cannot be shared" in caplog.text
+    assert "registry outbox --drop net:pending-2" in caplog.text
+    words = [sys.executable, "-m", "registry.cli", "--root", bucket.as_uri()]
+    for command, status in (("list", 0), ("outbox", 1)):
+        done = subprocess.run([*words, command], capture_output=True, text=True)
+        assert (done.returncode, "net:pending-2 is damaged" in done.stderr) == (status, True), done.stderr
+    a.outbox.drop(["net:pending-2"])
+    assert not a.outbox
+    assert_whole(a, host("b"))
+
+
+def test_commands_that_read_go_on_where_the_store_refuses_what_is_pending(
+    host: Hosts, bucket: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = host("a")
+    a.save("net", state(0))
+    away(bucket)
+    a.save("net", state(1))
+    back(bucket)
+
+    def refuses(*_: object) -> None:
+        raise Denied("these keys lack the right PutObject")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderBucket, "put_file", refuses)
+        assert a.outbox.share_if_possible() == []
+        with pytest.raises(Denied):
+            a.outbox.share()
+    assert "lack the right PutObject; what waits to be shared stays on this computer" in caplog.text
+    assert [one.target for one in a.outbox.share_if_possible()] == ["net:v2"]

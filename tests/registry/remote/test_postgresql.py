@@ -286,6 +286,9 @@ def test_init_says_where_the_log_lies_and_keeps_no_user(database: str, url: str,
     "log",
     [
         "postgresql://me:CANARY@db/models",
+        "postgresql://me:CANARY/models",
+        "postgresql://me:CANARY%40db/models",
+        "postgresql://me:CANARY,db/models",
         "postgresql://CANARY@db/models",
         "postgresql://db/models?password=CANARY",
         "postgresql://db/models#CANARY",
@@ -746,3 +749,16 @@ def test_the_packs_lie_on_a_real_s3_server(
     assert hosts[0].collect_garbage(grace=0).packs >= 1
     assert hosts[1].verify().problems == ()
     assert not any("/journal/" in request for request in s3.requests if request.startswith("PUT"))
+
+
+@pytest.mark.parametrize(
+    "log",
+    [
+        "postgresql://",
+        "postgres://db:5432,[::1]:5433/models",
+        "postgresql:///models",
+        "postgresql://%2Frun%2Fpg/x",
+    ],
+)
+def test_servers_ports_and_sockets_are_places_of_a_log(log: str) -> None:
+    assert log_place(log, NAME) == f"{log}#journal_{NAME}"

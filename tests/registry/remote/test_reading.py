@@ -282,6 +282,29 @@ def test_a_bound_that_is_smaller_than_a_pack_holds_it_back_from_nobody(
     assert len(kept(b)) <= 2
 
 
+def test_a_reader_whose_pack_is_always_evicted_by_others_ends_all_the_same(
+    host: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the bound is smaller than what several processes and threads need at once."""
+    host("a").save("net", layers())
+    b = host("b")
+    fetch = RemotePacks.fetch
+
+    def and_evicted(packs: RemotePacks, wanted: Any) -> None:
+        fetch(packs, wanted)
+        other = RemotePacks(packs._bucket, b.root)
+        other.bound = 0
+        other._trim(set())
+
+    monkeypatch.setattr(RemotePacks, "fetch", and_evicted)
+    for _ in range(2):
+        assert is_whole(b["net"].load(), [f"w{i:02d}" for i in range(12)])
+    # Nobody holds it any more.
+    assert b.remote is not None
+    and_evicted(b.remote.packs, {})
+    assert kept(b) == []
+
+
 def test_a_pack_that_another_process_evicts_before_it_is_mapped_is_brought_again(
     host: Hosts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
