@@ -68,6 +68,7 @@ _ROWS = (
     Row("runs", "board"),
     Row("reading", "status", is_light=True),
     Row("caches", "cache", is_light=True),
+    Row("remotes", "remote", is_light=True),
     Row("sharing", "push"),
     Row("sharing", "pull"),
     Row("sharing", "follow"),

@@ -16,13 +16,15 @@ from registry.store.errors import Invalid, NotFound
 if TYPE_CHECKING:
     from registry.registry import Registry
 
+_PLACE = "The other registry: a folder, a URL, or a name of registry remote."
+
 
 @command(
     "push",
     "registry push lenet5@best --to s3://models/team\nregistry push --all --to file:///srv/models",
 )
 @click.argument("references", nargs=-1, type=ReferenceType(), metavar="[REFERENCE]...")
-@click.option("--to", "place", required=True, metavar="PLACE", help="The other registry: a folder or a URL.")
+@click.option("--to", "place", required=True, metavar="PLACE", help=_PLACE)
 @click.option("--all", "everything", is_flag=True, help="Copy all versions.")
 def push(
     references: tuple[str, ...], place: str, everything: bool, registry: Registry, as_json: bool
@@ -42,9 +44,7 @@ def push(
     "registry pull lenet5@best --from s3://models/team\nregistry pull --all --from file:///srv/models",
 )
 @click.argument("references", nargs=-1, metavar="[REFERENCE]...")
-@click.option(
-    "--from", "place", required=True, metavar="PLACE", help="The other registry: a folder or a URL."
-)
+@click.option("--from", "place", required=True, metavar="PLACE", help=_PLACE)
 @click.option("--all", "everything", is_flag=True, help="Copy all versions.")
 def pull(
     references: tuple[str, ...], place: str, everything: bool, registry: Registry, as_json: bool
@@ -148,17 +148,24 @@ def outbox(references: tuple[str, ...], drop: bool, everything: bool, root: str 
 def _other(place: str) -> Registry:
     """The registry at the other end.
 
+    Args:
+        place: a folder, a URL or a name.
+
     Raises:
         NotFound: if there is none.
     """
     # Lazy: start-up.
     from registry.registry import Registry
+    from registry.remote.names import named_places, place_of
 
+    found = place_of(place)
     try:
-        return Registry(place, create=False)
+        return Registry(found, create=False)
     except NotFound:
+        named = named_places().get(place, found)
+        meant = f"; {place} also names {named}, but a folder goes before a name" if named != found else ""
         raise NotFound(
-            f"there is no registry at {place}; make one with: registry --root {place} init"
+            f"there is no registry at {found}; make one with: registry --root {shlex.quote(found)} init{meant}"
         ) from None
 
 

@@ -118,7 +118,13 @@ def compact(models: tuple[str, ...], dry_run: bool, registry: Registry, as_json:
     "repair",
     "registry repair --from /backup/models --dry-run\nregistry repair --from s3://models/team",
 )
-@click.option("--from", "place", required=True, metavar="PLACE", help="The second copy: a folder or a URL.")
+@click.option(
+    "--from",
+    "place",
+    required=True,
+    metavar="PLACE",
+    help="The second copy: a folder, a URL, or a name of registry remote.",
+)
 @click.option("--dry-run", is_flag=True, help="Only show what would be put back.")
 def repair(place: str, dry_run: bool, registry: Registry, as_json: bool) -> int:
     """Put back what is damaged or missing from a second copy.

@@ -499,16 +499,22 @@ class Registry(Home):
         return follow(self, reference, into=into, component=component, every=every)
 
     def copy_to(
-        self, other: Home, references: Sequence[str] = (), *, progress: Progress = silent
+        self, other: Path | str | Home, references: Sequence[str] = (), *, progress: Progress = silent
     ) -> list[Copied]:
         """Copy versions to another registry, such as a shared one; see `registry.upkeep.copying.copy_versions`.
 
-        for copied in registry.copy_to(Registry("s3://models/team"), ["lenet5@best"]):
+        for copied in registry.copy_to("s3://models/team", ["lenet5@best"]):
             print(copied.source, "->", copied.target)
+
+        Args:
+            other: a folder, a URL, a name that `registry remote add` gave to one, or another registry.
         """
         # Lazy: start-up.
+        from registry.remote.names import place_of
         from registry.upkeep.copying import copy_versions
 
+        if not isinstance(other, Home):
+            other = Home(place_of(other) if isinstance(other, str) else other, create=False)
         return copy_versions(self, other, references, progress=progress)
 
     def rebuild(self, *, adopt: bool = False, progress: Progress = silent) -> Rebuilt:
@@ -528,7 +534,7 @@ class Registry(Home):
         """Put back what is damaged or missing from a second copy, by digest; see `registry.upkeep.repairing.repair`.
 
         Args:
-            other: a folder, a URL, or another registry.
+            other: a folder, a URL, a name that `registry remote add` gave to one, or another registry.
             dry_run: only say what would be put back.
 
         Returns:

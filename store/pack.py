@@ -213,12 +213,6 @@ class PackWriter:
         self._flush()
         # Those without bytes come before the one that begins where they are.
         tensors = sorted(self._tensors, key=lambda tensor: (tensor.start, tensor.size))
-        if tensors and not tensors[-1].size:
-            # Nothing was written up to where the last one would begin.
-            written = max(
-                (tensor.start + tensor.size for tensor in tensors if tensor.size), default=self._head
-            )
-            self.leave(written, self._end - written)
         about = {"format": _FORMAT, "salt": secrets.token_hex(_SALT)}
         text = header.render(self._laid_out(tensors, about), about)
         head = header.framed(text, self._head)

@@ -220,12 +220,12 @@ def _serve(bucket: Bucket, requests: BinaryIO, answers: BinaryIO) -> None:
 def main() -> None:
     """Serve the bucket whose URL is given, until the standard input ends."""
     # Lazy: loads obstore.
-    from registry.remote.s3 import S3Bucket
+    from registry.remote.services import open_bucket
 
     # The process that asked may end at any moment, and a Ctrl-C is its own to handle.
     with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
         try:
-            bucket = S3Bucket(parse(sys.argv[1]))
+            bucket = open_bucket(parse(sys.argv[1]))
         except RegistryError as error:
             _receive(sys.stdin.buffer)
             _send(sys.stdout.buffer, {"error": type(error).__name__, "message": str(error)}, b"")

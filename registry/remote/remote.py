@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from registry.log import settings
 from registry.log.settings import FORMAT
+from registry.remote.accounts import endpoint_of
 from registry.remote.bucket import Absent, Bucket
 from registry.remote.folder import FolderBucket
 from registry.remote.forked import ForkSafe
 from registry.remote.journal import FOLDER as JOURNAL
 from registry.remote.journal import BucketJournal, Journal
-from registry.remote.keys import find_places
 from registry.remote.packs import RemotePacks
 from registry.remote.probe import probe
 from registry.remote.shared_log import SharedLog
@@ -151,21 +151,21 @@ def folder_for(address: Address) -> Path:
 
 
 def _name_of(address: Address) -> str:
-    endpoint = find_places().get("endpoint", "") if address.scheme == "s3" else ""
-    return digest_of(f"{address} {endpoint}".encode())[:16]
+    return digest_of(f"{address} {endpoint_of(address)}".encode())[:16]
 
 
 def _bucket(address: Address) -> Bucket:
     if address.scheme == "file":
         return FolderBucket(Path(address.prefix), marks=(SETTINGS, JOURNAL))
-    if address.scheme != "s3":
-        raise Unsupported(f"{address.scheme}:// is not supported yet; s3:// and file:// are")
     try:
         # Lazy: loads obstore.
-        from registry.remote.s3 import S3Bucket, is_usable
+        from registry.remote.objects import is_usable
+        from registry.remote.services import open_bucket
     except ImportError:
-        raise Unsupported("s3:// needs a client; run: pip install 'torch-registry[s3]'") from None
-    return ForkSafe(S3Bucket(address), is_usable)
+        raise Unsupported(
+            f"{address.scheme}:// needs a client; run: pip install 'torch-registry[s3]'"
+        ) from None
+    return ForkSafe(open_bucket(address), is_usable)
 
 
 def _log_place_in(bucket: Bucket) -> str | None:

@@ -1,71 +1,42 @@
-"""Buckets of S3, and of what speaks its protocol, through obstore.
-
-obstore's threads do not outlive a fork: once used, every call in a forked child waits for ever. So a child is refused, and
-`registry.remote.forked` helps it.
-"""
+"""Buckets of S3, and of what speaks its protocol."""
 
 from __future__ import annotations
 
-import contextlib
-import datetime
-import os
-import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
-from urllib.parse import urlsplit
+import functools
+from typing import TYPE_CHECKING
 
-import obstore
-from obstore.exceptions import (
-    AlreadyExistsError,
-    BaseError,
-    PermissionDeniedError,
-    PreconditionError,
-    UnauthenticatedError,
-)
 from obstore.store import S3Store
 
-from registry.progress import Progress, silent
-from registry.remote.bucket import Denied, Held, Unreachable, check_key, too_large
 from registry.remote.keys import find_keys
-from registry.store.errors import Invalid, NotFound, StorageError, storage_errors
-from registry.store.places import open_regular
-from registry.store.text import printable
+from registry.remote.objects import ObjectBucket, Service
 
 if TYPE_CHECKING:
-    from obstore.store import RetryConfig
-
     from registry.remote.urls import Address
 
-_PART = 16 << 20
-_MOST_PARTS = 9_000
-_AT_ONCE = 4
-_TIMEOUT = "10s"
-"""For an answer to begin. An upload gets one for each part."""
-_UPLOAD_TIMEOUT = "300s"
-_RETRIES: RetryConfig = {"max_retries": 3, "retry_timeout": datetime.timedelta(seconds=20)}
-_REASON = re.compile(r"(?:<Code>|\(code: )([A-Za-z]{1,64})[<)]")
-_KEYS_REFUSED = (
-    "ExpiredToken",
-    "InvalidAccessKeyId",
-    "InvalidToken",
-    "SignatureDoesNotMatch",
-    "TokenRefreshRequired",
+_SERVICE = Service(
+    bucket="bucket",
+    no_bucket="NoSuchBucket",
+    keys="AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, or AWS_PROFILE",
+    keys_refused=(
+        "ExpiredToken",
+        "InvalidAccessKeyId",
+        "InvalidToken",
+        "SignatureDoesNotMatch",
+        "TokenRefreshRequired",
+    ),
+    rights={
+        "get": "GetObject, or ListBucket if the object is not there",
+        "list": "ListBucket",
+        "put": "PutObject",
+        "delete": "DeleteObject",
+    },
+    endpoint="AWS_ENDPOINT_URL",
+    allow_http="AWS_ALLOW_HTTP",
 )
-_TO_READ = "GetObject, or ListBucket if the object is not there"
-_SKEWED = "RequestTimeTooSkewed"
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-_used_by: int | None = None
-"""State of the process: its own number, once it has used obstore."""
 
 
-class Forked(StorageError):
-    """This process was forked from one that uses a bucket, and cannot use it itself."""
-
-
-class S3Bucket:
-    """A bucket of S3; a `registry.remote.bucket.Bucket`.
+class S3Bucket(ObjectBucket):
+    """A bucket of S3.
 
     Args:
         address: where it is; keys and endpoint come from the environment.
@@ -75,237 +46,12 @@ class S3Bucket:
     """
 
     def __init__(self, address: Address) -> None:
-        self._address = address
         keys = find_keys()
-        self._endpoint = keys.options.get("endpoint", "")
-        allow_http = _allows_http(self._endpoint)
-
-        def store(timeout: str) -> S3Store:
-            return S3Store(
-                address.bucket,
-                prefix=address.prefix or None,
-                config=keys.options,
-                client_options={"allow_http": allow_http, "timeout": timeout, "connect_timeout": "5s"},
-                retry_config=_RETRIES,
-                credential_provider=keys.provider,
-            )
-
-        self._store, self._uploads = store(_TIMEOUT), store(_UPLOAD_TIMEOUT)
-
-    def __repr__(self) -> str:
-        return f"S3Bucket({self.url!r})"
-
-    def __reduce__(self) -> tuple[type[S3Bucket], tuple[Address]]:
-        return type(self), (self._address,)
-
-    @property
-    def url(self) -> str:
-        """Where it is."""
-        return str(self._address)
-
-    def create(self, key: str, data: bytes) -> bool:
-        """Make an object if there is none of this key; False where it is not known."""
-        with self._errors(key, "PutObject"):
-            try:
-                obstore.put(self._store, check_key(key), data, mode="create", use_multipart=False)
-            except (AlreadyExistsError, PreconditionError):
-                return False
-            except BaseError as error:
-                if isinstance(error, FileNotFoundError) or _is_refused(error):
-                    raise
-                # The answer may be lost, or the store asks to repeat (409).
-                return False
-            return True
-
-    def put(self, key: str, data: bytes) -> None:
-        """Put a small object in the place of one that has the key."""
-        with self._errors(key, "PutObject"):
-            obstore.put(self._store, check_key(key), data, use_multipart=False)
-
-    def put_file(self, key: str, path: Path, progress: Progress = silent) -> None:
-        """Upload a file in parts, in the place of an object that has the key."""
-        check_key(key)
-        with storage_errors(path), open_regular(path) as opened:
-            size = os.fstat(opened.fileno()).st_size
-            part = part_size(size)
-            with os.fdopen(os.dup(opened.fileno()), "rb") as file, self._errors(key, "PutObject"):
-                obstore.put(
-                    self._uploads,
-                    key,
-                    _told(file, size, part, progress),
-                    use_multipart=size > _PART,
-                    chunk_size=part,
-                    max_concurrency=_AT_ONCE,
-                )
-
-    def get(self, key: str, limit: int) -> bytes | None:
-        """An object's bytes; None if it is not there."""
-        with self._errors(key, _TO_READ):
-            try:
-                found = obstore.get(self._store, check_key(key))
-            except FileNotFoundError as error:
-                self._check_bucket(error)
-                return None
-            if found.meta["size"] > limit:
-                raise too_large(self.url, key, limit)
-            return bytes(found.bytes())
-
-    def get_range(self, key: str, start: int, size: int) -> bytes | None:
-        """Bytes of an object; None if it is not there."""
-        with self._errors(key, _TO_READ):
-            try:
-                end = start + size
-                found = obstore.get(self._store, check_key(key), options={"range": (start, end)})
-                return bytes(found.bytes())
-            except FileNotFoundError as error:
-                self._check_bucket(error)
-                return None
-            except BaseError as error:
-                if _reason(error) == "InvalidRange":
-                    return b""
-                raise
-
-    def head(self, key: str) -> Held | None:
-        """An object's size and age; None if it is not there."""
-        with self._errors(key, _TO_READ):
-            try:
-                meta = obstore.head(self._store, check_key(key))
-            except FileNotFoundError as error:
-                self._check_bucket(error)
-                return None
-            return Held(key, meta["size"], meta["last_modified"].timestamp())
-
-    def list(self, folder: str, after: str = "") -> Iterator[Held]:
-        """The objects below a folder that come behind `after`, sorted by key."""
-        with self._errors(folder, "ListBucket"):
-            for batch in obstore.list(self._store, check_key(folder), offset=after or None, chunk_size=1000):
-                for meta in batch:
-                    yield Held(meta["path"], meta["size"], meta["last_modified"].timestamp())
-
-    def delete(self, keys: Sequence[str]) -> None:
-        """Delete objects; one that is not there is fine."""
-        if keys:
-            with self._errors(keys[0], "DeleteObject"), contextlib.suppress(FileNotFoundError):
-                obstore.delete(self._store, [check_key(key) for key in keys])
-
-    def uploads(self, older_than: float) -> None:
-        """obstore cannot list unfinished uploads; a lifecycle rule of the bucket ends them."""
-        return
-
-    def _check_bucket(self, error: FileNotFoundError) -> None:
-        """Tell an object that is not there from a bucket that is not there.
-
-        Raises:
-            NotFound: if it is the bucket.
-        """
-        if "NoSuchBucket" in str(error):
-            raise NotFound(
-                f"{self.url}: there is no bucket {self._address.bucket}; make it, or correct the URL"
-            )
-
-    @contextlib.contextmanager
-    def _errors(self, key: str, right: str) -> Iterator[None]:
-        global _used_by
-        if not is_usable():
-            raise Forked(
-                f"{self.url}: this process was forked from one that uses the bucket already; start it with the method "
-                "spawn or forkserver"
-            )
-        _used_by = os.getpid()
-        try:
-            yield
-        except FileNotFoundError as error:
-            self._check_bucket(error)
-            raise NotFound(f"{self.url}/{key}: is not there") from None
-        except BaseError as error:
-            if _is_refused(error):
-                raise Denied(f"{self.url}/{key}: {_refusal(_reason(error), right)}") from None
-            at = f" at {self._endpoint}" if self._endpoint else ""
-            raise Unreachable(
-                f"{self.url}: the store{at} does not answer ({_reason(error)}); repeat"
-            ) from None
-
-
-def _is_refused(error: BaseError) -> bool:
-    """Whether a store has answered that it does not do this for these keys."""
-    if isinstance(error, PermissionDeniedError | UnauthenticatedError):
-        return True
-    # Some of this comes as a malformed request (400), and in the text alone.
-    return _reason(error) in (*_KEYS_REFUSED, _SKEWED) or "AccessDenied" in str(error)
-
-
-def _refusal(reason: str, right: str) -> str:
-    """Why a store refuses, and what to do.
-
-    Args:
-        right: what the request needs.
-    """
-    if reason in _KEYS_REFUSED:
-        return (
-            f"the store does not take these keys ({reason}); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and "
-            "AWS_SESSION_TOKEN, or AWS_PROFILE"
+        opener = functools.partial(
+            S3Store,
+            address.bucket,
+            prefix=address.prefix or None,
+            config=keys.options,
+            credential_provider=keys.provider,
         )
-    if reason == _SKEWED:
-        return f"this computer's clock is wrong ({reason}); set it"
-    return f"these keys lack the right {right} ({reason})"
-
-
-def part_size(size: int) -> int:
-    """Bytes of each part of an upload of so many: a store takes 10,000 parts at most."""
-    return max(_PART, -(-size // _MOST_PARTS))
-
-
-def is_usable() -> bool:
-    """Whether this process may use obstore: it was not forked from one that has."""
-    return _used_by in (None, os.getpid())
-
-
-def _told(file: BinaryIO, size: int, part: int, progress: Progress) -> Iterator[bytes]:
-    """A file in parts, whose progress is told."""
-    done = 0
-    progress(0, size)
-    while data := file.read(part):
-        yield data
-        done += len(data)
-        progress(done, size)
-
-
-def _reason(error: Exception) -> str:
-    """What a store or the network answered, in few words; nothing that was sent is repeated."""
-    text = str(error)
-    if match := _REASON.search(text):
-        return match[1]
-    for sign, reason in (
-        ("timed out", "time is up"),
-        ("dns error", "its name is not known"),
-        ("Connection refused", "connection refused"),
-        ("onnect", "no connection"),
-        ("reset", "connection reset"),
-    ):
-        if sign in text:
-            return reason
-    return printable(type(error).__name__)
-
-
-def _allows_http(endpoint: str) -> bool:
-    """Whether an endpoint without TLS may be used.
-
-    Raises:
-        Invalid: if it would send what is asked of it over a network in the open, or is no endpoint. It is not repeated in
-            the message, as it may hold a password.
-    """
-    if not endpoint:
-        return False
-    parts = urlsplit(endpoint)
-    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
-        raise Invalid(
-            "the endpoint in AWS_ENDPOINT_URL, or in the profile, is malformed; expected https://HOST or https://HOST:PORT, "
-            "without keys"
-        )
-    if parts.scheme == "https":
-        return False
-    if parts.hostname in _LOOPBACK or os.environ.get("AWS_ALLOW_HTTP", "").lower() == "true":
-        return True
-    raise Invalid(
-        f"the endpoint {parts.hostname} has no TLS; use https://, or set AWS_ALLOW_HTTP=true if you mean it"
-    )
+        super().__init__(address, _SERVICE, keys.options.get("endpoint", ""), opener)

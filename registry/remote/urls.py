@@ -18,6 +18,13 @@ _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,254}\Z")
 _SERVER = r"(?:[A-Za-z0-9._~%-]*|\[[0-9A-Fa-f:.%]*\])(?::[0-9]{0,5})?"
 """A server and its port. What is no number behind a colon may be a password."""
 _LOG_URL = re.compile(rf"postgres(ql)?://{_SERVER}(?:,{_SERVER})*(/[A-Za-z0-9._~%-]*)?\Z")
+_CONTAINER = re.compile(r"(?=.{3,63}\Z)[a-z0-9]+(-[a-z0-9]+)*\Z")
+_HOLDERS = {"s3": "bucket", "gs": "bucket", "az": "container"}
+_KEYS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+}
 _LOG_TABLE = re.compile(r"journal_[0-9a-f]{16}\Z")
 
 
@@ -26,7 +33,7 @@ class Address(NamedTuple):
 
     Attributes:
         scheme: one of `SCHEMES`.
-        bucket: its name; empty for `file`.
+        bucket: its name, or that of a container for `az`; empty for `file`.
         prefix: what the keys of the registry begin with, without a slash at the end; for `file`, the folder.
     """
 
@@ -65,9 +72,11 @@ def parse(text: str) -> Address:
         )
     parts = urlsplit(text.replace(f"{scheme}://", "x://", 1))
     if "@" in parts.netloc or parts.query or parts.fragment:
+        if scheme == "file":
+            raise Invalid("a file:// URL names a folder alone, without passwords, ? or #")
         raise Invalid(
-            f"a {scheme}:// URL names bucket and prefix alone, without keys, passwords, ? or #; keys come from the "
-            "environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            f"a {scheme}:// URL names {_HOLDERS[scheme]} and prefix alone, without keys, passwords, ? or #; keys come from "
+            f"the environment, such as {_KEYS[scheme]}"
         )
     path = unquote(parts.path)
     if scheme == "file":
@@ -76,8 +85,9 @@ def parse(text: str) -> Address:
                 f"{quoted(text)}: a file:// URL has three slashes and an absolute path, as file:///srv/models"
             )
         return Address("file", "", str(Path(path)))
-    if not _BUCKET.match(parts.netloc):
-        raise Invalid(f"{quoted(text)} names no bucket; expected {scheme}://BUCKET/PREFIX")
+    if not (_CONTAINER if scheme == "az" else _BUCKET).match(parts.netloc):
+        holder = _HOLDERS[scheme]
+        raise Invalid(f"{quoted(text)} names no {holder}; expected {scheme}://{holder.upper()}/PREFIX")
     prefix = path.strip("/")
     if prefix:
         try:

@@ -20,6 +20,7 @@ from registry.catalog.schema import UNUSED
 from registry.log.entries import MAX_NUMBER, Entry, pack_record
 from registry.log.sharing import history_changed
 from registry.progress import Progress, silent
+from registry.remote.names import place_of
 from registry.store import durable
 from registry.store.digest import digest as digest_of
 from registry.store.digest import is_digest
@@ -67,8 +68,8 @@ def repair(home: Home, other: Path | str, *, dry_run: bool = False, progress: Pr
     is believed: only bytes that have the digest of what is missing are taken. An interrupted repair is repeated.
 
     Args:
-        other: a folder or a URL: a backup, a registry that versions were copied to or from, or a computer's folder for a
-            shared registry.
+        other: a folder, a URL, or a name of `registry.remote.names`: a backup, a registry that versions were copied to or
+            from, or a computer's folder for a shared registry.
         dry_run: write nothing.
         progress: told the bytes of the packs that were looked at, and of all.
 
@@ -79,7 +80,7 @@ def repair(home: Home, other: Path | str, *, dry_run: bool = False, progress: Pr
         StorageError: if a place cannot be reached, or refuses. What was put back until then stays.
         Conflict: if others change the registry again and again.
     """
-    copy = second_copy(str(other))
+    copy = second_copy(place_of(other) if isinstance(other, str) else str(other))
     if copy.place in (home.place, str(home.root)) and (home.remote is None or copy.place == home.place):
         raise Invalid(f"{copy.place} is the registry itself; give the folder or the URL of a second copy")
     if home.catalog.format == 1:

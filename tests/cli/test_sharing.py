@@ -71,3 +71,76 @@ def test_mistakes_are_one_line(roots: tuple[Path, Path], tmp_path: Path) -> None
         assert said in err
         assert len(err.splitlines()) == 1
     assert not nothing.exists()
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, and a user without names."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+def test_places_are_named_listed_and_forgotten(roots: tuple[Path, Path], here: Path) -> None:
+    mine, there = roots
+    assert run(mine, "remote", "list") == (
+        0,
+        f"# no place has a name; add one with: registry --root {mine} remote add NAME PLACE\n",
+        "",
+    )
+    for _ in range(2):
+        assert run(mine, "remote", "add", "backup", str(there))[1] == f"backup is {there}\n"
+    assert run(mine, "remote", "add", "a", "s3://models/team")[1] == "a is s3://models/team\n"
+    assert run(mine, "remote", "list")[1].splitlines() == [
+        "NAME    PLACE",
+        "a       s3://models/team",
+        f"backup  {there}",
+    ]
+    assert json.loads(run(mine, "remote", "list", "--json")[1]) == [
+        {"name": "a", "place": "s3://models/team"},
+        {"name": "backup", "place": str(there)},
+    ]
+    assert run(mine, "remote", "remove", "a")[1] == "a is no longer s3://models/team\n"
+    assert [one["name"] for one in json.loads(run(mine, "remote", "list", "--json")[1])] == ["backup"]
+
+
+def test_a_name_stands_for_a_place_in_push_pull_and_repair(roots: tuple[Path, Path], here: Path) -> None:
+    mine, there = roots
+    run(mine, "remote", "add", "backup", str(there))
+    assert run(mine, "push", "net:v1", "--to", "backup")[1].endswith(f"copied to {there}\n")
+    assert run(mine, "pull", "net:v1", "--from", "backup")[1].startswith("net:v1 -> net:v3  ")
+    run(mine, "push", "--all", "--to", "backup")
+    for pack in mine.glob("packs/*/*.safetensors"):
+        pack.unlink()
+    status, out, _ = run(mine, "repair", "--from", "backup")
+    assert status == 0
+    assert out.startswith("put back ")
+
+
+def test_what_no_name_stands_for_is_one_line(roots: tuple[Path, Path], here: Path) -> None:
+    mine, there = roots
+    run(mine, "remote", "add", "backup", str(there))
+    run(mine, "remote", "add", "gone", str(there / "gone"))
+    (here / "folder").mkdir()
+    for words, said in (
+        (
+            ["push", "net", "--to", "bakcup"],
+            "no folder 'bakcup' here, and no place is called so; the names are backup, gone",
+        ),
+        (["repair", "--from", "bakcup"], "the names are backup, gone"),
+        (["pull", "net", "--from", "folder"], "make one with: registry --root folder init"),
+        (["push", "net", "--to", "gone"], f"make one with: registry --root {there / 'gone'} init"),
+        (["remote", "remove", "bakcup"], "the names are backup, gone"),
+        (["remote", "add", "backup", "/srv"], f"backup is {there} already; remove that first"),
+        (["remote", "add", "folder", "/srv"], "'folder' is a folder here"),
+        (["remote", "add", "x", "s3://a:CANARY@c/d"], "without keys, passwords"),
+    ):
+        status, out, err = run(mine, *words)
+        assert (status, out) == (1, "")
+        assert said in err
+        assert "CANARY" not in err
+        assert len(err.splitlines()) == 1
+    (here / "backup").mkdir()
+    _, _, err = run(mine, "push", "net", "--to", "backup")
+    assert f"backup also names {there}, but a folder goes before a name" in err

@@ -77,6 +77,8 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
     registry.set_tag("lenet5:v3", "paper")
     registry.cached(lambda size: [size])(3)
     registry.catalog.close()
+    (folder / "torch-registry").mkdir()
+    (folder / "torch-registry" / "remotes.toml").write_text('[remotes]\nteam = "s3://models/team"\n')
     (folder / "configs").mkdir()
     for name in ("configs/a.json", "configs/b.json", "configs/lenet5.json", "train.json"):
         (folder / name).write_text('{"optimizer": {"lr": 0.1}}')
@@ -84,7 +86,10 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("line", sorted({*lines(), *BESIDE}))
-def test_a_light_command_loads_nothing_heavy(golden: Path, tmp_path: Path, line: str) -> None:
+def test_a_light_command_loads_nothing_heavy(
+    golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "here"))
     shutil.copytree(golden, tmp_path / "here")
     if KEY in line:
         (artifact,) = Registry(tmp_path / "here" / ".registry").artifacts.find()

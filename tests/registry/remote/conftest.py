@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from hosts import Team
-from servers import BUCKET, KEYS, Layer, layer, seaweed, weed
+from servers import BUCKET, KEYS, Layer, azurite, azurite_program, layer, seaweed, weed
 
 from registry import Registry
 from registry.remote import shared_log
@@ -46,6 +46,23 @@ def address(s3: Layer) -> Address:
 def bucket(address: Address) -> S3Bucket:
     """The bucket there."""
     return S3Bucket(address)
+
+
+@pytest.fixture(scope="session")
+def azure_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port of an emulator of Azure, with a container."""
+    if azurite_program() is None:
+        pytest.skip("needs an emulator of Azure: npm install -g azurite")
+    with azurite(tmp_path_factory.mktemp("azurite")) as port:
+        yield port
+
+
+@pytest.fixture
+def azure(azure_port: int, monkeypatch: pytest.MonkeyPatch) -> Address:
+    """A place in its container that no other test uses, to whose account the environment points."""
+    monkeypatch.setenv("AZURE_STORAGE_USE_EMULATOR", "true")
+    monkeypatch.setenv("AZURITE_BLOB_STORAGE_URL", f"http://127.0.0.1:{azure_port}")
+    return Address("az", BUCKET, f"team/{secrets.token_hex(8)}")
 
 
 @pytest.fixture

@@ -1,8 +1,10 @@
-"""A real S3 server for tests, SeaweedFS, and a layer before it that fails on demand. Both listen on 127.0.0.1 alone."""
+"""A real S3 server for tests, SeaweedFS, a layer before it that fails on demand, and an emulator of Azure. All listen on 127.0.0.1 alone."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hmac
 import http.client
 import os
 import re
@@ -15,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
@@ -97,6 +100,66 @@ def _wait_until_ready(server: subprocess.Popen[bytes], port: int) -> None:
             return
         time.sleep(0.1)
     raise RuntimeError("the S3 server does not start")
+
+
+ACCOUNT = "devstoreaccount1"
+ACCOUNT_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+"""Those of every emulator of Azure, as its documents say."""
+
+
+def azurite_program() -> str | None:
+    """The emulator's program; None if it is not installed."""
+    return shutil.which("azurite-blob")
+
+
+@contextlib.contextmanager
+def azurite(folder: Path) -> Iterator[int]:
+    """Run an emulator of Azure with a container called `BUCKET` until the block ends; gives its port."""
+    program = azurite_program()
+    assert program
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [program, "--blobHost", "127.0.0.1", "--blobPort", str(port), "--silent", "--disableTelemetry"]
+    with open(folder / "azurite.log", "wb") as log:
+        server = subprocess.Popen(
+            [*words, "--skipApiVersionCheck", "--inMemoryPersistence"], stdout=log, stderr=log, cwd=folder
+        )
+    try:
+        deadline = time.monotonic() + 60
+        while not _make_container(port):
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError("the emulator of Azure does not start")
+            time.sleep(0.1)
+        yield port
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _make_container(port: int) -> bool:
+    """Make it, once the emulator answers. obstore makes no containers, so the request is signed here."""
+    now = formatdate(usegmt=True)
+    path = f"/{ACCOUNT}/{BUCKET}"
+    lines = [
+        "PUT",
+        *[""] * 11,
+        f"x-ms-date:{now}",
+        "x-ms-version:2021-08-06",
+        f"/{ACCOUNT}{path}",
+        "restype:container",
+    ]
+    signed = hmac.digest(base64.b64decode(ACCOUNT_KEY), "\n".join(lines).encode(), "sha256")
+    headers = {
+        "x-ms-date": now,
+        "x-ms-version": "2021-08-06",
+        "Authorization": f"SharedKey {ACCOUNT}:{base64.b64encode(signed).decode()}",
+    }
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    with contextlib.closing(connection), contextlib.suppress(ConnectionError):
+        connection.request("PUT", f"{path}?restype=container", headers=headers)
+        return connection.getresponse().status == 201
+    return False
 
 
 @dataclass

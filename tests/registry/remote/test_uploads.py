@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from servers import Fault, Layer
 
-from registry.remote import s3 as s3_module
-from registry.remote.s3 import S3Bucket, part_size
+from registry.remote import objects
+from registry.remote.objects import part_size
+from registry.remote.s3 import S3Bucket
 from registry.remote.urls import Address
 
 KEY = "packs/ab/x.safetensors"
@@ -35,8 +36,8 @@ def parts_in(layer: Layer) -> int:
 def test_parts_grow_with_the_file(
     s3: Layer, bucket: S3Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3_module, "_PART", 5 * MIB)
-    monkeypatch.setattr(s3_module, "_MOST_PARTS", 2)
+    monkeypatch.setattr(objects, "_PART", 5 * MIB)
+    monkeypatch.setattr(objects, "_MOST_PARTS", 2)
     path = tmp_path / "file"
     path.write_bytes(os.urandom(20 * MIB))
     bucket.put_file(KEY, path)
