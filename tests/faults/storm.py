@@ -8,6 +8,7 @@ be there, what may be there, and what must be gone.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 from collections import Counter
@@ -93,6 +94,7 @@ class Known:
         thinning, thinned: likewise.
         ageing: versions that a run's rules may remove or thin, with the run.
         runs: acknowledged versions of each run, in their order.
+        unruled: runs that said that their rules failed, so that they may never be applied.
         values: what an alias, a tag, a note or an artifact may be, by key; one value once that is acknowledged.
         changes: how often somebody began or ended a change of a key.
         held: versions that may have had an alias or a tag.
@@ -115,6 +117,7 @@ class Known:
         self.thinned: set[str] = set()
         self.ageing: dict[str, str] = {}
         self.runs: dict[str, list[str]] = {}
+        self.unruled: set[str] = set()
         self.values: dict[str, set[Any]] = {}
         self.changes: Counter[str] = Counter()
         self.held: set[str] = set()
@@ -141,6 +144,8 @@ class Known:
             begun = self._open.pop(line["token"])
             self.counts[begun["op"]] += 1
             self._end(begun, line["name"])
+        elif line["what"] == "rules failed":
+            self.unruled.add(line["run"])
         else:
             begun = self._open.pop(line["token"])
             self.removing.subtract(begun.get("removes", ()))
@@ -189,9 +194,7 @@ class Known:
     def must_be_gone(self, name: str) -> bool:
         if name in self.removed:
             return True
-        names = self.runs.get(self.ageing.get(name, ""), [])
-        if any(map(is_pending, names)):
-            return False
+        names = self._ruled_with(name)
         is_old = name in names[:-KEEP_LAST] and not any(map(self.removing.get, names))
         return is_old and name not in self.held and name not in self.resumed
 
@@ -203,11 +206,15 @@ class Known:
         return name not in self.saved and not self.pending.isdisjoint(self.taken)
 
     def must_be_thin(self, name: str) -> bool:
-        names = self.runs.get(self.ageing.get(name, ""), [])
-        if any(map(is_pending, names)):
-            names = []
+        names = self._ruled_with(name)
         is_thinned = name in self.thinned or (name in names[:-1] and not any(map(self.removing.get, names)))
         return is_thinned and name not in self.resumed
+
+    def _ruled_with(self, name: str) -> list[str]:
+        """The versions of a version's run, if its rules have been applied for certain."""
+        run = self.ageing.get(name, "")
+        names = self.runs.get(run, [])
+        return [] if run in self.unruled or any(map(is_pending, names)) else names
 
     def must_be_there(self) -> set[str]:
         return {name for name in self.saved if not self.may_be_gone(name)}
@@ -269,6 +276,23 @@ class Held:
         self._state = state
 
 
+class Warnings(logging.Handler):
+    """Tells of runs that warn that their rules fail.
+
+    Args:
+        tell: is told the name of the run.
+    """
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "as the rules of the run fail" in str(record.msg):
+            assert isinstance(record.args, tuple)
+            self._tell(str(record.args[0]).rpartition("/")[2])
+
+
 class Worker:
     """One process of a storm.
 
@@ -289,6 +313,8 @@ class Worker:
         self.count = 0
         self._first_token = (slot * 10_000 + number) * 10_000
         self._pen = Pen(ledger / self.name)
+        tell = lambda run: self._pen.write(what="rules failed", run=run)  # noqa: E731
+        logging.getLogger("registry.runs.session").addHandler(Warnings(tell))
 
     def work(self, stop: Path) -> None:
         """Do one thing after the other until there is a file, or who started it is gone."""
