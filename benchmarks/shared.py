@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from statistics import median, quantiles
+from typing import Any
 
 import obstore
 import torch
@@ -21,7 +22,7 @@ from obstore.store import S3Store
 
 from benchmarks.floors import touch_free_memory
 from benchmarks.measure import Contender, Result, Scale, Section, Table, ratio, spoken, take_turns
-from registry import Registry
+from registry import Checkpoint, Registry
 from registry.remote import shared_log
 from tests.registry.remote.servers import BUCKET, KEYS, Layer, layer, seaweed
 
@@ -49,7 +50,8 @@ def measure(folder: Path, scale: Scale) -> Section:
     with seaweed(folder / "seaweed") as port, layer(port) as before, _environment(port):
         results = _throughput(folder, size, scale)
         results += _push(folder, size)
-        tables = [_requests(folder, before, scale), _hosts(folder, scale)]
+        results += _follow(folder, before, size)
+        tables = [_requests(folder, before, scale), _hosts(folder, scale), _clones(folder, scale)]
     notes = ["dvc, boto3 and s3fs are not measured: the same bytes go through obstore alone."]
     return Section(results, tables=tables, notes=notes)
 
@@ -148,6 +150,70 @@ def _push(folder: Path, size: int) -> list[Result]:
     ]
 
 
+def _follow(folder: Path, before: Layer, size: int) -> list[Result]:
+    """A new head over a frozen backbone, put into a live network on another host: bytes, and the pause."""
+    plain = os.environ["AWS_ENDPOINT_URL"]
+    os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{before.port}"
+    trainer, server = _opened(folder, "a", "follow"), _opened(folder, "follower", "follow")
+    state = {"backbone": torch.randn(size // 4), "head": torch.randn(10_000)}
+    live = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    trainer.save("net", {"model": state})
+    pauses: list[float] = []
+    sent: list[int] = []
+    load_into = Checkpoint.load_into
+
+    def timed(self: Checkpoint, **targets: Any) -> None:
+        began = time.perf_counter()
+        load_into(self, **targets)
+        pauses.append(time.perf_counter() - began)
+
+    versions = server.follow("net@latest", into=live, every=0.05)
+    Checkpoint.load_into = timed  # type: ignore[method-assign, assignment]
+    try:
+        for _ in range(6):
+            before.sent = 0
+            next(versions)
+            sent.append(before.sent)
+            assert all(torch.equal(live[name], tensor) for name, tensor in state.items())
+            state["head"] = torch.randn(10_000)
+            trainer.save("net", {"model": state})
+    finally:
+        Checkpoint.load_into = load_into  # type: ignore[method-assign]
+        os.environ["AWS_ENDPOINT_URL"] = plain
+    later, pause = median(sent[1:]), median(pauses[1:])
+    what = "follow, a new head over a frozen backbone"
+    return [
+        Result(
+            f"{what}: bytes",
+            later / sent[0],
+            None,
+            f"{later / 1e6:.2f} MB against {sent[0] / 1e6:.0f} MB for the first version",
+        ),
+        Result(
+            f"{what}: pause",
+            pause / pauses[0],
+            None,
+            f"{1e3 * pause:.0f} ms to bring, check and copy it, against {1e3 * pauses[0]:.0f} ms for the first version",
+        ),
+    ]
+
+
+def _clones(folder: Path, scale: Scale) -> Table:
+    """The first look of a host at a registry of many small versions."""
+    rows = []
+    for versions in (200,) if scale.quick else (1_000, 10_000):
+        writer = _opened(folder, "clones", f"clones-{versions}")
+        weights = {f"w{i}": torch.randn(8) for i in range(8)}
+        for number in range(versions):
+            writer.save("net", {"model": {**weights, "own": torch.full((8,), float(number))}})
+        began, busy = time.perf_counter(), time.process_time()
+        found = len(_opened(folder, f"clone-{versions}", f"clones-{versions}").versions("net"))
+        elapsed, busy = time.perf_counter() - began, time.process_time() - busy
+        assert found == versions
+        rows.append([f"{versions:,}", spoken(elapsed), f"{1e3 * busy / versions:.1f} ms"])
+    return Table("a host that comes new", ["versions", "first list", "CPU for each version"], rows)
+
+
 def _requests(folder: Path, before: Layer, scale: Scale) -> Table:
     """Requests, and seconds with 0 and 30 ms before each request."""
     os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{before.port}"
@@ -170,6 +236,7 @@ def _requests(folder: Path, before: Layer, scale: Scale) -> Table:
             "net", {"model": {"w": torch.full((1_000,), float(next(number)))}}
         ),
         "save": save,
+        "alias": lambda: writer.set_alias(f"net:v{1 + next(number) % 2}", "production"),
         "list, first of a program": lambda: _opened(folder, "requests", "requests").versions("net"),
         "list again": lambda: writer.versions("net"),
         "list, a new host": lambda: other_host().versions("net"),
