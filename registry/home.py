@@ -45,6 +45,7 @@ class Home:
 
     Raises:
         NotFound: if there is no registry and `create` is false.
+        Conflict: if the folder is the bucket of a shared registry, or there is the registry of a folder at the URL.
         Unsupported: if a newer version of this package made it.
     """
 
@@ -54,6 +55,10 @@ class Home:
         self.remote = _remote_at(given)
         # A program may change its working directory.
         self.root = self.remote.folder if self.remote else Path(os.path.abspath(given))
+        if self.remote is None and settings.are_of_a_bucket(self.root):
+            raise Conflict(
+                f"{self.root} is the bucket of a shared registry; open it with its URL, such as file://{self.root}"
+            )
         self.catalog = Catalog(self.root, lambda: self.store, self.remote.log if self.remote else None)
         if not settings.are_there(self.root):
             is_there = self.remote is not None and self.remote.is_there()

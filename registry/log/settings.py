@@ -38,6 +38,11 @@ def create(root: Path, created_by: str) -> None:
     durable.write_file(root / NAME, text.encode(), folder=root / "tmp")
 
 
+def are_of_a_folder(text: str) -> bool:
+    """Whether settings are those of a registry in a folder, and not of one in a bucket."""
+    return "created_by" in text
+
+
 def share(root: Path, url: str, log: str = "") -> None:
     """Note which shared registry this host's folder is for.
 
@@ -45,6 +50,11 @@ def share(root: Path, url: str, log: str = "") -> None:
         log: where its log lies, if not in the bucket.
     """
     durable.write_file(root / SHARED, f"{url}\n{log}".encode(), folder=root / "tmp")
+
+
+def are_of_a_bucket(root: Path) -> bool:
+    """Whether a folder is one that stands for a bucket: its log has an object for each entry."""
+    return places.status_of(root / "journal" / f"{1:016d}.zst") is not None
 
 
 def shared_url(root: Path) -> str | None:

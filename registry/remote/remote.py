@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import tomllib
@@ -16,6 +17,7 @@ from registry.remote.folder import FolderBucket
 from registry.remote.forked import ForkSafe
 from registry.remote.journal import FOLDER as JOURNAL
 from registry.remote.journal import BucketJournal, Journal
+from registry.remote.packs import FOLDER as PACKS
 from registry.remote.packs import RemotePacks
 from registry.remote.probe import probe
 from registry.remote.shared_log import SharedLog
@@ -57,10 +59,16 @@ class Remote:
 
         Raises:
             Unsupported: if a newer version of this package made it.
+            Conflict: if it is that of a folder, which is not shared.
             Corrupt: if the beginning of its log is missing.
         """
-        text = self.bucket.get(SETTINGS, _LONGEST)
-        found = _FORMAT.search(text.decode(errors="replace")) if text is not None else None
+        text = (self.bucket.get(SETTINGS, _LONGEST) or b"").decode(errors="replace")
+        if settings.are_of_a_folder(text):
+            raise Conflict(
+                f"{self.url} holds the registry of a folder, which is not shared; open the folder as it is, and copy it to "
+                "another URL with: registry push --all --to URL"
+            )
+        found = _FORMAT.search(text)
         if found and int(found[1]) > FORMAT:
             raise Unsupported(
                 f"{self.url} has format {found[1]}, this version of torch-registry reads format {FORMAT}; upgrade with: "
@@ -76,11 +84,20 @@ class Remote:
 
         Raises:
             Unsupported: if the store does not keep to what is asked of it.
-            Conflict: if another host has made one at this moment, whose log lies elsewhere.
+            Conflict: if another host has made one at this moment, whose log lies elsewhere; or if packs are there already,
+                which a collection of garbage would delete.
             StorageError: if it cannot be reached, or refuses.
         """
         if self.log_place:
             return
+        packs = None
+        # A folder in which nothing was made yet has none.
+        with contextlib.suppress(Absent):
+            packs = next(iter(self.bucket.list(PACKS)), None)
+        if packs:
+            raise Conflict(
+                f"{self.url} has packs, and no log that names them; put journal/ back from a backup, or use another URL"
+            )
         if problem := probe(self.bucket):
             raise Unsupported(f"{self.url}: this store cannot hold a shared registry: {problem}")
         self.bucket.create(SETTINGS, b"format = %d\n" % FORMAT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,15 @@ from registry.remote.packs import RemotePacks
 from registry.remote.shared_log import packed, unpacked
 from registry.remote.urls import Address
 from registry.store import durable
-from registry.store.errors import Corrupt, Invalid, NotFound, RegistryError, StorageError, Unsupported
+from registry.store.errors import (
+    Conflict,
+    Corrupt,
+    Invalid,
+    NotFound,
+    RegistryError,
+    StorageError,
+    Unsupported,
+)
 
 Hosts = Callable[[str], Registry]
 
@@ -786,3 +795,39 @@ class TestOnS3:
             path for path in tmp_path.rglob("*") if path.is_file() and b"testsecret" in path.read_bytes()
         ]
         assert found == []
+
+
+# -- folders and buckets that are taken for one another ----------------------------------------------------------
+
+
+def test_the_registry_of_a_folder_is_not_taken_for_a_bucket(tmp_path: Path) -> None:
+    folder = Registry(tmp_path / "r")
+    folder.save("net", state(1))
+    before = sorted(folder.root.rglob("*"))
+    for create in (True, False):
+        with pytest.raises(
+            Conflict, match="holds the registry of a folder, which is not shared; open the folder"
+        ):
+            Registry(f"file://{folder.root}", create=create)
+    assert sorted(folder.root.rglob("*")) == before
+
+
+def test_a_bucket_is_not_taken_for_the_registry_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "team").mkdir()
+    shared = Registry(f"file://{tmp_path}/team")
+    shared.save("net", state(1))
+    before = sorted((tmp_path / "team").rglob("*"))
+    with pytest.raises(Conflict, match=f"is the bucket of a shared registry; .*file://{tmp_path}/team"):
+        Registry(tmp_path / "team")
+    assert sorted((tmp_path / "team").rglob("*")) == before
+
+
+def test_a_registry_is_not_made_over_packs_that_no_log_names(tmp_path: Path) -> None:
+    (tmp_path / "team").mkdir()
+    shared = Registry(f"file://{tmp_path}/team")
+    shared.save("net", state(1))
+    shutil.rmtree(tmp_path / "team" / "journal")
+    shutil.rmtree(shared.root)
+    with pytest.raises(Conflict, match="has packs, and no log that names them"):
+        Registry(f"file://{tmp_path}/team")
+    assert len(list((tmp_path / "team" / "packs").rglob("*.safetensors"))) == 1
