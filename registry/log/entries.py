@@ -157,6 +157,8 @@ def check_record(record: Any) -> None:
         )
     for name, check in fields.items():
         try:
+            if name == "was" and name not in record:
+                raise Corrupt("is missing")
             check(record.get(name))
         except RegistryError as error:
             raise Corrupt(f"{record['op']}: {name}: {error}") from None

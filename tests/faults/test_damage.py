@@ -651,6 +651,8 @@ MALFORMED: list[dict[str, Any]] = [
     {"op": "publish", "id": "0" * 64, "model": "net", "version": 1 << 70},
     {"op": "run", "name": "../../x", "model": "net", "at": "2026-01-01T00:00:00.000000Z", "record": {}},
     {"op": "doom", "packs": ["/etc/passwd"], "manifests": []},
+    {"op": "alias", "model": "net", "alias": "x", "id": "0" * 64},
+    {"op": "artifact", "key": "0" * 64, "id": "0" * 64, "at": "2026-01-01T00:00:00.000000Z", "record": {}},
 ]
 
 
