@@ -22,9 +22,17 @@ from obstore.store import S3Store
 
 from benchmarks.floors import touch_free_memory
 from benchmarks.measure import Contender, Result, Scale, Section, Table, ratio, spoken, take_turns
+from benchmarks.peers import Peer, PeerFailed, Worker
 from registry import Checkpoint, Registry
 from registry.remote import shared_log
 from tests.registry.remote.servers import BUCKET, KEYS, Layer, layer, seaweed
+
+PEERS = (
+    Peer("boto3", "boto3", "boto3", "1.44.8"),
+    Peer("s3fs", "s3fs", "s3fs", "2026.9.0"),
+    Peer("dvc push", "DVC push and pull", "dvc-s3", "3.3.0"),
+)
+"""Tools that bring files to a bucket. Each is installed in an environment of its own."""
 
 HOSTS = (1, 4, 8)
 SAVES = 12
@@ -49,10 +57,11 @@ def measure(folder: Path, scale: Scale) -> Section:
     size = 32 << 20 if scale.quick else 128 << 20
     with seaweed(folder / "seaweed") as port, layer(port) as before, _environment(port):
         results = _throughput(folder, size, scale)
+        others, notes = _others(folder, size, before, scale)
+        results += others
         results += _push(folder, size)
         results += _follow(folder, before, size)
         tables = [_requests(folder, before, scale), _hosts(folder, scale), _clones(folder, scale)]
-    notes = ["dvc, boto3 and s3fs are not measured: the same bytes go through obstore alone."]
     return Section(results, tables=tables, notes=notes)
 
 
@@ -134,6 +143,67 @@ def _throughput(folder: Path, size: int, scale: Scale) -> list[Result]:
             goal=1.05,
             name="a local registry",
         ),
+    ]
+
+
+def _others(folder: Path, size: int, before: Layer, scale: Scale) -> tuple[list[Result], list[str]]:
+    """New states saved and loaded beside other tools; and which of them could not be measured."""
+    plain, notes = os.environ["AWS_ENDPOINT_URL"], []
+    results: list[Result] = []
+    os.environ.update(AWS_ENDPOINT_URL=f"http://127.0.0.1:{before.port}", BENCHMARK_BUCKET=BUCKET)
+    for peer in PEERS:
+        try:
+            with Worker(peer, 120.0) as worker:
+                worker.ask("open", folder=str(folder / f"peer-{peer.package}"))
+                for latency in (0.0, 0.03):
+                    before.latency = latency
+                    results += _beside(peer, worker, folder, size, latency=latency, scale=scale)
+        except PeerFailed as error:
+            notes.append(f"{peer.name} is not measured: {error}")
+    before.latency = 0.0
+    os.environ["AWS_ENDPOINT_URL"] = plain
+    return results, notes
+
+
+def _beside(
+    peer: Peer, worker: Worker, folder: Path, size: int, *, latency: float, scale: Scale
+) -> list[Result]:
+    """A save and a first load on a host beside those of a tool, which takes the same bytes as a file of `torch.save`."""
+    shared, file = _opened(folder, "a", "others"), folder / "state.pt"
+    state, cold, hosts = {"w": torch.empty(0)}, list[Registry](), count()
+
+    def renew() -> None:
+        state["w"] = torch.randn(size // 4)
+
+    def renew_there() -> None:
+        renew()
+        torch.save(state, file)
+        worker.ask("state", file=str(file))
+
+    def new_host() -> None:
+        cold[:] = [_opened(folder, f"{peer.package}-{latency}-{next(hosts)}", "others")]
+        cold[0].versions("net")
+
+    saving: dict[str, Contender] = {
+        "ours": (renew, lambda: shared.save("net", {"model": state})),
+        peer.key: (renew_there, lambda: worker.ask("save")),
+    }
+    saves = take_turns(saving, scale.rounds)
+    loading: dict[str, Contender] = {
+        "ours": (new_host, lambda: cold[0]["net"].load()),
+        peer.key: (lambda: None, lambda: worker.ask("load", update=False, check=False)),
+    }
+    loads = take_turns(loading, scale.rounds)
+    return [
+        ratio(
+            f"{name}, {size >> 20} MB, {1e3 * latency:.0f} ms before each request",
+            times,
+            ours="ours",
+            peer=peer.key,
+            goal=None,
+            name=peer.name,
+        )
+        for name, times in (("save", saves), ("load", loads))
     ]
 
 

@@ -22,6 +22,7 @@ from support import all_versions, broken_rules, collect, dump
 
 from registry import Registry
 from registry.remote import remote
+from registry.remote.bucket import Unreachable
 from registry.store import durable
 from registry.upkeep.garbage import GRACE
 
@@ -52,7 +53,14 @@ def _work(host: Host, folder: Path, seed: int, slot: int, number: int) -> None:
     """What one process does."""
     with _told(folder / "failures" / f"{slot}-{number}"):
         os.environ |= host.environment
-        Worker(host.place, folder / "ledger", seed, slot, number).work(folder / "stop")
+        while not (folder / "stop").exists():
+            try:
+                worker = Worker(host.place, folder / "ledger", seed, slot, number)
+            except Unreachable:
+                # A host that has never seen the registry cannot open it now.
+                continue
+            worker.work(folder / "stop")
+            return
 
 
 @contextlib.contextmanager
