@@ -183,6 +183,10 @@ class Machine(RuleBasedStateMachine):
         """The folder of the first object."""
         return self.here.root
 
+    def root_of(self, how: How) -> Path:
+        """The folder of the registry that runs an operation for which there is a command."""
+        return self.root
+
     # -- running an operation --------------------------------------------------------------------------------
 
     def perform(self, operation: Operation, how: How) -> None:
@@ -572,7 +576,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(damage=st.sampled_from(["none", "no file", "no files", "header", "cut", "zeroed"]), how=HOW)
     def rebuild(self, damage: str, how: How) -> None:
-        damage_catalog(self.root, damage)
+        damage_catalog(self.root_of(how), damage)
         if damage not in ("none", "no file", "no files") and how.who == "killed":
             how = how._replace(who="child")
         words = ["rebuild"]
@@ -685,6 +689,10 @@ class SharedMachine(Machine):
     def opened(self, *, there: bool = False) -> Registry:
         with self._on(f"2-{self._hosts}" if there else "1"):
             return Registry(self.place, create=False)
+
+    def root_of(self, how: How) -> Path:
+        is_there = how.who != "typed" and (how.who == "there" or how.step % 2)
+        return self.there.root if is_there else self.root
 
     @contextlib.contextmanager
     def _on(self, host: str) -> Iterator[None]:
