@@ -658,7 +658,7 @@ class Machine(RuleBasedStateMachine):
         store = self.here.store
         packs = {pack for (pack,) in self.here.catalog.query("SELECT digest FROM packs")}
         ids = {manifest_id for (manifest_id,) in self.here.catalog.query("SELECT id FROM manifests")}
-        assert (self.packs_there(), set(store), list(store.tmp.iterdir())) == (packs, ids, [])
+        assert (self.packs_there(), self.manifests_there(), list(store.tmp.iterdir())) == (packs, ids, [])
         before = dump(self.here)
         damage_catalog(self.root, "no files")
         found = self.there.rebuild()
@@ -673,6 +673,10 @@ class Machine(RuleBasedStateMachine):
     def packs_there(self) -> set[str]:
         """All packs that are there, whether they are needed or not."""
         return set(self.here.store.pack_digests())
+
+    def manifests_there(self) -> set[str]:
+        """All manifests that are there, whether they are needed or not."""
+        return set(self.here.store)
 
 
 class SharedMachine(Machine):
@@ -723,6 +727,11 @@ class SharedMachine(Machine):
         assert elsewhere is not None
         assert set(self.here.store.pack_digests()) <= elsewhere.ages().keys()
         return set(elsewhere.ages())
+
+    def manifests_there(self) -> set[str]:
+        # The entries of the log have them all. A file comes when one is read.
+        known = {manifest_id for (manifest_id,) in self.here.catalog.query("SELECT id FROM manifests")}
+        return known | super().manifests_there()
 
 
 def damage_catalog(root: Path, damage: str) -> None:
