@@ -186,7 +186,7 @@ class PackFolder:
                 costs[pack] = self._asked[pack] = self._asked.get(pack, 0) + cost + _REQUEST
         whole = {pack for pack in absent if 2 * costs[pack] >= sizes[pack]}
         self.bring({pack: size for pack, size in sizes.items() if pack not in absent - whole})
-        few = {part: size for part, size in parts.items() if part[0] in absent - whole and size}
+        few = {part: size for part, size in parts.items() if part[0] in absent - whole}
         return self._elsewhere.read(few) if few else {}
 
     def info(self, digest: str) -> PackInfo:

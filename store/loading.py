@@ -118,6 +118,9 @@ class Mapped:
 
     def bytes(self, wanted: Wanted) -> memoryview:
         """The bytes of a tensor, to be read only."""
+        if wanted.size == 0:
+            # Its pack need not be here.
+            return memoryview(b"")
         if wanted.base:
             return memoryview(self._decoded[wanted.info.digest])[: wanted.size]
         return self.stored(wanted)

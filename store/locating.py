@@ -242,7 +242,10 @@ class Locator:
     def _brought(self, wanted: list[Wanted]) -> list[Wanted]:
         """Tensors whose packs are here, or that are in memory."""
         links = [link for item in wanted for link in item.chain]
-        parts = {(link.location.pack, link.location.start): link.stored_size for link in links}
+        # One without bytes may begin where another one does.
+        parts = {
+            (link.location.pack, link.location.start): link.stored_size for link in links if link.stored_size
+        }
         sizes = {link.location.pack: link.location.pack_size for link in links}
         held = self._packs.bring_parts(parts, sizes)
         return [_holding(item, held) for item in wanted] if held else wanted
@@ -275,7 +278,7 @@ def _base(
 
 def _holding(item: Wanted, held: Mapping[Part, memoryview]) -> Wanted:
     """A tensor with what was brought of it."""
-    data = held.get((item.location.pack, item.location.start))
+    data = held.get((item.location.pack, item.location.start)) if item.stored_size else None
     return item._replace(held=data, base=item.base and _holding(item.base, held))
 
 

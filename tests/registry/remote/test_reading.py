@@ -101,6 +101,38 @@ def test_two_names_of_equal_tensors_that_are_read_in_ranges_share_no_memory(host
     assert torch.equal(found["again"], state["model"]["w03"])
 
 
+@pytest.mark.parametrize("copy", [False, True])
+def test_a_tensor_without_bytes_is_read_in_ranges_beside_the_one_that_begins_where_it_is(
+    host: Hosts, copy: bool
+) -> None:
+    state = layers()
+    state["model"]["empty"] = torch.empty(0, 3)
+    writer = host("a")
+    writer.save("net", state)
+    places = {
+        path.removeprefix("model/"): writer.catalog.locate([digest])[digest].start
+        for path, _, _, digest in writer["net"].parameters()
+    }
+    (beside,) = [name for name, start in places.items() if name != "empty" and start == places["empty"]]
+    reader = host("b")
+    for names in ([beside, "empty"], ["empty", beside], ["empty"]):
+        loaded = reader["net"].load([f"model/{name}" for name in names], copy=copy)["model"]
+        assert all(torch.equal(loaded[name], state["model"][name]) for name in names)
+        assert loaded.keys() == {*names}
+    assert kept(reader) == []
+
+
+def test_a_tensor_without_bytes_is_copied_from_a_pack_that_is_not_here(host: Hosts, tmp_path: Path) -> None:
+    state = layers()
+    state["model"]["empty"] = torch.empty(0, 3)
+    host("a").save("net", state)
+    reader, other = host("b"), Registry(tmp_path / "other")
+    wanted = {path: digest for path, _, _, digest in reader["net"].parameters()}
+    pack = reader.store.copy_to_new_pack([wanted["model/empty"], wanted["model/w03"]], into=other.store)
+    assert {tensor.digest for tensor in pack.tensors} == {wanted["model/empty"], wanted["model/w03"]}
+    assert kept(reader) == []
+
+
 def test_what_is_needed_for_the_greater_part_is_brought_whole_and_kept(host: Hosts, asked: list[int]) -> None:
     host("a").save("net", layers())
     b = host("b")
