@@ -108,8 +108,8 @@ def follow(
 def outbox(references: tuple[str, ...], drop: bool, everything: bool, root: str | None, as_json: bool) -> int:
     """Share what was saved while a bucket was away.
 
-    What still waits is listed, and the exit status is 1 then. Every command on a shared registry tries to share it first, and so does each save. Until then
-    such a version is on this computer alone, and is called lenet5:pending-1.
+    What still waits is listed, and the exit status is 1 then. Every command on a shared registry tries to share it first,
+    and so does each save. Until then such a version is on this computer alone, and is called lenet5:pending-1.
     """
     # Lazy: start-up.
     from registry.registry import Registry

@@ -261,7 +261,7 @@ def unlock(fd: int) -> None:
 
 @contextlib.contextmanager
 def alone(path: Path, *, seconds: float, inner: int = 1) -> Iterator[None]:
-    """Keep other processes from the same work, which is named by a file of the registry; it goes behind the block.
+    """Keep other processes from the same work, which a file of the registry stands for; it is removed behind the block.
 
     Args:
         seconds: how long to wait for another process at most. The work is done all the same then.

@@ -436,22 +436,23 @@ def fill(packs: Path, tensors: Sequence[torch.Tensor], items: Sequence[Wanted], 
     mapped.decode(items)
     mapped.open(items)
     # To read is faster than to copy what has not been verified, and so is not in memory yet.
-    direct = (
-        set()
-        if check
-        else {item.slot for item in items if item.size and _is_direct(item, tensors[item.slot])}
-    )
-    if len({tensors[slot].untyped_storage().data_ptr() for slot in direct}) < len(direct):
-        # They share memory, and the last one counts.
-        direct.clear()
+    straight = {} if check else _as_stored(tensors, items)
     with steady(packs, items, mapped) if check else contextlib.nullcontext():
         for item in items:
-            if item.size and item.slot not in direct:
+            if item.size and item.slot not in straight:
                 tensors[item.slot].copy_(view(mapped.bytes(item), item.info, 0))
-    straight = [item for item in items if item.slot in direct]
-    read_into(packs, straight, lambda item: memory_of(tensors[item.slot], item.info.dtype))
+    read_into(packs, straight.values(), lambda item: memory_of(tensors[item.slot], item.info.dtype))
 
 
-def _is_direct(item: Wanted, tensor: torch.Tensor) -> bool:
-    """Whether the stored bytes are those of the live tensor."""
-    return is_plain(tensor) and not item.base and item.held is None
+def _as_stored(tensors: Sequence[torch.Tensor], items: Sequence[Wanted]) -> dict[int, Wanted]:
+    """Tensors by the callers' keys whose live memory takes the bytes as they are in files; none if some share memory.
+
+    Of those that share it the last one counts, and they are not read in their order.
+    """
+    found = {
+        item.slot: item
+        for item in items
+        if item.size and not item.base and item.held is None and is_plain(tensors[item.slot])
+    }
+    memory = {tensors[slot].untyped_storage().data_ptr() for slot in found}
+    return found if len(memory) == len(found) else {}

@@ -53,7 +53,10 @@ def share(root: Path, url: str, log: str = "") -> None:
 
 
 def are_of_a_bucket(root: Path) -> bool:
-    """Whether a folder is one that stands for a bucket: its log has an object for each entry."""
+    """Whether a folder is one that stands for a bucket: its log has an object for each entry.
+
+    The first one is called as in `registry.remote.journal.entry_key`, which is too far up to be asked.
+    """
     return places.status_of(root / "journal" / f"{1:016d}.zst") is not None
 
 

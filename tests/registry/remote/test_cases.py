@@ -17,6 +17,7 @@ from hosts import Team, save, state, value
 from support import fork, wait
 
 from registry import Registry
+from registry.catalog.versions import Version
 from registry.log import entries
 from registry.remote import shared_log
 from registry.remote.bucket import Unreachable
@@ -257,14 +258,20 @@ def test_a_host_whose_clock_is_a_year_off_takes_nothing_from_others(
 # -- copies ------------------------------------------------------------------------------------------------
 
 
+def beside(team: Team, folder: Path) -> tuple[Registry, Version]:
+    """A folder's registry with one version, which will be the second one of a model that the team has."""
+    save(team.host("a"), 1)
+    registry = Registry(folder / "beside")
+    save(registry, 2)
+    (version,) = registry.versions("net")
+    return registry, version
+
+
 @pytest.mark.parametrize("is_waiting", [False, True])
 def test_a_version_that_is_copied_twice_at_the_same_instant_is_one_version(
     team: Team, tmp_path: Path, is_waiting: bool
 ) -> None:
-    save(team.host("a"), 1)
-    local = Registry(tmp_path / "local")
-    save(local, 2)
-    (version,) = local.versions("net")
+    local, version = beside(team, tmp_path)
     done: list[Sequence[Copied]] = []
 
     def at(number: int, what: str, key: str) -> None:
@@ -303,10 +310,7 @@ def test_versions_that_are_copied_twice_or_by_two_at_once_are_there_once(team: T
 def test_what_waited_in_an_outbox_does_not_come_back_once_it_was_shared_and_removed(
     team: Team, tmp_path: Path, is_collected: bool
 ) -> None:
-    save(team.host("a"), 1)
-    waiting = Registry(tmp_path / "waiting")
-    save(waiting, 2)
-    (version,) = waiting.versions("net")
+    waiting, version = beside(team, tmp_path)
     done: list[bool] = []
 
     def at(number: int, what: str, key: str) -> None:
