@@ -445,14 +445,16 @@ def fill(packs: Path, tensors: Sequence[torch.Tensor], items: Sequence[Wanted], 
 
 
 def _as_stored(tensors: Sequence[torch.Tensor], items: Sequence[Wanted]) -> dict[int, Wanted]:
-    """Tensors by the callers' keys whose live memory takes the bytes as they are in files; none if some share memory.
+    """Tensors by the callers' keys whose live memory takes the bytes as they are in files; none if any live ones share memory.
 
-    Of those that share it the last one counts, and they are not read in their order.
+    Of those that share it the last one counts, and tensors are not read in their order.
     """
-    found = {
+    filled = [item for item in items if item.size]
+    memory = {tensors[item.slot].untyped_storage().data_ptr() for item in filled}
+    if len(memory) < len(filled):
+        return {}
+    return {
         item.slot: item
-        for item in items
-        if item.size and not item.base and item.held is None and is_plain(tensors[item.slot])
+        for item in filled
+        if not item.base and item.held is None and is_plain(tensors[item.slot])
     }
-    memory = {tensors[slot].untyped_storage().data_ptr() for slot in found}
-    return found if len(memory) == len(found) else {}

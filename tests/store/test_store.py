@@ -159,6 +159,17 @@ def test_of_live_tensors_that_share_memory_the_last_one_counts(store: Store, ver
     assert not live["a"].any()
 
 
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_live_tensor_with_gaps_that_shares_memory_counts_where_it_is_the_last(
+    store: Store, verify: bool
+) -> None:
+    parts = {"whole": torch.full((3_000,), 1.0), "every second": torch.full((1_500,), 2.0)}
+    digest = store.put({"model": parts}).digest
+    memory = torch.zeros(3_000)
+    store.load_into(digest, {"model": {"whole": memory, "every second": memory[::2]}}, verify=verify)
+    assert memory.tolist() == [2.0, 1.0] * 1_500
+
+
 def test_what_does_not_fit_is_listed_and_nothing_is_changed(store: Store) -> None:
     digest = store.put(TREE).digest
     live = {
