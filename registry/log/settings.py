@@ -57,7 +57,9 @@ def are_of_a_bucket(root: Path) -> bool:
 
     The first one is called as in `registry.remote.journal.entry_key`, which is too far up to be asked.
     """
-    return places.status_of(root / "journal" / f"{1:016d}.zst") is not None
+    first = root / "journal" / f"{1:016d}.zst"
+    with storage_errors(first):
+        return places.status_of(first, inner=1) is not None
 
 
 def shared_url(root: Path) -> str | None:

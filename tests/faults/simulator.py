@@ -23,7 +23,8 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ from support import broken_rules, collect, may_be_an_old_log
 from registry import Registry
 from registry.catalog import catalog
 from registry.log import entries, journal
-from registry.remote import remote, shared_log
+from registry.remote import journal as remote_journal
+from registry.remote import packs, remote, shared_log
 from registry.store import durable, pack, places
 from registry.store.errors import Conflict, NotFound, RegistryError
 
@@ -158,6 +160,23 @@ class Disk(durable.Disk):
     def truncate(self, fd: int, path: Path, size: int) -> None:
         with self._step():
             super().truncate(fd, path, size)
+
+
+class AtOnce(Executor):
+    """Does what threads would do beside an actor in its own, as nothing but the seed may decide who comes first."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def submit(self, task: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        try:
+            done.set_result(task(*arguments, **named))
+        except Exception as error:
+            done.set_exception(error)
+        return done
+
+    def map(self, task: Callable[..., Any], *arguments: Iterable[Any], **_: Any) -> Iterator[Any]:
+        return map(task, *arguments)
 
 
 @dataclass
@@ -734,6 +753,9 @@ class World:
         # Its clients race in threads of their own.
         remote.probe = lambda bucket: None
         catalog_random, catalog.random = catalog.random, Chance  # type: ignore[attr-defined]
+        beside = [(module, module.ThreadPoolExecutor) for module in (packs, remote_journal, shared_log)]
+        for module, _ in beside:
+            module.ThreadPoolExecutor = AtOnce  # type: ignore[attr-defined]
         try:
             yield
         finally:
@@ -744,6 +766,8 @@ class World:
             catalog._LOOK_AGAIN = look_again
             shared_log._REFRESH, shared_log._CONFIRM, remote.probe, remote.folder_for = shared
             catalog.random = catalog_random  # type: ignore[attr-defined]
+            for module, threads in beside:
+                module.ThreadPoolExecutor = threads  # type: ignore[attr-defined]
 
 
 @dataclass

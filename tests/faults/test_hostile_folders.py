@@ -462,6 +462,21 @@ def test_a_hostile_folder_is_told_and_nothing_outside_is_touched(golden: Path, t
         soak.count(STEM, folders=1, commands=count)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.damages
+@pytest.mark.parametrize("where", FOLDERS)
+def test_each_odd_thing_in_the_place_of_a_folder_is_told(golden: Path, tmp_path: Path, where: str) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for odd in ODD_FOLDERS:
+        root = copy(golden, tmp_path / "r")
+        for place in sorted(root.glob(where)) or [root / where]:
+            odd(place, outside)
+        for words in (["list", "net"], ["verify"]):
+            outcome = call([*words, "--root", str(root)])
+            check(outcome)
+
+
 # -- what a manifest says ------------------------------------------------------------------------------------
 
 
