@@ -23,7 +23,7 @@ from registry.remote.bucket import Unreachable
 from registry.remote.journal import Journal
 from registry.remote.packs import RemotePacks
 from registry.store import durable, header, places
-from registry.store.errors import Corrupt, Invalid, StorageError
+from registry.store.errors import Corrupt, Invalid, Missing, StorageError
 
 _LARGEST = 64 << 20
 """Bytes of an object, compressed and not."""
@@ -129,8 +129,15 @@ class SharedLog:
 
     def _add(self, entry: Entry) -> None:
         packs = [record["digest"] for record in entry.records if record["op"] == "pack"]
-        self._packs.upload(packs)
-        headers = self._packs.headers(packs)
+        try:
+            self._packs.upload(packs)
+            headers = self._packs.headers(packs)
+        except Missing:
+            if self._object(entry.seq) is None:
+                raise
+            # Another host has doomed one meanwhile, and removed it.
+            self._overtaken = time.monotonic()
+            raise Behind from None
         data = packed(entry, headers)
         until = time.monotonic() + _PATIENCE
         while not self._journal.create(entry.seq, data):

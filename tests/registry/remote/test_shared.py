@@ -289,6 +289,31 @@ def test_a_young_pack_that_no_entry_names_stays(host: Hosts, bucket: FolderBucke
     assert len(list(bucket.list("packs"))) == 2
 
 
+def test_a_pack_that_no_entry_names_is_collected_by_two_hosts_at_once(
+    host: Hosts, bucket: FolderBucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = host("a"), host("b")
+    a.save("net", state(1))
+    pack = a.store.put({"model": {"w": torch.zeros(100)}}).pack
+    assert pack is not None
+    assert a.catalog.shared is not None
+    a.catalog.shared.upload([pack.digest])
+    # It is known in memory alone, as where another process of this host has made room.
+    a.store.pack_path(pack.digest).unlink()
+    upload = RemotePacks.upload
+
+    def late(packs: RemotePacks, digests: Collection[str]) -> None:
+        monkeypatch.setattr(RemotePacks, "upload", upload)
+        assert b.collect_garbage(grace=0).packs == 1
+        upload(packs, digests)
+
+    monkeypatch.setattr(RemotePacks, "upload", late)
+    a.collect_garbage(grace=0)
+    assert RemotePacks.upload is upload
+    assert len(list(bucket.list("packs"))) == 1
+    assert a.verify().problems == b.verify().problems == ()
+
+
 def test_a_save_on_tensors_that_are_being_collected_writes_them_again(
     host: Hosts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
