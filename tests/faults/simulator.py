@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -224,6 +225,7 @@ class Actor:
 
     def act(self) -> None:
         """One operation."""
+        gc.collect()
         if self.registry is None or self.chance.random() < 0.05:
             self.registry = self.world.opened(self.index)
         name = self.chance.choices(*self.world.operations)[0]
@@ -742,6 +744,14 @@ class World:
                 return float("-inf") if looks.random() < 0.2 else float("inf")
 
         look_again, catalog._LOOK_AGAIN = catalog._LOOK_AGAIN, Sometimes()  # type: ignore[assignment]
+        # A connection that nobody has any more is closed when it is collected.
+        gc.disable()
+        gc.freeze()
+        # Temporary files are looked at in the order of their names.
+        names = random.Random(f"{self.seed} names")
+        urandom, os.urandom = os.urandom, names.randbytes
+        # How old a file is depends on the machine.
+        settled, places._SETTLED = places._SETTLED, 1 << 62
         durable.disk, durable.lock = Disk(self), lock
         durable.open_file = places.open_file = open_file
         pack.secrets = entries.secrets = Chance  # type: ignore[assignment]
@@ -763,7 +773,10 @@ class World:
             pack.secrets, entries.secrets, entries.now = secrets, entry_secrets, entry_now
             commit.now, saving.now = commit_now, saving_now
             journal.SEGMENT = segment
-            catalog._LOOK_AGAIN = look_again
+            catalog._LOOK_AGAIN, places._SETTLED = look_again, settled
+            os.urandom = urandom
+            gc.unfreeze()
+            gc.enable()
             shared_log._REFRESH, shared_log._CONFIRM, remote.probe, remote.folder_for = shared
             catalog.random = catalog_random  # type: ignore[attr-defined]
             for module, threads in beside:

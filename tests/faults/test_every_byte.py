@@ -790,6 +790,7 @@ def test_damage_gives_the_right_bits_or_an_error_that_names_the_file(world: Worl
         soak.count(STEM, cases=1, **{case.count: 1})
 
 
+@pytest.mark.damages
 @pytest.mark.skipif("SOAK_SECONDS" not in os.environ, reason="takes hours; make soak runs a part of it")
 def test_every_byte_in_turn(world: World, tmp_path: Path) -> None:
     """Each byte of each file once, in an order of its own in each run, until the time is up."""
