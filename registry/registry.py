@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from registry.cache.artifacts import Artifacts
     from registry.catalog.attached import Attached
+    from registry.catalog.catalog import Catalog
     from registry.catalog.runs import Runs
     from registry.checkpoints.checkpoint import Checkpoint
     from registry.checkpoints.files import File
@@ -388,15 +390,25 @@ class Registry(Home):
 
     def set_tag(self, reference: str, tag: str) -> Checkpoint:
         """Attach a tag to a checkpoint."""
-        return self[naming.set_tag(self.catalog, reference, tag).name]
+        return self._described(reference, lambda catalog, name: naming.set_tag(catalog, name, tag))
 
     def remove_tag(self, reference: str, tag: str) -> Checkpoint:
         """Take a tag off a checkpoint."""
-        return self[naming.remove_tag(self.catalog, reference, tag).name]
+        return self._described(reference, lambda catalog, name: naming.remove_tag(catalog, name, tag))
 
     def add_note(self, reference: str, text: str) -> Checkpoint:
         """Attach a note, any text, to a checkpoint; see `registry.catalog.naming.add_note`."""
-        return self[naming.add_note(self.catalog, reference, text).name]
+        return self._described(reference, lambda catalog, name: naming.add_note(catalog, name, text))
+
+    def _described(self, reference: str, change: Callable[[Catalog, str], Version]) -> Checkpoint:
+        """A checkpoint whose tags or notes were changed: in the outbox, where it waits to be shared."""
+        pending = self.outbox.change(reference, change) if self.remote else None
+        if pending is None:
+            return self[change(self.catalog, reference).name]
+        with contextlib.suppress(NotFound):
+            return self[pending.name]
+        # Another process has shared it meanwhile.
+        return self[pending.id]
 
     def attach(self, reference: str, *paths: Path | str, force: bool = False) -> list[Attached]:
         """Attach files to a checkpoint, such as what was made from it; see `registry.checkpoints.files.attach`."""

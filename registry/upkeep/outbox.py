@@ -10,10 +10,11 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from registry.catalog.lookups import Reader
 from registry.catalog.naming import point_best, removal
 from registry.catalog.versions import Version, by_id, find_versions
 from registry.home import OUTBOX, Home
@@ -28,6 +29,7 @@ from registry.upkeep.garbage import collect_garbage
 from registry.upkeep.verification import verify
 
 if TYPE_CHECKING:
+    from registry.catalog.catalog import Catalog
     from registry.catalog.transactions import View
     from registry.log.entries import Record
 
@@ -89,6 +91,28 @@ class Outbox:
             f"no version {quoted(reference)} is pending; if it was shared, it has a number now: registry list {model}"
         )
 
+    def change(self, reference: str, change: Callable[[Catalog, str], Version]) -> Version | None:
+        """Change the tags or notes of a pending version, which it keeps when it is shared.
+
+        Args:
+            change: changes them, given the catalog that has the version, and its name there.
+
+        Returns:
+            The version as it was before; None if the reference names no pending one.
+
+        Raises:
+            NotFound: if another process has shared it at this moment, or from `change`.
+        """
+        version = self.find(reference)
+        if version is None:
+            return None
+        try:
+            change(self.home.catalog, _name_here(version))
+        except NotFound:
+            self.find(version.name)
+            raise
+        return version
+
     def takes(self) -> bool:
         """Whether what cannot be shared is to be kept here.
 
@@ -135,7 +159,7 @@ class Outbox:
                 if not self._cannot_be_shared(version, error):
                     raise
                 continue
-            self._remove([version])
+            self._let_go(version)
         collect_garbage(self.home.catalog, self.home.store, grace=0)
         return found
 
@@ -176,8 +200,7 @@ class Outbox:
         if by_id(self.home.catalog, version.id) is None:
             # Another process has shared it, thinned it, or given it up.
             return True
-        name = version._replace(is_pending=False).name
-        if not verify(self.home.catalog, self.home.store, name).problems:
+        if not verify(self.home.catalog, self.home.store, _name_here(version)).problems:
             return False
         _logger.warning(
             "%s is damaged and cannot be shared (%s); give it up with: registry outbox --drop %s",
@@ -189,10 +212,55 @@ class Outbox:
 
     def _remove(self, versions: Sequence[Version]) -> None:
         def compute(view: View) -> list[Record]:
-            there = {id for (id,) in view.query("SELECT id FROM versions")}
-            return [removal(version) for version in versions if version.id in there]
+            there = [by_id(view, version.id) for version in versions]
+            return [removal(version) for version in there if version]
 
         self.home.catalog.commit(compute)
+
+    def _let_go(self, version: Version) -> None:
+        """Remove a pending version that is shared now, once its tags and notes are there, which may have changed meanwhile."""
+        while (now := by_id(self.home.catalog, version.id)) is not None:
+            self._tell(now, taken_off=set(version.tags) - set(now.tags))
+            self._remove_unchanged(now)
+            version = now
+
+    def _remove_unchanged(self, version: Version) -> None:
+        """Remove a version, unless its tags or notes are others by now."""
+
+        def compute(view: View) -> list[Record]:
+            there = by_id(view, version.id)
+            is_same = there and (there.tags, there.notes) == (version.tags, version.notes)
+            return [removal(version)] if is_same else []
+
+        self.home.catalog.commit(compute)
+
+    def _tell(self, version: Version, taken_off: Collection[str]) -> None:
+        """Give a version in the shared registry the tags and notes that it lacks there.
+
+        Args:
+            taken_off: tags that it had here.
+        """
+
+        def compute(view: Reader) -> list[Record]:
+            there = by_id(view, version.id)
+            if there is None:
+                return []
+            return [
+                *({"op": "untag", "id": version.id, "tag": tag} for tag in there.tags if tag in taken_off),
+                *(
+                    {"op": "tag", "id": version.id, "tag": tag}
+                    for tag in version.tags
+                    if tag not in there.tags
+                ),
+                *(
+                    {"op": "note", "id": version.id, "at": at, "text": text}
+                    for at, text in version.notes
+                    if (at, text) not in there.notes
+                ),
+            ]
+
+        if compute(self._home.catalog):
+            self._home.catalog.commit(compute)
 
     @staticmethod
     def _best(version: Version, by: Monitor | None, view: View) -> list[Record]:
@@ -216,3 +284,8 @@ class Outbox:
         except (ValueError, TypeError, AttributeError):
             _logger.warning("%s is damaged; no alias `best` moves by it", path)
             return {}
+
+
+def _name_here(version: Version) -> str:
+    """The name of a pending version in the registry that has it."""
+    return version._replace(is_pending=False).name

@@ -240,12 +240,118 @@ def test_a_version_that_was_shared_and_removed_does_not_come_back(
     a.save("net", state(1))
     back(bucket)
     with monkeypatch.context() as patch:
-        patch.setattr(Outbox, "_remove", lambda *_: None)
+        patch.setattr(Outbox, "_let_go", lambda *_: None)
         a.outbox.share()
     a.remove(["net:v2"])
     a.collect_garbage(grace=0)
     assert a.outbox.share() == []
     assert [version.version for version in a.versions("net")] == [1]
+    assert not a.outbox
+
+
+def test_tags_and_notes_of_a_pending_version_are_shared_with_it(host: Hosts, bucket: Path) -> None:
+    a, b = host("a"), host("b")
+    a.save("net", state(0))
+    away(bucket)
+    a.save("net", state(1))
+    assert a.set_tag("net:pending-1", "paper").name == "net:pending-1"
+    a.set_tag("net@latest", "wrong")
+    assert a.add_note("net", "with the corrected labels").tags == ("paper", "wrong")
+    assert a.remove_tag("net:pending-1", "wrong").tags == ("paper",)
+    with pytest.raises(NotFound, match=r"has no tag 'papre'.*paper"):
+        a.remove_tag("net:pending-1", "papre")
+    with pytest.raises(NotFound, match=r"'net:pending-2' is pending"):
+        a.set_tag("net:pending-2", "paper")
+    back(bucket)
+    assert [one.target for one in a.outbox.share()] == ["net:v2"]
+    for registry in (a, b):
+        assert registry["net:v2"].tags == ("paper",)
+        assert [text for _, text in registry["net:v2"].notes] == ["with the corrected labels"]
+        assert registry["net:v1"].tags == ()
+    assert not a.outbox
+    with pytest.raises(NotFound, match="if it was shared, it has a number now"):
+        a.set_tag("net:pending-1", "late")
+    assert_whole(a, b)
+
+
+def test_what_is_tagged_while_it_is_shared_keeps_that(
+    host: Hosts, bucket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = host("a"), host("b")
+    a.save("net", state(0))
+    away(bucket)
+    a.save("net", state(1))
+    a.set_tag("net", "before")
+    back(bucket)
+    steps: list[Callable[[], object]] = [
+        lambda: (a.set_tag("net:pending-1", "while"), a.remove_tag("net:pending-1", "before")),
+        lambda: a.add_note("net:pending-1", "at the last moment"),
+    ]
+    tell = Outbox._tell
+
+    def late(outbox: Outbox, *arguments: Any, **named: Any) -> None:
+        tell(outbox, *arguments, **named)
+        if steps:
+            steps.pop(0)()
+
+    monkeypatch.setattr(Outbox, "_tell", late)
+    a.outbox.share()
+    assert not steps
+    assert not a.outbox
+    assert b["net:v2"].tags == ("while",)
+    assert [text for _, text in b["net:v2"].notes] == ["at the last moment"]
+    assert_whole(a, b)
+
+
+def test_what_is_tagged_after_a_program_was_killed_while_it_shared_keeps_that(
+    host: Hosts, bucket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = host("a"), host("b")
+    a.save("net", state(0))
+    away(bucket)
+    a.save("net", state(1))
+    a.add_note("net", "one")
+    back(bucket)
+    with monkeypatch.context() as patch:
+        patch.setattr(Outbox, "_let_go", lambda *_: None)
+        a.outbox.share()
+    a.set_tag("net:pending-1", "paper")
+    a.add_note("net:pending-1", "two")
+    a.outbox.share()
+    assert not a.outbox
+    assert b["net:v2"].tags == ("paper",)
+    assert [text for _, text in b["net:v2"].notes] == ["one", "two"]
+    assert len(b.versions("net")) == 2
+
+
+def test_what_another_process_shares_while_it_is_tagged_is_returned_with_its_number(
+    host: Hosts, bucket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = host("a")
+    a.save("net", state(0))
+    away(bucket)
+    a.save("net", state(1))
+    back(bucket)
+    change = Outbox.change
+
+    def early(outbox: Outbox, *arguments: Any) -> Any:
+        found = change(outbox, *arguments)
+        a.outbox.share()
+        return found
+
+    monkeypatch.setattr(Outbox, "change", early)
+    tagged = a.set_tag("net:pending-1", "paper")
+    assert (tagged.name, tagged.tags) == ("net:v2", ("paper",))
+
+
+def test_a_tagged_pending_version_is_given_up(host: Hosts, bucket: Path) -> None:
+    a = host("a")
+    a.save("net", state(0))
+    away(bucket)
+    a.save("net", state(1))
+    before = a.outbox.versions()
+    a.set_tag("net:pending-1", "paper")
+    a.outbox._remove(before)
     assert not a.outbox
 
 
@@ -361,9 +467,10 @@ def test_what_is_imported_offline_is_told_with_its_name(host: Hosts, bucket: Pat
     a.save("net", state(0))
     away(bucket)
     torch.save(state(1)["model"], tmp_path / "net.pt")
-    words = ["--root", bucket.as_uri(), "import", str(tmp_path / "net.pt"), "--name", "net"]
+    words = ["--root", bucket.as_uri(), "import", str(tmp_path / "net.pt"), "--name", "net", "--tag", "paper"]
     done = subprocess.run([sys.executable, "-m", "registry.cli", *words], capture_output=True, text=True)
     assert (done.returncode, done.stdout.split()[0]) == (0, "net:pending-1"), done.stderr
+    assert a["net:pending-1"].tags == ("paper",)
 
 
 def test_a_damaged_pending_version_holds_up_nothing(
