@@ -229,8 +229,9 @@ class Outbox:
 
         def compute(view: View) -> list[Record]:
             there = by_id(view, version.id)
-            is_same = there and (there.tags, there.notes) == (version.tags, version.notes)
-            return [removal(version)] if is_same else []
+            if there is None or (there.tags, there.notes) != (version.tags, version.notes):
+                return []
+            return [removal(there)]
 
         self.home.catalog.commit(compute)
 

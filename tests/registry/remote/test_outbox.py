@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from registry import Registry
+from registry.catalog.naming import point
+from registry.catalog.versions import Version
 from registry.log.metrics import Monitor
 from registry.remote import shared_log
 from registry.remote.bucket import Denied
@@ -51,6 +53,15 @@ def state(number: float) -> dict[str, Any]:
 
 def value(registry: Registry, reference: str) -> float:
     return float(registry[reference].load()["model"]["w"][0])
+
+
+def with_one_pending(host: Hosts, bucket: Path) -> Registry:
+    """A host with `net:v1`, and `net:pending-1` saved while the bucket is away, which it still is."""
+    a = host("a")
+    a.save("net", state(0))
+    away(bucket)
+    a.save("net", state(1))
+    return a
 
 
 def assert_whole(*registries: Registry) -> None:
@@ -234,10 +245,7 @@ def test_a_program_that_is_killed_while_it_shares_loses_and_doubles_nothing(
 def test_a_version_that_was_shared_and_removed_does_not_come_back(
     host: Hosts, bucket: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    a = host("a")
-    a.save("net", state(0))
-    away(bucket)
-    a.save("net", state(1))
+    a = with_one_pending(host, bucket)
     back(bucket)
     with monkeypatch.context() as patch:
         patch.setattr(Outbox, "_let_go", lambda *_: None)
@@ -250,10 +258,7 @@ def test_a_version_that_was_shared_and_removed_does_not_come_back(
 
 
 def test_tags_and_notes_of_a_pending_version_are_shared_with_it(host: Hosts, bucket: Path) -> None:
-    a, b = host("a"), host("b")
-    a.save("net", state(0))
-    away(bucket)
-    a.save("net", state(1))
+    b, a = host("b"), with_one_pending(host, bucket)
     assert a.set_tag("net:pending-1", "paper").name == "net:pending-1"
     a.set_tag("net@latest", "wrong")
     assert a.add_note("net", "with the corrected labels").tags == ("paper", "wrong")
@@ -277,10 +282,7 @@ def test_tags_and_notes_of_a_pending_version_are_shared_with_it(host: Hosts, buc
 def test_what_is_tagged_while_it_is_shared_keeps_that(
     host: Hosts, bucket: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    a, b = host("a"), host("b")
-    a.save("net", state(0))
-    away(bucket)
-    a.save("net", state(1))
+    b, a = host("b"), with_one_pending(host, bucket)
     a.set_tag("net", "before")
     back(bucket)
     steps: list[Callable[[], object]] = [
@@ -306,10 +308,7 @@ def test_what_is_tagged_while_it_is_shared_keeps_that(
 def test_what_is_tagged_after_a_program_was_killed_while_it_shared_keeps_that(
     host: Hosts, bucket: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    a, b = host("a"), host("b")
-    a.save("net", state(0))
-    away(bucket)
-    a.save("net", state(1))
+    b, a = host("b"), with_one_pending(host, bucket)
     a.add_note("net", "one")
     back(bucket)
     with monkeypatch.context() as patch:
@@ -327,10 +326,7 @@ def test_what_is_tagged_after_a_program_was_killed_while_it_shared_keeps_that(
 def test_what_another_process_shares_while_it_is_tagged_is_returned_with_its_number(
     host: Hosts, bucket: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    a = host("a")
-    a.save("net", state(0))
-    away(bucket)
-    a.save("net", state(1))
+    a = with_one_pending(host, bucket)
     back(bucket)
     change = Outbox.change
 
@@ -345,13 +341,28 @@ def test_what_another_process_shares_while_it_is_tagged_is_returned_with_its_num
 
 
 def test_a_tagged_pending_version_is_given_up(host: Hosts, bucket: Path) -> None:
-    a = host("a")
-    a.save("net", state(0))
-    away(bucket)
-    a.save("net", state(1))
+    a = with_one_pending(host, bucket)
     before = a.outbox.versions()
     a.set_tag("net:pending-1", "paper")
     a.outbox._remove(before)
+    assert not a.outbox
+
+
+def test_best_may_move_in_the_outbox_while_it_is_shared(
+    host: Hosts, bucket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = with_one_pending(host, bucket)
+    kept = a.save("net", state(2))
+    back(bucket)
+    remove, catalog = Outbox._remove_unchanged, a.outbox.home.catalog
+
+    def late(outbox: Outbox, version: Version) -> None:
+        catalog.commit(lambda view: point(view, "net", "best", manifest_id=version.id))
+        remove(outbox, version)
+
+    monkeypatch.setattr(Outbox, "_remove_unchanged", late)
+    assert [one.target for one in a.outbox.share()] == ["net:v2", "net:v3"]
+    assert a["net:v3"].id == kept.id
     assert not a.outbox
 
 
