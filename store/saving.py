@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from registry.store.digest import ALL_CORES, tensor_digest
+from registry.store.digest import ALL_CORES
 from registry.store.fingerprints import SMALLEST, remembered
 from registry.store.manifest import TensorInfo
 from registry.store.pack import Changed, PackInfo, PackWriter
@@ -409,11 +409,8 @@ class _Hashing:
                 self._progress.notify()
 
     def _hash(self, slot: int) -> _Hashed:
-        leaf, data = self._state.leaves[slot], self._state.leaves[slot].buffer()
-        if leaf.size < SMALLEST and leaf.is_plain and leaf.is_live and self._state.digests[slot] is None:
-            # Most tensors of a training are small, so these take the shortest way.
-            data = memoryview(bytes(data))
-            return _Hashed(slot, tensor_digest(leaf.dtype, leaf.shape, data, threads=1), leaf, data, True)
+        leaf = self._state.leaves[slot]
+        data = leaf.buffer()
         is_copied = _is_copied(leaf)
         if is_copied and leaf.is_plain:
             data = memoryview(bytes(data))

@@ -279,11 +279,11 @@ def _has_memory(tensor: torch.Tensor) -> bool:
         held = tensor.untyped_storage().nbytes()
     except RuntimeError:
         return False
-    start = tensor.storage_offset()
     if tensor.is_contiguous():
-        return held >= tensor.nbytes + (start and start * tensor.element_size())
-    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return held >= (start + last + 1) * tensor.element_size()
+        last = tensor.numel() - 1
+    else:
+        last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return held >= (tensor.storage_offset() + last + 1) * tensor.element_size()
 
 
 def _shown(path: Path) -> str:
