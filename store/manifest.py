@@ -100,14 +100,14 @@ class Manifest:
         """Names, elements and bytes of tensors in each component; a tied tensor counts once."""
         found = {}
         for name, document in self.components.items():
-            nodes = [node for _, node in _tensors_of({name: document})]
+            nodes = list(_references(document))
             slots = {slot for node in nodes for slot in _slots(name, node)}
-            infos = [self.tensors[slot] for slot in slots]
-            found[name] = {
-                "tensors": len(nodes),
-                "elements": sum(info.elements for info in infos),
-                "bytes": sum(info.size for info in infos),
-            }
+            elements = size = 0
+            for slot in slots:
+                dtype, shape, _ = self.tensors[slot]
+                elements += (count := math.prod(shape))
+                size += ELEMENT_TYPES[dtype].size * count
+            found[name] = {"tensors": len(nodes), "elements": elements, "bytes": size}
         return found
 
     def entries(self, components: Mapping[str, Any]) -> Iterator[Listed]:
@@ -281,6 +281,22 @@ def _tensors_of(components: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, 
                 stack += reversed([(f"{path}/{key}", child) for key, child in _children(node)])
         elif isinstance(node, list):
             stack += reversed([(f"{path}/{i}", child) for i, child in enumerate(node)])
+
+
+def _references(document: Any) -> Iterator[dict[str, Any]]:
+    """Every node of a document that refers to tensors, in no particular order."""
+    stack = [document]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, list):
+            stack += node
+        elif isinstance(node, dict):
+            if _is_reference(node):
+                yield node
+            elif next(iter(node), "").startswith("$"):
+                stack += [child for _, child in _children(node)]
+            else:
+                stack += node.values()
 
 
 def _is_reference(node: Mapping[str, Any]) -> bool:

@@ -280,10 +280,11 @@ def _has_memory(tensor: torch.Tensor) -> bool:
     except RuntimeError:
         return False
     if tensor.is_contiguous():
-        last = tensor.numel() - 1
+        reach = tensor.nbytes
     else:
         last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return held >= (tensor.storage_offset() + last + 1) * tensor.element_size()
+        reach = (last + 1) * tensor.itemsize
+    return bool(held >= tensor.storage_offset() * tensor.itemsize + reach)
 
 
 def _shown(path: Path) -> str:

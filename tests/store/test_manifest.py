@@ -6,10 +6,12 @@ import contextlib
 import json
 import math
 import struct
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -48,6 +50,29 @@ def test_a_manifest_is_read_as_it_was_written() -> None:
     assert parse(manifest.render()) == manifest
     assert list(manifest.slots) == [("model/w", 0), ("model/again", 0), ("model/b", 1)]
     assert (tensors[0].elements, tensors[0].size, tensors[1].size) == (6, 24, 1)
+
+
+def test_the_contents_count_names_and_tensors_wherever_they_stand(tmp_path: Path) -> None:
+    tied = torch.zeros(3, 2)
+    ordered: OrderedDict[Any, Any] = OrderedDict(a=tied, b=torch.ones(4, dtype=torch.float16))
+    ordered._metadata = {"inside": torch.ones(5)}  # type: ignore[attr-defined]
+    tree = {
+        "list": [torch.ones(1), {1: torch.ones(2), "$x": (torch.ones(3), None)}],
+        "ordered": ordered,
+        "counter": Counter({"n": 2}),
+        "tied": tied,
+        "array": np.arange(6, dtype=np.int16),
+        "bytes": b"x" * 5000,
+        "plain": [1.5, math.inf, "text", 1 + 2j, torch.float32, torch.Size([1])],
+    }
+    store = Store(tmp_path)
+    manifest = store.manifest(store.put(store.encode({"c": tree, "none": {}}), {}).digest)
+    assert len(manifest.listed) == 9
+    sizes = [(1, 4), (2, 8), (3, 12), (6, 24), (4, 8), (5, 20), (6, 12), (5000, 5000)]
+    assert manifest.contents == {
+        "c": {"tensors": 9, "elements": sum(n for n, _ in sizes), "bytes": sum(size for _, size in sizes)},
+        "none": {"tensors": 0, "elements": 0, "bytes": 0},
+    }
 
 
 def test_the_bytes_of_a_manifest_are_those_of_the_format() -> None:
