@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 import click
 
 import registry
-from registry.cli.options import example_text
+from registry.cli.options import color, example_text
 from registry.cli.output import name_commands, told
 from registry.store.errors import RegistryError
 from registry.store.text import printable
@@ -173,6 +173,7 @@ def _debug() -> bool:
 )
 @click.version_option(registry.__version__, "-V", "--version", prog_name="torch-registry")
 @click.option("--root", metavar="DIR", help="The registry's folder. [default: $REGISTRY_ROOT or .registry]")
+@color
 @click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
 @click.pass_context
 def app(ctx: click.Context, root: str | None, debug: bool) -> None:

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 import click
 
 from registry.cli.options import ReferenceType, command
-from registry.cli.output import print_json, print_table, say, size, time_of
+from registry.cli.output import nothing, print_json, say, size, time_of
+from registry.cli.tables import Column, Field, print_table
 from registry.store.durable import write_file
 from registry.store.errors import Conflict
 from registry.store.text import printable
 
 if TYPE_CHECKING:
+    from registry.checkpoints.files import File
     from registry.registry import Registry
 
 
@@ -42,13 +44,14 @@ def files(reference: str, name: str | None, output: str | None, registry: Regist
     if as_json:
         print_json([one._asdict() for one in found])
     elif not found:
-        say(f"# {registry.resolve(reference).name} has no files")
+        nothing(f"{registry.resolve(reference).name} has no files")
     else:
-        rows = [
-            (printable(one.name), size(one.size), time_of(one.attached) if one.attached else "-")
-            for one in found
+        fields: list[Field[File]] = [
+            (Column("FILE", is_text=True), lambda one: one.name),
+            (Column("SIZE"), lambda one: size(one.size)),
+            (Column("ATTACHED"), lambda one: time_of(one.attached) if one.attached else "-"),
         ]
-        print_table(("FILE", "SIZE", "ATTACHED"), rows, left=("FILE", "ATTACHED"))
+        print_table(fields, found)
 
 
 @command("attach", "registry attach lenet5:v3 model.onnx")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from registry.cli.options import command, example_text, seconds
-from registry.cli.output import counted, print_facts, print_json, print_table, say, size, time_of
+from registry.cli.output import ago, counted, nothing, print_facts, print_json, say, size, time_of
+from registry.cli.tables import Column, Field, TableView, print_table
 
 if TYPE_CHECKING:
     from registry.cache.artifacts import Artifact
@@ -27,27 +27,24 @@ def cache() -> None:
 
 
 @command("list", "registry cache list")
-def list_(registry: Registry, as_json: bool) -> None:
+def list_(registry: Registry, view: TableView, as_json: bool) -> None:
     """List artifacts, the newest first."""
     found = registry.artifacts.find()
     if as_json:
         print_json([_document(one) for one in found])
         return
     if not found:
-        say("# nothing is cached; put @cached from registry above a function that prepares data")
+        nothing("nothing is cached; put @cached from registry above a function that prepares data")
         return
-    rows = [
-        (
-            one.key[:12],
-            one.function,
-            size(one.size),
-            time_of(one.created),
-            _ago(one.used),
-            ", ".join(one.runs) or "-",
-        )
-        for one in found
+    fields: list[Field[Artifact]] = [
+        (Column("KEY", is_text=True), lambda one: one.key[:12]),
+        (Column("FUNCTION", 1, is_text=True), lambda one: one.function),
+        (Column("SIZE", 2), lambda one: size(one.size)),
+        (Column("CREATED", 4), lambda one: time_of(one.created)),
+        (Column("USED", 3), lambda one: ago(one.used)),
+        (Column("BY RUNS", 5, is_text=True), lambda one: ", ".join(one.runs) or "-"),
     ]
-    print_table(("KEY", "FUNCTION", "SIZE", "CREATED", "USED", "BY RUNS"), rows, left=("CREATED",))
+    print_table(fields, found, view)
 
 
 @command("show", "registry cache show 3f2a91c04b7e")
@@ -75,7 +72,7 @@ def show(key: str, registry: Registry, as_json: bool) -> None:
             ("holds", f"{counted(one.tensors, 'tensor')}, {size(one.size)}"),
             ("took", f"{record['seconds']:.3f} s" if "seconds" in record else None),
             ("created", time_of(one.created)),
-            ("used", _ago(one.used)),
+            ("used", ago(one.used)),
             ("runs", ", ".join(one.runs) or None),
         ]
     )
@@ -120,19 +117,6 @@ def _tell(gone: list[Artifact], as_json: bool) -> None:
 
 def _document(one: Artifact) -> dict[str, Any]:
     return {**one._asdict(), "function": one.function}
-
-
-def _ago(used: float) -> str:
-    """A rough text for the time since an artifact was used.
-
-    Args:
-        used: seconds since the epoch.
-    """
-    passed = max(0.0, time.time() - used)
-    for length, unit in ((86_400, "day"), (3_600, "hour"), (60, "minute")):
-        if passed >= length:
-            return f"{counted(int(passed // length), unit)} ago"
-    return "just now"
 
 
 for one in (list_, show, rm, clear):

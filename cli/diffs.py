@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from registry.cli.options import ReferenceType, command, registry_if_any
-from registry.cli.output import print_json, print_table, say, told
+from registry.cli.output import print_json, say, told
+from registry.cli.tables import columns_of, print_table
 from registry.reports import html, markdown, text
 from registry.store.durable import write_file
 from registry.store.errors import RegistryError
@@ -133,7 +134,8 @@ def compare(
         }
         print_json({"metric": metric, "models": chosen})
     elif form == "text" and output is None:
-        print_table(*curves.table(found, at))
+        columns, rows = curves.table(found, at)
+        print_table(columns_of(columns), rows)
     else:
         _write(_drawn(curves.blocks(found, metric, at), form), output)
 

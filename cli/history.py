@@ -10,7 +10,9 @@ import click
 from registry.catalog.ancestry import Branch, descendants, origins
 from registry.catalog.versions import Version, list_versions, own_sizes
 from registry.cli.options import ReferenceType, command, direction
-from registry.cli.output import counted, number, print_json, print_table, say, size, version_document
+from registry.cli.output import number, print_json, say, size, version_document
+from registry.cli.reading import fields_of, left_out
+from registry.cli.tables import Column, TableView, print_table
 
 if TYPE_CHECKING:
     from registry.registry import Registry
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 @click.option(
     "--limit", default=50, show_default=True, type=click.IntRange(0), help="Number of rows; 0 shows all."
 )
-def history(model: str, limit: int, registry: Registry, as_json: bool) -> None:
+def history(model: str, limit: int, registry: Registry, view: TableView, as_json: bool) -> None:
     """Show how a model came to be, version by version.
 
     PARENT is the version that training continued from. OWN is the size of what was written for the version alone.
@@ -41,27 +43,13 @@ def history(model: str, limit: int, registry: Registry, as_json: bool) -> None:
         ]
         print_json({"total": total, "versions": rows})
         return
-    names = list(dict.fromkeys(name for version in versions for name in version.metrics))
-    print_table(
-        ("NAME", "EPOCH", "STEP", "LOSS", *map(str.upper, names), "ALIASES", "PARENT", "RUN", "OWN"),
-        [
-            (
-                version.name,
-                version.epoch,
-                version.step,
-                version.loss,
-                *[version.metrics.get(name) for name in names],
-                version.aliases,
-                version.record.get("parent"),
-                version.record.get("run"),
-                size(own.get(version.id, 0)),
-            )
-            for version in versions
-        ],
-        left=("NAME", "ALIASES", "PARENT", "RUN"),
-    )
-    if total > len(versions):
-        say(f"{counted(len(versions), 'version')} of {total:,}; --limit 0 shows all")
+    fields = [
+        *fields_of(versions, registry.runs.monitors().get(model)),
+        (Column("PARENT", 2, is_text=True), lambda one: one.record.get("parent")),
+        (Column("RUN", 4, is_text=True), lambda one: one.record.get("run")),
+        (Column("OWN", 4), lambda one: size(own.get(one.id, 0))),
+    ]
+    print_table(fields, versions, view, below=left_out(versions, total))
 
 
 @command("best", "registry best lenet5 --by accuracy\nregistry best lenet5 --by val/loss")

@@ -9,7 +9,8 @@ import click
 
 from registry.catalog.versions import list_aliases
 from registry.cli.options import ReferenceType, command
-from registry.cli.output import counted, print_json, print_table, say, size, version_document
+from registry.cli.output import counted, nothing, print_json, say, size, version_document
+from registry.cli.tables import Column, Field, TableView, print_table
 from registry.log.reference import parse_reference
 from registry.store.errors import Conflict
 
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 @click.argument("reference", required=False, type=ReferenceType())
 @click.argument("name", required=False)
 @click.option("--remove", is_flag=True, help="Remove the alias REFERENCE. The checkpoint stays.")
-def alias(reference: str | None, name: str | None, remove: bool, registry: Registry, as_json: bool) -> None:
+def alias(
+    reference: str | None, name: str | None, remove: bool, registry: Registry, view: TableView, as_json: bool
+) -> None:
     """Point an alias at a checkpoint.
 
     From then on, NAME points at REFERENCE. Without arguments, the command lists the aliases. The registry itself sets
@@ -49,9 +52,15 @@ def alias(reference: str | None, name: str | None, remove: bool, registry: Regis
         ]
         if as_json:
             print_json({"aliases": rows})
+        elif not rows:
+            nothing("no aliases yet; set one with: registry alias lenet5:v3 production")
         else:
-            heads = ("ALIAS", "CHECKPOINT", "ID")
-            print_table(heads, [(r["alias"], r["name"], r["id"][:12]) for r in rows], left=heads)
+            fields: list[Field[dict[str, str]]] = [
+                (Column("ALIAS", is_text=True), lambda row: row["alias"]),
+                (Column("CHECKPOINT", is_text=True), lambda row: row["name"]),
+                (Column("ID", 1), lambda row: row["id"][:12]),
+            ]
+            print_table(fields, rows, view)
 
 
 @command("tag", "registry tag lenet5:v3 paper\nregistry tag --remove lenet5:v3 paper")

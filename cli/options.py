@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
+from registry.cli.tables import TableView
 from registry.store.errors import NotFound
 
 if TYPE_CHECKING:
@@ -20,11 +22,33 @@ _UNITS = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400}
 _SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
+def _set_color(ctx: click.Context, param: click.Parameter, choice: str | None) -> None:
+    """Let all output follow an option `--color`, or else the environment variables NO_COLOR and FORCE_COLOR."""
+    if choice is not None:
+        for name in ("NO_COLOR", "FORCE_COLOR"):
+            os.environ.pop(name, None)
+    if choice in ("always", "never"):
+        # What others draw looks there.
+        os.environ["FORCE_COLOR" if choice == "always" else "NO_COLOR"] = "1"
+    ctx.color = False if os.environ.get("NO_COLOR") else True if os.environ.get("FORCE_COLOR") else None
+
+
+_COLOR: dict[str, Any] = {
+    "type": click.Choice(["auto", "always", "never"]),
+    "callback": _set_color,
+    "expose_value": False,
+    "help": "When to colour what is printed. [default: auto, which heeds NO_COLOR and FORCE_COLOR]",
+}
+
+color = click.option("--color", **_COLOR)
+"""Declares the option that says when to use colours."""
+
+
 def command(name: str, example: str) -> Callable[[Callable[..., Any]], click.Command]:
     """Declare a command whose help ends in an example.
 
     A parameter `registry` of the function receives the opened registry. A parameter `root` receives the registry's
-    folder, and `as_json` the option `--json`.
+    folder, `as_json` the option `--json`, and `view` the options of a table.
     """
 
     def declare(function: Callable[..., Any]) -> click.Command:
@@ -36,18 +60,39 @@ def command(name: str, example: str) -> Callable[[Callable[..., Any]], click.Com
                 given["registry"] = open_registry(root)
             elif "root" in takes:
                 given["root"] = _root(root)
+            if "view" in takes:
+                given["view"] = TableView(given.pop("wide"), given.pop("columns"), given.pop("is_quiet"))
             return function(**given)
 
-        run = click.option("--debug", is_flag=True, help="Show a traceback when this fails.")(run)
-        run = click.option("--root", metavar="DIR", help="The registry's folder.")(run)
+        options = [
+            click.option("--color", **_COLOR, hidden=True),
+            click.option("--debug", is_flag=True, help="Show a traceback when this fails."),
+            click.option("--root", metavar="DIR", help="The registry's folder."),
+        ]
         if "as_json" in takes:
-            run = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(run)
-        made = click.command(name, epilog=example_text(example))(run)
+            options.append(click.option("--json", "as_json", is_flag=True, help="Print one JSON document."))
+        if "view" in takes:
+            options += _OF_TABLES
+        declared = functools.reduce(lambda inner, option: option(inner), options, run)
+        made = click.command(name, epilog=example_text(example))(declared)
         common = [option for option in made.params if option.name in ("as_json", "root", "debug")]
         made.params = [option for option in made.params if option not in common] + common
         return made
 
     return declare
+
+
+def _words(ctx: click.Context, param: click.Parameter, text: str | None) -> tuple[str, ...]:
+    """Read a list such as `epoch,loss`."""
+    return tuple(word.strip().lower() for word in (text or "").split(",") if word.strip())
+
+
+_OF_TABLES = (
+    click.option("-q", "--quiet", "is_quiet", is_flag=True, help="Print the first column alone."),
+    click.option("--columns", callback=_words, metavar="A,B", help="Show these columns alone."),
+    click.option("--wide", is_flag=True, help="Show all columns, even if they do not fit."),
+)
+"""Declare the options that say what to show of a table."""
 
 
 def example_text(example: str) -> str:

@@ -1,4 +1,4 @@
-"""What commands print: tables (by rich on a terminal, aligned text in a pipe), JSON, sizes, progress."""
+"""What commands print: lines, facts, JSON, sizes, progress. Tables are in `registry.cli.tables`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +24,23 @@ if TYPE_CHECKING:
 _PATIENCE = 1.0
 """Seconds of work before a bar appears."""
 
-_DISPENSABLE = ("ID", "DIGEST", "CREATED")
-"""Columns that a narrow terminal leaves out; `show` and `--json` have them all."""
+_STAND_INS = {
+    "…": "..",
+    "●": "*",
+    "○": "o",
+    "│": "|",
+    "─": "-",
+    "├": "|",
+    "└": "'",
+    "┴": "+",
+    "╯": "'",
+    "→": "->",
+    "✓": "ok",
+    "✗": "x",
+    "×": "x",
+    "−": "-",
+} | dict(zip("▁▂▃▄▅▆▇█", "_.-:=+*#", strict=True))
+"""What is printed for a character that the output's encoding does not have; a question mark for all others."""
 
 
 _commands: list[str] = []
@@ -61,9 +76,27 @@ def told(error: RegistryError) -> str:
     return with_root(printable(error.for_command_line()))
 
 
+def encodable(text: str) -> str:
+    """A text with stand-ins for the characters that the encoding of standard output does not have."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return "".join(_encodable(character, encoding) for character in text)
+    return text
+
+
+def _encodable(character: str, encoding: str) -> str:
+    try:
+        character.encode(encoding)
+    except UnicodeEncodeError:
+        return _STAND_INS.get(character, "?")
+    return character
+
+
 def say(text: str) -> None:
     """Print a line for people."""
-    click.echo(with_root(printable(text)))
+    click.echo(encodable(with_root(printable(text))))
 
 
 def warn(text: str) -> None:
@@ -86,72 +119,23 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, left: Collection[str] = ()) -> None:
-    """Print rows under headings. Columns that are empty in every row are left out, except the first.
-
-    Args:
-        left: the headings of the columns that hold text. They are aligned left, the others right.
-    """
-    texts = [[_cell(value) for value in row] for row in rows]
-    kept = [i for i in range(len(columns)) if i == 0 or any(row[i] for row in texts)]
-    columns = [columns[i] for i in kept]
-    texts = [[row[i] for i in kept] for row in texts]
-    if sys.stdout.isatty():
-        _rich_table(columns, texts, left)
-        return
-    widths = [max(map(len, column)) for column in zip(columns, *texts, strict=True)]
-    for row in [columns, *texts]:
-        cells = [
-            cell.ljust(width) if name in left else cell.rjust(width)
-            for name, cell, width in zip(columns, row, widths, strict=True)
-        ]
-        click.echo("  ".join(cells).rstrip())
-
-
-def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[str]) -> None:
-    """Print a table on a terminal. A narrow terminal leaves out the columns of `_DISPENSABLE`."""
-    # Lazy: loads rich.
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
-    shown = list(range(len(columns)))
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    for name in _DISPENSABLE:
-        if sum(widths[i] + 2 for i in shown) > console.width and name in columns and len(shown) > 1:
-            shown.remove(columns.index(name))
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for i in shown:
-        is_text = columns[i] in left
-        table.add_column(
-            columns[i],
-            justify="left" if is_text else "right",
-            style="cyan" if i == 0 else None,
-            no_wrap=not is_text or i == 0,
-            overflow="fold",
-        )
-    for row in rows:
-        table.add_row(*(Text(row[i]) for i in shown))
-    console.print(table)
-
-
 def print_facts(facts: Sequence[tuple[str, Any]]) -> None:
     """Print one fact a line, its name and its value. Facts with an empty value are left out."""
-    shown = [(name, _cell(value)) for name, value in facts if value not in (None, "", (), [], {})]
+    shown = [(name, text_of(value)) for name, value in facts if value not in (None, "", (), [], {})]
     width = max((len(name) for name, _ in shown), default=0)
     for name, value in shown:
-        click.echo(f"{click.style(name.ljust(width), bold=True)}  {value}")
+        click.echo(f"{click.style(encodable(name).ljust(width), bold=True)}  {value}")
 
 
-def _cell(value: Any) -> str:
+def text_of(value: Any) -> str:
+    """A value as one harmless line that standard output can encode; empty for None."""
     if value is None:
         return ""
     if isinstance(value, float):
         return number(value)
     if isinstance(value, list | tuple):
-        return ", ".join(map(_cell, value))
-    return printable(str(value))
+        return ", ".join(map(text_of, value))
+    return encodable(printable(str(value)))
 
 
 def number(value: float) -> str:
@@ -191,6 +175,28 @@ def time_of(stamp: str) -> str:
         return f"{datetime.fromisoformat(stamp).astimezone():%Y-%m-%d %H:%M}"
     except (ValueError, OverflowError):
         return "?"
+
+
+def ago(stamp: str | float) -> str:
+    """Roughly how long ago something was, such as `12 s ago`. A question mark for a text that is no time.
+
+    Args:
+        stamp: a stored time, or seconds since the epoch.
+    """
+    try:
+        then = stamp if isinstance(stamp, float) else datetime.fromisoformat(stamp).timestamp()
+    except (ValueError, OverflowError):
+        return "?"
+    passed = max(0.0, time.time() - then)
+    for length, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if passed >= length:
+            return f"{passed // length:.0f} {unit} ago"
+    return f"{passed:.0f} s ago"
+
+
+def nothing(why: str) -> None:
+    """Say that there is nothing to show, and why. It goes to the error stream, as what is shown may be piped on."""
+    warn(why)
 
 
 def version_document(version: Version) -> dict[str, Any]:

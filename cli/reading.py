@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,30 +11,43 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from registry.catalog.resolving import no_such_metric
-from registry.catalog.versions import Version, list_models, list_versions, name_of, rank_versions
+from registry.catalog.versions import (
+    Model,
+    Version,
+    best_versions,
+    list_models,
+    list_versions,
+    name_of,
+    own_by_model,
+    rank_versions,
+    values_by_model,
+)
 from registry.cli.options import ReferenceType, command, direction
 from registry.cli.output import (
+    ago,
     counted,
+    nothing,
     number,
     print_facts,
     print_json,
-    print_table,
-    say,
     size,
     time_of,
     version_document,
 )
+from registry.cli.tables import Column, Field, TableView, print_table
 from registry.log.metrics import is_smallest_best
+from registry.reports.charts import sparkline
 from registry.store.text import quoted
 
 if TYPE_CHECKING:
+    from registry.catalog.runs import RunInfo
     from registry.registry import Registry
 
 _MANY = 4
 """The most metrics that get a column each in a table of versions."""
 
-_TEXTS = ("MODEL", "NAME", "LATEST", "METRICS", "ALIASES", "TAGS", "CREATED", "ID")
-"""Columns of text in a table of versions."""
+_OF_VERSION = ("EPOCH", "STEP", "LOSS", "TAGS", "ID")
+"""The columns of a version that a table of models has as well."""
 
 
 @command("list", "registry list\nregistry list lenet5 --sort accuracy --limit 5")
@@ -51,6 +65,7 @@ def list_(
     tag: str | None,
     limit: int,
     registry: Registry,
+    view: TableView,
     as_json: bool,
 ) -> None:
     """List the models, or a model's versions.
@@ -59,7 +74,7 @@ def list_(
     --sort puts the largest first.
     """
     if model is None and not (metric or tag):
-        _list_models(registry, as_json)
+        _list_models(registry, view, as_json)
         return
     if model is not None:
         model = registry.resolve(model).model
@@ -79,14 +94,58 @@ def list_(
     if as_json:
         print_json({"total": total, "versions": [version_document(version) for version in versions]})
         return
-    columns, rows = _table(versions)
-    named = [(version.name, *row) for version, row in zip(versions, rows, strict=True)]
-    print_table(columns, named, left=_TEXTS)
-    if total > len(versions):
-        say(f"{counted(len(versions), 'version')} of {total:,}; --limit 0 shows all")
+    if not versions:
+        nothing(f"no version{f' of {model}' if model else ''} has the tag {quoted(tag or '')}")
+        return
+    first = metric or (registry.runs.monitors().get(model) if model else None)
+    print_table(fields_of(versions, first), versions, view, below=left_out(versions, total))
 
 
-def _list_models(registry: Registry, as_json: bool) -> None:
+def left_out(versions: Sequence[Version], total: int) -> list[str]:
+    """The line that says what the option `--limit` left out."""
+    shown = counted(len(versions), "version")
+    return [f"{shown} of {total:,}; --limit 0 shows all"] if total > len(versions) else []
+
+
+def fields_of(versions: Sequence[Version], first: str | None) -> list[Field[Version]]:
+    """The columns of a table of versions. Up to `_MANY` metrics get a column each.
+
+    Args:
+        first: the metric, or `loss`, that matters most and so comes right after the name.
+    """
+    names = list(dict.fromkeys(name for version in versions for name in version.metrics))
+    each = [name for name in names if name != first] if len(names) <= _MANY else []
+    rest = [name for name in names if name not in (first, *each)]
+    leading = [_measured(first, 1)] if first in names else []
+    return [
+        (Column("NAME", is_text=True), lambda one: one.name),
+        *leading,
+        (Column("EPOCH", 3), lambda one: one.epoch),
+        (Column("STEP", 7), lambda one: one.step),
+        (Column("LOSS", 1 if first == "loss" else 3), lambda one: one.loss),
+        *[_measured(name, 4) for name in each],
+        (Column("METRICS", 6, is_text=True), lambda one: _others(one, rest)),
+        (Column("ALIASES", 1, is_text=True), lambda one: one.aliases),
+        (Column("TAGS", 2, is_text=True), lambda one: one.tags),
+        (Column("SIZE", 5), lambda one: size(one.size)),
+        (Column("CREATED", 5), lambda one: time_of(one.created)),
+        (Column("ID", 8), lambda one: one.id[:12]),
+    ]
+
+
+def _measured(metric: str, rank: int) -> Field[Version]:
+    return Column(metric.upper(), rank), lambda one: _value(one, metric)
+
+
+def _value(version: Version, metric: str) -> float | None:
+    return version.loss if metric == "loss" else version.metrics.get(metric)
+
+
+def _others(version: Version, names: Sequence[str]) -> list[str]:
+    return [f"{name}={number(version.metrics[name])}" for name in names if name in version.metrics]
+
+
+def _list_models(registry: Registry, view: TableView, as_json: bool) -> None:
     models = list_models(registry.catalog)
     if as_json:
         print_json(
@@ -103,38 +162,46 @@ def _list_models(registry: Registry, as_json: bool) -> None:
         )
         return
     if not models:
-        say("No models yet; store one with: registry import FILE --name MODEL")
+        nothing("no models yet; store one with: registry import FILE --name MODEL")
         return
-    columns, rows = _table([m.latest for m in models])
-    counts = [(m.name, m.versions, m.latest.name) for m in models]
-    print_table(
-        ("MODEL", "VERSIONS", "LATEST", *columns[1:]),
-        [(*count, *row) for count, row in zip(counts, rows, strict=True)],
-        left=_TEXTS,
-    )
-
-
-def _table(versions: Sequence[Version]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
-    """The headings, and a row for each version without its name. Up to `_MANY` metrics get a column each."""
-    names = list(dict.fromkeys(name for version in versions for name in version.metrics))
-    each = names if len(names) <= _MANY else []
-    columns = ("NAME", "EPOCH", "STEP", "LOSS", *map(str.upper, each), "METRICS", "ALIASES", "TAGS")
-    rows = [
-        (
-            version.epoch,
-            version.step,
-            version.loss,
-            *[version.metrics.get(name) for name in each],
-            [] if each else [f"{name}={number(value)}" for name, value in version.metrics.items()],
-            version.aliases,
-            version.tags,
-            size(version.size),
-            time_of(version.created),
-            version.id[:12],
-        )
-        for version in versions
+    bests, own = best_versions(registry.catalog), own_by_model(registry.catalog)
+    rows = [(model, bests.get(model.name, model.latest)) for model in models]
+    metric = _headline(registry, [version for _, version in rows])
+    trends = values_by_model(registry.catalog, metric) if metric else {}
+    running = {info.model for info in registry.runs.find() if _is_running(registry, info)}
+    fields: list[Field[tuple[Model, Version]]] = [
+        (Column("MODEL", is_text=True), lambda row: row[0].name),
+        (Column("", is_text=True), lambda row: "●" if row[0].name in running else ""),
+        (Column("VERSIONS", 2), lambda row: row[0].versions),
+        (Column("BEST", 1, is_text=True), lambda row: _called(row[1], is_best=row[0].name in bests)),
+        (Column((metric or "-").upper(), 1), lambda row: _value(row[1], metric) if metric else None),
+        (Column("TREND", 3, is_text=True), lambda row: sparkline(trends.get(row[0].name, ()))),
+        (Column("OWN", 3), lambda row: size(own.get(row[0].name, 0))),
+        (Column("UPDATED", 3), lambda row: ago(row[0].latest.created)),
+        *[
+            (column._replace(rank=column.rank + 4), lambda row, value=value: value(row[1]))
+            for column, value in fields_of([], None)
+            if column.heading in _OF_VERSION and column.heading != (metric or "").upper()
+        ],
     ]
-    return (*columns, "SIZE", "CREATED", "ID"), rows
+    print_table(fields, rows, view, below=["● training now"] if running else [])
+
+
+def _is_running(registry: Registry, info: RunInfo) -> bool:
+    return info.state == "running" and not registry.runs.is_lost(info)
+
+
+def _headline(registry: Registry, versions: Sequence[Version]) -> str | None:
+    """The metric that says most about some versions: what most runs follow, or else what most versions have."""
+    followed = Counter(registry.runs.monitors().values())
+    had = Counter(name for version in versions for name in sorted(version.metrics))
+    return next((name for name, _ in (followed or had).most_common(1)), None)
+
+
+def _called(version: Version, *, is_best: bool) -> str:
+    """A version by its number, with its other names: `v6 production`, or `v2 (latest)` where no version is the best."""
+    others = [alias for alias in version.aliases if alias != "best"]
+    return " ".join([version.name.partition(":")[2], *([] if is_best else ["(latest)"]), *others])
 
 
 @command("show", "registry show lenet5@best --params")
@@ -156,24 +223,25 @@ def show(reference: str, params: bool, registry: Registry, as_json: bool) -> Non
     _show_facts(registry, version)
     components = version.record.get("components", {})
     click.echo()
-    print_table(
-        ("COMPONENT", "TENSORS", "ELEMENTS", "SIZE"),
-        [
-            (name, part["tensors"], f"{part['elements']:,}", size(part["bytes"]))
-            for name, part in components.items()
-        ],
-        left=("COMPONENT",),
-    )
+    of_components: list[Field[tuple[str, Mapping[str, int]]]] = [
+        (Column("COMPONENT", is_text=True), lambda one: one[0]),
+        (Column("TENSORS"), lambda one: one[1]["tensors"]),
+        (Column("ELEMENTS"), lambda one: f"{one[1]['elements']:,}"),
+        (Column("SIZE"), lambda one: size(one[1]["bytes"])),
+    ]
+    print_table(of_components, list(components.items()))
     if params:
         click.echo()
-        print_table(
-            ("PATH", "DTYPE", "SHAPE", "ELEMENTS", "DIGEST"),
-            [
-                (path, dtype, "x".join(map(str, shape)) or "scalar", f"{math.prod(shape):,}", digest[:12])
-                for path, dtype, shape, digest in tensors
-            ],
-            left=("PATH", "DTYPE", "SHAPE", "DIGEST"),
-        )
+        print_table(_OF_TENSORS, tensors)
+
+
+_OF_TENSORS: list[Field[Any]] = [
+    (Column("PATH", is_text=True), lambda one: one[0]),
+    (Column("DTYPE", 2), lambda one: one[1]),
+    (Column("SHAPE", 1), lambda one: "x".join(map(str, one[2])) or "scalar"),
+    (Column("ELEMENTS", 3), lambda one: f"{math.prod(one[2]):,}"),
+    (Column("DIGEST", 4), lambda one: one[3][:12]),
+]
 
 
 def _show_facts(registry: Registry, version: Version) -> None:

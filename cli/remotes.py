@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from registry.cli.options import command, example_text
-from registry.cli.output import print_json, print_table, say
+from registry.cli.output import nothing, print_json, say
+from registry.cli.tables import Column, Field, print_table
 
 
 @click.group("remote", epilog=example_text("registry remote add team s3://models/team\nregistry remote list"))
@@ -43,10 +44,13 @@ def list_(as_json: bool) -> None:
     if as_json:
         print_json([{"name": name, "place": place} for name, place in found.items()])
     elif found:
-        heads = ("NAME", "PLACE")
-        print_table(heads, list(found.items()), left=heads)
+        fields: list[Field[tuple[str, str]]] = [
+            (Column("NAME", is_text=True), lambda one: one[0]),
+            (Column("PLACE", is_text=True), lambda one: one[1]),
+        ]
+        print_table(fields, list(found.items()))
     else:
-        say("# no place has a name; add one with: registry remote add NAME PLACE")
+        nothing("no place has a name; add one with: registry remote add NAME PLACE")
 
 
 @command("remove", "registry remote remove team")

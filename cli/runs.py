@@ -15,7 +15,8 @@ import click
 
 from registry.catalog.runs import INNER, LOG, RunInfo
 from registry.cli.options import ReferenceType, command
-from registry.cli.output import counted, print_json, print_table, say, time_of, warn
+from registry.cli.output import counted, nothing, print_json, say, time_of, warn
+from registry.cli.tables import Column, Field, TableView, print_table
 from registry.store.errors import Conflict, NotFound, storage_errors
 from registry.store.places import open_file, opened_folder
 
@@ -32,15 +33,14 @@ _LONGEST_LINE = 1 << 20
 
 @command("runs", "registry runs lenet5")
 @click.argument("model", required=False, type=ReferenceType())
-def runs(model: str | None, registry: Registry, as_json: bool) -> None:
+def runs(model: str | None, registry: Registry, view: TableView, as_json: bool) -> None:
     """List training sessions, the newest first."""
     found = registry.runs.find(model)
-    if not found:
-        if model:
-            registry.resolve(model)
-        elif not as_json:
-            say("No runs yet; start one with: registry train lenet5")
-            return
+    if model and not found:
+        model = registry.resolve(model).model
+    if not found and not as_json:
+        nothing(f"no runs{f' of {model}' if model else ''} yet; start one with: registry train lenet5")
+        return
     counts = registry.runs.counts()
     states = [_state(registry, info) for info in found]
     if as_json:
@@ -58,14 +58,14 @@ def runs(model: str | None, registry: Registry, as_json: bool) -> None:
         ]
         print_json({"runs": rows})
         return
-    print_table(
-        ("RUN", "STATE", "VERSIONS", "STARTED", "TOOK"),
-        [
-            (info.name, state, counts.get(info.name, 0), time_of(info.started), _duration(info))
-            for info, state in zip(found, states, strict=True)
-        ],
-        left=("RUN", "STATE"),
-    )
+    fields: list[Field[tuple[RunInfo, str]]] = [
+        (Column("RUN", is_text=True), lambda one: one[0].name),
+        (Column("STATE", 1, is_text=True), lambda one: one[1]),
+        (Column("VERSIONS", 2), lambda one: counts.get(one[0].name, 0)),
+        (Column("STARTED", 3), lambda one: time_of(one[0].started)),
+        (Column("TOOK", 4), lambda one: _duration(one[0])),
+    ]
+    print_table(fields, list(zip(found, states, strict=True)), view)
 
 
 def _state(registry: Registry, info: RunInfo) -> str:

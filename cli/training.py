@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from registry.cli.options import ReferenceType, casts, command, renames
-from registry.cli.output import number, print_facts, print_json, print_table, say, version_document, warn
+from registry.cli.output import number, print_facts, print_json, say, version_document, warn
+from registry.cli.tables import columns_of, print_table
 from registry.configs.documents import read_document
 from registry.store.errors import Incompatible, Invalid, NotFound
 
@@ -340,7 +341,8 @@ def eval_(
     facts = [("checkpoint", checkpoint.name), ("data", content.name), ("images", len(labels))]
     print_facts([*facts, ("accuracy", accuracy), ("loss", loss)])
     click.echo()
-    print_table(("CLASS", "IMAGES", "ACCURACY", "MISTAKEN FOR"), rows, left=("CLASS",))
+    headings = ("CLASS", "IMAGES", "ACCURACY", "MISTAKEN FOR")
+    print_table(columns_of(headings, texts=("CLASS", "MISTAKEN FOR")), rows)
 
 
 def _by_class(
@@ -398,4 +400,5 @@ def predict(
         (one.image, one.label, f"{one.probability:.1%}", f"{one.second} {one.second_probability:.1%}")
         for one in found
     ]
-    print_table(("IMAGE", "CLASS", "PROBABILITY", "OR"), rows, left=("IMAGE", "CLASS", "OR"))
+    headings = ("IMAGE", "CLASS", "PROBABILITY", "OR")
+    print_table(columns_of(headings, texts=("IMAGE", "CLASS", "OR")), rows)

@@ -11,6 +11,7 @@ from registry.catalog.lookups import Reader, parsed
 from registry.catalog.resolving import hint
 from registry.log.entries import now
 from registry.log.facts import sound_run
+from registry.log.metrics import is_metric
 from registry.log.reference import check_run_name
 from registry.store import durable, places
 from registry.store.errors import Conflict, NotFound, RegistryError
@@ -45,6 +46,12 @@ class RunInfo(NamedTuple):
     def state(self) -> str:
         """`running`, `finished`, `interrupted`, or `failed: ...`."""
         return str(self.record.get("state", "running"))
+
+    @property
+    def monitor(self) -> str | None:
+        """The metric (or `loss`) that the alias `best` follows; None if it follows none, or that was not recorded."""
+        found = self.record.get("monitor")
+        return found[0] if isinstance(found, list) and found and is_metric(found[0]) else None
 
     @property
     def ended(self) -> str | None:
@@ -137,6 +144,14 @@ class Runs:
         """How many versions each run has, by its name; those that have none are left out."""
         query = "SELECT run, COUNT(*) FROM versions WHERE run IS NOT NULL GROUP BY run"
         return dict(self._catalog.query(query))
+
+    def monitors(self) -> dict[str, str]:
+        """For each model the metric (or `loss`) that its alias `best` follows, as the newest run says."""
+        found: dict[str, str] = {}
+        for info in self.find():
+            if info.monitor:
+                found.setdefault(info.model, info.monitor)
+        return found
 
     def chain(self, name: str) -> list[str]:
         """The names of a run and of those that it was resumed from, the run first."""

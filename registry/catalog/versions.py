@@ -138,6 +138,31 @@ def own_sizes(catalog: Reader, model: str, since: int = 1) -> dict[str, int]:
     return dict(rows)
 
 
+def own_by_model(catalog: Reader) -> dict[str, int]:
+    """Bytes of the packs that were written for the versions of each model; see `own_sizes`."""
+    rows = catalog.query(
+        "SELECT v.model, SUM(p.size) FROM packs p JOIN versions v ON v.id = (SELECT w.id FROM uses u "
+        "JOIN versions w ON w.id = u.id WHERE u.pack = p.number ORDER BY w.created LIMIT 1) GROUP BY v.model"
+    )
+    return dict(rows)
+
+
+def values_by_model(catalog: Reader, metric: str) -> dict[str, list[float]]:
+    """The values of a metric (or `loss`) of each model's versions, in the order of their numbers; NaN is left out."""
+    if metric == "loss":
+        sql, given = "SELECT model, loss FROM versions WHERE loss IS NOT NULL ORDER BY model, version", []
+    else:
+        sql = (
+            "SELECT v.model, m.value FROM metrics m JOIN versions v ON v.id = m.id "
+            "WHERE m.name = ? AND m.value IS NOT NULL ORDER BY v.model, v.version"
+        )
+        given = [metric]
+    found: dict[str, list[float]] = {}
+    for model, value in catalog.query(sql, given):
+        found.setdefault(model, []).append(value)
+    return found
+
+
 def by_id(catalog: Reader, version_id: str) -> Version | None:
     """The version with an id, if there is one."""
     found = find_versions(catalog, "v.id = ?", [version_id])
@@ -166,6 +191,12 @@ def list_models(catalog: Reader) -> list[Model]:
     if any(name not in by_model for name, _ in rows):
         raise Corrupt("the catalog contradicts itself about a model; recreate it with: registry rebuild")
     return [Model(name, count, by_model[name]) for name, count in rows]
+
+
+def best_versions(catalog: Reader) -> dict[str, Version]:
+    """The version that the alias `best` of each model points at."""
+    found = find_versions(catalog, "v.id IN (SELECT id FROM aliases WHERE name = 'best')")
+    return {version.model: version for version in found if "best" in version.aliases}
 
 
 def list_versions(

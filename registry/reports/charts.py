@@ -1,4 +1,4 @@
-"""Charts: bars and curves as SVG, which is part of an HTML page and needs no script."""
+"""Charts: bars and curves as SVG, which is part of an HTML page and needs no script, and curves as a line of text."""
 
 from __future__ import annotations
 
@@ -15,6 +15,34 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 20, 20, 40
 """The margins around the curves, where the axes are."""
 _NAME, _BAR, _ROW = 240, 320, 22
 """Bars: the width of the names, that of the longest bar, and the height of a row."""
+
+
+_LEVELS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: Sequence[float], width: int = 8) -> str:
+    """Draw how values went as one short text; empty for fewer than two. What is not finite is left out.
+
+    Args:
+        width: characters at most. Each stands for the mean of the values at its place.
+
+    >>> sparkline([0.81, 0.91, 0.95, 0.96])
+    '▁▆██'
+    """
+    finite = [value for value in values if math.isfinite(value)]
+    count = min(width, len(finite))
+    if len(finite) < 2:
+        return ""
+    means = []
+    for i in range(count):
+        part = finite[i * len(finite) // count : (i + 1) * len(finite) // count]
+        # Divided first, as the sum of huge numbers may be infinite.
+        means.append(sum(value / len(part) for value in part))
+    low, high = min(means), max(means)
+    top = len(_LEVELS) - 1
+    if low == high:
+        return _LEVELS[top // 2] * count
+    return "".join(_LEVELS[round(top * ((mean / 2 - low / 2) / (high / 2 - low / 2)))] for mean in means)
 
 
 def bars(block: Bars) -> str:

@@ -142,11 +142,13 @@ class Recording:
 
     def session(self) -> dict[str, Any]:
         """What the log keeps of the run itself when it begins."""
+        by = self._monitor
         found = {
             "config": self.values,
             **self._data(),
             **self._together(1),
             "resumed": self._resumed.id if self._resumed else None,
+            "monitor": [by.metric, "min" if by.smallest else "max"] if by else None,
             **provenance.of_process(),
         }
         return _said(found)
