@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, NoReturn
 import click
 
 import registry
-from registry.cli.options import color, example_text
-from registry.cli.output import name_commands, told
+from registry.cli.options import Group, color, example_text
+from registry.cli.output import begin, complain, complain_of, name_commands
+from registry.cli.suggestions import usage_error
 from registry.store.errors import RegistryError
-from registry.store.text import printable
 
 
 class Row(NamedTuple):
@@ -94,8 +94,8 @@ _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 name_commands(COMMANDS)
 
 
-class App(click.Group):
-    """A group that prints a `RegistryError` in one line. It loads only the command that is called."""
+class App(Group):
+    """The group that prints a `RegistryError` in one line. It loads only the command that is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The names of the commands, in the order of `COMMANDS`."""
@@ -120,21 +120,25 @@ def _guarded(run: Callable[[], Any]) -> int:
 
     The status is 0 for success, 1 for a failure, 2 for wrong usage and 130 for an interruption.
     """
+    begin()
     try:
         is_closed = sys.stdout is None
         if is_closed:
             sys.stdout = io.StringIO()
         result = run()
         if is_closed:
-            click.echo("registry: done, but standard output is closed, so nothing was shown", err=True)
+            complain("Closed", "done, but standard output is closed, so nothing was shown")
             return 1
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return error.exit_code
+    except click.ClickException as error:
+        complain("Usage", *usage_error(error))
+        return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("registry: interrupted; nothing is half done", err=True)
+        complain("Interrupted", "interrupted; nothing is half done")
         return 130
     except BrokenPipeError:
         _give_up_output()
@@ -143,14 +147,13 @@ def _guarded(run: Callable[[], Any]) -> int:
         if _debug():
             raise
         if isinstance(error, RegistryError):
-            message = told(error)
+            complain_of(error)
         elif isinstance(error, OSError) and error.filename is None and error.errno in _NOT_WRITTEN:
             _give_up_output()
-            message = f"cannot write to standard output: {error.strerror}"
+            complain("StorageError", f"cannot write to standard output: {error.strerror}")
         else:
-            text = printable(str(error).partition("\n")[0])
-            message = f"unexpected {type(error).__name__}: {text} (--debug shows where)"
-        click.echo(f"registry: {message}", err=True)
+            kind, text = type(error).__name__, str(error).partition("\n")[0]
+            complain(kind, f"unexpected {kind}: {text}", "--debug shows where")
         return 1
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from registry.cli.options import command, example_text, seconds
+from registry.cli.options import Group, command, example_text, seconds
 from registry.cli.output import ago, counted, nothing, print_facts, print_json, say, size, time_of
 from registry.cli.tables import Column, Field, TableView, print_table
 
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 @click.group(
-    "cache", epilog=example_text("registry cache list\nregistry cache clear --older-than 30d --unused")
+    "cache",
+    cls=Group,
+    epilog=example_text("registry cache list\nregistry cache clear --older-than 30d --unused"),
 )
 def cache() -> None:
     """Show and clear cached datasets.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from registry.cli.options import ReferenceType, command, example_text, open_registry
+from registry.cli.options import Group, ReferenceType, command, example_text, open_registry
 from registry.cli.output import print_json, say
 from registry.configs.documents import SUFFIXES, assign, differences, flatten, read_document
 from registry.store.errors import Invalid, NotFound
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from registry.configs.config import Config
 
 
-@click.group("config", epilog=example_text("registry config diff lenet5:v1 lenet5:v2"))
+@click.group("config", cls=Group, epilog=example_text("registry config diff lenet5:v1 lenet5:v2"))
 def config() -> None:
     """Show, check and compare configurations.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from registry.cli.options import ReferenceType, command, registry_if_any
-from registry.cli.output import print_json, say, told
+from registry.cli.output import complain_of, print_json, say
 from registry.cli.tables import columns_of, print_table
 from registry.reports import html, markdown, text
 from registry.store.durable import write_file
@@ -74,7 +74,7 @@ def diff(
             report = report.model_copy(update={"command": f"{report.command} {shlex.join(['--plan', file])}"})
         _write(_rendered(report, "json" if as_json else form), output)
     except RegistryError as error:
-        click.echo(f"registry: {told(error)}", err=True)
+        complain_of(error)
         return 2
     return 0 if report.is_same else 1
 

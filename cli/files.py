@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from registry.cli.options import ReferenceType, byte_count, command, pairs
-from registry.cli.output import counted, print_json, progress_bar, say, size, version_document, warn
+from registry.cli.output import (
+    counted,
+    in_one_line,
+    print_json,
+    progress_bar,
+    say,
+    size,
+    version_document,
+    warn,
+)
 from registry.configs.documents import read_document, read_value
 from registry.files.exporting import export as export_checkpoint
 from registry.files.formats import FORMATS, listed
@@ -146,7 +155,7 @@ def import_(
             if len(files) == 1 and not as_json:
                 raise
             failed.append({"file": file, "error": _named(error, file)})
-            warn(f"registry: {failed[-1]['error']}")
+            warn(f"error: {failed[-1]['error']}")
             continue
         for tag in tags:
             registry.set_tag(checkpoint.name, tag)
@@ -197,12 +206,12 @@ def _sum_up(imported: Sequence[Any], failed: Sequence[Mapping[str, str]], as_jso
     if failed:
         names = _listed([one["file"] for one in failed])
         total = len(imported) + len(failed)
-        warn(f"registry: {len(imported)} of {total} files were imported; these were not: {names}")
+        warn(f"error: {len(imported)} of {total} files were imported; these were not: {names}")
 
 
 def _named(error: RegistryError, file: str) -> str:
     """The text of an error, with the name of the file."""
-    text = printable(error.for_command_line())
+    text = in_one_line(error)
     return text if printable(file) in text else f"{printable(file)}: {text}"
 
 

@@ -162,6 +162,25 @@ casts = click.option("--allow-cast", is_flag=True, help="Load tensors of another
 """Declares the option that allows a change of dtype, for the parameter `allow_cast`."""
 
 
+class Group(click.Group):
+    """A group of commands that suggests one for a word that is none."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that the first word names.
+
+        Raises:
+            click.UsageError: if there is none.
+        """
+        if not ctx.resilient_parsing and args[0][:1] != "-" and self.get_command(ctx, args[0]) is None:
+            # Lazy: start-up.
+            from registry.cli.suggestions import no_such_command
+
+            raise no_such_command(args[0], self.list_commands(ctx), ctx)
+        return super().resolve_command(ctx, args)
+
+
 class ReferenceType(click.ParamType[str, str]):
     """A reference to a checkpoint. The shell completes it from the catalog."""
 

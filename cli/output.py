@@ -19,10 +19,15 @@ from registry.store.text import printable
 
 if TYPE_CHECKING:
     from registry.catalog.versions import Version
-    from registry.store.errors import RegistryError
+    from registry.store.errors import Difference, RegistryError
 
 _PATIENCE = 1.0
 """Seconds of work before a bar appears."""
+
+_MOST_DIFFERENCES = 20
+"""Differences that an error shows."""
+
+_COLOURS = {"~": "yellow", "+": "green", "-": "red"}
 
 _STAND_INS = {
     "…": "..",
@@ -71,9 +76,54 @@ def _given(words: Sequence[str]) -> str:
     return ""
 
 
-def told(error: RegistryError) -> str:
-    """An error in one line. The user can paste its advice."""
-    return with_root(printable(error.for_command_line()))
+def complain(kind: str, message: str, hint: str = "", differences: Sequence[Difference] = ()) -> None:
+    """Print an error and what to do about it, a line each, to the error stream; with `--json` also as a document.
+
+    Args:
+        kind: the name of the kind of error, for programs.
+        hint: what to do. The user can paste what it says to type.
+        differences: what the error is about, a line each.
+    """
+    message, hint = with_root(printable(message)), with_root(printable(hint))
+    if _is_json() and not _documents:
+        document: dict[str, Any] = {"kind": kind, "message": message, "hint": hint or None}
+        if differences:
+            document["differences"] = [one._asdict() for one in differences]
+        with contextlib.suppress(OSError):
+            print_json({"error": document})
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)
+    for line in _lines_of(differences):
+        click.echo(line, err=True)
+    if hint:
+        click.echo(f"{click.style('hint:', fg='cyan', bold=True)}  {hint}", err=True)
+
+
+def complain_of(error: RegistryError) -> None:
+    """Print an error of the registry; see `complain`."""
+    complain(type(error).__name__, *error.for_command_line(), error.differences)
+
+
+def in_one_line(error: RegistryError) -> str:
+    """An error of the registry and what to do about it, as one line of several."""
+    return with_root(printable("; ".join(filter(None, error.for_command_line()))))
+
+
+def _lines_of(differences: Sequence[Difference]) -> list[str]:
+    """A line for each of some differences, aligned; of many the first alone."""
+    shown = [tuple(map(text_of, one)) for one in differences[:_MOST_DIFFERENCES]]
+    names, whats = (max((len(one[i]) for one in shown), default=0) for i in (1, 2))
+    lines = [
+        f"  {click.style(sign, fg=_COLOURS[sign])} {name.ljust(names)}  {what.ljust(whats)}  {why}"
+        for sign, name, what, why in shown
+    ]
+    more = len(differences) - len(shown)
+    return [*lines, f"  and {more:,} more"] if more else lines
+
+
+def _is_json() -> bool:
+    """Whether the command line asks for a JSON document."""
+    words = sys.argv[1 : sys.argv.index("--") if "--" in sys.argv else None]
+    return "--json" in words
 
 
 def encodable(text: str) -> str:
@@ -104,8 +154,18 @@ def warn(text: str) -> None:
     click.echo(with_root(printable(text)), err=True)
 
 
+_documents: list[bool] = []
+"""Whether a JSON document was printed. This is state of the process."""
+
+
+def begin() -> None:
+    """Forget what an earlier command line of this process printed."""
+    _documents.clear()
+
+
 def print_json(document: Any) -> None:
     """Print one JSON document. NaN and infinity become null, because JSON has neither."""
+    _documents.append(True)
     click.echo(json.dumps(_finite(document), indent=2))
 
 

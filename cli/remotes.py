@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import click
 
-from registry.cli.options import command, example_text
+from registry.cli.options import Group, command, example_text
 from registry.cli.output import nothing, print_json, say
 from registry.cli.tables import Column, Field, print_table
 
 
-@click.group("remote", epilog=example_text("registry remote add team s3://models/team\nregistry remote list"))
+@click.group(
+    "remote",
+    cls=Group,
+    epilog=example_text("registry remote add team s3://models/team\nregistry remote list"),
+)
 def remote() -> None:
     """Name places of registries, for --to and --from.
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from registry.cli.options import command
-from registry.cli.output import print_json, told, warn
+from registry.cli.output import complain_of, print_json, warn
 from registry.store.errors import RegistryError
 
 
@@ -71,7 +71,7 @@ def check_resume(
             **given,
         )
     except RegistryError as error:
-        warn(f"registry: {told(error)}")
+        complain_of(error)
         return 2
     if as_json:
         print_json(found.document())

@@ -96,7 +96,7 @@ def compact(models: tuple[str, ...], dry_run: bool, registry: Registry, as_json:
         return int(any(one.problem for one in found))
     for one in found:
         if one.problem:
-            warn(f"registry: {one.model}: {one.problem}")
+            warn(f"error: {one.model}: {one.problem}")
             if not one.packs:
                 continue
         packs = f"{counted(one.versions, 'version')} in {counted(one.packs, 'pack')}"

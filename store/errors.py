@@ -10,13 +10,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 _OPTIONS = {"adapters": "adapt"}
 """What the command line calls an argument, where it is not the same word."""
+
+_TWO_PARTS = re.compile(r"((?:'[^']*'|.)*?)(?:; (.*))?", re.DOTALL)
+"""What was wrong, and what to do, which a semicolon outside of quotes divides."""
 
 _ADVICE = {
     errno.ENOSPC: "no space left on the device; free some and repeat",
@@ -75,6 +79,20 @@ def fix(lead: str = "", evidence: str = "", /, **arguments: Any) -> Fix:
     return Fix(lead=lead, python=python, options=" ".join(options), evidence=evidence)
 
 
+class Difference(NamedTuple):
+    """A tensor in which two models differ, as an error shows it.
+
+    Attributes:
+        sign: `~` for changed, `+` for new, `-` for gone.
+        what: such as two shapes.
+    """
+
+    sign: str
+    name: str
+    what: str
+    why: str
+
+
 class RegistryError(Exception):
     """Base of every error that the registry raises on purpose.
 
@@ -83,6 +101,12 @@ class RegistryError(Exception):
         fixes: what to add to the call, in the order in which it is told.
     """
 
+    summary: str = ""
+    """A shorter message, where `differences` has the rest of it."""
+
+    differences: Sequence[Difference] = ()
+    """What the error is about, one by one."""
+
     def __init__(self, message: str = "", *fixes: Fix) -> None:
         super().__init__(message, *fixes)
         self.fixes = fixes
@@ -90,9 +114,12 @@ class RegistryError(Exception):
     def __str__(self) -> str:
         return self._with(fix.told(fix.python) for fix in self.fixes)
 
-    def for_command_line(self) -> str:
-        """The message, with options in the place of arguments."""
-        return self._with(fix.told(fix.options) for fix in self.fixes if fix.options)
+    def for_command_line(self) -> tuple[str, str]:
+        """What was wrong and where; and what to do, with options in the place of arguments, or an empty text."""
+        message = self.summary or (str(self.args[0]) if self.args else "")
+        what, advice = _TWO_PARTS.fullmatch(message).groups()  # type: ignore[union-attr]
+        fixes = [fix.told(fix.options) for fix in self.fixes if fix.options]
+        return what, "; ".join([*([advice] if advice else []), *fixes])
 
     def _with(self, advice: Iterable[str]) -> str:
         return "; ".join([str(self.args[0]) if self.args else "", *advice])

@@ -54,7 +54,8 @@ def hint(text: str, names: Sequence[str]) -> str:
     near = [name for name in names if name.startswith(text)] or difflib.get_close_matches(text, names, 1)
     if near:
         return f"; did you mean {quoted(near[0])}?"
-    return f"; there are {', '.join(sorted(names)[:5])}" if names else ""
+    some = f"; there are {', '.join(sorted(names)[:5])}" if names else ""
+    return f"{some} and {len(names) - 5} more" if len(names) > 5 else some
 
 
 def direction_of(catalog: Reader, model: str | None, metric: str, smallest: bool | None) -> bool:

@@ -19,7 +19,7 @@ _VERSION = re.compile(r"v([1-9][0-9]{0,8})\Z")
 PENDING = re.compile(r"pending-([1-9][0-9]{0,8})\Z")
 """What stands behind the colon for a version that waits to be shared; see `registry.upkeep.outbox`."""
 
-_PREFIX = re.compile(r"[0-9a-f]{6,64}\Z")
+_PREFIX = re.compile(r"[0-9a-f]{4,64}\Z")
 
 
 class Reference(NamedTuple):

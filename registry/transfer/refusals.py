@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from registry.patterns import below, escaped
-from registry.store.errors import Fix, Incompatible, fix
+from registry.store.errors import Difference, Fix, Incompatible, fix
 from registry.transfer.matching import Category, Pair
 from registry.transfer.sides import Side
 from registry.transfer.suggestions import suggestions
@@ -45,7 +45,11 @@ def unexpected(found: Sequence[Pair], left: Side, right: Side, pairs: Sequence[P
     fixes = _renames(left, right, pairs)
     if advised:
         fixes.append(fix("if that is meant", **advised))
-    return Incompatible(f"{described}{more}: not expected", *fixes)
+    error = Incompatible(f"{described}{more}: not expected", *fixes)
+    tensors = "a tensor that was" if len(found) == 1 else f"{len(found)} tensors that were"
+    error.summary = f"{left.label} and {right.label} differ in {tensors} not expected to"
+    error.differences = [_difference(pair, left, right) for pair in found]
+    return error
 
 
 def nothing_loaded(left: Side, right: Side, pairs: Sequence[Pair]) -> Incompatible:
@@ -70,6 +74,26 @@ def _described(pair: Pair) -> str:
             return f"{pair.name}: {pair.note}"
         case _:
             return f"{pair.name}: {pair.category} {pair.note}".strip()
+
+
+def _difference(pair: Pair, left: Side, right: Side) -> Difference:
+    """One difference for a table."""
+    a, b = pair.a, pair.b
+    match pair.category:
+        case Category.SHAPE if a and b:
+            return Difference("~", b.name, f"{_shape(a.shape)} → {_shape(b.shape)}", "other shape")
+        case Category.ONLY_B if b:
+            return Difference("+", b.name, _shape(b.shape), f"only in {right.label}")
+        case Category.ONLY_A if a:
+            return Difference("-", a.name, _shape(a.shape), f"only in {left.label}")
+        case Category.CAST if a and b:
+            return Difference("~", b.name, f"{a.dtype} → {b.dtype}", "other dtype")
+        case _:
+            return Difference("~", pair.name, pair.note, str(pair.category))
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape)) or "scalar"
 
 
 def _patterns(meanings: Mapping[str, str]) -> dict[str, str]:

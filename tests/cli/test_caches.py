@@ -59,7 +59,7 @@ def test_list_show_rm_and_clear(run: Run, root: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("cache show abc", "there is no artifact 'abc'; registry cache list shows what there is"),
+        ("cache show abc", "there is no artifact 'abc'\nhint:  registry cache list shows what there is"),
         ("cache rm x:y", "'x:y' is not a key"),
         ("cache clear --older-than soon", "--older-than"),
     ],

@@ -81,9 +81,9 @@ def test_a_file_that_cannot_be_imported_is_named_and_the_others_are(
     assert done.status == 1
     assert [line.split()[0] for line in done.out.splitlines()] == ["several:v1", "several:v2"]
     assert done.err.splitlines() == [
-        "registry: bad.pt: not a file of torch.save, by its first bytes",
-        "registry: missing.pt: there is no such file",
-        "registry: 2 of 4 files were imported; these were not: bad.pt, missing.pt",
+        "error: bad.pt: not a file of torch.save, by its first bytes",
+        "error: missing.pt: there is no such file",
+        "error: 2 of 4 files were imported; these were not: bad.pt, missing.pt",
     ]
     found = run("import", *files, "--name", "several", "--json")
     assert found.status == 1
@@ -118,10 +118,16 @@ def test_a_folder_goes_in_and_out_with_all_its_files(filled: Registry, run: Run)
     assert {name: Path("out", name).read_bytes() for name in kept} == kept
     assert len(list(Path("out").iterdir())) == 5
     for words, message in {
-        ("out",): "out: the folder is not empty, and a folder is never overwritten; choose another name",
+        (
+            "out",
+        ): "out: the folder is not empty, and a folder is never overwritten\nhint:  choose another name",
         ("out", "--force"): "a folder is never overwritten",
         ("best.pt",): "the file exists",
-        ("new.pt", "--max-shard-size", "1GB"): "new.pt: only a folder has shards; end it in / for a folder",
+        (
+            "new.pt",
+            "--max-shard-size",
+            "1GB",
+        ): "new.pt: only a folder has shards\nhint:  end it in / for a folder",
         ("a.onnx",): "or end it in / for a folder",
         ("none/out",): "none: there is no such folder",
     }.items():
@@ -202,7 +208,7 @@ def test_configurations_are_shown_checked_and_compared(filled: Registry, run: Ru
     assert run("config", "validate", "a.json", "b.toml").out == "a.json: valid\nb.toml: valid\n"
     Path("bad.json").write_text('{"a": 1, "a": 2}')
     done = run("config", "validate", "bad.json")
-    assert (done.status, done.err) == (1, "registry: bad.json: the key 'a' is given twice\n")
+    assert (done.status, done.err) == (1, "error: bad.json: the key 'a' is given twice\n")
     assert "was saved without a configuration" in run("config", "show", "resnet").err
     assert json.loads(run("config", "show", "a.json", "--json").out)["epochs"] == 3
 
@@ -219,7 +225,7 @@ def test_a_configuration_is_checked_against_a_class(
     done = run("config", "validate", "a.json", "--class", "mine:Train", "--json")
     assert len(done.json["valid"][0]["digest"]) == 64
     done = run("config", "validate", "b.json", "--class", "mine:Train")
-    assert done.err == 'registry: b.json: epochs is "three"; expected a valid integer\n'
+    assert done.err == 'error: b.json: epochs is "three"\nhint:  expected a valid integer\n'
     assert run("config", "validate", "b.json", "--class", "mine:Train", "--set", "epochs=2").status == 1
     for target, message in {
         "mine": "write it as MODULE:CLASS",
@@ -243,7 +249,7 @@ def test_one_file_that_cannot_be_imported_is_a_document_too(
 def test_files_are_attached_listed_and_written(filled: Registry, run: Run) -> None:
     Path("model.onnx").write_bytes(b"onnx")
     name = run("show", "lenet5", "--json").json["name"]
-    assert run("files", "lenet5").out == f"# {name} has no files\n"
+    assert run("files", "lenet5") == (0, "", f"{name} has no files\n")
     assert run("attach", "lenet5", "model.onnx").out == f"model.onnx -> {name}  4 B\n"
     listed = run("files", "lenet5").out.splitlines()
     assert [line.split()[:3] for line in listed] == [["FILE", "SIZE", "ATTACHED"], ["model.onnx", "4", "B"]]

@@ -69,7 +69,7 @@ def test_mistakes_are_one_line(roots: tuple[Path, Path], tmp_path: Path) -> None
         status, out, err = run(here, *words)
         assert (status, out) == (1, "")
         assert said in err
-        assert len(err.splitlines()) == 1
+        assert len(err.splitlines()) <= 2
     assert not nothing.exists()
 
 
@@ -86,8 +86,8 @@ def test_places_are_named_listed_and_forgotten(roots: tuple[Path, Path], here: P
     mine, there = roots
     assert run(mine, "remote", "list") == (
         0,
-        f"# no place has a name; add one with: registry --root {mine} remote add NAME PLACE\n",
         "",
+        f"no place has a name; add one with: registry --root {mine} remote add NAME PLACE\n",
     )
     for _ in range(2):
         assert run(mine, "remote", "add", "backup", str(there))[1] == f"backup is {there}\n"
@@ -126,13 +126,13 @@ def test_what_no_name_stands_for_is_one_line(roots: tuple[Path, Path], here: Pat
     for words, said in (
         (
             ["push", "net", "--to", "bakcup"],
-            "no folder 'bakcup' here, and no place is called so; the names are backup, gone",
+            "no folder 'bakcup' here, and no place is called so\nhint:  the names are backup, gone",
         ),
         (["repair", "--from", "bakcup"], "the names are backup, gone"),
         (["pull", "net", "--from", "folder"], "make one with: registry --root folder init"),
         (["push", "net", "--to", "gone"], f"make one with: registry --root {there / 'gone'} init"),
         (["remote", "remove", "bakcup"], "the names are backup, gone"),
-        (["remote", "add", "backup", "/srv"], f"backup is {there} already; remove that first"),
+        (["remote", "add", "backup", "/srv"], f"backup is {there} already\nhint:  remove that first"),
         (["remote", "add", "folder", "/srv"], "'folder' is a folder here"),
         (["remote", "add", "x", "s3://a:CANARY@c/d"], "without keys, passwords"),
     ):
@@ -140,7 +140,7 @@ def test_what_no_name_stands_for_is_one_line(roots: tuple[Path, Path], here: Pat
         assert (status, out) == (1, "")
         assert said in err
         assert "CANARY" not in err
-        assert len(err.splitlines()) == 1
+        assert len(err.splitlines()) <= 2
     (here / "backup").mkdir()
     _, _, err = run(mine, "push", "net", "--to", "backup")
     assert f"backup also names {there}, but a folder goes before a name" in err

@@ -100,7 +100,9 @@ def test_columns_are_chosen_and_references_alone_are_printed(trained: Registry, 
     assert run("runs", "-q").out.split() == ["lenet5/run-2", "lenet5/run-1"]
     outcome = run("runs", "--columns", "age")
     assert outcome.status == 2
-    assert "there is no column 'age'; the columns are run, state, versions, started, took" in outcome.err
+    assert (
+        "there is no column 'age'\nhint:  the columns are run, state, versions, started, took" in outcome.err
+    )
 
 
 def test_what_is_sorted_by_or_monitored_comes_right_after_the_name(trained: Registry, run: Run) -> None:
@@ -129,7 +131,9 @@ def test_where_there_is_nothing_standard_output_stays_empty(trained: Registry, r
         assert outcome.err.startswith(told)
 
 
-def test_colours_follow_the_option_and_the_environment(trained: Registry, run: Run) -> None:
+def test_colours_follow_the_option_and_the_environment(
+    trained: Registry, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert "\x1b" in on_a_terminal("list").raw
     for environment, arguments in (
         ({"NO_COLOR": "1"}, ()),
@@ -138,6 +142,7 @@ def test_colours_follow_the_option_and_the_environment(trained: Registry, run: R
     ):
         assert "\x1b" not in on_a_terminal("list", *arguments, environment=environment).raw
     assert "\x1b" not in run("list").out
+    monkeypatch.setenv("FORCE_COLOR", "")  # the option sets it, and it is taken away again
     assert "\x1b" in run("--color", "always", "list").out
 
 

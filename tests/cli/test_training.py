@@ -122,7 +122,7 @@ def test_a_checkpoint_without_an_optimizer_cannot_be_resumed(run: Run, root: Pat
     registry = Registry(tmp_path / "r")
     registry.save("weights", Registry(root)["lenet5"].load("model"), config={"model": "lenet5"})
     done = run("train", "--resume", "weights", "--root", registry.root)
-    assert (done.status, done.err) == (1, "registry: weights:v1 cannot be resumed: it has no optimizer\n")
+    assert (done.status, done.err) == (1, "error: weights:v1 cannot be resumed: it has no optimizer\n")
 
 
 def wait_for(path: Path, text: str, child: subprocess.Popen[str]) -> None:

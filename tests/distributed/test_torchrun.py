@@ -99,7 +99,7 @@ def test_an_error_is_one_line_of_each_process(tmp_path: Path) -> None:
     done = torchrun(tmp_path, "lenet5", "--resume", "nothing", options=("--monitor-interval=10",))
     _, err = done.communicate(timeout=120)
     assert done.returncode == 1
-    lines = [line for line in err.splitlines() if line.startswith("registry: ")]
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 2
     assert len(set(lines)) == 1
     assert "registry.store.errors" not in err  # no traceback of ours; torchrun adds its own

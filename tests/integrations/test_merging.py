@@ -256,7 +256,10 @@ from registry.cli import main; main()
 """
     code, told = called("tuned", f"{tmp_path}/out/", "--merge", program=missing)
     assert code == 1
-    assert told.strip() == "registry: --merge: peft is not installed; run: pip install 'torch-registry[peft]'"
+    assert (
+        told.strip()
+        == "error: --merge: peft is not installed\nhint:  run: pip install 'torch-registry[peft]'"
+    )
     assert called("tuned", f"{tmp_path}/out/", "--base", "base")[0] == 2
     assert not (tmp_path / "out").exists()
     code, told = called("tuned", f"{tmp_path}/out/", "--merge", "--max-shard-size", "5KB")

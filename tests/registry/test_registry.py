@@ -70,13 +70,13 @@ def test_equal_values_saved_at_the_same_instant_are_two_versions(
     assert registry["net:v2"].created == "2026-11-25T03:29:44.000002Z"
 
 
-def test_at_least_six_digits_of_an_id_name_a_checkpoint(registry: Registry) -> None:
+def test_at_least_four_digits_of_an_id_name_a_checkpoint(registry: Registry) -> None:
     first = save(registry, 1).id
-    assert registry[first[:6]].id == first
+    assert registry[first[:4]].id == first
     with pytest.raises(Invalid, match="cannot be the name"):
         registry["../" + first]
     with pytest.raises(NotFound):
-        registry[first[:5]]
+        registry[first[:3]]
     with pytest.raises(NotFound):
         registry["0" * 64]
 

@@ -145,5 +145,6 @@ def test_a_command_runs_for_each_version(registry: Registry, tmp_path: Path) -> 
     done = subprocess.run([*words, "--exec", "/nothing/here"], capture_output=True, text=True)
     assert done.returncode == 1
     assert (
-        done.stderr == "registry: /nothing/here: No such file or directory; give a command that can be run\n"
+        done.stderr
+        == "error: /nothing/here: No such file or directory\nhint:  give a command that can be run\n"
     )

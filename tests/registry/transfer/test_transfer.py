@@ -769,11 +769,17 @@ def test_errors_say_what_to_add_in_the_language_of_the_caller() -> None:
         plan_transfer(source, target)
     assert "expect={'fc.5.*': 'skip', 'fc.7.*': 'new'}" in str(caught.value)
     assert "--" not in str(caught.value)
-    line = caught.value.for_command_line()
-    assert line.endswith("; if that is meant: --expect 'fc.5.*=skip' --expect 'fc.7.*=new'")
-    assert "{" not in line
+    what, advice = caught.value.for_command_line()
+    assert what == "LeNet5 and LeNet6 differ in 4 tensors that were not expected to"
+    assert advice == "if that is meant: --expect 'fc.5.*=skip' --expect 'fc.7.*=new'"
+    assert caught.value.differences[0] == ("~", "fc.5.weight", "10×84 → 64×84", "other shape")
+    assert [(one.sign, one.name) for one in caught.value.differences[2:]] == [
+        ("+", "fc.7.weight"),
+        ("+", "fc.7.bias"),
+    ]
     copied = pickle.loads(pickle.dumps(caught.value))
-    assert (str(copied), copied.for_command_line()) == (str(caught.value), line)
+    assert (str(copied), copied.for_command_line()) == (str(caught.value), (what, advice))
+    assert copied.differences == caught.value.differences
 
 
 def test_float8_is_cast_where_that_is_allowed() -> None:

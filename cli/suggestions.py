@@ -1,0 +1,88 @@
+"""What to say of a command line that cannot be understood: what was meant, perhaps, and where to read more."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+import click
+
+_OTHER_WORDS = {
+    "add": "import",
+    "browse": "board",
+    "checkout-index": "export",
+    "clone": "pull",
+    "commit": "import",
+    "copy": "export",
+    "cp": "export",
+    "dashboard": "board",
+    "delete": "rm",
+    "delete-cache": "cache clear",
+    "doctor": "verify",
+    "download": "pull",
+    "evaluate": "eval",
+    "exp": "runs",
+    "experiments": "runs",
+    "fetch": "pull",
+    "fsck": "verify",
+    "info": "show",
+    "inspect": "show",
+    "load": "export",
+    "logs": "log",
+    "ls": "list",
+    "prune": "gc",
+    "remove": "rm",
+    "repack": "compact",
+    "save": "import",
+    "scan-cache": "cache list",
+    "search": "list",
+    "tensorboard": "board",
+    "test": "eval",
+    "upload": "push",
+    "watch": "follow",
+}
+"""Commands of git, dvc, hf, docker and others, and ours for the same."""
+
+
+def usage_error(error: click.ClickException) -> tuple[str, str]:
+    """A usage error as what is wrong, and what to do."""
+    context = getattr(error, "ctx", None)
+    help_of = f"see {context.command_path} --help" if context else ""
+    message = error.format_message().rstrip(".")
+    message = message[:1].lower() + message[1:]
+    if isinstance(error, click.NoSuchOption):
+        names = _options(context) if context else []
+        near = difflib.get_close_matches(error.option_name, names, 3)
+        return f"no such option: {error.option_name}", _meant(near) or help_of
+    what, _, advice = message.partition("; ")
+    return what, advice or help_of
+
+
+def no_such_command(word: str, names: Sequence[str], context: click.Context) -> click.UsageError:
+    """The error about a word that is no command of a group.
+
+    Args:
+        names: the commands of the group.
+    """
+    what = f"there is no command {word!r}"
+    other = _OTHER_WORDS.get(word, "") if context.parent is None else ""
+    if other.partition(" ")[0] in names:
+        return click.UsageError(f"{what}; {context.command_path} {other} does that", context)
+    near = [name for name in names if name.startswith(word)] or difflib.get_close_matches(word, names, 3)
+    advice = _meant([f"{context.command_path} {name}" for name in near[:3]])
+    return click.UsageError(f"{what}; {advice}" if advice else what, context)
+
+
+def _options(context: click.Context) -> list[str]:
+    """The options of a command."""
+    params = context.command.get_params(context)
+    return [
+        word
+        for param in params
+        if isinstance(param, click.Option) and not param.hidden
+        for word in [*param.opts, *param.secondary_opts]
+    ]
+
+
+def _meant(names: Sequence[str]) -> str:
+    return f"did you mean {' or '.join(names)}?" if names else ""

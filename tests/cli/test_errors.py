@@ -1,0 +1,165 @@
+"""Errors: what is wrong on one line, what to type on the next, and one JSON document whatever happens."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from conftest import Run, commands
+
+from registry import Registry
+from registry.cli.app import COMMANDS
+from registry.cli.suggestions import _OTHER_WORDS
+from registry.models.lenet import LeNet5
+from registry.store.errors import Conflict, RegistryError, fix
+
+
+@pytest.mark.parametrize(
+    ("message", "parts"),
+    [
+        ("there is no model 'x'", ("there is no model 'x'", "")),
+        ("there is no model 'x'; did you mean 'y'?", ("there is no model 'x'", "did you mean 'y'?")),
+        ("'a; b' is no name; use letters; or digits", ("'a; b' is no name", "use letters; or digits")),
+        ("it's gone; look", ("it's gone", "look")),
+        ("", ("", "")),
+        ("a\nb; c\nd", ("a\nb", "c\nd")),
+    ],
+)
+def test_a_message_has_what_is_wrong_and_what_to_do(message: str, parts: tuple[str, str]) -> None:
+    assert RegistryError(message).for_command_line() == parts
+    assert str(RegistryError(message)) == message
+
+
+def test_what_to_add_comes_behind_what_to_do() -> None:
+    error = Conflict("it is held; take it off first", fix("or use", force=True))
+    assert error.for_command_line() == ("it is held", "take it off first; or use: --force")
+    assert str(error) == "it is held; take it off first; or use: force=True"
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("shw", "error: there is no command 'shw'\nhint:  did you mean registry show?\n"),
+        ("hist", "error: there is no command 'hist'\nhint:  did you mean registry history?\n"),
+        ("fsck", "error: there is no command 'fsck'\nhint:  registry verify does that\n"),
+        ("scan-cache", "error: there is no command 'scan-cache'\nhint:  registry cache list does that\n"),
+        ("zzz", "error: there is no command 'zzz'\nhint:  see registry --help\n"),
+        ("cache lst", "error: there is no command 'lst'\nhint:  did you mean registry cache list?\n"),
+        ("diff --frmat html a b", "error: no such option: --frmat\nhint:  did you mean --format"),
+        ("list --srt accuracy", "error: no such option: --srt\nhint:  did you mean --sort"),
+        ("show", "error: missing argument 'REFERENCE'\nhint:  see registry show --help\n"),
+        ("list --limit -1", "error: invalid value for '--limit': -1 is not in the range x>=0\n"),
+        ("show lenet9", "error: there is no model 'lenet9'\nhint:  did you mean 'lenet5'?\n"),
+    ],
+)
+def test_a_command_line_that_means_nothing_gets_a_suggestion(
+    filled: Registry, run: Run, line: str, told: str
+) -> None:
+    done = run(*shlex.split(line))
+    assert done.status in (1, 2)
+    assert done.out == ""
+    assert done.err.startswith(told)
+    assert len(done.err.splitlines()) == 2
+
+
+def test_what_others_call_a_command_leads_to_one_of_ours() -> None:
+    names = {name.removeprefix("registry ") for name, _ in commands()}
+    assert {word for word, ours in _OTHER_WORDS.items() if ours not in names} == set()
+    assert set(_OTHER_WORDS) & set(COMMANDS) == set()
+
+
+def test_a_group_without_a_command_shows_its_help(run: Run) -> None:
+    done = run("remote")
+    assert done.status == 2
+    assert "Usage: registry remote" in done.err
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "kind", "message", "hint"),
+    [
+        ("show lenet5:v99", 1, "NotFound", "lenet5 has no version v99", "its newest are v4, v3, v2, v1"),
+        ("show", 2, "Usage", "missing argument 'REFERENCE'", "see registry show --help"),
+        (
+            "rm lenet5:v2",
+            1,
+            "Conflict",
+            "lenet5:v2 is held by alias production",
+            "take that off first; or use",
+        ),
+        ("diff lenet5 lenet9", 2, "NotFound", "there is no model 'lenet9'", "did you mean 'lenet5'?"),
+        ("--root nothing list", 1, "NotFound", "there is no registry at nothing", "make one with: registry"),
+        ("cache rm abcdef", 1, "NotFound", "there is no artifact 'abcdef'", "registry cache list shows"),
+    ],
+)
+def test_an_error_under_json_is_one_document(
+    filled: Registry, run: Run, line: str, status: int, kind: str, message: str, hint: str
+) -> None:
+    done = run(*shlex.split(line), "--json")
+    assert done.status == status
+    document = json.loads(done.out)
+    assert set(document) == {"error"}
+    assert (document["error"]["kind"], document["error"]["message"]) == (kind, message)
+    assert document["error"]["hint"].startswith(hint)
+    assert done.err.startswith(f"error: {message}\nhint:  ")
+
+
+def test_a_document_with_errors_in_it_stays_the_only_one(filled: Registry, run: Run) -> None:
+    Path("bad.pt").write_bytes(b"no checkpoint")
+    document = json.loads(run("import", "bad.pt", "--name", "x", "--json").out)
+    assert [one["file"] for one in document["failed"]] == ["bad.pt"]
+
+
+def test_differences_are_listed_with_options_to_paste(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REGISTRY_ROOT", str(tmp_path / "r"))
+    monkeypatch.chdir(tmp_path)
+    Registry().save("lenet5", {"model": LeNet5().state_dict()})
+    done = run("plan", "lenet5", "lenet6")
+    assert done.err.splitlines() == [
+        "error: lenet5:v1 and lenet6 differ in 4 tensors that were not expected to",
+        "  ~ fc.5.weight  10×84 → 64×84  other shape",
+        "  ~ fc.5.bias    10 → 64        other shape",
+        "  + fc.7.weight  10×64          only in lenet6",
+        "  + fc.7.bias    10             only in lenet6",
+        "hint:  if that is meant: --expect 'fc.5.*=skip' --expect 'fc.7.*=new'",
+    ]
+    advice = done.err.rpartition("meant: ")[2]
+    assert run("plan", "lenet5", "lenet6", *shlex.split(advice)).status == 0
+    differences = json.loads(run("plan", "lenet5", "lenet6", "--json").out)["error"]["differences"]
+    assert differences[0] == {
+        "sign": "~",
+        "name": "fc.5.weight",
+        "what": "10×84 → 64×84",
+        "why": "other shape",
+    }
+
+
+def test_of_many_differences_some_are_shown(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REGISTRY_ROOT", str(tmp_path / "r"))
+    monkeypatch.chdir(tmp_path)
+    shared = {"w": torch.zeros(2)}
+    Registry().save("a", {"model": shared | {f"x{i}": torch.zeros(i + 1) for i in range(30)}})
+    Registry().save("b", {"model": shared})
+    lines = run("plan", "a", "b").err.splitlines()
+    assert len(lines) == 23
+    assert lines[-2] == "  and 10 more"
+    assert lines[1].split() == ["-", "x0", "1", "only", "in", "a:v1"]
+
+
+@pytest.mark.parametrize(("name", "command"), list(commands()))
+def test_every_command_says_where_its_help_is(name: str, command: click.Command, run: Run) -> None:
+    done = run(*name.split()[1:], "--no-such-option")
+    assert done.status == 2
+    assert done.err.startswith("error: no such option: --no-such-option\nhint:  ")
+
+
+def test_the_first_four_digits_of_an_id_are_enough(filled: Registry, run: Run) -> None:
+    version = filled["lenet5"]
+    assert run("show", version.id[:4], "--json").json["name"] == version.name
