@@ -473,6 +473,46 @@ def test_a_pending_version_is_shown_compared_and_its_files_are_listed(host: Host
         a.remove("net:pending-1", dry_run=True)
 
 
+def test_a_pending_version_is_named_by_its_id(host: Hosts, bucket: Path) -> None:
+    a = with_one_pending(host, bucket)
+    kept = a["net:pending-1"]
+    assert a[kept.id].name == a[kept.id[:12]].name == "net:pending-1"
+    assert kept.id in a
+    assert a.set_tag(kept.id, "paper").tags == ("paper",)
+    with pytest.raises(NotFound, match="there is no model 'abcdef'"):
+        a["abcdef"]
+    back(bucket)
+    a.outbox.share()
+    assert (a[kept.id].name, a[kept.id].tags) == ("net:v2", ("paper",))
+
+
+def test_what_needs_a_number_takes_no_other_version_for_a_pending_one(
+    host: Hosts, bucket: Path, tmp_path: Path
+) -> None:
+    a = with_one_pending(host, bucket)
+    other = Registry(tmp_path / "other")
+    (tmp_path / "note.txt").write_text("a note")
+    back(bucket)
+    for reference in ("net", "net@latest", "net:pending-1", a["net"].id):
+        for change in (
+            lambda name: a.set_alias(name, "production"),
+            lambda name: a.remove(name, force=True),
+            lambda name: a.remove([name], dry_run=True),
+            lambda name: a.thin(name),
+            lambda name: a.verify(name),
+            lambda name: a.attach(name, tmp_path / "note.txt"),
+            lambda name: a.copy_to(other, [name]),
+        ):
+            with pytest.raises(
+                Invalid, match=r"net:pending-1 .* gets a number once it is shared: registry outbox"
+            ):
+                change(reference)
+    assert other.versions() == []
+    assert a.set_alias("net:v1", "production").name == "net:v1"
+    a.outbox.share()
+    assert a.set_alias("net", "production").name == "net:v2"
+
+
 def test_what_is_imported_offline_is_told_with_its_name(host: Hosts, bucket: Path, tmp_path: Path) -> None:
     a = host("a")
     a.save("net", state(0))
