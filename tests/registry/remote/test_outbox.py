@@ -17,11 +17,12 @@ import torch
 from registry import Registry
 from registry.catalog.naming import point
 from registry.catalog.versions import Version
+from registry.log import entries
 from registry.log.metrics import Monitor
 from registry.remote import shared_log
 from registry.remote.bucket import Denied
 from registry.remote.folder import FolderBucket
-from registry.store.errors import Invalid, NotFound, StorageError
+from registry.store.errors import Invalid, NotFound, StorageError, Unsupported
 from registry.upkeep.outbox import Outbox
 
 Hosts = Callable[..., Registry]
@@ -511,6 +512,22 @@ def test_what_needs_a_number_takes_no_other_version_for_a_pending_one(
     assert a.set_alias("net:v1", "production").name == "net:v1"
     a.outbox.share()
     assert a.set_alias("net", "production").name == "net:v2"
+
+
+def test_what_a_shared_registry_never_takes_is_refused_offline_too(
+    host: Hosts, bucket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = host("a")
+    a.save("net", state(0))
+    away(bucket)
+    with monkeypatch.context() as patch:
+        patch.setattr(entries, "MAX_TEXT", 5_000)
+        with pytest.raises(Unsupported, match="net: its plain values take more than"):
+            a.save("net", {"extra": {"names": ["a name"] * 5_000}})
+        a.save("net", state(1))
+        back(bucket)
+        assert [one.target for one in a.outbox.share()] == ["net:v2"]
+    assert_whole(a, Registry(a.root / "outbox"))
 
 
 def test_what_is_imported_offline_is_told_with_its_name(host: Hosts, bucket: Path, tmp_path: Path) -> None:
