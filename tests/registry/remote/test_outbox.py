@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -384,8 +385,9 @@ def test_the_command_line_shares_and_tells(host: Hosts, bucket: Path) -> None:
     assert "2 versions wait to be shared; see registry outbox" in err
     assert "what is shown is as of " in err
     status, out, err = run("outbox")
-    assert (status, out) == (1, "")
+    assert (status, [line.split()[0] for line in out.splitlines()]) == (1, ["net:pending-1", "net:pending-2"])
     assert "there is no registry in that folder; mount it" in err
+    assert json.loads(run("outbox", "--json")[1])["pending"] == ["net:pending-1", "net:pending-2"]
     assert run("outbox", "net:pending-1")[0] == 1
     assert run("outbox", "--drop", "net:pending-2")[1].splitlines()[0] == "net:pending-2 is given up"
     back(bucket)
