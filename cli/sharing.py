@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -14,7 +15,9 @@ from registry.cli.output import counted, print_json, progress_bar, say, size
 from registry.store.errors import Invalid, NotFound
 
 if TYPE_CHECKING:
+    from registry.catalog.versions import Version
     from registry.registry import Registry
+    from registry.upkeep.copying import Copied
 
 _PLACE = "The other registry: a folder, a URL, or a name of registry remote."
 
@@ -122,9 +125,18 @@ def outbox(references: tuple[str, ...], drop: bool, everything: bool, root: str 
     if drop and bool(references) == everything:
         raise Invalid("name the versions to give up, such as lenet5:pending-1, or give --all")
     dropped = registry.outbox.drop(references) if drop else []
-    shared = [] if drop else registry.outbox.share()
-    waiting = registry.outbox.versions()
-    status = 1 if waiting and not drop else 0
+    shared: list[Copied] = []
+    try:
+        shared = [] if drop else registry.outbox.share()
+    finally:
+        # Above all where the bucket is away.
+        _print_outbox(registry.outbox.versions(), shared, dropped, as_json=as_json)
+    return 1 if registry.outbox and not drop else 0
+
+
+def _print_outbox(
+    waiting: Sequence[Version], shared: Sequence[Copied], dropped: Sequence[Version], *, as_json: bool
+) -> None:
     if as_json:
         print_json(
             {
@@ -133,7 +145,7 @@ def outbox(references: tuple[str, ...], drop: bool, everything: bool, root: str 
                 "pending": [version.name for version in waiting],
             }
         )
-        return status
+        return
     for copied in shared:
         say(f"{copied.source} is {copied.target} now")
     for version in dropped:
@@ -142,7 +154,6 @@ def outbox(references: tuple[str, ...], drop: bool, everything: bool, root: str 
         say(f"{version.name}  {version.id[:12]}  {version.created}")
     if not (shared or dropped or waiting):
         say("nothing waits to be shared")
-    return status
 
 
 def _other(place: str) -> Registry:

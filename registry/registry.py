@@ -22,7 +22,7 @@ from registry.home import Home
 from registry.log.reference import check_name
 from registry.progress import Progress, silent
 from registry.store.errors import Conflict, Invalid, NotFound
-from registry.store.text import quoted
+from registry.store.text import quoted, texts
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -382,6 +382,7 @@ class Registry(Home):
 
     def set_alias(self, reference: str, alias: str) -> Checkpoint:
         """Point an alias of the checkpoint's model at the checkpoint; see `registry.catalog.naming.set_alias`."""
+        self._check_numbered([reference])
         return self[naming.set_alias(self.catalog, reference, alias).name]
 
     def remove_alias(self, model: str, alias: str) -> None:
@@ -415,6 +416,7 @@ class Registry(Home):
         # Lazy: start-up.
         from registry.checkpoints.files import attach
 
+        self._check_numbered([reference])
         return attach(self, reference, paths, force=force)
 
     def files(self, reference: str) -> list[File]:
@@ -436,6 +438,7 @@ class Registry(Home):
         # Lazy: start-up.
         from registry.upkeep.thinning import thin
 
+        self._check_numbered([reference])
         return self[thin(self.catalog, self.store, reference)]
 
     def remove(
@@ -445,7 +448,13 @@ class Registry(Home):
 
         See `registry.catalog.naming.remove`.
         """
+        self._check_numbered(texts(references))
         return naming.remove(self.catalog, references, force=force, dry_run=dry_run)
+
+    def _check_numbered(self, references: Iterable[str]) -> None:
+        """Refuse pending versions; see `registry.upkeep.outbox.Outbox.check_numbered`."""
+        if self.remote:
+            self.outbox.check_numbered(references)
 
     def verify(self, references: str | Iterable[str] = (), *, progress: Progress = silent) -> Verification:
         """Compare every stored byte, or those that some checkpoints need, with its digest.
@@ -458,6 +467,8 @@ class Registry(Home):
         # Lazy: start-up.
         from registry.upkeep.verification import verify
 
+        references = texts(references)
+        self._check_numbered(references)
         return verify(self.catalog, self.store, references, progress=progress)
 
     def compact(
@@ -527,6 +538,7 @@ class Registry(Home):
 
         if not isinstance(other, Home):
             other = Home(place_of(other) if isinstance(other, str) else other, create=False)
+        self._check_numbered(references)
         return copy_versions(self, other, references, progress=progress)
 
     def rebuild(self, *, adopt: bool = False, progress: Progress = silent) -> Rebuilt:

@@ -121,7 +121,7 @@ def publish_all(
                 found = _packs(view, one, strict=is_repeatable and attempt < strict_attempts)  # noqa: B023
                 packs += [record for record in found if record not in packs]
             texts = [manifest_text(one.text) for one in stored]
-            _check_size(texts if catalog.shared else (), what)
+            check_size(texts if catalog.shared else (), what)
             for one, text in zip(stored, texts, strict=True):
                 if not text and view.query("SELECT 1 FROM doomed WHERE digest = ?", [one.digest]):
                     raise Doomed(f"{one.digest[:12]} was doomed")
@@ -156,8 +156,12 @@ def _renew(record: dict[str, Any], error: Stale) -> None:
         record["salt"] = secrets.token_hex(16)
 
 
-def _check_size(texts: Sequence[Mapping[str, str]], what: str) -> None:
-    """Refuse a manifest whose text an entry does not carry: a shared registry has no other place for it."""
+def check_size(texts: Sequence[Mapping[str, str]], what: str) -> None:
+    """Refuse a manifest whose text an entry does not carry: a shared registry has no other place for it.
+
+    Raises:
+        Unsupported: if there is one, of which the field for the text is empty.
+    """
     if not all(texts):
         raise Unsupported(
             f"{what}: its plain values take more than the {MAX_TEXT >> 20} MB that an entry of a shared registry holds; "

@@ -35,7 +35,7 @@ def follow(
     version that is damaged, or is being collected, leaves the network as it was: a warning says so, and it is tried again.
 
     Args:
-        reference: such as `net@production`. Until it names a version, nothing comes.
+        reference: such as `net@production`. Until it names a version, nothing comes, and a warning says so.
         into: a network, or the live tensors of one by name, which each version is put into before it comes. None for none.
         component: the stored component that goes there.
         every: seconds between two looks.
@@ -55,9 +55,11 @@ def follow(
                 last = checkpoint.id
                 yield checkpoint
                 continue
-        except NotFound:
+        except NotFound as error:
             # There is none yet, or it was removed at this moment.
-            pass
+            if not last and str(error) != warned:
+                _logger.warning("%s; waiting until there is one", error)
+            warned = str(error)
         except (Corrupt, StorageError) as error:
             if str(error) != warned:
                 _logger.warning("%s; the version before stays, and this one is tried again", error)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from registry.catalog.commit import publish, publish_version
+from registry.catalog.commit import check_size, publish, publish_version
 from registry.catalog.naming import point_best
 from registry.catalog.resolving import resolve
 from registry.catalog.versions import version_of
@@ -120,6 +120,9 @@ def save(
         state = home.store.encode(components)  # type: ignore[arg-type]
 
     def records(view: View, manifest_id: str, text: Mapping[str, str]) -> list[Record]:
+        if home.remote is not None:
+            # Also where its outbox takes the version, which could never be shared.
+            check_size([text], model)
         found = [publish_version(view, model, manifest_id, text=text)]
         if best_by is None:
             return found

@@ -40,6 +40,7 @@ from registry.live.gradients import Gradients
 from registry.log.metrics import is_metric
 from registry.log.reference import check_name
 from registry.registry import Registry
+from registry.remote.bucket import Unreachable
 from registry.runs.process import Mute
 from registry.runs.run import Run
 from registry.runs.session import Session
@@ -299,13 +300,22 @@ class RegistryCheckpoint(Callback):  # type: ignore[misc]
         else:
             saved = self._saved(trainer, checkpoint, own)
         if last:
-            self.registry.set_alias(saved.id, "last")
+            self._set_last(saved)
         keys = ("global_step", "epoch", "loops")
         self._moment = _Moment(saved, {key: checkpoint[key] for key in keys} | own)
         self._pointers.write(path, saved)
         assert self._session is not None
-        self._pointers.remove_all(self._session.superfluous(self.registry))
-        self._session.retain(self.registry)
+        saved_in = self.registry.outbox.home if saved.row.is_pending else self.registry
+        self._pointers.remove_all(self._session.superfluous(self.registry, saved_in))
+        self._session.retain(self.registry, saved_in)
+
+    def _set_last(self, saved: Checkpoint) -> None:
+        """Point the alias `last` at a version. Where a shared registry is away, the file alone says which one is the last."""
+        try:
+            if not saved.row.is_pending:
+                self.registry.set_alias(saved.id, "last")
+        except Unreachable as error:
+            _logger.warning("%s; the alias 'last' stays where it is until the next save", error)
 
     def _saved(self, trainer: Trainer, checkpoint: dict[str, Any], own: Mapping[str, Any]) -> Checkpoint:
         """A new version."""
@@ -380,12 +390,12 @@ class RegistryCheckpoint(Callback):  # type: ignore[misc]
             if os.path.isabs(path) or path.endswith(".ckpt"):
                 raise NotFound(f"there is no file {path}; give one, or a reference such as {self.model}@best")
             return self.registry[path]
-        version = pointers.version_at(self.registry, pointer)
-        if version is None:
+        found = pointers.checkpoint_at(self.registry, pointer)
+        if found is None:
             raise NotFound(
                 f"{path} points at {pointer[0]}, which is not, or no longer, in the registry {self.registry.root}"
             )
-        return Checkpoint(self.registry.store, version)
+        return found
 
     def _check(self, checkpoint: Checkpoint, found: Mapping[str, Any]) -> None:
         """See that a checkpoint is one of this network, before anything is changed."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from registry.catalog.versions import Version, by_id, with_descendants
+from registry.catalog.naming import remove
+from registry.catalog.versions import Version, with_descendants
 from registry.checkpoints.checkpoint import Checkpoint
 from registry.registry import Registry
+from registry.remote.bucket import Unreachable
 from registry.store.digest import is_digest
 from registry.store.durable import make_folder, unlink, write_file
 from registry.store.errors import Conflict, NotFound
+from registry.upkeep.garbage import collect_garbage
 
 _logger = logging.getLogger(__name__)
 
@@ -68,25 +72,33 @@ class Pointers:
         """Remove a version that no pointer in a folder leads to, unless something else holds it."""
         if pointer[1] in in_folder(folder).values():
             return
-        version = version_at(self._registry, pointer)
-        if version is None or with_descendants(self._registry.catalog, [version.id]):
+        found = checkpoint_at(self._registry, pointer)
+        if found is None:
+            return
+        home = self._registry.outbox.home if found.row.is_pending else self._registry
+        if with_descendants(home.catalog, [found.id]):
             return
         try:
-            self._registry.remove([version.id])
+            remove(home.catalog, found.id)
         except (Conflict, NotFound) as reason:
             _logger.info("a version stays: %s", reason)
-            return
-        self._registry.collect_garbage()
+        except Unreachable as reason:
+            _logger.warning(
+                "%s; %s, which no file in %s points at any more, stays", reason, found.name, folder
+            )
+        else:
+            collect_garbage(home.catalog, home.store)
 
 
-def version_at(registry: Registry, pointer: tuple[str, str]) -> Version | None:
+def checkpoint_at(registry: Registry, pointer: tuple[str, str]) -> Checkpoint | None:
     """The version that a pointer leads to, also if it has been thinned since; None if it is gone."""
     name, version_id = pointer
-    found = by_id(registry.catalog, version_id)
-    if found is None and name in registry:
-        thinned = registry.resolve(name)
-        found = thinned if thinned.record.get("thinned-from") == version_id else None
-    return found
+    with contextlib.suppress(NotFound):
+        return registry[version_id]
+    with contextlib.suppress(NotFound):
+        thinned = registry[name]
+        return thinned if thinned.row.record.get("thinned-from") == version_id else None
+    return None
 
 
 def read(path: str | os.PathLike[str]) -> tuple[str, str] | None:

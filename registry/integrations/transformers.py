@@ -310,7 +310,8 @@ class RegistryCallback(TrainerCallback):  # type: ignore[misc]
     def _load_best(self, step: int, model: nn.Module) -> None:
         assert self._run is not None
         chain = self._registry.runs.chain(self._run.name)
-        for version in self._registry.versions(self._model):
+        # A shared registry may be away.
+        for version in [*self._registry.outbox.versions(self._model), *self._registry.versions(self._model)]:
             if version.step == step and version.record.get("run") in chain:
                 self._registry[version.name].restore(**_network(model), rng=False)
                 return

@@ -46,10 +46,14 @@ class Session:
         provenance = {key: value for key, value in (first["provenance"] or {}).items() if key != "plan"}
         return {**first, "lineage": [], "parent": newest[0].name, "provenance": provenance}
 
-    def superfluous(self, home: Home) -> list[Version]:
-        """The versions that `retain` would remove now."""
+    def superfluous(self, home: Home, saved_in: Home | None = None) -> list[Version]:
+        """The versions that `retain` would remove now.
+
+        Args:
+            saved_in: as of `retain`.
+        """
         chain = Runs(home.catalog, home.root).chain(self.name)
-        return self.retention.superfluous(home.catalog, runs=chain, model=self.model)
+        return self.retention.superfluous((saved_in or home).catalog, runs=chain, model=self.model)
 
     def retain(self, home: Home, saved_in: Home | None = None) -> None:
         """Remove, and thin, what the run's rules no longer keep.

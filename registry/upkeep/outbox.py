@@ -10,7 +10,7 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,10 +19,10 @@ from registry.catalog.naming import point_best, removal
 from registry.catalog.versions import Version, by_id, find_versions
 from registry.home import OUTBOX, Home
 from registry.log.metrics import Monitor
-from registry.log.reference import PENDING, is_name
+from registry.log.reference import PENDING, Reference, is_name
 from registry.remote.bucket import Unreachable
 from registry.store import durable, places
-from registry.store.errors import Corrupt, Invalid, NotFound, RegistryError
+from registry.store.errors import Conflict, Corrupt, Invalid, NotFound, RegistryError
 from registry.store.text import quoted
 from registry.upkeep.copying import Copied, Removed, copy_pending
 from registry.upkeep.garbage import collect_garbage
@@ -70,10 +70,14 @@ class Outbox:
         return [version._replace(is_pending=True) for version in found]
 
     def find(self, reference: str) -> Version | None:
-        """The pending version that a reference names: by its number, or as the latest of its model; None if it names none.
+        """The pending version that a reference names: by its number, its id, or as the latest of its model.
+
+        Returns:
+            None if it names none.
 
         Raises:
             NotFound: if it is the name of a pending version that is not there.
+            Conflict: if it is the beginning of several ids.
         """
         model, colon, rest = reference.partition(":")
         match = PENDING.match(rest)
@@ -82,7 +86,7 @@ class Outbox:
         if not match:
             model, _, alias = reference.partition("@")
             pending = self.versions(model) if alias in ("", "latest") and is_name(model) else []
-            return pending[-1] if pending else None
+            return pending[-1] if pending else self._with_id(reference)
         number = int(match[1])
         for version in self.versions(model):
             if version.version == number:
@@ -90,6 +94,20 @@ class Outbox:
         raise NotFound(
             f"no version {quoted(reference)} is pending; if it was shared, it has a number now: registry list {model}"
         )
+
+    def check_numbered(self, references: Iterable[str]) -> None:
+        """Refuse references that name a pending version, where one that has a number is wanted.
+
+        Raises:
+            Invalid: if one does, such as the latest of its model.
+            NotFound, Conflict: as `find`.
+        """
+        for reference in references:
+            if version := self.find(reference):
+                raise Invalid(
+                    f"{quoted(reference)}: {version.name} is on this computer alone, and gets a number once it is shared: "
+                    "registry outbox"
+                )
 
     def change(self, reference: str, change: Callable[[Catalog, str], Version]) -> Version | None:
         """Change the tags or notes of a pending version, which it keeps when it is shared.
@@ -194,6 +212,16 @@ class Outbox:
     @property
     def _folder(self) -> Path:
         return self._home.root / OUTBOX
+
+    def _with_id(self, reference: str) -> Version | None:
+        """The pending version whose id begins so; None if there is none, or that is no beginning of an id."""
+        if not (prefix := Reference(reference).id_prefix):
+            return None
+        matches = [version for version in self.versions() if version.id.startswith(prefix)]
+        if len(matches) > 1:
+            names = ", ".join(f"{version.name} ({version.id[:12]})" for version in matches)
+            raise Conflict(f"{prefix} is the beginning of several ids: {names}; give more digits")
+        return matches[0] if matches else None
 
     def _cannot_be_shared(self, version: Version, error: RegistryError) -> bool:
         """Whether an error comes of what this computer has of a version, and not of the shared registry."""

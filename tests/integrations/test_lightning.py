@@ -23,6 +23,7 @@ from registry.integrations import pointers
 from registry.integrations.lightning import RegistryCheckpoint
 from registry.integrations.scrubbing import scrubbed, unscrubbed
 from registry.integrations.storing import recordable, storable
+from registry.remote import shared_log
 from registry.store.errors import Conflict, Incompatible, Invalid, NotFound, Unsupported
 
 SCRIPT = "train_lightning.py"
@@ -292,6 +293,38 @@ def test_save_last_makes_no_version_of_its_own(tmp_path: Path, last: Any) -> Non
         assert last == "link" or registry["net@last"].id == newest.id
     assert not (folder(tmp_path) / "last-v1.ckpt").exists()
     assert registry["net:v2"].lineage[0] == {"kind": "resumed-from", "parent": registry["net:v1"].id}
+
+
+@pytest.mark.parametrize("keep_last", [None, 2])
+def test_a_training_goes_on_while_a_shared_registry_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_last: int | None
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "host"))
+    monkeypatch.setattr(shared_log, "_REST", 0.0)
+    bucket = tmp_path / "bucket"
+    registry = Registry(bucket.as_uri())
+
+    class Mount(L.Callback):  # type: ignore[misc]
+        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            if trainer.current_epoch == 1:
+                bucket.rename(tmp_path / "elsewhere")
+
+    keep = ModelCheckpoint(save_last=True)
+    fit(
+        RegistryCheckpoint("net", registry, keep_last=keep_last),
+        tmp_path,
+        callbacks=[keep, Mount()],
+        max_epochs=4,
+    )
+    # What a `ModelCheckpoint` and the rules remove goes from the outbox, too.
+    assert [version.epoch for version in registry.outbox.versions()] == [3]
+    assert pointers.read(folder(tmp_path) / "last.ckpt") == ("net:pending-3", registry["net"].id)
+    (tmp_path / "elsewhere").rename(bucket)
+    keep = ModelCheckpoint(save_last=True)
+    fit(RegistryCheckpoint("net", registry), tmp_path, callbacks=[keep], max_epochs=5, ckpt_path="last")
+    assert registry["net@last"].epoch == registry["net"].epoch == 4
+    assert not registry.outbox
+    assert registry.verify().problems == ()
 
 
 def test_only_the_last_is_kept_without_the_others(tmp_path: Path) -> None:

@@ -150,6 +150,33 @@ def test_the_best_network_is_loaded_at_the_end(tmp_path: Path, kind: str) -> Non
     assert registry.runs["net/run-1"].state == "finished"
 
 
+def test_the_best_network_is_loaded_while_a_shared_registry_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "host"))
+    bucket = tmp_path / "bucket"
+    registry = Registry(bucket.as_uri())
+
+    class Unmount(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 0:
+                bucket.rename(tmp_path / "elsewhere")
+
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    trainer = trainer_of(
+        tmp_path / "out",
+        RegistryCallback("net", registry, keep_last=1),
+        Unmount(),
+        Worse(),
+        kind="mixtral",
+        **best,
+    )
+    trainer.train()
+    assert [version.step for version in registry.outbox.versions()] == [2, 6]
+    # Of Mixtral the Trainer alone loads a part.
+    assert equal(trainer.model.state_dict(), registry["net:pending-1"].state_dict())
+
+
 def test_what_a_version_holds(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "r")
     callback = RegistryCallback("net", registry)

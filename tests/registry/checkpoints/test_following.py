@@ -60,10 +60,13 @@ def test_only_what_differs_is_read(registry: Registry, monkeypatch: pytest.Monke
     assert same(live, source)
 
 
-def test_it_waits_for_the_first_version(registry: Registry) -> None:
+def test_it_waits_for_the_first_version_and_says_so_once(
+    registry: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
     following = registry.follow("net@latest", every=0.01)
     threading.Timer(0.2, lambda: registry.save("net", {"model": {"w": torch.ones(2)}})).start()
     assert next(following).name == "net:v1"
+    assert caplog.text.count("there is no model 'net'; waiting until there is one") == 1
 
 
 def test_a_damaged_version_leaves_the_network_as_it_was_until_it_is_whole(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -17,11 +18,12 @@ import torch
 from registry import Registry
 from registry.catalog.naming import point
 from registry.catalog.versions import Version
+from registry.log import entries
 from registry.log.metrics import Monitor
 from registry.remote import shared_log
 from registry.remote.bucket import Denied
 from registry.remote.folder import FolderBucket
-from registry.store.errors import Invalid, NotFound, StorageError
+from registry.store.errors import Invalid, NotFound, StorageError, Unsupported
 from registry.upkeep.outbox import Outbox
 
 Hosts = Callable[..., Registry]
@@ -383,8 +385,9 @@ def test_the_command_line_shares_and_tells(host: Hosts, bucket: Path) -> None:
     assert "2 versions wait to be shared; see registry outbox" in err
     assert "what is shown is as of " in err
     status, out, err = run("outbox")
-    assert (status, out) == (1, "")
+    assert (status, [line.split()[0] for line in out.splitlines()]) == (1, ["net:pending-1", "net:pending-2"])
     assert "there is no registry in that folder; mount it" in err
+    assert json.loads(run("outbox", "--json")[1])["pending"] == ["net:pending-1", "net:pending-2"]
     assert run("outbox", "net:pending-1")[0] == 1
     assert run("outbox", "--drop", "net:pending-2")[1].splitlines()[0] == "net:pending-2 is given up"
     back(bucket)
@@ -471,6 +474,62 @@ def test_a_pending_version_is_shown_compared_and_its_files_are_listed(host: Host
     assert a.files("net:pending-2") == []
     with pytest.raises(Invalid, match=r"net:pending-1.* gets a number once it is shared: registry outbox"):
         a.remove("net:pending-1", dry_run=True)
+
+
+def test_a_pending_version_is_named_by_its_id(host: Hosts, bucket: Path) -> None:
+    a = with_one_pending(host, bucket)
+    kept = a["net:pending-1"]
+    assert a[kept.id].name == a[kept.id[:12]].name == "net:pending-1"
+    assert kept.id in a
+    assert a.set_tag(kept.id, "paper").tags == ("paper",)
+    with pytest.raises(NotFound, match="there is no model 'abcdef'"):
+        a["abcdef"]
+    back(bucket)
+    a.outbox.share()
+    assert (a[kept.id].name, a[kept.id].tags) == ("net:v2", ("paper",))
+
+
+def test_what_needs_a_number_takes_no_other_version_for_a_pending_one(
+    host: Hosts, bucket: Path, tmp_path: Path
+) -> None:
+    a = with_one_pending(host, bucket)
+    other = Registry(tmp_path / "other")
+    (tmp_path / "note.txt").write_text("a note")
+    back(bucket)
+    for reference in ("net", "net@latest", "net:pending-1", a["net"].id):
+        for change in (
+            lambda name: a.set_alias(name, "production"),
+            lambda name: a.remove(name, force=True),
+            lambda name: a.remove([name], dry_run=True),
+            lambda name: a.thin(name),
+            lambda name: a.verify(name),
+            lambda name: a.attach(name, tmp_path / "note.txt"),
+            lambda name: a.copy_to(other, [name]),
+        ):
+            with pytest.raises(
+                Invalid, match=r"net:pending-1 .* gets a number once it is shared: registry outbox"
+            ):
+                change(reference)
+    assert other.versions() == []
+    assert a.set_alias("net:v1", "production").name == "net:v1"
+    a.outbox.share()
+    assert a.set_alias("net", "production").name == "net:v2"
+
+
+def test_what_a_shared_registry_never_takes_is_refused_offline_too(
+    host: Hosts, bucket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = host("a")
+    a.save("net", state(0))
+    away(bucket)
+    with monkeypatch.context() as patch:
+        patch.setattr(entries, "MAX_TEXT", 5_000)
+        with pytest.raises(Unsupported, match="net: its plain values take more than"):
+            a.save("net", {"extra": {"names": ["a name"] * 5_000}})
+        a.save("net", state(1))
+        back(bucket)
+        assert [one.target for one in a.outbox.share()] == ["net:v2"]
+    assert_whole(a, Registry(a.root / "outbox"))
 
 
 def test_what_is_imported_offline_is_told_with_its_name(host: Hosts, bucket: Path, tmp_path: Path) -> None:
