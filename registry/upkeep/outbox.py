@@ -214,8 +214,10 @@ class Outbox:
         return self._home.root / OUTBOX
 
     def _with_id(self, reference: str) -> Version | None:
-        """The pending version whose id begins so; None if there is none, or that is no beginning of an id."""
+        """The pending version whose id begins so; None if there is none, or a model is called so."""
         if not (prefix := Reference(reference).id_prefix):
+            return None
+        if self._home.catalog.query("SELECT 1 FROM versions WHERE model = ? LIMIT 1", [prefix]):
             return None
         matches = [version for version in self.versions() if version.id.startswith(prefix)]
         if len(matches) > 1:

@@ -485,6 +485,9 @@ def test_a_pending_version_is_named_by_its_id(host: Hosts, bucket: Path) -> None
     with pytest.raises(NotFound, match="there is no model 'abcdef'"):
         a["abcdef"]
     back(bucket)
+    host("b").save(kept.id[:6], state(1))
+    assert a[kept.id[:6]].model == kept.id[:6]  # a model of that name goes before the id
+    assert a[kept.id[:7]].name == "net:pending-1"
     a.outbox.share()
     assert (a[kept.id].name, a[kept.id].tags) == ("net:v2", ("paper",))
 
