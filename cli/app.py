@@ -15,7 +15,7 @@ import click
 
 import registry
 from registry.cli.options import Group, color, example_text
-from registry.cli.output import begin, complain, complain_of, name_commands
+from registry.cli.output import INTERRUPTED, Told, begin, complain, complain_of, name_commands
 from registry.cli.suggestions import usage_error
 from registry.store.errors import RegistryError
 
@@ -137,8 +137,10 @@ def _guarded(run: Callable[[], Any]) -> int:
     except click.ClickException as error:
         complain("Usage", *usage_error(error))
         return error.exit_code
+    except Told:
+        return 130
     except (click.Abort, KeyboardInterrupt):
-        complain("Interrupted", "interrupted; nothing is half done")
+        complain(INTERRUPTED, "interrupted; nothing is half done")
         return 130
     except BrokenPipeError:
         _give_up_output()

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 _PATIENCE = 1.0
 """Seconds of work before a bar appears."""
 
+INTERRUPTED = "Interrupted"
+"""The kind of what Ctrl-C ends."""
+
 _MOST_DIFFERENCES = 20
 """Differences that an error shows."""
 
@@ -80,7 +83,7 @@ def complain(kind: str, message: str, hint: str = "", differences: Sequence[Diff
     """Print an error and what to do about it, a line each, to the error stream; with `--json` also as a document.
 
     Args:
-        kind: the name of the kind of error, for programs.
+        kind: the name of the kind of error, for programs. `INTERRUPTED` is none.
         hint: what to do. The user can paste what it says to type.
         differences: what the error is about, a line each.
     """
@@ -91,11 +94,16 @@ def complain(kind: str, message: str, hint: str = "", differences: Sequence[Diff
             document["differences"] = [one._asdict() for one in differences]
         with contextlib.suppress(OSError):
             print_json({"error": document})
-    click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)
+    label = "" if kind == INTERRUPTED else f"{click.style('error:', fg='red', bold=True)} "
+    click.echo(f"{label}{message}", err=True)
     for line in _lines_of(differences):
         click.echo(line, err=True)
     if hint:
         click.echo(f"{click.style('hint:', fg='cyan', bold=True)}  {hint}", err=True)
+
+
+class Told(click.Abort):
+    """Ctrl-C, of which the user was told."""
 
 
 def complain_of(error: RegistryError) -> None:

@@ -121,6 +121,36 @@ def print_table(
         click.echo(text, nl=False)
 
 
+class Growing:
+    """A table that grows by a line at a time, so that the widths of its columns are decided before.
+
+    Attributes:
+        heading: its first line.
+    """
+
+    def __init__(self, columns: Sequence[Column], widest: Sequence[str], width: int | None) -> None:
+        """
+        Args:
+            widest: the widest cell of each column that is expected; a wider one moves what stands behind it.
+            width: that of the terminal; None for as much as needed.
+        """
+        self._columns = columns
+        widths = [
+            max(width_of(one.heading), width_of(cell)) for one, cell in zip(columns, widest, strict=True)
+        ]
+        self._room = dict(enumerate(widths))
+        if width is not None:
+            self._room = _allotted(columns, [widest], widths, width)
+        self.heading = click.style(self.row(_headings(columns)), bold=True)
+
+    def row(self, cells: Sequence[str]) -> str:
+        """A line, without the cells that the terminal has no room for."""
+        shown = [
+            (_left if self._columns[i].is_text else _right)(cells[i], room) for i, room in self._room.items()
+        ]
+        return (" " * _GAP).join(shown).rstrip()
+
+
 def drawn(columns: Sequence[Column], cells: Sequence[Sequence[str]], width: int | None) -> list[str]:
     """The lines of a table.
 

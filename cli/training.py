@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +10,19 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from registry.cli.options import ReferenceType, casts, command, renames
-from registry.cli.output import number, print_facts, print_json, say, version_document, warn
+from registry.cli.output import (
+    INTERRUPTED,
+    Told,
+    complain,
+    number,
+    print_facts,
+    print_json,
+    say,
+    version_document,
+)
 from registry.cli.tables import columns_of, print_table
 from registry.configs.documents import read_document
-from registry.store.errors import Incompatible, Invalid, NotFound
+from registry.store.errors import Incompatible, Invalid
 
 if TYPE_CHECKING:
     import logging
@@ -22,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from registry.checkpoints.checkpoint import Checkpoint
+    from registry.cli.epochs import EpochTable
     from registry.models.data import Data
     from registry.models.training import TrainConfig
     from registry.registry import Registry
@@ -101,16 +110,13 @@ def train(
     resumed = registry[resume] if resume else None
     given = {"model": model, "data": data, "epochs": epochs}
     settings = _settings(given, config, resumed).override(*assignments)
-    content = load(settings.data, data_dir, download=download, seed=settings.seed)
     place = name or (resumed.model if resumed else settings.model)
     chosen = get_devices(devices or "cpu")
     with (
         _several_processes(chosen[0]) as leads,
-        _shown_training(quiet=as_json or not leads) as progress,
-        _told_how_to_resume(registry, place, leads=leads),
+        _shown_training(settings.data, is_quiet=as_json, leads=leads) as watcher,
     ):
-        if devices and leads and not as_json:
-            say(f"training on {', '.join(map(str, chosen))}")
+        content = load(settings.data, data_dir, download=download, seed=settings.seed)
         run = run_training(
             registry,
             settings,
@@ -122,9 +128,11 @@ def train(
             allow_cast=allow_cast,
             freeze=freeze,
             devices=chosen,
-            progress=progress,
+            watcher=watcher,
             **keep,
         )
+        if watcher:
+            watcher.ends(run)
     if leads:
         _tell(registry, run, place, as_json=as_json)
 
@@ -156,7 +164,7 @@ def _tell(registry: Registry, run: Run, model: str, *, as_json: bool) -> None:
         print_json({**document, "best": version_document(registry.resolve(best.name))})
         return
     say(f"{run.name} finished: the best is {best.name}, accuracy {number(best.metrics['accuracy'])}")
-    say(f"see it with: registry history {model}, registry board {run.name}, registry log {run.name}")
+    say(f"see it with: registry history {model}, registry board {run.name}")
 
 
 def _settings(given: Mapping[str, Any], config: str | None, resumed: Checkpoint | None) -> TrainConfig:
@@ -221,43 +229,43 @@ def _several_processes(device: torch.device) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def _told_how_to_resume(registry: Registry, model: str, *, leads: bool) -> Iterator[None]:
-    """Show how to resume a training that is interrupted.
+def _shown_training(data: str, *, is_quiet: bool, leads: bool) -> Iterator[EpochTable | None]:
+    """Show a training, and how to resume it if it is interrupted.
+
+    Yields what the training tells of itself; None in a process that does not speak for all.
 
     Args:
-        leads: whether this process speaks for all.
+        data: the name of the data that is loaded first.
+        is_quiet: whether to show an interruption alone.
+
+    Raises:
+        Told: in the place of KeyboardInterrupt.
     """
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        if leads:
-            with contextlib.suppress(NotFound):
-                latest = registry[model]
-                warn(
-                    f"interrupted; {latest.name} has epoch {latest.epoch}, step {latest.step}. Go on with: "
-                    f"registry train --resume {latest.name}"
-                )
-        raise
-
-
-@contextlib.contextmanager
-def _shown_training(*, quiet: bool) -> Iterator[Any]:
-    """Show the log lines of a training. A terminal gets a bar below them. Yields the bar's callback."""
     # Lazy: start-up.
     import logging
 
-    logger = logging.getLogger("registry.models.training")
-    logger.setLevel(logging.INFO)
-    with contextlib.ExitStack() as stack:
-        report: Any = lambda done, total, loss, accuracy: None  # noqa: E731
-        line: Any = say
-        if sys.stderr.isatty() and not quiet:
-            report, line = _bar(stack)
-        if not quiet:
-            handler = _handler(line)
-            logger.addHandler(handler)
-            stack.callback(logger.removeHandler, handler)
-        yield report
+    # Lazy: loads torch.
+    from registry.cli.epochs import EpochTable
+
+    if not leads:
+        yield None
+        return
+    table = EpochTable(is_quiet=is_quiet)
+    try:
+        with contextlib.ExitStack() as stack:
+            if not is_quiet:
+                logger = logging.getLogger("registry.models.training")
+                logger.setLevel(logging.INFO)
+                handler = _handler(table.say)
+                logger.addHandler(handler)
+                stack.callback(logger.removeHandler, handler)
+                stack.enter_context(table.alive(f"loading {data} ..."))
+            yield table
+    except (KeyboardInterrupt, SystemExit) as error:
+        complain(INTERRUPTED, *table.interrupted())
+        if isinstance(error, KeyboardInterrupt):
+            raise Told from None
+        raise
 
 
 def _handler(line: Callable[[str], None]) -> logging.Handler:
@@ -274,28 +282,6 @@ def _handler(line: Callable[[str], None]) -> logging.Handler:
                 line(record.getMessage())
 
     return Lines(logging.INFO)
-
-
-def _bar(stack: contextlib.ExitStack) -> tuple[Any, Any]:
-    """Show a bar on the error stream. Returns a function that moves it, and one that prints a line above it."""
-    # Lazy: loads rich.
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}  acc {task.fields[accuracy]:.3f}"),
-        TimeRemainingColumn(),
-    )
-    bar = stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
-    task = bar.add_task("training", total=None, loss=0.0, accuracy=0.0)
-
-    def report(done: int, total: int, loss: float, accuracy: float) -> None:
-        bar.update(task, completed=done, total=total, loss=loss, accuracy=accuracy)
-
-    return report, lambda text: bar.console.print(text, markup=False, highlight=False)
 
 
 @command("eval", "registry eval lenet5@best --data digits")

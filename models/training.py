@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import random
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -31,9 +32,6 @@ from registry.transfer.planning import plan_transfer
 from registry.transfer.sources import Source
 
 _logger = logging.getLogger(__name__)
-
-StepProgress = Callable[[int, int, float, float], None]
-"""A callback. It takes the steps done, the steps in all, and the loss and the accuracy of the last batch."""
 
 
 class TrainConfig(Config):
@@ -83,6 +81,7 @@ class TrainingState:
         stale: epochs since the best one.
         seen: samples of the current epoch so far.
         summed: the sum of the losses of these samples.
+        hits: how many of these samples were classified correctly, each before the step that trained on it.
     """
 
     epoch: int = 0
@@ -91,6 +90,12 @@ class TrainingState:
     stale: int = 0
     seen: int = 0
     summed: float = 0.0
+    hits: float = 0.0
+
+    @property
+    def mean_accuracy(self) -> float:
+        """The share of the samples of the current epoch so far that were classified correctly; NaN before the first."""
+        return self.hits / self.seen if self.seen else float("nan")
 
     @property
     def mean_loss(self) -> float:
@@ -147,6 +152,39 @@ class Training:
         return self.config.log_every or max(1, min(50, len(self.loader) // 5))
 
 
+class Epoch(NamedTuple):
+    """A complete epoch.
+
+    Attributes:
+        number: of the epoch, from 1 on.
+        loss, accuracy: means over the samples that it trained on.
+        test_loss, test_accuracy: of the held-out data.
+        seconds: that it took in this process, with the test.
+        is_best: whether no epoch before had a better accuracy on the held-out data.
+    """
+
+    number: int
+    loss: float
+    accuracy: float
+    test_loss: float
+    test_accuracy: float
+    seconds: float
+    is_best: bool
+
+
+class Watcher:
+    """Sees a training as it goes. Its methods do nothing; override those that you want."""
+
+    def begins(self, training: Training, run: Run) -> None:
+        """The run has begun."""
+
+    def steps(self, training: Training, state: TrainingState, run: Run) -> None:
+        """A step is complete."""
+
+    def finishes(self, epoch: Epoch, run: Run) -> None:
+        """An epoch is complete. Its version may not be stored yet; see `Run.saved`."""
+
+
 def train(
     registry: Registry,
     config: TrainConfig,
@@ -159,7 +197,7 @@ def train(
     allow_cast: bool = False,
     freeze: str | None = None,
     devices: Sequence[torch.device] = (torch.device("cpu"),),
-    progress: StepProgress = lambda done, total, loss, accuracy: None,
+    watcher: Watcher | None = None,
     **options: Any,
 ) -> Run:
     """Train a network, and record every epoch.
@@ -178,7 +216,7 @@ def train(
         rename, allow_cast: as `plan_transfer` takes them, for `source`.
         freeze: `loaded`, or a pattern of names of tensors.
         devices: the devices that `get_devices` gave. Several devices share each batch.
-        progress: called after each step.
+        watcher: told of each step and epoch.
         options: `keep_last`, `keep_best`, `keep_optimizer` and `compact` of `Registry.run`.
 
     Returns:
@@ -204,11 +242,15 @@ def train(
         mode="max",
         **options,
     ) as run:
+        watcher = watcher or Watcher()
+        watcher.begins(training, run)
         _show_beginning(training, run)
         with Interrupts() as interrupts:
             while not state.is_over(config):
-                _train_epoch(training, state, run, interrupts=interrupts, progress=progress)
-                _finish_epoch(training, state, run)
+                began = time.monotonic()
+                _train_epoch(training, state, run, interrupts=interrupts, watcher=watcher)
+                epoch = _finish_epoch(training, state, run)
+                watcher.finishes(epoch._replace(seconds=time.monotonic() - began), run)
                 interrupts.deliver()
         _show_end(training, state, run)
     return run
@@ -361,11 +403,12 @@ def _resume(training: Training, checkpoint: Checkpoint) -> TrainingState:
         stale=recorded.get("stale", 0),
         seen=recorded.get("seen", 0),
         summed=recorded.get("summed", 0.0),
+        hits=recorded.get("hits", 0.0),
     )
 
 
 def _train_epoch(
-    training: Training, state: TrainingState, run: Run, *, interrupts: Interrupts, progress: StepProgress
+    training: Training, state: TrainingState, run: Run, *, interrupts: Interrupts, watcher: Watcher
 ) -> None:
     """Train on every batch of the data. An epoch that was interrupted goes on at its next batch.
 
@@ -393,7 +436,8 @@ def _train_epoch(
         state.step += 1
         state.seen += len(labels)
         state.summed += mean_loss * len(labels)
-        progress(state.step, training.steps, mean_loss, mean_accuracy)
+        state.hits += mean_accuracy * len(labels)
+        watcher.steps(training, state, run)
         if loader.position % training.log_every == 0 or loader.position == len(loader):
             _show_batch(training, state, run, loss=mean_loss, accuracy=mean_accuracy, rate=rate)
         # With several processes, a signal that came after `mean_over_ranks` waits until all hear of it with the next
@@ -404,14 +448,15 @@ def _train_epoch(
             interrupts.deliver()
 
 
-def _finish_epoch(training: Training, state: TrainingState, run: Run) -> None:
+def _finish_epoch(training: Training, state: TrainingState, run: Run) -> Epoch:
     """Test the network and save it as a version."""
     writer, plain = run.writer, training.plain
-    loss = state.mean_loss
+    loss, training_accuracy = state.mean_loss, state.mean_accuracy
     state.epoch += 1
-    state.seen, state.summed = 0, 0.0
+    state.seen, state.summed, state.hits = 0, 0.0, 0.0
     test_loss, accuracy = evaluate_together(plain, training.data.test, training.config.batch_size)
-    if accuracy > state.best:
+    is_best = accuracy > state.best
+    if is_best:
         state.best, state.stale = accuracy, 0
     else:
         state.stale += 1
@@ -423,12 +468,14 @@ def _finish_epoch(training: Training, state: TrainingState, run: Run) -> None:
             accuracy,
             test_loss,
             loss,
+            extra={"detail": True},
         )
     writer.add_scalar("Testing/Accuracy", accuracy, state.epoch)
     writer.add_scalar("Testing/Loss", test_loss, state.epoch)
     _save(training, state, run, loss=loss, metrics={"accuracy": accuracy, "test_loss": test_loss})
     for name, parameter in plain.named_parameters():
         writer.add_histogram(f"Weights/{name}", parameter, state.epoch)
+    return Epoch(state.epoch, loss, training_accuracy, test_loss, accuracy, 0.0, is_best)
 
 
 def _save(
@@ -452,6 +499,7 @@ def _save(
         "data": training.data.name,
         "seen": state.seen,
         "summed": state.summed,
+        "hits": state.hits,
     }
     run.save(
         **training.components,
@@ -493,7 +541,7 @@ def _show_batch(
             batches,
             accuracy,
             loss,
-            extra={"detail": position < batches},
+            extra={"detail": True},
         )
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 _OPTIONS = {"adapters": "adapt"}
 """What the command line calls an argument, where it is not the same word."""
 
-_TWO_PARTS = re.compile(r"((?:'[^']*'|.)*?)(?:; (.*))?", re.DOTALL)
+_TWO_PARTS = re.compile(r"((?:'[^']*'|.)*?)(?:; (?!expected )(.*))?", re.DOTALL)
 """What was wrong, and what to do, which a semicolon outside of quotes divides."""
 
 _ADVICE = {

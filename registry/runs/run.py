@@ -132,6 +132,17 @@ class Run:
         return self.folder / LOG
 
     @property
+    def saved(self) -> Checkpoint | None:
+        """The run's last checkpoint that is stored, without waiting for the one in flight; see `wait`.
+
+        Only the leading process of several knows it at once.
+        """
+        flying = self._in_flight
+        if flying is not None and flying.done() and flying.exception() is None:
+            return flying.result()
+        return self._last
+
+    @property
     def seconds_saving(self) -> float:
         """How long the program has waited in `save` and `wait`, in seconds."""
         return self._stalled

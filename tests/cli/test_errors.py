@@ -25,6 +25,7 @@ from registry.store.errors import Conflict, RegistryError, fix
         ("there is no model 'x'; did you mean 'y'?", ("there is no model 'x'", "did you mean 'y'?")),
         ("'a; b' is no name; use letters; or digits", ("'a; b' is no name", "use letters; or digits")),
         ("it's gone; look", ("it's gone", "look")),
+        ("epochs is 0; expected 1 or more", ("epochs is 0; expected 1 or more", "")),
         ("", ("", "")),
         ("a\nb; c\nd", ("a\nb", "c\nd")),
     ],

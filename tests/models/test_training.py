@@ -18,7 +18,7 @@ from registry.models import data as data_sets
 from registry.models import training
 from registry.models.data import Data
 from registry.models.measuring import evaluate
-from registry.models.training import TrainConfig, train
+from registry.models.training import Epoch, TrainConfig, Training, TrainingState, Watcher, train
 from registry.store.errors import Incompatible, NotFound
 
 
@@ -144,17 +144,35 @@ def test_the_loss_of_a_version_is_the_mean_of_its_epoch(registry: Registry, few:
     assert f"-- training loss: {registry['lenet5:v2'].loss:.4f}" in log
 
 
+class Interrupting(Watcher):
+    """Presses Ctrl-C at a step."""
+
+    def __init__(self, at: int, times: int = 1) -> None:
+        self._at, self._times = at, times
+
+    def steps(self, training: Training, state: TrainingState, run: Any) -> None:
+        if state.step == self._at:
+            for _ in range(self._times):
+                signal.raise_signal(signal.SIGINT)
+
+
+class Epochs(Watcher):
+    """Keeps what it is told of each epoch."""
+
+    def __init__(self) -> None:
+        self.found: list[Epoch] = []
+
+    def finishes(self, epoch: Epoch, run: Any) -> None:
+        self.found.append(epoch)
+
+
 @pytest.mark.parametrize("at", [1, 6, 7, 8])  # of 7 batches an epoch
 def test_an_interrupted_training_resumes_at_the_very_batch(registry: Registry, few: Data, at: int) -> None:
     config = TrainConfig(epochs=2, lr=0.01)
     train(registry, config, few, name="whole")
 
-    def interrupt(done: int, total: int, loss: float, accuracy: float) -> None:
-        if done == at:
-            signal.raise_signal(signal.SIGINT)
-
     with pytest.raises(KeyboardInterrupt):
-        train(registry, config, few, name="part", progress=interrupt)
+        train(registry, config, few, name="part", watcher=Interrupting(at))
     assert registry["part"].step == at
     assert registry.runs["part/run-1"].state == "interrupted"
     train(registry, config, few, name="part", resume=registry["part"])
@@ -163,15 +181,34 @@ def test_an_interrupted_training_resumes_at_the_very_batch(registry: Registry, f
     assert registry["part"].loss == registry["whole"].loss
 
 
-def test_a_second_interrupt_comes_through_at_once(registry: Registry, few: Data) -> None:
-    def interrupt(done: int, total: int, loss: float, accuracy: float) -> None:
-        if done == 3:
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGINT)
+@pytest.mark.parametrize("at", [3, 10])  # of 7 batches an epoch
+def test_the_means_of_an_epoch_are_those_of_a_training_in_one_go(
+    registry: Registry, few: Data, at: int
+) -> None:
+    config = TrainConfig(epochs=2, lr=0.01)
+    whole, part = Epochs(), Epochs()
+    train(registry, config, few, name="whole", watcher=whole)
+    with pytest.raises(KeyboardInterrupt):
+        train(registry, config, few, name="part", watcher=Interrupting(at))
+    train(registry, config, few, name="part", resume=registry["part"], watcher=part)
+    assert [one.number for one in whole.found] == [1, 2]
+    told = {one.number: (one.loss, one.accuracy, one.test_loss, one.test_accuracy) for one in part.found}
+    assert (
+        told.items()
+        <= {
+            one.number: (one.loss, one.accuracy, one.test_loss, one.test_accuracy) for one in whole.found
+        }.items()
+    )
+    assert max(told) == 2
+    assert 0 < whole.found[0].accuracy < whole.found[1].accuracy <= 1
+    assert whole.found[1].loss == registry["whole"].loss
+    assert whole.found[1].test_accuracy == registry["whole"].metrics["accuracy"]
 
+
+def test_a_second_interrupt_comes_through_at_once(registry: Registry, few: Data) -> None:
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        train(registry, TrainConfig(epochs=1), few, progress=interrupt)
+        train(registry, TrainConfig(epochs=1), few, watcher=Interrupting(3, times=2))
     with pytest.raises(NotFound):
         registry["lenet5"]
     assert signal.getsignal(signal.SIGINT) is before

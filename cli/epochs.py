@@ -1,0 +1,197 @@
+"""What a training shows: a table that grows by a line an epoch, and on a terminal a live line below it."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import click
+
+from registry.cli.output import encodable, say
+from registry.cli.tables import Column, Growing
+from registry.live import ranks
+from registry.models.training import Epoch, Training, TrainingState, Watcher
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from registry import Run
+
+_COLUMNS = (
+    Column("EPOCH"),
+    Column("LOSS", 1),
+    Column("ACCURACY", 4),
+    Column("TEST LOSS", 3),
+    Column("TEST ACCURACY", 2),
+    Column("TIME", 5),
+    Column("SAVED AS", 0, is_text=True),
+)
+_WIDEST = ("9.9999", "0.999", "9.9999", "0.9999", "59.9 s", "v999 best")
+"""The widest cells behind the first that are expected; a wider one moves what comes behind it."""
+
+
+class EpochTable(Watcher):
+    """Prints a training.
+
+    The line of an epoch appears when its version is stored, so that it names the version.
+
+    Args:
+        is_quiet: print nothing.
+    """
+
+    def __init__(self, *, is_quiet: bool = False) -> None:
+        self._is_quiet = is_quiet
+        self._place = "before the first batch"
+        self._step = 0
+        self._run: Run | None = None
+        self._waiting: Epoch | None = None
+        self._table: Growing | None = None
+        self._epochs = 0
+        self._live: Progress | None = None
+        self._task: TaskID | None = None
+        self._first: tuple[int, int] | None = None
+
+    def begins(self, training: Training, run: Run) -> None:
+        """Say what is trained on what, and print the headings."""
+        self._run = run
+        data, parameters = training.data, sum(one.numel() for one in training.plain.parameters())
+        where = ", ".join(map(str, training.devices))
+        together = f"{ranks.count()} × " if ranks.count() > 1 else ""
+        self._epochs = training.config.epochs
+        self._print(
+            f"{run.name}   {data.name}: {len(data.train):,} to train, {len(data.test):,} to test   "  # type: ignore[arg-type]
+            f"{parameters:,} parameters   {together}{where}"
+        )
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        self._table = Growing(_COLUMNS, (f"{self._epochs}/{self._epochs}", *_WIDEST), width)
+        self._print(self._table.heading)
+
+    def steps(self, training: Training, state: TrainingState, run: Run) -> None:
+        """Move the live line on."""
+        self._tell_saved(run)
+        position, batches = training.loader.position, len(training.loader)
+        number = state.epoch + 1
+        after = f"after epoch {number}"
+        self._place = after if position == batches else f"in epoch {number}, batch {position} of {batches}"
+        self._step = state.step
+        if self._live is None:
+            return
+        if self._first is None or self._first[0] != state.epoch:
+            # Images of this epoch that an earlier process saw took no time here.
+            self._first = (state.epoch, state.seen)
+            self._restart(number, position, batches)
+        assert self._task is not None
+        seconds, seen = self._live.tasks[0].elapsed or 0.0, state.seen - self._first[1]
+        rate = f"{seen * ranks.count() / seconds:,.0f} images/s" if seen and seconds else ""
+        self._live.update(
+            self._task,
+            completed=position,
+            count=f"{position}/{batches}",
+            loss=f"loss {state.mean_loss:.3f}",
+            rate=rate,
+        )
+
+    def finishes(self, epoch: Epoch, run: Run) -> None:
+        """Keep an epoch's line until its version is stored."""
+        self._tell_saved(run)
+        self._waiting = epoch
+
+    def ends(self, run: Run) -> None:
+        """Print what waits: all versions are stored."""
+        run.wait()
+        self._tell_saved(run)
+
+    def interrupted(self) -> tuple[str, str]:
+        """What to say of an interruption, and how to go on."""
+        saved = self._run.saved if self._run else None
+        if saved is None:
+            return f"interrupted {self._place}; nothing was saved", ""
+        as_what = (
+            f"saved as {saved.name}" if saved.step == self._step else f"{saved.name} is the last version"
+        )
+        return f"interrupted {self._place}; {as_what}", f"go on with: registry train --resume {saved.name}"
+
+    @contextlib.contextmanager
+    def alive(self, loading: str) -> Iterator[None]:
+        """Show a live line, where standard output is a terminal.
+
+        Args:
+            loading: what it says before the first batch.
+        """
+        if not sys.stdout.isatty():
+            yield
+            return
+        # Lazy: loads rich.
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[count]}"),
+            TextColumn("{task.fields[loss]}"),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(compact=True),
+        )
+        with Progress(*columns, console=Console(), transient=True) as self._live:
+            self._task = self._live.add_task(loading, total=None, count="", loss="", rate="")
+            try:
+                yield
+            finally:
+                self._live.stop()
+                self._live = None
+
+    def _restart(self, number: int, position: int, batches: int) -> None:
+        """Begin the live line of an epoch."""
+        assert self._live is not None
+        if self._task is not None:
+            self._live.remove_task(self._task)
+        self._task = self._live.add_task(
+            f"{number}/{self._epochs}", total=batches, completed=position, count="", loss="", rate=""
+        )
+
+    def _tell_saved(self, run: Run) -> None:
+        """Print the line that waits, if its version is stored."""
+        epoch, saved = self._waiting, run.saved
+        if epoch is None or saved is None or saved.epoch != epoch.number:
+            return
+        self._waiting = None
+        name = saved.name.partition(":")[2] + (" best" if epoch.is_best else "")
+        cells = (
+            f"{epoch.number}/{self._epochs}",
+            f"{epoch.loss:.4f}",
+            f"{epoch.accuracy:.3f}",
+            f"{epoch.test_loss:.4f}",
+            f"{epoch.test_accuracy:.4f}",
+            _time(epoch.seconds),
+            name,
+        )
+        assert self._table is not None
+        self._print(self._table.row(cells))
+
+    def _print(self, line: str) -> None:
+        if self._is_quiet:
+            return
+        if self._live is None:
+            click.echo(encodable(line))
+        else:
+            # Lazy: loads rich.
+            from rich.text import Text
+
+            self._live.console.print(Text.from_ansi(encodable(line)), soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """Print a message above the live line."""
+        say(text) if self._live is None else self._print(text)
+
+
+def _time(seconds: float) -> str:
+    """A duration, such as `1.9 s`, `2:05 min`, `1:02 h`."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, left = divmod(minutes, 60)
+    return f"{hours}:{left:02} h" if hours else f"{minutes}:{rest:02} min"
