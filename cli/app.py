@@ -41,57 +41,78 @@ class Row(NamedTuple):
         return self.function.rstrip("_").replace("_", "-")
 
 
-_ROWS = (
-    Row("files", "init", is_light=True),
-    Row("files", "import_"),
-    Row("files", "export"),
-    Row("files", "checkout"),
-    Row("attached", "files", is_light=True),
-    Row("attached", "attach"),
-    Row("training", "train"),
-    Row("training", "eval_"),
-    Row("training", "predict"),
-    Row("resuming", "check_resume"),
-    Row("diffs", "diff"),
-    Row("transfers", "plan"),
-    Row("transfers", "transfer"),
-    Row("transfers", "verify_frozen"),
-    Row("diffs", "compare", is_light=True),
-    Row("transfers", "advise"),
-    Row("reading", "list_", is_light=True),
-    Row("reading", "show", is_light=True),
-    Row("history", "history", is_light=True),
-    Row("history", "best", is_light=True),
-    Row("history", "lineage", is_light=True),
-    Row("runs", "runs", is_light=True),
-    Row("runs", "log", is_light=True),
-    Row("runs", "board"),
-    Row("reading", "status", is_light=True),
-    Row("caches", "cache", is_light=True),
-    Row("remotes", "remote", is_light=True),
-    Row("sharing", "push"),
-    Row("sharing", "pull"),
-    Row("sharing", "follow"),
-    Row("sharing", "outbox"),
-    Row("naming", "alias", is_light=True),
-    Row("naming", "tag", is_light=True),
-    Row("naming", "note", is_light=True),
-    Row("naming", "rm", is_light=True),
-    Row("upkeep", "verify", is_light=True),
-    Row("upkeep", "gc", is_light=True),
-    Row("upkeep", "compact"),
-    Row("upkeep", "repair"),
-    Row("upkeep", "rebuild", is_light=True),
-    Row("configs", "config", is_light=True),
-    Row("shell", "completion", is_light=True),
-)
-COMMANDS = {row.name: row for row in _ROWS}
+_GROUPS = {
+    "Save and load": (
+        Row("files", "init", is_light=True),
+        Row("files", "import_"),
+        Row("files", "export"),
+        Row("files", "checkout"),
+        Row("attached", "files", is_light=True),
+        Row("attached", "attach"),
+    ),
+    "Train": (
+        Row("training", "train"),
+        Row("training", "eval_"),
+        Row("training", "predict"),
+        Row("resuming", "check_resume"),
+        Row("runs", "runs", is_light=True),
+        Row("runs", "log", is_light=True),
+        Row("runs", "board"),
+    ),
+    "Look": (
+        Row("reading", "list_", is_light=True),
+        Row("reading", "show", is_light=True),
+        Row("history", "history", is_light=True),
+        Row("history", "best", is_light=True),
+        Row("history", "lineage", is_light=True),
+        Row("reading", "status", is_light=True),
+    ),
+    "Compare and transfer": (
+        Row("diffs", "diff"),
+        Row("diffs", "compare", is_light=True),
+        Row("transfers", "plan"),
+        Row("transfers", "transfer"),
+        Row("transfers", "verify_frozen"),
+        Row("transfers", "advise"),
+    ),
+    "Name": (
+        Row("naming", "alias", is_light=True),
+        Row("naming", "tag", is_light=True),
+        Row("naming", "note", is_light=True),
+        Row("naming", "rm", is_light=True),
+    ),
+    "Share": (
+        Row("sharing", "push"),
+        Row("sharing", "pull"),
+        Row("sharing", "follow"),
+        Row("sharing", "outbox"),
+        Row("remotes", "remote", is_light=True),
+    ),
+    "Keep house": (
+        Row("upkeep", "verify", is_light=True),
+        Row("upkeep", "gc", is_light=True),
+        Row("upkeep", "compact"),
+        Row("upkeep", "repair"),
+        Row("upkeep", "rebuild", is_light=True),
+        Row("caches", "cache", is_light=True),
+    ),
+    "Set up": (
+        Row("configs", "config", is_light=True),
+        Row("shell", "completion", is_light=True),
+    ),
+}
+"""The commands by what they are for."""
+
+COMMANDS = {row.name: row for rows in _GROUPS.values() for row in rows}
 """The row of each command, in the order in which users need them. Help, completion and docs/cli.md follow this table."""
+
+_SYNONYMS = {"ls": "list", "logs": "log"}
+"""Other words for commands, which the help does not show."""
 
 _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
-name_commands(COMMANDS)
+name_commands([*COMMANDS, *_SYNONYMS])
 
 
 class App(Group):
@@ -103,11 +124,20 @@ class App(Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command of that name; None if there is none."""
-        if cmd_name not in COMMANDS:
+        row = COMMANDS.get(_SYNONYMS.get(cmd_name, cmd_name))
+        if row is None:
             return None
-        row = COMMANDS[cmd_name]
         command: click.Command = getattr(import_module(f"registry.cli.{row.module}"), row.function)
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands by group."""
+        longest = max(map(len, COMMANDS))
+        for heading, rows in _GROUPS.items():
+            with formatter.section(heading):
+                found = [(row.name.ljust(longest), self.get_command(ctx, row.name)) for row in rows]
+                room = formatter.width - longest - 6
+                formatter.write_dl([(name, one.get_short_help_str(room)) for name, one in found if one])
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Run the command line, and end the process with its exit status."""

@@ -56,7 +56,7 @@ def diff(
     root: str | None,
     as_json: bool,
 ) -> int:
-    """Compare the tensors of two models by name, shape, dtype and value.
+    """Compare two models' tensors by name, shape and value.
 
     A and B are each a reference, a file, torchvision:NAME, or the name of a network. The exit status is 0 if they are
     identical, 1 if they differ, and 2 if one cannot be read.
@@ -120,7 +120,7 @@ def compare(
     registry: Registry,
     as_json: bool,
 ) -> None:
-    """Compare a metric of several models, runs or versions, epoch by epoch.
+    """Compare a metric of models, runs or versions by epoch.
 
     Each MODEL is the name of a model (all its versions), the name of a run such as lenet5/run-2, or a reference (one
     version).

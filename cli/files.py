@@ -119,7 +119,7 @@ def import_(
     registry: Registry,
     as_json: bool,
 ) -> int:
-    """Store checkpoint files, folders, or a network of torchvision, as new versions.
+    """Store files, folders or torchvision networks as versions.
 
     Each FILE becomes one version of the model. The command reads {readable}, and folders as Hugging Face, timm, PEFT,
     Trainer, Accelerate and torch.distributed.checkpoint write them. Of a folder every file is kept, or named with the reason why it is not.

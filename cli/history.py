@@ -70,7 +70,7 @@ def best(model: str, metric: str, smallest: bool | None, registry: Registry, as_
 @command("lineage", "registry lineage lenet5@best")
 @click.argument("reference", type=ReferenceType())
 def lineage(reference: str, registry: Registry, as_json: bool) -> None:
-    """Show what a checkpoint came from and what came from it, as a tree."""
+    """Show what a checkpoint came from, and what from it."""
     version = registry.resolve(reference)
     sources = _documents(origins(registry.catalog, version))
     led_to = _documents(descendants(registry.catalog, version))

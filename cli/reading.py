@@ -208,7 +208,7 @@ def _called(version: Version, *, is_best: bool) -> str:
 @click.argument("reference", type=ReferenceType())
 @click.option("--params", is_flag=True, help="List every tensor: name, dtype, shape, digest.")
 def show(reference: str, params: bool, registry: Registry, as_json: bool) -> None:
-    """Show what is recorded about a checkpoint."""
+    """Show a version: metrics, provenance, tensors."""
     version = registry.resolve(reference)
     tensors = list(registry[version.name].parameters()) if params else []
     if as_json:
@@ -315,7 +315,7 @@ def _nearby(path: str) -> str:
 
 @command("status", "registry status")
 def status(registry: Registry, as_json: bool) -> None:
-    """Sum up what is stored and what sharing saved."""
+    """Show storage use and what sharing saves."""
     found = registry.status()
     if as_json:
         print_json({**found._asdict(), "saved": found.saved})

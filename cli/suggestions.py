@@ -10,7 +10,6 @@ import click
 _OTHER_WORDS = {
     "add": "import",
     "browse": "board",
-    "checkout-index": "export",
     "clone": "pull",
     "commit": "import",
     "copy": "export",
@@ -28,8 +27,6 @@ _OTHER_WORDS = {
     "info": "show",
     "inspect": "show",
     "load": "export",
-    "logs": "log",
-    "ls": "list",
     "prune": "gc",
     "remove": "rm",
     "repack": "compact",

@@ -371,7 +371,7 @@ def _check_fit(checkpoint: Checkpoint, network: Any, content: Data) -> None:
 def predict(
     reference: str, images: tuple[str, ...], fit: bool, invert: bool, registry: Registry, as_json: bool
 ) -> None:
-    """Say what images show."""
+    """Classify images."""
     # Lazy: loads torch.
     from registry.models.predicting import predict as classify
 

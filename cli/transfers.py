@@ -165,7 +165,7 @@ def transfer(
     registry: Registry,
     as_json: bool,
 ) -> None:
-    """Make a new version of a network with tensors of another, and record the plan.
+    """Make a new version with tensors of another, by a plan.
 
     TARGET is the name of a network or a checkpoint. A network is built anew. A checkpoint gives the tensors that SOURCE
     does not give.
@@ -234,7 +234,7 @@ def _network(registry: Registry, target: str) -> tuple[Any, str]:
 @click.argument("a", type=ReferenceType())
 @click.argument("b", type=ReferenceType())
 def verify_frozen(a: str, b: str, registry: Registry, as_json: bool) -> int:
-    """Check that what was frozen did not move between two versions.
+    """Check that what was frozen did not move.
 
     The frozen tensors are those that were frozen when B was saved. The exit status is 1 if one of them moved. Buffers
     of frozen layers that were not held may move; the command names those that did.
@@ -275,7 +275,7 @@ def verify_frozen(a: str, b: str, registry: Registry, as_json: bool) -> int:
 def advise(
     reference: str, samples: int, similar: str, model: str | None, registry: Registry, as_json: bool
 ) -> None:
-    """Say whether to fine-tune or to freeze, by a rule of thumb."""
+    """Say whether to fine-tune or freeze, by a rule of thumb."""
     # Lazy: loads torch.
     from registry.live import builders
     from registry.transfer.advice import CAVEATS, Counts

@@ -225,7 +225,7 @@ def test_a_configuration_is_checked_against_a_class(
     done = run("config", "validate", "a.json", "--class", "mine:Train", "--json")
     assert len(done.json["valid"][0]["digest"]) == 64
     done = run("config", "validate", "b.json", "--class", "mine:Train")
-    assert done.err == 'error: b.json: epochs is "three"\nhint:  expected a valid integer\n'
+    assert done.err == 'error: b.json: epochs is "three"; expected a valid integer\n'
     assert run("config", "validate", "b.json", "--class", "mine:Train", "--set", "epochs=2").status == 1
     for target, message in {
         "mine": "write it as MODULE:CLASS",

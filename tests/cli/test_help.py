@@ -8,9 +8,10 @@ from pathlib import Path
 
 import click
 import pytest
-from conftest import commands, examples, words_of
+from conftest import Run, commands, examples, words_of
 
-from registry.cli.app import app
+from registry import Registry
+from registry.cli.app import COMMANDS, app
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,7 +43,7 @@ def test_the_help_fits_a_terminal_and_says_what_every_option_does(path: str) -> 
     command = ALL[path]
     text = command.get_help(click.Context(command, info_name=path, terminal_width=80))
     assert max(map(len, text.splitlines())) <= 80
-    assert len(command.get_short_help_str(60)) < 60
+    assert not command.get_short_help_str(57).endswith("...")
     for parameter in command.params:
         if isinstance(parameter, click.Option):
             assert parameter.help, (path, parameter.name)
@@ -55,6 +56,30 @@ def test_every_command_takes_json_and_debug(path: str) -> None:
     names = {parameter.name for parameter in ALL[path].params}
     assert {"debug", "root"} <= names
     assert "as_json" in names or path == "registry completion"
+
+
+def test_the_commands_stand_in_groups_and_none_is_cut() -> None:
+    text = app.get_help(click.Context(app, info_name="registry", terminal_width=80))
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "..." not in text.replace("COMMAND [ARGS]...", "")
+    headings = [line[:-1] for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert headings[1:9] == [
+        "Save and load",
+        "Train",
+        "Look",
+        "Compare and transfer",
+        "Name",
+        "Share",
+        "Keep house",
+        "Set up",
+    ]
+    told = {line.split()[0] for line in lines if line.startswith("  ") and line[2:3].isalpha()}
+    assert set(COMMANDS) <= told
+
+
+def test_words_of_other_tools_are_synonyms(filled: Registry, run: Run) -> None:
+    assert run("ls", "lenet5", "--json").json == run("list", "lenet5", "--json").json
 
 
 def test_the_page_of_the_commands_is_up_to_date() -> None:
