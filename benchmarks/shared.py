@@ -77,6 +77,16 @@ def _environment(port: int) -> Iterator[None]:
         os.environ.update(kept)
 
 
+@contextlib.contextmanager
+def _asked_every(seconds: float) -> Iterator[None]:
+    """Let a host ask others so often what is new."""
+    kept, shared_log._REFRESH = shared_log._REFRESH, seconds
+    try:
+        yield
+    finally:
+        shared_log._REFRESH = kept
+
+
 def _opened(folder: Path, host: str, prefix: str) -> Registry:
     os.environ["XDG_DATA_HOME"] = str(folder / f"host-{host}")
     return Registry(f"s3://{BUCKET}/{prefix}")
@@ -119,9 +129,9 @@ def _throughput(folder: Path, size: int, scale: Scale) -> list[Result]:
         "cached": (lambda: touch_free_memory(folder, size), lambda: shared["net"].load()),
         "local": (lambda: touch_free_memory(folder, size), lambda: local["net"].load()),
     }
-    # How often others are asked is another question.
-    shared_log._REFRESH = 60.0
-    warm = take_turns(cached, 3 * scale.rounds)
+    with _asked_every(60.0):
+        # How often others are asked is another question.
+        warm = take_turns(cached, 3 * scale.rounds)
     what = f"{size >> 20} MB"
     return [
         ratio(
@@ -287,7 +297,6 @@ def _clones(folder: Path, scale: Scale) -> Table:
 def _requests(folder: Path, before: Layer, scale: Scale) -> Table:
     """Requests, and seconds with 0 and 30 ms before each request."""
     os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{before.port}"
-    shared_log._REFRESH = 5.0
     writer = _opened(folder, "requests", "requests")
     number, hosts = count(), count()
 

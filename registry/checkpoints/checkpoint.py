@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from registry.catalog.resolving import resolve
 from registry.catalog.versions import Version
-from registry.store.errors import Corrupt, naming
+from registry.store.errors import Corrupt, NotFound, naming
 from registry.store.text import printable
 from registry.upkeep.outbox import Outbox
 
@@ -45,7 +45,14 @@ class Checkpoint:
             outbox = Outbox(home)
             if found := outbox.find(reference):
                 return cls(outbox.home.store, found)
-        return cls(home.store, resolve(home.catalog, reference))
+        try:
+            return cls(home.store, resolve(home.catalog, reference))
+        except NotFound:
+            if home.catalog.shared is None:
+                raise
+            # Another host may have added it a moment ago.
+            home.catalog.shared.ask_again()
+            return cls(home.store, resolve(home.catalog, reference))
 
     @property
     def row(self) -> Version:

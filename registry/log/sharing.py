@@ -43,6 +43,10 @@ class Shared(Protocol):
         """Whether it is time to ask for what other hosts have added."""
         ...
 
+    def ask_again(self) -> None:
+        """Let the next look ask for what other hosts have added, however short a time ago that was asked."""
+        ...
+
     def is_likely_last(self) -> bool:
         """Whether the last entry that this host has is likely the last of all, so that one may be added without asking."""
         ...

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -75,6 +76,10 @@ class SharedLog:
     def is_due(self) -> bool:
         """Whether it is time to ask for what other hosts have added."""
         return self._packs.was_missing or (not self.rests() and self._asked + _REFRESH <= time.monotonic())
+
+    def ask_again(self) -> None:
+        """Let `is_due` be true; see `registry.log.sharing.Shared.ask_again`."""
+        self._asked = -math.inf
 
     def is_likely_last(self) -> bool:
         """Whether neither others have added an entry lately, nor the log may have been put back."""

@@ -113,6 +113,21 @@ def test_an_upload_that_ends_after_its_pack_was_deleted_is_deleted_again(team: T
     team.check({"net:v1": 1, "net:v2": 2})
 
 
+def test_a_name_that_another_host_has_made_a_moment_ago_is_found(
+    team: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_log, "_REFRESH", 3600.0)
+    a, b = team.host("a"), team.host("b")
+    save(a, 1)
+    assert len(b.versions("net")) == 1
+    save(a, 2)
+    a.set_alias("net:v2", "production")
+    assert len(b.versions("net")) == 1  # as nobody asks yet
+    assert b["net@production"].name == "net:v2"
+    assert "net:v3" not in b
+    assert len(b.versions("net")) == 2
+
+
 def test_a_version_that_is_removed_and_collected_while_it_is_loaded_is_not_there(
     team: Team, monkeypatch: pytest.MonkeyPatch
 ) -> None:
