@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from registry.catalog.ancestry import Branch, descendants, origins
-from registry.catalog.versions import Version, list_versions, own_sizes
+from registry.catalog.chains import CONTINUED, Chain, chains, read_nodes, related
+from registry.catalog.versions import Version, list_versions, own_sizes, values_by_id
 from registry.cli.options import ReferenceType, command, direction
-from registry.cli.output import number, print_json, say, size, version_document
-from registry.cli.reading import fields_of, left_out
-from registry.cli.tables import Column, TableView, print_table
+from registry.cli.output import ago, nothing, number, print_json, say, size, version_document
+from registry.cli.reading import fields_of, headline, left_out
+from registry.cli.tables import Column, Field, TableView, print_table
+from registry.reports.charts import lanes
 
 if TYPE_CHECKING:
     from registry.registry import Registry
@@ -67,23 +69,99 @@ def best(model: str, metric: str, smallest: bool | None, registry: Registry, as_
     say(f"{version.name}  {metric} {number(value or 0.0)}  epoch {version.epoch}")
 
 
-@command("lineage", "registry lineage lenet5@best")
-@click.argument("reference", type=ReferenceType())
-def lineage(reference: str, registry: Registry, as_json: bool) -> None:
-    """Show what a checkpoint came from, and what from it."""
-    version = registry.resolve(reference)
-    sources = _documents(origins(registry.catalog, version))
-    led_to = _documents(descendants(registry.catalog, version))
-    document = {**_about(version), "from": sources, "led_to": led_to}
+@command("lineage", "registry lineage\nregistry lineage lenet5@best --full")
+@click.argument("reference", required=False, type=ReferenceType())
+@click.option("--full", "is_full", is_flag=True, help="Give every version a line of its own.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["text", "mermaid"]),
+    default="text",
+    show_default=True,
+    help="Draw lines, or write a diagram for a Markdown page.",
+)
+def lineage(
+    reference: str | None, is_full: bool, form: str, registry: Registry, view: TableView, as_json: bool
+) -> None:
+    """Show what a checkpoint came from, and what from it.
+
+    For a model the command shows all its versions with what they came from and what came from them, and without an
+    argument everything. The newest is at the top. Versions of one run, one after the other, share a line. A filled
+    circle has an alias. --json needs a reference, and prints a tree.
+    """
     if as_json:
-        print_json(document)
+        if reference is None:
+            raise click.UsageError("--json prints the tree of one checkpoint; name it")
+        version = registry.resolve(reference)
+        sources = _documents(origins(registry.catalog, version))
+        print_json(
+            {**_about(version), "from": sources, "led_to": _documents(descendants(registry.catalog, version))}
+        )
         return
-    say(_label(document))
-    _print_branches(sources, "")
-    if led_to:
-        say("")
-        say("led to")
-        _print_branches(led_to, "")
+    nodes = read_nodes(registry.catalog)
+    if reference is not None:
+        version = registry.resolve(reference)
+        is_model = reference == version.model
+        start = [node.id for node in nodes.values() if node.model == reference] if is_model else [version.id]
+        nodes = related(nodes, start)
+    found = chains(nodes, is_full=is_full)
+    if not found:
+        nothing("no models yet; store one with: registry import FILE --name MODEL")
+    elif form == "mermaid":
+        for line in _mermaid(found):
+            say(line)
+    else:
+        _print_graph(registry, found, view)
+
+
+def _print_graph(registry: Registry, found: Sequence[Chain], view: TableView) -> None:
+    """Print chains as a graph."""
+    metric = headline(registry, {node.model for chain in found for node in chain.nodes})
+    values = values_by_id(registry.catalog, metric) if metric else {}
+    of = {node.id: chain.name for chain in found for node in chain.nodes}
+    by_name = {chain.name: chain for chain in found}
+
+    def course(chain: Chain) -> str:
+        ends = list(dict.fromkeys([chain.nodes[0].id, chain.nodes[-1].id]))
+        return " → ".join(f"{values[one]:.4f}" for one in ends if one in values)
+
+    drawn = lanes(
+        [
+            (
+                chain.name,
+                list(dict.fromkeys(of[parent] for _, parent in chain.parents if parent in of)),
+                bool(chain.nodes[-1].aliases),
+            )
+            for chain in found
+        ]
+    )
+    rows = [(line, by_name.get(name)) for line, name in drawn]
+    fields: list[Field[tuple[str, Chain | None]]] = [
+        (Column("VERSIONS", is_text=True), lambda row: row[1] and row[1].name),
+        (Column("ALIASES", 2, is_text=True), lambda row: row[1] and " ".join(row[1].nodes[-1].aliases)),
+        (Column((metric or "-").upper(), 3, is_text=True), lambda row: row[1] and course(row[1])),
+        (Column("HOW", 1, is_text=True), lambda row: row[1] and row[1].how),
+        (Column("MADE", 4), lambda row: row[1] and ago(row[1].nodes[-1].created)),
+        (Column("RUN", 5, is_text=True), lambda row: row[1] and row[1].nodes[0].run),
+    ]
+    if view.is_quiet:
+        print_table(fields, [row for row in rows if row[1]], view)
+    else:
+        print_table([(Column(""), lambda row: row[0]), *fields], rows, view)
+
+
+def _mermaid(found: Sequence[Chain]) -> list[str]:
+    """Chains as a diagram of Mermaid."""
+    of = {node.id: f"n{i}" for i, chain in enumerate(found) for node in chain.nodes}
+    lines = ["graph BT"]
+    for i, chain in enumerate(found):
+        shown = " ".join([chain.name, *(f"({alias})" for alias in chain.nodes[-1].aliases)])
+        lines.append(f'  n{i}["{shown}"]')
+        for kind, parent in chain.parents:
+            if parent in of:
+                label = "" if kind == CONTINUED else f'|"{kind.removesuffix("-from")}"|'
+                lines.append(f"  {of[parent]} -->{label} n{i}")
+    return lines
 
 
 def _documents(branches: Sequence[Branch]) -> list[dict[str, Any]]:
@@ -106,23 +184,3 @@ def _about(version: Version) -> dict[str, Any]:
         "metrics": dict(version.metrics),
         "run": version.record.get("run"),
     }
-
-
-def _label(node: dict[str, Any]) -> str:
-    """The line for a version of the tree."""
-    parts = [node["name"]]
-    if node.get("epoch") is not None:
-        parts.append(f"epoch {node['epoch']}")
-    parts += [f"{name} {number(value)}" for name, value in node.get("metrics", {}).items()]
-    if node.get("run"):
-        parts.append(node["run"])
-    if node.get("more"):
-        parts.append(f"(more: {node['more']})")
-    return "  ".join(parts)
-
-
-def _print_branches(nodes: list[dict[str, Any]], indent: str) -> None:
-    for i, node in enumerate(nodes):
-        last = i == len(nodes) - 1
-        say(f"{indent}{'└── ' if last else '├── '}{node['kind']}  {_label(node)}")
-        _print_branches(node["from"], indent + ("    " if last else "│   "))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from registry.catalog.versions import (
     Model,
     Version,
     best_versions,
+    commonest_metric,
     list_models,
     list_versions,
     name_of,
@@ -166,7 +167,7 @@ def _list_models(registry: Registry, view: TableView, as_json: bool) -> None:
         return
     bests, own = best_versions(registry.catalog), own_by_model(registry.catalog)
     rows = [(model, bests.get(model.name, model.latest)) for model in models]
-    metric = _headline(registry, [version for _, version in rows])
+    metric = headline(registry, {model.name for model in models})
     trends = values_by_model(registry.catalog, metric) if metric else {}
     running = {info.model for info in registry.runs.find() if _is_running(registry, info)}
     fields: list[Field[tuple[Model, Version]]] = [
@@ -191,11 +192,11 @@ def _is_running(registry: Registry, info: RunInfo) -> bool:
     return info.state == "running" and not registry.runs.is_lost(info)
 
 
-def _headline(registry: Registry, versions: Sequence[Version]) -> str | None:
-    """The metric that says most about some versions: what most runs follow, or else what most versions have."""
-    followed = Counter(registry.runs.monitors().values())
-    had = Counter(name for version in versions for name in sorted(version.metrics))
-    return next((name for name, _ in (followed or had).most_common(1)), None)
+def headline(registry: Registry, models: Collection[str]) -> str | None:
+    """The metric that says most about some models: what most of their runs follow, or else what most versions have."""
+    followed = Counter(metric for model, metric in registry.runs.monitors().items() if model in models)
+    had = commonest_metric(registry.catalog, models)
+    return next((name for name, _ in followed.most_common(1)), had)
 
 
 def _called(version: Version, *, is_best: bool) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -161,6 +162,23 @@ def values_by_model(catalog: Reader, metric: str) -> dict[str, list[float]]:
     for model, value in catalog.query(sql, given):
         found.setdefault(model, []).append(value)
     return found
+
+
+def commonest_metric(catalog: Reader, models: Collection[str]) -> str | None:
+    """The metric that most of some models have; of several the first by name."""
+    had = Counter(
+        name
+        for name, model in catalog.query("SELECT DISTINCT name, model FROM metrics ORDER BY name")
+        if model in models
+    )
+    return next((name for name, _ in had.most_common(1)), None)
+
+
+def values_by_id(catalog: Reader, metric: str) -> dict[str, float]:
+    """The values of a metric (or `loss`) by version id; NaN is left out."""
+    if metric == "loss":
+        return dict(catalog.query("SELECT id, loss FROM versions WHERE loss IS NOT NULL"))
+    return dict(catalog.query("SELECT id, value FROM metrics WHERE name = ? AND value IS NOT NULL", [metric]))
 
 
 def by_id(catalog: Reader, version_id: str) -> Version | None:

@@ -45,6 +45,63 @@ def sparkline(values: Sequence[float], width: int = 8) -> str:
     return "".join(_LEVELS[round(top * ((mean / 2 - low / 2) / (high / 2 - low / 2)))] for mean in means)
 
 
+def lanes(rows: Sequence[tuple[str, Sequence[str], bool]]) -> list[tuple[str, str]]:
+    """Draw a graph as lanes of text, like those of a version control system.
+
+    Args:
+        rows: for each row its key, the keys of the rows further down that it leads to, and whether to fill its circle.
+
+    Returns:
+        Lines of equal width, each with the key of its row; lines between two rows, where lanes meet, have an empty key.
+
+    >>> [line for line, _ in lanes([("b", ["a"], True), ("c", ["a"], False), ("a", [], False)])]
+    ['●  ', '│ ○', '├─╯', '○  ']
+    """
+    lines: list[tuple[str, str]] = []
+    open_lanes: list[str | None] = []
+    for key, after, is_filled in rows:
+        mine = [i for i, waited in enumerate(open_lanes) if waited == key]
+        if len(mine) > 1:
+            lines.append((_joined(open_lanes, mine), ""))
+            for i in mine[1:]:
+                open_lanes[i] = None
+        if not mine:
+            mine = [open_lanes.index(None) if None in open_lanes else len(open_lanes)]
+            open_lanes[mine[0] :] = [key, *open_lanes[mine[0] + 1 :]]
+        signs = ["│" if waited else " " for waited in open_lanes]
+        signs[mine[0]] = "●" if is_filled else "○"
+        lines.append((" ".join(signs), key))
+        open_lanes[mine[0]] = after[0] if after else None
+        for other in after[1:]:
+            if other not in open_lanes:
+                free = open_lanes.index(None) if None in open_lanes else len(open_lanes)
+                open_lanes[free:] = [other, *open_lanes[free + 1 :]]
+        while open_lanes and open_lanes[-1] is None:
+            open_lanes.pop()
+    width = max((len(line) for line, _ in lines), default=0)
+    return [(line.ljust(width), key) for line, key in lines]
+
+
+def _joined(open_lanes: Sequence[str | None], mine: Sequence[int]) -> str:
+    """The line in which several lanes become the first of them."""
+    first, last = mine[0], mine[-1]
+    text = ""
+    for i, waited in enumerate(open_lanes):
+        inside = first < i < last
+        if i == first:
+            text += "├"
+        elif i == last:
+            text += "╯"
+        elif i in mine:
+            text += "┴"
+        elif inside:
+            text += "┼" if waited else "─"
+        else:
+            text += "│" if waited else " "
+        text += "─" if first <= i < last else " "
+    return text.rstrip()
+
+
 def bars(block: Bars) -> str:
     """Draw bars, the largest of which fills the width; the end of a long name says more than its beginning."""
     top = max((value for _, value in block.bars), default=0.0) or 1.0

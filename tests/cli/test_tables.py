@@ -19,7 +19,16 @@ from registry.cli.tables import Column, decimals_of, drawn, width_of
 
 GOLDEN = Path(__file__).with_name("golden")
 WIDTHS = (40, 60, 80, 120, 200)
-COMMANDS = ("list", "list lenet5", "history lenet5", "runs", "alias", "show lenet5:v2 --params")
+COMMANDS = (
+    "list",
+    "lineage",
+    "lineage lenet5 --full",
+    "list lenet5",
+    "history lenet5",
+    "runs",
+    "alias",
+    "show lenet5:v2 --params",
+)
 
 
 @pytest.fixture
@@ -41,6 +50,8 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
                     metrics={"accuracy": accuracy},
                 )
     registry.set_alias("lenet5:v3", "production")
+    with registry.run("lenet5-finetuned", resume="lenet5:v3") as run:
+        run.save(model=torch.nn.Linear(4, 10), epoch=4, metrics={"accuracy": 0.9})
     registry.set_tag("lenet5:v2", "paper-figure-3")
     metrics = dict.fromkeys(("f1", "recall", "precision", "auc", "val/loss", "accuracy"), 0.5)
     registry.save("detector-of-small-objects-a", {"model": {"w": torch.ones(2)}}, metrics=metrics)
@@ -96,8 +107,13 @@ def test_columns_are_chosen_and_references_alone_are_printed(trained: Registry, 
         "detector-of-small-objects-a",
         "detector-of-small-objects-b",
         "lenet5",
+        "lenet5-finetuned",
     ]
-    assert run("runs", "-q").out.split() == ["lenet5/run-2", "lenet5/run-1"]
+    assert run("runs", "-q").out.split() == [
+        "lenet5-finetuned/run-1",
+        "lenet5/run-2",
+        "lenet5/run-1",
+    ]
     outcome = run("runs", "--columns", "age")
     assert outcome.status == 2
     assert (

@@ -92,7 +92,9 @@ def test_plan_transfer_and_lineage(run: Run, root: Path) -> None:
     registry = Registry(root / "r")
     source, made = registry["lenet5:v2"].state_dict(), registry["student"].state_dict()
     assert all(torch.equal(made[name], source[name]) for name in source if not name.startswith("fc.5"))
-    assert "transferred-from  lenet5:v2" in run("lineage", "student").out
+    graph = run("lineage", "student").out.splitlines()
+    assert re.match(r"○  student:v1 .* transferred ", graph[1])
+    assert graph[2].split()[1].startswith("lenet5:v1…v2")
     other = run("transfer", "lenet5:v1", "lenet6", "--plan", "plan.json", "--name", "student")
     assert (other.status, "made from lenet5:v2 with other tensors" in other.err) == (1, True)
     assert len(registry.runs.find("student")) == 1
