@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from registry.cli.completing import completes, metrics
 from registry.cli.options import ReferenceType, command, registry_if_any
 from registry.cli.output import complain_of, print_json, say
 from registry.cli.tables import columns_of, print_table
@@ -100,7 +101,13 @@ def _drawn(blocks: Sequence[Block], form: str) -> str:
     "registry compare lenet5 lenet6 --format html -o compare.html",
 )
 @click.argument("models", nargs=-1, required=True, type=ReferenceType(), metavar="MODEL...")
-@click.option("--metric", default="accuracy", show_default=True, help="A metric, or loss.")
+@click.option(
+    "--metric",
+    default="accuracy",
+    show_default=True,
+    shell_complete=completes(metrics),
+    help="A metric, or loss.",
+)
 @click.option("--at", "epochs", metavar="EPOCHS", help="Only these epochs, such as 1,5,10.")
 @click.option(
     "--format",

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from registry.cli import completing
+from registry.cli.completing import completes
 from registry.cli.options import ReferenceType, byte_count, command, pairs
 from registry.cli.output import (
     counted,
@@ -95,7 +97,14 @@ def init(folder: str | None, log: str | None, root: str | None, as_json: bool) -
 )
 @click.option("--metric", multiple=True, callback=pairs, metavar="NAME=NUMBER", help="A measured value.")
 @click.option("--config", type=click.Path(exists=True), help="Hyperparameters: a JSON, YAML or TOML file.")
-@click.option("--tag", "tags", multiple=True, metavar="TAG", help="A tag to attach.")
+@click.option(
+    "--tag",
+    "tags",
+    multiple=True,
+    metavar="TAG",
+    shell_complete=completes(completing.tags),
+    help="A tag to attach.",
+)
 @click.option("--weights", metavar="NAME", help="For torchvision:NAME: the pretrained weights to download.")
 @click.option(
     "--file",
@@ -291,6 +300,7 @@ def _number(text: str, what: str) -> float:
 @click.argument("file", type=click.Path(), metavar="FILE|FOLDER")
 @click.option(
     "--component",
+    shell_complete=completes(completing.components),
     metavar="NAME",
     help=f"Export this component alone. [default: all components in a {_WHOLE} file]",
 )

@@ -10,6 +10,7 @@ import click
 from registry.catalog.ancestry import Branch, descendants, origins
 from registry.catalog.chains import CONTINUED, Chain, chains, read_nodes, related
 from registry.catalog.versions import Version, list_versions, own_sizes, values_by_id
+from registry.cli.completing import completes, metrics
 from registry.cli.options import ReferenceType, command, direction
 from registry.cli.output import ago, nothing, number, print_json, say, size, version_document
 from registry.cli.reading import fields_of, headline, left_out
@@ -56,7 +57,14 @@ def history(model: str, limit: int, registry: Registry, view: TableView, as_json
 
 @command("best", "registry best lenet5 --by accuracy\nregistry best lenet5 --by val/loss")
 @click.argument("model", type=ReferenceType())
-@click.option("--by", "metric", required=True, metavar="METRIC", help="A metric, or loss.")
+@click.option(
+    "--by",
+    "metric",
+    required=True,
+    metavar="METRIC",
+    shell_complete=completes(metrics),
+    help="A metric, or loss.",
+)
 @direction
 def best(model: str, metric: str, smallest: bool | None, registry: Registry, as_json: bool) -> None:
     """Find the best version of a model."""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from registry.catalog.versions import list_aliases
+from registry.cli import completing
+from registry.cli.completing import completes
 from registry.cli.options import ReferenceType, command
 from registry.cli.output import counted, nothing, print_json, say, size, version_document
 from registry.cli.tables import Column, Field, TableView, print_table
@@ -65,7 +67,7 @@ def alias(
 
 @command("tag", "registry tag lenet5:v3 paper\nregistry tag --remove lenet5:v3 paper")
 @click.argument("reference", type=ReferenceType())
-@click.argument("tags", nargs=-1, required=True, metavar="TAG...")
+@click.argument("tags", nargs=-1, required=True, metavar="TAG...", shell_complete=completes(completing.tags))
 @click.option("--remove", is_flag=True, help="Remove the tags.")
 def tag(reference: str, tags: tuple[str, ...], remove: bool, registry: Registry, as_json: bool) -> None:
     """Attach tags to a checkpoint."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
+from registry.cli.completing import completes, networks
 from registry.cli.tables import TableView
 from registry.store.errors import NotFound
 
@@ -190,16 +191,17 @@ class ReferenceType(click.ParamType[str, str]):
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
         """The references that begin with the typed text; none if the catalog cannot be read."""
-        # Lazy: start-up.
-        from registry.registry import Registry
+        return completes(lambda registry, _: registry.names(incomplete))(ctx, param, incomplete)
 
-        try:
-            root = ctx.params.get("root") or ctx.find_root().params.get("root")
-            names = Registry(root, create=False).names(incomplete)
-        # A shell that completes must not print errors.
-        except Exception:
-            return []
-        return [CompletionItem(name) for name in names]
+
+class NetworkType(ReferenceType):
+    """A reference, or the name of a network. The shell completes both."""
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """References, and the networks of installed packages."""
+        return completes(lambda registry, _: registry.names(incomplete), networks)(ctx, param, incomplete)
 
 
 def pairs(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> dict[str, str]:

@@ -23,6 +23,7 @@ from registry.catalog.versions import (
     rank_versions,
     values_by_model,
 )
+from registry.cli.completing import completes, metrics, tags
 from registry.cli.options import ReferenceType, command, direction
 from registry.cli.output import (
     ago,
@@ -53,9 +54,15 @@ _OF_VERSION = ("EPOCH", "STEP", "LOSS", "TAGS", "ID")
 
 @command("list", "registry list\nregistry list lenet5 --sort accuracy --limit 5")
 @click.argument("model", required=False, type=ReferenceType())
-@click.option("--sort", "metric", metavar="METRIC", help="Order by a metric or the loss, the best first.")
+@click.option(
+    "--sort",
+    "metric",
+    metavar="METRIC",
+    shell_complete=completes(metrics),
+    help="Order by a metric or the loss, the best first.",
+)
 @direction
-@click.option("--tag", metavar="TAG", help="Only versions with this tag.")
+@click.option("--tag", metavar="TAG", shell_complete=completes(tags), help="Only versions with this tag.")
 @click.option(
     "--limit", default=20, show_default=True, type=click.IntRange(0), help="Number of rows; 0 shows all."
 )

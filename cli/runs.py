@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from registry.catalog.runs import INNER, LOG, RunInfo
+from registry.cli.completing import completes
+from registry.cli.completing import runs as names_of_runs
 from registry.cli.options import ReferenceType, command
 from registry.cli.output import counted, nothing, print_json, say, time_of, warn
 from registry.cli.tables import Column, Field, TableView, print_table
@@ -89,6 +92,15 @@ class _Source(ReferenceType):
     """The name of a run, or a reference to a checkpoint that the run saved."""
 
     name = "run"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """References, and the names of runs."""
+        return [
+            *super().shell_complete(ctx, param, incomplete),
+            *completes(names_of_runs)(ctx, param, incomplete),
+        ]
 
 
 def _run_of(registry: Registry, text: str) -> RunInfo:

@@ -13,7 +13,7 @@ from registry.cli.options import command
 def completion(shell: str) -> None:
     """Print a script for completion in your shell.
 
-    It completes commands, options and references.
+    It completes commands, options, references, metrics, tags, runs, components and networks.
 
     \b
     in ~/.bashrc:  eval "$(registry completion bash)"

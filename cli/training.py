@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from registry.cli.completing import completes, data_sets, networks
 from registry.cli.options import ReferenceType, casts, command, renames
 from registry.cli.output import (
     INTERRUPTED,
@@ -44,8 +45,10 @@ _DATA = "digits (the default), fashion-mnist, mnist, cifar10, or folder (your ow
     "train",
     "registry train lenet5 --epochs 3 --set lr=0.01\nregistry train lenet5 --resume lenet5 --set epochs=20",
 )
-@click.argument("model", required=False)
-@click.option("--data", metavar="NAME", help=f"The data to train on: {_DATA}.")
+@click.argument("model", required=False, shell_complete=completes(networks))
+@click.option(
+    "--data", metavar="NAME", shell_complete=completes(data_sets), help=f"The data to train on: {_DATA}."
+)
 @click.option("--data-dir", type=click.Path(), metavar="DIR", help="The folder of the data.")
 @click.option("--download", is_flag=True, help="Download missing data to --data-dir.")
 @click.option("--epochs", type=int, help="Passes over the data.")
@@ -286,7 +289,9 @@ def _handler(line: Callable[[str], None]) -> logging.Handler:
 
 @command("eval", "registry eval lenet5@best --data digits")
 @click.argument("reference", type=ReferenceType())
-@click.option("--data", metavar="NAME", help=f"The data to test on: {_DATA}.")
+@click.option(
+    "--data", metavar="NAME", shell_complete=completes(data_sets), help=f"The data to test on: {_DATA}."
+)
 @click.option("--data-dir", type=click.Path(), metavar="DIR", help="The folder of the data.")
 @click.option("--download", is_flag=True, help="Download missing data to --data-dir.")
 def eval_(

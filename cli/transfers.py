@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from registry.cli.options import ReferenceType, casts, command, pairs, registry_if_any, renames
+from registry.cli.options import NetworkType, ReferenceType, casts, command, pairs, registry_if_any, renames
 from registry.cli.output import print_json, say, version_document
 from registry.configs.documents import read_document
 from registry.store.errors import Invalid, NotFound
@@ -27,7 +27,7 @@ _TAKE_ROWS = ", ".join(name for name, adapter in ADAPTERS.items() if adapter.tak
     "registry plan resnet.pth resnet18 --adapt 'fc.*=class-rows' --classes c.json",
 )
 @click.argument("source", type=ReferenceType())
-@click.argument("target", type=ReferenceType())
+@click.argument("target", type=NetworkType())
 @click.option(
     "--expect",
     multiple=True,
@@ -140,7 +140,7 @@ def _classes(path: str | None) -> tuple[list[str], list[str]] | None:
     "registry transfer lenet5@best lenet6 --name lenet6\nregistry transfer lenet5@best lenet6 --plan plan.json --name lenet6",
 )
 @click.argument("source", type=ReferenceType())
-@click.argument("target", type=ReferenceType())
+@click.argument("target", type=NetworkType())
 @click.option(
     "--plan",
     "file",

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Run
 
 from registry import Registry
@@ -37,6 +38,40 @@ def test_references_are_completed_from_the_catalog(filled: Registry) -> None:
     assert completed("registry rm lenet5:") == ["lenet5:v4", "lenet5:v3", "lenet5:v2", "lenet5:v1"]
     assert completed("registry export lenet5@p") == ["lenet5@production"]
     assert completed("registry show nothing") == []
+
+
+def test_what_the_catalog_has_is_completed(filled: Registry) -> None:
+    with filled.run("lenet5", monitor="accuracy"):
+        pass
+    filled.save("resnet", {"model": {"w": torch.ones(1)}}, metrics={"f1": 0.5, "val/loss": 0.1})
+    assert completed("registry list lenet5 --sort ") == ["accuracy", "loss"]
+    assert completed("registry list --sort ") == ["accuracy", "f1", "val/loss", "loss"]
+    assert completed("registry best resnet@latest --by v") == ["val/loss"]
+    assert completed("registry compare resnet --metric ") == ["f1", "val/loss", "loss"]
+    assert completed("registry list --tag ") == ["paper"]
+    assert completed("registry tag resnet p") == ["paper"]
+    assert completed("registry log lenet5/") == ["lenet5/run-1"]
+    assert completed("registry board len") == ["lenet5", "lenet5/run-1"]
+    assert completed("registry export lenet5:v1 --component m") == ["model"]
+    assert completed("registry list nothing --sort ") == ["loss"]
+
+
+def test_networks_are_completed_without_loading_them(filled: Registry) -> None:
+    assert completed("registry train lenet") == ["lenet5", "lenet6"]
+    assert completed("registry train --data cif") == ["cifar10"]
+    assert completed("registry plan lenet5 lenet") == ["lenet5", "lenet6"]
+    program = "import sys\nfrom registry.cli import main\ntry: main()\nexcept SystemExit: print(*sys.modules)"
+    words = "registry train lenet"
+    environment = {"_REGISTRY_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.argv[0] = 'registry'; {program}"],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "lenet6" in done.stdout
+    assert not {"torch", "numpy", "pydantic"} & set(done.stdout.split())
 
 
 def test_completing_without_a_registry_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
