@@ -66,7 +66,7 @@ def test_training_in_two_processes(tmp_path: Path) -> None:
     running.send_signal(signal.SIGTERM)
     out, err = running.communicate(timeout=60)
     assert running.returncode != 0
-    assert err.count(f"Go on with: registry --root {tmp_path} train --resume half:v") == 1
+    assert err.count(f"go on with: registry --root {tmp_path} train --resume half:v") == 1
     assert registry.runs["half/run-1"].state == "interrupted"
     assert (registry["half"].step or 0) < 60
     done = torchrun(tmp_path, "--resume", "half", "--json")
