@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
 import sys
 from collections.abc import Iterator
@@ -10,15 +11,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from registry.cli.output import encodable, say
+from registry.cli.output import encodable, with_root
 from registry.cli.tables import Column, Growing
 from registry.live import ranks
 from registry.models.training import Epoch, Training, TrainingState, Watcher
+from registry.store.text import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from registry import Run
+
+_logger = logging.getLogger(__name__)
 
 _COLUMNS = (
     Column("EPOCH"),
@@ -176,7 +180,12 @@ class EpochTable(Watcher):
         if self._is_quiet:
             return
         if self._live is None:
-            click.echo(encodable(line))
+            try:
+                click.echo(encodable(line))
+            except OSError as error:
+                # Nobody reads on, as behind `| head`, or the disk is full. The training does not end for that.
+                self._is_quiet = True
+                _logger.warning("standard output takes nothing any more: %s", error.strerror)
         else:
             # Lazy: loads rich.
             from rich.text import Text
@@ -185,7 +194,7 @@ class EpochTable(Watcher):
 
     def say(self, text: str) -> None:
         """Print a message above the live line."""
-        say(text) if self._live is None else self._print(text)
+        self._print(with_root(printable(text)))
 
 
 def _time(seconds: float) -> str:

@@ -107,6 +107,15 @@ def test_a_terminal_shows_a_table_and_one_live_line(empty: Registry) -> None:
     assert empty["lenet5"].epoch in (int(match[1]), int(match[1]) - 1)
 
 
+def test_a_reader_that_stops_reading_does_not_end_the_training(empty: Registry) -> None:
+    line = f"{' '.join(map(str, PROGRAM))} train lenet5 --epochs 3 --set samples=64 | head -1"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("lenet5/run-1   digits: 64 to train")
+    assert "Traceback" not in done.stderr
+    assert empty["lenet5"].epoch == 3
+    assert empty.runs["lenet5/run-1"].state == "finished"
+
+
 def test_ctrl_c_twice_ends_at_once_with_one_message(empty: Registry) -> None:
     session = Session("train", "lenet5", "--epochs", "50")
     session.wait_for(LIVE)
