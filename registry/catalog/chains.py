@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from registry.catalog.lookups import Reader
+from registry.store.errors import Corrupt
 
 CONTINUED = "continued"
 """The kind of the edge from a version to the one before it in its run."""
@@ -65,18 +66,29 @@ class Chain(NamedTuple):
         return ", ".join([*kinds, *(f"{kind.removesuffix('-from')} {text}" for kind, text in first.others)])
 
 
+_TYPES: tuple[tuple[type, ...], ...] = ((str,), (str,), (int,), (str,), (str, type(None)))
+"""The types of the columns that `read_nodes` reads, but for the parent."""
+
+
 def read_nodes(catalog: Reader) -> dict[str, Node]:
-    """All versions with what they came from, by id."""
+    """All versions with what they came from, by id.
+
+    Raises:
+        Corrupt: if the catalog holds a damaged row.
+    """
     rows = catalog.query(
-        "SELECT id, model, version, created, run, json_extract(record, '$.parent') FROM versions"
+        "SELECT id, model, version, created, run, CASE WHEN json_valid(record) THEN json_extract(record, '$.parent') END "
+        "FROM versions"
     )
+    if not all(all(map(isinstance, row, _TYPES)) for row in rows):
+        raise Corrupt("the catalog holds a damaged row of a version; recreate it with: registry rebuild")
     ids = {f"{model}:v{version}": version_id for version_id, model, version, *_ in rows}
     edges: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for child, kind, parent in catalog.query("SELECT child, kind, parent FROM lineage ORDER BY rowid"):
-        edges[child].append((kind, parent))
+        edges[child].append((str(kind), str(parent)))
     aliases: dict[str, list[str]] = defaultdict(list)
     for version_id, alias in catalog.query("SELECT id, name FROM aliases ORDER BY name"):
-        aliases[version_id].append(alias)
+        aliases[version_id].append(str(alias))
     known, found = set(ids.values()), {}
     for version_id, model, version, created, run, before in rows:
         parents = [(kind, parent) for kind, parent in edges[version_id] if parent in known]

@@ -160,7 +160,8 @@ def values_by_model(catalog: Reader, metric: str) -> dict[str, list[float]]:
         given = [metric]
     found: dict[str, list[float]] = {}
     for model, value in catalog.query(sql, given):
-        found.setdefault(model, []).append(value)
+        if isinstance(value, float):
+            found.setdefault(model, []).append(value)
     return found
 
 
@@ -177,8 +178,10 @@ def commonest_metric(catalog: Reader, models: Collection[str]) -> str | None:
 def values_by_id(catalog: Reader, metric: str) -> dict[str, float]:
     """The values of a metric (or `loss`) by version id; NaN is left out."""
     if metric == "loss":
-        return dict(catalog.query("SELECT id, loss FROM versions WHERE loss IS NOT NULL"))
-    return dict(catalog.query("SELECT id, value FROM metrics WHERE name = ? AND value IS NOT NULL", [metric]))
+        rows = catalog.query("SELECT id, loss FROM versions")
+    else:
+        rows = catalog.query("SELECT id, value FROM metrics WHERE name = ?", [metric])
+    return {version_id: value for version_id, value in rows if isinstance(value, float)}
 
 
 def by_id(catalog: Reader, version_id: str) -> Version | None:
