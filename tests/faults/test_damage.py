@@ -884,5 +884,5 @@ def test_too_few_files_are_one_line_that_says_so(tmp_path: Path, command: list[s
         limited = ["bash", "-c", 'ulimit -n "$0"; exec "$@"', str(count), *words]
         done = subprocess.run(limited, capture_output=True, text=True, check=False)
         if done.returncode and "Fatal Python error" not in done.stderr and "error: " in done.stderr:
-            assert "too many open files; raise the limit" in done.stderr, done.stderr
+            assert "too many open files\nhint:  raise the limit" in done.stderr, done.stderr
     assert is_state(Registry(tmp_path / "r")["net"].load(), 1)
