@@ -160,10 +160,13 @@ class EpochTable(Watcher):
     def _tell_saved(self, run: Run) -> None:
         """Print the line that waits, if its version is stored."""
         epoch, saved = self._waiting, run.saved
-        if epoch is None or saved is None or saved.epoch != epoch.number:
+        if epoch is None or saved is None or (saved.epoch or 0) < epoch.number:
             return
         self._waiting = None
-        name = saved.name.partition(":")[2] + (" best" if epoch.is_best else "")
+        # The save behind this epoch's may be done, too.
+        is_its_own = saved.epoch == epoch.number and "accuracy" in saved.metrics
+        name = saved.name if is_its_own else str(saved.row.record.get("parent"))
+        name = name.partition(":")[2] + (" best" if epoch.is_best else "")
         cells = (
             f"{epoch.number}/{self._epochs}",
             f"{epoch.loss:.4f}",

@@ -14,6 +14,8 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -23,7 +25,10 @@ from terminal import Session, on_a_terminal
 
 from registry import Registry
 from registry.catalog.versions import own_sizes
+from registry.cli.epochs import _COLUMNS, _WIDEST, EpochTable
+from registry.cli.tables import Growing
 from registry.models import data
+from registry.models.training import Epoch
 
 PROGRAM = [sys.executable, "-m", "registry.cli"]
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -105,6 +110,20 @@ def test_a_terminal_shows_a_table_and_one_live_line(empty: Registry) -> None:
     assert advice == f"hint:  go on with: registry train --resume {match[2]}"
     assert empty[match[2]].name == empty["lenet5"].name
     assert empty["lenet5"].epoch in (int(match[1]), int(match[1]) - 1)
+
+
+def test_an_epoch_names_its_version_even_if_the_next_one_is_stored_already(
+    empty: Registry, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = empty.save("net", {"model": {}}, epoch=1, metrics={"accuracy": 0.5})
+    second = empty.save("net", {"model": {}}, epoch=2, metrics={"accuracy": 0.6}, parent=first.name)
+    stopped = empty.save("net", {"model": {}}, epoch=2, parent=second.name)
+    for number, saved, name in ((1, first, "v1"), (1, second, "v1"), (2, second, "v2"), (2, stopped, "v2")):
+        table = EpochTable()
+        table._table = Growing(_COLUMNS, ("9/9", *_WIDEST), None)
+        table.finishes(Epoch(number, 0.1, 0.2, 0.3, 0.4, 1.0, False), cast(Any, SimpleNamespace(saved=None)))
+        table._tell_saved(cast(Any, SimpleNamespace(saved=saved)))
+        assert capsys.readouterr().out.split()[-1] == name
 
 
 def test_a_reader_that_stops_reading_does_not_end_the_training(empty: Registry) -> None:
