@@ -34,9 +34,14 @@ def resolve(catalog: Reader, text: str) -> Version:
         if len(matches) == 1:
             return matches[0]
         if matches:
-            names = ", ".join(f"{version.name} ({version.id[:12]})" for version in matches)
-            raise Conflict(f"{prefix} is the beginning of several ids: {names}; give more digits")
+            raise ambiguous(prefix, matches)
     raise NotFound(_missing(catalog, reference) + _gaps(catalog))
+
+
+def ambiguous(prefix: str, matches: Sequence[Version]) -> Conflict:
+    """The error about the beginning of several ids."""
+    names = ", ".join(f"{version.name} ({version.id[:12]})" for version in matches)
+    return Conflict(f"{prefix} is the beginning of several ids: {names}; give more digits")
 
 
 def no_such_metric(catalog: Reader, model: str | None, metric: str) -> NotFound:

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING
 
 from registry.catalog.lookups import Reader
 from registry.catalog.naming import point_best, removal
+from registry.catalog.resolving import ambiguous
 from registry.catalog.versions import Version, by_id, find_versions
 from registry.home import OUTBOX, Home
 from registry.log.metrics import Monitor
 from registry.log.reference import PENDING, Reference, is_name
 from registry.remote.bucket import Unreachable
 from registry.store import durable, places
-from registry.store.errors import Conflict, Corrupt, Invalid, NotFound, RegistryError
+from registry.store.errors import Corrupt, Invalid, NotFound, RegistryError
 from registry.store.text import quoted
 from registry.upkeep.copying import Copied, Removed, copy_pending
 from registry.upkeep.garbage import collect_garbage
@@ -221,8 +222,7 @@ class Outbox:
             return None
         matches = [version for version in self.versions() if version.id.startswith(prefix)]
         if len(matches) > 1:
-            names = ", ".join(f"{version.name} ({version.id[:12]})" for version in matches)
-            raise Conflict(f"{prefix} is the beginning of several ids: {names}; give more digits")
+            raise ambiguous(prefix, matches)
         return matches[0] if matches else None
 
     def _cannot_be_shared(self, version: Version, error: RegistryError) -> bool:
