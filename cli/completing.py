@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import click
 from click.shell_completion import CompletionItem
 
+from registry.catalog.versions import metric_names, tag_names
+
 if TYPE_CHECKING:
     from registry.registry import Registry
 
@@ -43,14 +45,13 @@ def completes(*sources: Names) -> Complete:
 def metrics(registry: Registry, ctx: click.Context) -> list[str]:
     """The metrics of the model on the command line, or of all, and `loss`."""
     # An option without its value leaves the arguments as they were typed.
-    where, names = (" WHERE model = ?", [re.split("[:@/]", ctx.args[0])[0]]) if ctx.args else ("", [])
-    rows = registry.catalog.query(f"SELECT DISTINCT name FROM metrics{where} ORDER BY name", names)
-    return [name for (name,) in rows] + ["loss"]
+    model = re.split("[:@/]", ctx.args[0])[0] if ctx.args else None
+    return [*metric_names(registry.catalog, model), "loss"]
 
 
 def tags(registry: Registry, ctx: click.Context) -> list[str]:
     """The tags that versions have."""
-    return [name for (name,) in registry.catalog.query("SELECT DISTINCT name FROM tags ORDER BY name")]
+    return tag_names(registry.catalog)
 
 
 def runs(registry: Registry, ctx: click.Context) -> list[str]:

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 
 from registry.catalog.lookups import Reader
-from registry.catalog.versions import Version, find_versions, rank_versions
+from registry.catalog.versions import Version, find_versions, metric_names, rank_versions
 from registry.log.metrics import check_metric, is_smallest_best, smallest_is_best
 from registry.log.reference import Reference, parse_reference
 from registry.store.errors import Conflict, Fix, NotFound
@@ -46,12 +46,8 @@ def ambiguous(prefix: str, matches: Sequence[Version]) -> Conflict:
 
 def no_such_metric(catalog: Reader, model: str | None, metric: str) -> NotFound:
     """The error of asking for a metric that no version (of a model) has."""
-    whose = "SELECT id FROM versions" + (" WHERE model = ?" if model else "")
-    rows = catalog.query(
-        f"SELECT DISTINCT name FROM metrics WHERE id IN ({whose}) ORDER BY name", [model] if model else []
-    )
     having = f"no version of {model} has" if model else "no version has"
-    return NotFound(f"{having} the metric {quoted(metric)}{hint(metric, [str(name) for (name,) in rows])}")
+    return NotFound(f"{having} the metric {quoted(metric)}{hint(metric, metric_names(catalog, model))}")
 
 
 def hint(text: str, names: Sequence[str]) -> str:

@@ -165,6 +165,18 @@ def values_by_model(catalog: Reader, metric: str) -> dict[str, list[float]]:
     return found
 
 
+def metric_names(catalog: Reader, model: str | None = None) -> list[str]:
+    """The metrics that versions of a model, or of all, have, by name."""
+    where, given = (" WHERE model = ?", [model]) if model else ("", [])
+    rows = catalog.query(f"SELECT DISTINCT name FROM metrics{where} ORDER BY name", given)
+    return [str(name) for (name,) in rows]
+
+
+def tag_names(catalog: Reader) -> list[str]:
+    """The tags that versions have, by name."""
+    return [str(name) for (name,) in catalog.query("SELECT DISTINCT name FROM tags ORDER BY name")]
+
+
 def commonest_metric(catalog: Reader, models: Collection[str]) -> str | None:
     """The metric that most of some models have; of several the first by name."""
     had = Counter(
