@@ -57,7 +57,6 @@ _GROUPS = {
         Row("resuming", "check_resume"),
         Row("runs", "runs", is_light=True),
         Row("runs", "log", is_light=True),
-        Row("runs", "board"),
     ),
     "Look": (
         Row("reading", "list_", is_light=True),
@@ -95,6 +94,10 @@ _GROUPS = {
         Row("upkeep", "repair"),
         Row("upkeep", "rebuild", is_light=True),
         Row("caches", "cache", is_light=True),
+    ),
+    "See": (
+        Row("ui", "ui"),
+        Row("runs", "board"),
     ),
     "Set up": (
         Row("configs", "config", is_light=True),

@@ -186,14 +186,14 @@ def board(sources: tuple[str, ...], host: str, port: int, registry: Registry, as
                     pass
             _link(registry.root / "runs", chosen, folder)
         address = _launch(folder, host, port)
-        tunnel = _tunnel(port)
+        forward = tunnel(port)
         if as_json:
-            print_json({"address": address, "runs": list(dict.fromkeys(chosen)) or None, "tunnel": tunnel})
+            print_json({"address": address, "runs": list(dict.fromkeys(chosen)) or None, "tunnel": forward})
         else:
             shown = counted(len(set(chosen)), "run") if chosen else "all runs"
             say(f"TensorBoard shows {shown} at {address}")
-            if tunnel:
-                say(f"you are on a remote host; on your own machine run: {tunnel}")
+            if forward:
+                say(f"you are on a remote host; on your own machine run: {forward}")
             say("Ctrl-C ends it")
         sys.stdout.flush()
         with contextlib.suppress(KeyboardInterrupt):
@@ -251,7 +251,7 @@ def _check_port(host: str, port: int) -> None:
         raise Conflict(f"port {port} of {host} is taken; {advice}")
 
 
-def _tunnel(port: int) -> str | None:
+def tunnel(port: int) -> str | None:
     """The `ssh` command that forwards the port to the user's own machine; None without SSH."""
     parts = os.environ.get("SSH_CONNECTION", "").split()
     if len(parts) != 4:

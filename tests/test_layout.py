@@ -185,7 +185,7 @@ LAYERS = (
     ("registry.runs", "registry.resuming"),
     ("registry.registry",),
     ("registry",),
-    ("registry.models", "registry.integrations"),
+    ("registry.models", "registry.integrations", "registry.ui"),
     ("registry.cli",),
 )
 """The lowest first. What lies in one imports from those below it, and nothing beside it."""
@@ -248,6 +248,8 @@ HEAVY = {
     "safetensors",
     "yaml",
     "rich",
+    "werkzeug",
+    "jinja2",
 }
 """Packages that a command which needs the metadata alone does not load."""
 

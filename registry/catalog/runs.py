@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from registry.catalog.lookups import Reader, parsed
 from registry.catalog.resolving import hint
+from registry.catalog.versions import commonest_metric
 from registry.log.entries import now
 from registry.log.facts import sound_run
 from registry.log.metrics import is_metric
@@ -140,6 +142,13 @@ class Runs:
         rows = self._catalog.query(f"{_ROWS}{where} ORDER BY started DESC, name DESC", given)
         return [_info(row) for row in rows]
 
+    def open(self) -> list[RunInfo]:
+        """Runs that have not ended, the newest first; those whose process is gone are among them."""
+        rows = self._catalog.query(
+            f"{_ROWS} WHERE record LIKE '%\"running\"%' ORDER BY started DESC, name DESC"
+        )
+        return [info for info in map(_info, rows) if info.state == "running"]
+
     def counts(self) -> dict[str, int]:
         """How many versions each run has, by its name; those that have none are left out."""
         query = "SELECT run, COUNT(*) FROM versions WHERE run IS NOT NULL GROUP BY run"
@@ -152,6 +161,16 @@ class Runs:
             if info.monitor:
                 found.setdefault(info.model, info.monitor)
         return found
+
+    def headline(self, models: Collection[str]) -> str | None:
+        """The metric that says most about some models: what most of their runs follow, or else what most versions have."""
+        followed = Counter(metric for model, metric in self.monitors().items() if model in models)
+        had = commonest_metric(self._catalog, models)
+        return next((name for name, _ in followed.most_common(1)), had)
+
+    def shown_state(self, info: RunInfo) -> str:
+        """The state of a run as it is shown, which says so where its process is gone."""
+        return "lost (its process is gone)" if self.is_lost(info) else info.state
 
     def chain(self, name: str) -> list[str]:
         """The names of a run and of those that it was resumed from, the run first."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence
+from hashlib import sha256
+from typing import NamedTuple
 
 from registry.reports.blocks import Bars, Curves
 from registry.store.text import printable
@@ -45,32 +47,43 @@ def sparkline(values: Sequence[float], width: int = 8) -> str:
     return "".join(_LEVELS[round(top * ((mean / 2 - low / 2) / (high / 2 - low / 2)))] for mean in means)
 
 
-def lanes(rows: Sequence[tuple[str, Sequence[str], bool]]) -> list[tuple[str, str]]:
-    """Draw a graph as lanes of text, like those of a version control system.
+class LaneLine(NamedTuple):
+    """A line of a graph that is drawn as lanes.
+
+    Attributes:
+        text: the line, such as `│ ●`; lane `i` is its character `2 * i`.
+        key: of the row; empty for a line between two rows, where lanes meet.
+        up: the lanes that go on above.
+        down: the lanes that go on below.
+    """
+
+    text: str
+    key: str
+    up: frozenset[int]
+    down: frozenset[int]
+
+
+def lane_lines(rows: Sequence[tuple[str, Sequence[str], bool]]) -> list[LaneLine]:
+    """Draw a graph as lanes, like those of a version control system. All lines are equally wide.
 
     Args:
         rows: for each row its key, the keys of the rows further down that it leads to, and whether to fill its circle.
-
-    Returns:
-        Lines of equal width, each with the key of its row; lines between two rows, where lanes meet, have an empty key.
-
-    >>> [line for line, _ in lanes([("b", ["a"], True), ("c", ["a"], False), ("a", [], False)])]
-    ['●  ', '│ ○', '├─╯', '○  ']
     """
-    lines: list[tuple[str, str]] = []
+    lines: list[LaneLine] = []
     open_lanes: list[str | None] = []
     for key, after, is_filled in rows:
         mine = [i for i, waited in enumerate(open_lanes) if waited == key]
         if len(mine) > 1:
-            lines.append((_joined(open_lanes, mine), ""))
+            text, up = _joined(open_lanes, mine), _open(open_lanes)
             for i in mine[1:]:
                 open_lanes[i] = None
+            lines.append(LaneLine(text, "", up, _open(open_lanes)))
+        up = _open(open_lanes)
         if not mine:
             mine = [open_lanes.index(None) if None in open_lanes else len(open_lanes)]
             open_lanes[mine[0] :] = [key, *open_lanes[mine[0] + 1 :]]
         signs = ["│" if waited else " " for waited in open_lanes]
         signs[mine[0]] = "●" if is_filled else "○"
-        lines.append((" ".join(signs), key))
         open_lanes[mine[0]] = after[0] if after else None
         for other in after[1:]:
             if other not in open_lanes:
@@ -78,8 +91,22 @@ def lanes(rows: Sequence[tuple[str, Sequence[str], bool]]) -> list[tuple[str, st
                 open_lanes[free:] = [other, *open_lanes[free + 1 :]]
         while open_lanes and open_lanes[-1] is None:
             open_lanes.pop()
-    width = max((len(line) for line, _ in lines), default=0)
-    return [(line.ljust(width), key) for line, key in lines]
+        lines.append(LaneLine(" ".join(signs), key, up, _open(open_lanes)))
+    width = max((len(line.text) for line in lines), default=0)
+    return [line._replace(text=line.text.ljust(width)) for line in lines]
+
+
+def lanes(rows: Sequence[tuple[str, Sequence[str], bool]]) -> list[tuple[str, str]]:
+    """The lines of `lane_lines`, each with the key of its row.
+
+    >>> [line for line, _ in lanes([("b", ["a"], True), ("c", ["a"], False), ("a", [], False)])]
+    ['●  ', '│ ○', '├─╯', '○  ']
+    """
+    return [(line.text, line.key) for line in lane_lines(rows)]
+
+
+def _open(open_lanes: Sequence[str | None]) -> frozenset[int]:
+    return frozenset(i for i, waited in enumerate(open_lanes) if waited is not None)
 
 
 def _joined(open_lanes: Sequence[str | None], mine: Sequence[int]) -> str:
@@ -170,6 +197,269 @@ class _Axes:
                 f'<text x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 20}" text-anchor="middle">{epoch}</text>'
             )
         return parts
+
+
+COLOURS = 5
+"""How many colours the style has for models: the classes `c0`, `c1` and so on."""
+
+
+def colour_of(name: str) -> str:
+    """The class of the colour that a model has everywhere, by its name."""
+    return f"c{int(sha256(name.encode()).hexdigest(), 16) % COLOURS}"
+
+
+def bar(share: float, tone: str = "") -> str:
+    """A bar that fills a share of its place, for a table that says the number as well.
+
+    Args:
+        share: from 0 to 1.
+        tone: a class of the style, such as `heat3`.
+    """
+    width = 100 * min(1.0, max(0.0, share if math.isfinite(share) else 0.0))
+    return (
+        '<svg class="meter" aria-hidden="true" focusable="false"><rect class="track" width="100%" height="100%"/>'
+        f'<rect class="fill{f" {tone}" if tone else ""}" width="{width:.4g}%" height="100%"/></svg>'
+    )
+
+
+def spark(values: Sequence[float], tone: str = "") -> str:
+    """How values went, as a small curve beside its last value; nothing for fewer than two. What is not finite is left out.
+
+    Args:
+        tone: a class of the style, such as `c2`.
+    """
+    finite = _thinned([value for value in values if math.isfinite(value)], 60)
+    if len(finite) < 2:
+        return ""
+    low, high = min(finite), max(finite)
+    points = " ".join(
+        f"{1 + 98 * i / (len(finite) - 1):.1f},{22 - 20 * _height(value, low, high):.1f}"
+        for i, value in enumerate(finite)
+    )
+    return (
+        f'<svg class="spark{f" {tone}" if tone else ""}" viewBox="0 0 100 24" preserveAspectRatio="none" '
+        f'aria-hidden="true" focusable="false"><polyline points="{points}"/></svg>'
+    )
+
+
+class Mark(NamedTuple):
+    """A place on the horizontal axis of a chart that has a name."""
+
+    x: float
+    name: str
+
+
+def chart(
+    points: Sequence[tuple[float, float]], label: str, marks: Sequence[Mark] = (), tone: str = ""
+) -> str:
+    """A curve over one axis; of many points the band from the smallest to the largest of their neighbours, and the mean.
+
+    Args:
+        points: in the order of the first number. What is not finite is left out.
+        label: what a screen reader says.
+    """
+    found = [(x, y) for x, y in points if math.isfinite(y)]
+    if not found:
+        return ""
+    first, last = found[0][0], found[-1][0]
+    low, high = min(y for _, y in found), max(y for _, y in found)
+
+    def at(x: float, y: float) -> str:
+        across = (x - first) / (last - first) if last > first else 0.5
+        return f"{1000 * across:.1f},{115 - 110 * _height(y, low, high):.1f}"
+
+    buckets = _buckets(found, 250)
+    line = " ".join(at(x, mean) for x, _, mean, _ in buckets)
+    parts = []
+    if len(buckets) < len(found):
+        edge = [at(x, top) for x, _, _, top in buckets] + [at(x, bottom) for x, bottom, _, _ in buckets[::-1]]
+        parts.append(f'<polygon class="band" points="{" ".join(edge)}"/>')
+    parts += [
+        f'<line class="flag" x1="{x}" x2="{x}" y1="0" y2="120"><title>{_escaped(mark.name)}</title></line>'
+        for mark in marks
+        if first <= mark.x <= last
+        for x in [at(mark.x, low).partition(",")[0]]
+    ]
+    parts.append(f'<polyline points="{line}"/>')
+    if len(found) == 1:
+        parts.append('<circle cx="500" cy="60" r="4"/>')
+    return (
+        f'<svg class="chart{f" {tone}" if tone else ""}" viewBox="0 0 1000 120" preserveAspectRatio="none" role="img" '
+        f'aria-label="{_escaped(label)}">{"".join(parts)}</svg>'
+    )
+
+
+def histogram(counts: Sequence[int], label: str) -> str:
+    """Counts as columns side by side.
+
+    Args:
+        label: what a screen reader says.
+    """
+    top = max(counts, default=0) or 1
+    columns = "".join(
+        f'<rect x="{i}" y="{24 - 24 * count / top:.2f}" width="1" height="{24 * count / top:.2f}"/>'
+        for i, count in enumerate(counts)
+        if count
+    )
+    return (
+        f'<svg class="histogram" viewBox="0 0 {len(counts) or 1} 24" preserveAspectRatio="none" role="img" '
+        f'aria-label="{_escaped(label)}">{columns}</svg>'
+    )
+
+
+class Area(NamedTuple):
+    """A part of a whole, as `treemap` draws it.
+
+    Attributes:
+        size: how large it is.
+        tone: classes of the style.
+        to: the address that it leads to.
+    """
+
+    name: str
+    size: float
+    note: str
+    tone: str
+    to: str
+
+
+def treemap(areas: Sequence[Area], label: str) -> str:
+    """Parts of a whole as rectangles, the largest first, as square as they can be.
+
+    The order follows Bruls, Huizing and van Wijk, Squarified treemaps (2000).
+
+    Args:
+        label: what a screen reader says.
+    """
+    wanted = sorted((area for area in areas if area.size > 0), key=lambda area: -area.size)
+    total = sum(area.size for area in wanted)
+    scale = _TREE_WIDTH * _TREE_HEIGHT / total if total else 0.0
+    box = _Box(0.0, 0.0, float(_TREE_WIDTH), float(_TREE_HEIGHT))
+    parts = []
+    while wanted and box.width > 0 and box.height > 0:
+        row: list[Area] = []
+        while wanted and (not row or _is_squarer(row, wanted[0], box, scale)):
+            row.append(wanted.pop(0))
+        placed, box = _placed(row, box, scale)
+        parts += [_rectangle(area, where) for area, where in zip(row, placed, strict=True)]
+    return (
+        f'<svg class="treemap" viewBox="0 0 {_TREE_WIDTH} {_TREE_HEIGHT}" role="group" '
+        f'aria-label="{_escaped(label)}">{"".join(parts)}</svg>'
+    )
+
+
+_TREE_WIDTH, _TREE_HEIGHT = 1000, 220
+
+
+class _Box(NamedTuple):
+    """A rectangle."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+
+def _worst(sizes: Sequence[float], side: float) -> float:
+    """The largest ratio of the sides of some rectangles that share a row along a side."""
+    whole = sum(sizes)
+    return max(max(side**2 * one / whole**2, whole**2 / (side**2 * one)) for one in sizes)
+
+
+def _is_squarer(row: Sequence[Area], following: Area, box: _Box, scale: float) -> bool:
+    """Whether a row is at least as square with one rectangle more."""
+    side = min(box.width, box.height)
+    sizes = [area.size * scale for area in row]
+    return _worst([*sizes, following.size * scale], side) <= _worst(sizes, side)
+
+
+def _placed(row: Sequence[Area], box: _Box, scale: float) -> tuple[list[_Box], _Box]:
+    """Where the rectangles of a row lie in a box, and the rest of the box."""
+    whole = sum(area.size for area in row) * scale
+    found, begun = [], 0.0
+    if box.width >= box.height:
+        thick = whole / box.height
+        for area in row:
+            long = area.size * scale / thick
+            found.append(_Box(box.x, box.y + begun, thick, long))
+            begun += long
+        return found, _Box(box.x + thick, box.y, box.width - thick, box.height)
+    thick = whole / box.width
+    for area in row:
+        long = area.size * scale / thick
+        found.append(_Box(box.x + begun, box.y, long, thick))
+        begun += long
+    return found, _Box(box.x, box.y + thick, box.width, box.height - thick)
+
+
+def _rectangle(area: Area, where: _Box) -> str:
+    """A part of a treemap, with its name where there is room for it."""
+    title = f"{area.name}, {area.note}"
+    letters = int((where.width - 12) / 7)
+    text = ""
+    if letters >= 8 and where.height >= 36:
+        name = area.name if len(area.name) <= letters else f"{area.name[: letters - 1]}…"
+        text = (
+            f'<text x="{where.x + 6:.1f}" y="{where.y + 16:.1f}">{_escaped(name)}</text>'
+            f'<text class="dim" x="{where.x + 6:.1f}" y="{where.y + 30:.1f}">{_escaped(area.note)}</text>'
+        )
+    return (
+        f'<a href="{html.escape(area.to)}" aria-label="{_escaped(title)}"><rect class="area {area.tone}" '
+        f'x="{where.x:.1f}" y="{where.y:.1f}" width="{max(where.width - 1, 0.5):.1f}" '
+        f'height="{max(where.height - 1, 0.5):.1f}"><title>{_escaped(title)}</title></rect>{text}</a>'
+    )
+
+
+_LANE, _ROW_HEIGHT = 14, 30
+"""Pictures of lanes: the width of a lane, and the height of a row."""
+
+
+def lane_picture(line: LaneLine) -> str:
+    """A line of `lane_lines` as a picture. A line where lanes meet is half as high."""
+    height = _ROW_HEIGHT if line.key else _ROW_HEIGHT // 2
+    middle = height / 2
+    parts = [f"M{_lane(i):g},0V{middle:g}" for i in sorted(line.up)]
+    parts += [f"M{_lane(i):g},{middle:g}V{height}" for i in sorted(line.down)]
+    if not line.key:
+        joint = [i for i, sign in enumerate(line.text) if sign in "├─┼┴╯"]
+        parts.append(f"M{_lane(joint[0] / 2):g},{middle:g}H{_lane(joint[-1] / 2):g}")
+    circles = [
+        f'<circle class="{"full" if sign == "●" else "open"}" cx="{_lane(i / 2):g}" cy="{middle:g}" r="5"/>'
+        for i, sign in enumerate(line.text)
+        if sign in "●○"
+    ]
+    width = _lane(len(line.text) / 2)
+    return (
+        f'<svg class="lanes" width="{width:g}" height="{height}" viewBox="0 0 {width:g} {height}" aria-hidden="true" '
+        f'focusable="false"><path d="{"".join(parts)}"/>{"".join(circles)}</svg>'
+    )
+
+
+def _lane(number: float) -> float:
+    """Where the middle of a lane is."""
+    return _LANE * number + _LANE / 2
+
+
+def _buckets(points: Sequence[tuple[float, float]], count: int) -> list[tuple[float, float, float, float]]:
+    """For each of at most so many groups of neighbours: the middle place, the smallest, the mean and the largest value."""
+    size = -(-len(points) // count)
+    found = []
+    for start in range(0, len(points), size):
+        part = points[start : start + size]
+        ys = [y for _, y in part]
+        # Divided first, as the sum of huge numbers may be infinite.
+        mean = sum(y / len(ys) for y in ys)
+        found.append((part[len(part) // 2][0], min(ys), mean, max(ys)))
+    return found
+
+
+def _thinned(values: Sequence[float], count: int) -> list[float]:
+    return [mean for _, _, mean, _ in _buckets([(0.0, value) for value in values], count)] if values else []
+
+
+def _height(value: float, low: float, high: float) -> float:
+    """Where a value lies between two, from 0 to 1; halves, as the difference of two huge numbers may be infinite."""
+    return (value / 2 - low / 2) / (high / 2 - low / 2) if high > low else 0.5
 
 
 def _svg(title: str, width: int, height: int, parts: Sequence[str]) -> str:

@@ -57,6 +57,7 @@ ALLOWED = {
     "registry/resuming/checking.py": {"subprocess.run", "open"},
     "registry/resuming/scratch.py": {"shutil.copytree"},
     "registry/remote/forked.py": {"subprocess.Popen"},  # this package, in a fresh interpreter
+    "registry/ui/asking.py": {"subprocess.Popen"},  # this package, in a fresh interpreter
     "registry/resuming/traced.py": {"open"},
     "cli/sharing.py": {"subprocess.run"},  # the user's own command, without a shell
     "registry/runs/provenance.py": {"subprocess.run"},  # git, without a shell

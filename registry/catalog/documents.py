@@ -1,0 +1,52 @@
+"""What the catalog knows as plain documents, in the shape that `--json` prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from registry.catalog.runs import RunInfo
+from registry.catalog.versions import Version
+
+
+def version_document(version: Version) -> dict[str, Any]:
+    """A version."""
+    record = version.record
+    return {
+        "name": version.name,
+        "model": version.model,
+        "version": version.version,
+        "id": version.id,
+        "created": version.created,
+        "epoch": version.epoch,
+        "step": version.step,
+        "loss": version.loss,
+        "metrics": dict(version.metrics),
+        "aliases": list(version.aliases),
+        "tags": list(version.tags),
+        "notes": [{"written": written, "text": text} for written, text in version.notes],
+        "size": version.size,
+        "tensors": version.tensors,
+        "components": record.get("components", {}),
+        "config": record.get("config"),
+        "meta": record.get("meta", {}),
+        "lineage": record.get("lineage", []),
+        "source": record.get("source"),
+    }
+
+
+def run_document(info: RunInfo, *, state: str, versions: int) -> dict[str, Any]:
+    """A run.
+
+    Args:
+        state: `info.state`, unless its process is gone.
+        versions: how many versions it saved.
+    """
+    return {
+        "name": info.name,
+        "model": info.model,
+        "state": state,
+        "started": info.started,
+        "ended": info.ended,
+        "versions": versions,
+        "config": info.record.get("config", {}),
+    }

@@ -1,0 +1,115 @@
+"""Asking the worker: starting it when it is needed, and keeping what it answered."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import subprocess
+import sys
+import threading
+from collections import OrderedDict
+from typing import Any
+
+from registry.store import errors
+from registry.store.errors import RegistryError, StorageError
+
+_PATIENCE_SECONDS = 300.0
+"""How long an answer may take."""
+
+_MOST_ANSWERS = 64
+
+
+class Asking:
+    """Asks the worker of a registry, one request at a time.
+
+    Args:
+        place: the registry's folder or URL.
+    """
+
+    def __init__(self, place: str) -> None:
+        self._place = place
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._answers: OrderedDict[str, dict[str, Any]] = OrderedDict()
+
+    def ask(self, key: str, **request: Any) -> dict[str, Any]:
+        """What the worker answers.
+
+        Args:
+            key: tells requests apart whose answers differ. An answer is kept under it.
+
+        Raises:
+            RegistryError: of the kind that the worker met, or if it does not answer.
+        """
+        key = f"{key} {json.dumps(request, sort_keys=True)}"
+        with self._lock:
+            answer = self._answers.get(key)
+            if answer is None:
+                answer = self._asked(request)
+        if error := answer.get("error"):
+            kind = getattr(errors, error["kind"], RegistryError)
+            raise kind("; ".join(filter(None, (error["message"], error["hint"]))))
+        with self._lock:
+            self._answers[key] = answer
+            self._answers.move_to_end(key)
+            while len(self._answers) > _MOST_ANSWERS:
+                self._answers.popitem(last=False)
+        return answer
+
+    def close(self) -> None:
+        """End the worker."""
+        with self._lock:
+            self._end()
+
+    def _asked(self, request: dict[str, Any]) -> dict[str, Any]:
+        line = ""
+        # It may have ended since it was asked last, as nobody asked.
+        for _ in range(2):
+            process = self._running()
+            with contextlib.suppress(OSError, ValueError):
+                process.stdin.write(json.dumps(request) + "\n")  # type: ignore[union-attr]
+                process.stdin.flush()  # type: ignore[union-attr]
+                line = self._line(process)
+            if line:
+                break
+            self._end()
+        try:
+            found = json.loads(line)
+        except ValueError:
+            raise StorageError(
+                "the comparison ended without an answer; try it in a terminal with: registry diff"
+            ) from None
+        return dict(found)
+
+    def _line(self, process: subprocess.Popen[str]) -> str:
+        """The next line of a process; empty if there is none in time."""
+        assert process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ)
+            return process.stdout.readline() if selector.select(_PATIENCE_SECONDS) else ""
+
+    def _running(self) -> subprocess.Popen[str]:
+        if self._process is None or self._process.poll() is not None:
+            words = [sys.executable, "-m", "registry.ui.worker", self._place]
+            # One thread of torch, as somebody may be training on the other cores.
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            self._process = subprocess.Popen(
+                words,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                encoding="utf-8",
+                env=environment,
+            )
+        return self._process
+
+    def _end(self) -> None:
+        if self._process is not None:
+            for pipe in (self._process.stdin, self._process.stdout):
+                with contextlib.suppress(OSError):
+                    pipe.close()  # type: ignore[union-attr]
+            self._process.terminate()
+            self._process.wait()
+            self._process = None

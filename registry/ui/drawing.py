@@ -1,0 +1,111 @@
+"""Drawing: pages as HTML, JSON and CSV."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from registry.reports import charts
+from registry.reports.blocks import Curves
+from registry.reports.wording import counted, number, shape, size, time_of
+from registry.store.text import printable
+from registry.ui.page import Page, address, address_of, address_of_name
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""What a spreadsheet takes for the beginning of a formula."""
+
+
+@functools.cache
+def _templates() -> Environment:
+    found = Environment(
+        loader=PackageLoader("registry.ui"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_shown,
+        auto_reload=False,
+    )
+    found.filters |= {
+        "size": size,
+        "number": number,
+        "time": time_of,
+        "shape": shape,
+        "compact": lambda value: json.dumps(value, default=str),
+    }
+    found.globals |= {
+        "address": address,
+        "address_of": address_of,
+        "address_of_name": address_of_name,
+        "counted": counted,
+        "bar": _drawn(charts.bar),
+        "spark": _drawn(charts.spark),
+        "draw_chart": _drawn(charts.chart),
+        "draw_curves": lambda found, title: Markup(charts.curves(Curves(title, found))),  # noqa: S704 - it escapes
+        "colour": charts.colour_of,
+        "isnan": lambda value: isinstance(value, float) and math.isnan(value),
+    }
+    return found
+
+
+def _drawn(draw: Any) -> Any:
+    """A function of `charts`, whose SVG a template does not escape."""
+    return lambda *given, **named: Markup(draw(*given, **named))  # noqa: S704 - charts escape what they are given
+
+
+def _shown(value: Any) -> Any:
+    """What a template prints for a value: nothing for None, and no character that acts on the reader."""
+    if value is None:
+        return ""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def as_html(page: Page, **about: Any) -> str:
+    """A page as HTML.
+
+    Args:
+        about: what the frame of all pages shows.
+    """
+    return _templates().get_template(page.template).render(page=page, **about, **page.context)
+
+
+def as_json(document: Any) -> str:
+    """A document as JSON. NaN and infinity become null, because JSON has neither."""
+    return json.dumps(_finite(document), indent=2) + "\n"
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV, with a column for each name that one of them has."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([_harmless(name) for name in names])
+    writer.writerows([[_harmless(row.get(name)) for name in names] for row in rows])
+    return text.getvalue()
+
+
+def _harmless(value: Any) -> Any:
+    """A cell that a spreadsheet shows and does not calculate."""
+    if isinstance(value, list | tuple):
+        value = " ".join(map(str, value))
+    if isinstance(value, str):
+        return f"'{value}" if value.startswith(_FORMULA) else printable(value)
+    return value
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,60 @@
+"""Finding: what a text in the find box means."""
+
+from __future__ import annotations
+
+from registry.catalog.documents import version_document
+from registry.catalog.resolving import resolve
+from registry.catalog.versions import Version, find_versions
+from registry.registry import Registry
+from registry.store.errors import RegistryError
+from registry.ui.page import Args, Moved, Page, address, address_of
+
+_MOST = 50
+_LONGEST = 200
+
+
+def find(registry: Registry, args: Args) -> Page | Moved:
+    """What a text names, or the models, runs and versions that have it in a name, an alias, a tag or a note."""
+    text = args.get("q", "").strip()[:_LONGEST]
+    versions: list[Version] = []
+    models = [name for name in registry.names() if text.lower() in name.lower()] if text else []
+    runs = [name for name in registry.runs if text.lower() in name.lower()][:_MOST] if text else []
+    if text and not args.get("format"):
+        if text in models:
+            return Moved(address("m", text))
+        if text in runs:
+            return Moved(address("r", *text.split("/")))
+        try:
+            return Moved(address_of(resolve(registry.catalog, text)))
+        except RegistryError:
+            # It is no reference, but may be a part of something.
+            pass
+    if text:
+        versions = find_versions(
+            registry.catalog, _WHERE, [_like(text)] * 3 + [text], order="v.created DESC", limit=_MOST
+        )
+    return Page(
+        template="find.html",
+        title=f"Find {text}" if text else "Find",
+        place="",
+        document={
+            "models": models[:_MOST],
+            "runs": runs,
+            "versions": [version_document(one) for one in versions],
+        },
+        rows=[{"name": one.name, "created": one.created, "id": one.id} for one in versions],
+        context={"text": text, "models": models[:_MOST], "runs": runs, "versions": versions},
+    )
+
+
+_WHERE = (
+    "v.id IN (SELECT id FROM aliases WHERE name LIKE ? ESCAPE '!' "
+    "UNION SELECT id FROM tags WHERE name LIKE ? ESCAPE '!' "
+    "UNION SELECT id FROM notes WHERE text LIKE ? ESCAPE '!') OR v.run = ?"
+)
+
+
+def _like(text: str) -> str:
+    for sign in "!%_":
+        text = text.replace(sign, f"!{sign}")
+    return f"%{text}%"

@@ -1,0 +1,300 @@
+"""The pages of models: all of them, and the versions of one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from registry.catalog.documents import version_document
+from registry.catalog.resolving import no_such_metric, resolve
+from registry.catalog.versions import (
+    Model,
+    Version,
+    best_version,
+    best_versions,
+    find_versions,
+    list_models,
+    metric_names,
+    own_by_model,
+    rank_versions,
+    tag_names,
+    values_by_model,
+)
+from registry.log.metrics import is_smallest_best
+from registry.registry import Registry
+from registry.reports.charts import Mark
+from registry.ui.page import Args, Page, address, whole
+from registry.ui.runs import last_line
+
+MANY = 100
+"""Versions of a page."""
+
+_MOST_POINTS = 500
+"""Points of a curve whose values a page knows."""
+
+_COLUMNS = 4
+"""The most metrics that have a column each."""
+
+
+class ModelRow(NamedTuple):
+    """A model, as the page of all models shows it."""
+
+    name: str
+    versions: int
+    best: Version
+    is_best: bool
+    value: float | None
+    values: Sequence[float]
+    own: int
+    updated: str
+    is_trained: bool
+
+
+def value_of(version: Version, metric: str | None) -> float | None:
+    """The value of a metric, or of `loss`."""
+    if metric is None:
+        return None
+    return version.loss if metric == "loss" else version.metrics.get(metric)
+
+
+def models(registry: Registry, args: Args) -> Page:
+    """All models, with what is being trained now on top."""
+    found = list_models(registry.catalog)
+    metric = args.get("metric") or registry.runs.headline({model.name for model in found})
+    running = [info for info in registry.runs.open() if not registry.runs.is_lost(info)]
+    rows = _rows(registry, found, metric, {info.model for info in running})
+    counts = registry.runs.counts()
+    return Page(
+        template="models.html",
+        title="Models",
+        place="models",
+        document={
+            "models": [
+                {"name": one.name, "versions": one.versions, "latest": version_document(one.latest)}
+                for one in found
+            ]
+        },
+        rows=[
+            {
+                "model": row.name,
+                "versions": row.versions,
+                "best": row.best.name,
+                metric or "metric": row.value,
+                "own_bytes": row.own,
+                "updated": row.updated,
+            }
+            for row in rows
+        ],
+        command="registry ls",
+        python="registry.models()",
+        context={
+            "models": rows,
+            "metric": metric,
+            "running": [(info, counts.get(info.name, 0), last_line(registry, info)) for info in running],
+        },
+    )
+
+
+def _rows(
+    registry: Registry, found: Sequence[Model], metric: str | None, trained: Collection[str]
+) -> list[ModelRow]:
+    bests, own = best_versions(registry.catalog), own_by_model(registry.catalog)
+    trends = values_by_model(registry.catalog, metric) if metric else {}
+    rows = []
+    for model in found:
+        best = bests.get(model.name, model.latest)
+        rows.append(
+            ModelRow(
+                name=model.name,
+                versions=model.versions,
+                best=best,
+                is_best=model.name in bests,
+                value=value_of(best, metric),
+                values=trends.get(model.name, ()),
+                own=own.get(model.name, 0),
+                updated=model.latest.created,
+                is_trained=model.name in trained,
+            )
+        )
+    return rows
+
+
+class Part(NamedTuple):
+    """The versions of a model that a page shows.
+
+    Attributes:
+        following: the address of those that come next; None if these are the last.
+        is_first: whether none come before them.
+    """
+
+    versions: Sequence[Version]
+    following: str | None
+    is_first: bool
+
+
+def versions(registry: Registry, args: Args, model: str) -> Page:
+    """The versions of a model: the newest first, or the best.
+
+    Raises:
+        NotFound: if there is no such model, or no version of it has the metric.
+        Invalid: if the place to begin at is none.
+    """
+    newest = resolve(registry.catalog, model)
+    names = metric_names(registry.catalog, model)
+    sort, tag = args.get("sort", ""), args.get("tag") or None
+    for asked in (sort, args.get("metric", "")):
+        if asked not in ("", "loss", *names):
+            raise no_such_metric(registry.catalog, model, asked)
+    metric = _metric_of(registry, args, model, names)
+    part = _ranked(registry, args, model) if sort else _newest(registry, args, model)
+    ((total,),) = registry.catalog.query("SELECT COUNT(*) FROM versions WHERE model = ?", [model])
+    command = [
+        "registry ls",
+        model,
+        *([f"--sort {sort}"] if sort else []),
+        *([f"--tag {tag}"] if tag else []),
+    ]
+    given = [repr(model), *([f"by={sort!r}"] if sort else []), *([f"tag={tag!r}"] if tag else [])]
+    return Page(
+        template="versions.html",
+        title=model,
+        place="models",
+        document={
+            "total": total,
+            "versions": [version_document(version) for version in part.versions],
+            "next": part.following,
+        },
+        rows=[row_of(version) for version in part.versions],
+        command=f"{' '.join(command)} --limit {MANY}",
+        python=f"registry.versions({', '.join(given)}, limit={MANY})",
+        context={
+            "model": model,
+            "newest": newest,
+            "versions": part.versions,
+            "following": part.following,
+            "is_first": part.is_first,
+            "total": total,
+            "own": own_by_model(registry.catalog).get(model, 0),
+            "logical": _logical(registry, model),
+            "metric": metric,
+            "metrics": [*names, "loss"],
+            "columns": [name for name in names if name != metric][: _COLUMNS - 1],
+            "best": _best(registry, model, metric),
+            "span": _span(part.versions, metric),
+            "chart": _chart(registry, model, metric) if metric else None,
+            "sort": sort,
+            "tag": tag,
+            "tags": tag_names(registry.catalog),
+            "value_of": value_of,
+        },
+    )
+
+
+def _best(registry: Registry, model: str, metric: str | None) -> Version | None:
+    if metric is None:
+        return None
+    return best_version(registry.catalog, model, metric, smallest=bool(is_smallest_best(metric)))
+
+
+def _ranked(registry: Registry, args: Args, model: str) -> Part:
+    """The best versions of a model, beyond as many as an address says."""
+    sort, tag, skip = args["sort"], args.get("tag") or None, whole(args, "skip", 0, 10**6)
+    found, total = rank_versions(
+        registry.catalog, model, sort, smallest=bool(is_smallest_best(sort)), tag=tag, limit=skip + MANY
+    )
+    following = address("m", model, sort=sort, tag=tag, metric=args.get("metric"), skip=skip + MANY)
+    return Part(found[skip:], following if total > skip + MANY else None, not skip)
+
+
+def _newest(registry: Registry, args: Args, model: str) -> Part:
+    """The newest versions of a model, below a number if an address says one."""
+    before = whole({"before": args.get("before", "").removeprefix("v")}, "before", 0, 10**9)
+    tag = args.get("tag") or None
+    where, parameters = "v.model = ?", [model]
+    given: list[Any] = list(parameters)
+    if before:
+        where += " AND v.version < ?"
+        given.append(before)
+    if tag:
+        where += " AND EXISTS (SELECT 1 FROM tags g WHERE g.id = v.id AND g.name = ?)"
+        given.append(tag)
+    found = find_versions(registry.catalog, where, given, limit=MANY + 1)
+    shown = found[:MANY]
+    last = f"v{shown[-1].version}" if shown else None
+    following = address("m", model, tag=tag, metric=args.get("metric"), before=last)
+    return Part(shown, following if len(found) > MANY else None, not before)
+
+
+def row_of(version: Version) -> dict[str, Any]:
+    """A version as a row of a spreadsheet."""
+    return {
+        "name": version.name,
+        "epoch": version.epoch,
+        "step": version.step,
+        "loss": version.loss,
+        **version.metrics,
+        "aliases": version.aliases,
+        "tags": version.tags,
+        "size": version.size,
+        "run": version.record.get("run"),
+        "created": version.created,
+        "id": version.id,
+    }
+
+
+def _metric_of(registry: Registry, args: Args, model: str, names: Sequence[str]) -> str | None:
+    """The metric that a page of versions draws: the one that was asked for, or the one that `best` follows."""
+    asked = args.get("metric") or args.get("sort")
+    if asked:
+        return asked
+    followed = registry.runs.monitors().get(model)
+    if followed:
+        return followed
+    has_loss = registry.catalog.query(
+        "SELECT 1 FROM versions WHERE model = ? AND loss IS NOT NULL LIMIT 1", [model]
+    )
+    return names[0] if names else "loss" if has_loss else None
+
+
+def _span(shown: Sequence[Version], metric: str | None) -> tuple[float, float] | None:
+    """The smallest and the largest value of a metric, between which bars are drawn."""
+    values = [value for version in shown if (value := value_of(version, metric)) is not None]
+    finite = [value for value in values if math.isfinite(value)]
+    return (min(finite), max(finite)) if finite else None
+
+
+def _chart(registry: Registry, model: str, metric: str) -> Mapping[str, Any]:
+    """The points of a metric by version, and the aliases as marks."""
+    if metric == "loss":
+        rows = registry.catalog.query(
+            "SELECT version, loss FROM versions WHERE model = ? AND loss IS NOT NULL ORDER BY version",
+            [model],
+        )
+    else:
+        rows = registry.catalog.query(
+            "SELECT v.version, m.value FROM metrics m JOIN versions v ON v.id = m.id "
+            "WHERE m.model = ? AND m.name = ? AND m.value IS NOT NULL ORDER BY v.version",
+            [model, metric],
+        )
+    points = [(float(version), float(value)) for version, value in rows]
+    marks = registry.catalog.query(
+        "SELECT v.version, a.name FROM aliases a JOIN versions v ON v.id = a.id WHERE a.model = ? ORDER BY v.version",
+        [model],
+    )
+    return {
+        "points": points,
+        "shown": points[:: len(points) // _MOST_POINTS + 1],
+        "marks": [Mark(float(version), f"v{version} {name}") for version, name in marks],
+        "low": min((y for _, y in points), default=0.0),
+        "high": max((y for _, y in points), default=0.0),
+    }
+
+
+def _logical(registry: Registry, model: str) -> int:
+    """Bytes of the versions of a model as separate files."""
+    ((found,),) = registry.catalog.query(
+        "SELECT COALESCE(SUM(m.size), 0) FROM versions v JOIN manifests m ON m.id = v.id WHERE v.model = ?",
+        [model],
+    )
+    return int(found)

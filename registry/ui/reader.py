@@ -1,0 +1,76 @@
+"""The reader: one thread that asks the registry, so that pages never hold up a save.
+
+SQLite counts the locks of one process as one. Where several threads read a catalog without a write-ahead log, statements
+that overlap never let the writer of another process in. So all that pages ask is asked in one thread, one question after
+the other. Each statement is fetched whole, and nothing is held while a page is drawn or sent.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from registry.catalog.runs import INNER, LOG, RunInfo
+from registry.registry import Registry
+from registry.store import places
+
+T = TypeVar("T")
+
+
+class State(NamedTuple):
+    """What tells that a page has changed.
+
+    Attributes:
+        seq: the number of the log's last entry.
+        open_runs: the runs that have not ended, each with whether its process is gone and the size of its log.
+    """
+
+    seq: int
+    open_runs: tuple[tuple[str, bool, int], ...]
+
+
+class Reader:
+    """Asks a registry, one question after the other.
+
+    Args:
+        root: the registry's folder or URL; `REGISTRY_ROOT` or `./.registry` unless given.
+
+    Raises:
+        NotFound: if there is no registry.
+    """
+
+    def __init__(self, root: Path | str | None) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="registry-reader")
+        try:
+            self.registry = self._thread.submit(Registry, root, create=False).result()
+        except BaseException:
+            self._thread.shutdown()
+            raise
+
+    def ask(self, question: Callable[[Registry], T]) -> T:
+        """What a function finds out from the registry, in the reader's thread; raises what it raises."""
+        context = contextvars.copy_context()
+        return self._thread.submit(context.run, question, self.registry).result()
+
+    def state(self) -> State:
+        """What tells that a page has changed."""
+        return self.ask(_state)
+
+    def close(self) -> None:
+        """Let go of the registry."""
+        self._thread.submit(self.registry.catalog.close).result()
+        self._thread.shutdown()
+
+
+def _state(registry: Registry) -> State:
+    ((seq,),) = registry.catalog.query("SELECT COALESCE(MAX(seq), 0) FROM log")
+    runs = registry.runs
+    return State(seq, tuple((info.name, runs.is_lost(info), _size(registry, info)) for info in runs.open()))
+
+
+def _size(registry: Registry, info: RunInfo) -> int:
+    status = places.status_of(registry.root / "runs" / info.name / LOG, inner=INNER)
+    return 0 if status is None else status.st_size

@@ -1,0 +1,62 @@
+"""The worker: a child process that compares models, so that the server itself never loads torch.
+
+It reads a request a line from its standard input and writes an answer a line to its standard output, both as JSON. It
+ends when its input ends, or when nobody has asked for a while.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import sys
+from typing import Any
+
+from registry.registry import Registry
+from registry.reports import html
+from registry.store.errors import RegistryError
+from registry.transfer.diffing import diff
+from registry.transfer.report_tree import modules
+
+_IDLE_SECONDS = 120.0
+
+
+def main() -> None:
+    """Answer requests about the registry that the command line names."""
+    # Whoever prints must not break an answer.
+    answers, sys.stdout = sys.stdout, sys.stderr
+    with contextlib.suppress(OSError):
+        os.nice(10)
+    registry = Registry(sys.argv[1], create=False)
+    while select.select([sys.stdin], [], [], _IDLE_SECONDS)[0]:
+        line = sys.stdin.readline()
+        if not line:
+            return
+        print(json.dumps(_answer(registry, json.loads(line))), file=answers, flush=True)
+
+
+def _answer(registry: Registry, request: dict[str, Any]) -> dict[str, Any]:
+    try:
+        report = diff(request["a"], request["b"], registry=registry, values=request["values"])
+        return {
+            "report": report.model_dump(mode="json", by_alias=True),
+            "modules": [
+                {
+                    **module._asdict(),
+                    "tensors": [tensor._asdict() for tensor in module.tensors],
+                    "elements": module.elements,
+                    "changed": module.changed,
+                }
+                for module in modules(report)
+            ],
+            "headline": report.headline,
+            "html": html.render(report.blocks()) if request.get("html") else "",
+        }
+    except RegistryError as error:
+        message, hint = error.for_command_line()
+        return {"error": {"kind": type(error).__name__, "message": message, "hint": hint}}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""The pages in a real browser: what they look like, keys, and what follows a save.
+
+Pictures of every page go to `build/ui`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browsing import CHROMIUM, Client, fill, network
+
+from registry import Registry
+from registry.ui.server import Server
+
+sync_api = pytest.importorskip("playwright.sync_api")
+if CHROMIUM is None:
+    pytest.skip("needs chromium: apt-get install chromium", allow_module_level=True)
+
+PICTURES = Path(__file__).parents[3] / "build" / "ui"
+
+PAGES = {
+    "models": "/",
+    "versions": "/m/net",
+    "best-first": "/m/net?sort=accuracy",
+    "version": "/m/net/v5",
+    "diff": "/diff?a=net:v1&b=net:v5",
+    "diff-of-networks": "/diff?a=net:v1&b=other:v1",
+    "runs": "/runs",
+    "run": "/r/net/run-1",
+    "compare": "/compare?of=net/run-1+net/run-2",
+    "lineage": "/lineage",
+    "storage": "/storage",
+    "data": "/data",
+    "find": "/find?q=reviewers",
+    "error": "/m/nothing",
+}
+
+LOOKS = {"light": (1280, "light"), "dark": (1280, "dark"), "phone": (390, "dark")}
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        with contextlib.closing(playwright.chromium.launch(executable_path=CHROMIUM, args=flags)) as found:
+            yield found
+
+
+Open = Callable[..., Any]
+
+
+@pytest.fixture
+def opened(browser: Any) -> Iterator[Open]:
+    """Opens a page of a server in a browser of its own, and checks at the end that the browser had nothing to say."""
+    with contextlib.ExitStack() as stack:
+        said: list[str] = []
+
+        def open_page(
+            server: Server, path: str, *, width: int = 1280, scheme: str = "light", said_before: bool = True
+        ) -> Any:
+            context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+            stack.callback(context.close)
+            page = context.new_page()
+            page.on("console", lambda message: said.append(message.text))
+            page.on("pageerror", lambda error: said.append(str(error)))
+            page.on("request", lambda request: _is_here(request.url, server) or said.append(request.url))
+            page.goto(server.address(path))
+            return page
+
+        yield open_page
+        assert [text for text in said if "status of 404" not in text] == []
+
+
+def _is_here(url: str, server: Server) -> bool:
+    return url.startswith((f"http://localhost:{server.port}/", "data:"))
+
+
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_fits_and_is_accessible(unchanged: Client, opened: Open, name: str, look: str) -> None:
+    width, scheme = LOOKS[look]
+    page = opened(unchanged.server, PAGES[name], width=width, scheme=scheme)
+    page.wait_for_load_state()
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=PICTURES / f"{name}-{look}.png", full_page=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_axe_finds_nothing(browser: Any, unchanged: Client, look: str) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    width, scheme = LOOKS[look]
+    # The policy of the pages forbids the script that checks them.
+    context = browser.new_context(
+        viewport={"width": width, "height": 900},
+        color_scheme=scheme,
+        bypass_csp=True,
+        reduced_motion="reduce",
+    )
+    found = {}
+    with contextlib.closing(context):
+        page = context.new_page()
+        page.goto(unchanged.server.address())
+        for name, path in PAGES.items():
+            page.goto(f"http://localhost:{unchanged.server.port}{path}")
+            results = axe.run(page)
+            if results.violations_count:
+                found[name] = results.generate_report()
+    assert found == {}
+
+
+def test_every_action_has_a_key(server: Server, opened: Open) -> None:
+    page = opened(server, "/")
+    at = f"http://localhost:{server.port}"
+
+    def press(*keys: str) -> str:
+        for key in keys:
+            page.keyboard.press(key)
+        page.wait_for_load_state()
+        return str(page.url).removeprefix(at)
+
+    def leads(keys: str, to: str) -> None:
+        press(*keys.split())
+        page.wait_for_url(f"{at}{to}")
+
+    leads("j j k Enter", "/m/net")
+    page.keyboard.press("j")
+    page.keyboard.press("x")
+    page.keyboard.press("j")
+    page.keyboard.press("j")
+    page.keyboard.press("x")
+    assert page.locator("#chosen strong").inner_text() == "2 selected"
+    leads("d", "/diff?a=net%3Av3&b=net%3Av5")
+    leads("g m", "/")
+    leads("g r", "/runs")
+    leads("j Enter", "/r/net/run-2")
+    leads("u", "/runs")
+    leads("g l", "/lineage")
+    leads("g s", "/storage")
+    page.goto(f"{at}/m/net/v4")
+    leads("]", "/m/net/v5")
+    leads("[", "/m/net/v4")
+    leads("2", "/m/net/v4#tensors")
+    leads("d", "/diff?a=net%3Av3&b=net%3Av4")
+    page.goto(f"{at}/m/net/v4")
+    leads("c", "/compare?of=net")
+    page.keyboard.press("?")
+    assert page.locator("#keys").is_visible()
+    page.keyboard.press("Escape")
+    before = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.keyboard.press("t")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != before
+    page.keyboard.press("/")
+    page.keyboard.type("net:v2")
+    leads("Enter", "/m/net/v2")
+
+
+def test_typing_and_modifiers_do_nothing_else(server: Server, opened: Open) -> None:
+    page = opened(server, "/m/net")
+    address = page.url
+    page.focus("#find")
+    page.keyboard.type("gmtdcxju?[")
+    assert page.input_value("#find") == "gmtdcxju?["
+    assert not page.locator("#keys").is_visible()
+    page.keyboard.press("Escape")
+    for key in ("Control+d", "Alt+c", "Meta+e"):
+        page.keyboard.press(key)
+    page.keyboard.press("?")
+    page.uncheck("#keys-on")
+    page.keyboard.press("Escape")
+    page.keyboard.press("u")
+    page.keyboard.press("t")
+    assert page.url == address
+    page.reload()
+    page.keyboard.press("u")
+    assert page.url == address
+    page.keyboard.press("?")
+    page.check("#keys-on")
+
+
+def test_a_save_appears_while_the_selection_stays(filled: Registry, server: Server, opened: Open) -> None:
+    page = opened(server, "/m/net")
+    page.wait_for_selector("#live:not([hidden])", state="attached")
+    page.check("#version-3 input")
+    filled.save("net", {"model": network(6).state_dict()}, metrics={"accuracy": 0.99})
+    page.wait_for_selector("#version-6")
+    assert page.is_checked("#version-3 input")
+    assert page.locator("#chosen strong").inner_text() == "1 selected"
+    assert [row.get_attribute("id") for row in page.locator("#rows tbody tr").all()] == [
+        f"version-{i}" for i in (6, 5, 4, 3, 2, 1)
+    ]
+    filled.remove("net:v2")
+    page.wait_for_selector("#version-2", state="detached")
+    filled.set_tag("net:v1", "seen")
+    page.wait_for_selector("#version-1 .tag")
+
+
+def test_ten_tabs_share_one_stream(filled: Registry, server: Server, browser: Any) -> None:
+    with contextlib.closing(browser.new_context()) as context:
+        streams: list[str] = []
+        context.on(
+            "request",
+            lambda request: streams.append(request.url) if request.url.endswith("/events") else None,
+        )
+        pages = [context.new_page() for _ in range(10)]
+        pages[0].goto(server.address("/m/net"))
+        for page in pages[1:]:
+            page.goto(f"http://localhost:{server.port}/m/net")
+        for page in pages:
+            page.wait_for_selector("#live:not([hidden])", state="attached")
+        filled.save("net", {"model": network(6).state_dict()})
+        for page in pages:
+            page.bring_to_front()
+            page.wait_for_selector("#version-6")
+        assert len(streams) == 1
+
+
+def test_the_log_of_a_run_grows(filled: Registry, server: Server, opened: Open) -> None:
+    with filled.run("net") as run:
+        page = opened(server, f"/r/{run.name}")
+        page.wait_for_selector("#live:not([hidden])", state="attached")
+        with (filled.root / "runs" / run.name / "run.log").open("a") as log:
+            log.write("a line that was not there\n")
+        page.wait_for_selector("#lines:has-text('a line that was not there')")
+        run.save(model=network(1), epoch=1, loss=0.5)
+        page.wait_for_selector("#rows tr")
+
+
+def test_a_point_of_the_curve_is_a_version(server: Server, opened: Open) -> None:
+    page = opened(server, "/m/net")
+    box = page.locator(".chart").bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 20)
+    assert page.locator(".curve output").inner_text() == "v3 0.8500"
+    page.mouse.click(box["x"] + box["width"] / 2, box["y"] + 20)
+    page.wait_for_url("**/m/net/v3")
+
+
+def test_modules_fold(server: Server, opened: Open) -> None:
+    page = opened(server, "/diff?a=net:v1&b=net:v5")
+    leaf, head = page.locator("tbody:nth-of-type(1) td.leaf").first, page.locator("tr.module th").first
+    assert leaf.is_visible()
+    head.press("Enter")
+    assert not leaf.is_visible()
+    assert head.get_attribute("aria-expanded") == "false"
+
+
+def test_without_scripts_two_versions_are_compared(server: Server, browser: Any) -> None:
+    with contextlib.closing(browser.new_context(java_script_enabled=False)) as context:
+        page = context.new_page()
+        page.goto(server.address("/m/net"))
+        page.check("#version-5 input")
+        page.check("#version-2 input")
+        page.click("noscript button, form#selection > button")
+        assert "net:v2" in page.locator("h1").inner_text()
+        assert "net:v5" in page.locator("h1").inner_text()
+
+
+def test_what_is_chosen_in_a_form_is_shown(server: Server, opened: Open) -> None:
+    page = opened(server, "/m/net")
+    page.select_option("select[name=sort]", "accuracy")
+    page.wait_for_url("**sort=accuracy**")
+    assert page.locator("#rows tbody tr").first.get_attribute("id") == "version-5"
+
+
+def test_nothing_of_a_hostile_name_runs(registry: Registry, opened: Open) -> None:
+    text = "\"><img src=x onerror=\"document.title='run'\"><script>document.title='run'</script>"
+    fill(registry)
+    registry.save("net", {"model": {text: network(1).state_dict()}}, config={text: text}, meta={text: text})
+    registry.add_note("net:v6", text)
+    with contextlib.closing(Server(registry.root, port=0)) as server:
+        for path in ("/m/net/v6", "/diff?a=net:v5&b=net:v6", f"/find?q={text}"):
+            page = opened(server, path)
+            assert page.title() != "run"
+            assert page.locator("main img").count() == 0

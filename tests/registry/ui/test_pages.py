@@ -1,0 +1,219 @@
+"""What the pages show, as HTML, JSON and CSV."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+from browsing import Client, network
+
+from registry import Registry
+
+ADDRESSES = (
+    "/",
+    "/m/net",
+    "/m/net?sort=accuracy",
+    "/m/net?sort=loss&tag=paper",
+    "/m/net?before=v3",
+    "/m/net/v5",
+    "/m/net@production",
+    "/m/other/v1",
+    "/runs",
+    "/runs?model=net",
+    "/r/net/run-2",
+    "/compare",
+    "/compare?of=net",
+    "/compare?of=net/run-1+net/run-2&metric=accuracy",
+    "/lineage",
+    "/lineage?of=net&full=1",
+    "/storage",
+    "/data",
+    "/diff",
+    "/diff?a=net:v1&b=net:v5",
+    "/diff?a=net:v5&b=other",
+    "/diff?a=net&b=net",
+    "/find",
+    "/find?q=reviewers",
+    "/find?q=nothing-like-it",
+)
+
+
+class Links(HTMLParser):
+    """Collects where a page leads, and whether its elements nest."""
+
+    EMPTY = frozenset(
+        ["meta", "link", "input", "br", "rect", "line", "circle", "polyline", "polygon", "path", "option"]
+    )
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.open: list[str] = []
+        self.wrong: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.links += [value for name in ("href", "src") if (value := given.get(name)) and value != "#"]
+        self.wrong += [f"{tag} {name}" for name in given if name == "style" or name.startswith("on")]
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.EMPTY and (not self.open or self.open.pop() != tag):
+            self.wrong.append(f"/{tag}")
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_a_page_is_whole_and_its_links_lead_somewhere(unchanged: Client, address: str) -> None:
+    answer = unchanged.get(address)
+    assert answer.status == 200
+    found = Links(answer.text)
+    assert (found.wrong, found.open) == ([], [])
+    assert "{{" not in answer.text
+    for link in dict.fromkeys(found.links):
+        if link.startswith(("/", "?")) and "file=1" not in link:
+            assert unchanged.get(link).status in (200, 302), link
+
+
+@pytest.mark.parametrize(
+    ("address", "command"),
+    [
+        ("/?format=json", ["list"]),
+        ("/m/net?sort=accuracy&format=json", ["list", "net", "--sort", "accuracy"]),
+        ("/m/net/v5.json", ["show", "net:v5", "--params"]),
+        ("/runs.json", ["runs"]),
+        ("/compare?of=net+other&metric=accuracy&format=json", ["compare", "net", "other"]),
+        ("/data.json", ["cache", "list"]),
+        ("/api/v1/models", ["list"]),
+        ("/api/v1/diff?a=net:v1&b=net:v5", ["diff", "net:v1", "net:v5", "--values"]),
+    ],
+)
+def test_a_page_for_programs_says_what_the_command_prints(
+    unchanged: Client, address: str, command: list[str]
+) -> None:
+    words = [sys.executable, "-m", "registry.cli", *command, "--json", "--root", unchanged.place]
+    printed = json.loads(subprocess.run(words, capture_output=True, text=True).stdout)
+    shown = unchanged.get(address)
+    assert shown.headers["content-type"].startswith("application/json")
+    document = shown.json
+    if isinstance(document, dict):
+        document.pop("next", None)
+    assert document == printed
+
+
+def test_a_table_for_spreadsheets_has_a_row_for_each_version(unchanged: Client) -> None:
+    answer = unchanged.get("/m/net.csv")
+    rows = list(csv.DictReader(io.StringIO(answer.text)))
+    assert answer.headers["content-type"].startswith("text/csv")
+    assert [row["name"] for row in rows] == [f"net:v{i}" for i in (5, 4, 3, 2, 1)]
+    assert float(rows[0]["accuracy"]) == pytest.approx(0.95)
+    assert rows[0]["loss"] == ""
+
+
+def test_a_cell_is_no_formula(client: Client, filled: Registry) -> None:
+    filled.save("net", {"model": network(1).state_dict()}, metrics={"=1+1": 0.5})
+    assert "'=1+1" in client.get("/m/net?format=csv").text.splitlines()[0]
+
+
+def test_a_name_that_ends_like_a_form_is_a_name_first(client: Client, filled: Registry) -> None:
+    filled.save("net.json", {"model": network(1).state_dict()})
+    assert "<h1>net.json</h1>" in client.get("/m/net.json").text
+    assert client.get("/m/net.json.json").json["total"] == 1
+    assert client.get("/m/net.json?format=json").json["total"] == 1
+
+
+def test_pages_of_versions_meet_without_gap_or_double(client: Client, filled: Registry) -> None:
+    tree = {"model": {}}
+    for step in range(230):
+        filled.save("long", tree, step=step, metrics={"accuracy": (step * 7 % 230) / 230})
+    filled.remove(["long:v100", "long:v131"])
+    for first in ("/m/long?format=json", "/m/long?sort=accuracy&format=json"):
+        seen: list[str] = []
+        following = first
+        while following:
+            document = client.get(f"{following}&format=json" if "format" not in following else following).json
+            seen += [version["name"] for version in document["versions"]]
+            following = document["next"]
+        assert len(seen) == len(set(seen)) == 228
+    assert client.get("/m/long?before=v101&format=json").json["versions"][0]["name"] == "long:v99"
+
+
+def test_a_page_is_drawn_once_until_the_registry_changes(client: Client, filled: Registry) -> None:
+    first = client.get("/m/net")
+    tag = first.headers["etag"]
+    assert client.get("/m/net", If_None_Match=tag).status == 304
+    filled.add_note("net:v1", "a note")
+    filled.save("net", {"model": network(7).state_dict()})
+    second = client.get("/m/net", If_None_Match=tag)
+    assert second.status == 200
+    assert "/m/net/v6" in second.text
+
+
+def test_pages_travel_compressed(unchanged: Client) -> None:
+    plain = unchanged.get("/m/net")
+    packed = unchanged.get("/m/net", Accept_Encoding="gzip")
+    assert packed.headers["content-encoding"] == "gzip"
+    assert len(packed.body) < len(plain.body) / 2
+    assert gzip.decompress(packed.body) == plain.body
+
+
+@pytest.mark.parametrize(
+    ("address", "status", "says"),
+    [
+        ("/m/nett", 404, "did you mean 'net'?"),
+        ("/m/net/v99", 404, "its newest are v5, v4"),
+        ("/m/net/v0", 400, "v0"),
+        ("/r/net/run-9", 404, "there is no run"),
+        ("/nothing", 404, "there is no page /nothing"),
+        ("/m/net?before=x", 400, "before is not a number"),
+        ("/diff?a=net&b=nett", 404, "nett"),
+        ("/compare?of=net&metric=f1", 404, "f1"),
+        ("/m/net?format=xml", 400, "format"),
+        ("/c/ffffff", 404, "ffffff"),
+        ("/m/net?sort=f1", 404, "f1"),
+    ],
+)
+def test_an_error_says_what_is_wrong(unchanged: Client, address: str, status: int, says: str) -> None:
+    answer = unchanged.get(address)
+    assert answer.status == status
+    assert says in re.sub("&#39;|&#x27;", "'", answer.text)
+    joint = "&" if "?" in address else "?"
+    if "format" not in address:
+        document = unchanged.get(f"{address}{joint}format=json")
+        assert document.status == status
+        assert set(document.json["error"]) == {"kind", "message", "hint"}
+
+
+def test_an_id_and_a_find_lead_to_the_page(client: Client, filled: Registry) -> None:
+    assert client.get(f"/c/{filled['net:v2'].id[:12]}").headers["location"] == "/m/net/v2"
+    for text, place in [
+        ("net:v2", "/m/net/v2"),
+        ("net@production", "/m/net/v5"),
+        ("net", "/m/net"),
+        ("net/run-1", "/r/net/run-1"),
+    ]:
+        assert client.get(f"/find?q={text.replace('/', '%2F')}").headers["location"] == place
+    assert client.get("/r/latest").headers["location"] == "/r/net/run-2"
+    assert client.get("/find?q=paper&format=json").json["versions"][0]["name"] == "net:v4"
+
+
+def test_the_worker_alone_loads_torch(filled: Registry) -> None:
+    program = (
+        "import sys, urllib.request\nfrom registry.ui.server import Server\n"
+        "server = Server(sys.argv[1], port=0, has_token=False)\n"
+        "for path in ('/', '/m/net', '/m/net/v5', '/diff?a=net:v1%26b=net:v2'.replace('%26', '&'), '/runs', '/lineage', '/storage', '/data'):\n"
+        "    assert urllib.request.urlopen(f'http://127.0.0.1:{server.port}{path}').status == 200\n"
+        "server.close()\nprint(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(filled.root)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not {"torch", "numpy", "pydantic", "tensorboard"} & set(done.stdout.split())
