@@ -22,6 +22,7 @@ from werkzeug.exceptions import NotFound as NoSuchPage
 from werkzeug.routing import Map, Rule
 from werkzeug.wrappers import Request, Response
 
+from registry.reports import charts
 from registry.store.errors import Conflict, Corrupt, Invalid, NotFound, RegistryError
 from registry.ui import diffs, drawing, finding, graph, models, runs, storage, version
 from registry.ui.access import HEADERS, Access
@@ -62,6 +63,8 @@ _PAGES: Mapping[str, Callable[..., Page | Moved]] = {
 """The pages that the registry alone answers, by address."""
 
 _DIFFS = ("/diff", "/api/v1/diff")
+
+_STATISTICS = "/api/v1/tensors/<digest>/stats"
 
 _API = "/api/"
 
@@ -125,7 +128,8 @@ class Application:
         # A tab that was open before the server began anew must not take the old answers for its own.
         self._begun = secrets.token_hex(4)
         rules = [
-            Rule(path, endpoint=path) for path in (*_PAGES, *_DIFFS, "/events", "/change", "/static/<name>")
+            Rule(path, endpoint=path)
+            for path in (*_PAGES, *_DIFFS, _STATISTICS, "/events", "/change", "/static/<name>")
         ]
         self._map = Map(rules, strict_slashes=False)
 
@@ -217,6 +221,8 @@ class Application:
         form = args.get("format", "json" if path.startswith(_API) else "html")
         if form not in _FORMS:
             raise Invalid("format is neither html nor json nor csv")
+        if path.startswith("/api/v1/tensors/"):
+            return self._statistics(request, path, args)
         state = self._reader.state()
         try:
             found = self._found(path, args, form, state)
@@ -230,6 +236,17 @@ class Application:
         if isinstance(found, Moved):
             return _moved(found.to)
         return _sent(request, found)
+
+    def _statistics(self, request: Request, path: str, args: Args) -> Response:
+        """What the elements of a tensor are like. A digest has the same for ever."""
+        _, named = self._map.bind("").match(path)
+        found = dict(self._reader.ask(lambda registry: version.tensor(registry, named["digest"], args)))
+        answer = self._asking.ask(named["digest"], **found)
+        label = f"{len(answer['histogram'])} parts from {answer['least']:.4g} to {answer['most']:.4g}"
+        text = drawing.as_json({**answer, "picture": charts.histogram(answer["histogram"], label)})
+        response = Response(text, mimetype="application/json")
+        response.headers["Cache-Control"] = "private, max-age=31536000, immutable"
+        return response
 
     def _found(self, path: str, args: Args, form: str, state: State) -> Body | Moved:
         """The answer for an address: one that is kept, or a new one."""

@@ -18,7 +18,8 @@ from registry.store.errors import RegistryError, StorageError
 _PATIENCE_SECONDS = 300.0
 """How long an answer may take."""
 
-_MOST_ANSWERS = 64
+_MOST_BYTES = 32 << 20
+"""Bytes of answers that are kept."""
 
 
 class Asking:
@@ -32,7 +33,8 @@ class Asking:
         self._place = place
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
-        self._answers: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._answers: OrderedDict[str, str] = OrderedDict()
+        self._bytes = 0
 
     def ask(self, key: str, **request: Any) -> dict[str, Any]:
         """What the worker answers.
@@ -45,25 +47,30 @@ class Asking:
         """
         key = f"{key} {json.dumps(request, sort_keys=True)}"
         with self._lock:
-            answer = self._answers.get(key)
-            if answer is None:
-                answer = self._asked(request)
+            line = self._answers.pop(key, "")
+            self._bytes -= len(line)
+            answer = dict(json.loads(line)) if line else {}
+            if not line:
+                line, answer = self._asked(request)
+            if "error" not in answer:
+                self._keep(key, line)
         if error := answer.get("error"):
             kind = getattr(errors, error["kind"], RegistryError)
             raise kind("; ".join(filter(None, (error["message"], error["hint"]))))
-        with self._lock:
-            self._answers[key] = answer
-            self._answers.move_to_end(key)
-            while len(self._answers) > _MOST_ANSWERS:
-                self._answers.popitem(last=False)
         return answer
+
+    def _keep(self, key: str, line: str) -> None:
+        self._answers[key] = line
+        self._bytes += len(line)
+        while self._bytes > _MOST_BYTES:
+            self._bytes -= len(self._answers.popitem(last=False)[1])
 
     def close(self) -> None:
         """End the worker."""
         with self._lock:
             self._end()
 
-    def _asked(self, request: dict[str, Any]) -> dict[str, Any]:
+    def _asked(self, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         line = ""
         # It may have ended since it was asked last, as nobody asked.
         for _ in range(2):
@@ -76,12 +83,11 @@ class Asking:
                 break
             self._end()
         try:
-            found = json.loads(line)
+            return line, dict(json.loads(line))
         except ValueError:
             raise StorageError(
-                "the comparison ended without an answer; try it in a terminal with: registry diff"
+                "the process that reads tensors ended without an answer; try it in a terminal with: registry diff"
             ) from None
-        return dict(found)
 
     def _line(self, process: subprocess.Popen[str]) -> str:
         """The next line of a process; empty if there is none in time."""

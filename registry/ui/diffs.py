@@ -51,7 +51,7 @@ def diff(asking: Asking, names: Sequence[str], versions: Sequence[Version | None
         )
     key = " ".join(version.id if version else name for version, name in zip(versions, names, strict=True))
     shown = [version.name if version else name for version, name in zip(versions, names, strict=True)]
-    answer = asking.ask(key, a=shown[0], b=shown[1], values=True, html=True)
+    answer = asking.ask(key, a=shown[0], b=shown[1])
     report = answer["report"]
     modules = chosen(answer["modules"], args)
     command = f"registry diff {shlex.quote(shown[0])} {shlex.quote(shown[1])} --values"

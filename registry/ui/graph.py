@@ -11,6 +11,7 @@ from registry.catalog.versions import values_by_id
 from registry.registry import Registry
 from registry.reports.charts import lane_lines, lane_picture
 from registry.store.errors import Invalid
+from registry.ui.kept import once
 from registry.ui.page import Args, Page, address_of_name
 
 MOST_ROWS = 1_000
@@ -25,7 +26,7 @@ def lineage(registry: Registry, args: Args) -> Page:
     """
     reference = args.get("of", "").strip()
     is_full = bool(args.get("full"))
-    nodes = read_nodes(registry.catalog)
+    nodes = once(registry, "nodes", lambda: read_nodes(registry.catalog))
     names = {node.id: node.name for node in nodes.values()}
     if reference:
         version = resolve(registry.catalog, reference)

@@ -16,7 +16,6 @@ from registry.catalog.versions import (
     find_versions,
     list_models,
     metric_names,
-    own_by_model,
     rank_versions,
     tag_names,
     values_by_model,
@@ -24,6 +23,7 @@ from registry.catalog.versions import (
 from registry.log.metrics import is_smallest_best
 from registry.registry import Registry
 from registry.reports.charts import Mark
+from registry.ui.kept import once, own_by_model
 from registry.ui.page import Args, Page, address, whole
 from registry.ui.runs import last_line
 
@@ -99,8 +99,12 @@ def models(registry: Registry, args: Args) -> Page:
 def _rows(
     registry: Registry, found: Sequence[Model], metric: str | None, trained: Collection[str]
 ) -> list[ModelRow]:
-    bests, own = best_versions(registry.catalog), own_by_model(registry.catalog)
-    trends = values_by_model(registry.catalog, metric) if metric else {}
+    bests, own = best_versions(registry.catalog), own_by_model(registry)
+    trends = (
+        once(registry, ("values", metric), lambda: values_by_model(registry.catalog, metric))
+        if metric
+        else {}
+    )
     rows = []
     for model in found:
         best = bests.get(model.name, model.latest)
@@ -175,14 +179,14 @@ def versions(registry: Registry, args: Args, model: str) -> Page:
             "following": part.following,
             "is_first": part.is_first,
             "total": total,
-            "own": own_by_model(registry.catalog).get(model, 0),
-            "logical": _logical(registry, model),
+            "own": own_by_model(registry).get(model, 0),
+            "logical": once(registry, ("logical", model), lambda: _logical(registry, model)),
             "metric": metric,
             "metrics": [*names, "loss"],
             "columns": [name for name in names if name != metric][: _COLUMNS - 1],
             "best": _best(registry, model, metric),
             "span": _span(part.versions, metric),
-            "chart": _chart(registry, model, metric) if metric else None,
+            "chart": once(registry, ("chart", model, metric), lambda: _chart(registry, model, metric)),
             "sort": sort,
             "tag": tag,
             "tags": tag_names(registry.catalog),
@@ -264,8 +268,10 @@ def _span(shown: Sequence[Version], metric: str | None) -> tuple[float, float] |
     return (min(finite), max(finite)) if finite else None
 
 
-def _chart(registry: Registry, model: str, metric: str) -> Mapping[str, Any]:
+def _chart(registry: Registry, model: str, metric: str | None) -> Mapping[str, Any] | None:
     """The points of a metric by version, and the aliases as marks."""
+    if metric is None:
+        return None
     if metric == "loss":
         rows = registry.catalog.query(
             "SELECT version, loss FROM versions WHERE model = ? AND loss IS NOT NULL ORDER BY version",

@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeVar
 from registry.catalog.runs import INNER, LOG, RunInfo
 from registry.registry import Registry
 from registry.store import places
+from registry.ui.kept import last_entry
 
 T = TypeVar("T")
 
@@ -66,9 +67,11 @@ class Reader:
 
 
 def _state(registry: Registry) -> State:
-    ((seq,),) = registry.catalog.query("SELECT COALESCE(MAX(seq), 0) FROM log")
     runs = registry.runs
-    return State(seq, tuple((info.name, runs.is_lost(info), _size(registry, info)) for info in runs.open()))
+    return State(
+        last_entry(registry),
+        tuple((info.name, runs.is_lost(info), _size(registry, info)) for info in runs.open()),
+    )
 
 
 def _size(registry: Registry, info: RunInfo) -> int:

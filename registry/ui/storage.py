@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -9,6 +11,7 @@ from registry.cache.artifacts import Artifact
 from registry.registry import Registry
 from registry.reports.charts import Area, colour_of, treemap
 from registry.reports.wording import size
+from registry.ui.kept import Own, own_by_version
 from registry.ui.page import Args, Page, address_of_name
 
 _MOST_AREAS = 400
@@ -24,11 +27,7 @@ _UNHELD = (
 def storage(registry: Registry, args: Args) -> Page:
     """What holds the disk, and what may go."""
     status = registry.status()
-    own = registry.catalog.query(
-        "SELECT v.model, v.version, v.id, SUM(p.size) FROM packs p JOIN versions v ON v.id = (SELECT w.id FROM uses u "
-        "JOIN versions w ON w.id = u.id WHERE u.pack = p.number ORDER BY w.created LIMIT 1) GROUP BY v.id "
-        "ORDER BY SUM(p.size) DESC"
-    )
+    own = own_by_version(registry)
     unheld = {
         str(version_id): (str(model), int(number))
         for version_id, model, number in registry.catalog.query(
@@ -36,10 +35,10 @@ def storage(registry: Registry, args: Args) -> Page:
         )
     }
     by_model: dict[str, dict[str, Any]] = {}
-    for model, _number, version_id, written in own:
-        row = by_model.setdefault(model, {"model": model, "own": 0, "may_go": 0})
-        row["own"] += written
-        row["may_go"] += version_id in unheld
+    for one in own:
+        row = by_model.setdefault(one.model, {"model": one.model, "own": 0, "may_go": 0})
+        row["own"] += one.size
+        row["may_go"] += one.id in unheld
     counts = dict(registry.catalog.query("SELECT model, COUNT(*) FROM versions GROUP BY model"))
     rows = sorted(by_model.values(), key=lambda row: -row["own"])
     for row in rows:
@@ -62,21 +61,21 @@ def storage(registry: Registry, args: Args) -> Page:
     )
 
 
-def _areas(own: list[tuple[Any, ...]], unheld: dict[str, Any]) -> list[Area]:
+def _areas(own: Sequence[Own], unheld: dict[str, Any]) -> list[Area]:
     """A rectangle for each version that wrote bytes; the smallest of a model share one."""
     areas = [
         Area(
-            name=f"{model}:v{number}",
-            size=written,
-            note=size(written),
-            tone=f"{colour_of(model)}{' pale' if version_id in unheld else ''}",
-            to=address_of_name(f"{model}:v{number}"),
+            name=f"{one.model}:v{one.version}",
+            size=one.size,
+            note=size(one.size),
+            tone=f"{colour_of(one.model)}{' pale' if one.id in unheld else ''}",
+            to=address_of_name(f"{one.model}:v{one.version}"),
         )
-        for model, number, version_id, written in own[:_MOST_AREAS]
+        for one in own[:_MOST_AREAS]
     ]
-    rest: dict[str, int] = {}
-    for model, _, _, written in own[_MOST_AREAS:]:
-        rest[model] = rest.get(model, 0) + written
+    rest: Counter[str] = Counter()
+    for one in own[_MOST_AREAS:]:
+        rest[one.model] += one.size
     return areas + [
         Area(f"{model}, smaller versions", written, size(written), colour_of(model), address_of_name(model))
         for model, written in rest.items()

@@ -9,11 +9,13 @@ from typing import NamedTuple
 from registry.catalog.ancestry import children
 from registry.catalog.documents import version_document
 from registry.catalog.resolving import resolve
-from registry.catalog.versions import Version, by_id, find_versions, own_sizes
+from registry.catalog.versions import Version, by_id, find_versions
 from registry.checkpoints.checkpoint import Checkpoint
 from registry.configs.documents import flatten
 from registry.registry import Registry
-from registry.store.errors import RegistryError
+from registry.store.errors import NotFound, RegistryError
+from registry.store.text import quoted
+from registry.ui.kept import own_by_version
 from registry.ui.page import Args, Moved, Page, address, address_of
 
 MOST_TENSORS = 1_500
@@ -110,7 +112,7 @@ def _page(registry: Registry, args: Args, one: Version) -> Page:
             "problem": problem,
             "edges": edges,
             "children": children(registry.catalog, one),
-            "own": own_sizes(registry.catalog, one.model, one.version).get(one.id, 0),
+            "own": next((own.size for own in own_by_version(registry) if own.id == one.id), 0),
             "config": flatten(record.get("config") or {}),
             "meta": flatten(record.get("meta") or {}),
             "provenance": {
@@ -123,6 +125,19 @@ def _page(registry: Registry, args: Args, one: Version) -> Page:
             "network": provenance.get("kinds", {}).get("model"),
         },
     )
+
+
+def tensor(registry: Registry, digest: str, args: Args) -> dict[str, str]:
+    """The version and the path that an address names as the place of a tensor.
+
+    Raises:
+        NotFound: if there is no such version, or it has another tensor there.
+    """
+    one, path = resolve(registry.catalog, args.get("of", "")), args.get("path", "")
+    for known, _, _, found in Checkpoint(registry.store, one).parameters():
+        if known == path and found == digest:
+            return {"of": one.name, "path": path}
+    raise NotFound(f"{one.name} has no tensor {quoted(path)} with this digest")
 
 
 def _before(registry: Registry, one: Version) -> Version | None:

@@ -1,4 +1,4 @@
-"""The worker: a child process that compares models, so that the server itself never loads torch.
+"""The worker: a child process that reads tensors, so that the server itself never loads torch.
 
 It reads a request a line from its standard input and writes an answer a line to its standard output, both as JSON. It
 ends when its input ends, or when nobody has asked for a while.
@@ -13,6 +13,7 @@ import select
 import sys
 from typing import Any
 
+from registry.checkpoints.statistics import statistics
 from registry.registry import Registry
 from registry.reports import html
 from registry.store.errors import RegistryError
@@ -38,24 +39,33 @@ def main() -> None:
 
 def _answer(registry: Registry, request: dict[str, Any]) -> dict[str, Any]:
     try:
-        report = diff(request["a"], request["b"], registry=registry, values=request["values"])
-        return {
-            "report": report.model_dump(mode="json", by_alias=True),
-            "modules": [
-                {
-                    **module._asdict(),
-                    "tensors": [tensor._asdict() for tensor in module.tensors],
-                    "elements": module.elements,
-                    "changed": module.changed,
-                }
-                for module in modules(report)
-            ],
-            "headline": report.headline,
-            "html": html.render(report.blocks()) if request.get("html") else "",
-        }
+        return _statistics(registry, request) if "path" in request else _diff(registry, request)
     except RegistryError as error:
         message, hint = error.for_command_line()
         return {"error": {"kind": type(error).__name__, "message": message, "hint": hint}}
+
+
+def _statistics(registry: Registry, request: dict[str, Any]) -> dict[str, Any]:
+    ((_, found),) = statistics(registry[request["of"]], [request["path"]])
+    return found._asdict()
+
+
+def _diff(registry: Registry, request: dict[str, Any]) -> dict[str, Any]:
+    report = diff(request["a"], request["b"], registry=registry, values=True)
+    return {
+        "report": report.model_dump(mode="json", by_alias=True),
+        "modules": [
+            {
+                **module._asdict(),
+                "tensors": [tensor._asdict() for tensor in module.tensors],
+                "elements": module.elements,
+                "changed": module.changed,
+            }
+            for module in modules(report)
+        ],
+        "headline": report.headline,
+        "html": html.render(report.blocks()),
+    }
 
 
 if __name__ == "__main__":

@@ -120,6 +120,39 @@ function openTarget() {
 addEventListener("hashchange", openTarget);
 openTarget();
 
+// Statistics of tensors: only of rows that are seen, two at a time.
+const waiting = [];
+let asking = 0;
+async function nextStatistics() {
+  const one = waiting.shift();
+  if (!one) return;
+  asking += 1;
+  try {
+    const answer = await fetch(one.dataset.stats);
+    if (answer.ok) {
+      const found = await answer.json();
+      one.querySelector("[data-stat=norm]").textContent = found.norm === null ? "" : found.norm.toPrecision(3);
+      one.querySelector("[data-stat=zeros]").textContent = `${(100 * found.zeros).toFixed(1)}%`;
+      const place = one.querySelector("[data-stat=picture]");
+      place.innerHTML = found.picture;
+      place.title = `mean ${found.mean.toPrecision(3)}, std ${found.std.toPrecision(3)}, ${found.least.toPrecision(3)} to ${found.most.toPrecision(3)}${found.nonfinite ? `, ${found.nonfinite} not finite` : ""}`;
+    }
+  } catch { /* The page is read without them. */ }
+  asking -= 1;
+  nextStatistics();
+}
+if ("IntersectionObserver" in globalThis) {
+  const seen = new IntersectionObserver((entries) => {
+    for (const entry of entries) {
+      if (!entry.isIntersecting) continue;
+      seen.unobserve(entry.target);
+      waiting.push(entry.target);
+      if (asking < 2) nextStatistics();
+    }
+  });
+  for (const row of all("tr[data-stats]")) seen.observe(row);
+}
+
 // The chart: a value under the pointer, a version behind a click, a part by dragging.
 for (const figure of all("[data-points]")) {
   const points = JSON.parse(figure.dataset.points || "[]");

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import html
 import io
 import json
 import re
@@ -217,3 +218,14 @@ def test_the_worker_alone_loads_torch(filled: Registry) -> None:
     done = subprocess.run([sys.executable, "-c", program, str(filled.root)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not {"torch", "numpy", "pydantic", "tensorboard"} & set(done.stdout.split())
+
+
+def test_a_tensor_has_statistics_that_stay_for_ever(unchanged: Client) -> None:
+    rows = re.findall(r'data-stats="([^"]+)"', unchanged.get("/m/net/v5").text)
+    address = html.unescape(rows[0])
+    answer = unchanged.get(address)
+    assert answer.json["elements"] == sum(answer.json["histogram"])
+    assert answer.json["picture"].startswith("<svg")
+    assert "immutable" in answer.headers["cache-control"]
+    wrong = re.sub("tensors/[0-9a-f]{64}", f"tensors/{'0' * 64}", address)
+    assert unchanged.get(wrong).status == 404
