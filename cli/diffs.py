@@ -11,7 +11,7 @@ import click
 
 from registry.cli.completing import completes, metrics
 from registry.cli.options import ReferenceType, command, registry_if_any
-from registry.cli.output import complain_of, print_json, say
+from registry.cli.output import complain_of, encodable, print_json, say
 from registry.cli.tables import columns_of, print_table
 from registry.reports import html, markdown, text
 from registry.store.durable import write_file
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 @click.argument("a", type=ReferenceType())
 @click.argument("b", type=ReferenceType())
 @click.option("--values", is_flag=True, help="Also measure how far the tensors moved.")
+@click.option("--tensors", "is_deep", is_flag=True, help="Show each tensor below its module.")
 @click.option(
     "--rename", "rules", multiple=True, metavar="OLD=NEW", help="Rename tensors of A: 'backbone.*=*'."
 )
@@ -49,6 +50,7 @@ def diff(
     a: str,
     b: str,
     values: bool,
+    is_deep: bool,
     rules: tuple[str, ...],
     exclude: tuple[str, ...],
     file: str | None,
@@ -73,18 +75,18 @@ def diff(
         )
         if file:
             report = report.model_copy(update={"command": f"{report.command} {shlex.join(['--plan', file])}"})
-        _write(_rendered(report, "json" if as_json else form), output)
+        _write(_rendered(report, "json" if as_json else form, is_deep=is_deep), output)
     except RegistryError as error:
         complain_of(error)
         return 2
     return 0 if report.is_same else 1
 
 
-def _rendered(report: DiffReport, form: str) -> str:
+def _rendered(report: DiffReport, form: str, *, is_deep: bool) -> str:
     """A report as text, Markdown, HTML or JSON."""
     if form == "json":
         return report.model_dump_json(by_alias=True, indent=2) + "\n"
-    return _drawn(report.blocks(), form)
+    return _drawn(report.blocks(is_deep=is_deep), form)
 
 
 def _drawn(blocks: Sequence[Block], form: str) -> str:
@@ -164,7 +166,7 @@ def _epochs(text: str | None) -> list[int]:
 def _write(text: str, output: str | None) -> None:
     """Print a text, or write it to a file."""
     if output is None:
-        click.echo(text, nl=False)
+        click.echo(encodable(text), nl=False)
         return
     write_file(Path(output), text.encode())
     say(f"wrote {output}")

@@ -47,7 +47,7 @@ _STAND_INS = {
     "✗": "x",
     "×": "x",
     "−": "-",
-} | dict(zip("▁▂▃▄▅▆▇█", "_.-:=+*#", strict=True))
+} | dict(zip("▁▂▃▄▅▆▇█▏▎▍▌▋▊▉", "_.-:=+*#   ####", strict=True))
 """What is printed for a character that the output's encoding does not have; a question mark for all others."""
 
 

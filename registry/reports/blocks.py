@@ -87,7 +87,6 @@ class Table:
     Attributes:
         above: a sentence between the heading and the table.
         opens: whether lines need no heading, as it stands at once below the title of the report.
-        same: a text of the first column. Pages let a reader filter the rows by that column, and hide those with this text.
     """
 
     title: str
@@ -95,48 +94,58 @@ class Table:
     rows: Sequence[Sequence[Cell | str]]
     above: str = ""
     opens: bool = False
-    same: str | None = None
     where: Where = "everywhere"
 
     @property
     def cells(self) -> list[list[Cell]]:
         """The rows, each cell in the tone in which it is shown."""
         return [
-            [_toned(given, column) for given, column in zip(row, self.columns, strict=True)]
+            [toned(given, column) for given, column in zip(row, self.columns, strict=True)]
             for row in self.rows
         ]
 
 
 @dataclass(frozen=True)
-class Node:
-    """A name of a tree, what is said beside it, and what lies below it.
+class Strip:
+    """A few facts side by side, each a name and a value, such as metrics."""
 
-    Attributes:
-        is_open: whether what lies below is seen at first.
-    """
-
-    name: str
-    notes: Sequence[Cell] = ()
-    nodes: Sequence[Node] = ()
-    is_open: bool = False
-
-
-@dataclass(frozen=True)
-class Tree:
-    """Names below names."""
-
-    title: str
-    nodes: Sequence[Node]
+    facts: Sequence[tuple[str, Cell | str]]
     where: Where = "everywhere"
 
 
 @dataclass(frozen=True)
-class Bars:
-    """Named finite numbers of 0 or more, as bars."""
+class Branch:
+    """A row of a tree: a module, or a tensor in it.
+
+    Attributes:
+        cells: one for each column.
+        bar: how far the bar of the row goes, from 0 to 1; None for no bar.
+        rows: what lies below it.
+        is_same: whether nothing of it differs.
+    """
+
+    cells: Sequence[Cell | str]
+    bar: float | None = None
+    rows: Sequence[Branch] = ()
+    is_same: bool = False
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Modules with bars, and below each its tensors.
+
+    Attributes:
+        columns: those of the cells; the first is the name.
+        bar: the heading of the bars, which stand behind the name; empty if there are none.
+        is_deep: whether lines show what lies below the modules, too. Pages fold it.
+    """
 
     title: str
-    bars: Sequence[tuple[str, float]]
+    columns: Sequence[Column]
+    rows: Sequence[Branch]
+    bar: str = ""
     above: str = ""
+    is_deep: bool = False
     where: Where = "everywhere"
 
 
@@ -158,7 +167,7 @@ class Code:
     where: Where = "everywhere"
 
 
-Block = Title | Lines | Table | Tree | Bars | Curves | Code
+Block = Title | Strip | Lines | Table | Tree | Curves | Code
 
 
 def drawn(blocks: Sequence[Block], where: Literal["pages", "lines"]) -> list[Block]:
@@ -166,6 +175,7 @@ def drawn(blocks: Sequence[Block], where: Literal["pages", "lines"]) -> list[Blo
     return [block for block in blocks if block.where in ("everywhere", where)]
 
 
-def _toned(given: Cell | str, column: Column) -> Cell:
+def toned(given: Cell | str, column: Column | None = None) -> Cell:
+    """A cell; a text alone has the tone of its column."""
     found = given if isinstance(given, Cell) else Cell(given)
-    return found if found.tone else Cell(found.text, column.tone)
+    return found if found.tone or column is None else Cell(found.text, column.tone)

@@ -8,15 +8,13 @@ from collections.abc import Sequence
 from hashlib import sha256
 from typing import NamedTuple
 
-from registry.reports.blocks import Bars, Curves
+from registry.reports.blocks import Curves
 from registry.store.text import printable
 
 _COLOURS = ("#0b62d6", "#d1570a", "#1a7f4b", "#8a3ffc", "#b42332", "#5f6870")
 _WIDTH, _HEIGHT = 720, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 20, 20, 40
 """The margins around the curves, where the axes are."""
-_NAME, _BAR, _ROW = 240, 320, 22
-"""Bars: the width of the names, that of the longest bar, and the height of a row."""
 
 
 _LEVELS = "▁▂▃▄▅▆▇█"
@@ -129,21 +127,6 @@ def _joined(open_lanes: Sequence[str | None], mine: Sequence[int]) -> str:
     return text.rstrip()
 
 
-def bars(block: Bars) -> str:
-    """Draw bars, the largest of which fills the width; the end of a long name says more than its beginning."""
-    top = max((value for _, value in block.bars), default=0.0) or 1.0
-    parts = []
-    for i, (name, value) in enumerate(block.bars):
-        width = _BAR * value / top
-        parts.append(
-            f'<text x="0" y="{i * _ROW + 15}">{_escaped(name[-34:])}</text>'
-            f'<rect class="bar" x="{_NAME}" y="{i * _ROW + 3}" width="{width:.1f}" height="15" rx="2">'
-            f"<title>{_escaped(name)}: {value:.4g}</title></rect>"
-            f'<text x="{_NAME + 6 + width:.1f}" y="{i * _ROW + 15}">{value:.3g}</text>'
-        )
-    return _svg(block.title, width=_NAME + _BAR + 80, height=len(block.bars) * _ROW + 4, parts=parts)
-
-
 def curves(block: Curves) -> str:
     """Draw curves over one pair of axes, with a legend below. What is not finite is left out."""
     points = [(x, y) for _, curve in block.curves for x, y in curve.items() if math.isfinite(y)]
@@ -220,6 +203,25 @@ def bar(share: float, tone: str = "") -> str:
         '<svg class="meter" aria-hidden="true" focusable="false"><rect class="track" width="100%" height="100%"/>'
         f'<rect class="fill{f" {tone}" if tone else ""}" width="{width:.4g}%" height="100%"/></svg>'
     )
+
+
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
+
+
+def text_bar(share: float, width: int = 24) -> str:
+    """A bar of block characters, to an eighth of one; a share that is not 0 has at least that.
+
+    >>> text_bar(0.5, 4), text_bar(0.4, 4), text_bar(0.001, 4)
+    ('██', '█▋', '▏')
+    """
+    eighths = round(8 * width * min(1.0, max(0.0, share)))
+    eighths = max(eighths, 1 if share > 0 else 0)
+    return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
+
+
+def heat_of(share: float) -> str:
+    """The class of a colour for a share of the largest change, from pale to dark."""
+    return f"heat{min(4, int(max(0.0, share) * 5))}"
 
 
 def spark(values: Sequence[float], tone: str = "") -> str:

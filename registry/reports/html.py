@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 from collections.abc import Sequence
 from importlib import resources
 
 from registry.reports import charts
 from registry.reports.blocks import (
-    Bars,
     Block,
+    Branch,
     Cell,
     Code,
     Column,
     Curves,
     Lines,
-    Node,
+    Strip,
     Table,
     Title,
     Tree,
     drawn,
+    toned,
 )
 from registry.store.text import printable
 
@@ -34,20 +37,25 @@ def render(blocks: Sequence[Block], *, whole: bool = True) -> str:
     body = f"<main>{parts}</main>"
     if not whole:
         return f"<div>{body}</div>"
-    style, script = (_file(name) for name in ("page.css", "page.js"))
+    style, script = (f"\n{_file(name)}" for name in ("page.css", "page.js"))
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
-        "script-src 'unsafe-inline'\">\n"
-        f"<title>{_e(_name_of(blocks))}</title>\n<style>\n{style}</style></head>\n"
-        f"<body>{body}\n<script>\n{script}</script></body></html>\n"
+        f"<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src '{_hash(style)}'; "
+        f"script-src '{_hash(script)}'; base-uri 'none'; form-action 'none'\">\n"
+        f"<title>{_e(_name_of(blocks))}</title>\n<style>{style}</style></head>\n"
+        f"<body>{body}\n<script>{script}</script></body></html>\n"
     )
 
 
 def _file(name: str) -> str:
     """A file of this package."""
     return resources.files("registry.reports").joinpath(name).read_text("utf-8")
+
+
+def _hash(text: str) -> str:
+    """What a content policy says of the one style or script that it allows."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
 def _name_of(blocks: Sequence[Block]) -> str:
@@ -66,10 +74,10 @@ def _drawn(block: Block) -> str:
             return f"{_heading(block.title)}<ul>{items}</ul>"
         case Table():
             return _table(block)
+        case Strip():
+            return _strip(block)
         case Tree():
-            return f"{_heading(block.title)}{''.join(map(_node, block.nodes))}"
-        case Bars():
-            return _section(block.title, above=block.above, label=block.title, wide=charts.bars(block))
+            return _tree(block)
         case Curves():
             return _section("", above="", label=block.title, wide=charts.curves(block))
         case Code():
@@ -101,25 +109,19 @@ def _section(heading: str, above: str, label: str, wide: str) -> str:
 
 
 def _table(block: Table) -> str:
-    heads = "".join(
-        f'<th scope="col"{_class("n" if column.is_number else "")}>{_e(column.head)}</th>'
-        for column in block.columns
+    rows = "".join(
+        f"<tr>{''.join(_cell(one, column) for one, column in zip(cells, block.columns, strict=True))}</tr>"
+        for cells in block.cells
     )
-    rows = "".join(_row(block, cells) for cells in block.cells)
-    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
-    if block.same is not None:
-        table = _filters(block) + table
-    found = _section(block.title, above=block.above, label=block.title or "Table", wide=table)
-    return f'<div class="filtered">{found}</div>' if block.same is not None else found
+    table = f"<table><thead><tr>{_heads(block.columns)}</tr></thead><tbody>{rows}</tbody></table>"
+    return _section(block.title, above=block.above, label=block.title or "Table", wide=table)
 
 
-def _row(block: Table, cells: Sequence[Cell]) -> str:
-    marks = ""
-    if block.same is not None:
-        same = "yes" if cells[0].text == block.same else "no"
-        marks = f' data-status="{_e(cells[0].text)}" data-same="{same}"'
-    shown = "".join(_cell(one, column) for one, column in zip(cells, block.columns, strict=True))
-    return f"<tr{marks}>{shown}</tr>"
+def _heads(columns: Sequence[Column]) -> str:
+    return "".join(
+        f'<th scope="col"{_class("n" if column.is_number else "")}>{_e(column.head) or "Note"}</th>'
+        for column in columns
+    )
 
 
 def _cell(found: Cell, column: Column) -> str:
@@ -127,26 +129,49 @@ def _cell(found: Cell, column: Column) -> str:
     return f"<td{_class('n' if column.is_number else '', found.tone)}>{text}</td>"
 
 
-def _filters(block: Table) -> str:
-    """Check boxes for the texts of the first column; the script shows and hides the rows."""
-    tones = {cells[0].text: cells[0].tone for cells in block.cells}
-    boxes = "".join(
-        f'<label><input type="checkbox" data-status="{_e(text)}" checked> <span{_class(tone)}>{_e(text)}</span></label>'
-        for text, tone in tones.items()
+def _strip(block: Strip) -> str:
+    facts = (
+        f"<div><dt>{_e(name)}</dt><dd{_class(cell.tone)}>{_e(cell.text)}</dd></div>"
+        for name, cell in ((name, toned(value)) for name, value in block.facts)
     )
+    return f'<dl class="strip">{"".join(facts)}</dl>'
+
+
+def _tree(block: Tree) -> str:
+    """A table with a group of rows for each module, which the script folds, and what the script filters them by."""
+    bar = f'<th scope="col" class="bars">{_e(block.bar)}</th>' if block.bar else ""
+    first, *rest = block.columns
+    heads = f"<tr>{_heads([first])}{bar}{_heads(rest)}</tr>"
+    groups = "".join(_group(block, row) for row in block.rows)
+    table = f'<table class="tree"><thead>{heads}</thead>{groups}</table>'
+    filters = (
+        '<p class="filters"><label><input type="checkbox" data-only> only what differs</label> '
+        '<label>names <input type="search" data-names placeholder="such as conv.*"></label> '
+        '<span class="dim" aria-live="polite" data-shown></span></p>'
+    )
+    found = _section(block.title, above=block.above, label=block.title, wide=filters + table)
+    return f'<div class="filtered">{found}</div>'
+
+
+def _group(block: Tree, row: Branch) -> str:
+    rows = "".join(_branch(block, inner, is_module=False) for inner in row.rows)
     return (
-        f'<div class="filters" role="group" aria-label="Filter"><label><input type="checkbox" data-only> only '
-        f'differences</label>{boxes}</div><p class="dim" aria-live="polite" data-shown></p>'
+        f"<tbody{_class('same' if row.is_same else '')}>{_branch(block, row, is_module=True)}{rows}</tbody>"
     )
 
 
-def _node(node: Node) -> str:
-    notes = " ".join(f"<span{_class(note.tone)}>{_e(note.text)}</span>" for note in node.notes)
-    name = f"<code>{_e(node.name)}</code> {notes}"
-    if not node.nodes:
-        return f"<div>{name}</div>"
-    below = "".join(map(_node, node.nodes))
-    return f"<details{' open' if node.is_open else ''}><summary>{name}</summary>{below}</details>"
+def _branch(block: Tree, row: Branch, *, is_module: bool) -> str:
+    first, *rest = [
+        _cell(toned(cell, column), column) for cell, column in zip(row.cells, block.columns, strict=True)
+    ]
+    if is_module and row.rows:
+        first = f'<th scope="row">{first.removeprefix("<td>").removesuffix("</td>")}</th>'
+    bar = ""
+    if block.bar:
+        tone = "" if row.bar is None else f"{charts.heat_of(row.bar)}{'' if is_module else ' thin'}"
+        bar = f'<td class="bars">{"" if row.bar is None else charts.bar(row.bar, tone)}</td>'
+    kind = _class("module" if is_module and row.rows else "", "same" if row.is_same else "")
+    return f"<tr{kind}>{first}{bar}{''.join(rest)}</tr>"
 
 
 def _class(*names: str) -> str:

@@ -5,12 +5,25 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
-from registry.reports.blocks import Block, Code, Lines, Table, Title, drawn
+from registry.reports.blocks import (
+    Block,
+    Branch,
+    Cell,
+    Code,
+    Column,
+    Lines,
+    Strip,
+    Table,
+    Title,
+    Tree,
+    drawn,
+    toned,
+)
 from registry.store.text import printable
 
 
 def render(blocks: Sequence[Block]) -> str:
-    """Draw blocks as Markdown. Trees, bars and curves are left out: Markdown cannot show them."""
+    """Draw blocks as Markdown. Curves are left out: Markdown cannot show them."""
     lines: list[str] = []
     for block in drawn(blocks, "lines"):
         lines += _lines_of(block)
@@ -21,13 +34,23 @@ def _lines_of(block: Block) -> list[str]:
     if isinstance(block, Title):
         title = f"{block.heading}: {block.subject}" if block.subject else block.heading
         return [f"{'#' * block.level} {_escaped(title)}", "", *_paragraphs(block.lines)]
+    if isinstance(block, Strip):
+        return [f"- {_escaped(name)}: {_escaped(toned(value).text)}" for name, value in block.facts] + [""]
+    if isinstance(block, Tree):
+        rows = [cells for row in block.rows if not row.is_same for cells in _branches(row, block.is_deep)]
+        return [f"## {_escaped(block.title)}", "", *_rows(block.columns, rows), ""] if rows else []
     if isinstance(block, Lines):
         if not block.title:
             return _paragraphs(block.lines)
         return [f"## {_escaped(block.title)}", "", *(f"- {_escaped(line)}" for line in block.lines), ""]
     if isinstance(block, Table):
         head = [] if block.opens or not block.title else [f"## {_escaped(block.title)}", ""]
-        return [*head, *_paragraphs([block.above] if block.above else []), *_rows(block), ""]
+        return [
+            *head,
+            *_paragraphs([block.above] if block.above else []),
+            *_rows(block.columns, block.cells),
+            "",
+        ]
     if isinstance(block, Code):
         return [f"{_escaped(block.title)}:", "", f"    {printable(block.text)}", ""]
     return []
@@ -37,10 +60,15 @@ def _paragraphs(lines: Iterable[str]) -> list[str]:
     return [part for line in lines for part in (_escaped(line), "")]
 
 
-def _rows(table: Table) -> list[str]:
-    heads = [_escaped(column.head) for column in table.columns]
-    rule = "".join("---:|" if column.is_number else "---|" for column in table.columns)
-    rows = [[_escaped(cell.text) for cell in row] for row in table.cells]
+def _branches(row: Branch, is_deep: bool) -> list[list[Cell]]:
+    below = [cells for inner in row.rows for cells in _branches(inner, is_deep)] if is_deep else []
+    return [[toned(cell) for cell in row.cells], *below]
+
+
+def _rows(columns: Sequence[Column], cells: Sequence[Sequence[Cell]]) -> list[str]:
+    heads = [_escaped(column.head) for column in columns]
+    rule = "".join("---:|" if column.is_number else "---|" for column in columns)
+    rows = [[_escaped(cell.text) for cell in row] for row in cells]
     return [f"| {' | '.join(heads)} |", f"|{rule}", *(f"| {' | '.join(row)} |" for row in rows)]
 
 

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from registry.reports.blocks import Block, Code, Column, Lines, Table, Title, drawn
+from registry.reports.blocks import (
+    Block,
+    Branch,
+    Cell,
+    Code,
+    Column,
+    Lines,
+    Strip,
+    Table,
+    Title,
+    Tree,
+    drawn,
+    toned,
+)
+from registry.reports.charts import text_bar
 from registry.store.text import printable
 
 
 def render(blocks: Sequence[Block]) -> str:
-    """Draw blocks as text, without a line end behind the last. Trees, bars and curves are left out: lines cannot show them."""
+    """Draw blocks as text, without a line end behind the last. Curves are left out: lines cannot show them."""
     lines: list[str] = []
     for block in drawn(blocks, "lines"):
         own = _lines_of(block)
@@ -21,11 +35,15 @@ def _lines_of(block: Block) -> list[str]:
     if isinstance(block, Title):
         title = f"{block.text}: {block.subject}" if block.subject else block.text
         return [printable(title), *map(printable, block.lines)]
+    if isinstance(block, Strip):
+        return _strip(block)
+    if isinstance(block, Tree):
+        return _under(block.title, _tree(block))
     if isinstance(block, Lines):
         return _under(block.title, map(printable, block.lines))
     if isinstance(block, Table):
         above = [printable(block.above)] if block.above else []
-        return _under("" if block.opens else block.title, [*above, *_aligned(block)])
+        return _under("" if block.opens else block.title, [*above, *_aligned(block.columns, block.cells)])
     if isinstance(block, Code):
         return [printable(f"{block.title.lower()}: {block.text}")]
     return []
@@ -35,15 +53,57 @@ def _under(title: str, lines: Iterable[str]) -> list[str]:
     return [printable(title.lower()), *(f"  {line}" for line in lines)] if title else list(lines)
 
 
-def _aligned(table: Table) -> list[str]:
+_WIDTH = 79
+"""Characters of a line of facts, where these are not longer themselves."""
+
+
+def _strip(block: Strip) -> list[str]:
+    """The facts, as many in a line as fit."""
+    lines = [""]
+    for name, value in block.facts:
+        fact = printable(f"{name} {toned(value).text}")
+        if lines[-1] and len(lines[-1]) + 3 + len(fact) > _WIDTH:
+            lines.append("")
+        lines[-1] += f"   {fact}" if lines[-1] else fact
+    return lines
+
+
+def _tree(block: Tree) -> list[str]:
+    """The modules that differ, with bars, and how many are equal."""
+    shown = [row for row in block.rows if not row.is_same] or block.rows
+    rows = [one for row in shown for one in _branches(row, 0, block.is_deep)]
+    columns, cells = list(block.columns), [[toned(cell) for cell in row.cells] for row, _ in rows]
+    for (_, depth), row_cells in zip(rows, cells, strict=True):
+        row_cells[0] = Cell("  " * depth + row_cells[0].text, row_cells[0].tone)
+    if block.bar:
+        width = _room(_aligned(columns, cells), least=len(block.bar))
+        columns.insert(1, Column(block.bar))
+        for (row, _), row_cells in zip(rows, cells, strict=True):
+            row_cells.insert(1, Cell("" if row.bar is None else text_bar(row.bar, width)))
+    equal = len(block.rows) - len(shown)
+    rest = [f"and {equal} equal" if equal > 1 else "and 1 equal"] if equal else []
+    return [*_aligned(columns, cells), *rest]
+
+
+def _room(lines: Sequence[str], *, least: int) -> int:
+    """Characters for a bar beside other columns, so that a line fits into 80 if it can."""
+    return min(24, max(least, _WIDTH - 4 - max(map(len, lines), default=0)))
+
+
+def _branches(row: Branch, depth: int, is_deep: bool) -> list[tuple[Branch, int]]:
+    below = [one for inner in row.rows for one in _branches(inner, depth + 1, is_deep)] if is_deep else []
+    return [(row, depth), *below]
+
+
+def _aligned(columns: Sequence[Column], cells: Sequence[Sequence[Cell]]) -> list[str]:
     """Columns of one width each; heads in capitals, and none where no column has one."""
-    heads = [printable(column.head if column.is_given else column.head.upper()) for column in table.columns]
-    rows = [[printable(cell.text) for cell in row] for row in table.cells]
+    heads = [printable(column.head if column.is_given else column.head.upper()) for column in columns]
+    rows = [[printable(cell.text) for cell in row] for row in cells]
     shown = [heads, *rows] if any(heads) else rows
     widths = [max(map(len, texts)) for texts in zip(*shown, strict=True)]
     return [
         "  ".join(
-            _set(text, width, column) for text, width, column in zip(row, widths, table.columns, strict=True)
+            _set(text, width, column) for text, width, column in zip(row, widths, columns, strict=True)
         ).rstrip()
         for row in shown
     ]

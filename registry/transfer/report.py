@@ -13,10 +13,12 @@ from typing import Any, Literal
 from pydantic import Field
 
 from registry.reports import html, text
-from registry.reports.blocks import Bars, Block, Cell, Code, Column, Lines, Node, Table, Title, Tone, Tree
+from registry.reports.blocks import Block, Branch, Cell, Code, Column, Lines, Strip, Table, Title, Tone, Tree
+from registry.reports.wording import counted, number
 from registry.transfer.matching import LOADABLE, Category
 from registry.transfer.plan import FrozenPart, TransferPlan, percent
-from registry.transfer.report_rows import Part, Row, grouped
+from registry.transfer.report_rows import ModuleChange, Part, Row, ValueChange, grouped
+from registry.transfer.report_tree import ModuleChanges, TensorChange, modules
 
 SCHEMA = 1
 Verdict = Literal["IDENTICAL", "SAME STRUCTURE", "COMPATIBLE", "INCOMPATIBLE"]
@@ -27,8 +29,9 @@ _TONES: dict[str, Tone] = {
     "COMPATIBLE": "warn",
     "INCOMPATIBLE": "bad",
 }
-_MAX_DEPTH = 40
-"""Levels of the tree of modules; what lies deeper keeps its dotted name."""
+
+_MOST_MODULES = 40
+"""Modules that lines show. Of more, those of one module are added up."""
 
 MEANING = {
     Category.MATCH: "same name, shape and dtype",
@@ -67,28 +70,6 @@ class Count(Part):
 
     names: int
     elements: int
-
-
-class ValueChange(Part):
-    """How the two tensors of one name differ, in float64: norms, the angle, and the share of elements that changed."""
-
-    name: str
-    norm: float
-    relative: float
-    cosine: float | None
-    largest: float
-    changed: float
-    nonfinite_a: int
-    nonfinite_b: int
-
-
-class ModuleChange(Part):
-    """The change of all tensors below a module."""
-
-    module: str
-    tensors: int
-    norm: float
-    relative: float
 
 
 class LayerDifference(Part):
@@ -147,34 +128,39 @@ class DiffReport(Part):
     @property
     def headline(self) -> str:
         """The verdict in one line."""
-        if self.verdict != "COMPATIBLE":
+        if self.verdict != "COMPATIBLE" or not self.exceptions:
             return self.verdict
-        return f"COMPATIBLE with {self.exceptions} exception{'s' if self.exceptions != 1 else ''}"
+        return f"COMPATIBLE, {counted(self.exceptions, 'difference')}"
 
     @property
     def coverage(self) -> float:
         """Share of the target's parameters that can be loaded as they are."""
         return self.loadable.elements / self.target.elements if self.target.elements else 0.0
 
-    def blocks(self) -> list[Block]:
-        """The report for a renderer, such as `registry.reports.html.render`."""
+    @property
+    def is_measured(self) -> bool:
+        """Whether it says how far tensors moved."""
+        return bool(self.changes)
+
+    def blocks(self, *, is_deep: bool = False) -> list[Block]:
+        """The report for a renderer, such as `registry.reports.html.render`.
+
+        Args:
+            is_deep: let lines show each tensor, and not the modules alone. Pages show both.
+        """
         advice = [
             Lines("Warnings", self.warnings, tone="warn"),
             Lines("Suggestions", self.suggestions),
         ]
         blocks: list[Block] = [
             self._title(),
-            self._summary(),
+            self._strip(),
             # Pages have the advice at the top. Lines have it at the end, where the reader of a terminal looks.
             *(replace(block, where="pages") for block in advice),
-            self._names(),
-            self._modules(),
-            self._bars(),
             self._exceptions(),
-            self._architecture(),
+            *self._trees(is_deep=is_deep),
             self._fields("Configuration", self.config),
-            self._fields("Metrics", self.metrics),
-            self._values(),
+            self._architecture(),
             *(self.plan.blocks(level=2) if self.plan else ()),
             self._frozen(),
             *(replace(block, where="lines") for block in reversed(advice)),
@@ -199,47 +185,95 @@ class DiffReport(Part):
         between = (self.a.label, self.b.label)
         return Title(self.headline, between=between, lines=lines, tone=_TONES[self.verdict])
 
-    def _summary(self) -> Table:
+    def _strip(self) -> Strip:
+        """How much is equal, what changed most, and how the metrics went."""
+        found = self.modules_changed()
+        changed, tensors = (
+            sum(module.changed for module in found),
+            sum(len(module.tensors) for module in found),
+        )
+        facts: list[tuple[str, Cell | str]] = [("tensors changed", f"{changed} of {tensors}")]
+        moved = [module for module in found if module.relative and math.isfinite(module.relative)]
+        if moved:
+            most = max(moved, key=lambda module: module.relative or 0.0)
+            facts.append(("changed most", f"{most.path or '(top)'} {most.relative:.3f}"))
+        facts += [(field.key, _course(field)) for field in self.metrics]
+        odd = [(category, count) for category, count in self.counts.items() if category is not Category.MATCH]
+        called = {Category.ONLY_A: f"only in {self.a.label}", Category.ONLY_B: f"only in {self.b.label}"}
+        facts += [
+            (
+                called.get(category, category.lower().replace("_", " ")),
+                Cell(f"{count.names:,}", _tone(category)),
+            )
+            for category, count in odd
+        ]
+        return Strip(facts)
+
+    def modules_changed(self, depth: int | None = None) -> list[ModuleChanges]:
+        """The modules, each with its tensors and what became of them; see `registry.transfer.report_tree.modules`."""
+        return modules(self.rows, self.changes, is_measured=self.is_measured or self.is_same, depth=depth)
+
+    def _trees(self, *, is_deep: bool) -> list[Tree]:
+        """The modules for pages; and for lines, with fewer of them where they are many, and none if nothing changed."""
+        found = self.modules_changed()
+        deepest = max((module.path.count(".") + 1 for module in found), default=0)
+        fewer = found
+        while deepest > 1 and not is_deep and sum(bool(module.changed) for module in fewer) > _MOST_MODULES:
+            deepest -= 1
+            fewer = self.modules_changed(deepest)
+        trees = [replace(self._tree(found, is_deep=is_deep), where="pages")]
+        if any(module.changed for module in fewer):
+            trees.append(replace(self._tree(fewer, is_deep=is_deep), where="lines"))
+        return trees
+
+    def _tree(self, found: Sequence[ModuleChanges], *, is_deep: bool) -> Tree:
+        """Modules, with a bar for how far each moved, and below each its tensors."""
+        finite = [module.relative for module in found if module.relative and math.isfinite(module.relative)]
+        finite += [
+            one.relative
+            for module in found
+            for one in module.tensors
+            if one.relative and math.isfinite(one.relative)
+        ]
+        top = max(finite, default=0.0)
         columns = (
+            Column("module", is_code=True),
+            *([Column("value", is_number=True)] if top else []),
             Column("status"),
-            Column("tensors", is_number=True),
-            Column("elements", is_number=True),
-            Column("", tone="dim"),
+            Column("size"),
+            *(
+                [Column("cosine", is_number=True), Column("largest", is_number=True)]
+                if top and is_deep
+                else []
+            ),
         )
         rows = [
-            (Cell(category, _tone(category)), f"{count.names:,}", f"{count.elements:,}", MEANING[category])
-            for category, count in self.counts.items()
+            Branch(
+                cells=(
+                    module.path or "(top)",
+                    *_measures(module.relative, top),
+                    *_sum(module),
+                    *_blanks(top, is_deep),
+                ),
+                bar=_share(module.relative, top),
+                rows=[_leaf(one, top, is_deep) for one in module.tensors],
+                is_same=not module.changed,
+            )
+            for module in found
         ]
-        return Table("Summary", columns, rows, opens=True)
-
-    def _names(self) -> Table:
-        """All tensors, one by one."""
-        rows = [
-            (Cell(row.status, _tone(row.status)), row.shown_name, row.shown_shape, row.note)
-            for row in self.rows
-        ]
-        return Table("Tensors", _NAME_COLUMNS, rows, same=Category.MATCH, where="pages")
+        return Tree("Modules", columns, rows, bar="relative change" if top else "", is_deep=is_deep)
 
     def _exceptions(self) -> Table:
-        """What differs in structure, then what differs in value alone; layers that differ alike stand in one line."""
-        odd = [row for row in self.rows if row.category not in LOADABLE]
-        odd += [row for row in self.rows if row.status == "VALUES"]
+        """What differs in structure; layers that differ alike stand in one line."""
+        odd = [row for row in self.rows if row.category not in LOADABLE or row.category is Category.CAST]
         rows = []
         for group in grouped(odd):
             first = group.rows[0]
             count = f" ({len(group.rows)})" if len(group.rows) > 1 else ""
-            rows.append((first.status, group.name + count, first.shown_shape, first.note))
-        return Table("What differs", _NAME_COLUMNS, rows, where="lines")
-
-    def _modules(self) -> Tree:
-        return Tree("Modules", _nodes([(_levels(row.name), row) for row in self.rows]), where="pages")
-
-    def _bars(self) -> Bars:
-        above = "norm of the change against the norm before"
-        bars = [
-            (part.module or "(top)", part.relative) for part in self.modules if math.isfinite(part.relative)
-        ]
-        return Bars("Change by module", bars, above=above, where="pages")
+            rows.append(
+                (Cell(first.status, _tone(first.status)), group.name + count, first.shown_shape, first.note)
+            )
+        return Table("What differs", _NAME_COLUMNS, rows)
 
     def _architecture(self) -> Table:
         sides = (Column(side.label, is_code=True, is_given=True) for side in (self.a, self.b))
@@ -250,23 +284,6 @@ class DiffReport(Part):
     def _fields(self, title: str, fields: Sequence[FieldDifference]) -> Table:
         columns = (Column("key"), *(Column(side.label, is_given=True) for side in (self.a, self.b)))
         return Table(title, columns, [(one.key, _value(one.a), _value(one.b)) for one in fields])
-
-    def _values(self) -> Table:
-        heads = ("change", "relative", "cosine", "largest", "elements changed")
-        rows = [
-            (
-                change.name,
-                f"{change.norm:.4g}",
-                f"{change.relative:.3g}",
-                "" if change.cosine is None else f"{change.cosine:.5f}",
-                f"{change.largest:.3g}",
-                f"{change.changed:.1%}",
-            )
-            for change in self.changes
-        ]
-        return Table(
-            "Values", [Column("name", is_code=True), *(Column(head, is_number=True) for head in heads)], rows
-        )
 
     def _frozen(self) -> Table:
         heads = ("frozen tensors", "frozen elements", "trainable elements")
@@ -295,9 +312,9 @@ def _is_empty(block: Block) -> bool:
         case Table():
             return not block.rows and not block.opens
         case Tree():
-            return not block.nodes
-        case Bars():
-            return not block.bars
+            return not block.rows
+        case Strip():
+            return not block.facts
     return False
 
 
@@ -311,29 +328,50 @@ def _value(value: object) -> str:
     return "-" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
-def _levels(name: str) -> list[str]:
-    return name.split(".", _MAX_DEPTH)
+def _course(field: FieldDifference) -> str:
+    """How a metric went from one side to the other."""
+    between = f"{_value(field.a)} → {_value(field.b)}"
+    if not (isinstance(field.a, float | int) and isinstance(field.b, float | int)):
+        return between
+    return f"{between} ({field.b - field.a:+.4g})"
 
 
-def _nodes(rows: Sequence[tuple[list[str], Row]]) -> list[Node]:
-    """The tree of names: the tensors of a module, then the modules below it.
-
-    Args:
-        rows: each with what is left of its name at this level.
-    """
-    tensors = [_leaf(levels[0], row) for levels, row in rows if len(levels) == 1]
-    below: dict[str, list[tuple[list[str], Row]]] = {}
-    for levels, row in rows:
-        if len(levels) > 1:
-            below.setdefault(levels[0], []).append((levels[1:], row))
-    return [*tensors, *(_module(name, inner) for name, inner in below.items())]
+def _share(relative: float | None, top: float) -> float | None:
+    return relative / top if relative and top and math.isfinite(relative) else None
 
 
-def _leaf(name: str, row: Row) -> Node:
-    return Node(name, notes=(Cell(row.shown_shape, "dim"), Cell(row.status, _tone(row.status))))
+def _measures(relative: float | None, top: float) -> list[Cell | str]:
+    """The cell of the relative change, where the tree has such a column."""
+    if not top:
+        return []
+    return ["" if relative is None else "=" if relative == 0 else f"{relative:.3f}"]
 
 
-def _module(name: str, rows: Sequence[tuple[list[str], Row]]) -> Node:
-    odd = sum(row.status != Category.MATCH for _, row in rows)
-    note = Cell(f"{odd} of {len(rows)} differ", "warn") if odd else Cell(f"{len(rows)} match", "dim")
-    return Node(name, notes=(note,), nodes=_nodes(rows), is_open=bool(odd))
+def _sum(module: ModuleChanges) -> list[Cell | str]:
+    """What a module says of its tensors: how many changed, and how many numbers they hold."""
+    count = len(module.tensors)
+    status = Cell(f"{module.changed} of {count} changed", "warn") if module.changed else Cell("equal", "ok")
+    return [status, counted(module.elements, "value")]
+
+
+def _blanks(top: float, is_deep: bool) -> list[Cell | str]:
+    return ["", ""] if top and is_deep else []
+
+
+def _leaf(one: TensorChange, top: float, is_deep: bool) -> Branch:
+    """The row of a tensor."""
+    shown = one.shape + (f" {one.dtype}" if "→" in one.dtype else "")
+    measures: list[Cell | str] = []
+    if top and is_deep:
+        measures = [
+            "" if one.cosine is None else f"{one.cosine:.4f}",
+            "" if one.largest is None else number(one.largest),
+        ]
+    status = {"=": Cell("equal", "dim"), "~": Cell("changed")}.get(one.sign, Cell(""))
+    if one.status not in ("MATCH", "VALUES"):
+        status = Cell(MEANING[Category(one.status)], _tone(one.status))
+    return Branch(
+        cells=(one.name, *_measures(one.relative if one.sign != "=" else 0.0, top), status, shown, *measures),
+        bar=_share(one.relative, top),
+        is_same=one.sign == "=",
+    )

@@ -63,6 +63,28 @@ class Row(Part):
         return "VALUES" if self.category in LOADABLE and self.equal is False else str(self.category)
 
 
+class ValueChange(Part):
+    """How the two tensors of one name differ, in float64: norms, the angle, and the share of elements that changed."""
+
+    name: str
+    norm: float
+    relative: float
+    cosine: float | None
+    largest: float
+    changed: float
+    nonfinite_a: int
+    nonfinite_b: int
+
+
+class ModuleChange(Part):
+    """The change of all tensors below a module."""
+
+    module: str
+    tensors: int
+    norm: float
+    relative: float
+
+
 class Group(NamedTuple):
     """Rows that differ in one number of their names alone, under the name that stands for all."""
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from registry.reports.wording import shape
 from registry.transfer.matching import LOADABLE, Category
-from registry.transfer.report import DiffReport, ValueChange
-from registry.transfer.report_rows import Row
+from registry.transfer.report_rows import Row, ValueChange
 
 
 class TensorChange(NamedTuple):
@@ -59,18 +59,49 @@ class ModuleChanges(NamedTuple):
         return sum(tensor.sign != "=" for tensor in self.tensors)
 
 
-def modules(report: DiffReport) -> list[ModuleChanges]:
-    """The modules of a report, in the order of the network."""
-    moved = {change.name: change for change in report.changes}
-    relative = {part.module: part.relative for part in report.modules}
+def modules(
+    rows: Sequence[Row], changes: Sequence[ValueChange], *, is_measured: bool, depth: int | None = None
+) -> list[ModuleChanges]:
+    """The modules of a diff, in the order of the network.
+
+    Args:
+        is_measured: whether it was measured how far tensors moved.
+        depth: parts of a path at most. What lies deeper counts for the module above it. All unless given.
+    """
+    moved = {change.name: change for change in changes}
     found: dict[str, list[TensorChange]] = {}
-    for row in report.rows:
-        found.setdefault(row.name.rpartition(".")[0], []).append(_tensor(row, moved.get(row.name)))
-    measured = bool(report.changes) or report.is_same
+    of: dict[str, list[ValueChange]] = {}
+    for row in rows:
+        parts = row.name.split(".")
+        path = ".".join(parts[:-1][:depth])
+        change = moved.get(row.name)
+        tensor = _tensor(row, change)
+        if depth is not None and len(parts) - 1 > depth and tensor.name == parts[-1]:
+            tensor = tensor._replace(name=".".join(parts[depth:]))
+        found.setdefault(path, []).append(tensor)
+        of.setdefault(path, []).extend([change] if change else [])
     return [
-        ModuleChanges(path, tensors, relative.get(path, 0.0 if _are_equal(tensors) and measured else None))
+        ModuleChanges(path, tensors, _relative(tensors, of[path]) if is_measured else None)
         for path, tensors in found.items()
     ]
+
+
+def together(changes: Sequence[ValueChange]) -> tuple[float, float]:
+    """The norm of the change of several tensors together, and the same against the norm of these before."""
+    after = sum(change.norm**2 for change in changes)
+    before = sum(
+        (change.norm / change.relative) ** 2
+        for change in changes
+        if change.relative and math.isfinite(change.relative)
+    )
+    return math.sqrt(after), math.sqrt(after / before) if before else math.inf
+
+
+def _relative(tensors: Sequence[TensorChange], changes: Sequence[ValueChange]) -> float | None:
+    """How far the tensors of a module moved; None where nothing of it can be measured."""
+    if changes:
+        return together(changes)[1]
+    return 0.0 if _are_equal(tensors) else None
 
 
 def _are_equal(tensors: Sequence[TensorChange]) -> bool:

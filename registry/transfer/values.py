@@ -10,7 +10,8 @@ import numpy
 import torch
 
 from registry.transfer.matching import Pair
-from registry.transfer.report import ModuleChange, ValueChange
+from registry.transfer.report_rows import ModuleChange, ValueChange
+from registry.transfer.report_tree import together
 from registry.transfer.sides import Side
 
 _CHUNK = 1 << 18
@@ -37,17 +38,12 @@ def changes(pairs: Sequence[Pair], left: Side, right: Side) -> Iterator[ValueCha
 
 def by_module(moved: Sequence[ValueChange]) -> Iterator[ModuleChange]:
     """The change of each module: the norms of its tensors' changes, combined."""
-    sums: dict[str, list[float]] = {}
+    below: dict[str, list[ValueChange]] = {}
     for change in moved:
-        module = change.name.rpartition(".")[0]
-        own = sums.setdefault(module, [0, 0.0, 0.0])
-        own[0] += 1
-        own[1] += change.norm**2
-        if change.relative and math.isfinite(change.relative):
-            own[2] += (change.norm / change.relative) ** 2
-    for module, (count, after, before) in sums.items():
-        relative = math.sqrt(after / before) if before else math.inf
-        yield ModuleChange(module=module, tensors=int(count), norm=math.sqrt(after), relative=relative)
+        below.setdefault(change.name.rpartition(".")[0], []).append(change)
+    for module, found in below.items():
+        norm, relative = together(found)
+        yield ModuleChange(module=module, tensors=len(found), norm=norm, relative=relative)
 
 
 class _Buffers:

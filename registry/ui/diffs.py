@@ -11,6 +11,7 @@ from typing import Any
 from registry.catalog.resolving import resolve
 from registry.catalog.versions import Version
 from registry.registry import Registry
+from registry.reports.charts import heat_of
 from registry.store.errors import RegistryError
 from registry.ui.asking import Asking
 from registry.ui.page import Args, Page
@@ -85,7 +86,7 @@ def diff(asking: Asking, names: Sequence[str], versions: Sequence[Version | None
             "sort": args.get("sort") if args.get("sort") in ORDERS else "network",
             "pattern": args.get("q", ""),
             "is_number": is_number,
-            "heat": heat,
+            "heat": heat_of,
         },
     )
 
@@ -119,8 +120,3 @@ def _fits(name: str, pattern: str) -> bool:
 def is_number(value: Any) -> bool:
     """Whether a value was measured and is finite."""
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-def heat(share: float) -> str:
-    """The class of a colour for a share of the largest change, from pale to dark."""
-    return f"heat{min(4, int(max(0.0, share) * 5))}"

@@ -18,7 +18,6 @@ from registry.registry import Registry
 from registry.reports import html
 from registry.store.errors import RegistryError
 from registry.transfer.diffing import diff
-from registry.transfer.report_tree import modules
 
 _IDLE_SECONDS = 120.0
 
@@ -61,7 +60,7 @@ def _diff(registry: Registry, request: dict[str, Any]) -> dict[str, Any]:
                 "elements": module.elements,
                 "changed": module.changed,
             }
-            for module in modules(report)
+            for module in report.modules_changed()
         ],
         "headline": report.headline,
         "html": html.render(report.blocks()),

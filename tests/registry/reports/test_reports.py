@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -13,14 +16,14 @@ import sample_reports
 
 from registry.reports import html, markdown, text
 from registry.reports.blocks import (
-    Bars,
     Block,
+    Branch,
     Cell,
     Code,
     Column,
     Curves,
     Lines,
-    Node,
+    Strip,
     Table,
     Title,
     Tree,
@@ -58,15 +61,23 @@ def one_of_each(said: str) -> list[Block]:
         Title(said, between=(said, said), lines=[said]),
         Lines(said, [said, said]),
         Table(said, [Column(said), Column(said, is_number=True)], [(Cell(said, "ok"), said)], above=said),
-        Table(said, [Column(said)], [(said,)], same=said),
-        Tree(said, [Node(said, notes=[Cell(said)], nodes=[Node(said)])]),
-        Bars(said, [(said, 1.0)], above=said),
+        Strip([(said, said), (said, Cell(said, "ok"))]),
+        Tree(
+            said,
+            [Column(said), Column(said)],
+            [
+                Branch((said, said), 0.5, [Branch((said, Cell(said)), 0.25)]),
+                Branch((said, said), is_same=True),
+            ],
+            bar=said,
+            is_deep=True,
+        ),
         Curves(said, [(said, {1: 0.5})]),
         Code(said, said),
     ]
 
 
-LEFT_OUT = {"txt": {Tree, Bars, Curves}, "md": {Tree, Bars, Curves}, "html": set()}
+LEFT_OUT = {"txt": {Curves}, "md": {Curves}, "html": set()}
 
 
 @pytest.mark.parametrize("form", RENDER)
@@ -126,6 +137,12 @@ def test_a_page_takes_nothing_from_a_network_and_a_part_has_no_script() -> None:
     assert not re.search(r"https?:|//[a-z]|<link|<img|@import|url\(", page)
     assert page.count("<script>") == 1
     assert "default-src 'none'" in page
+    assert "unsafe" not in page
+    for tag in ("style", "script"):
+        text = re.search(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        assert text
+        digest = base64.b64encode(hashlib.sha256(text[1].encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in page
     part = html.render(sample_reports.REPORT.blocks(), whole=False)
     assert not re.search("<script|<style|<html", part)
     assert sample_reports.REPORT._repr_html_() == part
@@ -139,11 +156,28 @@ def test_what_is_not_finite_is_left_out_of_a_picture() -> None:
         assert found.count("<circle") == sum(map(math.isfinite, values.values()))
 
 
-def test_the_tree_of_names_is_of_bounded_depth() -> None:
-    row = sample_reports.ROWS[1]
-    deep = ".".join("m" * 3000)
-    report = sample_reports.SAME.model_copy(update={"rows": (row.model_copy(update={"a": deep, "b": deep}),)})
-    assert html.render(report.blocks()).count("<details") == 40
+def test_the_bar_of_the_largest_change_fills_its_place_and_the_smallest_is_seen() -> None:
+    rows = [Branch((name,), share) for name, share in (("a", 1.0), ("b", 0.5), ("c", 0.0001), ("d", None))]
+    lines = text.render([Tree("", [Column("name")], rows, bar="bar")]).splitlines()
+    assert [line[4:].strip() for line in lines[1:]] == ["█" * 24, "█" * 12, "▏", ""]
+    page = html.render([Title("t"), Tree("", [Column("name")], rows, bar="bar")])
+    assert re.findall(r'class="fill[^"]*" width="([\d.]+)%"', page) == ["100", "50", "0.01"]
+
+
+def test_lines_show_modules_and_with_all_tensors_these_too() -> None:
+    tree = Tree(
+        "", [Column("name")], [Branch(("mod",), rows=[Branch(("leaf",))]), Branch(("same",), is_same=True)]
+    )
+    assert text.render([tree]).split() == ["NAME", "mod", "and", "1", "equal"]
+    assert text.render([replace(tree, is_deep=True)]).split() == ["NAME", "mod", "leaf", "and", "1", "equal"]
+
+
+def test_the_modules_of_a_report_have_what_moved_together() -> None:
+    by_path = {module.path: module for module in sample_reports.REPORT.modules_changed()}
+    assert by_path["layers.0"].relative == 0.25
+    assert by_path["layers.1"].relative == 0.0
+    assert by_path["layers.5"].changed == 2
+    assert {tensor.sign for tensor in by_path["aux|x.<b>*w*".rpartition(".")[0]].tensors} == {"-"}
 
 
 def test_every_category_has_a_meaning() -> None:
