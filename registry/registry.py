@@ -15,7 +15,7 @@ from registry.home import Home
 from registry.log.reference import check_name
 from registry.progress import Progress, silent
 from registry.store.errors import Conflict, Invalid, NotFound
-from registry.store.text import texts
+from registry.store.text import printable, texts
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -300,6 +300,26 @@ class Registry(Home):
         """True, also for a registry without a model."""
         return True
 
+    def __repr__(self) -> str:
+        place = getattr(self, "place", "")
+        try:
+            # Lazy: start-up.
+            from registry.upkeep.overview import nearby, summary
+
+            place = nearby(place)
+            told = summary(self)
+        # Who prints a registry that cannot be read is told why, as an error in its place would hide it.
+        except Exception as error:
+            told = f"cannot be read ({error or type(error).__name__})"
+        return printable(f"<{type(self).__name__} {place}: {told}>")
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
+        # Lazy: start-up.
+        from registry.reports.notebook import bundle
+        from registry.upkeep.overview import overview
+
+        return bundle(repr(self), overview(self))
+
     def models(self) -> Models:
         """Every model that has a version, by name: how many it has, the latest, the best, and the bytes of its own.
 
@@ -363,7 +383,7 @@ class Registry(Home):
         if found is None:
             self.resolve(model)
             raise no_such_metric(self.catalog, model, metric)
-        return Checkpoint(self.store, found)
+        return Checkpoint(self.store, found, self.catalog)
 
     def names(self, prefix: str = "") -> list[str]:
         """References that begin with a text, for completion."""

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, SupportsIndex, TypeVar, overload
 
 from registry.catalog.conditions import parse_condition
 from registry.catalog.lookups import Reader
 from registry.catalog.resolving import direction_of, no_such_metric
 from registry.catalog.versions import ANY, Condition, Model, Version, list_versions, rank_versions
+from registry.reports.blocks import Column
+from registry.reports.notebook import WHOLE, Bar, Cell, Part, bundle, heading, shares_of, table
+from registry.reports.words import ago, number, size
 from registry.store.errors import Invalid, Unsupported
 from registry.store.text import printable, quoted
 
 if TYPE_CHECKING:
     import pandas
+
+_MOST_SHOWN = 50
+"""Rows that a notebook shows."""
+_MOST_METRICS = 4
+"""Metrics that it shows, beside the one that versions are in the order of."""
 
 Row = TypeVar("Row")
 
@@ -82,6 +91,37 @@ class Versions(Listing[Version]):
         order = f" by {self.asked.by}" if self.asked.by else ""
         return printable(f"<Versions{whose}{order}: {count}>")
 
+    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
+        return bundle(repr(self), self._parts())
+
+    def _parts(self) -> Iterator[Part]:
+        yield heading(repr(self)[1:-1])
+        shown = self[:_MOST_SHOWN]
+        had = Counter(name for version in shown for name in version.metrics)
+        names = [name for name, _ in had.most_common(_MOST_METRICS) if name != self.asked.by]
+        if any(version.loss is not None for version in shown) and self.asked.by != "loss":
+            names.insert(0, "loss")
+        if self.asked.by:
+            names.insert(0, self.asked.by)
+        columns = [
+            *(Column("Version"), Column("Aliases"), Column("Epoch", is_number=True)),
+            *(Column(name, is_number=True, is_given=True) for name in names),
+            *(Column("Size", is_number=True), Column("Saved", is_number=True)),
+        ]
+        bars = [_bars([_value(version, name) for version in shown]) for name in names]
+        rows: list[list[Cell]] = [
+            [
+                version.name,
+                " ".join((*version.aliases, *version.tags)),
+                "" if version.epoch is None else str(version.epoch),
+                *(column[i] for column in bars),
+                size(version.size),
+                ago(version.created),
+            ]
+            for i, version in enumerate(shown)
+        ]
+        yield table(columns, rows, total=len(self), room=WHOLE)
+
     def to_pandas(self) -> pandas.DataFrame:
         """The versions as a table of pandas, a column for each metric.
 
@@ -108,6 +148,30 @@ class Models(Listing[Model]):
     def __repr__(self) -> str:
         versions = sum(model.versions for model in self)
         return f"<Models: {len(self):,} with {versions:,} version{'' if versions == 1 else 's'}>"
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
+        return bundle(repr(self), self._parts())
+
+    def _parts(self) -> Iterator[Part]:
+        yield heading(repr(self)[1:-1])
+        columns = [
+            *(Column("Model"), Column("Versions", is_number=True), Column("Latest"), Column("Best")),
+            *(Column("Own size", is_number=True), Column("Updated", is_number=True)),
+        ]
+        shown = self[:_MOST_SHOWN]
+        owns = shares_of([float(model.own) for model in shown])
+        rows: list[list[Cell]] = [
+            [
+                model.name,
+                f"{model.versions:,}",
+                model.latest.name.partition(":")[2],
+                model.best.name.partition(":")[2] if model.best else "",
+                Bar(share, size(model.own)),
+                ago(model.latest.created),
+            ]
+            for model, share in zip(shown, owns, strict=True)
+        ]
+        yield table(columns, rows, total=len(self), room=WHOLE)
 
     def to_pandas(self) -> pandas.DataFrame:
         """The models as a table of pandas.
@@ -177,6 +241,18 @@ _VERSION_COLUMNS = (
     *("aliases", "tags", "run", "parent", "id"),
 )
 """The columns of a table of versions, before those of metrics."""
+
+
+def _value(version: Version, metric: str) -> float | None:
+    return version.loss if metric == "loss" else version.metrics.get(metric)
+
+
+def _bars(values: Sequence[float | None]) -> list[Bar | None]:
+    """A column of a metric."""
+    return [
+        None if value is None else Bar(share, number(value))
+        for value, share in zip(values, shares_of(values), strict=True)
+    ]
 
 
 def _version_row(version: Version) -> dict[str, Any]:

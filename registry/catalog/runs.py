@@ -13,10 +13,12 @@ from registry.log.entries import now
 from registry.log.facts import sound_run
 from registry.log.metrics import is_metric
 from registry.log.reference import check_run_name
+from registry.reports.notebook import Part, bundle, code, facts, folded, heading
+from registry.reports.words import time_of
 from registry.store import durable, places
 from registry.store.errors import Conflict, NotFound, RegistryError
 from registry.store.manifest import record_document
-from registry.store.text import quoted
+from registry.store.text import printable, quoted
 
 if TYPE_CHECKING:
     from registry.catalog.catalog import Catalog
@@ -41,6 +43,27 @@ class RunInfo(NamedTuple):
     model: str
     started: str
     record: Mapping[str, Any]
+    folder: Path | None = None
+    """Where its log and its events are; None if it was asked for inside a transaction."""
+
+    def __repr__(self) -> str:
+        return printable(f"<RunInfo {self.name}: {self.state}>")
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
+        return bundle(repr(self), self.parts())
+
+    def parts(self) -> Iterator[Part]:
+        """What a notebook shows of it: how it went, and the last lines of its log."""
+        yield heading(f"Run {self.name}", self.state)
+        yield facts(
+            [
+                ("began", time_of(self.started)),
+                ("ended", self.ended and time_of(self.ended)),
+                ("best by", self.monitor),
+            ]
+        )
+        if self.folder is not None:
+            yield folded("log, the last lines", code(_last_lines(self.folder / LOG)), is_open=True)
 
     @property
     def state(self) -> str:
@@ -124,7 +147,11 @@ class Runs:
         Raises:
             NotFound: suggesting the nearest name.
         """
-        return _one(self._catalog, name)
+        return self._located(_one(self._catalog, name))
+
+    def _located(self, info: RunInfo) -> RunInfo:
+        """A run with its folder."""
+        return info._replace(folder=self._root / "runs" / info.name)
 
     def __iter__(self) -> Iterator[str]:
         """The full names of the runs, the newest first."""
@@ -138,7 +165,7 @@ class Runs:
         """Runs, of one model or of all, the newest first."""
         where, given = (" WHERE model = ?", [model]) if model else ("", [])
         rows = self._catalog.query(f"{_ROWS}{where} ORDER BY started DESC, name DESC", given)
-        return [_info(row) for row in rows]
+        return [self._located(_info(row)) for row in rows]
 
     def counts(self) -> dict[str, int]:
         """How many versions each run has, by its name; those that have none are left out."""
@@ -174,6 +201,19 @@ class Runs:
         except (OSError, ValueError, RegistryError):
             return False
         return durable.is_gone(machine, pid)
+
+
+_LINES = 12
+"""Lines of a log that a notebook shows."""
+
+
+def _last_lines(path: Path) -> list[str]:
+    """The last lines of a log; none if there is no log."""
+    try:
+        end = places.read_end(path, 8_192, inner=INNER)
+    except FileNotFoundError:
+        return []
+    return end.decode(errors="replace").splitlines()[-_LINES:]
 
 
 def _one(catalog: Reader, name: str) -> RunInfo:

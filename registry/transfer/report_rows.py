@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
+from registry.reports.words import ranges
 from registry.transfer.matching import LOADABLE, Category
 
 
@@ -104,22 +105,7 @@ def _merged_name(key: object, rows: Sequence[Row]) -> str:
         return rows[0].shown_name
     before, after = key[-2], key[-1]
     numbers = sorted(int(row.name.split(".")[len(before)]) for row in rows)
-    return ".".join([*before, "{" + _ranges(numbers) + "}", *after])
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Numbers as ranges.
-
-    >>> _ranges([0, 1, 2, 3, 5])
-    '0-3,5'
-    """
-    found: list[list[int]] = []
-    for number in numbers:
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
-        else:
-            found.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in found)
+    return ".".join([*before, "{" + ranges(numbers) + "}", *after])
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
