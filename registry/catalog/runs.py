@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from registry.catalog.lookups import Reader, parsed
 from registry.catalog.resolving import hint
+from registry.catalog.scalars import MOST_AT_ONCE, SCALARS, read_scalars
 from registry.log.entries import now
 from registry.log.facts import sound_run
 from registry.log.metrics import is_metric
 from registry.log.reference import check_run_name
-from registry.reports.notebook import Part, bundle, code, facts, folded, heading
-from registry.reports.words import time_of
+from registry.reports.blocks import Column
+from registry.reports.charts import sparkline
+from registry.reports.notebook import Part, bundle, code, facts, folded, heading, table
+from registry.reports.words import number, time_of
 from registry.store import durable, places
 from registry.store.errors import Conflict, NotFound, RegistryError
 from registry.store.manifest import record_document
@@ -63,6 +66,7 @@ class RunInfo(NamedTuple):
             ]
         )
         if self.folder is not None:
+            yield _curves(self.folder / SCALARS)
             yield folded("log, the last lines", code(_last_lines(self.folder / LOG)), is_open=True)
 
     @property
@@ -205,6 +209,27 @@ class Runs:
 
 _LINES = 12
 """Lines of a log that a notebook shows."""
+
+
+_CURVES = (
+    Column("Scalar"),
+    Column("Trend"),
+    Column("Last", is_number=True),
+    Column("Step", is_number=True),
+)
+
+
+def _curves(path: Path) -> Part:
+    """How the scalars of a run went; of a long file the end counts."""
+    status = places.status_of(path, inner=INNER)
+    if status is None:
+        return Part("")
+    points, _ = read_scalars(path, max(0, status.st_size - MOST_AT_ONCE), inner=INNER)
+    rows = [
+        (tag, sparkline([point.value for point in part], 16), number(part[-1].value), f"{part[-1].step:,}")
+        for tag, part in points.items()
+    ]
+    return table(_CURVES, rows)
 
 
 def _last_lines(path: Path) -> list[str]:

@@ -152,15 +152,15 @@ class Run:
 
     @property
     def writer(self) -> SummaryWriter:
-        """TensorBoard's own writer, on the run's folder."""
+        """The `SummaryWriter` of torch, on the run's folder; scalars go to `scalars.jsonl`, too."""
         if self._writer is None:
             if not self._ranks.leads:
                 return cast("SummaryWriter", Mute())
             # Lazy: loads torch.utils.tensorboard.
-            from torch.utils.tensorboard import SummaryWriter
+            from registry.runs.writer import RunWriter
 
             make_folder(self.folder, inner=INNER)
-            self._writer = SummaryWriter(str(self.folder))
+            self._writer = RunWriter(self.folder)
         return self._writer
 
     def __repr__(self) -> str:
