@@ -10,11 +10,15 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from registry.reports.words import ago as ago
+from registry.reports.words import counted as counted
+from registry.reports.words import number as number
+from registry.reports.words import size as size
+from registry.reports.words import time_of as time_of
 from registry.store.text import printable
 
 if TYPE_CHECKING:
@@ -204,62 +208,6 @@ def text_of(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(text_of, value))
     return encodable(printable(str(value)))
-
-
-def number(value: float) -> str:
-    """A measured value with five significant digits.
-
-    >>> number(0.123456789), number(12.0)
-    ('0.12346', '12')
-    """
-    return f"{value:.5g}"
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units.
-
-    >>> size(999), size(307_212_000)
-    ('999 B', '307 MB')
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.0f} {unit}" if count >= 99.5 or unit == "B" else f"{count:.3g} {unit}"
-        count /= 1_000
-    return f"{count:.3g} TB"
-
-
-def counted(count: int, thing: str, things: str | None = None) -> str:
-    """A count with its noun.
-
-    >>> counted(1, "version"), counted(2, "version")
-    ('1 version', '2 versions')
-    """
-    return f"{count:,} {thing if count == 1 else things or thing + 's'}"
-
-
-def time_of(stamp: str) -> str:
-    """A stored time in the local time zone, to the minute. A question mark for a text that is no time."""
-    try:
-        return f"{datetime.fromisoformat(stamp).astimezone():%Y-%m-%d %H:%M}"
-    except (ValueError, OverflowError):
-        return "?"
-
-
-def ago(stamp: str | float) -> str:
-    """Roughly how long ago something was, such as `12 s ago`. A question mark for a text that is no time.
-
-    Args:
-        stamp: a stored time, or seconds since the epoch.
-    """
-    try:
-        then = stamp if isinstance(stamp, float) else datetime.fromisoformat(stamp).timestamp()
-    except (ValueError, OverflowError):
-        return "?"
-    passed = max(0.0, time.time() - then)
-    for length, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
-        if passed >= length:
-            return f"{passed // length:.0f} {unit} ago"
-    return f"{passed:.0f} s ago"
 
 
 def nothing(why: str) -> None:

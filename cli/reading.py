@@ -14,12 +14,10 @@ from registry.catalog.resolving import no_such_metric
 from registry.catalog.versions import (
     Model,
     Version,
-    best_versions,
     commonest_metric,
     list_models,
     list_versions,
     name_of,
-    own_by_model,
     rank_versions,
     values_by_model,
 )
@@ -172,8 +170,7 @@ def _list_models(registry: Registry, view: TableView, as_json: bool) -> None:
     if not models:
         nothing("no models yet; store one with: registry import FILE --name MODEL")
         return
-    bests, own = best_versions(registry.catalog), own_by_model(registry.catalog)
-    rows = [(model, bests.get(model.name, model.latest)) for model in models]
+    rows = [(model, model.best or model.latest) for model in models]
     metric = headline(registry, {model.name for model in models})
     trends = values_by_model(registry.catalog, metric) if metric else {}
     running = {info.model for info in registry.runs.find() if _is_running(registry, info)}
@@ -181,10 +178,10 @@ def _list_models(registry: Registry, view: TableView, as_json: bool) -> None:
         (Column("MODEL", is_text=True), lambda row: row[0].name),
         (Column("", is_text=True), lambda row: "●" if row[0].name in running else ""),
         (Column("VERSIONS", 2), lambda row: row[0].versions),
-        (Column("BEST", 1, is_text=True), lambda row: _called(row[1], is_best=row[0].name in bests)),
+        (Column("BEST", 1, is_text=True), lambda row: _called(row[1], is_best=row[0].best is not None)),
         (Column((metric or "-").upper(), 1), lambda row: _value(row[1], metric) if metric else None),
         (Column("TREND", 3, is_text=True), lambda row: sparkline(trends.get(row[0].name, ()))),
-        (Column("OWN", 3), lambda row: size(own.get(row[0].name, 0))),
+        (Column("OWN", 3), lambda row: size(row[0].own)),
         (Column("UPDATED", 3), lambda row: ago(row[0].latest.created)),
         *[
             (column._replace(rank=column.rank + 4), lambda row, value=value: value(row[1]))

@@ -8,21 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from registry.catalog import naming
+from registry.catalog.listings import Models, Versions, select_versions
 from registry.catalog.resolving import direction_of, no_such_metric, resolve
-from registry.catalog.versions import (
-    Model,
-    Version,
-    best_version,
-    list_models,
-    list_names,
-    list_versions,
-    rank_versions,
-)
+from registry.catalog.versions import Version, best_version, list_models, list_names
 from registry.home import Home
 from registry.log.reference import check_name
 from registry.progress import Progress, silent
 from registry.store.errors import Conflict, Invalid, NotFound
-from registry.store.text import quoted, texts
+from registry.store.text import printable, texts
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -307,9 +300,32 @@ class Registry(Home):
         """True, also for a registry without a model."""
         return True
 
-    def models(self) -> list[Model]:
-        """Every model that has a version, by name: its name, how many versions it has, and the latest one."""
-        return list_models(self.catalog)
+    def __repr__(self) -> str:
+        place = getattr(self, "place", "")
+        try:
+            # Lazy: start-up.
+            from registry.upkeep.overview import nearby, summary
+
+            place = nearby(place)
+            told = summary(self)
+        # Who prints a registry that cannot be read is told why, as an error in its place would hide it.
+        except Exception as error:
+            told = f"cannot be read ({error or type(error).__name__})"
+        return printable(f"<{type(self).__name__} {place}: {told}>")
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
+        # Lazy: start-up.
+        from registry.reports.notebook import bundle
+        from registry.upkeep.overview import overview
+
+        return bundle(repr(self), overview(self))
+
+    def models(self) -> Models:
+        """Every model that has a version, by name: how many it has, the latest, the best, and the bytes of its own.
+
+        registry.models().to_pandas()
+        """
+        return Models(list_models(self.catalog))
 
     def versions(
         self,
@@ -318,33 +334,30 @@ class Registry(Home):
         by: str | None = None,
         smallest: bool | None = None,
         tag: str | None = None,
+        before: int | None = None,
+        where: str | None = None,
         limit: int | None = None,
-    ) -> list[Version]:
+    ) -> Versions:
         """The versions of a model, or of all: the newest first, or the best.
 
-            [version.name for version in registry.versions("lenet5", by="accuracy", limit=3)]
+            registry.versions("lenet5", by="accuracy", limit=3)
+            registry.versions("lenet5", where="accuracy > 0.95 and val/loss < 0.2", before=120).to_pandas()
 
-        Args:
-            by: a metric or `loss`: only versions that have it, the best first.
-            smallest: whether the smallest value is the best; without it the metric's name decides, as in `run`.
-            tag: only versions with this tag.
-            limit: return at most this many.
-
-        Raises:
-            NotFound: if there is no such model, or no version of it has the metric.
-            Invalid: if the metric's name does not tell which value is better.
+        See `registry.catalog.listings.select_versions`. `where` joins comparisons by `and`; see
+        `registry.catalog.conditions.parse_condition`.
         """
-        if limit is not None and (type(limit) is not int or limit < 1):
-            raise Invalid(f"limit is {quoted(str(limit))}, expected a whole number of 1 or more")
         if model is not None:
             model = self.resolve(model).model
-        if by is None:
-            return list_versions(self.catalog, model, tag=tag, limit=limit)[0]
-        direction = direction_of(self.catalog, model, by, smallest=smallest)
-        found, _ = rank_versions(self.catalog, model, by, smallest=direction, tag=tag, limit=limit)
-        if not found and tag is None:
-            raise no_such_metric(self.catalog, model, by)
-        return found
+        return select_versions(
+            self.catalog,
+            model,
+            by=by,
+            smallest=smallest,
+            tag=tag,
+            before=before,
+            where=where,
+            limit=limit,
+        )
 
     def resolve(self, text: str) -> Version:
         """What the catalog has of the checkpoint that a reference names; raises as `__getitem__`."""
@@ -370,7 +383,7 @@ class Registry(Home):
         if found is None:
             self.resolve(model)
             raise no_such_metric(self.catalog, model, metric)
-        return Checkpoint(self.store, found)
+        return Checkpoint(self.store, found, self.catalog)
 
     def names(self, prefix: str = "") -> list[str]:
         """References that begin with a text, for completion."""

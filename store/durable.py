@@ -423,6 +423,23 @@ def append(path: Path, data: bytes, *, inner: int = 0) -> None:
         sync_folder(path.parent, inner=inner)
 
 
+def extend(path: Path, lines: bytes, *, inner: int = 0) -> None:
+    """Add whole lines to the end of a file, which is made if need be. They survive the process, not a power cut.
+
+    Where a line was torn before, the new ones begin on a line of their own.
+    """
+    fd = open_file(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, inner=inner)
+    try:
+        end = os.fstat(fd).st_size
+        if end and os.pread(fd, 1, end - 1) != b"\n":
+            lines = b"\n" + lines
+        rest = memoryview(lines)
+        while rest:
+            rest = rest[disk.write(fd, path, rest) :]
+    finally:
+        os.close(fd)
+
+
 def truncate(path: Path, size: int, *, inner: int = 0) -> None:
     """Cut a file back to `size` bytes, durably."""
     fd = open_file(path, os.O_RDWR, inner=inner)

@@ -141,6 +141,19 @@ def read_file(path: Path, limit: int, *, inner: int = 0) -> bytes:
         os.close(fd)
 
 
+def read_end(path: Path, limit: int, *, inner: int = 0) -> bytes:
+    """The last bytes of a file of the registry, up to a limit.
+
+    Raises:
+        Corrupt, FileNotFoundError: as `open_file`.
+    """
+    fd = open_file(path, os.O_RDONLY, inner=inner)
+    try:
+        return os.pread(fd, limit, max(0, os.fstat(fd).st_size - limit))
+    finally:
+        os.close(fd)
+
+
 def status_of(path: Path, *, inner: int = 0) -> os.stat_result | None:
     """What the system knows of a file, links not followed; None if there is nothing."""
     try:

@@ -10,15 +10,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from registry.catalog.lookups import Reader, parsed
 from registry.catalog.resolving import hint
+from registry.catalog.scalars import MOST_AT_ONCE, SCALARS, read_scalars
 from registry.catalog.versions import commonest_metric
 from registry.log.entries import now
 from registry.log.facts import sound_run
 from registry.log.metrics import is_metric
 from registry.log.reference import check_run_name
+from registry.reports.blocks import Column
+from registry.reports.charts import sparkline
+from registry.reports.notebook import Part, bundle, code, facts, folded, heading, table
+from registry.reports.words import number, time_of
 from registry.store import durable, places
 from registry.store.errors import Conflict, NotFound, RegistryError
 from registry.store.manifest import record_document
-from registry.store.text import quoted
+from registry.store.text import printable, quoted
 
 if TYPE_CHECKING:
     from registry.catalog.catalog import Catalog
@@ -43,6 +48,28 @@ class RunInfo(NamedTuple):
     model: str
     started: str
     record: Mapping[str, Any]
+    folder: Path | None = None
+    """Where its log and its events are; None if it was asked for inside a transaction."""
+
+    def __repr__(self) -> str:
+        return printable(f"<RunInfo {self.name}: {self.state}>")
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
+        return bundle(repr(self), self.parts())
+
+    def parts(self) -> Iterator[Part]:
+        """What a notebook shows of it: how it went, and the last lines of its log."""
+        yield heading(f"Run {self.name}", self.state)
+        yield facts(
+            [
+                ("began", time_of(self.started)),
+                ("ended", self.ended and time_of(self.ended)),
+                ("best by", self.monitor),
+            ]
+        )
+        if self.folder is not None:
+            yield _curves(self.folder / SCALARS)
+            yield folded("log, the last lines", code(_last_lines(self.folder / LOG)), is_open=True)
 
     @property
     def state(self) -> str:
@@ -126,7 +153,11 @@ class Runs:
         Raises:
             NotFound: suggesting the nearest name.
         """
-        return _one(self._catalog, name)
+        return self._located(_one(self._catalog, name))
+
+    def _located(self, info: RunInfo) -> RunInfo:
+        """A run with its folder."""
+        return info._replace(folder=self._root / "runs" / info.name)
 
     def __iter__(self) -> Iterator[str]:
         """The full names of the runs, the newest first."""
@@ -140,14 +171,14 @@ class Runs:
         """Runs, of one model or of all, the newest first."""
         where, given = (" WHERE model = ?", [model]) if model else ("", [])
         rows = self._catalog.query(f"{_ROWS}{where} ORDER BY started DESC, name DESC", given)
-        return [_info(row) for row in rows]
+        return [self._located(_info(row)) for row in rows]
 
     def open(self) -> list[RunInfo]:
         """Runs that have not ended, the newest first; those whose process is gone are among them."""
         rows = self._catalog.query(
             f"{_ROWS} WHERE record LIKE '%\"running\"%' ORDER BY started DESC, name DESC"
         )
-        return [info for info in map(_info, rows) if info.state == "running"]
+        return [self._located(info) for info in map(_info, rows) if info.state == "running"]
 
     def counts(self) -> dict[str, int]:
         """How many versions each run has, by its name; those that have none are left out."""
@@ -193,6 +224,40 @@ class Runs:
         except (OSError, ValueError, RegistryError):
             return False
         return durable.is_gone(machine, pid)
+
+
+_LINES = 12
+"""Lines of a log that a notebook shows."""
+
+
+_CURVES = (
+    Column("Scalar"),
+    Column("Trend"),
+    Column("Last", is_number=True),
+    Column("Step", is_number=True),
+)
+
+
+def _curves(path: Path) -> Part:
+    """How the scalars of a run went; of a long file the end counts."""
+    status = places.status_of(path, inner=INNER)
+    if status is None:
+        return Part("")
+    points, _ = read_scalars(path, max(0, status.st_size - MOST_AT_ONCE), inner=INNER)
+    rows = [
+        (tag, sparkline([point.value for point in part], 16), number(part[-1].value), f"{part[-1].step:,}")
+        for tag, part in points.items()
+    ]
+    return table(_CURVES, rows)
+
+
+def _last_lines(path: Path) -> list[str]:
+    """The last lines of a log; none if there is no log."""
+    try:
+        end = places.read_end(path, 8_192, inner=INNER)
+    except FileNotFoundError:
+        return []
+    return end.decode(errors="replace").splitlines()[-_LINES:]
 
 
 def _one(catalog: Reader, name: str) -> RunInfo:

@@ -44,11 +44,26 @@ class Version(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A model family and its latest version."""
+    """A model family: how many versions it has, its latest one, and the one that is known as the best."""
 
     name: str
     versions: int
     latest: Version
+    best: Version | None = None
+    """The version that the alias `best` points at; None if there is no such alias."""
+    own: int = 0
+    """Bytes of the packs that were written for its versions."""
+
+
+class Condition(NamedTuple):
+    """An SQL condition over the table `v`, the versions, and its parameters."""
+
+    sql: str
+    parameters: Sequence[Any] = ()
+
+
+ANY = Condition("1 = 1")
+"""The condition that every version fulfils."""
 
 
 def find_versions(
@@ -216,27 +231,39 @@ def name_of(catalog: Reader, version_id: str) -> str | None:
 
 
 def list_models(catalog: Reader) -> list[Model]:
-    """Every model that has a version, by name."""
+    """Every model that has a version, by name, with a fixed number of queries."""
     rows = catalog.query("SELECT model, COUNT(*) FROM versions GROUP BY model ORDER BY model")
     newest = "SELECT model, MAX(version) FROM versions GROUP BY model"
     latest = find_versions(catalog, f"(v.model, v.version) IN ({newest})")
     by_model = {version.model: version for version in latest}
     if any(name not in by_model for name, _ in rows):
         raise Corrupt("the catalog contradicts itself about a model; recreate it with: registry rebuild")
-    return [Model(name, count, by_model[name]) for name, count in rows]
+    best, own = _best_versions(catalog), own_by_model(catalog)
+    return [
+        Model(name, count, by_model[name], best=best.get(name), own=own.get(name, 0)) for name, count in rows
+    ]
 
 
-def best_versions(catalog: Reader) -> dict[str, Version]:
+def _best_versions(catalog: Reader) -> dict[str, Version]:
     """The version that the alias `best` of each model points at."""
     found = find_versions(catalog, "v.id IN (SELECT id FROM aliases WHERE name = 'best')")
     return {version.model: version for version in found if "best" in version.aliases}
 
 
 def list_versions(
-    catalog: Reader, model: str | None, *, tag: str | None = None, limit: int | None = None
+    catalog: Reader,
+    model: str | None,
+    *,
+    tag: str | None = None,
+    also: Condition = ANY,
+    limit: int | None = None,
 ) -> tuple[list[Version], int]:
-    """The newest versions, of one model or of all, and how many there are without the limit."""
-    where, parameters = _filter(model, tag)
+    """The newest versions, of one model or of all, and how many there are without the limit.
+
+    Args:
+        also: what they must fulfil.
+    """
+    where, parameters = _filter(model, tag, also)
     ((total,),) = catalog.query(f"SELECT COUNT(*) FROM versions v WHERE {where}", parameters)
     return find_versions(catalog, where, parameters, limit=limit), total
 
@@ -248,13 +275,17 @@ def rank_versions(
     *,
     smallest: bool = False,
     tag: str | None = None,
+    also: Condition = ANY,
     limit: int | None = None,
 ) -> tuple[list[Version], int]:
     """The versions that have a metric (or the field `loss`), the best first, and how many there are.
 
     NaN is no value, so it never ranks; of equal ones the earlier comes first.
+
+    Args:
+        also: what they must fulfil.
     """
-    where, parameters = _filter(model, tag)
+    where, parameters = _filter(model, tag, also)
     direction = "ASC" if smallest else "DESC"
     if metric == "loss":
         where += " AND v.loss IS NOT NULL"
@@ -266,6 +297,20 @@ def rank_versions(
         parameters.append(metric)
         order = f"(SELECT value FROM metrics t WHERE t.id = v.id AND t.name = ?) {direction}"
     ((total,),) = catalog.query(f"SELECT COUNT(*) FROM versions v WHERE {where}", parameters)
+    if metric != "loss" and model is not None and limit is not None:
+        # By the index, instead of a value for each version of the model.
+        rows = catalog.query(
+            f"SELECT v.id FROM metrics t JOIN versions v ON v.id = t.id WHERE t.model = ? AND t.name = ? AND {where} "
+            f"ORDER BY t.value {direction}, v.version LIMIT ?",
+            [model, metric, *parameters, limit],
+        )
+        places = {str(version_id): place for place, (version_id,) in enumerate(rows)}
+        best = [
+            one
+            for part in batches(places)
+            for one in find_versions(catalog, f"v.id IN ({marks(part)})", part)
+        ]
+        return sorted(best, key=lambda one: places[one.id]), total
     if metric != "loss":
         parameters.append(metric)
     found = find_versions(catalog, where, parameters, order=f"{order}, v.model, v.version", limit=limit)
@@ -377,9 +422,9 @@ def _check_attached(
             )
 
 
-def _filter(model: str | None, tag: str | None) -> tuple[str, list[Any]]:
+def _filter(model: str | None, tag: str | None, also: Condition) -> tuple[str, list[Any]]:
     """An SQL condition over the table `v`, and its parameters."""
-    where, parameters = ["1 = 1"], []
+    where, parameters = [f"({also.sql})"], [*also.parameters]
     if model is not None:
         where.append("v.model = ?")
         parameters.append(model)

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import html
 import logging
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from registry.catalog.ancestry import children
 from registry.catalog.resolving import resolve
-from registry.catalog.versions import Version
+from registry.catalog.versions import Version, name_of
+from registry.reports import notebook
+from registry.reports.blocks import Column
+from registry.reports.words import counted, number, shape, size, time_of
 from registry.store.errors import Corrupt, NotFound, naming
 from registry.store.text import printable
 from registry.upkeep.outbox import Outbox
 
 if TYPE_CHECKING:
+    from registry.catalog.catalog import Catalog
     from registry.home import Home
     from registry.store.store import Store
 
 _logger = logging.getLogger(__name__)
+
+_MOST_USERS = 10
+"""Versions that came from one, as a notebook shows them."""
 
 
 class Checkpoint:
@@ -28,11 +36,15 @@ class Checkpoint:
 
     Attributes:
         store: where its tensors are: the registry's, or its outbox's.
+
+    Args:
+        catalog: knows what it came from, and what came from it; None where nobody asks.
     """
 
-    def __init__(self, store: Store, version: Version) -> None:
+    def __init__(self, store: Store, version: Version, catalog: Catalog | None = None) -> None:
         self.store = store
         self._version = version
+        self._catalog = catalog
 
     @classmethod
     def named(cls, home: Home, reference: str) -> Checkpoint:
@@ -44,15 +56,15 @@ class Checkpoint:
         if home.remote is not None:
             outbox = Outbox(home)
             if found := outbox.find(reference):
-                return cls(outbox.home.store, found)
+                return cls(outbox.home.store, found, outbox.home.catalog)
         try:
-            return cls(home.store, resolve(home.catalog, reference))
+            return cls(home.store, resolve(home.catalog, reference), home.catalog)
         except NotFound:
             if home.catalog.shared is None:
                 raise
             # Another host may have added it a moment ago.
             home.catalog.shared.ask_again()
-            return cls(home.store, resolve(home.catalog, reference))
+            return cls(home.store, resolve(home.catalog, reference), home.catalog)
 
     @property
     def row(self) -> Version:
@@ -284,17 +296,86 @@ class Checkpoint:
             yield path, info.dtype, info.shape, info.digest
 
     def __repr__(self) -> str:
-        return f"Checkpoint({', '.join(f'{key}={value}' for key, value in self._facts())})"
+        return printable(f"Checkpoint({', '.join(f'{key}={value}' for key, value in self._facts())})")
 
     def __rich_repr__(self) -> Iterator[tuple[str, Any]]:
         yield from self._facts()
 
-    def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th>{html.escape(key)}</th><td>{html.escape(printable(str(value)))}</td></tr>"
-            for key, value in self._facts()
+    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
+        return notebook.bundle(repr(self), self._parts())
+
+    def _parts(self) -> Iterator[notebook.Part]:
+        """What a notebook shows of it."""
+        yield notebook.heading(self.name, " ".join((self.id[:12], *self.aliases)))
+        measured = {"epoch": self.epoch, "step": self.step, "loss": self.loss, **self.metrics}
+        yield notebook.facts(
+            [
+                *(
+                    (key, number(value) if isinstance(value, float) else f"{value:,}")
+                    for key, value in measured.items()
+                    if value is not None
+                ),
+                ("tags", ", ".join(self.tags)),
+                ("from", ", ".join(self._sources())),
+                ("used by", self._users()),
+                ("run", self.run),
+                ("saved", time_of(self.created)),
+                ("size", f"{size(self.size)} in {counted(self._version.tensors, 'tensor')}"),
+                *(("note", text) for _, text in self.notes),
+            ]
         )
-        return f"<table>{rows}</table>"
+        yield notebook.folded("how to load it", notebook.code(self._how_to_load()), is_open=True)
+        tensors: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {}
+        for path, dtype, sizes, _ in self.parameters():
+            component, _, name = path.partition("/")
+            tensors.setdefault(component, []).append((name, dtype, sizes))
+        for component, found in tensors.items():
+            yield self._tensors_part(component, found)
+
+    def _tensors_part(
+        self, component: str, tensors: Sequence[tuple[str, str, tuple[int, ...]]]
+    ) -> notebook.Part:
+        """The tensors of a component; those whose names differ in numbers alone stand in one row."""
+        buffers = set(self.provenance.get("buffers", {}).get(component, ()))
+        elements = self.record["components"].get(component, {}).get("elements", 0)
+        kind = self.provenance.get("kinds", {}).get(component, "")
+        if component in self.provenance.get("buffers", {}):
+            # What a network holds beside its buffers are its parameters.
+            count = elements - sum(math.prod(shape) for name, _, shape in tensors if name in buffers)
+            amount = f"{count:,} parameters"
+        else:
+            amount = f"{elements:,} elements"
+        about = [(name, f"{shape(sizes)} {dtype}") for name, dtype, sizes in tensors]
+        columns = [Column("Tensor", is_code=True), Column("Shape"), Column("Count", is_number=True)]
+        rows = [(name, shape, f"{many:,}") for name, shape, many in notebook.merged(about)]
+        head = " ".join(filter(None, (component, kind)))
+        return notebook.folded(
+            f"{head}: {amount} in {counted(len(tensors), 'tensor')}", notebook.table(columns, rows)
+        )
+
+    def _sources(self) -> list[str]:
+        """What it came from, by name where there is one."""
+        found = [f"{self.parent} (same run)"] if self.parent else []
+        for edge in self.lineage:
+            name = name_of(self._catalog, edge["parent"]) if self._catalog else None
+            found.append(f"{name or edge['parent'][:40]} ({edge['kind']})")
+        return found
+
+    def _users(self) -> str:
+        """What came from it; of many the first alone."""
+        if self._catalog is None:
+            return ""
+        found = [f"{child.name} ({kind})" for child, kind in children(self._catalog, self._version)]
+        more = len(found) - _MOST_USERS
+        return ", ".join(found[:_MOST_USERS]) + (f" and {more:,} more" if more > 0 else "")
+
+    def _how_to_load(self) -> list[str]:
+        lines = [f"checkpoint = registry[{self.name!r}]", "state_dict = checkpoint.state_dict()"]
+        if "model" not in self.components:
+            lines[1] = "states = checkpoint.load()"
+        elif "network" in self.provenance:
+            lines.append(f"network = registry.build({self.name!r})")
+        return lines
 
     def _of_this_rank(self, names: Collection[str], verify: bool) -> dict[str, Any]:
         """The states of this process's own that replace the leading one's, where several train together."""

@@ -135,11 +135,12 @@ def save(
         )
         (version,) = (one["version"] for one in made if one["op"] == "publish")
         try:
-            return Checkpoint(home.store, resolve(home.catalog, f"{model}:v{version}"))
+            return Checkpoint(home.store, resolve(home.catalog, f"{model}:v{version}"), home.catalog)
         except NotFound:
             # The catalog could not be written, or others have removed the version already.
             manifest = home.store.just_written(saved) or home.store.manifest(saved)
-            return Checkpoint(home.store, version_of(saved, model, version, manifest=manifest))
+            row = version_of(saved, model, version, manifest=manifest)
+            return Checkpoint(home.store, row, home.catalog)
 
     if home.remote is None:
         return saved_in(home)
@@ -175,7 +176,7 @@ def _shared_or_kept(
         if best_by:
             outbox.watch(model, best_by)
         saved = saved_in(outbox.home)
-        kept = Checkpoint(outbox.home.store, saved.row._replace(is_pending=True))
+        kept = Checkpoint(outbox.home.store, saved.row._replace(is_pending=True), outbox.home.catalog)
         reason = str(error).removesuffix("; repeat")
         _logger.warning("%s; the version is kept on this computer as %s, and shared later", reason, kept.name)
         return kept

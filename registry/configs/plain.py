@@ -77,6 +77,9 @@ def _lenient(value: Any, path: str, as_text: list[str], depth: int = 0) -> Any:
         return _plain(value, path)
     except (Invalid, RecursionError):
         as_text.append(path)
+        # Such a thing tells people how it is at the moment, which would make each run another one, too.
+        if hasattr(type(value), "_repr_mimebundle_"):
+            return f"<{type(value).__qualname__}>"
         # Addresses would make each run another one.
         return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 

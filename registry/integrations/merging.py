@@ -117,7 +117,7 @@ def _base_of(home: Home, checkpoint: Checkpoint) -> Checkpoint:
             f"the base network of {checkpoint.name} ({parents[0][:12]}) is not in the registry under this id; import or save "
             "it, and name its version as base"
         )
-    return Checkpoint(home.store, version)
+    return Checkpoint(home.store, version, home.catalog)
 
 
 def _merged(

@@ -67,7 +67,7 @@ class Title:
     @property
     def subject(self) -> str:
         """The two things that are compared, in one line; empty if there are none."""
-        return " -> ".join(self.between or ())
+        return " → ".join(self.between or ())
 
 
 @dataclass(frozen=True)

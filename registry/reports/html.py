@@ -27,16 +27,10 @@ from registry.reports.blocks import (
 from registry.store.text import printable
 
 
-def render(blocks: Sequence[Block], *, whole: bool = True) -> str:
-    """Draw blocks as HTML.
-
-    Args:
-        whole: whether it is a document with its style and script; a part of another page without them otherwise.
-    """
+def render(blocks: Sequence[Block]) -> str:
+    """Draw blocks as an HTML document, with its style and script."""
     parts = "\n".join(map(_drawn, drawn(blocks, "pages")))
     body = f"<main>{parts}</main>"
-    if not whole:
-        return f"<div>{body}</div>"
     style, script = (f"\n{_file(name)}" for name in ("page.css", "page.js"))
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'

@@ -33,18 +33,18 @@ def render(blocks: Sequence[Block]) -> str:
 def _lines_of(block: Block) -> list[str]:
     if isinstance(block, Title):
         title = f"{block.heading}: {block.subject}" if block.subject else block.heading
-        return [f"{'#' * block.level} {_escaped(title)}", "", *_paragraphs(block.lines)]
+        return [f"{'#' * block.level} {escaped(title)}", "", *_paragraphs(block.lines)]
     if isinstance(block, Strip):
-        return [f"- {_escaped(name)}: {_escaped(toned(value).text)}" for name, value in block.facts] + [""]
+        return [f"- {escaped(name)}: {escaped(toned(value).text)}" for name, value in block.facts] + [""]
     if isinstance(block, Tree):
         rows = [cells for row in block.rows if not row.is_same for cells in _branches(row, block.is_deep)]
-        return [f"## {_escaped(block.title)}", "", *_rows(block.columns, rows), ""] if rows else []
+        return [f"## {escaped(block.title)}", "", *_rows(block.columns, rows), ""] if rows else []
     if isinstance(block, Lines):
         if not block.title:
             return _paragraphs(block.lines)
-        return [f"## {_escaped(block.title)}", "", *(f"- {_escaped(line)}" for line in block.lines), ""]
+        return [f"## {escaped(block.title)}", "", *(f"- {escaped(line)}" for line in block.lines), ""]
     if isinstance(block, Table):
-        head = [] if block.opens or not block.title else [f"## {_escaped(block.title)}", ""]
+        head = [] if block.opens or not block.title else [f"## {escaped(block.title)}", ""]
         return [
             *head,
             *_paragraphs([block.above] if block.above else []),
@@ -52,12 +52,12 @@ def _lines_of(block: Block) -> list[str]:
             "",
         ]
     if isinstance(block, Code):
-        return [f"{_escaped(block.title)}:", "", f"    {printable(block.text)}", ""]
+        return [f"{escaped(block.title)}:", "", f"    {printable(block.text)}", ""]
     return []
 
 
 def _paragraphs(lines: Iterable[str]) -> list[str]:
-    return [part for line in lines for part in (_escaped(line), "")]
+    return [part for line in lines for part in (escaped(line), "")]
 
 
 def _branches(row: Branch, is_deep: bool) -> list[list[Cell]]:
@@ -66,13 +66,13 @@ def _branches(row: Branch, is_deep: bool) -> list[list[Cell]]:
 
 
 def _rows(columns: Sequence[Column], cells: Sequence[Sequence[Cell]]) -> list[str]:
-    heads = [_escaped(column.head) for column in columns]
+    heads = [escaped(column.head) for column in columns]
     rule = "".join("---:|" if column.is_number else "---|" for column in columns)
-    rows = [[_escaped(cell.text) for cell in row] for row in cells]
+    rows = [[escaped(cell.text) for cell in row] for row in cells]
     return [f"| {' | '.join(heads)} |", f"|{rule}", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Text that Markdown shows as it is."""
     found = html.escape(printable(text), quote=False)
     return "".join(f"\\{c}" if c in "\\`*_[]|#" else c for c in found)

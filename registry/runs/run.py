@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +25,7 @@ from registry.configs.config import Config
 from registry.live import ranks
 from registry.log.reference import check_name
 from registry.remote.bucket import Unreachable
+from registry.reports.notebook import Part, bundle, sentence
 from registry.runs.logs import run_log
 from registry.runs.process import Mute, ending, sigterm_as_exit, this_process
 from registry.runs.recording import Recording, Saved
@@ -32,6 +33,7 @@ from registry.runs.session import Session
 from registry.store.durable import make_folder, unlink, write_file
 from registry.store.errors import Conflict, Invalid, RegistryError, storage_errors
 from registry.store.saving import Arena, Encoded
+from registry.store.text import printable
 from registry.transfer.plan import TransferPlan
 from registry.upkeep.compaction import compact
 from registry.upkeep.garbage import collect_garbage
@@ -108,6 +110,7 @@ class Run:
         self._open = contextlib.ExitStack()
         self._pid = os.getpid()
         self._stalled = 0.0
+        self._state = "running"
         self._ranks = ranks.Ranks(timeout, together=together)
         about = self._recording.session()
         try:
@@ -149,19 +152,30 @@ class Run:
 
     @property
     def writer(self) -> SummaryWriter:
-        """TensorBoard's own writer, on the run's folder."""
+        """The `SummaryWriter` of torch, on the run's folder; scalars go to `scalars.jsonl`, too."""
         if self._writer is None:
             if not self._ranks.leads:
                 return cast("SummaryWriter", Mute())
             # Lazy: loads torch.utils.tensorboard.
-            from torch.utils.tensorboard import SummaryWriter
+            from registry.runs.writer import RunWriter
 
             make_folder(self.folder, inner=INNER)
-            self._writer = SummaryWriter(str(self.folder))
+            self._writer = RunWriter(self.folder)
         return self._writer
 
     def __repr__(self) -> str:
-        return f"Run({self.name})"
+        # One that could not begin has no name.
+        name = getattr(self, "name", self.model)
+        saved = f", saved {self.saved.name}" if self.saved else ""
+        return printable(f"<Run {name}: {self._state}{saved}>")
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
+        return bundle(repr(self), self._parts())
+
+    def _parts(self) -> Iterator[Part]:
+        yield from self._runs[self.name].parts()
+        if self.saved is not None:
+            yield sentence(f"saved {self.saved.name} last")
 
     def __enter__(self) -> Self:
         with storage_errors(self.folder), contextlib.ExitStack() as stack:
@@ -194,7 +208,7 @@ class Run:
                 raise
             _logger.error("the last save failed: %s", failed)
         finally:
-            state = "finished" if error is None else ending(error)
+            state = self._state = "finished" if error is None else ending(error)
             if self._ranks.leads:
                 _logger.info("run %s %s", self.name, state)
             if self._writer is not None:
@@ -377,13 +391,13 @@ class Run:
             made = step().row
             return made._replace(metrics=dict(made.metrics))
 
-        return Checkpoint(self._home.store, self._ranks.leader(row, what))
+        return Checkpoint(self._home.store, self._ranks.leader(row, what), self._home.catalog)
 
     def _publish(self, state: Encoded, about: Mapping[str, Any], fields: Mapping[str, Any]) -> Checkpoint:
         if self._last is not None and self._last.row.is_pending:
             Outbox(self._home).share_if_possible()
             if shared := by_id(self._home.catalog, self._last.id):
-                self._last = Checkpoint(self._home.store, shared)
+                self._last = Checkpoint(self._home.store, shared, self._home.catalog)
         origin = self._recording.origin(about, run=self.name, last=self._last)
         if self._has_sharded:
             # Another process may have published the last version.

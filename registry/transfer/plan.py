@@ -14,8 +14,10 @@ from torch import nn
 
 from registry.live import freezing
 from registry.patterns import escaped
+from registry.reports import notebook
 from registry.reports.blocks import Block, Column, Lines, Table, Title
 from registry.reports.text import render
+from registry.reports.words import counted
 from registry.store.durable import write_file
 from registry.store.errors import Conflict, Incompatible, Invalid, NotFound, Unsupported, fix
 from registry.store.text import printable, quoted
@@ -66,6 +68,13 @@ class Step(BaseModel):
         return self.elements * len(self.rows.pairs) // self.rows.of if self.rows else self.elements
 
     @property
+    def fate(self) -> str:
+        """What becomes of the name: `loaded`, `kept`, `new` (in the network alone, or made), or `unused`."""
+        if self.action in ("copy", "unused"):
+            return "loaded" if self.action == "copy" else "unused"
+        return "new" if self.action == "make" or self.source is None else "kept"
+
+    @property
     def cells(self) -> tuple[str, str, str, str]:
         """What happens, the name, where it comes from if that has another name, and why."""
         other = "" if self.target == self.source else self.source or ""
@@ -74,6 +83,17 @@ class Step(BaseModel):
 
 
 _COLUMNS = (Column(""), Column("target", is_code=True), Column("source", is_code=True), Column("why"))
+
+
+_TONES = {"loaded": "ok", "kept": "dim", "new": "", "unused": "warn"}
+"""What becomes of names, each with the colour of its bar."""
+
+_FATES = (
+    Column("Tensor", is_code=True),
+    Column("Source", is_code=True),
+    Column("Why"),
+    Column("Elements", is_number=True),
+)
 
 
 class FrozenPart(BaseModel):
@@ -202,6 +222,40 @@ class TransferPlan(BaseModel):
 
     def __str__(self) -> str:
         return render(self.blocks())
+
+    def __repr__(self) -> str:
+        targets = sum(step.target is not None for step in self.steps)
+        told = f"{len(self.loaded)} of {targets} tensors, {percent(self.coverage)}"
+        return printable(f"<TransferPlan {self.source} → {self.target}: {told}>")
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
+        return notebook.bundle(repr(self), self.parts())
+
+    def parts(self) -> Iterator[notebook.Part]:
+        """What a notebook shows of it: a bar of what becomes of all elements, and the names one by one, folded."""
+        yield notebook.heading(f"Plan {self.source} → {self.target}", self.headline)
+        groups: dict[str, list[Step]] = {name: [] for name in _TONES}
+        for step in self.steps:
+            groups[step.fate].append(step)
+        yield notebook.pieces(
+            [
+                notebook.Piece(
+                    name,
+                    elements := sum(step.elements for step in steps),
+                    f"{counted(len(steps), 'tensor')}, {elements:,} elements",
+                    _TONES[name],
+                )
+                for name, steps in groups.items()
+            ]
+        )
+        for note in self.notes:
+            yield notebook.sentence(note)
+        if part := self.frozen_part:
+            frozen = counted(len(part.names), "parameter")
+            yield notebook.sentence(f"freezes {frozen}; {part.trainable:,} elements stay trainable")
+        for name, steps in groups.items():
+            rows = [(step.target or step.source, *step.cells[2:], f"{step.elements:,}") for step in steps]
+            yield notebook.folded(f"{name}: {counted(len(steps), 'tensor')}", notebook.table(_FATES, rows))
 
     def to_json(self) -> str:
         """The plan as JSON, which `from_json` reads."""

@@ -6,15 +6,16 @@ A new section is a method that returns blocks, named in `DiffReport.blocks`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field
 
-from registry.reports import html, text
+from registry.reports import notebook, text
 from registry.reports.blocks import Block, Branch, Cell, Code, Column, Lines, Strip, Table, Title, Tone, Tree
-from registry.reports.wording import counted, number
+from registry.reports.words import counted, number
+from registry.store.text import printable
 from registry.transfer.matching import LOADABLE, Category
 from registry.transfer.plan import FrozenPart, TransferPlan, percent
 from registry.transfer.report_rows import ModuleChange, Part, Row, ValueChange, grouped
@@ -172,8 +173,59 @@ class DiffReport(Part):
     def __str__(self) -> str:
         return text.render(self.blocks())
 
-    def _repr_html_(self) -> str:
-        return html.render(self.blocks(), whole=False)
+    def __repr__(self) -> str:
+        return printable(f"<DiffReport {self.a.label} → {self.b.label}: {self.headline}>")
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
+        return notebook.bundle(repr(self), self._parts())
+
+    def _parts(self) -> Iterator[notebook.Part]:
+        """What a notebook shows of it: the verdict, how much changed, and the tensors, folded."""
+        title = self._title()
+        yield notebook.heading(" → ".join(title.between or ()), self.headline)
+        for line in title.lines:
+            yield notebook.sentence(line)
+        yield notebook.facts(
+            [
+                ("changed", self._changed()),
+                *((one.key, f"{_value(one.a)} → {_value(one.b)}") for one in self.metrics),
+            ]
+        )
+        for warning in self.warnings:
+            yield notebook.sentence(f"warning: {warning}")
+        for suggestion in self.suggestions:
+            yield notebook.sentence(f"suggestion: {suggestion}")
+        changes = [
+            (one.module or "(top)", one.relative) for one in self.modules if math.isfinite(one.relative)
+        ]
+        if changes:
+            yield notebook.bars(("Module", "Relative change"), changes, write=lambda value: f"{value:.3g}")
+        yield from self._folded()
+        if self.plan:
+            yield from self.plan.parts()
+
+    def _folded(self) -> Iterator[notebook.Part]:
+        """The tensors by status, those that differ first, and what else differs."""
+        by_status: dict[str, list[Row]] = {}
+        for row in self.rows:
+            by_status.setdefault(row.status, []).append(row)
+        for status, rows in sorted(by_status.items(), key=lambda item: item[0] == Category.MATCH):
+            shown = [(one.name, one.rows[0].shown_shape, one.rows[0].note) for one in grouped(rows)]
+            part = notebook.table((Column("Tensor", is_code=True), Column("Shape"), Column("")), shown)
+            meaning = MEANING.get(rows[0].category, "") if status == rows[0].category else "other elements"
+            yield notebook.folded(f"{status}: {counted(len(rows), 'tensor')} ({meaning})", part)
+        layers = [(one.path or "(network)", one.a or "-", one.b or "-") for one in self.architecture]
+        config = [(one.key, _value(one.a), _value(one.b)) for one in self.config]
+        for name, fields in (("architecture", layers), ("configuration", config)):
+            heads = [Column(""), Column(self.a.label), Column(self.b.label)]
+            part = notebook.table(heads, fields)
+            yield notebook.folded(f"{name}: {counted(len(fields), 'difference')}", part)
+
+    def _changed(self) -> str | None:
+        """How many tensors changed, if that was asked for."""
+        known = [row for row in self.rows if row.equal is not None]
+        changed = sum(row.equal is False for row in known)
+        return f"{changed:,} of {counted(len(known), 'tensor')}" if known else None
 
     def _title(self) -> Title:
         lines = []

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
+from registry.reports.words import ranges, shape
 from registry.transfer.matching import LOADABLE, Category
 
 
@@ -46,15 +47,15 @@ class Row(Part):
     @property
     def shown_name(self) -> str:
         """The name, or both where they differ."""
-        return f"{self.a} -> {self.b}" if self.a and self.b and self.a != self.b else self.name
+        return f"{self.a} → {self.b}" if self.a and self.b and self.a != self.b else self.name
 
     @property
     def shown_shape(self) -> str:
         """The shape, or both where they differ; and both dtypes where these differ."""
         a, b = (_shape(shape) for shape in (self.shape_a, self.shape_b))
-        shapes = f"{a} -> {b}" if a and b and a != b else a or b
+        shapes = f"{a} → {b}" if a and b and a != b else a or b
         if self.dtype_a and self.dtype_b and self.dtype_a != self.dtype_b:
-            return f"{shapes} {self.dtype_a} -> {self.dtype_b}"
+            return f"{shapes} {self.dtype_a} → {self.dtype_b}"
         return shapes
 
     @property
@@ -126,23 +127,8 @@ def _merged_name(key: object, rows: Sequence[Row]) -> str:
         return rows[0].shown_name
     before, after = key[-2], key[-1]
     numbers = sorted(int(row.name.split(".")[len(before)]) for row in rows)
-    return ".".join([*before, "{" + _ranges(numbers) + "}", *after])
+    return ".".join([*before, "{" + ranges(numbers) + "}", *after])
 
 
-def _ranges(numbers: Sequence[int]) -> str:
-    """Numbers as ranges.
-
-    >>> _ranges([0, 1, 2, 3, 5])
-    '0-3,5'
-    """
-    found: list[list[int]] = []
-    for number in numbers:
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
-        else:
-            found.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in found)
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "" if shape is None else "x".join(map(str, shape)) or "scalar"
+def _shape(sizes: tuple[int, ...] | None) -> str:
+    return "" if sizes is None else shape(sizes)

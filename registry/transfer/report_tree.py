@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from registry.reports.wording import shape
+from registry.reports.words import shape
 from registry.transfer.matching import LOADABLE, Category
 from registry.transfer.report_rows import Row, ValueChange
 

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from registry.reports import charts
 from registry.reports.blocks import Curves
-from registry.reports.wording import counted, number, shape, size, time_of
+from registry.reports.words import counted, number, shape, size, time_of
 from registry.store.text import printable
 from registry.ui.page import Page, address, address_of, address_of_name
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
@@ -48,11 +47,3 @@ def own_by_version(registry: Registry) -> list[Own]:
         "GROUP BY p.number) GROUP BY id ORDER BY SUM(size) DESC"
     )
     return once(registry, "own", lambda: [Own(*row) for row in registry.catalog.query(sql)])
-
-
-def own_by_model(registry: Registry) -> Counter[str]:
-    """Bytes of the packs that were written for the versions of each model."""
-    found: Counter[str] = Counter()
-    for one in own_by_version(registry):
-        found[one.model] += one.size
-    return found

@@ -6,15 +6,17 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from registry.catalog.conditions import parse_condition
 from registry.catalog.documents import version_document
 from registry.catalog.resolving import no_such_metric, resolve
 from registry.catalog.versions import (
+    ANY,
+    Condition,
     Model,
     Version,
     best_version,
-    best_versions,
-    find_versions,
     list_models,
+    list_versions,
     metric_names,
     rank_versions,
     tag_names,
@@ -23,7 +25,7 @@ from registry.catalog.versions import (
 from registry.log.metrics import is_smallest_best
 from registry.registry import Registry
 from registry.reports.charts import Mark
-from registry.ui.kept import once, own_by_model
+from registry.ui.kept import once
 from registry.ui.page import Args, Page, address, whole
 from registry.ui.runs import last_line
 
@@ -60,7 +62,7 @@ def value_of(version: Version, metric: str | None) -> float | None:
 
 def models(registry: Registry, args: Args) -> Page:
     """All models, with what is being trained now on top."""
-    found = list_models(registry.catalog)
+    found = once(registry, "models", lambda: list_models(registry.catalog))
     metric = args.get("metric") or registry.runs.headline({model.name for model in found})
     running = [info for info in registry.runs.open() if not registry.runs.is_lost(info)]
     rows = _rows(registry, found, metric, {info.model for info in running})
@@ -99,7 +101,6 @@ def models(registry: Registry, args: Args) -> Page:
 def _rows(
     registry: Registry, found: Sequence[Model], metric: str | None, trained: Collection[str]
 ) -> list[ModelRow]:
-    bests, own = best_versions(registry.catalog), own_by_model(registry)
     trends = (
         once(registry, ("values", metric), lambda: values_by_model(registry.catalog, metric))
         if metric
@@ -107,16 +108,16 @@ def _rows(
     )
     rows = []
     for model in found:
-        best = bests.get(model.name, model.latest)
+        best = model.best or model.latest
         rows.append(
             ModelRow(
                 name=model.name,
                 versions=model.versions,
                 best=best,
-                is_best=model.name in bests,
+                is_best=model.best is not None,
                 value=value_of(best, metric),
                 values=trends.get(model.name, ()),
-                own=own.get(model.name, 0),
+                own=model.own,
                 updated=model.latest.created,
                 is_trained=model.name in trained,
             )
@@ -147,9 +148,9 @@ def versions(registry: Registry, args: Args, model: str) -> Page:
     newest = resolve(registry.catalog, model)
     names = metric_names(registry.catalog, model)
     sort, tag = args.get("sort", ""), args.get("tag") or None
-    for asked in (sort, args.get("metric", "")):
-        if asked not in ("", "loss", *names):
-            raise no_such_metric(registry.catalog, model, asked)
+    for name in (sort, args.get("metric", "")):
+        if name not in ("", "loss", *names):
+            raise no_such_metric(registry.catalog, model, name)
     metric = _metric_of(registry, args, model, names)
     part = _ranked(registry, args, model) if sort else _newest(registry, args, model)
     ((total,),) = registry.catalog.query("SELECT COUNT(*) FROM versions WHERE model = ?", [model])
@@ -179,7 +180,7 @@ def versions(registry: Registry, args: Args, model: str) -> Page:
             "following": part.following,
             "is_first": part.is_first,
             "total": total,
-            "own": own_by_model(registry).get(model, 0),
+            "own": _own(registry, model),
             "logical": once(registry, ("logical", model), lambda: _logical(registry, model)),
             "metric": metric,
             "metrics": [*names, "loss"],
@@ -189,10 +190,16 @@ def versions(registry: Registry, args: Args, model: str) -> Page:
             "chart": once(registry, ("chart", model, metric), lambda: _chart(registry, model, metric)),
             "sort": sort,
             "tag": tag,
+            "where": args.get("where", ""),
             "tags": tag_names(registry.catalog),
             "value_of": value_of,
         },
     )
+
+
+def _own(registry: Registry, model: str) -> int:
+    found = once(registry, "models", lambda: list_models(registry.catalog))
+    return next((one.own for one in found if one.name == model), 0)
 
 
 def _best(registry: Registry, model: str, metric: str | None) -> Version | None:
@@ -203,31 +210,40 @@ def _best(registry: Registry, model: str, metric: str | None) -> Version | None:
 
 def _ranked(registry: Registry, args: Args, model: str) -> Part:
     """The best versions of a model, beyond as many as an address says."""
-    sort, tag, skip = args["sort"], args.get("tag") or None, whole(args, "skip", 0, 10**6)
+    sort, skip = args["sort"], whole(args, "skip", 0, 10**6)
     found, total = rank_versions(
-        registry.catalog, model, sort, smallest=bool(is_smallest_best(sort)), tag=tag, limit=skip + MANY
+        registry.catalog,
+        model,
+        sort,
+        smallest=bool(is_smallest_best(sort)),
+        tag=args.get("tag") or None,
+        also=_condition(registry, args, model),
+        limit=skip + MANY,
     )
-    following = address("m", model, sort=sort, tag=tag, metric=args.get("metric"), skip=skip + MANY)
+    following = address("m", model, sort=sort, **_kept(args), skip=skip + MANY)
     return Part(found[skip:], following if total > skip + MANY else None, not skip)
 
 
 def _newest(registry: Registry, args: Args, model: str) -> Part:
     """The newest versions of a model, below a number if an address says one."""
     before = whole({"before": args.get("before", "").removeprefix("v")}, "before", 0, 10**9)
-    tag = args.get("tag") or None
-    where, parameters = "v.model = ?", [model]
-    given: list[Any] = list(parameters)
+    also = _condition(registry, args, model)
     if before:
-        where += " AND v.version < ?"
-        given.append(before)
-    if tag:
-        where += " AND EXISTS (SELECT 1 FROM tags g WHERE g.id = v.id AND g.name = ?)"
-        given.append(tag)
-    found = find_versions(registry.catalog, where, given, limit=MANY + 1)
-    shown = found[:MANY]
-    last = f"v{shown[-1].version}" if shown else None
-    following = address("m", model, tag=tag, metric=args.get("metric"), before=last)
-    return Part(shown, following if len(found) > MANY else None, not before)
+        also = Condition(f"({also.sql}) AND v.version < ?", [*also.parameters, before])
+    found, total = list_versions(registry.catalog, model, tag=args.get("tag") or None, also=also, limit=MANY)
+    last = f"v{found[-1].version}" if found else None
+    following = address("m", model, **_kept(args), before=last)
+    return Part(found, following if total > MANY else None, not before)
+
+
+def _condition(registry: Registry, args: Args, model: str) -> Condition:
+    text = args.get("where", "").strip()
+    return parse_condition(registry.catalog, text, model) if text else ANY
+
+
+def _kept(args: Args) -> dict[str, str | None]:
+    """What stays as it is in the address of the next part."""
+    return {name: args.get(name) for name in ("tag", "metric", "where")}
 
 
 def row_of(version: Version) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from registry.cache.artifacts import Artifact
 from registry.registry import Registry
 from registry.reports.charts import Area, colour_of, treemap
-from registry.reports.wording import size
+from registry.reports.words import size
 from registry.ui.kept import Own, own_by_version
 from registry.ui.page import Args, Page, address_of_name
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from registry.catalog.schema import UNUSED
+from registry.reports.notebook import Part, Piece, bundle, facts, heading, pieces
+from registry.reports.words import counted, size
 from registry.store.errors import StorageError
 
 if TYPE_CHECKING:
@@ -37,6 +40,33 @@ class Status(NamedTuple):
     def saved(self) -> int:
         """What sharing and differences saved."""
         return max(self.logical - self.stored, 0)
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
+        return bundle(repr(self), self._parts())
+
+    def _parts(self) -> Iterator[Part]:
+        held = f"{counted(self.models, 'model')}, {counted(self.versions, 'version')}"
+        artifacts = f", {counted(self.artifacts, 'artifact')}" if self.artifacts else ""
+        yield heading(f"Status of {self.root}", held + artifacts)
+        used = max(self.stored - self.unused, 0)
+        yield pieces(
+            [
+                Piece("in use", used, size(used)),
+                Piece("unused", self.unused, f"{size(self.unused)}, which gc can free", "warn"),
+                Piece("saved by sharing", self.saved, size(self.saved), "dim"),
+            ]
+        )
+        differences = f", {self.differences:,} of them as differences" if self.differences else ""
+        yield facts(
+            [
+                (
+                    "stored",
+                    f"{counted(self.tensors, 'tensor')} in {counted(self.packs, 'pack')}{differences}",
+                ),
+                ("on disk", f"{size(self.stored)} for {size(self.logical)} of checkpoints"),
+                ("free space", size(self.free)),
+            ]
+        )
 
 
 def status(root: Path, catalog: Catalog) -> Status:

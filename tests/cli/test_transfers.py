@@ -46,7 +46,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_exit_status_of_diff(run: Run, root: Path) -> None:
     assert run("diff", "lenet5", "lenet5@best").status == 0
     done = run("diff", "lenet5:v1", "lenet5:v2")
-    assert (done.status, done.out.splitlines()[0]) == (1, "SAME STRUCTURE: lenet5:v1 -> lenet5:v2")
+    assert (done.status, done.out.splitlines()[0]) == (1, "SAME STRUCTURE: lenet5:v1 → lenet5:v2")
     done = run("diff", "lenet5", "lenet7")
     assert (done.status, done.out) == (2, "")
     assert done.err.startswith("error: there is no model 'lenet7'\nhint:  did you mean 'lenet")
@@ -77,7 +77,7 @@ def test_files_are_compared_without_a_registry(
     torch.save(net.state_dict(), "a.pt")
     torch.save(nn.DataParallel(net).state_dict(), "b.pt")
     done = run("diff", "a.pt", "b.pt")
-    assert done.out.startswith("COMPATIBLE: a.pt -> b.pt\n")
+    assert done.out.startswith("COMPATIBLE: a.pt → b.pt\n")
     assert "prefix 10" in done.out
     assert not (tmp_path / ".registry").exists()
 

@@ -289,7 +289,7 @@ def _questions(registry: Any) -> dict[str, Callable[[], Any]]:
         "models": listed,
         "versions": lambda: find_versions(registry.catalog, "1 = 1"),
         "aliases": lambda: list_aliases(registry.catalog),
-        "runs": lambda: registry.runs.find(),
+        "runs": lambda: [one._replace(folder=None) for one in registry.runs.find()],
         "artifacts": lambda: [one._replace(used=0.0) for one in registry.artifacts.find()],
         "latest": lambda: registry.resolve("net").id,
         "good": lambda: registry.resolve("net@good").id,

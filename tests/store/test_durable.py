@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from registry.store import durable
-from registry.store.durable import NewFile, append, write_file
+from registry.store.durable import NewFile, append, extend, write_file
 from registry.store.errors import StorageError, storage_errors
 
 
@@ -61,6 +61,17 @@ def test_a_file_of_the_store_is_read_only(tmp_path: Path) -> None:
     write_file(tmp_path / "new" / "deep" / "file", b"x", folder=tmp_path / "tmp", read_only=True)
     assert stat.S_IMODE((tmp_path / "new" / "deep" / "file").stat().st_mode) & 0o222 == 0
     assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_lines_begin_on_a_line_of_their_own_after_a_torn_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(durable, "disk", Stingy())
+    path = tmp_path / "a"
+    extend(path, b"a whole line\nanother, which is torn")
+    extend(path, b"and a third line\n")
+    extend(path, b"the last\n")
+    assert path.read_bytes() == b"a whole line\nanother, which is torn\nand a third line\nthe last\n"
 
 
 def test_a_failed_append_leaves_the_file_as_long_as_before(

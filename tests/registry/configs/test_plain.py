@@ -200,3 +200,10 @@ def test_what_a_framework_hands_over_is_never_refused() -> None:
         "type": {"x": 1},
     }
     assert plain_table(found, "config") == found
+
+
+def test_a_registry_in_a_frameworks_table_is_the_same_whatever_it_holds(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "r")
+    before = lenient_table({"registry": registry})
+    registry.save("net", {})
+    assert lenient_table({"registry": registry}) == before == ({"registry": "<Registry>"}, ["registry"])

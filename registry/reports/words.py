@@ -1,7 +1,8 @@
-"""How numbers, sizes, shapes and times are written, in the terminal, on pages and in reports."""
+"""Words: how numbers, sizes, counts and times are written for people."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from datetime import datetime
 
@@ -52,3 +53,35 @@ def time_of(stamp: str) -> str:
         return f"{datetime.fromisoformat(stamp).astimezone():%Y-%m-%d %H:%M}"
     except (ValueError, OverflowError):
         return "?"
+
+
+def ago(stamp: str | float) -> str:
+    """Roughly how long ago something was, such as `12 s ago`. A question mark for a text that is no time.
+
+    Args:
+        stamp: a stored time, or seconds since the epoch.
+    """
+    try:
+        then = stamp if isinstance(stamp, float) else datetime.fromisoformat(stamp).timestamp()
+    except (ValueError, OverflowError):
+        return "?"
+    passed = max(0.0, time.time() - then)
+    for length, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if passed >= length:
+            return f"{passed // length:.0f} {unit} ago"
+    return f"{passed:.0f} s ago"
+
+
+def ranges(numbers: list[int]) -> str:
+    """Ascending numbers as ranges.
+
+    >>> ranges([0, 1, 2, 3, 5])
+    '0-3,5'
+    """
+    found: list[list[int]] = []
+    for one in numbers:
+        if found and one == found[-1][1] + 1:
+            found[-1][1] = one
+        else:
+            found.append([one, one])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in found)
