@@ -151,10 +151,10 @@ class Tree:
 
 @dataclass(frozen=True)
 class Curves:
-    """Named curves: numbers by epoch or step; NaN leaves a point out."""
+    """Named curves: numbers by epoch, step or seconds; NaN leaves a point out."""
 
     title: str
-    curves: Sequence[tuple[str, Mapping[int, float]]]
+    curves: Sequence[tuple[str, Mapping[int, float] | Mapping[float, float]]]
     where: Where = "everywhere"
 
 

@@ -11,10 +11,11 @@ from typing import NamedTuple
 from registry.reports.blocks import Curves
 from registry.store.text import printable
 
-_COLOURS = ("#0b62d6", "#d1570a", "#1a7f4b", "#8a3ffc", "#b42332", "#5f6870")
-_WIDTH, _HEIGHT = 720, 320
-_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 20, 20, 40
-"""The margins around the curves, where the axes are."""
+_WIDTH, _HEIGHT = 860, 320
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 170, 20, 40
+"""The margins around the curves, where the axes and the names are."""
+_LONGEST_NAME = 24
+"""Characters of a name at the end of a curve."""
 
 
 _LEVELS = "▁▂▃▄▅▆▇█"
@@ -128,26 +129,71 @@ def _joined(open_lanes: Sequence[str | None], mine: Sequence[int]) -> str:
 
 
 def curves(block: Curves) -> str:
-    """Draw curves over one pair of axes, with a legend below. What is not finite is left out."""
-    points = [(x, y) for _, curve in block.curves for x, y in curve.items() if math.isfinite(y)]
-    axes = _Axes(points)
+    """Draw curves over one pair of axes, each with its name at its end. What is not finite is left out."""
+    drawn = [(name, [(x, y) for x, y in curve.items() if math.isfinite(y)]) for name, curve in block.curves]
+    axes = _Axes([point for _, points in drawn for point in points])
     parts = [*axes.drawn()]
-    for i, (name, curve) in enumerate(block.curves):
-        colour = _COLOURS[i % len(_COLOURS)]
-        places = [axes.place(x, y) for x, y in curve.items() if math.isfinite(y)]
+    ends: list[tuple[float, float, int, str]] = []
+    for i, (name, points) in enumerate(drawn):
+        places = [axes.place(x, y) for x, y in points]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in places]
-        y = _HEIGHT + 16 + 20 * i
-        parts.append(f'<rect x="{_LEFT}" y="{y - 10}" width="14" height="10" fill="{colour}"/>')
-        parts.append(f'<text x="{_LEFT + 20}" y="{y}">{_escaped(name)}</text>')
-    return _svg(block.title, width=_WIDTH, height=_HEIGHT + 20 + 20 * len(block.curves), parts=parts)
+        kind = f"curve c{i % COLOURS}{' dashed' if i >= COLOURS else ''}"
+        parts.append(f'<polyline class="{kind}" points="{line}"/>')
+        if len(points) <= _MOST_CIRCLES:
+            parts += [
+                f'<circle class="{kind}" cx="{px:.1f}" cy="{py:.1f}" r="3"><title>{_escaped(name)}: {y:.4g} at {x:g}</title></circle>'
+                for (px, py), (x, y) in zip(places, points, strict=True)
+            ]
+        if places:
+            ends.append((*places[-1], i, name))
+    parts += _names(ends)
+    return _svg(block.title, width=_WIDTH, height=_HEIGHT, parts=parts)
+
+
+_MOST_CIRCLES = 100
+"""Points of a curve up to which each has a circle."""
+
+_LINE = 15
+"""The height of a line of text."""
+
+
+def _names(ends: Sequence[tuple[float, float, int, str]]) -> list[str]:
+    """The names of curves at their ends, moved down where they would cover one another."""
+    parts, lowest = [], -math.inf
+    for x, y, i, name in sorted(ends, key=lambda end: end[1]):
+        lowest = max(y, lowest + _LINE)
+        shown = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+        parts.append(
+            f'<text class="name c{i % COLOURS}" x="{x + 8:.1f}" y="{lowest + 4:.1f}">{_escaped(shown)}</text>'
+        )
+    return parts
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Some round numbers from one to another.
+
+    >>> ticks(0.677, 0.972)
+    [0.7, 0.75, 0.8, 0.85, 0.9, 0.95]
+    >>> ticks(1, 6)
+    [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    """
+    span = high - low
+    if not (math.isfinite(span) and span > 0):
+        return [low]
+    rough = span / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next((size * power for size in (1, 2, 5) if size * power >= 0.8 * rough), 10 * power)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    # Divided by a whole number where the step is small, so that 0.7 is not 0.7000000000000001.
+    parts = round(1 / step) if step < 1 else 0
+    return [i / parts if parts else i * step for i in range(first, last + 1)]
 
 
 class _Axes:
     """Where a point lies in the picture."""
 
-    def __init__(self, points: Sequence[tuple[int, float]]) -> None:
+    def __init__(self, points: Sequence[tuple[float, float]]) -> None:
         xs = [x for x, _ in points] or [0]
         ys = [y for _, y in points] or [0.0, 1.0]
         self.first, self.last = min(xs), max(xs)
@@ -156,29 +202,28 @@ class _Axes:
             self.low, self.high = self.low - 0.5, self.high + 0.5
 
     def place(self, x: float, y: float) -> tuple[float, float]:
-        across = (x - self.first) / max(1, self.last - self.first)
-        # Halves, as the difference of two huge numbers may be infinite.
-        up = (y / 2 - self.low / 2) / (self.high / 2 - self.low / 2)
+        """Where a point is drawn."""
+        across = (x - self.first) / (self.last - self.first) if self.last > self.first else 0.5
         return (
             _LEFT + (_WIDTH - _LEFT - _RIGHT) * across,
-            (_HEIGHT - _BOTTOM) - (_HEIGHT - _BOTTOM - _TOP) * up,
+            (_HEIGHT - _BOTTOM) - (_HEIGHT - _BOTTOM - _TOP) * _height(y, self.low, self.high),
         )
 
     def drawn(self) -> list[str]:
-        """Five lines with their values, and three places below."""
+        """A line for each round value, and round places below."""
         parts = []
-        for i in range(5):
-            value = self.low * (1 - i / 4) + self.high * (i / 4)
+        for value in ticks(self.low, self.high):
             _, y = self.place(self.first, value)
             parts.append(
-                f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#8884"/>'
-                f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>'
+                f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+                f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value:.6g}</text>'
             )
-        for epoch in sorted({self.first, (self.first + self.last) // 2, self.last}):
-            x, _ = self.place(epoch, self.low)
-            parts.append(
-                f'<text x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 20}" text-anchor="middle">{epoch}</text>'
-            )
+        for place in ticks(self.first, self.last, 6):
+            if place == int(place) or self.last - self.first < 2:
+                x, _ = self.place(place, self.low)
+                parts.append(
+                    f'<text class="tick" x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 20}" text-anchor="middle">{place:.6g}</text>'
+                )
         return parts
 
 
@@ -466,7 +511,7 @@ def _height(value: float, low: float, high: float) -> float:
 
 def _svg(title: str, width: int, height: int, parts: Sequence[str]) -> str:
     return (
-        f'<svg role="img" aria-label="{_escaped(title)}" width="{width}" height="{height}" '
+        f'<svg class="curves" role="img" aria-label="{_escaped(title)}" width="{width}" height="{height}" '
         f'viewBox="0 0 {width} {height}">{"".join(parts)}</svg>'
     )
 

@@ -275,7 +275,10 @@ class Application:
             return diffs.diff(self._asking, names, sides, args)
         if endpoint not in _PAGES:
             raise NoSuchPage
-        return self._reader.ask(lambda registry: _PAGES[endpoint](registry, args, **named))
+        page = self._reader.ask(lambda registry: _PAGES[endpoint](registry, args, **named))
+        if isinstance(page, Page) and page.context.get("events"):
+            page = runs.with_events(page, self._asking.ask(page.context["events"], run=page.title))
+        return page
 
     def _drawn(self, page: Page, path: str, args: Args, form: str, state: State) -> Body:
         if form == "json":

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from registry.catalog.runs import INNER, LOG, RunInfo
+from registry.catalog.scalars import SCALARS
 from registry.registry import Registry
 from registry.store import places
 from registry.ui.kept import last_entry
@@ -26,7 +27,7 @@ class State(NamedTuple):
 
     Attributes:
         seq: the number of the log's last entry.
-        open_runs: the runs that have not ended, each with whether its process is gone and the size of its log.
+        open_runs: the runs that have not ended, each with whether its process is gone and the bytes that it has written.
     """
 
     seq: int
@@ -75,5 +76,7 @@ def _state(registry: Registry) -> State:
 
 
 def _size(registry: Registry, info: RunInfo) -> int:
-    status = places.status_of(registry.root / "runs" / info.name / LOG, inner=INNER)
-    return 0 if status is None else status.st_size
+    """Bytes of what a run writes as it goes on."""
+    folder = registry.root / "runs" / info.name
+    found = [places.status_of(folder / name, inner=INNER) for name in (LOG, SCALARS)]
+    return sum(status.st_size for status in found if status is not None)

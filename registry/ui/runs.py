@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
 from registry.catalog.documents import run_document
 from registry.catalog.runs import INNER, LOG, RunInfo
+from registry.catalog.scalars import Point
 from registry.catalog.versions import Version, find_versions, metric_names
 from registry.configs.documents import flatten
 from registry.registry import Registry
-from registry.store.errors import RegistryError
+from registry.store import places
+from registry.store.errors import Invalid, NotFound, RegistryError
 from registry.store.places import open_file
+from registry.store.text import quoted
 from registry.transfer import curves
-from registry.ui.page import Args, Moved, Page, address
+from registry.ui.page import Args, Moved, Page, address, whole
+from registry.ui.scalars import scalars_of, smoothed
 
 _END_OF_LOG = 64 << 10
 """Bytes of a log that its page shows, from its end."""
 
 _LAST_LINE = 4 << 10
+
+_SMOOTHEST = 0.99
+_MOST_POINTS = 800
+_MOST_ROWS = 200
+"""Rows of a table of values; more are in the CSV alone."""
 
 _LEAD = re.compile(r"\[[^]]*\] - [A-Z]+: \[[^]]*\]\[\d+\] ")
 """What stands before the message in a line of a log: time, level, file and line."""
@@ -92,16 +103,15 @@ def latest_run(registry: Registry, args: Args) -> Moved:
 
 
 def run(registry: Registry, args: Args, model: str, name: str) -> Page:
-    """One run: what it saved, how it was set, and the end of its log."""
+    """One run: what it saved, how it was set, its curves, and the end of its log."""
     info = registry.runs[f"{model}/{name}"]
     saved = find_versions(registry.catalog, "v.run = ?", [info.name], order="v.version")
     state = registry.runs.shown_state(info)
     lines, has_more = tail(registry, info, _END_OF_LOG)
-    config = flatten(info.record.get("config") or {})
     before = _before(registry, info)
-    others = flatten(before.record.get("config") or {}) if before else {}
     resumed = info.record.get("resumed")
     origin = find_versions(registry.catalog, "v.id = ?", [resumed]) if isinstance(resumed, str) else []
+    measured = scalars_of(info)
     return Page(
         template="run.html",
         title=info.name,
@@ -124,20 +134,45 @@ def run(registry: Registry, args: Args, model: str, name: str) -> Page:
             "origin": origin[0] if origin else None,
             "saved": saved,
             "metrics": sorted({metric for version in saved for metric in version.metrics}),
-            "series": _series(saved),
-            "config": config,
+            "series": _by_step(measured) or _by_epoch(saved),
+            "by": "step" if measured else "epoch",
+            "events": "" if measured else _events(info),
+            "config": flatten(info.record.get("config") or {}),
             "before": before,
-            "differs": {
-                key: (others.get(key), config.get(key))
-                for key in {**others, **config}
-                if others.get(key) != config.get(key)
-            }
-            if before
-            else {},
+            "differs": _changed(before, info),
             "lines": lines,
             "has_more": has_more,
         },
     )
+
+
+def with_events(page: Page, found: Mapping[str, Sequence[Sequence[float]]]) -> Page:
+    """The page of a run with what its events say, where it has no file of scalars."""
+    if page.context["by"] == "step" or not found:
+        return page
+    series = {tag: [(float(step), float(value)) for step, value in points] for tag, points in found.items()}
+    drawn = {tag: points for tag, points in series.items() if len(points) > 1}
+    return replace(page, context={**page.context, "series": drawn, "by": "step"}) if drawn else page
+
+
+def _events(info: RunInfo) -> str:
+    """What tells the files of events of a run from others, or from what they were; empty if there are none."""
+    if info.folder is None:
+        return ""
+    try:
+        names = [name for name in places.names_in(info.folder, inner=INNER) if "tfevents" in name]
+        found = [(name, places.status_of(info.folder / name, inner=INNER)) for name in names]
+    except (OSError, RegistryError):
+        return ""
+    return " ".join(f"{name} {status.st_size}" for name, status in found if status is not None)
+
+
+def _changed(before: RunInfo | None, info: RunInfo) -> dict[str, tuple[Any, Any]]:
+    """The settings in which a run differs from the one before it."""
+    if before is None:
+        return {}
+    old, new = flatten(before.record.get("config") or {}), flatten(info.record.get("config") or {})
+    return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
 
 
 def _before(registry: Registry, info: RunInfo) -> RunInfo | None:
@@ -147,7 +182,16 @@ def _before(registry: Registry, info: RunInfo) -> RunInfo | None:
     return next(iter(found[names.index(info.name) + 1 :]), None)
 
 
-def _series(saved: Sequence[Version]) -> dict[str, list[tuple[float, float]]]:
+def _by_step(measured: Mapping[str, Sequence[Point]]) -> dict[str, list[tuple[float, float]]]:
+    """The curve of each tag by step, for tags of several points."""
+    return {
+        tag: [(float(point.step), point.value) for point in points]
+        for tag, points in sorted(measured.items())
+        if len(points) > 1
+    }
+
+
+def _by_epoch(saved: Sequence[Version]) -> dict[str, list[tuple[float, float]]]:
     """The curve of each metric, and of the loss, by epoch, or by version where no epoch was recorded."""
     found: dict[str, list[tuple[float, float]]] = {}
     for version in saved:
@@ -159,33 +203,87 @@ def _series(saved: Sequence[Version]) -> dict[str, list[tuple[float, float]]]:
     return {name: sorted(points) for name, points in found.items() if len(points) > 1}
 
 
+AXES = ("step", "epoch", "time")
+"""What the horizontal axis of a comparison may be."""
+
+
 def compare(registry: Registry, args: Args) -> Page:
-    """A metric of several models, runs or versions, by epoch."""
-    names = [name for name in args.get("of", "").replace(",", " ").split() if name]
-    known = metric_names(registry.catalog)
+    """A metric of several models, runs or versions by epoch, or what several runs measured by step or time."""
+    names = list(dict.fromkeys(args.get("of", "").replace(",", " ").split()))
     metric = args.get("metric") or registry.runs.headline(set(registry.names())) or "loss"
-    found = curves.curves(registry, names, metric) if names else []
-    differs = _differing(registry, names)
-    epochs = sorted({epoch for curve in found for epoch in curve.values})
+    infos = [registry.runs[name] for name in names if "/" in name]
+    tags = sorted({tag for info in infos for tag in scalars_of(info)})
+    axis = args["x"] if args.get("x") in AXES else "step" if metric in tags else "epoch"
+    found = _curves(registry, names, metric, axis) if names else []
+    share = min(_SMOOTHEST, whole(args, "smooth", 0, 100) / 100)
+    shown = [(name, smoothed(points, share)) for name, points in found]
+    if is_log := bool(args.get("log")):
+        shown = [(name, [(x, math.log10(y)) for x, y in points if y > 0]) for name, points in shown]
+    places = sorted({x for _, points in found for x, _ in points})
+    rows = [{axis: x, **{name: dict(points).get(x) for name, points in found}} for x in places]
     return Page(
         template="compare.html",
         title="Compare",
         place="compare",
-        document={"metric": metric, "models": {curve.name: curve.values for curve in found}},
-        rows=[
-            {"epoch": epoch, **{curve.name: curve.values.get(epoch) for curve in found}} for epoch in epochs
-        ],
-        command=f"registry compare {' '.join(names)} --metric {metric}" if names else "",
+        document={
+            "metric": metric,
+            "models": {name: {f"{x:g}": y for x, y in points} for name, points in found},
+        },
+        rows=rows,
+        command=f"registry compare {' '.join(names)} --metric {metric}" if names and axis == "epoch" else "",
         context={
             "names": names,
             "metric": metric,
-            "metrics": [*known, "loss"],
-            "curves": found,
-            "epochs": epochs,
-            "differs": differs,
+            "metrics": [*metric_names(registry.catalog), "loss", *tags],
+            "curves": [(name, dict(_thin(points))) for name, points in shown],
+            "rows": rows if len(rows) <= _MOST_ROWS else [],
+            "axis": axis,
+            "axes": AXES,
+            "smooth": round(100 * share),
+            "is_log": is_log,
+            "differs": _differing(registry, names),
             "choices": [*registry.names(), *list(registry.runs)[:50]],
         },
     )
+
+
+def _curves(
+    registry: Registry, names: Sequence[str], metric: str, axis: str
+) -> list[tuple[str, list[tuple[float, float]]]]:
+    """A curve for each name.
+
+    Raises:
+        NotFound: if there is nothing of a name, or it has no such metric.
+        Invalid: if versions are to be compared by step or time.
+    """
+    if axis == "epoch":
+        return [
+            (curve.name, [(float(epoch), value) for epoch, value in curve.values.items()])
+            for curve in curves.curves(registry, names, metric)
+        ]
+    found = []
+    for name in names:
+        if "/" not in name:
+            raise Invalid(f"{name} is no run, so it has no curve by {axis}; choose epoch")
+        points = scalars_of(registry.runs[name]).get(metric, [])
+        if not points:
+            raise NotFound(f"{name} has measured no {quoted(metric)}")
+        begun = points[0].time
+        found.append(
+            (
+                name,
+                [
+                    (point.time - begun if axis == "time" else float(point.step), point.value)
+                    for point in points
+                ],
+            )
+        )
+    return found
+
+
+def _thin(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
+    """At most as many points as a curve is wide."""
+    return points[:: len(points) // _MOST_POINTS + 1]
 
 
 def _differing(registry: Registry, names: Sequence[str]) -> dict[str, list[Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import select
 import sys
@@ -16,10 +17,14 @@ from typing import Any
 from registry.checkpoints.statistics import statistics
 from registry.registry import Registry
 from registry.reports import html
+from registry.runs.events import read_events
 from registry.store.errors import RegistryError
 from registry.transfer.diffing import diff
 
 _IDLE_SECONDS = 120.0
+
+_MOST_POINTS = 2_000
+"""Points of a tag that are sent."""
 
 
 def main() -> None:
@@ -38,6 +43,8 @@ def main() -> None:
 
 def _answer(registry: Registry, request: dict[str, Any]) -> dict[str, Any]:
     try:
+        if "run" in request:
+            return _events(registry, request)
         return _statistics(registry, request) if "path" in request else _diff(registry, request)
     except RegistryError as error:
         message, hint = error.for_command_line()
@@ -47,6 +54,19 @@ def _answer(registry: Registry, request: dict[str, Any]) -> dict[str, Any]:
 def _statistics(registry: Registry, request: dict[str, Any]) -> dict[str, Any]:
     ((_, found),) = statistics(registry[request["of"]], [request["path"]])
     return found._asdict()
+
+
+def _events(registry: Registry, request: dict[str, Any]) -> dict[str, Any]:
+    folder = registry.runs[request["run"]].folder
+    found = read_events(folder) if folder else {}
+    return {
+        tag: [
+            (point.step, point.value)
+            for point in points[:: len(points) // _MOST_POINTS + 1]
+            if math.isfinite(point.value)
+        ]
+        for tag, points in found.items()
+    }
 
 
 def _diff(registry: Registry, request: dict[str, Any]) -> dict[str, Any]:
