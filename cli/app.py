@@ -56,23 +56,23 @@ _GROUPS = {
         Row("training", "predict"),
         Row("resuming", "check_resume"),
         Row("runs", "runs", is_light=True),
-        Row("runs", "log", is_light=True),
+        Row("runs", "logs", is_light=True),
         Row("runs", "board"),
     ),
     "Look": (
-        Row("reading", "list_", is_light=True),
+        Row("reading", "ls", is_light=True),
         Row("reading", "show", is_light=True),
+        Row("history", "log", is_light=True),
         Row("history", "history", is_light=True),
         Row("history", "best", is_light=True),
-        Row("history", "lineage", is_light=True),
         Row("reading", "status", is_light=True),
     ),
     "Compare and transfer": (
         Row("diffs", "diff"),
         Row("diffs", "compare", is_light=True),
         Row("transfers", "plan"),
+        Row("transfers", "apply"),
         Row("transfers", "transfer"),
-        Row("transfers", "verify_frozen"),
         Row("transfers", "advise"),
     ),
     "Name": (
@@ -106,13 +106,16 @@ _GROUPS = {
 COMMANDS = {row.name: row for rows in _GROUPS.values() for row in rows}
 """The row of each command, in the order in which users need them. Help, completion and docs/cli.md follow this table."""
 
-_SYNONYMS = {"ls": "list", "logs": "log"}
+_OLD = {row.name: row for row in (Row("upkeep", "verify_frozen", is_light=True),)}
+"""Commands that others have taken the place of. They still work, and the help does not show them."""
+
+_SYNONYMS = {"list": "ls", "lineage": "log"}
 """Other words for commands, which the help does not show."""
 
 _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
-name_commands([*COMMANDS, *_SYNONYMS])
+name_commands([*COMMANDS, *_OLD, *_SYNONYMS])
 
 
 class App(Group):
@@ -124,7 +127,7 @@ class App(Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command of that name; None if there is none."""
-        row = COMMANDS.get(_SYNONYMS.get(cmd_name, cmd_name))
+        row = (COMMANDS | _OLD).get(_SYNONYMS.get(cmd_name, cmd_name))
         if row is None:
             return None
         command: click.Command = getattr(import_module(f"registry.cli.{row.module}"), row.function)
@@ -203,7 +206,7 @@ def _debug() -> bool:
     cls=App,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=example_text(
-        "registry init\nregistry import model.pt --name lenet5 --metric accuracy=0.91\nregistry list"
+        "registry init\nregistry import model.pt --name lenet5 --metric accuracy=0.91\nregistry ls"
     ),
 )
 @click.version_option(registry.__version__, "-V", "--version", prog_name="torch-registry")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @command("alias", "registry alias lenet5:v3 production\nregistry alias --remove lenet5@production")
 @click.argument("reference", required=False, type=ReferenceType())
 @click.argument("name", required=False)
-@click.option("--remove", is_flag=True, help="Remove the alias REFERENCE. The checkpoint stays.")
+@click.option("--remove", "-d", is_flag=True, help="Remove the alias REFERENCE. The checkpoint stays.")
 def alias(
     reference: str | None, name: str | None, remove: bool, registry: Registry, view: TableView, as_json: bool
 ) -> None:
@@ -68,7 +68,7 @@ def alias(
 @command("tag", "registry tag lenet5:v3 paper\nregistry tag --remove lenet5:v3 paper")
 @click.argument("reference", type=ReferenceType())
 @click.argument("tags", nargs=-1, required=True, metavar="TAG...", shell_complete=completes(completing.tags))
-@click.option("--remove", is_flag=True, help="Remove the tags.")
+@click.option("--remove", "-d", is_flag=True, help="Remove the tags.")
 def tag(reference: str, tags: tuple[str, ...], remove: bool, registry: Registry, as_json: bool) -> None:
     """Attach tags to a checkpoint."""
     name = registry.resolve(reference).name
@@ -98,7 +98,7 @@ def note(reference: str, text: str, registry: Registry, as_json: bool) -> None:
 @click.argument("references", nargs=-1, required=True, type=ReferenceType(), metavar="REFERENCE...")
 @click.option("--force", is_flag=True, help="Also remove versions that have an alias or a tag.")
 @click.option("--yes", "-y", is_flag=True, help="Remove without asking.")
-@click.option("--dry-run", is_flag=True, help="Only show what would be removed.")
+@click.option("--dry-run", "-n", is_flag=True, help="Only show what would be removed.")
 def rm(
     references: tuple[str, ...], force: bool, yes: bool, dry_run: bool, registry: Registry, as_json: bool
 ) -> None:

@@ -87,9 +87,9 @@ def complain(kind: str, message: str, hint: str = "", differences: Sequence[Diff
         hint: what to do. The user can paste what it says to type.
         differences: what the error is about, a line each.
     """
-    message, hint = with_root(printable(message)), with_root(printable(hint))
+    message, hint = with_root(printable(message)), printable(hint)
     if _is_json() and not _documents:
-        document: dict[str, Any] = {"kind": kind, "message": message, "hint": hint or None}
+        document: dict[str, Any] = {"kind": kind, "message": message, "hint": with_root(hint) or None}
         if differences:
             document["differences"] = [one._asdict() for one in differences]
         with contextlib.suppress(OSError):
@@ -99,7 +99,12 @@ def complain(kind: str, message: str, hint: str = "", differences: Sequence[Diff
     for line in _lines_of(differences):
         click.echo(line, err=True)
     if hint:
-        click.echo(f"{click.style('hint:', fg='cyan', bold=True)}  {hint}", err=True)
+        tip(hint)
+
+
+def tip(text: str) -> None:
+    """Print a line that says what to type, to the error stream."""
+    click.echo(f"{click.style('hint:', fg='cyan', bold=True)}  {with_root(printable(text))}", err=True)
 
 
 class Told(click.Abort):

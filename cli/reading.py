@@ -1,4 +1,4 @@
-"""What is there: list, show, status."""
+"""What is there: ls, show, status."""
 
 from __future__ import annotations
 
@@ -48,11 +48,18 @@ if TYPE_CHECKING:
 _MANY = 4
 """The most metrics that get a column each in a table of versions."""
 
+_ROWS = 20
+"""Rows of a table of versions, unless another number is asked for."""
+
 _OF_VERSION = ("EPOCH", "STEP", "LOSS", "TAGS", "ID")
 """The columns of a version that a table of models has as well."""
 
 
-@command("list", "registry list\nregistry list lenet5 --sort accuracy --limit 5")
+@command(
+    "ls",
+    "registry ls\nregistry ls lenet5 --sort accuracy --limit 5\nregistry ls --match 'accuracy>0.95'\n"
+    "registry ls lenet5 --unheld -q | xargs registry rm --yes",
+)
 @click.argument("model", required=False, type=ReferenceType())
 @click.option(
     "--sort",
@@ -64,14 +71,27 @@ _OF_VERSION = ("EPOCH", "STEP", "LOSS", "TAGS", "ID")
 @direction
 @click.option("--tag", metavar="TAG", shell_complete=completes(tags), help="Only versions with this tag.")
 @click.option(
-    "--limit", default=20, show_default=True, type=click.IntRange(0), help="Number of rows; 0 shows all."
+    "--match",
+    metavar="PATTERN",
+    help="Only versions with this text in a name, tag, alias or note, or at the beginning of their id; "
+    "or with a metric such as 'accuracy>0.95'.",
 )
-def list_(
+@click.option(
+    "--unheld",
+    is_flag=True,
+    help="Only versions that nothing holds: no alias, no tag, not the latest of their model, and nothing came from them.",
+)
+@click.option(
+    "--limit", type=click.IntRange(0), help="Number of rows; 0 shows all. [default: 20, and all with -q]"
+)
+def ls(
     model: str | None,
     metric: str | None,
     smallest: bool | None,
     tag: str | None,
-    limit: int,
+    match: str | None,
+    unheld: bool,
+    limit: int | None,
     registry: Registry,
     view: TableView,
     as_json: bool,
@@ -81,11 +101,15 @@ def list_(
     The newest versions come first. --sort puts the best first. If a metric's name does not say which value is better,
     --sort puts the largest first.
     """
-    if model is None and not (metric or tag):
+    is_filtered = bool(tag or match or unheld)
+    if model is None and not metric and not is_filtered:
         _list_models(registry, view, as_json)
         return
     if model is not None:
         model = registry.resolve(model).model
+    if limit is None:
+        # What is piped on is to be whole.
+        limit = 0 if view.is_quiet else _ROWS
     if metric:
         versions, total = rank_versions(
             registry.catalog,
@@ -93,20 +117,34 @@ def list_(
             metric,
             smallest=bool(is_smallest_best(metric) if smallest is None else smallest),
             tag=tag,
+            match=match,
+            is_unheld=unheld,
             limit=limit or None,
         )
-        if not total and not tag:
+        if not total and not is_filtered:
             raise no_such_metric(registry.catalog, model, metric)
     else:
-        versions, total = list_versions(registry.catalog, model, tag=tag, limit=limit or None)
+        versions, total = list_versions(
+            registry.catalog, model, tag=tag, match=match, is_unheld=unheld, limit=limit or None
+        )
     if as_json:
         print_json({"total": total, "versions": [version_document(version) for version in versions]})
         return
     if not versions:
-        nothing(f"no version{f' of {model}' if model else ''} has the tag {quoted(tag or '')}")
+        nothing(f"no version{f' of {model}' if model else ''} {_why_none(tag, match, unheld)}")
         return
     first = metric or (registry.runs.monitors().get(model) if model else None)
     print_table(fields_of(versions, first), versions, view, below=left_out(versions, total))
+
+
+def _why_none(tag: str | None, match: str | None, unheld: bool) -> str:
+    """What no version is or has."""
+    whys = [
+        *([f"has the tag {quoted(tag)}"] if tag else []),
+        *([f"matches {quoted(match)}"] if match else []),
+        *(["is unheld"] if unheld else []),
+    ]
+    return " and ".join(whys)
 
 
 def left_out(versions: Sequence[Version], total: int) -> list[str]:

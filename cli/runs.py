@@ -1,4 +1,4 @@
-"""Training sessions: runs, log, board."""
+"""Training sessions: runs, logs, board."""
 
 from __future__ import annotations
 
@@ -12,12 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.shell_completion import CompletionItem
 
 from registry.catalog.runs import INNER, LOG, RunInfo
-from registry.cli.completing import completes
-from registry.cli.completing import runs as names_of_runs
-from registry.cli.options import ReferenceType, command
+from registry.cli.options import ReferenceType, RunType, command
 from registry.cli.output import counted, nothing, print_json, say, time_of, warn
 from registry.cli.tables import Column, Field, TableView, print_table
 from registry.store.errors import Conflict, NotFound, storage_errors
@@ -88,21 +85,6 @@ def _duration(info: RunInfo) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-class _Source(ReferenceType):
-    """The name of a run, or a reference to a checkpoint that the run saved."""
-
-    name = "run"
-
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
-        """References, and the names of runs."""
-        return [
-            *super().shell_complete(ctx, param, incomplete),
-            *completes(names_of_runs)(ctx, param, incomplete),
-        ]
-
-
 def _run_of(registry: Registry, text: str) -> RunInfo:
     """The run of that name, or the run that saved the checkpoint of that reference.
 
@@ -118,10 +100,10 @@ def _run_of(registry: Registry, text: str) -> RunInfo:
     return registry.runs[run]
 
 
-@command("log", "registry log lenet5@best\nregistry log lenet5/run-3 -f")
-@click.argument("source", type=_Source(), metavar="REFERENCE|RUN")
+@command("logs", "registry logs lenet5@best\nregistry logs lenet5/run-3 -f")
+@click.argument("source", type=RunType(), metavar="REFERENCE|RUN")
 @click.option("--follow", "-f", is_flag=True, help="Print new lines as they come, until Ctrl-C.")
-def log(source: str, follow: bool, registry: Registry, as_json: bool) -> None:
+def logs(source: str, follow: bool, registry: Registry, as_json: bool) -> None:
     """Show the log file of a run.
 
     For a checkpoint, the command shows the log of the run that saved it.
@@ -157,7 +139,7 @@ def log(source: str, follow: bool, registry: Registry, as_json: bool) -> None:
 
 
 @command("board", "registry board\nregistry board lenet5/run-12 lenet6@best --port 6007")
-@click.argument("sources", nargs=-1, type=_Source(), metavar="[REFERENCE|RUN]...")
+@click.argument("sources", nargs=-1, type=RunType(), metavar="[REFERENCE|RUN]...")
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option(
     "--port", default=6006, show_default=True, type=click.IntRange(1, 65_535), help="The port to listen on."

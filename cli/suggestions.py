@@ -32,13 +32,17 @@ _OTHER_WORDS = {
     "repack": "compact",
     "save": "import",
     "scan-cache": "cache list",
-    "search": "list",
+    "search": "ls --match",
     "tensorboard": "board",
     "test": "eval",
     "upload": "push",
     "watch": "follow",
 }
 """Commands of git, dvc, hf, docker and others, and ours for the same."""
+
+
+_OTHER_OPTIONS = {("log", "-f"): "registry logs", ("log", "--follow"): "registry logs"}
+"""Options that a command does not have, and what to type for the same."""
 
 
 def usage_error(error: click.ClickException) -> tuple[str, str]:
@@ -48,6 +52,9 @@ def usage_error(error: click.ClickException) -> tuple[str, str]:
     message = error.format_message().rstrip(".")
     message = message[:1].lower() + message[1:]
     if isinstance(error, click.NoSuchOption):
+        other = _OTHER_OPTIONS.get((context.info_name or "", error.option_name)) if context else None
+        if other:
+            return f"no such option: {error.option_name}", f"{other} has it"
         names = _options(context) if context else []
         near = difflib.get_close_matches(error.option_name, names, 3)
         return f"no such option: {error.option_name}", _meant(near) or help_of

@@ -15,15 +15,29 @@ if TYPE_CHECKING:
     from registry.registry import Registry
 
 
-@command("verify", "registry verify\nregistry verify lenet5@best")
+@command(
+    "verify", "registry verify\nregistry verify lenet5@best\nregistry verify --frozen lenet6:v1 lenet6@latest"
+)
 @click.argument("references", nargs=-1, type=ReferenceType(), metavar="[REFERENCE]...")
-def verify(references: tuple[str, ...], registry: Registry, as_json: bool) -> int:
+@click.option(
+    "--frozen",
+    is_flag=True,
+    help="Check instead, by digest, that what is frozen in the second of two versions is the same in the first.",
+)
+def verify(references: tuple[str, ...], frozen: bool, registry: Registry, as_json: bool) -> int:
     """Compare every stored byte with its digest.
 
     With REFERENCEs, the command reads only the bytes that they need. The exit status is 1 if anything is not as it was
     saved. What is damaged comes back from a second copy with registry repair. When something saves a damaged tensor again,
     it is written again, too, and the versions that hold it are whole.
+
+    With --frozen the exit status is 1 if a frozen tensor moved. Buffers of frozen layers that were not held may move; the
+    command names those that did.
     """
+    if frozen:
+        if len(references) != 2:
+            raise click.UsageError("--frozen compares two versions; name both: registry verify --frozen A B")
+        return _verify_frozen(registry, *references, as_json=as_json)
     with progress_bar("verifying") as report:
         found = registry.verify(references, progress=report)
     if as_json:
@@ -43,8 +57,41 @@ def verify(references: tuple[str, ...], registry: Registry, as_json: bool) -> in
     return int(bool(found.problems))
 
 
+@command("verify-frozen", "registry verify-frozen lenet6:v1 lenet6@best")
+@click.argument("a", type=ReferenceType())
+@click.argument("b", type=ReferenceType())
+def verify_frozen(a: str, b: str, registry: Registry, as_json: bool) -> int:
+    """Check that what was frozen did not move; the same as registry verify --frozen."""
+    return _verify_frozen(registry, a, b, as_json=as_json)
+
+
+def _verify_frozen(registry: Registry, a: str, b: str, *, as_json: bool) -> int:
+    """Say whether a tensor moved that was frozen when B was saved. Returns the exit status."""
+    # Lazy: start-up.
+    from registry.transfer.frozen import check_frozen
+
+    left, right = registry[a], registry[b]
+    found = check_frozen(left, right)
+    count = len(found.frozen)
+    if as_json:
+        went_on = list(found.went_on)
+        print_json(
+            {"a": left.name, "b": right.name, "frozen": count, "moved": found.moved, "went_on": went_on}
+        )
+        return 1 if found.moved else 0
+    for name, why in found.went_on.items():
+        say(f"{name} moved: {why}")
+    for name, why in found.moved.items():
+        say(f"{name}: {why}")
+    if found.moved:
+        say(f"{len(found.moved)} of {count} frozen tensors moved between {left.name} and {right.name}")
+    else:
+        say(f"all {count} frozen tensors are equal in {left.name} and {right.name}, bit for bit")
+    return 1 if found.moved else 0
+
+
 @command("gc", "registry gc --dry-run\nregistry gc --grace 14d")
-@click.option("--dry-run", is_flag=True, help="Only show what would be removed.")
+@click.option("--dry-run", "-n", is_flag=True, help="Only show what would be removed.")
 @click.option(
     "--grace",
     default="1h",
@@ -80,7 +127,7 @@ def gc(dry_run: bool, grace: float, registry: Registry, as_json: bool) -> None:
 
 @command("compact", "registry compact lenet5\nregistry compact --dry-run")
 @click.argument("models", nargs=-1, metavar="[MODEL]...")
-@click.option("--dry-run", is_flag=True, help="Only show what would be rewritten.")
+@click.option("--dry-run", "-n", is_flag=True, help="Only show what would be rewritten.")
 def compact(models: tuple[str, ...], dry_run: bool, registry: Registry, as_json: bool) -> int:
     """Store older versions as differences, bit for bit.
 
@@ -125,7 +172,7 @@ def compact(models: tuple[str, ...], dry_run: bool, registry: Registry, as_json:
     metavar="PLACE",
     help="The second copy: a folder, a URL, or a name of registry remote.",
 )
-@click.option("--dry-run", is_flag=True, help="Only show what would be put back.")
+@click.option("--dry-run", "-n", is_flag=True, help="Only show what would be put back.")
 def repair(place: str, dry_run: bool, registry: Registry, as_json: bool) -> int:
     """Put back what is damaged or missing from a second copy.
 

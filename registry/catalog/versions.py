@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
@@ -18,7 +19,7 @@ from registry.store.manifest import Manifest
 
 
 class Version(NamedTuple):
-    """A row of the catalog: one checkpoint, with what `list` and `show` need."""
+    """A row of the catalog: one checkpoint, with what `ls` and `show` need."""
 
     id: str
     model: str
@@ -233,10 +234,25 @@ def best_versions(catalog: Reader) -> dict[str, Version]:
 
 
 def list_versions(
-    catalog: Reader, model: str | None, *, tag: str | None = None, limit: int | None = None
+    catalog: Reader,
+    model: str | None,
+    *,
+    tag: str | None = None,
+    match: str | None = None,
+    is_unheld: bool = False,
+    limit: int | None = None,
 ) -> tuple[list[Version], int]:
-    """The newest versions, of one model or of all, and how many there are without the limit."""
-    where, parameters = _filter(model, tag)
+    """The newest versions, of one model or of all, and how many there are without the limit.
+
+    Args:
+        tag: only versions with this tag.
+        match: only versions with this text in a name, tag, alias or note, or at the beginning of their id; or with a
+            metric, or the loss, as in `accuracy>0.95`. Case does not count.
+        is_unheld: only versions that nothing holds: they have no alias and no tag, are not the latest of their model, and
+            no version was resumed, transferred or made in another way from them. The next version of their own run
+            does not hold them.
+    """
+    where, parameters = _filter(model, tag, match, is_unheld=is_unheld)
     ((total,),) = catalog.query(f"SELECT COUNT(*) FROM versions v WHERE {where}", parameters)
     return find_versions(catalog, where, parameters, limit=limit), total
 
@@ -248,13 +264,16 @@ def rank_versions(
     *,
     smallest: bool = False,
     tag: str | None = None,
+    match: str | None = None,
+    is_unheld: bool = False,
     limit: int | None = None,
 ) -> tuple[list[Version], int]:
     """The versions that have a metric (or the field `loss`), the best first, and how many there are.
 
-    NaN is no value, so it never ranks; of equal ones the earlier comes first.
+    NaN is no value, so it never ranks; of equal ones the earlier comes first. What the filters mean is said at
+    `list_versions`.
     """
-    where, parameters = _filter(model, tag)
+    where, parameters = _filter(model, tag, match, is_unheld=is_unheld)
     direction = "ASC" if smallest else "DESC"
     if metric == "loss":
         where += " AND v.loss IS NOT NULL"
@@ -377,7 +396,47 @@ def _check_attached(
             )
 
 
-def _filter(model: str | None, tag: str | None) -> tuple[str, list[Any]]:
+UNHELD = (
+    "v.id NOT IN (SELECT id FROM aliases) AND v.id NOT IN (SELECT id FROM tags) "
+    "AND v.version < (SELECT MAX(l.version) FROM versions l WHERE l.model = v.model) "
+    "AND NOT EXISTS (SELECT 1 FROM lineage f WHERE f.parent = v.id)"
+)
+"""A condition over the table `v`: nothing holds the version; see `list_versions`."""
+
+_COMPARED = re.compile(
+    r"\s*(.+?)\s*(>=|<=|==|=|>|<)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*", re.ASCII | re.IGNORECASE
+)
+"""A metric's name, a sign and a number."""
+
+_TEXTS = (
+    "v.model || ':v' || v.version LIKE ? ESCAPE '!'",
+    "EXISTS (SELECT 1 FROM aliases n WHERE n.id = v.id AND n.model || '@' || n.name LIKE ? ESCAPE '!')",
+    "EXISTS (SELECT 1 FROM tags n WHERE n.id = v.id AND n.name LIKE ? ESCAPE '!')",
+    "EXISTS (SELECT 1 FROM notes n WHERE n.id = v.id AND n.text LIKE ? ESCAPE '!')",
+)
+"""Conditions over the table `v`: a text of the version has a pattern."""
+
+
+def _matching(pattern: str) -> tuple[str, list[Any]]:
+    """The condition of the argument `match` of `list_versions`, and its parameters."""
+    if compared := _COMPARED.fullmatch(pattern):
+        name, sign, number = compared[1], compared[2], float(compared[3])
+        if name == "loss":
+            return f"v.loss {sign} ?", [number]
+        return f"EXISTS (SELECT 1 FROM metrics n WHERE n.id = v.id AND n.name = ? AND n.value {sign} ?)", [
+            name,
+            number,
+        ]
+    escaped = re.sub("[!%_]", r"!\g<0>", pattern)
+    return f"({' OR '.join(_TEXTS)} OR v.id LIKE ? ESCAPE '!')", [
+        *[f"%{escaped}%"] * len(_TEXTS),
+        f"{escaped}%",
+    ]
+
+
+def _filter(
+    model: str | None, tag: str | None, match: str | None, *, is_unheld: bool
+) -> tuple[str, list[Any]]:
     """An SQL condition over the table `v`, and its parameters."""
     where, parameters = ["1 = 1"], []
     if model is not None:
@@ -386,4 +445,10 @@ def _filter(model: str | None, tag: str | None) -> tuple[str, list[Any]]:
     if tag is not None:
         where.append("EXISTS (SELECT 1 FROM tags g WHERE g.id = v.id AND g.name = ?)")
         parameters.append(tag)
+    if match is not None:
+        condition, given = _matching(match)
+        where.append(condition)
+        parameters += given
+    if is_unheld:
+        where.append(UNHELD)
     return " AND ".join(where), parameters
