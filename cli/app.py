@@ -61,7 +61,7 @@ _GROUPS = {
     ),
     "Look": (
         Row("reading", "ls", is_light=True),
-        Row("reading", "show", is_light=True),
+        Row("showing", "show", is_light=True),
         Row("history", "log", is_light=True),
         Row("history", "history", is_light=True),
         Row("history", "best", is_light=True),

@@ -1,12 +1,11 @@
-"""What is there: ls, show, status."""
+"""What is there: ls, status."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,7 +17,6 @@ from registry.catalog.versions import (
     commonest_metric,
     list_models,
     list_versions,
-    name_of,
     own_by_model,
     rank_versions,
     values_by_model,
@@ -248,107 +246,6 @@ def _called(version: Version, *, is_best: bool) -> str:
     """A version by its number, with its other names: `v6 production`, or `v2 (latest)` where no version is the best."""
     others = [alias for alias in version.aliases if alias != "best"]
     return " ".join([version.name.partition(":")[2], *([] if is_best else ["(latest)"]), *others])
-
-
-@command("show", "registry show lenet5@best --params")
-@click.argument("reference", type=ReferenceType())
-@click.option("--params", is_flag=True, help="List every tensor: name, dtype, shape, digest.")
-def show(reference: str, params: bool, registry: Registry, as_json: bool) -> None:
-    """Show a version: metrics, provenance, tensors."""
-    version = registry.resolve(reference)
-    tensors = list(registry[version.name].parameters()) if params else []
-    if as_json:
-        document = version_document(version)
-        if params:
-            document["parameters"] = [
-                {"path": path, "dtype": dtype, "shape": list(shape), "digest": digest}
-                for path, dtype, shape, digest in tensors
-            ]
-        print_json(document)
-        return
-    _show_facts(registry, version)
-    components = version.record.get("components", {})
-    click.echo()
-    of_components: list[Field[tuple[str, Mapping[str, int]]]] = [
-        (Column("COMPONENT", is_text=True), lambda one: one[0]),
-        (Column("TENSORS"), lambda one: one[1]["tensors"]),
-        (Column("ELEMENTS"), lambda one: f"{one[1]['elements']:,}"),
-        (Column("SIZE"), lambda one: size(one[1]["bytes"])),
-    ]
-    print_table(of_components, list(components.items()))
-    if params:
-        click.echo()
-        print_table(_OF_TENSORS, tensors)
-
-
-_OF_TENSORS: list[Field[Any]] = [
-    (Column("PATH", is_text=True), lambda one: one[0]),
-    (Column("DTYPE", 2), lambda one: one[1]),
-    (Column("SHAPE", 1), lambda one: "x".join(map(str, one[2])) or "scalar"),
-    (Column("ELEMENTS", 3), lambda one: f"{math.prod(one[2]):,}"),
-    (Column("DIGEST", 4), lambda one: one[3][:12]),
-]
-
-
-def _show_facts(registry: Registry, version: Version) -> None:
-    # Lazy: start-up.
-    from registry.configs.documents import flatten
-
-    record = version.record
-    facts: list[tuple[str, Any]] = [
-        ("name", version.name),
-        ("id", version.id),
-        ("created", time_of(version.created)),
-        ("epoch", version.epoch),
-        ("step", version.step),
-        ("loss", version.loss),
-        *version.metrics.items(),
-        ("aliases", version.aliases),
-        ("tags", version.tags),
-        ("size", f"{size(version.size)} in {counted(version.tensors, 'tensor')}"),
-        ("run", record.get("run")),
-        ("parent", record.get("parent")),
-        *[
-            ("lineage", f"{edge['kind']} {_known(registry, edge['parent'])}")
-            for edge in record.get("lineage", [])
-        ],
-        *[(f"source.{k}", v) for k, v in (record.get("source") or {}).items() if isinstance(v, str | int)],
-        *[(f"meta.{key}", value) for key, value in flatten(record.get("meta", {})).items()],
-        *_made(record.get("provenance", {}), registry),
-        *[(f"config.{key}", value) for key, value in flatten(record.get("config") or {}).items()],
-        *[("note", f"{time_of(written)}  {text}") for written, text in version.notes],
-    ]
-    print_facts([(quoted(name).strip("'"), value) for name, value in facts])
-
-
-def _known(registry: Registry, parent: str) -> str:
-    """The name of the version whose id an edge gives. Otherwise the edge's own text, such as a file."""
-    return name_of(registry.catalog, parent) or parent
-
-
-def _made(provenance: Mapping[str, Any], registry: Registry) -> list[tuple[str, Any]]:
-    """How a checkpoint was made, one fact a line."""
-    git = provenance.get("git")
-    code = f"{git['commit'][:12]}{' with changes' if git.get('dirty') else ''}" if git else None
-    kinds = [f"{name}: {kind}" for name, kind in provenance.get("kinds", {}).items()]
-    software = [f"{name} {provenance[name]}" for name in ("python", "torch") if name in provenance]
-    return [
-        ("dataset", _data(provenance, registry)),
-        ("after", f"{provenance['seconds']:.1f} s" if "seconds" in provenance else None),
-        ("classes", kinds),
-        ("command", " ".join(provenance.get("command", []))),
-        ("git", code),
-        ("software", [*software, provenance["system"]] if software else None),
-        ("devices", provenance.get("devices")),
-        ("processes", provenance.get("processes")),
-    ]
-
-
-def _data(provenance: Mapping[str, Any], registry: Registry) -> str | None:
-    """The digest of the data set, and the cached function that made it."""
-    digests = [provenance["dataset"]] if "dataset" in provenance else list(provenance.get("artifacts", ()))
-    made = {one.id: one.function for one in registry.artifacts.find()} if digests else {}
-    return ", ".join(f"{made[one]} {one}" if one in made else one for one in digests) or None
 
 
 def _nearby(path: str) -> str:

@@ -173,6 +173,7 @@ LAYERS = (
         "registry.log",
         "registry.reports",
         "registry.progress",
+        "registry.merged_names",
         "registry.patterns",
         "registry.release",
     ),

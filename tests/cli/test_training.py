@@ -375,8 +375,10 @@ def test_looking_back(run: Run, root: Path) -> None:
     assert tree["from"][0]["from"][0]["kind"] == "trained on from"
     assert run("log", "--json").status == 2
     shown = run("show", "lenet5").out
-    assert "lineage              resumed-from lenet5:v2" in shown
-    assert "run                  lenet5/run-2" in shown
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    assert lines[1].startswith("LeNet5, 61,706 parameters (0 frozen), float32")
+    assert any(line.startswith("from lenet5:v2 (resumed), data ") for line in lines)
+    assert "run lenet5/run-2" in lines
 
 
 def test_the_log_of_a_checkpoint_is_its_runs(run: Run, root: Path) -> None:
