@@ -66,6 +66,7 @@ _GROUPS = {
         Row("history", "history", is_light=True),
         Row("history", "best", is_light=True),
         Row("reading", "status", is_light=True),
+        Row("usage", "du", is_light=True),
     ),
     "Compare and transfer": (
         Row("diffs", "diff"),
@@ -90,6 +91,7 @@ _GROUPS = {
     ),
     "Keep house": (
         Row("upkeep", "verify", is_light=True),
+        Row("usage", "prune"),
         Row("upkeep", "gc", is_light=True),
         Row("upkeep", "compact"),
         Row("upkeep", "repair"),

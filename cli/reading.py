@@ -15,6 +15,7 @@ from registry.catalog.versions import (
     Version,
     best_versions,
     commonest_metric,
+    find_versions,
     list_models,
     list_versions,
     own_by_model,
@@ -260,11 +261,15 @@ def _nearby(path: str) -> str:
 def status(registry: Registry, as_json: bool) -> None:
     """Show storage use and what sharing saves."""
     found = registry.status()
+    open_runs = [info for info in registry.runs.find() if info.state == "running"]
+    lost = [info for info in open_runs if registry.runs.is_lost(info)]
+    running = [info for info in open_runs if info not in lost]
     if as_json:
-        print_json({**found._asdict(), "saved": found.saved})
+        runs = {"running": [info.name for info in running], "lost": [info.name for info in lost]}
+        print_json({**found._asdict(), "saved": found.saved, "runs": runs})
         return
-    ways = "sharing and differences" if found.differences else "sharing"
-    shared = f" ({found.saved / found.logical:.0%} saved by {ways})" if found.logical else ""
+    ways = "shared or stored as differences" if found.differences else "shared"
+    shared = f" ({found.saved / found.logical:.0%} {ways})" if found.logical else ""
     coded = f", {found.differences:,} of them as differences" if found.differences else ""
     print_facts(
         [
@@ -272,8 +277,37 @@ def status(registry: Registry, as_json: bool) -> None:
             ("holds", f"{counted(found.models, 'model')}, {counted(found.versions, 'version')}"),
             ("tensors", f"{found.tensors:,} distinct, in {counted(found.packs, 'pack')}{coded}"),
             ("artifacts", found.artifacts or None),
-            ("size", f"{size(found.stored)} instead of {size(found.logical)}{shared}"),
+            ("size", f"{size(found.stored)} on disk for {size(found.logical)} of checkpoints{shared}"),
             ("unneeded", f"{size(found.unused)}; free it with: registry gc" if found.unused else None),
             ("free space", size(found.free)),
+            *_some("running", [_running_text(info) for info in running]),
+            *_some("lost", [_lost_text(registry, info) for info in lost[:_MOST_RUNS]], len(lost)),
         ]
     )
+
+
+_MOST_RUNS = 3
+"""Lost runs that are named."""
+
+
+def _some(label: str, shown: Sequence[str], count: int | None = None) -> list[tuple[str, str]]:
+    """A fact for each of some runs, and one for how many more there are.
+
+    Args:
+        count: how many there are in all.
+    """
+    more = (count or len(shown)) - len(shown)
+    rest = [f"and {more:,} more; see registry runs"] if more > 0 else []
+    return [(label if i == 0 else "", text) for i, text in enumerate([*shown, *rest])]
+
+
+def _running_text(info: RunInfo) -> str:
+    return f"{info.name}, started {ago(info.started)}; follow it with: registry logs {info.name} -f"
+
+
+def _lost_text(registry: Registry, info: RunInfo) -> str:
+    """What to do about a run whose process is gone."""
+    saved = find_versions(registry.catalog, "v.run = ?", [info.name], order="v.version DESC", limit=1)
+    if not saved:
+        return f"{info.name}, its process is gone, and it saved nothing; see registry logs {info.name}"
+    return f"{info.name}, its process is gone; go on from {saved[0].name}, or see registry logs {info.name}"

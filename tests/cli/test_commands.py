@@ -261,9 +261,10 @@ def test_an_id_prefix_is_a_reference(filled: Registry, run: Run) -> None:
 
 
 def test_status_sums_up(filled: Registry, run: Run) -> None:
-    assert stamp_free(run("status").out)[1:3] == [
+    assert stamp_free(run("status").out)[1:4] == [
         "holds 2 models, 5 versions",
         "tensors 6 distinct, in 5 packs",
+        "size 21.2 kB on disk for 812 B of checkpoints (0% shared)",
     ]
     document = run("status", "--json").json
     assert set(document) == {
@@ -281,6 +282,7 @@ def test_status_sums_up(filled: Registry, run: Run) -> None:
             "free",
         ),
         "saved",
+        "runs",
     }
     assert document["logical"] == 4 * 200 + 12
 

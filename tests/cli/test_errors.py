@@ -47,7 +47,7 @@ def test_what_to_add_comes_behind_what_to_do() -> None:
         ("shw", "error: there is no command 'shw'\nhint:  did you mean registry show?\n"),
         ("hist", "error: there is no command 'hist'\nhint:  did you mean registry history?\n"),
         ("fsck", "error: there is no command 'fsck'\nhint:  registry verify does that\n"),
-        ("scan-cache", "error: there is no command 'scan-cache'\nhint:  registry cache list does that\n"),
+        ("scan-cache", "error: there is no command 'scan-cache'\nhint:  registry du does that\n"),
         ("zzz", "error: there is no command 'zzz'\nhint:  see registry --help\n"),
         ("cache lst", "error: there is no command 'lst'\nhint:  did you mean registry cache list?\n"),
         ("diff --frmat html a b", "error: no such option: --frmat\nhint:  did you mean --format"),

@@ -80,6 +80,8 @@ COMMANDS: dict[str, list[list[str]]] = {
     "logs": [["logs", RUN], ["logs", RUN, "--json"]],
     "board": [["board", "nobody/run-1"]],
     "status": [["status"]],
+    "du": [["du"], ["du", "net"]],
+    "prune": [["prune", "-n"], ["prune", "--yes"]],
     "push": [["push", "net:v1", "--to", "{out}"], ["push", "--all", "--to", "{out}"]],
     "pull": [["pull", "net:v1", "--from", "{out}"]],
     "follow": [["follow", "net@@", "--once"]],  # one that it finds damaged, it waits for

@@ -1047,7 +1047,7 @@ def test_a_log_with_a_run_that_leaves_its_folder_is_damage(golden: Path, tmp_pat
     assert rebuilt.damaged
     assert [run.name for run in registry.runs.find()] == ["tr/run-1"]
     before = files(tmp_path)
-    for command in (["board", "net:v2"], ["log", "net:v2"]):
+    for command in (["board", "net:v2"], ["logs", "net:v2"]):
         assert in_child(lambda command=command: refuses(root, command)) == 0
     assert files(tmp_path) == before
 
