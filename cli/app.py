@@ -219,7 +219,7 @@ def _debug() -> bool:
 def app(ctx: click.Context, root: str | None, debug: bool) -> None:
     """Keep PyTorch checkpoints. Each tensor is stored once, durably, without pickle.
 
-    A reference names a checkpoint: lenet5 (the latest version), lenet5:v3, lenet5@best (an alias), or the first
+    A reference names a version: lenet5 (the latest), lenet5:v3, lenet5@best (an alias), or the first
     digits of an id.
     """
     ctx.obj = root

@@ -101,7 +101,7 @@ def log(
     is_run = source is not None and "/" in source
     if as_json:
         if source is None or is_run:
-            raise click.UsageError("--json prints the tree of one checkpoint; name it")
+            raise click.UsageError("--json prints the tree of one version; name it")
         version = registry.resolve(source)
         sources = _documents(origins(registry.catalog, version))
         print_json(

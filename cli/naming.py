@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 @command("alias", "registry alias lenet5:v3 production\nregistry alias --remove lenet5@production")
 @click.argument("reference", required=False, type=ReferenceType())
 @click.argument("name", required=False)
-@click.option("--remove", "-d", is_flag=True, help="Remove the alias REFERENCE. The checkpoint stays.")
+@click.option("--remove", "-d", is_flag=True, help="Remove the alias REFERENCE. The version stays.")
 def alias(
     reference: str | None, name: str | None, remove: bool, registry: Registry, view: TableView, as_json: bool
 ) -> None:
-    """Point an alias at a checkpoint.
+    """Point an alias at a version.
 
     From then on, NAME points at REFERENCE. Without arguments, the command lists the aliases. The registry itself sets
     the aliases latest and best.
@@ -42,7 +42,7 @@ def alias(
         checkpoint = registry.set_alias(reference, name)
         target = f"{checkpoint.model}@{name}"
         print_json({"alias": target, "name": checkpoint.name, "id": checkpoint.id}) if as_json else say(
-            f"{target} -> {checkpoint.name}"
+            f"{target} → {checkpoint.name}"
         )
     elif reference:
         raise click.UsageError("give the alias a name, such as: registry alias lenet5:v3 production")
@@ -59,7 +59,7 @@ def alias(
         else:
             fields: list[Field[dict[str, str]]] = [
                 (Column("ALIAS", is_text=True), lambda row: row["alias"]),
-                (Column("CHECKPOINT", is_text=True), lambda row: row["name"]),
+                (Column("VERSION", is_text=True), lambda row: row["name"]),
                 (Column("ID", 1), lambda row: row["id"][:12]),
             ]
             print_table(fields, rows, view)
@@ -70,7 +70,7 @@ def alias(
 @click.argument("tags", nargs=-1, required=True, metavar="TAG...", shell_complete=completes(completing.tags))
 @click.option("--remove", "-d", is_flag=True, help="Remove the tags.")
 def tag(reference: str, tags: tuple[str, ...], remove: bool, registry: Registry, as_json: bool) -> None:
-    """Attach tags to a checkpoint."""
+    """Attach tags to a version."""
     name = registry.resolve(reference).name
     for word in tags:
         (registry.remove_tag if remove else registry.set_tag)(name, word)
@@ -85,7 +85,7 @@ def tag(reference: str, tags: tuple[str, ...], remove: bool, registry: Registry,
 @click.argument("reference", type=ReferenceType())
 @click.argument("text")
 def note(reference: str, text: str, registry: Registry, as_json: bool) -> None:
-    """Attach a note to a checkpoint."""
+    """Attach a note to a version."""
     checkpoint = registry.add_note(reference, text)
     if as_json:
         written = [{"written": when, "text": words} for when, words in checkpoint.notes]

@@ -86,10 +86,10 @@ def _duration(info: RunInfo) -> str:
 
 
 def _run_of(registry: Registry, text: str) -> RunInfo:
-    """The run of that name, or the run that saved the checkpoint of that reference.
+    """The run of that name, or the run that saved the version of that reference.
 
     Raises:
-        NotFound: if there is no such run or checkpoint, or no run saved the checkpoint.
+        NotFound: if there is no such run or version, or no run saved the version.
     """
     if "/" in text:
         return registry.runs[text]
@@ -106,7 +106,7 @@ def _run_of(registry: Registry, text: str) -> RunInfo:
 def logs(source: str, follow: bool, registry: Registry, as_json: bool) -> None:
     """Show the log file of a run.
 
-    For a checkpoint, the command shows the log of the run that saved it.
+    For a version, the command shows the log of the run that saved it.
     """
     info = _run_of(registry, source)
     path = registry.root / "runs" / info.name / LOG
@@ -147,7 +147,7 @@ def logs(source: str, follow: bool, registry: Registry, as_json: bool) -> None:
 def board(sources: tuple[str, ...], host: str, port: int, registry: Registry, as_json: bool) -> None:
     """Show runs in TensorBoard, until Ctrl-C.
 
-    Without arguments, TensorBoard shows all runs. A checkpoint stands for the run that saved it.
+    Without arguments, TensorBoard shows all runs. A version stands for the run that saved it.
     """
     chosen = [_run_of(registry, source).name for source in sources]
     folder = (registry.root / "runs").absolute()

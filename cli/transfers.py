@@ -170,7 +170,7 @@ def transfer(
 ) -> None:
     """Make a new version with tensors of another, by a plan.
 
-    TARGET is the name of a network or a checkpoint. A network is built anew. A checkpoint gives the tensors that SOURCE
+    TARGET is the name of a network or a version. A network is built anew. A version gives the tensors that SOURCE
     does not give.
     """
     # Lazy: loads torch.
@@ -182,7 +182,7 @@ def transfer(
 
     checkpoints = [_manifest_id(registry, text) for text in (source, target)]
     if checkpoints[0] and checkpoints[0] == checkpoints[1]:
-        raise Invalid(f"source and target are the same checkpoint, {registry.resolve(source).name}")
+        raise Invalid(f"source and target are the same version, {registry.resolve(source).name}")
     torch.manual_seed(0)
     network, builder = _network(registry, target)
     if file:
@@ -211,7 +211,7 @@ def apply(file: str, name: str, registry: Registry, as_json: bool) -> None:
     """Make a new version by a plan that was written to a file.
 
     The plan names its source and its target; registry transfer --plan takes others. A target that is a network is built
-    anew. A target that is a checkpoint gives the tensors that the source does not give.
+    anew. A target that is a version gives the tensors that the source does not give.
     """
     # Lazy: loads torch.
     import torch
@@ -293,9 +293,9 @@ def _built(name: str) -> tuple[Any, str] | None:
     "--similar",
     required=True,
     type=click.Choice(["yes", "no"]),
-    help="Whether they are like those of the checkpoint's training.",
+    help="Whether they are like those of the version's training.",
 )
-@click.option("--model", metavar="NAME", help="The network to train. [default: the checkpoint's own]")
+@click.option("--model", metavar="NAME", help="The network to train. [default: the version's own]")
 def advise(
     reference: str, samples: int, similar: str, model: str | None, registry: Registry, as_json: bool
 ) -> None:

@@ -48,10 +48,10 @@ def verify(references: tuple[str, ...], frozen: bool, registry: Registry, as_jso
         warn(f"{problem.message}{used}")
     artifacts = f"{counted(found.artifacts, 'artifact')}, " if found.artifacts else ""
     checked = (
-        f"{counted(found.checkpoints, 'checkpoint')}, {artifacts}{counted(found.tensors, 'stored tensor')}, "
+        f"{counted(found.checkpoints, 'version')}, {artifacts}{counted(found.tensors, 'stored tensor')}, "
         f"{size(found.bytes)} in {counted(found.packs, 'pack')}"
     )
-    say(f"{checked}: {counted(len(found.problems), 'problem') if found.problems else 'all as saved'}")
+    say(f"{checked}: {counted(len(found.problems), 'problem') if found.problems else 'OK'}")
     if found.problems:
         say("a second copy, such as a backup, puts back what it has: registry repair --from PLACE")
     return int(bool(found.problems))
@@ -101,7 +101,7 @@ def _verify_frozen(registry: Registry, a: str, b: str, *, as_json: bool) -> int:
     help="How long a file stays after nothing needs it any more, such as 0, 30m, 1h or 14d.",
 )
 def gc(dry_run: bool, grace: float, registry: Registry, as_json: bool) -> None:
-    """Free the space of what no checkpoint needs.
+    """Free the space of what no version needs.
 
     A file that nothing needs any more stays for the time of --grace, because a process may still read it. A file that
     is needed is never removed, whatever runs at the same time. That holds with --grace 0 too.
@@ -205,13 +205,13 @@ def repair(place: str, dry_run: bool, registry: Registry, as_json: bool) -> int:
 
 
 @command("rebuild", "registry rebuild\nregistry rebuild --adopt")
-@click.option("--adopt", is_flag=True, help="Take in checkpoints that the log does not name.")
+@click.option("--adopt", is_flag=True, help="Take in versions that the log does not name.")
 def rebuild(adopt: bool, registry: Registry, as_json: bool) -> int:
     """Make the catalog anew from the log.
 
     Use it if the catalog is damaged, or after verify found damage in the log. If one of the two copies of the log has
     lost something, it comes from the other copy. The command names what both copies have lost. --adopt accepts that
-    loss, and takes in the checkpoints that no entry of the log names. The exit status is 1 if something could not be
+    loss, and takes in the versions that no entry of the log names. The exit status is 1 if something could not be
     brought back.
     """
     with progress_bar("rebuilding") as report:
@@ -237,7 +237,7 @@ def rebuild(adopt: bool, registry: Registry, as_json: bool) -> int:
         shown = ", ".join(one[:12] for one in found.unnamed[:3])
         more = f" and {len(found.unnamed) - 3} more" if len(found.unnamed) > 3 else ""
         say(
-            f"no entry of the log names {shown}{more}. An interrupted save leaves such a checkpoint; "
+            f"no entry of the log names {shown}{more}. An interrupted save leaves such a version; "
             "--adopt takes it in"
         )
     say(

@@ -288,10 +288,10 @@ def test_status_sums_up(filled: Registry, run: Run) -> None:
 
 
 def test_aliases_are_set_moved_listed_and_removed(filled: Registry, run: Run) -> None:
-    assert run("alias", "lenet5:v1", "old").out == "lenet5@old -> lenet5:v1\n"
+    assert run("alias", "lenet5:v1", "old").out == "lenet5@old → lenet5:v1\n"
     assert run("alias", "lenet5:v3", "old", "--json").json["name"] == "lenet5:v3"
     assert stamp_free(run("alias").out) == [
-        "ALIAS CHECKPOINT ID",
+        "ALIAS VERSION ID",
         "lenet5@old lenet5:v3 ID",
         "lenet5@production lenet5:v2 ID",
     ]
@@ -360,7 +360,7 @@ def test_gc_says_what_it_will_remove(filled: Registry, run: Run) -> None:
 def test_verify_ends_with_1_when_something_is_damaged(filled: Registry, run: Run) -> None:
     done = run("verify")
     assert done.status == 0
-    assert done.out.endswith("in 5 packs: all as saved\n")
+    assert done.out.endswith("in 5 packs: OK\n")
     (tensor,) = (t for t in filled["lenet5:v2"].parameters() if t[0] == "model/fc.weight")
     location = filled.catalog.locate([tensor[3]])[tensor[3]]
     path = filled.store.pack_path(location.pack)

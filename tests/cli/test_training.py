@@ -372,7 +372,7 @@ def test_looking_back(run: Run, root: Path) -> None:
     assert run("log", "lenet5/run-2", "--json").status == 2
     tree = run("log", "lenet5:v3", "--json").json
     assert [(one["kind"], one["name"]) for one in tree["from"]] == [("resumed-from", "lenet5:v2")]
-    assert tree["from"][0]["from"][0]["kind"] == "trained on from"
+    assert tree["from"][0]["from"][0]["kind"] == "continued from"
     assert run("log", "--json").status == 2
     shown = run("show", "lenet5").out
     lines = [" ".join(line.split()) for line in shown.splitlines()]

@@ -135,7 +135,7 @@ def test_source_and_target_must_differ(run: Run, root: Path) -> None:
     for words in (["plan", "lenet5", "lenet5@best"], ["transfer", "lenet5", "lenet5:v2", "--name", "x"]):
         done = run(*words)
         assert (done.status, done.out) == (1, "")
-        assert done.err == "error: source and target are the same checkpoint, lenet5:v2\n"
+        assert done.err == "error: source and target are the same version, lenet5:v2\n"
     assert run("show", "x").status == 1
 
 
