@@ -51,6 +51,7 @@ def test_what_the_catalog_has_is_completed(filled: Registry) -> None:
     assert completed("registry ls --tag ") == ["paper"]
     assert completed("registry tag resnet p") == ["paper"]
     assert completed("registry logs lenet5/") == ["lenet5/run-1"]
+    assert completed("registry log lenet5/") == ["lenet5/run-1"]
     assert completed("registry board len") == ["lenet5", "lenet5/run-1"]
     assert completed("registry export lenet5:v1 --component m") == ["model"]
     assert completed("registry ls nothing --sort ") == ["loss"]
