@@ -17,7 +17,7 @@ from registry.store import durable
 FEW = 10
 """Checkpoints of the small registry."""
 
-_COMMANDS = ("--help", "list", "list net", "show net", "show net --params", "status")
+_COMMANDS = ("--help", "ls", "ls net", "show net", "show net --params", "status")
 
 
 class _Unsynced(durable.Disk):

@@ -56,22 +56,23 @@ _GROUPS = {
         Row("training", "predict"),
         Row("resuming", "check_resume"),
         Row("runs", "runs", is_light=True),
-        Row("runs", "log", is_light=True),
+        Row("runs", "logs", is_light=True),
     ),
     "Look": (
-        Row("reading", "list_", is_light=True),
-        Row("reading", "show", is_light=True),
+        Row("reading", "ls", is_light=True),
+        Row("showing", "show", is_light=True),
+        Row("history", "log", is_light=True),
         Row("history", "history", is_light=True),
         Row("history", "best", is_light=True),
-        Row("history", "lineage", is_light=True),
         Row("reading", "status", is_light=True),
+        Row("usage", "du", is_light=True),
     ),
     "Compare and transfer": (
         Row("diffs", "diff"),
         Row("diffs", "compare", is_light=True),
         Row("transfers", "plan"),
+        Row("transfers", "apply"),
         Row("transfers", "transfer"),
-        Row("transfers", "verify_frozen"),
         Row("transfers", "advise"),
     ),
     "Name": (
@@ -89,6 +90,7 @@ _GROUPS = {
     ),
     "Keep house": (
         Row("upkeep", "verify", is_light=True),
+        Row("usage", "prune"),
         Row("upkeep", "gc", is_light=True),
         Row("upkeep", "compact"),
         Row("upkeep", "repair"),
@@ -109,13 +111,16 @@ _GROUPS = {
 COMMANDS = {row.name: row for rows in _GROUPS.values() for row in rows}
 """The row of each command, in the order in which users need them. Help, completion and docs/cli.md follow this table."""
 
-_SYNONYMS = {"ls": "list", "logs": "log"}
+_OLD = {row.name: row for row in (Row("upkeep", "verify_frozen", is_light=True),)}
+"""Commands that others have taken the place of. They still work, and the help does not show them."""
+
+_SYNONYMS = {"list": "ls", "lineage": "log"}
 """Other words for commands, which the help does not show."""
 
 _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
-name_commands([*COMMANDS, *_SYNONYMS])
+name_commands([*COMMANDS, *_OLD, *_SYNONYMS])
 
 
 class App(Group):
@@ -127,7 +132,7 @@ class App(Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command of that name; None if there is none."""
-        row = COMMANDS.get(_SYNONYMS.get(cmd_name, cmd_name))
+        row = (COMMANDS | _OLD).get(_SYNONYMS.get(cmd_name, cmd_name))
         if row is None:
             return None
         command: click.Command = getattr(import_module(f"registry.cli.{row.module}"), row.function)
@@ -206,7 +211,7 @@ def _debug() -> bool:
     cls=App,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=example_text(
-        "registry init\nregistry import model.pt --name lenet5 --metric accuracy=0.91\nregistry list"
+        "registry init\nregistry import model.pt --name lenet5 --metric accuracy=0.91\nregistry ls"
     ),
 )
 @click.version_option(registry.__version__, "-V", "--version", prog_name="torch-registry")
@@ -217,7 +222,7 @@ def _debug() -> bool:
 def app(ctx: click.Context, root: str | None, debug: bool) -> None:
     """Keep PyTorch checkpoints. Each tensor is stored once, durably, without pickle.
 
-    A reference names a checkpoint: lenet5 (the latest version), lenet5:v3, lenet5@best (an alias), or the first
+    A reference names a version: lenet5 (the latest), lenet5:v3, lenet5@best (an alias), or the first
     digits of an id.
     """
     ctx.obj = root

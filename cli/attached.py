@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.argument("name", required=False)
 @click.option("--output", "-o", metavar="FILE", type=click.Path(), help="Write the file NAME to FILE.")
 def files(reference: str, name: str | None, output: str | None, registry: Registry, as_json: bool) -> None:
-    """List the files of a checkpoint, or write one of them.
+    """List the files of a version, or write one of them.
 
     These are the files that an imported folder had beside its parameters, and those that were attached.
     """
@@ -38,7 +38,7 @@ def files(reference: str, name: str | None, output: str | None, registry: Regist
         if as_json:
             print_json({"name": name, "file": output, "size": len(data)})
         else:
-            say(f"{printable(name)} -> {printable(output)}  {size(len(data))}")
+            say(f"{printable(name)} → {printable(output)}  {size(len(data))}")
         return
     found = registry.files(reference)
     if as_json:
@@ -59,7 +59,7 @@ def files(reference: str, name: str | None, output: str | None, registry: Regist
 @click.argument("paths", nargs=-1, required=True, type=click.Path(), metavar="FILE...")
 @click.option("--force", is_flag=True, help="Replace attached files of these names.")
 def attach(reference: str, paths: tuple[str, ...], force: bool, registry: Registry, as_json: bool) -> None:
-    """Attach files that were made from a checkpoint to it.
+    """Attach files that were made from a version to it.
 
     The registry keeps each FILE as long as the checkpoint.
     """
@@ -67,4 +67,4 @@ def attach(reference: str, paths: tuple[str, ...], force: bool, registry: Regist
     if as_json:
         print_json([{"name": one.version, "file": one.name, "size": one.size} for one in found])
     for one in found if not as_json else ():
-        say(f"{printable(one.name)} -> {one.version}  {size(one.size)}")
+        say(f"{printable(one.name)} → {one.version}  {size(one.size)}")

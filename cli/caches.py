@@ -83,9 +83,9 @@ def show(key: str, registry: Registry, as_json: bool) -> None:
 @command("rm", "registry cache rm 3f2a91c04b7e")
 @click.argument("keys", nargs=-1, required=True, metavar="KEY...")
 def rm(keys: tuple[str, ...], registry: Registry, as_json: bool) -> None:
-    """Remove artifacts; they are computed again when needed.
+    """Remove cached artifacts.
 
-    The next registry gc frees their bytes.
+    They are computed again when they are needed. The next registry gc frees their bytes.
     """
     chosen = [registry.artifacts[key] for key in keys]
     registry.artifacts.remove(one.key for one in chosen)
@@ -101,7 +101,7 @@ def rm(keys: tuple[str, ...], registry: Registry, as_json: bool) -> None:
 )
 @click.option("--unused", is_flag=True, help="Only artifacts that no run was trained on.")
 def clear(older_than: float | None, unused: bool, registry: Registry, as_json: bool) -> None:
-    """Remove all artifacts, or those that are old or unused.
+    """Remove cached artifacts: all, or the old or unused ones.
 
     The next registry gc frees their bytes.
     """
@@ -114,7 +114,7 @@ def _tell(gone: list[Artifact], as_json: bool) -> None:
         return
     for one in gone:
         say(f"{one.key[:12]}  {one.function}  {size(one.size)}")
-    say(f"# {counted(len(gone), 'artifact')} removed; registry gc frees the space")
+    say(f"{counted(len(gone), 'artifact')} removed; registry gc frees the space")
 
 
 def _document(one: Artifact) -> dict[str, Any]:

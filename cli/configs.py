@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def config() -> None:
     """Show, check and compare configurations.
 
-    A configuration is a JSON, YAML or TOML file, or the configuration that a checkpoint was saved with.
+    A configuration is a JSON, YAML or TOML file, or the configuration that a version was saved with.
     """
 
 
@@ -34,7 +34,7 @@ def config() -> None:
 def show(source: str, assignments: tuple[str, ...], root: str | None, as_json: bool) -> None:
     """Print a configuration, one value a line.
 
-    SOURCE is a JSON, YAML or TOML file, or a checkpoint.
+    SOURCE is a JSON, YAML or TOML file, or a version.
     """
     document = assign(_document(source, root), assignments)
     if as_json:
@@ -77,7 +77,7 @@ def validate(files: tuple[str, ...], target: str | None, assignments: tuple[str,
 def diff(left: str, right: str, root: str | None, as_json: bool) -> None:
     """Compare two configurations, value by value.
 
-    LEFT and RIGHT are each a file or a checkpoint.
+    LEFT and RIGHT are each a file or a version.
     """
     found = differences(_document(left, root), _document(right, root))
     if as_json:
@@ -90,7 +90,7 @@ def diff(left: str, right: str, root: str | None, as_json: bool) -> None:
         elif difference.kind == "removed":
             say(f"- {difference.key} = {difference.left}")
         else:
-            say(f"~ {difference.key} = {difference.left} -> {difference.right}")
+            say(f"~ {difference.key} = {difference.left} → {difference.right}")
     if not found:
         say("no difference")
 
@@ -100,7 +100,7 @@ for subcommand in (show, validate, diff):
 
 
 def _document(source: str, root: str | None) -> Mapping[str, Any]:
-    """The configuration in a file, or the one recorded with a checkpoint."""
+    """The configuration in a file, or the one recorded with a version."""
     path = Path(source)
     if path.suffix.lower() in SUFFIXES or path.is_file():
         return read_document(path)

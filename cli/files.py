@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from registry.catalog.documents import version_document
 from registry.cli import completing
 from registry.cli.completing import completes
 from registry.cli.options import ReferenceType, byte_count, command, pairs
@@ -19,7 +20,6 @@ from registry.cli.output import (
     progress_bar,
     say,
     size,
-    version_document,
     warn,
 )
 from registry.configs.documents import read_document, read_value
@@ -329,7 +329,7 @@ def export(
     registry: Registry,
     as_json: bool,
 ) -> None:
-    """Write a checkpoint to a file, or to a folder.
+    """Write a version to a file, or to a folder.
 
     FILE ends in {writable}. {about} FOLDER has no suffix, or a / at its end. It holds the parameters as safetensors, and
     every other file that an imported folder had, so that from_pretrained opens it.
@@ -396,4 +396,4 @@ def _wrote(name: str, path: Path, as_json: bool) -> None:
     if as_json:
         print_json({"name": name, "file": str(path), "size": count})
     else:
-        say(f"{name} -> {path}  {size(count)}")
+        say(f"{name} → {path}  {size(count)}")

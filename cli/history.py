@@ -1,19 +1,20 @@
-"""Looking back: history, best, lineage."""
+"""Looking back: log, history, best."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from registry.catalog.ancestry import Branch, descendants, origins
-from registry.catalog.chains import CONTINUED, Chain, chains, read_nodes, related
+from registry.catalog.chains import CONTINUED, Chain, Node, chains, read_nodes, related
+from registry.catalog.documents import version_document
 from registry.catalog.versions import Version, list_versions, own_sizes, values_by_id
 from registry.cli.completing import completes, metrics
-from registry.cli.options import ReferenceType, command, direction
-from registry.cli.output import ago, nothing, number, print_json, say, size, version_document
-from registry.cli.reading import fields_of, headline, left_out
+from registry.cli.options import ReferenceType, RunType, command, direction
+from registry.cli.output import ago, nothing, number, print_json, say, size, tip
+from registry.cli.reading import fields_of, left_out
 from registry.cli.tables import Column, Field, TableView, print_table
 from registry.reports.charts import lanes
 
@@ -77,8 +78,8 @@ def best(model: str, metric: str, smallest: bool | None, registry: Registry, as_
     say(f"{version.name}  {metric} {number(value or 0.0)}  epoch {version.epoch}")
 
 
-@command("lineage", "registry lineage\nregistry lineage lenet5@best --full")
-@click.argument("reference", required=False, type=ReferenceType())
+@command("log", "registry log\nregistry log lenet5@best --full")
+@click.argument("source", required=False, type=RunType(), metavar="[MODEL|REFERENCE|RUN]")
 @click.option("--full", "is_full", is_flag=True, help="Give every version a line of its own.")
 @click.option(
     "--format",
@@ -88,43 +89,63 @@ def best(model: str, metric: str, smallest: bool | None, registry: Registry, as_
     show_default=True,
     help="Draw lines, or write a diagram for a Markdown page.",
 )
-def lineage(
-    reference: str | None, is_full: bool, form: str, registry: Registry, view: TableView, as_json: bool
+def log(
+    source: str | None, is_full: bool, form: str, registry: Registry, view: TableView, as_json: bool
 ) -> None:
-    """Show what a checkpoint came from, and what from it.
+    """Draw what came from what: versions, runs, models.
 
-    For a model the command shows all its versions with what they came from and what came from them, and without an
-    argument everything. The newest is at the top. Versions of one run, one after the other, share a line. A filled
-    circle has an alias. --json needs a reference, and prints a tree.
+    For a version, or for all versions of a model or a run, the command shows what they came from and what came from
+    them, and without an argument everything. The newest is at the top. Versions of one run, one after the other, share
+    a line. A filled circle has an alias. --json needs a reference, and prints a tree. registry logs shows the log file
+    of a run.
     """
+    is_run = source is not None and "/" in source
     if as_json:
-        if reference is None:
-            raise click.UsageError("--json prints the tree of one checkpoint; name it")
-        version = registry.resolve(reference)
+        if source is None or is_run:
+            raise click.UsageError("--json prints the tree of one version; name it")
+        version = registry.resolve(source)
         sources = _documents(origins(registry.catalog, version))
         print_json(
             {**_about(version), "from": sources, "led_to": _documents(descendants(registry.catalog, version))}
         )
         return
     nodes = read_nodes(registry.catalog)
-    if reference is not None:
-        version = registry.resolve(reference)
-        is_model = reference == version.model
-        start = [node.id for node in nodes.values() if node.model == reference] if is_model else [version.id]
-        nodes = related(nodes, start)
+    if source is not None:
+        nodes = related(nodes, _named(registry, nodes, source))
     found = chains(nodes, is_full=is_full)
     if not found:
-        nothing("no models yet; store one with: registry import FILE --name MODEL")
+        what = (
+            f"{source} saved no version"
+            if is_run
+            else "no models yet; store one with: registry import FILE --name MODEL"
+        )
+        nothing(what)
     elif form == "mermaid":
         for line in _mermaid(found):
             say(line)
     else:
         _print_graph(registry, found, view)
+    if is_run:
+        tip(f"its log file: registry logs {source}")
+
+
+def _named(registry: Registry, nodes: Mapping[str, Node], source: str) -> list[str]:
+    """The ids of the versions that a reference, a model or a run stands for."""
+    if "/" in source:
+        found = [node.id for node in nodes.values() if node.run == source]
+        if not found:
+            # A run that does not exist is an error, which suggests the nearest.
+            registry.runs[source]
+        return found
+    version = registry.resolve(source)
+    if source != version.model:
+        return [version.id]
+    return [node.id for node in nodes.values() if node.model == source]
 
 
 def _print_graph(registry: Registry, found: Sequence[Chain], view: TableView) -> None:
     """Print chains as a graph."""
-    metric = headline(registry, {node.model for chain in found for node in chain.nodes})
+    metric = registry.runs.headline({node.model for chain in found for node in chain.nodes})
     values = values_by_id(registry.catalog, metric) if metric else {}
     of = {node.id: chain.name for chain in found for node in chain.nodes}
     by_name = {chain.name: chain for chain in found}
@@ -179,7 +200,7 @@ def _documents(branches: Sequence[Branch]) -> list[dict[str, Any]]:
         about = _about(branch.version) if branch.version else {"name": branch.name}
         document = {"kind": branch.kind, **about, "from": _documents(branch.branches)}
         if branch.cut:
-            document["more"] = "above" if branch.cut == "repeated" else f"registry lineage {branch.name}"
+            document["more"] = "above" if branch.cut == "repeated" else f"registry log {branch.name}"
         documents.append(document)
     return documents
 

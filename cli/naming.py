@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from registry.catalog.documents import version_document
 from registry.catalog.versions import list_aliases
 from registry.cli import completing
 from registry.cli.completing import completes
 from registry.cli.options import ReferenceType, command
-from registry.cli.output import counted, nothing, print_json, say, size, version_document
+from registry.cli.output import counted, nothing, print_json, say, size
 from registry.cli.tables import Column, Field, TableView, print_table
 from registry.log.reference import parse_reference
 from registry.store.errors import Conflict
@@ -23,11 +24,11 @@ if TYPE_CHECKING:
 @command("alias", "registry alias lenet5:v3 production\nregistry alias --remove lenet5@production")
 @click.argument("reference", required=False, type=ReferenceType())
 @click.argument("name", required=False)
-@click.option("--remove", is_flag=True, help="Remove the alias REFERENCE. The checkpoint stays.")
+@click.option("--remove", "-d", is_flag=True, help="Remove the alias REFERENCE. The version stays.")
 def alias(
     reference: str | None, name: str | None, remove: bool, registry: Registry, view: TableView, as_json: bool
 ) -> None:
-    """Point an alias at a checkpoint.
+    """Point an alias at a version.
 
     From then on, NAME points at REFERENCE. Without arguments, the command lists the aliases. The registry itself sets
     the aliases latest and best.
@@ -42,7 +43,7 @@ def alias(
         checkpoint = registry.set_alias(reference, name)
         target = f"{checkpoint.model}@{name}"
         print_json({"alias": target, "name": checkpoint.name, "id": checkpoint.id}) if as_json else say(
-            f"{target} -> {checkpoint.name}"
+            f"{target} → {checkpoint.name}"
         )
     elif reference:
         raise click.UsageError("give the alias a name, such as: registry alias lenet5:v3 production")
@@ -59,7 +60,7 @@ def alias(
         else:
             fields: list[Field[dict[str, str]]] = [
                 (Column("ALIAS", is_text=True), lambda row: row["alias"]),
-                (Column("CHECKPOINT", is_text=True), lambda row: row["name"]),
+                (Column("VERSION", is_text=True), lambda row: row["name"]),
                 (Column("ID", 1), lambda row: row["id"][:12]),
             ]
             print_table(fields, rows, view)
@@ -68,9 +69,9 @@ def alias(
 @command("tag", "registry tag lenet5:v3 paper\nregistry tag --remove lenet5:v3 paper")
 @click.argument("reference", type=ReferenceType())
 @click.argument("tags", nargs=-1, required=True, metavar="TAG...", shell_complete=completes(completing.tags))
-@click.option("--remove", is_flag=True, help="Remove the tags.")
+@click.option("--remove", "-d", is_flag=True, help="Remove the tags.")
 def tag(reference: str, tags: tuple[str, ...], remove: bool, registry: Registry, as_json: bool) -> None:
-    """Attach tags to a checkpoint."""
+    """Attach tags to a version."""
     name = registry.resolve(reference).name
     for word in tags:
         (registry.remove_tag if remove else registry.set_tag)(name, word)
@@ -85,7 +86,7 @@ def tag(reference: str, tags: tuple[str, ...], remove: bool, registry: Registry,
 @click.argument("reference", type=ReferenceType())
 @click.argument("text")
 def note(reference: str, text: str, registry: Registry, as_json: bool) -> None:
-    """Attach a note to a checkpoint."""
+    """Attach a note to a version."""
     checkpoint = registry.add_note(reference, text)
     if as_json:
         written = [{"written": when, "text": words} for when, words in checkpoint.notes]
@@ -98,7 +99,7 @@ def note(reference: str, text: str, registry: Registry, as_json: bool) -> None:
 @click.argument("references", nargs=-1, required=True, type=ReferenceType(), metavar="REFERENCE...")
 @click.option("--force", is_flag=True, help="Also remove versions that have an alias or a tag.")
 @click.option("--yes", "-y", is_flag=True, help="Remove without asking.")
-@click.option("--dry-run", is_flag=True, help="Only show what would be removed.")
+@click.option("--dry-run", "-n", is_flag=True, help="Only show what would be removed.")
 def rm(
     references: tuple[str, ...], force: bool, yes: bool, dry_run: bool, registry: Registry, as_json: bool
 ) -> None:

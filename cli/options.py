@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
-from registry.cli.completing import completes, networks
+from registry.cli.completing import completes, networks, runs
 from registry.cli.tables import TableView
 from registry.store.errors import NotFound
 
@@ -192,6 +192,18 @@ class ReferenceType(click.ParamType[str, str]):
     ) -> list[CompletionItem]:
         """The references that begin with the typed text; none if the catalog cannot be read."""
         return completes(lambda registry, _: registry.names(incomplete))(ctx, param, incomplete)
+
+
+class RunType(ReferenceType):
+    """A reference, or the name of a run. The shell completes both."""
+
+    name = "run"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """References, and the names of runs."""
+        return completes(lambda registry, _: registry.names(incomplete), runs)(ctx, param, incomplete)
 
 
 class NetworkType(ReferenceType):

@@ -22,7 +22,6 @@ from registry.reports.words import time_of as time_of
 from registry.store.text import printable
 
 if TYPE_CHECKING:
-    from registry.catalog.versions import Version
     from registry.store.errors import Difference, RegistryError
 
 _PATIENCE = 1.0
@@ -91,9 +90,9 @@ def complain(kind: str, message: str, hint: str = "", differences: Sequence[Diff
         hint: what to do. The user can paste what it says to type.
         differences: what the error is about, a line each.
     """
-    message, hint = with_root(printable(message)), with_root(printable(hint))
+    message, hint = with_root(printable(message)), printable(hint)
     if _is_json() and not _documents:
-        document: dict[str, Any] = {"kind": kind, "message": message, "hint": hint or None}
+        document: dict[str, Any] = {"kind": kind, "message": message, "hint": with_root(hint) or None}
         if differences:
             document["differences"] = [one._asdict() for one in differences]
         with contextlib.suppress(OSError):
@@ -103,7 +102,12 @@ def complain(kind: str, message: str, hint: str = "", differences: Sequence[Diff
     for line in _lines_of(differences):
         click.echo(line, err=True)
     if hint:
-        click.echo(f"{click.style('hint:', fg='cyan', bold=True)}  {hint}", err=True)
+        tip(hint)
+
+
+def tip(text: str) -> None:
+    """Print a line that says what to type, to the error stream."""
+    click.echo(f"{click.style('hint:', fg='cyan', bold=True)}  {with_root(printable(text))}", err=True)
 
 
 class Told(click.Abort):
@@ -213,32 +217,6 @@ def text_of(value: Any) -> str:
 def nothing(why: str) -> None:
     """Say that there is nothing to show, and why. It goes to the error stream, as what is shown may be piped on."""
     warn(why)
-
-
-def version_document(version: Version) -> dict[str, Any]:
-    """A version in the shape that `--json` prints."""
-    record = version.record
-    return {
-        "name": version.name,
-        "model": version.model,
-        "version": version.version,
-        "id": version.id,
-        "created": version.created,
-        "epoch": version.epoch,
-        "step": version.step,
-        "loss": version.loss,
-        "metrics": dict(version.metrics),
-        "aliases": list(version.aliases),
-        "tags": list(version.tags),
-        "notes": [{"written": written, "text": text} for written, text in version.notes],
-        "size": version.size,
-        "tensors": version.tensors,
-        "components": record.get("components", {}),
-        "config": record.get("config"),
-        "meta": record.get("meta", {}),
-        "lineage": record.get("lineage", []),
-        "source": record.get("source"),
-    }
 
 
 @contextlib.contextmanager

@@ -1,23 +1,24 @@
-"""What is there: list, show, status."""
+"""What is there: ls, status."""
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from registry.catalog.conditions import matching
+from registry.catalog.documents import version_document
 from registry.catalog.resolving import no_such_metric
 from registry.catalog.versions import (
+    ANY,
+    UNHELD,
     Model,
     Version,
-    commonest_metric,
+    find_versions,
     list_models,
     list_versions,
-    name_of,
     rank_versions,
     values_by_model,
 )
@@ -32,7 +33,6 @@ from registry.cli.output import (
     print_json,
     size,
     time_of,
-    version_document,
 )
 from registry.cli.tables import Column, Field, TableView, print_table
 from registry.log.metrics import is_smallest_best
@@ -46,11 +46,18 @@ if TYPE_CHECKING:
 _MANY = 4
 """The most metrics that get a column each in a table of versions."""
 
+_ROWS = 20
+"""Rows of a table of versions, unless another number is asked for."""
+
 _OF_VERSION = ("EPOCH", "STEP", "LOSS", "TAGS", "ID")
 """The columns of a version that a table of models has as well."""
 
 
-@command("list", "registry list\nregistry list lenet5 --sort accuracy --limit 5")
+@command(
+    "ls",
+    "registry ls\nregistry ls lenet5 --sort accuracy --limit 5\nregistry ls --match 'accuracy>0.95'\n"
+    "registry ls lenet5 --unheld -q | xargs registry rm --yes",
+)
 @click.argument("model", required=False, type=ReferenceType())
 @click.option(
     "--sort",
@@ -62,14 +69,27 @@ _OF_VERSION = ("EPOCH", "STEP", "LOSS", "TAGS", "ID")
 @direction
 @click.option("--tag", metavar="TAG", shell_complete=completes(tags), help="Only versions with this tag.")
 @click.option(
-    "--limit", default=20, show_default=True, type=click.IntRange(0), help="Number of rows; 0 shows all."
+    "--match",
+    metavar="PATTERN",
+    help="Only versions with this text in a name, tag, alias or note, or at the beginning of their id; "
+    "or with a metric such as 'accuracy>0.95'.",
 )
-def list_(
+@click.option(
+    "--unheld",
+    is_flag=True,
+    help="Only versions that nothing holds: no alias, no tag, not the latest of their model, and nothing came from them.",
+)
+@click.option(
+    "--limit", type=click.IntRange(0), help="Number of rows; 0 shows all. [default: 20, and all with -q]"
+)
+def ls(
     model: str | None,
     metric: str | None,
     smallest: bool | None,
     tag: str | None,
-    limit: int,
+    match: str | None,
+    unheld: bool,
+    limit: int | None,
     registry: Registry,
     view: TableView,
     as_json: bool,
@@ -79,11 +99,18 @@ def list_(
     The newest versions come first. --sort puts the best first. If a metric's name does not say which value is better,
     --sort puts the largest first.
     """
-    if model is None and not (metric or tag):
+    is_filtered = bool(tag or match or unheld)
+    if model is None and not metric and not is_filtered:
         _list_models(registry, view, as_json)
         return
     if model is not None:
         model = registry.resolve(model).model
+    if limit is None:
+        # What is piped on is to be whole.
+        limit = 0 if view.is_quiet else _ROWS
+    also = UNHELD if unheld else ANY
+    if match:
+        also &= matching(registry.catalog, match, model)
     if metric:
         versions, total = rank_versions(
             registry.catalog,
@@ -91,20 +118,31 @@ def list_(
             metric,
             smallest=bool(is_smallest_best(metric) if smallest is None else smallest),
             tag=tag,
+            also=also,
             limit=limit or None,
         )
-        if not total and not tag:
+        if not total and not is_filtered:
             raise no_such_metric(registry.catalog, model, metric)
     else:
-        versions, total = list_versions(registry.catalog, model, tag=tag, limit=limit or None)
+        versions, total = list_versions(registry.catalog, model, tag=tag, also=also, limit=limit or None)
     if as_json:
         print_json({"total": total, "versions": [version_document(version) for version in versions]})
         return
     if not versions:
-        nothing(f"no version{f' of {model}' if model else ''} has the tag {quoted(tag or '')}")
+        nothing(f"no version{f' of {model}' if model else ''} {_why_none(tag, match, unheld)}")
         return
     first = metric or (registry.runs.monitors().get(model) if model else None)
     print_table(fields_of(versions, first), versions, view, below=left_out(versions, total))
+
+
+def _why_none(tag: str | None, match: str | None, unheld: bool) -> str:
+    """What no version is or has."""
+    whys = [
+        *([f"has the tag {quoted(tag)}"] if tag else []),
+        *([f"matches {quoted(match)}"] if match else []),
+        *(["is unheld"] if unheld else []),
+    ]
+    return " and ".join(whys)
 
 
 def left_out(versions: Sequence[Version], total: int) -> list[str]:
@@ -171,9 +209,9 @@ def _list_models(registry: Registry, view: TableView, as_json: bool) -> None:
         nothing("no models yet; store one with: registry import FILE --name MODEL")
         return
     rows = [(model, model.best or model.latest) for model in models]
-    metric = headline(registry, {model.name for model in models})
+    metric = registry.runs.headline({model.name for model in models})
     trends = values_by_model(registry.catalog, metric) if metric else {}
-    running = {info.model for info in registry.runs.find() if _is_running(registry, info)}
+    running = {info.model for info in registry.runs.open() if not registry.runs.is_lost(info)}
     fields: list[Field[tuple[Model, Version]]] = [
         (Column("MODEL", is_text=True), lambda row: row[0].name),
         (Column("", is_text=True), lambda row: "●" if row[0].name in running else ""),
@@ -192,122 +230,10 @@ def _list_models(registry: Registry, view: TableView, as_json: bool) -> None:
     print_table(fields, rows, view, below=["● training now"] if running else [])
 
 
-def _is_running(registry: Registry, info: RunInfo) -> bool:
-    return info.state == "running" and not registry.runs.is_lost(info)
-
-
-def headline(registry: Registry, models: Collection[str]) -> str | None:
-    """The metric that says most about some models: what most of their runs follow, or else what most versions have."""
-    followed = Counter(metric for model, metric in registry.runs.monitors().items() if model in models)
-    had = commonest_metric(registry.catalog, models)
-    return next((name for name, _ in followed.most_common(1)), had)
-
-
 def _called(version: Version, *, is_best: bool) -> str:
     """A version by its number, with its other names: `v6 production`, or `v2 (latest)` where no version is the best."""
     others = [alias for alias in version.aliases if alias != "best"]
     return " ".join([version.name.partition(":")[2], *([] if is_best else ["(latest)"]), *others])
-
-
-@command("show", "registry show lenet5@best --params")
-@click.argument("reference", type=ReferenceType())
-@click.option("--params", is_flag=True, help="List every tensor: name, dtype, shape, digest.")
-def show(reference: str, params: bool, registry: Registry, as_json: bool) -> None:
-    """Show a version: metrics, provenance, tensors."""
-    version = registry.resolve(reference)
-    tensors = list(registry[version.name].parameters()) if params else []
-    if as_json:
-        document = version_document(version)
-        if params:
-            document["parameters"] = [
-                {"path": path, "dtype": dtype, "shape": list(shape), "digest": digest}
-                for path, dtype, shape, digest in tensors
-            ]
-        print_json(document)
-        return
-    _show_facts(registry, version)
-    components = version.record.get("components", {})
-    click.echo()
-    of_components: list[Field[tuple[str, Mapping[str, int]]]] = [
-        (Column("COMPONENT", is_text=True), lambda one: one[0]),
-        (Column("TENSORS"), lambda one: one[1]["tensors"]),
-        (Column("ELEMENTS"), lambda one: f"{one[1]['elements']:,}"),
-        (Column("SIZE"), lambda one: size(one[1]["bytes"])),
-    ]
-    print_table(of_components, list(components.items()))
-    if params:
-        click.echo()
-        print_table(_OF_TENSORS, tensors)
-
-
-_OF_TENSORS: list[Field[Any]] = [
-    (Column("PATH", is_text=True), lambda one: one[0]),
-    (Column("DTYPE", 2), lambda one: one[1]),
-    (Column("SHAPE", 1), lambda one: "x".join(map(str, one[2])) or "scalar"),
-    (Column("ELEMENTS", 3), lambda one: f"{math.prod(one[2]):,}"),
-    (Column("DIGEST", 4), lambda one: one[3][:12]),
-]
-
-
-def _show_facts(registry: Registry, version: Version) -> None:
-    # Lazy: start-up.
-    from registry.configs.documents import flatten
-
-    record = version.record
-    facts: list[tuple[str, Any]] = [
-        ("name", version.name),
-        ("id", version.id),
-        ("created", time_of(version.created)),
-        ("epoch", version.epoch),
-        ("step", version.step),
-        ("loss", version.loss),
-        *version.metrics.items(),
-        ("aliases", version.aliases),
-        ("tags", version.tags),
-        ("size", f"{size(version.size)} in {counted(version.tensors, 'tensor')}"),
-        ("run", record.get("run")),
-        ("parent", record.get("parent")),
-        *[
-            ("lineage", f"{edge['kind']} {_known(registry, edge['parent'])}")
-            for edge in record.get("lineage", [])
-        ],
-        *[(f"source.{k}", v) for k, v in (record.get("source") or {}).items() if isinstance(v, str | int)],
-        *[(f"meta.{key}", value) for key, value in flatten(record.get("meta", {})).items()],
-        *_made(record.get("provenance", {}), registry),
-        *[(f"config.{key}", value) for key, value in flatten(record.get("config") or {}).items()],
-        *[("note", f"{time_of(written)}  {text}") for written, text in version.notes],
-    ]
-    print_facts([(quoted(name).strip("'"), value) for name, value in facts])
-
-
-def _known(registry: Registry, parent: str) -> str:
-    """The name of the version whose id an edge gives. Otherwise the edge's own text, such as a file."""
-    return name_of(registry.catalog, parent) or parent
-
-
-def _made(provenance: Mapping[str, Any], registry: Registry) -> list[tuple[str, Any]]:
-    """How a checkpoint was made, one fact a line."""
-    git = provenance.get("git")
-    code = f"{git['commit'][:12]}{' with changes' if git.get('dirty') else ''}" if git else None
-    kinds = [f"{name}: {kind}" for name, kind in provenance.get("kinds", {}).items()]
-    software = [f"{name} {provenance[name]}" for name in ("python", "torch") if name in provenance]
-    return [
-        ("dataset", _data(provenance, registry)),
-        ("after", f"{provenance['seconds']:.1f} s" if "seconds" in provenance else None),
-        ("classes", kinds),
-        ("command", " ".join(provenance.get("command", []))),
-        ("git", code),
-        ("software", [*software, provenance["system"]] if software else None),
-        ("devices", provenance.get("devices")),
-        ("processes", provenance.get("processes")),
-    ]
-
-
-def _data(provenance: Mapping[str, Any], registry: Registry) -> str | None:
-    """The digest of the data set, and the cached function that made it."""
-    digests = [provenance["dataset"]] if "dataset" in provenance else list(provenance.get("artifacts", ()))
-    made = {one.id: one.function for one in registry.artifacts.find()} if digests else {}
-    return ", ".join(f"{made[one]} {one}" if one in made else one for one in digests) or None
 
 
 def _nearby(path: str) -> str:
@@ -322,11 +248,15 @@ def _nearby(path: str) -> str:
 def status(registry: Registry, as_json: bool) -> None:
     """Show storage use and what sharing saves."""
     found = registry.status()
+    open_runs = [info for info in registry.runs.find() if info.state == "running"]
+    lost = [info for info in open_runs if registry.runs.is_lost(info)]
+    running = [info for info in open_runs if info not in lost]
     if as_json:
-        print_json({**found._asdict(), "saved": found.saved})
+        runs = {"running": [info.name for info in running], "lost": [info.name for info in lost]}
+        print_json({**found._asdict(), "saved": found.saved, "runs": runs})
         return
-    ways = "sharing and differences" if found.differences else "sharing"
-    shared = f" ({found.saved / found.logical:.0%} saved by {ways})" if found.logical else ""
+    ways = "shared or stored as differences" if found.differences else "shared"
+    shared = f" ({found.saved / found.logical:.0%} {ways})" if found.logical else ""
     coded = f", {found.differences:,} of them as differences" if found.differences else ""
     print_facts(
         [
@@ -334,8 +264,37 @@ def status(registry: Registry, as_json: bool) -> None:
             ("holds", f"{counted(found.models, 'model')}, {counted(found.versions, 'version')}"),
             ("tensors", f"{found.tensors:,} distinct, in {counted(found.packs, 'pack')}{coded}"),
             ("artifacts", found.artifacts or None),
-            ("size", f"{size(found.stored)} instead of {size(found.logical)}{shared}"),
+            ("size", f"{size(found.stored)} on disk for {size(found.logical)} of checkpoints{shared}"),
             ("unneeded", f"{size(found.unused)}; free it with: registry gc" if found.unused else None),
             ("free space", size(found.free)),
+            *_some("running", [_running_text(info) for info in running]),
+            *_some("lost", [_lost_text(registry, info) for info in lost[:_MOST_RUNS]], len(lost)),
         ]
     )
+
+
+_MOST_RUNS = 3
+"""Lost runs that are named."""
+
+
+def _some(label: str, shown: Sequence[str], count: int | None = None) -> list[tuple[str, str]]:
+    """A fact for each of some runs, and one for how many more there are.
+
+    Args:
+        count: how many there are in all.
+    """
+    more = (count or len(shown)) - len(shown)
+    rest = [f"and {more:,} more; see registry runs"] if more > 0 else []
+    return [(label if i == 0 else "", text) for i, text in enumerate([*shown, *rest])]
+
+
+def _running_text(info: RunInfo) -> str:
+    return f"{info.name}, started {ago(info.started)}; follow it with: registry logs {info.name} -f"
+
+
+def _lost_text(registry: Registry, info: RunInfo) -> str:
+    """What to do about a run whose process is gone."""
+    saved = find_versions(registry.catalog, "v.run = ?", [info.name], order="v.version DESC", limit=1)
+    if not saved:
+        return f"{info.name}, its process is gone, and it saved nothing; see registry logs {info.name}"
+    return f"{info.name}, its process is gone; go on from {saved[0].name}, or see registry logs {info.name}"

@@ -1,4 +1,4 @@
-"""Training sessions: runs, log, board."""
+"""Training sessions: runs, logs, board."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
-from click.shell_completion import CompletionItem
 
+from registry.catalog.documents import run_document
 from registry.catalog.runs import INNER, LOG, RunInfo
-from registry.cli.completing import completes
-from registry.cli.completing import runs as names_of_runs
-from registry.cli.options import ReferenceType, command
+from registry.cli.options import ReferenceType, RunType, command
 from registry.cli.output import counted, nothing, print_json, say, time_of, warn
 from registry.cli.tables import Column, Field, TableView, print_table
 from registry.store.errors import Conflict, NotFound, storage_errors
@@ -45,18 +43,10 @@ def runs(model: str | None, registry: Registry, view: TableView, as_json: bool) 
         nothing(f"no runs{f' of {model}' if model else ''} yet; start one with: registry train lenet5")
         return
     counts = registry.runs.counts()
-    states = [_state(registry, info) for info in found]
+    states = [registry.runs.shown_state(info) for info in found]
     if as_json:
-        rows: list[dict[str, Any]] = [
-            {
-                "name": info.name,
-                "model": info.model,
-                "state": state,
-                "started": info.started,
-                "ended": info.ended,
-                "versions": counts.get(info.name, 0),
-                "config": info.record.get("config", {}),
-            }
+        rows = [
+            run_document(info, state=state, versions=counts.get(info.name, 0))
             for info, state in zip(found, states, strict=True)
         ]
         print_json({"runs": rows})
@@ -69,10 +59,6 @@ def runs(model: str | None, registry: Registry, view: TableView, as_json: bool) 
         (Column("TOOK", 4), lambda one: _duration(one[0])),
     ]
     print_table(fields, list(zip(found, states, strict=True)), view)
-
-
-def _state(registry: Registry, info: RunInfo) -> str:
-    return "lost (its process is gone)" if registry.runs.is_lost(info) else info.state
 
 
 def _duration(info: RunInfo) -> str:
@@ -88,26 +74,11 @@ def _duration(info: RunInfo) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-class _Source(ReferenceType):
-    """The name of a run, or a reference to a checkpoint that the run saved."""
-
-    name = "run"
-
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
-        """References, and the names of runs."""
-        return [
-            *super().shell_complete(ctx, param, incomplete),
-            *completes(names_of_runs)(ctx, param, incomplete),
-        ]
-
-
 def _run_of(registry: Registry, text: str) -> RunInfo:
-    """The run of that name, or the run that saved the checkpoint of that reference.
+    """The run of that name, or the run that saved the version of that reference.
 
     Raises:
-        NotFound: if there is no such run or checkpoint, or no run saved the checkpoint.
+        NotFound: if there is no such run or version, or no run saved the version.
     """
     if "/" in text:
         return registry.runs[text]
@@ -118,13 +89,13 @@ def _run_of(registry: Registry, text: str) -> RunInfo:
     return registry.runs[run]
 
 
-@command("log", "registry log lenet5@best\nregistry log lenet5/run-3 -f")
-@click.argument("source", type=_Source(), metavar="REFERENCE|RUN")
+@command("logs", "registry logs lenet5@best\nregistry logs lenet5/run-3 -f")
+@click.argument("source", type=RunType(), metavar="REFERENCE|RUN")
 @click.option("--follow", "-f", is_flag=True, help="Print new lines as they come, until Ctrl-C.")
-def log(source: str, follow: bool, registry: Registry, as_json: bool) -> None:
+def logs(source: str, follow: bool, registry: Registry, as_json: bool) -> None:
     """Show the log file of a run.
 
-    For a checkpoint, the command shows the log of the run that saved it.
+    For a version, the command shows the log of the run that saved it.
     """
     info = _run_of(registry, source)
     path = registry.root / "runs" / info.name / LOG
@@ -157,7 +128,7 @@ def log(source: str, follow: bool, registry: Registry, as_json: bool) -> None:
 
 
 @command("board", "registry board\nregistry board lenet5/run-12 lenet6@best --port 6007")
-@click.argument("sources", nargs=-1, type=_Source(), metavar="[REFERENCE|RUN]...")
+@click.argument("sources", nargs=-1, type=RunType(), metavar="[REFERENCE|RUN]...")
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option(
     "--port", default=6006, show_default=True, type=click.IntRange(1, 65_535), help="The port to listen on."
@@ -165,7 +136,7 @@ def log(source: str, follow: bool, registry: Registry, as_json: bool) -> None:
 def board(sources: tuple[str, ...], host: str, port: int, registry: Registry, as_json: bool) -> None:
     """Show runs in TensorBoard, until Ctrl-C.
 
-    Without arguments, TensorBoard shows all runs. A checkpoint stands for the run that saved it.
+    Without arguments, TensorBoard shows all runs. A version stands for the run that saved it.
     """
     chosen = [_run_of(registry, source).name for source in sources]
     folder = (registry.root / "runs").absolute()

@@ -193,5 +193,5 @@ def _copy(source: Registry, target: Registry, references: tuple[str, ...], as_js
         return
     for copied in found:
         what = size(copied.size) if copied.is_new else "there already"
-        say(f"{copied.source} -> {copied.target}  {what}")
+        say(f"{copied.source} → {copied.target}  {what}")
     say(f"{counted(sum(copied.is_new for copied in found), 'version')} copied to {target.place}")

@@ -16,7 +16,8 @@ _OTHER_WORDS = {
     "cp": "export",
     "dashboard": "ui",
     "delete": "rm",
-    "delete-cache": "cache clear",
+    "df": "du",
+    "delete-cache": "prune",
     "doctor": "verify",
     "download": "pull",
     "evaluate": "eval",
@@ -27,12 +28,11 @@ _OTHER_WORDS = {
     "info": "show",
     "inspect": "show",
     "load": "export",
-    "prune": "gc",
     "remove": "rm",
     "repack": "compact",
     "save": "import",
-    "scan-cache": "cache list",
-    "search": "list",
+    "scan-cache": "du",
+    "search": "ls --match",
     "tensorboard": "board",
     "web": "ui",
     "open": "ui",
@@ -44,6 +44,10 @@ _OTHER_WORDS = {
 """Commands of git, dvc, hf, docker and others, and ours for the same."""
 
 
+_OTHER_OPTIONS = {("log", "-f"): "registry logs", ("log", "--follow"): "registry logs"}
+"""Options that a command does not have, and what to type for the same."""
+
+
 def usage_error(error: click.ClickException) -> tuple[str, str]:
     """A usage error as what is wrong, and what to do."""
     context = getattr(error, "ctx", None)
@@ -51,6 +55,9 @@ def usage_error(error: click.ClickException) -> tuple[str, str]:
     message = error.format_message().rstrip(".")
     message = message[:1].lower() + message[1:]
     if isinstance(error, click.NoSuchOption):
+        other = _OTHER_OPTIONS.get((context.info_name or "", error.option_name)) if context else None
+        if other:
+            return f"no such option: {error.option_name}", f"{other} has it"
         names = _options(context) if context else []
         near = difflib.get_close_matches(error.option_name, names, 3)
         return f"no such option: {error.option_name}", _meant(near) or help_of

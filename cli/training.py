@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from registry.catalog.documents import version_document
 from registry.cli.completing import completes, data_sets, networks
 from registry.cli.options import ReferenceType, casts, command, renames
 from registry.cli.output import (
@@ -19,7 +20,6 @@ from registry.cli.output import (
     print_facts,
     print_json,
     say,
-    version_document,
 )
 from registry.cli.tables import columns_of, print_table
 from registry.configs.documents import read_document
@@ -54,11 +54,9 @@ _DATA = "digits (the default), fashion-mnist, mnist, cifar10, or folder (your ow
 @click.option("--epochs", type=int, help="Passes over the data.")
 @click.option("--config", type=click.Path(), metavar="FILE", help="Hyperparameters: JSON, YAML or TOML.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override a hyperparameter.")
+@click.option("--resume", type=ReferenceType(), metavar="REF", help="Resume from a version, bit for bit.")
 @click.option(
-    "--resume", type=ReferenceType(), metavar="REF", help="Continue from a checkpoint, bit for bit."
-)
-@click.option(
-    "--from", "source", metavar="REF", help="Start with the tensors of a checkpoint or a file that fit."
+    "--from", "source", metavar="REF", help="Start with the tensors of a version or a file that fit."
 )
 @renames
 @casts
@@ -297,7 +295,7 @@ def _handler(line: Callable[[str], None]) -> logging.Handler:
 def eval_(
     reference: str, data: str | None, data_dir: str | None, download: bool, registry: Registry, as_json: bool
 ) -> None:
-    """Measure a checkpoint on held-out data."""
+    """Measure a version on held-out data."""
     # Lazy: loads torch.
     from registry.models.data import load
     from registry.models.measuring import evaluate

@@ -1,20 +1,24 @@
-"""From one network into another: plan, transfer, verify-frozen, advise."""
+"""From one network into another: plan, apply, transfer, advise."""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from registry.catalog.documents import version_document
 from registry.cli.options import NetworkType, ReferenceType, casts, command, pairs, registry_if_any, renames
-from registry.cli.output import print_json, say, version_document
+from registry.cli.output import print_json, say
 from registry.configs.documents import read_document
 from registry.store.errors import Invalid, NotFound
+from registry.store.text import quoted
 from registry.transfer.adapters import ADAPTERS
 
 if TYPE_CHECKING:
     from registry.registry import Registry
+    from registry.transfer.plan import TransferPlan
 
 _TAKE_ROWS = ", ".join(name for name, adapter in ADAPTERS.items() if adapter.takes_rows)
 """Names of the adapters that need the classes of both sides."""
@@ -167,7 +171,7 @@ def transfer(
 ) -> None:
     """Make a new version with tensors of another, by a plan.
 
-    TARGET is the name of a network or a checkpoint. A network is built anew. A checkpoint gives the tensors that SOURCE
+    TARGET is the name of a network or a version. A network is built anew. A version gives the tensors that SOURCE
     does not give.
     """
     # Lazy: loads torch.
@@ -179,7 +183,7 @@ def transfer(
 
     checkpoints = [_manifest_id(registry, text) for text in (source, target)]
     if checkpoints[0] and checkpoints[0] == checkpoints[1]:
-        raise Invalid(f"source and target are the same checkpoint, {registry.resolve(source).name}")
+        raise Invalid(f"source and target are the same version, {registry.resolve(source).name}")
     torch.manual_seed(0)
     network, builder = _network(registry, target)
     if file:
@@ -198,6 +202,53 @@ def transfer(
             freeze=freeze,
             registry=registry,
         )
+    _carry_out(registry, made, network, source, builder, name=name, as_json=as_json)
+
+
+@command("apply", "registry apply plan.json --name lenet6-transferred")
+@click.argument("file", type=click.Path(), metavar="FILE")
+@click.option("--name", required=True, metavar="MODEL", help="The model that gets a new version.")
+def apply(file: str, name: str, registry: Registry, as_json: bool) -> None:
+    """Make a new version by a plan that was written to a file.
+
+    The plan names its source and its target; registry transfer --plan takes others. A target that is a network is built
+    anew. A target that is a version gives the tensors that the source does not give.
+    """
+    # Lazy: loads torch.
+    import torch
+
+    # Lazy: loads torch.
+    from registry.transfer.plan import TransferPlan
+
+    made = TransferPlan.load(file)
+    rather = f"registry transfer SOURCE TARGET --plan {shlex.quote(file)} --name {name}"
+    if made.is_of_live_tensors:
+        raise Invalid(
+            f"{file}: the plan was made from tensors in memory; name a source and a target: {rather}"
+        )
+    source = made.source_id if made.source_id and made.source_id in registry else made.source
+    torch.manual_seed(0)
+    try:
+        network, builder = _built(made.target) or _network(registry, made.target)
+    except NotFound:
+        what = quoted(made.target)
+        raise NotFound(
+            f"{file}: the plan is for {what}, which is no version or network here; name another: {rather}"
+        ) from None
+    _carry_out(registry, made, network, source, builder, name=name, as_json=as_json)
+
+
+def _carry_out(
+    registry: Registry,
+    made: TransferPlan,
+    network: Any,
+    source: str,
+    builder: str,
+    *,
+    name: str,
+    as_json: bool,
+) -> None:
+    """Apply a plan to a network, save the network as a new version, and say so."""
     made.apply(network, source, registry=registry)
     with registry.run(name, plan=made, builder=builder) as run:
         saved = run.save(model=network)
@@ -218,48 +269,22 @@ def _manifest_id(registry: Registry, text: str) -> str | None:
 
 def _network(registry: Registry, target: str) -> tuple[Any, str]:
     """The network that a reference or a builder's name stands for, and the name of its builder."""
-    # Lazy: loads torch.
-    from registry.live import builders
-
     try:
         checkpoint = registry[target]
         return registry.build(target), checkpoint.provenance.get("builder", checkpoint.model)
     except NotFound:
-        if target not in builders.names():
+        built = _built(target)
+        if built is None:
             raise
-        return builders.builder(target).build(None), target
+        return built
 
 
-@command("verify-frozen", "registry verify-frozen lenet6:v1 lenet6@best")
-@click.argument("a", type=ReferenceType())
-@click.argument("b", type=ReferenceType())
-def verify_frozen(a: str, b: str, registry: Registry, as_json: bool) -> int:
-    """Check that what was frozen did not move.
+def _built(name: str) -> tuple[Any, str] | None:
+    """A new network of a builder, and the builder's name; None if there is no builder of this name."""
+    # Lazy: loads torch.
+    from registry.live import builders
 
-    The frozen tensors are those that were frozen when B was saved. The exit status is 1 if one of them moved. Buffers
-    of frozen layers that were not held may move; the command names those that did.
-    """
-    # Lazy: start-up.
-    from registry.transfer.frozen import check_frozen
-
-    left, right = registry[a], registry[b]
-    found = check_frozen(left, right)
-    count = len(found.frozen)
-    if as_json:
-        went_on = list(found.went_on)
-        print_json(
-            {"a": left.name, "b": right.name, "frozen": count, "moved": found.moved, "went_on": went_on}
-        )
-        return 1 if found.moved else 0
-    for name, why in found.went_on.items():
-        say(f"{name} moved: {why}")
-    for name, why in found.moved.items():
-        say(f"{name}: {why}")
-    if found.moved:
-        say(f"{len(found.moved)} of {count} frozen tensors moved between {left.name} and {right.name}")
-    else:
-        say(f"all {count} frozen tensors are equal in {left.name} and {right.name}, bit for bit")
-    return 1 if found.moved else 0
+    return (builders.builder(name).build(None), name) if name in builders.names() else None
 
 
 @command("advise", "registry advise lenet5@best --samples 500 --similar yes --model lenet6")
@@ -269,9 +294,9 @@ def verify_frozen(a: str, b: str, registry: Registry, as_json: bool) -> int:
     "--similar",
     required=True,
     type=click.Choice(["yes", "no"]),
-    help="Whether they are like those of the checkpoint's training.",
+    help="Whether they are like those of the version's training.",
 )
-@click.option("--model", metavar="NAME", help="The network to train. [default: the checkpoint's own]")
+@click.option("--model", metavar="NAME", help="The network to train. [default: the version's own]")
 def advise(
     reference: str, samples: int, similar: str, model: str | None, registry: Registry, as_json: bool
 ) -> None:

@@ -15,15 +15,29 @@ if TYPE_CHECKING:
     from registry.registry import Registry
 
 
-@command("verify", "registry verify\nregistry verify lenet5@best")
+@command(
+    "verify", "registry verify\nregistry verify lenet5@best\nregistry verify --frozen lenet6:v1 lenet6@latest"
+)
 @click.argument("references", nargs=-1, type=ReferenceType(), metavar="[REFERENCE]...")
-def verify(references: tuple[str, ...], registry: Registry, as_json: bool) -> int:
+@click.option(
+    "--frozen",
+    is_flag=True,
+    help="Check instead, by digest, that what is frozen in the second of two versions is the same in the first.",
+)
+def verify(references: tuple[str, ...], frozen: bool, registry: Registry, as_json: bool) -> int:
     """Compare every stored byte with its digest.
 
     With REFERENCEs, the command reads only the bytes that they need. The exit status is 1 if anything is not as it was
     saved. What is damaged comes back from a second copy with registry repair. When something saves a damaged tensor again,
     it is written again, too, and the versions that hold it are whole.
+
+    With --frozen the exit status is 1 if a frozen tensor moved. Buffers of frozen layers that were not held may move; the
+    command names those that did.
     """
+    if frozen:
+        if len(references) != 2:
+            raise click.UsageError("--frozen compares two versions; name both: registry verify --frozen A B")
+        return _verify_frozen(registry, *references, as_json=as_json)
     with progress_bar("verifying") as report:
         found = registry.verify(references, progress=report)
     if as_json:
@@ -34,17 +48,50 @@ def verify(references: tuple[str, ...], registry: Registry, as_json: bool) -> in
         warn(f"{problem.message}{used}")
     artifacts = f"{counted(found.artifacts, 'artifact')}, " if found.artifacts else ""
     checked = (
-        f"{counted(found.checkpoints, 'checkpoint')}, {artifacts}{counted(found.tensors, 'stored tensor')}, "
+        f"{counted(found.checkpoints, 'version')}, {artifacts}{counted(found.tensors, 'stored tensor')}, "
         f"{size(found.bytes)} in {counted(found.packs, 'pack')}"
     )
-    say(f"{checked}: {counted(len(found.problems), 'problem') if found.problems else 'all as saved'}")
+    say(f"{checked}: {counted(len(found.problems), 'problem') if found.problems else 'OK'}")
     if found.problems:
         say("a second copy, such as a backup, puts back what it has: registry repair --from PLACE")
     return int(bool(found.problems))
 
 
+@command("verify-frozen", "registry verify-frozen lenet6:v1 lenet6@best")
+@click.argument("a", type=ReferenceType())
+@click.argument("b", type=ReferenceType())
+def verify_frozen(a: str, b: str, registry: Registry, as_json: bool) -> int:
+    """Check that what was frozen did not move; the same as registry verify --frozen."""
+    return _verify_frozen(registry, a, b, as_json=as_json)
+
+
+def _verify_frozen(registry: Registry, a: str, b: str, *, as_json: bool) -> int:
+    """Say whether a tensor moved that was frozen when B was saved. Returns the exit status."""
+    # Lazy: start-up.
+    from registry.transfer.frozen import check_frozen
+
+    left, right = registry[a], registry[b]
+    found = check_frozen(left, right)
+    count = len(found.frozen)
+    if as_json:
+        went_on = list(found.went_on)
+        print_json(
+            {"a": left.name, "b": right.name, "frozen": count, "moved": found.moved, "went_on": went_on}
+        )
+        return 1 if found.moved else 0
+    for name, why in found.went_on.items():
+        say(f"{name} moved: {why}")
+    for name, why in found.moved.items():
+        say(f"{name}: {why}")
+    if found.moved:
+        say(f"{len(found.moved)} of {count} frozen tensors moved between {left.name} and {right.name}")
+    else:
+        say(f"all {count} frozen tensors are equal in {left.name} and {right.name}, bit for bit")
+    return 1 if found.moved else 0
+
+
 @command("gc", "registry gc --dry-run\nregistry gc --grace 14d")
-@click.option("--dry-run", is_flag=True, help="Only show what would be removed.")
+@click.option("--dry-run", "-n", is_flag=True, help="Only show what would be removed.")
 @click.option(
     "--grace",
     default="1h",
@@ -54,7 +101,7 @@ def verify(references: tuple[str, ...], registry: Registry, as_json: bool) -> in
     help="How long a file stays after nothing needs it any more, such as 0, 30m, 1h or 14d.",
 )
 def gc(dry_run: bool, grace: float, registry: Registry, as_json: bool) -> None:
-    """Free the space of what no checkpoint needs.
+    """Free the space of what no version needs.
 
     A file that nothing needs any more stays for the time of --grace, because a process may still read it. A file that
     is needed is never removed, whatever runs at the same time. That holds with --grace 0 too.
@@ -80,7 +127,7 @@ def gc(dry_run: bool, grace: float, registry: Registry, as_json: bool) -> None:
 
 @command("compact", "registry compact lenet5\nregistry compact --dry-run")
 @click.argument("models", nargs=-1, metavar="[MODEL]...")
-@click.option("--dry-run", is_flag=True, help="Only show what would be rewritten.")
+@click.option("--dry-run", "-n", is_flag=True, help="Only show what would be rewritten.")
 def compact(models: tuple[str, ...], dry_run: bool, registry: Registry, as_json: bool) -> int:
     """Store older versions as differences, bit for bit.
 
@@ -125,7 +172,7 @@ def compact(models: tuple[str, ...], dry_run: bool, registry: Registry, as_json:
     metavar="PLACE",
     help="The second copy: a folder, a URL, or a name of registry remote.",
 )
-@click.option("--dry-run", is_flag=True, help="Only show what would be put back.")
+@click.option("--dry-run", "-n", is_flag=True, help="Only show what would be put back.")
 def repair(place: str, dry_run: bool, registry: Registry, as_json: bool) -> int:
     """Put back what is damaged or missing from a second copy.
 
@@ -158,13 +205,13 @@ def repair(place: str, dry_run: bool, registry: Registry, as_json: bool) -> int:
 
 
 @command("rebuild", "registry rebuild\nregistry rebuild --adopt")
-@click.option("--adopt", is_flag=True, help="Take in checkpoints that the log does not name.")
+@click.option("--adopt", is_flag=True, help="Take in versions that the log does not name.")
 def rebuild(adopt: bool, registry: Registry, as_json: bool) -> int:
     """Make the catalog anew from the log.
 
     Use it if the catalog is damaged, or after verify found damage in the log. If one of the two copies of the log has
     lost something, it comes from the other copy. The command names what both copies have lost. --adopt accepts that
-    loss, and takes in the checkpoints that no entry of the log names. The exit status is 1 if something could not be
+    loss, and takes in the versions that no entry of the log names. The exit status is 1 if something could not be
     brought back.
     """
     with progress_bar("rebuilding") as report:
@@ -190,7 +237,7 @@ def rebuild(adopt: bool, registry: Registry, as_json: bool) -> int:
         shown = ", ".join(one[:12] for one in found.unnamed[:3])
         more = f" and {len(found.unnamed) - 3} more" if len(found.unnamed) > 3 else ""
         say(
-            f"no entry of the log names {shown}{more}. An interrupted save leaves such a checkpoint; "
+            f"no entry of the log names {shown}{more}. An interrupted save leaves such a version; "
             "--adopt takes it in"
         )
     say(

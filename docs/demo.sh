@@ -112,8 +112,8 @@ for how in scratch finetuned frozen; do
   run registry train lenet6 --name "lenet6-$how" "${from[@]}" "${few[@]}" | grep -v -e 'batch\[' -e 'see it with'
 done
 run registry compare lenet6-scratch lenet6-finetuned lenet6-frozen
-run registry verify-frozen lenet6-frozen:v1 lenet6-frozen
-run registry lineage lenet6-frozen:v1
+run registry verify --frozen lenet6-frozen:v1 lenet6-frozen
+run registry log lenet6-frozen:v1
 registry diff lenet5@best lenet6 --plan plan.json --format html -o "$reports/plan.html" >/dev/null || true
 registry diff lenet6-finetuned:v1 lenet6-finetuned --values --format html -o "$reports/diff.html" >/dev/null || true
 registry compare lenet6-scratch lenet6-finetuned lenet6-frozen --format html -o "$reports/compare.html" >/dev/null
@@ -153,7 +153,7 @@ run registry cache list
 say "12. Files in and out: hand the model to somebody, and take a checkpoint in. Equal tensors are not stored again."
 run registry export lenet5@best lenet5.pt
 run registry import lenet5.pt --name from-a-colleague
-run registry list
+run registry ls
 run registry show from-a-colleague
 run registry status
 run registry verify

@@ -297,7 +297,7 @@ def lazy_imports(module: str) -> Iterator[tuple[ast.Import | ast.ImportFrom, re.
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """The modules of the project that `registry list` loads."""
+    """The modules of the project that `registry ls` loads."""
     program = (
         "import sys\nfrom registry.cli import main\n"
         "try: main()\nexcept SystemExit as done: assert not done.code\n"
@@ -314,7 +314,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 def test_an_import_inside_a_function_says_why(module: str, quick: set[str]) -> None:
     """`# Lazy: loads NAME.` is true: what is imported loads the package, and the module does not load it by itself.
 
-    `# Lazy: start-up.` stands in the command line, and in what `registry list` loads.
+    `# Lazy: start-up.` stands in the command line, and in what `registry ls` loads.
     """
     loads = loaded_with()
     wrong = []
@@ -330,7 +330,7 @@ def test_an_import_inside_a_function_says_why(module: str, quick: set[str]) -> N
             elif package not in names.union(*(loads[name] for name in names & MODULES.keys())):
                 problem = f"does not load {package}"
         elif room_of(module) != "registry.cli" and module not in quick:
-            problem = "is in a module that `registry list` does not load"
+            problem = "is in a module that `registry ls` does not load"
         if problem:
             wrong.append(f"{path_of(module)}:{node.lineno}: {ast.unparse(node)} {problem}")
     assert wrong == []

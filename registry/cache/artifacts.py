@@ -161,7 +161,7 @@ class Artifacts:
         return tree
 
     def remove(self, keys: Iterable[str]) -> int:
-        """Forget artifacts by their whole keys; returns how many there were."""
+        """Remove cached artifacts by their whole keys; returns how many there were."""
         chosen = list(dict.fromkeys(keys))
 
         def compute(view: View) -> list[Record]:
@@ -176,14 +176,14 @@ class Artifacts:
         return len(entry.records) if entry else 0
 
     def clear(self, *, older_than: float | None = None, unused: bool = False) -> list[Artifact]:
-        """Forget all artifacts, or only some.
+        """Remove all cached artifacts, or only some.
 
         Args:
             older_than: only those that were not loaded for this many seconds.
             unused: only those that no run names.
 
         Returns:
-            What was forgotten; its bytes are freed by the next `gc`.
+            What was removed; its bytes are freed by the next `gc`.
         """
         limit = time.time() - (older_than or 0.0)
         chosen = [

@@ -25,7 +25,7 @@ class Branch:
 
     Attributes:
         kind: how it is related to the version before it in the tree: the kind of an edge of the lineage, such as
-            `resumed-from`, or `trained on from` for the version before it in the same run.
+            `resumed-from`, or `continued from` for the version before it in the same run.
         name: the version's name; or what an edge gives in its place, such as the digest of a file or a removed version.
         version: None where the edge leads to no version.
         branches: what is beyond it, in the direction of the tree.
@@ -58,7 +58,7 @@ def origins(catalog: Catalog, version: Version, *, deepest: int = DEEPEST) -> li
         if edges or not (parent := version.record.get("parent")):
             return edges
         try:
-            return [("trained on from", parent, resolve(catalog, parent))]
+            return [("continued from", parent, resolve(catalog, parent))]
         except NotFound:
             return []
 

@@ -99,6 +99,29 @@ def attached_again(file: Attached, view: Reader, text: Mapping[str, str]) -> lis
     return [] if rows else [{**record, **text}]
 
 
+def owners_of_files(reader: Reader) -> dict[str, set[str]]:
+    """The ids of the versions that the artifact of an attached file belongs to, by the artifact's id.
+
+    Equal files are one artifact. It belongs to none if the version is gone; garbage collection drops it then.
+    """
+    found = _all(reader)
+    if not found:
+        return {}
+    ids: dict[str, set[str]] = {}
+    for version_id, record in reader.query("SELECT id, record FROM versions"):
+        ids.setdefault(_first_id(version_id, parsed(record)), set()).add(version_id)
+    owners: dict[str, set[str]] = {}
+    for to, _, _, _, _, artifact_id in found:
+        owners.setdefault(artifact_id, set()).update(ids.get(to, ()))
+    return owners
+
+
+def results(reader: Reader) -> set[str]:
+    """The ids of the artifacts that are results of cached functions, and no attached files."""
+    rows = reader.query("SELECT DISTINCT id FROM artifacts WHERE record NOT LIKE ?", [f'%"{MARK}":%'])
+    return {artifact_id for (artifact_id,) in rows}
+
+
 def drop_orphans(catalog: Catalog) -> None:
     """Drop the artifacts of versions that are gone."""
 

@@ -165,3 +165,27 @@ def _no_such_name(at: int, name: str, known: Sequence[str], model: str | None) -
     return NotFound(
         f"where names {quoted(name)} at character {at}, which no version{whose} has; {suggestion}there are {names}"
     )
+
+
+_TEXTS = (
+    "v.model || ':v' || v.version LIKE ? ESCAPE '!'",
+    "EXISTS (SELECT 1 FROM aliases n WHERE n.id = v.id AND n.model || '@' || n.name LIKE ? ESCAPE '!')",
+    "EXISTS (SELECT 1 FROM tags n WHERE n.id = v.id AND n.name LIKE ? ESCAPE '!')",
+    "EXISTS (SELECT 1 FROM notes n WHERE n.id = v.id AND n.text LIKE ? ESCAPE '!')",
+)
+"""Conditions over the table `v`: a text of the version has a pattern."""
+
+
+_COMPARES = re.compile(r"[<>=]")
+
+
+def matching(catalog: Reader, text: str, model: str | None = None) -> Condition:
+    """Versions with a text in a name, tag, alias or note, or at the beginning of their id; case does not count.
+
+    A text with a sign of comparison is a condition, as in `accuracy>0.95`; see `parse_condition`.
+    """
+    if _COMPARES.search(text):
+        return parse_condition(catalog, text, model)
+    escaped = re.sub("[!%_]", r"!\g<0>", text)
+    given = [*[f"%{escaped}%"] * len(_TEXTS), f"{escaped}%"]
+    return Condition(f"{' OR '.join(_TEXTS)} OR v.id LIKE ? ESCAPE '!'", given)

@@ -18,7 +18,7 @@ from registry.store.manifest import Manifest
 
 
 class Version(NamedTuple):
-    """A row of the catalog: one checkpoint, with what `list` and `show` need."""
+    """A row of the catalog: one checkpoint, with what `ls` and `show` need."""
 
     id: str
     model: str
@@ -60,6 +60,10 @@ class Condition(NamedTuple):
 
     sql: str
     parameters: Sequence[Any] = ()
+
+    def __and__(self, other: Condition) -> Condition:
+        """The condition that both hold."""
+        return Condition(f"({self.sql}) AND ({other.sql})", [*self.parameters, *other.parameters])
 
 
 ANY = Condition("1 = 1")
@@ -420,6 +424,15 @@ def _check_attached(
             raise Corrupt(
                 "the catalog holds a damaged name, note or metric; recreate it with: registry rebuild"
             )
+
+
+UNHELD = Condition(
+    "v.id NOT IN (SELECT id FROM aliases) AND v.id NOT IN (SELECT id FROM tags) "
+    "AND v.version < (SELECT MAX(l.version) FROM versions l WHERE l.model = v.model) "
+    "AND NOT EXISTS (SELECT 1 FROM lineage f WHERE f.parent = v.id)"
+)
+"""Nothing holds the version: it has no alias and no tag, is not the latest of its model, and no version was resumed,
+transferred or made in another way from it. The next version of its own run does not hold it."""
 
 
 def _filter(model: str | None, tag: str | None, also: Condition) -> tuple[str, list[Any]]:

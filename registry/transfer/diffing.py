@@ -169,7 +169,7 @@ def _are_alike(left: Side, right: Side) -> bool:
 
 
 def _related(left: Side, right: Side, registry: Home | None) -> bool:
-    """Whether the lineage ties the two sides: one was trained on from the other, or both from a third."""
+    """Whether the lineage ties the two sides: one was continued from the other, or both from a third."""
     if not left.checkpoint or not right.checkpoint or registry is None:
         return False
     above = ancestors(registry.catalog, left.checkpoint.name)

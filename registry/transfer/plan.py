@@ -167,6 +167,11 @@ class TransferPlan(BaseModel):
         self._origin.source, self._origin.registry = source, registry
 
     @property
+    def is_of_live_tensors(self) -> bool:
+        """Whether the source was a live network or a state dict, which a file of the plan does not hold."""
+        return self.source_digest is None or self.source == STATE_DICT
+
+    @property
     def loaded(self) -> tuple[Step, ...]:
         """The steps that copy."""
         return tuple(step for step in self.steps if step.action == "copy")
@@ -421,7 +426,7 @@ class TransferPlan(BaseModel):
     def _side_of(self, source: Source | None, registry: Home | None) -> Side:
         """The side of a source; without one, of what the plan was made from."""
         if source is None and self._origin.source is None:
-            if self.source_digest is None or self.source == STATE_DICT:
+            if self.is_of_live_tensors:
                 what = STATE_DICT if self.source == STATE_DICT else f"a live network, {quoted(self.source)}"
                 raise Invalid(f"the plan was made from {what}, which its file does not hold: pass source=")
             source = self.source

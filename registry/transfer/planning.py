@@ -195,7 +195,7 @@ def _check_distinct(left: Side, right: Side) -> None:
     if left.module is not None and left.module is right.module and left.checkpoint is None:
         raise Invalid("source and target are the same network")
     if left.checkpoint and right.checkpoint and left.checkpoint.id == right.checkpoint.id:
-        raise Invalid(f"source and target are the same checkpoint, {left.label}")
+        raise Invalid(f"source and target are the same version, {left.label}")
 
 
 def _apart(expect: Mapping[str, str], adapters: Mapping[str, str]) -> list[str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-from registry.reports.words import ranges, shape
+from registry.reports.merged_names import merge_names
+from registry.reports.words import shape
 from registry.transfer.matching import LOADABLE, Category
 
 
@@ -96,38 +96,15 @@ class Group(NamedTuple):
 def grouped(rows: Iterable[Row]) -> list[Group]:
     """Merge rows of one status, shape and dtype whose names differ in one number: `layers.{0-3,5}.weight`."""
     rows = list(rows)
-    options: dict[tuple[object, ...], list[int]] = defaultdict(list)
-    for i, row in enumerate(rows):
-        for pattern in _patterns(row):
-            options[pattern].append(i)
-    taken: dict[int, tuple[object, ...]] = {}
-    for pattern, members in sorted(options.items(), key=lambda item: -len(item[1])):
-        free = [i for i in members if i not in taken]
-        if len(free) > 1:
-            taken.update(dict.fromkeys(free, pattern))
-    groups: dict[object, list[Row]] = {}
-    for i, row in enumerate(rows):
-        groups.setdefault(taken.get(i, i), []).append(row)
-    return [Group(_merged_name(key, members), members) for key, members in groups.items()]
+    merged = merge_names([row.shown_name for row in rows], [_alike(row) for row in rows])
+    return [Group(name, [rows[i] for i in places]) for name, places in merged]
 
 
-def _patterns(row: Row) -> list[tuple[object, ...]]:
-    """What a row has in common with others, once for each number in its name."""
+def _alike(row: Row) -> tuple[object, ...] | None:
+    """What a row must have in common with others; None for one whose name differs on the two sides."""
     if row.a and row.b and row.a != row.b:
-        return []
-    parts = row.name.split(".")
-    alike = (row.category, row.shape_a, row.shape_b, row.dtype_a, row.dtype_b, row.kind, row.equal)
-    return [
-        (*alike, tuple(parts[:i]), tuple(parts[i + 1 :])) for i, part in enumerate(parts) if part.isdecimal()
-    ]
-
-
-def _merged_name(key: object, rows: Sequence[Row]) -> str:
-    if not isinstance(key, tuple) or len(rows) == 1:
-        return rows[0].shown_name
-    before, after = key[-2], key[-1]
-    numbers = sorted(int(row.name.split(".")[len(before)]) for row in rows)
-    return ".".join([*before, "{" + ranges(numbers) + "}", *after])
+        return None
+    return (row.category, row.shape_a, row.shape_b, row.dtype_a, row.dtype_b, row.kind, row.equal)
 
 
 def _shape(sizes: tuple[int, ...] | None) -> str:

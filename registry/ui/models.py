@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -129,11 +130,13 @@ class Part(NamedTuple):
     """The versions of a model that a page shows.
 
     Attributes:
+        total: how many are asked for in all.
         following: the address of those that come next; None if these are the last.
         is_first: whether none come before them.
     """
 
     versions: Sequence[Version]
+    total: int
     following: str | None
     is_first: bool
 
@@ -154,24 +157,21 @@ def versions(registry: Registry, args: Args, model: str) -> Page:
     metric = _metric_of(registry, args, model, names)
     part = _ranked(registry, args, model) if sort else _newest(registry, args, model)
     ((total,),) = registry.catalog.query("SELECT COUNT(*) FROM versions WHERE model = ?", [model])
-    command = [
-        "registry ls",
-        model,
-        *([f"--sort {sort}"] if sort else []),
-        *([f"--tag {tag}"] if tag else []),
-    ]
-    given = [repr(model), *([f"by={sort!r}"] if sort else []), *([f"tag={tag!r}"] if tag else [])]
+    options = {"--sort": sort, "--tag": tag, "--match": args.get("where")}
+    words = [part for name, text in options.items() if text for part in (name, text)]
+    asked = {"by": sort, "tag": tag, "where": args.get("where")}
+    given = [repr(model), *(f"{name}={value!r}" for name, value in asked.items() if value)]
     return Page(
         template="versions.html",
         title=model,
         place="models",
         document={
-            "total": total,
+            "total": part.total,
             "versions": [version_document(version) for version in part.versions],
             "next": part.following,
         },
         rows=[row_of(version) for version in part.versions],
-        command=f"{' '.join(command)} --limit {MANY}",
+        command=shlex.join(["registry", "ls", model, *words, "--limit", str(MANY)]),
         python=f"registry.versions({', '.join(given)}, limit={MANY})",
         context={
             "model": model,
@@ -221,7 +221,7 @@ def _ranked(registry: Registry, args: Args, model: str) -> Part:
         limit=skip + MANY,
     )
     following = address("m", model, sort=sort, **_kept(args), skip=skip + MANY)
-    return Part(found[skip:], following if total > skip + MANY else None, not skip)
+    return Part(found[skip:], total, following if total > skip + MANY else None, not skip)
 
 
 def _newest(registry: Registry, args: Args, model: str) -> Part:
@@ -233,7 +233,7 @@ def _newest(registry: Registry, args: Args, model: str) -> Part:
     found, total = list_versions(registry.catalog, model, tag=args.get("tag") or None, also=also, limit=MANY)
     last = f"v{found[-1].version}" if found else None
     following = address("m", model, **_kept(args), before=last)
-    return Part(found, following if total > MANY else None, not before)
+    return Part(found, total, following if total > MANY else None, not before)
 
 
 def _condition(registry: Registry, args: Args, model: str) -> Condition:

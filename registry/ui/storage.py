@@ -3,65 +3,49 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from registry.cache.artifacts import Artifact
+from registry.catalog.versions import UNHELD, find_versions
 from registry.registry import Registry
 from registry.reports.charts import Area, colour_of, treemap
 from registry.reports.words import size
-from registry.ui.kept import Own, own_by_version
+from registry.ui.kept import Own, once, own_by_version
 from registry.ui.page import Args, Page, address_of_name
+from registry.upkeep.usage import usage
 
 _MOST_AREAS = 400
 """Rectangles of the picture; smaller versions share one a model."""
-
-_UNHELD = (
-    "NOT EXISTS (SELECT 1 FROM aliases a WHERE a.id = v.id) AND NOT EXISTS (SELECT 1 FROM tags g WHERE g.id = v.id) "
-    "AND v.version < (SELECT MAX(w.version) FROM versions w WHERE w.model = v.model) "
-    "AND NOT EXISTS (SELECT 1 FROM lineage l WHERE l.parent = v.id)"
-)
 
 
 def storage(registry: Registry, args: Args) -> Page:
     """What holds the disk, and what may go."""
     status = registry.status()
-    own = own_by_version(registry)
-    unheld = {
-        str(version_id): (str(model), int(number))
-        for version_id, model, number in registry.catalog.query(
-            f"SELECT v.id, v.model, v.version FROM versions v WHERE {_UNHELD}"
-        )
-    }
-    by_model: dict[str, dict[str, Any]] = {}
-    for one in own:
-        row = by_model.setdefault(one.model, {"model": one.model, "own": 0, "may_go": 0})
-        row["own"] += one.size
-        row["may_go"] += one.id in unheld
-    counts = dict(registry.catalog.query("SELECT model, COUNT(*) FROM versions GROUP BY model"))
-    rows = sorted(by_model.values(), key=lambda row: -row["own"])
-    for row in rows:
-        row["versions"] = counts.get(row["model"], 0)
-        row["share"] = row["own"] / status.stored if status.stored else 0.0
+    found = once(registry, "usage", lambda: usage(registry.catalog))
+    unheld = once(registry, "unheld", lambda: find_versions(registry.catalog, UNHELD.sql, UNHELD.parameters))
     return Page(
         template="storage.html",
         title="Storage",
         place="storage",
-        document={**status._asdict(), "saved": status.saved, "models": rows},
-        rows=rows,
+        document={**found._asdict(), "saved": found.saved, "models": [one._asdict() for one in found.models]},
+        rows=[one._asdict() for one in found.models],
         command="registry du",
         python="registry.status()",
         context={
             "status": status,
-            "picture": treemap(_areas(own, unheld), "Bytes by model and version"),
-            "rows": rows,
-            "unheld": [f"{model}:v{number}" for model, number in unheld.values()],
+            "usage": found,
+            "picture": treemap(
+                _areas(own_by_version(registry), {one.id for one in unheld}), "Bytes by model and version"
+            ),
+            "unheld": [one.name for one in unheld],
+            "may_go": sum(one.unheld_freed for one in found.models),
         },
     )
 
 
-def _areas(own: Sequence[Own], unheld: dict[str, Any]) -> list[Area]:
+def _areas(own: Sequence[Own], unheld: Collection[str]) -> list[Area]:
     """A rectangle for each version that wrote bytes; the smallest of a model share one."""
     areas = [
         Area(

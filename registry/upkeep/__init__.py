@@ -4,6 +4,7 @@ Words: *garbage* is what nothing needs (garbage.py); a *doomed* pack may be dele
 again (dooming.py). *Repacking* writes what is needed of a pack to a new one, which takes its place (repacking.py):
 thinning and compaction do it. A *second copy* is a folder or bucket that may have what a registry has lost
 (second_copies.py). What it gives is *gathered* by digest (gathering.py), to *repair* the registry (repairing.py).
+*Own bytes* are those that were written for a version first (usage.py).
 
 It imports `registry.home`, `registry.catalog`, `registry.remote`, `registry.log`, `registry.progress` and
 `registry.store`. To add an operation: one file here, one method in `registry.registry`.

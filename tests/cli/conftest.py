@@ -70,10 +70,11 @@ def examples(command: click.Command) -> list[str]:
 
 
 def words_of(line: str) -> list[str]:
-    """The words of an example, from `registry` on; it may stand inside `eval "$(...)"`."""
+    """The words of an example's first command, from `registry` on; it may stand inside `eval "$(...)"`."""
     if line.startswith("eval"):
         line = line.partition("$(")[2].rstrip(')"')
-    return shlex.split(line)
+    words = shlex.split(line)
+    return words[: words.index("|")] if "|" in words else words
 
 
 def fill(root: Path) -> Registry:

@@ -44,16 +44,17 @@ def test_what_the_catalog_has_is_completed(filled: Registry) -> None:
     with filled.run("lenet5", monitor="accuracy"):
         pass
     filled.save("resnet", {"model": {"w": torch.ones(1)}}, metrics={"f1": 0.5, "val/loss": 0.1})
-    assert completed("registry list lenet5 --sort ") == ["accuracy", "loss"]
-    assert completed("registry list --sort ") == ["accuracy", "f1", "val/loss", "loss"]
+    assert completed("registry ls lenet5 --sort ") == ["accuracy", "loss"]
+    assert completed("registry ls --sort ") == ["accuracy", "f1", "val/loss", "loss"]
     assert completed("registry best resnet@latest --by v") == ["val/loss"]
     assert completed("registry compare resnet --metric ") == ["f1", "val/loss", "loss"]
-    assert completed("registry list --tag ") == ["paper"]
+    assert completed("registry ls --tag ") == ["paper"]
     assert completed("registry tag resnet p") == ["paper"]
+    assert completed("registry logs lenet5/") == ["lenet5/run-1"]
     assert completed("registry log lenet5/") == ["lenet5/run-1"]
     assert completed("registry board len") == ["lenet5", "lenet5/run-1"]
     assert completed("registry export lenet5:v1 --component m") == ["model"]
-    assert completed("registry list nothing --sort ") == ["loss"]
+    assert completed("registry ls nothing --sort ") == ["loss"]
 
 
 def test_networks_are_completed_without_loading_them(filled: Registry) -> None:

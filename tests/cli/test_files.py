@@ -201,7 +201,7 @@ def test_configurations_are_shown_checked_and_compared(filled: Registry, run: Ru
         run("config", "show", "a.json", "--set", "optimizer.lr=1e-3").out
         == "# optimizer.lr = 0.001\n# epochs = 3\n"
     )
-    assert run("config", "diff", "a.json", "b.toml").out == "~ epochs = 3 -> 4\n+ optimizer.name = sgd\n"
+    assert run("config", "diff", "a.json", "b.toml").out == "~ epochs = 3 → 4\n+ optimizer.name = sgd\n"
     assert run("config", "diff", "a.json", "a.json").out == "no difference\n"
     (row,) = run("config", "diff", "lenet5:v1", "lenet5:v2", "--json").json["differences"]
     assert row == {"key": "optimizer.lr", "kind": "changed", "left": 0.1, "right": 0.2}
@@ -250,12 +250,12 @@ def test_files_are_attached_listed_and_written(filled: Registry, run: Run) -> No
     Path("model.onnx").write_bytes(b"onnx")
     name = run("show", "lenet5", "--json").json["name"]
     assert run("files", "lenet5") == (0, "", f"{name} has no files\n")
-    assert run("attach", "lenet5", "model.onnx").out == f"model.onnx -> {name}  4 B\n"
+    assert run("attach", "lenet5", "model.onnx").out == f"model.onnx → {name}  4 B\n"
     listed = run("files", "lenet5").out.splitlines()
     assert [line.split()[:3] for line in listed] == [["FILE", "SIZE", "ATTACHED"], ["model.onnx", "4", "B"]]
     (one,) = run("files", name, "--json").json
     assert (one["name"], one["size"]) == ("model.onnx", 4)
-    assert run("files", "lenet5", "model.onnx", "--output", "back").out == "model.onnx -> back  4 B\n"
+    assert run("files", "lenet5", "model.onnx", "--output", "back").out == "model.onnx → back  4 B\n"
     assert Path("back").read_bytes() == b"onnx"
     for words, message in {
         ("files", "lenet5", "model.onnx", "-o", "back"): "back: the file exists",

@@ -79,8 +79,27 @@ def test_the_commands_stand_in_groups_and_none_is_cut() -> None:
     assert set(COMMANDS) <= told
 
 
-def test_words_of_other_tools_are_synonyms(filled: Registry, run: Run) -> None:
-    assert run("ls", "lenet5", "--json").json == run("list", "lenet5", "--json").json
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("list lenet5", "ls lenet5"),
+        ("lineage lenet5", "log lenet5"),
+        ("verify-frozen lenet5:v1 lenet5:v2", "verify --frozen lenet5:v1 lenet5:v2"),
+        ("rm lenet5:v1 --dry-run", "rm lenet5:v1 -n"),
+        ("gc --dry-run", "gc -n"),
+        ("compact --dry-run", "compact -n"),
+        ("alias --remove lenet5@none", "alias -d lenet5@none"),
+        ("tag lenet5 none --remove", "tag lenet5 none -d"),
+    ],
+)
+def test_old_words_do_the_same_as_the_new_ones(filled: Registry, run: Run, old: str, new: str) -> None:
+    assert run(*old.split()) == run(*new.split())
+
+
+def test_old_words_are_not_in_the_help() -> None:
+    text = app.get_help(click.Context(app, info_name="registry"))
+    told = {line.split()[0] for line in text.splitlines() if line.startswith("  ") and line[2:3].isalpha()}
+    assert told & {"list", "lineage", "verify-frozen"} == set()
 
 
 def test_the_page_of_the_commands_is_up_to_date() -> None:

@@ -33,7 +33,7 @@ def test_versions_are_pushed_and_told(roots: tuple[Path, Path]) -> None:
     here, there = roots
     status, out, err = run(here, "push", "net:v2", "--to", str(there))
     assert (status, err) == (0, "")
-    assert out.splitlines() == ["net:v2 -> net:v2  44.1 kB", f"1 version copied to {there}"]
+    assert out.splitlines() == ["net:v2 → net:v2  44.1 kB", f"1 version copied to {there}"]
     status, out, _ = run(here, "push", "--all", "--to", str(there), "--json")
     found = json.loads(out)
     assert status == 0
@@ -48,7 +48,7 @@ def test_versions_are_pulled(roots: tuple[Path, Path]) -> None:
     here, there = roots
     status, out, _ = run(here, "pull", "net:v1", "--from", there.as_posix())
     assert status == 0
-    assert out.splitlines()[0].startswith("net:v1 -> net:v3  ")
+    assert out.splitlines()[0].startswith("net:v1 → net:v3  ")
     assert torch.equal(Registry(here)["net:v3"].load()["model"]["w"], torch.arange(10_000.0))
 
 
@@ -109,7 +109,7 @@ def test_a_name_stands_for_a_place_in_push_pull_and_repair(roots: tuple[Path, Pa
     mine, there = roots
     run(mine, "remote", "add", "backup", str(there))
     assert run(mine, "push", "net:v1", "--to", "backup")[1].endswith(f"copied to {there}\n")
-    assert run(mine, "pull", "net:v1", "--from", "backup")[1].startswith("net:v1 -> net:v3  ")
+    assert run(mine, "pull", "net:v1", "--from", "backup")[1].startswith("net:v1 → net:v3  ")
     run(mine, "push", "--all", "--to", "backup")
     for pack in mine.glob("packs/*/*.safetensors"):
         pack.unlink()

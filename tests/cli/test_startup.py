@@ -40,7 +40,7 @@ INSTEAD = {
 
 BESIDE = (
     "registry --help",
-    "registry list lenet5 --json",
+    "registry ls lenet5 --json",
     "registry show lenet5:v2",
     "registry alias",
     "registry rm lenet5:v1 --yes",
@@ -71,8 +71,9 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
             measured = {"accuracy": epoch / 20, "val/loss": 1 / epoch}
             run.save(model=torch.nn.Linear(1, epoch), epoch=epoch, loss=1 / epoch, metrics=measured)
         for model in ("lenet6", "lenet6-scratch", "lenet6-finetuned"):
-            tree = {"model": {"w": torch.full((1,), float(epoch))}}
-            registry.save(model, tree, epoch=epoch, metrics={"accuracy": epoch / 30})
+            tree = {"model": {"w": torch.full((1,), float(epoch)), "frozen": torch.zeros(2)}}
+            made = {"frozen": {"model": ["frozen"]}}
+            registry.save(model, tree, epoch=epoch, metrics={"accuracy": epoch / 30}, provenance=made)
     registry.set_alias("lenet5:v3", "production")
     registry.set_tag("lenet5:v3", "paper")
     registry.cached(lambda size: [size])(3)

@@ -20,14 +20,15 @@ from registry.cli.tables import Column, decimals_of, drawn, width_of
 GOLDEN = Path(__file__).with_name("golden")
 WIDTHS = (40, 60, 80, 120, 200)
 COMMANDS = (
-    "list",
-    "lineage",
-    "lineage lenet5 --full",
-    "list lenet5",
+    "ls",
+    "log",
+    "log lenet5 --full",
+    "ls lenet5",
     "history lenet5",
     "runs",
     "alias",
     "show lenet5:v2 --params",
+    "show lenet5:v2 --tree",
 )
 
 
@@ -72,7 +73,7 @@ def test_tables_look_as_they_should_on_a_terminal(trained: Registry, columns: in
     for command in COMMANDS:
         shown = on_a_terminal(*command.split(), columns=columns)
         assert shown.status == 0
-        tables = shown.text.partition("\n\n")[2] if command.startswith("show") else shown.text
+        tables = shown.text[max(0, shown.text.find("COMPONENT")) :]
         assert max(map(width_of, tables.splitlines())) <= columns, tables
         pages.append(f"$ registry {command}\n{steady(tables)}")
     text, file = "\n".join(pages), GOLDEN / f"tables-{columns}.txt"
@@ -97,13 +98,13 @@ def test_what_a_narrow_terminal_hides_is_named_and_can_be_shown(trained: Registr
 
 
 def test_columns_are_chosen_and_references_alone_are_printed(trained: Registry, run: Run) -> None:
-    assert run("list", "lenet5", "--columns", "Epoch,name", "--limit", "1").out.split() == (
+    assert run("ls", "lenet5", "--columns", "Epoch,name", "--limit", "1").out.split() == (
         "EPOCH NAME 3 lenet5:v6 6 versions of 6; --limit 0 shows all".replace(
             "6 versions", "1 version"
         ).split()
     )
-    assert run("list", "lenet5", "-q").out.split() == [f"lenet5:v{n}" for n in range(6, 0, -1)]
-    assert run("list", "-q").out.split() == [
+    assert run("ls", "lenet5", "-q").out.split() == [f"lenet5:v{n}" for n in range(6, 0, -1)]
+    assert run("ls", "-q").out.split() == [
         "detector-of-small-objects-a",
         "detector-of-small-objects-b",
         "lenet5",
@@ -122,23 +123,23 @@ def test_columns_are_chosen_and_references_alone_are_printed(trained: Registry, 
 
 
 def test_what_is_sorted_by_or_monitored_comes_right_after_the_name(trained: Registry, run: Run) -> None:
-    assert run("list", "lenet5").out.split()[:2] == ["NAME", "ACCURACY"]
+    assert run("ls", "lenet5").out.split()[:2] == ["NAME", "ACCURACY"]
     assert run("history", "lenet5").out.split()[:2] == ["NAME", "ACCURACY"]
-    assert run("list", "--sort", "f1").out.split()[:2] == ["NAME", "F1"]
+    assert run("ls", "--sort", "f1").out.split()[:2] == ["NAME", "F1"]
 
 
 def test_a_model_that_is_trained_now_is_marked(trained: Registry, run: Run) -> None:
     with trained.run("lenet6"):
         trained.save("lenet6", {"model": {"w": torch.ones(1)}})
-        lines = run("list").out.splitlines()
+        lines = run("ls").out.splitlines()
     assert [line.split()[:2] for line in lines if "●" in line] == [["lenet6", "●"], ["●", "training"]]
-    assert "●" not in run("list").out
+    assert "●" not in run("ls").out
 
 
 def test_where_there_is_nothing_standard_output_stays_empty(trained: Registry, run: Run) -> None:
     for arguments, told in (
-        (("list", "--tag", "nope"), "no version has the tag 'nope'\n"),
-        (("list", "lenet5", "--tag", "nope", "-q"), "no version of lenet5 has the tag 'nope'\n"),
+        (("ls", "--tag", "nope"), "no version has the tag 'nope'\n"),
+        (("ls", "lenet5", "--tag", "nope", "-q"), "no version of lenet5 has the tag 'nope'\n"),
         (("runs", "detector-of-small-objects-a"), "no runs of detector-of-small-objects-a yet; start one"),
         (("cache", "list"), "nothing is cached; put @cached"),
     ):
@@ -150,20 +151,20 @@ def test_where_there_is_nothing_standard_output_stays_empty(trained: Registry, r
 def test_colours_follow_the_option_and_the_environment(
     trained: Registry, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "\x1b" in on_a_terminal("list").raw
+    assert "\x1b" in on_a_terminal("ls").raw
     for environment, arguments in (
         ({"NO_COLOR": "1"}, ()),
         ({}, ("--color", "never")),
         ({"FORCE_COLOR": "1"}, ("--color=never",)),
     ):
-        assert "\x1b" not in on_a_terminal("list", *arguments, environment=environment).raw
-    assert "\x1b" not in run("list").out
+        assert "\x1b" not in on_a_terminal("ls", *arguments, environment=environment).raw
+    assert "\x1b" not in run("ls").out
     monkeypatch.setenv("FORCE_COLOR", "")  # the option sets it, and it is taken away again
-    assert "\x1b" in run("--color", "always", "list").out
+    assert "\x1b" in run("--color", "always", "ls").out
 
 
 def test_an_encoding_without_the_signs_gets_stand_ins(trained: Registry) -> None:
-    text = on_a_terminal("list", columns=40, environment={"PYTHONIOENCODING": "ascii"}).text
+    text = on_a_terminal("ls", columns=40, environment={"PYTHONIOENCODING": "ascii"}).text
     assert text.isascii()
     assert "detecto..ects-a" in text
     assert "?" not in text
@@ -173,9 +174,9 @@ def test_more_than_a_screen_goes_through_the_pager(trained: Registry, tmp_path: 
     pager = tmp_path / "pager"
     pager.write_text("#!/bin/sh\nsed 's/^/paged /'\n")
     pager.chmod(0o755)
-    shown = on_a_terminal("list", "lenet5", lines=6, environment={"PAGER": str(pager)}).text
+    shown = on_a_terminal("ls", "lenet5", lines=6, environment={"PAGER": str(pager)}).text
     assert all(line.startswith("paged ") for line in shown.splitlines())
-    assert "paged" not in on_a_terminal("list", "lenet5", environment={"PAGER": str(pager)}).text
+    assert "paged" not in on_a_terminal("ls", "lenet5", environment={"PAGER": str(pager)}).text
 
 
 NAMES = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=40)

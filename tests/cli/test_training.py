@@ -361,43 +361,50 @@ def test_looking_back(run: Run, root: Path) -> None:
     assert lowest.startswith(
         min((registry[f"lenet5:v{n}"] for n in (1, 2, 3)), key=lambda c: c.loss or 9).name
     )
-    graph = run("lineage", "lenet5:v3").out.splitlines()
+    graph = run("log", "lenet5:v3").out.splitlines()
     assert [line.split()[1] for line in graph[1:]] == ["lenet5:v3", "lenet5:v1…v2"]
     assert "resumed" in graph[1].split()
-    assert run("lineage", "lenet5:v2").out.splitlines() == graph
-    tree = run("lineage", "lenet5:v3", "--json").json
+    assert run("log", "lenet5:v2").out.splitlines() == graph
+    of_run = run("log", "lenet5/run-2")
+    assert of_run.out.splitlines() == graph
+    assert of_run.err == "hint:  its log file: registry logs lenet5/run-2\n"
+    assert "did you mean 'lenet5/run-" in run("log", "lenet5/run-9").err
+    assert run("log", "lenet5/run-2", "--json").status == 2
+    tree = run("log", "lenet5:v3", "--json").json
     assert [(one["kind"], one["name"]) for one in tree["from"]] == [("resumed-from", "lenet5:v2")]
-    assert tree["from"][0]["from"][0]["kind"] == "trained on from"
-    assert run("lineage", "--json").status == 2
+    assert tree["from"][0]["from"][0]["kind"] == "continued from"
+    assert run("log", "--json").status == 2
     shown = run("show", "lenet5").out
-    assert "lineage              resumed-from lenet5:v2" in shown
-    assert "run                  lenet5/run-2" in shown
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    assert lines[1].startswith("LeNet5, 61,706 parameters (0 frozen), float32")
+    assert any(line.startswith("from lenet5:v2 (resumed), data ") for line in lines)
+    assert "run lenet5/run-2" in lines
 
 
 def test_the_log_of_a_checkpoint_is_its_runs(run: Run, root: Path) -> None:
-    done = run("log", "lenet5:v1")
+    done = run("logs", "lenet5:v1")
     assert done.out == (root / "runs/lenet5/run-1/run.log").read_text()
-    assert run("log", "lenet5/run-2").out != done.out
-    assert run("log", "lenet5:v1", "--json").json["lines"] == done.out.splitlines()
-    assert run("log", "lenet5:v1", "--json", "-f").status == 2
-    assert run("log", "lenet5:v1", "-f").out == done.out  # which ends, as the run has ended
+    assert run("logs", "lenet5/run-2").out != done.out
+    assert run("logs", "lenet5:v1", "--json").json["lines"] == done.out.splitlines()
+    assert run("logs", "lenet5:v1", "--json", "-f").status == 2
+    assert run("logs", "lenet5:v1", "-f").out == done.out  # which ends, as the run has ended
 
 
 def test_of_a_huge_log_the_end_is_shown(run: Run, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = root / "runs/lenet5/run-1/run.log"
     lines = path.read_text().splitlines()
     monkeypatch.setattr("registry.cli.runs._LONGEST_LOG", len(lines[-1]) + len(lines[-2]) + 4)
-    done = run("log", "lenet5:v1")
+    done = run("logs", "lenet5:v1")
     assert done.out.splitlines() == lines[-2:]
     assert "the whole log is" in done.err
-    assert run("log", "lenet5:v1", "--json").json["lines"] == lines[-2:]
+    assert run("logs", "lenet5:v1", "--json").json["lines"] == lines[-2:]
 
 
 def test_following_a_log_ends_with_the_run(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "r")
     with registry.run("net") as session:
         child = subprocess.Popen(
-            [*PROGRAM, "log", "net/run-1", "-f", "--root", str(registry.root)],
+            [*PROGRAM, "logs", "net/run-1", "-f", "--root", str(registry.root)],
             stdout=subprocess.PIPE,
             text=True,
         )

@@ -19,6 +19,7 @@ from registry.live.builders import on_meta
 from registry.models import LeNet5, LeNet6, ResNet18, ResNet18Config
 from registry.models.classifiers import find_head, replace_head
 from registry.store.errors import Invalid, NotFound
+from registry.transfer.planning import plan_transfer
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -95,7 +96,7 @@ def test_plan_transfer_and_lineage(run: Run, root: Path) -> None:
     registry = Registry(root / "r")
     source, made = registry["lenet5:v2"].state_dict(), registry["student"].state_dict()
     assert all(torch.equal(made[name], source[name]) for name in source if not name.startswith("fc.5"))
-    graph = run("lineage", "student").out.splitlines()
+    graph = run("log", "student").out.splitlines()
     assert re.match(r"○  student:v1 .* transferred ", graph[1])
     assert graph[2].split()[1].startswith("lenet5:v1…v2")
     other = run("transfer", "lenet5:v1", "lenet6", "--plan", "plan.json", "--name", "student")
@@ -103,11 +104,41 @@ def test_plan_transfer_and_lineage(run: Run, root: Path) -> None:
     assert len(registry.runs.find("student")) == 1
 
 
+def test_a_plan_in_a_file_is_applied_by_its_own_names(run: Run, root: Path) -> None:
+    run("plan", "lenet5:v1", "lenet6", "--everything", "--freeze", "loaded", "-o", "my plan.json")
+    done = run("apply", "my plan.json", "--name", "lenet6-new")
+    assert done.out == "lenet6-new:v1: loaded 8 of 12 tensors, 90.9% of parameters from lenet5:v1\n"
+    same = run("transfer", "lenet5:v1", "lenet6", "--plan", "my plan.json", "--name", "lenet6-new", "--json")
+    registry = Registry(root / "r")
+    first, second = (registry[f"lenet6-new:v{n}"].state_dict() for n in (1, 2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    document = run("apply", "my plan.json", "--name", "lenet6-new", "--json").json
+    assert document.keys() == same.json.keys()
+    assert document["plan"] == same.json["plan"]
+
+
+def test_a_plan_that_names_nothing_here_says_what_to_type(run: Run, root: Path) -> None:
+    plan = plan_transfer("lenet5:v1", LeNet6(), everything=True, registry=Registry(root / "r"))
+    plan.save("live target.json")
+    done = run("apply", "live target.json", "--name", "x")
+    assert done.status == 1
+    assert done.err.splitlines() == [
+        "error: live target.json: the plan is for 'LeNet6', which is no version or network here",
+        "hint:  name another: registry transfer SOURCE TARGET --plan 'live target.json' --name x",
+    ]
+    plan_transfer(LeNet5(), LeNet6(), everything=True).save("live.json")
+    done = run("apply", "live.json", "--name", "x")
+    assert done.err.startswith(
+        "error: live.json: the plan was made from tensors in memory\nhint:  name a source"
+    )
+    assert run("show", "x").status == 1
+
+
 def test_source_and_target_must_differ(run: Run, root: Path) -> None:
     for words in (["plan", "lenet5", "lenet5@best"], ["transfer", "lenet5", "lenet5:v2", "--name", "x"]):
         done = run(*words)
         assert (done.status, done.out) == (1, "")
-        assert done.err == "error: source and target are the same checkpoint, lenet5:v2\n"
+        assert done.err == "error: source and target are the same version, lenet5:v2\n"
     assert run("show", "x").status == 1
 
 
@@ -125,16 +156,18 @@ def test_what_is_frozen_is_verified(run: Run, root: Path) -> None:
         with torch.no_grad():
             net.conv[3].bias.add_(1)
         session.save(model=net)
-    good = run("verify-frozen", "frozen:v1", "frozen:v2")
+    good = run("verify", "--frozen", "frozen:v1", "frozen:v2")
     assert (good.status, good.out) == (
         0,
         "all 4 frozen tensors are equal in frozen:v1 and frozen:v2, bit for bit\n",
     )
-    bad = run("verify-frozen", "frozen:v1", "frozen:v3")
+    bad = run("verify", "--frozen", "frozen:v1", "frozen:v3")
     assert bad.status == 1
     assert bad.out.startswith("conv.3.bias: something wrote to it")
-    assert run("verify-frozen", "frozen:v1", "frozen:v3", "--json").json["moved"].keys() == {"conv.3.bias"}
-    assert "was saved without anything frozen" in run("verify-frozen", "lenet5:v1", "lenet5:v2").err
+    assert run("verify", "--frozen", "frozen:v1", "frozen:v3", "--json").json["moved"].keys() == {
+        "conv.3.bias"
+    }
+    assert "was saved without anything frozen" in run("verify", "--frozen", "lenet5:v1", "lenet5:v2").err
 
 
 def test_statistics_of_frozen_layers_that_went_on_are_named(run: Run, root: Path) -> None:
@@ -145,7 +178,7 @@ def test_statistics_of_frozen_layers_that_went_on_are_named(run: Run, root: Path
         session.save(model=net)
         net(torch.randn(8, 3))
         session.save(model=net)
-    done = run("verify-frozen", "loose:v1", "loose:v2")
+    done = run("verify", "--frozen", "loose:v1", "loose:v2")
     assert done.status == 0
     assert done.out.splitlines() == [
         *(
@@ -154,14 +187,14 @@ def test_statistics_of_frozen_layers_that_went_on_are_named(run: Run, root: Path
         ),
         "all 2 frozen tensors are equal in loose:v1 and loose:v2, bit for bit",
     ]
-    found = run("verify-frozen", "loose:v1", "loose:v2", "--json").json
+    found = run("verify", "--frozen", "loose:v1", "loose:v2", "--json").json
     assert (found["moved"], found["went_on"]) == ({}, [f"0.{name}" for name in STATISTICS])
     freeze(net, "0.*", bn="update")
     with registry.run("loose") as session:
         session.save(model=net)
         net(torch.randn(8, 3))
         session.save(model=net)
-    done = run("verify-frozen", "loose:v3", "loose:v4")
+    done = run("verify", "--frozen", "loose:v3", "loose:v4")
     assert done.out.splitlines()[0] == "0.running_mean moved: its statistics go on, as was asked for"
 
 
@@ -171,7 +204,7 @@ def test_training_from_other_weights(run: Run, root: Path) -> None:
     )
     assert done.status == 0, done.err
     assert done.out.startswith("loaded 8 of 12 tensors, 90.9% of parameters from lenet5:v2\n")
-    assert run("verify-frozen", "tuned:v1", "tuned:v2").status == 0
+    assert run("verify", "--frozen", "tuned:v1", "tuned:v2").status == 0
     registry = Registry(root / "r")
     source, tuned = registry["lenet5@best"].state_dict(), registry["tuned"].state_dict()
     assert torch.equal(tuned["conv.3.weight"], source["conv.3.weight"])

@@ -648,13 +648,13 @@ def check_commands(root: Path, chance: random.Random) -> None:
 
 
 COMMANDS = (
-    ("list",),
-    ("list", "net", "--json"),
+    ("ls",),
+    ("ls", "net", "--json"),
     ("show", "net", "--params"),
-    ("lineage", "net:v4"),
+    ("log", "net:v4"),
     ("history", "net"),
     ("runs",),
-    ("log", RUN),
+    ("logs", RUN),
     ("status",),
     ("cache", "list"),
     ("verify",),

@@ -62,18 +62,26 @@ COMMANDS: dict[str, list[list[str]]] = {
     "diff": [["diff", "net:v1", "net:v2", "--values"]],
     "plan": [["plan", "net:v1", "net:v2"]],
     "transfer": [["transfer", "net:v1", "net:v2", "--name", "moved"]],
-    "verify-frozen": [["verify-frozen", "net:v1", "net:v2"]],
+    "apply": [["apply", "{file}", "--name", "moved"]],
     "compare": [["compare", "net"]],
     "advise": [["advise", "net:v1", "--samples", "500", "--similar", "yes"]],
-    "list": [["list"], ["list", "net"], ["list", "net", "--json"]],
+    "ls": [
+        ["ls"],
+        ["ls", "net"],
+        ["ls", "net", "--json"],
+        ["ls", "--unheld"],
+        ["ls", "--match", "accuracy>0"],
+    ],
     "show": [["show", "net"], ["show", "net:v1", "--params"]],
     "history": [["history", "net"]],
     "best": [["best", "net", "--by", "number"]],
-    "lineage": [["lineage", "net"], ["lineage", "net:v1", "--json"]],
+    "log": [["log"], ["log", "net"], ["log", RUN], ["log", "net:v1", "--json"]],
     "runs": [["runs"], ["runs", "net"]],
-    "log": [["log", RUN], ["log", RUN, "--json"]],
+    "logs": [["logs", RUN], ["logs", RUN, "--json"]],
     "board": [["board", "nobody/run-1"]],
     "status": [["status"]],
+    "du": [["du"], ["du", "net"]],
+    "prune": [["prune", "-n"], ["prune", "--yes"]],
     "push": [["push", "net:v1", "--to", "{out}"], ["push", "--all", "--to", "{out}"]],
     "pull": [["pull", "net:v1", "--from", "{out}"]],
     "follow": [["follow", "net@@", "--once"]],  # one that it finds damaged, it waits for
@@ -85,7 +93,7 @@ COMMANDS: dict[str, list[list[str]]] = {
     "tag": [["tag", "net:v1", "more"]],
     "note": [["note", "net:v1", "text"]],
     "rm": [["rm", "net:v1", "--dry-run"], ["rm", "net:v2", "--force", "--yes"]],
-    "verify": [["verify"], ["verify", "net:v1"]],
+    "verify": [["verify"], ["verify", "net:v1"], ["verify", "--frozen", "net:v1", "net:v2"]],
     "gc": [["gc", "--dry-run"], ["gc", "--grace", "0"]],
     "compact": [["compact"]],
     "rebuild": [["rebuild"], ["rebuild", "--adopt"]],
@@ -175,7 +183,7 @@ def check(outcome: Outcome) -> None:
     assert outcome.seconds < SECONDS, outcome
     for text in (outcome.out, outcome.err):
         assert all(line.isprintable() for line in text.split("\n")), outcome
-    if outcome.status and outcome.words[0] not in ("verify", "rebuild", "verify-frozen", "compare"):
+    if outcome.status and outcome.words[0] not in ("verify", "rebuild", "compare"):
         assert len(outcome.err.strip().split("\n")) <= 4, outcome
 
 
@@ -472,7 +480,7 @@ def test_each_odd_thing_in_the_place_of_a_folder_is_told(golden: Path, tmp_path:
         root = copy(golden, tmp_path / "r")
         for place in sorted(root.glob(where)) or [root / where]:
             odd(place, outside)
-        for words in (["list", "net"], ["verify"]):
+        for words in (["ls", "net"], ["verify"]):
             outcome = call([*words, "--root", str(root)])
             check(outcome)
 
@@ -499,7 +507,7 @@ def test_a_ladder_of_ancestors_is_shown_once_and_at_once(tmp_path: Path) -> None
         below = [one.id for one in saved]
     registry.catalog.close()
     for name in ("net", "net:v1", "net:v30"):
-        for words in (["lineage", name], ["lineage", name, "--json"], ["show", name]):
+        for words in (["log", name], ["log", name, "--json"], ["show", name]):
             outcome = lines_of(registry.root, *words)
             assert outcome.status == 0, outcome
             assert len(outcome.out) < 300_000
@@ -512,10 +520,10 @@ def test_a_long_line_of_ancestors_is_cut_and_says_how_to_go_on(tmp_path: Path) -
         state = {"model": {"w": torch.ones(1)}}
         before = registry.save("net", state, epoch=number, parent=before).name
     registry.catalog.close()
-    outcome = lines_of(registry.root, "lineage", "net", "--json")
+    outcome = lines_of(registry.root, "log", "net", "--json")
     assert outcome.status == 0, outcome
-    assert '"more": "registry lineage net:v69"' in outcome.out
-    graph = lines_of(registry.root, "lineage", "net")
+    assert '"more": "registry log net:v69"' in outcome.out
+    graph = lines_of(registry.root, "log", "net")
     assert [line.split()[:2] for line in graph.out.splitlines()[1:]] == [["○", "net:v1…v120"]]
     assert lines_of(registry.root, "history", "net").status == 0
 
@@ -525,7 +533,7 @@ def test_ancestors_in_a_circle_come_to_an_end(tmp_path: Path) -> None:
     for parent in ("net:v2", "net:v1"):
         registry.save("net", {"model": {"w": torch.ones(1)}}, meta={"p": parent}, parent=parent)
     registry.catalog.close()
-    outcome = lines_of(registry.root, "lineage", "net")
+    outcome = lines_of(registry.root, "log", "net")
     assert outcome.status == 0, outcome
     assert [line.split()[1] for line in outcome.out.splitlines()[1:]] == ["net:v2", "net:v1"]
 
@@ -623,9 +631,9 @@ def test_many_tags_and_a_large_note_are_listed(tmp_path: Path) -> None:
     registry.add_note("net", "x" * (1 << 20))
     registry.catalog.close()
     for words in (
-        ["list", "net"],
+        ["ls", "net"],
         ["show", "net"],
-        ["list", "net", "--tag", "tag7"],
+        ["ls", "net", "--tag", "tag7"],
         ["verify"],
         ["rebuild"],
     ):

@@ -108,7 +108,7 @@ def told_by(root: Path, commands: Sequence[Sequence[str]]) -> list[str]:
 
 
 COMMANDS = (
-    ["list"],
+    ["ls"],
     ["show", "net:v1"],
     ["verify"],
     ["alias", "net:v1", "x"],
@@ -286,15 +286,15 @@ RUN = (
     "python",
 )
 READING: tuple[Sequence[str], ...] = (
-    ["list"],
-    ["list", "net"],
-    ["list", "--json"],
+    ["ls"],
+    ["ls", "net"],
+    ["ls", "--json"],
     ["show", "net:v2"],
     ["show", "net:v2", "--json"],
     ["history", "net"],
     ["status"],
     ["runs"],
-    ["lineage", "net:v2"],
+    ["log", "net:v2"],
     ["verify"],
     ["diff", "net:v1", "net:v2"],
     ["export", "net:v2", "{out}.pt", "--force"],
@@ -304,7 +304,7 @@ READING: tuple[Sequence[str], ...] = (
     ["cache", "list"],
     ["advise", "net:v2", "lenet5"],
     ["plan", "net:v2", "lenet5"],
-    ["verify-frozen", "net:v1", "net:v2"],
+    ["verify", "--frozen", "net:v1", "net:v2"],
     ["compact"],
     ["gc"],
     ["config", "show", "net:v2"],
@@ -373,9 +373,9 @@ ONCE_WRONG: dict[str, tuple[dict[tuple[str, ...], Any], list[str]]] = {
     "dataset": ({("provenance", "dataset"): {"model": 5}}, ["show", "net:v2"]),
     "escapes": ({("metrics", ESCAPES): 1.0, ("run",): ESCAPES}, ["show", "net:v2"]),
     "empty provenance": ({("provenance", "buffers"): None}, ["plan", "net:v2", "lenet5"]),
-    "no provenance": ({("provenance",): None}, ["list"]),
+    "no provenance": ({("provenance",): None}, ["ls"]),
     "no time": ({("created",): BIG}, ["show", "net:v2"]),
-    "edge": ({("lineage",): [{"kind": ESCAPES, "parent": ESCAPES}]}, ["lineage", "net:v2"]),
+    "edge": ({("lineage",): [{"kind": ESCAPES, "parent": ESCAPES}]}, ["log", "net:v2"]),
 }
 
 
@@ -1047,7 +1047,7 @@ def test_a_log_with_a_run_that_leaves_its_folder_is_damage(golden: Path, tmp_pat
     assert rebuilt.damaged
     assert [run.name for run in registry.runs.find()] == ["tr/run-1"]
     before = files(tmp_path)
-    for command in (["board", "net:v2"], ["log", "net:v2"]):
+    for command in (["board", "net:v2"], ["logs", "net:v2"]):
         assert in_child(lambda command=command: refuses(root, command)) == 0
     assert files(tmp_path) == before
 

@@ -264,7 +264,7 @@ from registry.cli import main; main()
     assert not (tmp_path / "out").exists()
     code, told = called("tuned", f"{tmp_path}/out/", "--merge", "--max-shard-size", "5KB")
     assert code == 0, told
-    assert re.search(r"tuned:v1 -> \S+/out  \d", told)
+    assert re.search(r"tuned:v1 → \S+/out  \d", told)
     opened: Any = LlamaForCausalLM.from_pretrained(tmp_path / "out")
     assert_same(opened, adapted(base_network()).merge_and_unload())
 

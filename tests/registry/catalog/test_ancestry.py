@@ -37,7 +37,7 @@ def told(branches: Sequence[Branch]) -> list[object]:
 
 def test_a_version_comes_from_its_edges_or_else_from_the_version_before_it(registry: Registry) -> None:
     found = origins(registry.catalog, registry.resolve("student"))
-    first = ("trained on from", "teacher:v1", "", [])
+    first = ("continued from", "teacher:v1", "", [])
     assert told(found) == [
         ("transferred-from", "teacher:v2", "", [first]),
         ("imported-from", "model.pt", "", []),
@@ -50,7 +50,7 @@ def test_what_two_ways_lead_to_is_shown_once(registry: Registry) -> None:
     student, teacher = origins(registry.catalog, registry.resolve("mixed"))
     assert (student.name, teacher.name) == ("student:v1", "teacher:v3")
     assert student.branches[0].branches
-    assert told(teacher.branches) == [("trained on from", "teacher:v2", "repeated", [])]
+    assert told(teacher.branches) == [("continued from", "teacher:v2", "repeated", [])]
 
 
 def test_what_came_from_a_version(registry: Registry) -> None:
@@ -64,7 +64,7 @@ def test_what_came_from_a_version(registry: Registry) -> None:
 def test_a_tree_ends_at_its_deepest_level(registry: Registry) -> None:
     found = origins(registry.catalog, registry.resolve("teacher"), deepest=1)
     assert told(found) == [
-        ("trained on from", "teacher:v2", "", [("trained on from", "teacher:v1", "deep", [])]),
+        ("continued from", "teacher:v2", "", [("continued from", "teacher:v1", "deep", [])]),
     ]
 
 

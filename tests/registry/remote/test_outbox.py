@@ -94,7 +94,7 @@ def test_what_is_saved_offline_gets_the_next_numbers_in_order(host: Hosts, bucke
     assert b["net:v6"].epoch == 10
     assert b["net:v6"].row.notes == ()
     assert not a.outbox
-    with pytest.raises(NotFound, match="if it was shared, it has a number now: registry list net"):
+    with pytest.raises(NotFound, match="if it was shared, it has a number now: registry ls net"):
         a["net:pending-1"]
     assert value(a, "net") == 13
     assert_whole(a, b, Registry(a.root / "outbox"))

@@ -95,6 +95,8 @@ def test_a_page_is_whole_and_its_links_lead_somewhere(unchanged: Client, address
         ("/compare?of=net+other&metric=accuracy&format=json", ["compare", "net", "other"]),
         ("/data.json", ["cache", "list"]),
         ("/api/v1/models", ["list"]),
+        ("/storage.json", ["du"]),
+        ("/m/net?where=accuracy>0.8&format=json", ["ls", "net", "--match", "accuracy>0.8"]),
         ("/api/v1/diff?a=net:v1&b=net:v5", ["diff", "net:v1", "net:v5", "--values"]),
     ],
 )
