@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+
+from registry.catalog.conditions import matching
 from registry.catalog.documents import version_document
 from registry.catalog.resolving import resolve
 from registry.catalog.versions import Version, find_versions
@@ -11,6 +14,7 @@ from registry.ui.page import Args, Moved, Page, address, address_of
 
 _MOST = 50
 _LONGEST = 200
+_COMPARES = frozenset("<>=")
 
 
 def find(registry: Registry, args: Args) -> Page | Moved:
@@ -30,8 +34,9 @@ def find(registry: Registry, args: Args) -> Page | Moved:
             # It is no reference, but may be a part of something.
             pass
     if text:
+        also = matching(registry.catalog, text)
         versions = find_versions(
-            registry.catalog, _WHERE, [_like(text)] * 3 + [text], order="v.created DESC", limit=_MOST
+            registry.catalog, also.sql, also.parameters, order="v.created DESC", limit=_MOST
         )
     return Page(
         template="find.html",
@@ -42,19 +47,8 @@ def find(registry: Registry, args: Args) -> Page | Moved:
             "runs": runs,
             "versions": [version_document(one) for one in versions],
         },
+        command=shlex.join(["registry", "ls", "--match", text]) if text else "",
+        python=f"registry.versions(where={text!r})" if _COMPARES & set(text) else "",
         rows=[{"name": one.name, "created": one.created, "id": one.id} for one in versions],
         context={"text": text, "models": models[:_MOST], "runs": runs, "versions": versions},
     )
-
-
-_WHERE = (
-    "v.id IN (SELECT id FROM aliases WHERE name LIKE ? ESCAPE '!' "
-    "UNION SELECT id FROM tags WHERE name LIKE ? ESCAPE '!' "
-    "UNION SELECT id FROM notes WHERE text LIKE ? ESCAPE '!') OR v.run = ?"
-)
-
-
-def _like(text: str) -> str:
-    for sign in "!%_":
-        text = text.replace(sign, f"!{sign}")
-    return f"%{text}%"

@@ -207,6 +207,8 @@ def test_an_id_and_a_find_lead_to_the_page(client: Client, filled: Registry) -> 
         assert client.get(f"/find?q={text.replace('/', '%2F')}").headers["location"] == place
     assert client.get("/r/latest").headers["location"] == "/r/net/run-2"
     assert client.get("/find?q=paper&format=json").json["versions"][0]["name"] == "net:v4"
+    found = client.get("/find?q=accuracy+>+0.93&format=json".replace(">", "%3E")).json["versions"]
+    assert [version["name"] for version in found] == ["net:v5", "net:v4"]
 
 
 def test_the_worker_alone_loads_torch(filled: Registry) -> None:
