@@ -99,6 +99,7 @@ _GROUPS = {
     ),
     "See": (
         Row("ui", "ui"),
+        Row("cards", "card", is_light=True),
         Row("runs", "board"),
     ),
     "Set up": (

@@ -324,7 +324,7 @@ class Checkpoint:
                 *(("note", text) for _, text in self.notes),
             ]
         )
-        yield notebook.folded("how to load it", notebook.code(self._how_to_load()), is_open=True)
+        yield notebook.folded("how to load it", notebook.code(self.how_to_load()), is_open=True)
         tensors: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {}
         for path, dtype, sizes, _ in self.parameters():
             component, _, name = path.partition("/")
@@ -369,7 +369,8 @@ class Checkpoint:
         more = len(found) - _MOST_USERS
         return ", ".join(found[:_MOST_USERS]) + (f" and {more:,} more" if more > 0 else "")
 
-    def _how_to_load(self) -> list[str]:
+    def how_to_load(self) -> list[str]:
+        """Lines of Python that load it from a `registry`."""
         lines = [f"checkpoint = registry[{self.name!r}]", "state_dict = checkpoint.state_dict()"]
         if "model" not in self.components:
             lines[1] = "states = checkpoint.load()"

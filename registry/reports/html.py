@@ -75,7 +75,8 @@ def _drawn(block: Block) -> str:
         case Curves():
             return _section("", above="", label=block.title, wide=charts.curves(block))
         case Code():
-            return f"{_heading(block.title)}<pre>{_e(block.text)}</pre>"
+            lines = "\n".join(map(_e, block.text.split("\n")))
+            return f"{_heading(block.title)}<pre>{lines}</pre>"
 
 
 def _title(block: Title) -> str:

@@ -52,7 +52,12 @@ def _lines_of(block: Block) -> list[str]:
             "",
         ]
     if isinstance(block, Code):
-        return [f"{escaped(block.title)}:", "", f"    {printable(block.text)}", ""]
+        return [
+            f"{escaped(block.title)}:",
+            "",
+            *(f"    {printable(line)}" for line in block.text.split("\n")),
+            "",
+        ]
     return []
 
 

@@ -45,7 +45,8 @@ def _lines_of(block: Block) -> list[str]:
         above = [printable(block.above)] if block.above else []
         return _under("" if block.opens else block.title, [*above, *_aligned(block.columns, block.cells)])
     if isinstance(block, Code):
-        return [printable(f"{block.title.lower()}: {block.text}")]
+        first, *rest = block.text.split("\n")
+        return [printable(f"{block.title.lower()}: {first}"), *(printable(f"  {line}") for line in rest)]
     return []
 
 

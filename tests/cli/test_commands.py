@@ -574,3 +574,14 @@ def test_repair_puts_back_what_verify_has_found(filled: Registry, run: Run, tmp_
     assert document.json["problems"][0]["checkpoints"]
     missing = run("repair", "--from", tmp_path / "nowhere")
     assert (missing.status, missing.err.count("\n")) == (1, 2)
+
+
+def test_a_card_is_printed_or_written(filled: Registry, run: Run, tmp_path: Path) -> None:
+    assert run("card", "lenet5:v3").out.startswith("# Model card of lenet5:v3\n")
+    for name, begins in (("card.md", "# Model card"), ("card.html", "<!DOCTYPE html>")):
+        path = tmp_path / name
+        assert run("card", "lenet5:v3", "-o", path).out == f"wrote {path}\n"
+        assert path.read_text().startswith(begins)
+    refused = run("card", "lenet5:v3", "-o", tmp_path / "card.docx")
+    assert refused.status == 1
+    assert "hint:  give one of these endings" in refused.err
