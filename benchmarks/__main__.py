@@ -27,6 +27,7 @@ from benchmarks import (
     storage,
     training,
     transfers,
+    ui,
 )
 from benchmarks.measure import Scale, Section
 
@@ -60,6 +61,7 @@ GROUPS: dict[str, tuple[str, Group]] = {
     "cache": ("Cached results", caching.measure),
     "sharded": ("torch.distributed.checkpoint on the registry", sharded.measure),
     "shared": ("A shared registry", shared.measure),
+    "ui": ("The pages in the browser", ui.measure),
     "exactness": ("What resumes exactly", exactness.measure),
 }
 """Every group by its name, with the title of its section."""

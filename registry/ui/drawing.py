@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from registry.log.metrics import is_smallest_best
 from registry.reports import charts
 from registry.reports.blocks import Curves
 from registry.reports.words import counted, number, shape, size, time_of
@@ -51,9 +52,18 @@ def _templates() -> Environment:
         "draw_chart": _drawn(charts.chart),
         "draw_curves": lambda found, title: Markup(charts.curves(Curves(title, found))),  # noqa: S704 - it escapes
         "colour": charts.colour_of,
+        "tone_of": _tone_of,
         "isnan": lambda value: isinstance(value, float) and math.isnan(value),
     }
     return found
+
+
+def _tone_of(metric: str, difference: float) -> str:
+    """Whether a metric went the right way: `ok` or `bad`; `dim` where its name does not tell, or it stayed."""
+    smallest = is_smallest_best(metric)
+    if smallest is None or difference == 0:
+        return "dim"
+    return "ok" if (difference < 0) == smallest else "bad"
 
 
 def _drawn(draw: Any) -> Any:

@@ -29,6 +29,7 @@ from registry.reports.charts import Mark
 from registry.ui.kept import once
 from registry.ui.page import Args, Page, address, whole
 from registry.ui.runs import last_line
+from registry.ui.version import networks_of
 
 MANY = 100
 """Versions of a page."""
@@ -176,6 +177,7 @@ def versions(registry: Registry, args: Args, model: str) -> Page:
         context={
             "model": model,
             "newest": newest,
+            "networks": once(registry, ("networks", newest.id), lambda: networks_of(registry, newest)),
             "versions": part.versions,
             "following": part.following,
             "is_first": part.is_first,

@@ -109,8 +109,9 @@ class Server:
         host = "localhost" if self._host in (None, "0.0.0.0", "::") else self._host  # noqa: S104 - it is compared
         shown = f"[{host}]" if ":" in host else host
         token = self._access.token
+        path, hash_sign, fragment = path.partition("#")
         joint = "&" if "?" in path else "?"
-        return f"http://{shown}:{self.port}{self._base}{path}{f'{joint}token={token}' if token else ''}"
+        return f"http://{shown}:{self.port}{self._base}{path}{f'{joint}token={token}' if token else ''}{hash_sign}{fragment}"
 
     def wait(self) -> None:
         """Serve until an interruption."""

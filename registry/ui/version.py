@@ -11,8 +11,10 @@ from registry.catalog.documents import version_document
 from registry.catalog.resolving import resolve
 from registry.catalog.versions import Version, by_id, find_versions
 from registry.checkpoints.checkpoint import Checkpoint
+from registry.checkpoints.counting import networks
 from registry.configs.documents import flatten
 from registry.registry import Registry
+from registry.reports.words import counted
 from registry.store.errors import NotFound, RegistryError
 from registry.store.text import quoted
 from registry.ui.kept import own_by_version
@@ -122,7 +124,7 @@ def _page(registry: Registry, args: Args, one: Version) -> Page:
             if provenance
             else {},
             "kinds": provenance.get("kinds", {}),
-            "network": provenance.get("kinds", {}).get("model"),
+            "networks": networks_of(registry, one),
         },
     )
 
@@ -138,6 +140,24 @@ def tensor(registry: Registry, digest: str, args: Args) -> dict[str, str]:
         if known == path and found == digest:
             return {"of": one.name, "path": path}
     raise NotFound(f"{one.name} has no tensor {quoted(path)} with this digest")
+
+
+def networks_of(registry: Registry, one: Version) -> list[str]:
+    """What is known of each network: its class, its parameters, and how many of these were frozen."""
+    provenance = one.record.get("provenance", {})
+    kinds, found = provenance.get("kinds", {}), []
+    try:
+        listed = registry.store.manifest(one.id).listed
+    except RegistryError:
+        # The page says so where it lists the tensors.
+        return []
+    for network in networks(listed, provenance):
+        amount = counted(network.values, "value")
+        if network.parameters is not None:
+            frozen = f" ({network.frozen:,} frozen)" if network.frozen else ""
+            amount = counted(network.parameters, "parameter") + frozen
+        found.append(" · ".join([kinds.get(network.component, network.component), amount, *network.dtypes]))
+    return found
 
 
 def _before(registry: Registry, one: Version) -> Version | None:

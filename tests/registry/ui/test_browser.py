@@ -6,6 +6,9 @@ Pictures of every page go to `build/ui`.
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -276,3 +279,45 @@ def test_nothing_of_a_hostile_name_runs(registry: Registry, opened: Open) -> Non
             page = opened(server, path)
             assert page.title() != "run"
             assert page.locator("main img").count() == 0
+
+
+def test_the_statistics_of_tensors_in_view_appear(server: Server, opened: Open) -> None:
+    page = opened(server, "/m/net/v5#tensors")
+    page.wait_for_selector("[data-stat=picture] svg")
+    assert float(page.locator("[data-stat=norm]").first.inner_text()) > 0
+
+
+KEPT = Path(__file__).parents[3] / "docs" / "pictures"
+"""The pictures of the README. With `UPDATE_PICTURES=1` this test makes them anew; look at them before they are committed."""
+
+
+def test_the_pictures_of_the_readme_are_of_pages_as_they_are(tmp_path: Path, browser: Any) -> None:
+    """They show the trainings of the README: LeNet5 in two runs."""
+    root = tmp_path / "project" / ".registry"
+    for words in (
+        ["init"],
+        ["train", "lenet5", "--epochs", "4"],
+        ["train", "--resume", "lenet5", "--set", "epochs=6"],
+        ["alias", "lenet5:v6", "production"],
+    ):
+        program = [sys.executable, "-m", "registry.cli", "--root", str(root), *words]
+        subprocess.run(program, check=True, capture_output=True)
+    with contextlib.closing(Server(root, port=0)) as server:
+        context = browser.new_context(viewport={"width": 1280, "height": 720}, color_scheme="light")
+        page = context.new_page()
+        page.goto(server.address("/m/lenet5"))
+        page.wait_for_selector("#live:not([hidden])", state="attached")
+        taken = {"versions": page.screenshot()}
+        page.goto(f"http://localhost:{server.port}/diff?a=lenet5:v1&b=lenet5:v6")
+        # The bars of the largest change are there.
+        page.wait_for_selector(".fill.heat4")
+        taken["diff"] = page.screenshot()
+        context.close()
+    readme = (Path(__file__).parents[3] / "README.md").read_text()
+    for name, picture in taken.items():
+        path = KEPT / f"{name}.png"
+        if os.environ.get("UPDATE_PICTURES"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(picture)
+        assert path.read_bytes()[:8] == picture[:8]
+        assert f"docs/pictures/{name}.png" in readme
