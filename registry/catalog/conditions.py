@@ -184,8 +184,11 @@ def matching(catalog: Reader, text: str, model: str | None = None) -> Condition:
 
     A text with a sign of comparison is a condition, as in `accuracy>0.95`; see `parse_condition`.
     """
-    if _COMPARES.search(text):
-        return parse_condition(catalog, text, model)
+    return parse_condition(catalog, text, model) if _COMPARES.search(text) else containing(text)
+
+
+def containing(text: str) -> Condition:
+    """Versions with a text in a name, tag, alias or note, or at the beginning of their id; case does not count."""
     escaped = re.sub("[!%_]", r"!\g<0>", text)
     given = [*[f"%{escaped}%"] * len(_TEXTS), f"{escaped}%"]
     return Condition(f"{' OR '.join(_TEXTS)} OR v.id LIKE ? ESCAPE '!'", given)

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import secrets
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from importlib import resources
@@ -97,6 +98,22 @@ class Body(NamedTuple):
     status: int = 200
 
 
+_Key = tuple[str, tuple[tuple[str, str], ...], str]
+"""A path, the arguments, and the form."""
+
+
+class _Kept(NamedTuple):
+    """An answer that is kept.
+
+    Attributes:
+        began: when the registry began to be asked for it, by the monotonic clock.
+    """
+
+    body: Body
+    state: State
+    began: float
+
+
 class Application:
     """Answers requests about a registry.
 
@@ -122,11 +139,12 @@ class Application:
         self._is_api_only = is_api_only
         self._allows_changes = allows_changes
         self._asking = Asking(reader.registry.place)
-        self._watch = Watch(reader)
-        self._kept: OrderedDict[tuple[object, ...], Body] = OrderedDict()
-        self._lock = threading.Lock()
         # A tab that was open before the server began anew must not take the old answers for its own.
         self._begun = secrets.token_hex(4)
+        self._watch = Watch(reader, self._begun)
+        self._kept: OrderedDict[_Key, _Kept] = OrderedDict()
+        self._turns: dict[_Key, threading.Lock] = {}
+        self._lock = threading.Lock()
         rules = [
             Rule(path, endpoint=path)
             for path in (*_PAGES, *_DIFFS, _STATISTICS, "/events", "/change", "/static/<name>")
@@ -223,16 +241,15 @@ class Application:
             raise Invalid("format is neither html nor json nor csv")
         if path.startswith("/api/v1/tensors/"):
             return self._statistics(request, path, args)
-        state = self._reader.state()
         try:
-            found = self._found(path, args, form, state)
+            found = self._found(path, args, form)
         except (NoSuchPage, NotFound, Invalid):
             # A name may end like this, so the exact one goes first.
             stem, _, ending = path.rpartition(".")
             if ending not in ("json", "csv"):
                 raise
             form = ending
-            found = self._found(stem or "/", args, form, state)
+            found = self._found(stem or "/", args, form)
         if isinstance(found, Moved):
             return _moved(found.to)
         return _sent(request, found)
@@ -248,24 +265,40 @@ class Application:
         response.headers["Cache-Control"] = "private, max-age=31536000, immutable"
         return response
 
-    def _found(self, path: str, args: Args, form: str, state: State) -> Body | Moved:
-        """The answer for an address: one that is kept, or a new one."""
+    def _found(self, path: str, args: Args, form: str) -> Body | Moved:
+        """The answer for an address: one that is kept, or a new one.
+
+        Of several browsers that ask for the same page at a time one waits for it to be drawn, and the others get what was
+        drawn after they had asked.
+        """
         if form == "html" and (self._is_api_only or path.startswith(_API)):
             raise NoSuchPage
-        key = (path, tuple(sorted(args.items())), form, state)
+        asked, key = time.monotonic(), (path, tuple(sorted(args.items())), form)
         with self._lock:
-            if kept := self._kept.get(key):
-                self._kept.move_to_end(key)
-                return kept
-        page = self._asked(path, args)
-        if isinstance(page, Moved):
-            return page
-        body = self._drawn(page, path, args, form, state)
+            turn = self._turns.setdefault(key, threading.Lock())
+        with turn:
+            kept = self._kept.get(key)
+            if kept and kept.began >= asked:
+                return kept.body
+            began = time.monotonic()
+            state = self._state(path)
+            if kept and kept.state == state:
+                return kept.body
+            page = self._asked(path, args)
+            if isinstance(page, Moved):
+                return page
+            body = self._drawn(page, path, args, form, state)
         with self._lock:
-            self._kept[key] = body
+            self._kept[key] = _Kept(body, state, began)
+            self._kept.move_to_end(key)
             while len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
+                self._turns.pop(self._kept.popitem(last=False)[0], None)
         return body
+
+    def _state(self, path: str) -> State:
+        """The state that a page depends on: only a few pages show what a run writes as it goes on."""
+        state = self._reader.state()
+        return state if _follows_runs(path) else State(state.seq)
 
     def _asked(self, path: str, args: Args) -> Page | Moved:
         """What the page of an address shows."""
@@ -300,7 +333,8 @@ class Application:
         given = {name: value for name, value in args.items() if name != "format"}
         return {
             "registry": self._reader.registry.place,
-            "seq": f"{self._begun}-{state.seq}",
+            "page_state": f"{self._begun}-{state.tag}",
+            "follows": "all" if _follows_runs(path) else "log",
             "args": given,
             "here": f"{self._base}{path}",
             "as_json": address(*path.strip("/").split("/"), **given, format="json"),
@@ -321,7 +355,7 @@ class Application:
         page = Page(
             "error.html", "Error", "", None, context={"message": message, "hint": hint, "status": status}
         )
-        frame = self._frame("/", {}, State(0, ()))
+        frame = self._frame("", {}, State(0))
         return Response(drawing.as_html(page, **frame), status, mimetype="text/html")
 
 
@@ -336,6 +370,11 @@ _TABLES = (
     "find.html",
 )
 """Templates of pages that are a table, also an empty one."""
+
+
+def _follows_runs(path: str) -> bool:
+    """Whether a page shows what runs write as they go on."""
+    return path in ("/", "/runs", "/compare") or path.startswith(("/r/", f"{_API}v1/runs"))
 
 
 def _status_of(error: RegistryError) -> int:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shlex
 
-from registry.catalog.conditions import matching
+from registry.catalog.conditions import containing, matching
 from registry.catalog.documents import version_document
 from registry.catalog.resolving import resolve
 from registry.catalog.versions import Version, find_versions
 from registry.registry import Registry
-from registry.store.errors import RegistryError
+from registry.store.errors import Invalid, RegistryError
 from registry.ui.page import Args, Moved, Page, address, address_of
 
 _MOST = 50
@@ -34,7 +34,11 @@ def find(registry: Registry, args: Args) -> Page | Moved:
             # It is no reference, but may be a part of something.
             pass
     if text:
-        also = matching(registry.catalog, text)
+        try:
+            also = matching(registry.catalog, text)
+        except Invalid:
+            # It has a sign of comparison, and is no condition.
+            also = containing(text)
         versions = find_versions(
             registry.catalog, also.sql, also.parameters, order="v.created DESC", limit=_MOST
         )

@@ -8,6 +8,7 @@ the other. Each statement is fetched whole, and nothing is held while a page is 
 from __future__ import annotations
 
 import contextvars
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,7 +32,14 @@ class State(NamedTuple):
     """
 
     seq: int
-    open_runs: tuple[tuple[str, bool, int], ...]
+    open_runs: tuple[tuple[str, bool, int], ...] = ()
+
+    @property
+    def tag(self) -> str:
+        """The same as a short text."""
+        return (
+            f"{self.seq}-{zlib.crc32(repr(self.open_runs).encode()):x}" if self.open_runs else str(self.seq)
+        )
 
 
 class Reader:

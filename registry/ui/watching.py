@@ -15,6 +15,9 @@ _LOOK_SECONDS = 0.25
 _LOOK_SHARED_SECONDS = 5.0
 """Each look at a shared registry may be a request to its bucket."""
 
+_REST_SECONDS = 0.75
+"""Time between two events at least, beside that of a look."""
+
 _QUIET_SECONDS = 15.0
 """Silence after which a stream says that it is alive, so that a closed one is noticed."""
 
@@ -24,9 +27,16 @@ _logger = logging.getLogger(__name__)
 
 
 class Watch:
-    """Tells streams what changes."""
+    """Tells streams what changes.
 
-    def __init__(self, reader: Reader) -> None:
+    An event has the state of the log, and of all that pages show, as the pages themselves have it.
+
+    Args:
+        begun: tells this server from an earlier one.
+    """
+
+    def __init__(self, reader: Reader, begun: str) -> None:
+        self._begun = begun
         self._reader = reader
         self._seconds = _LOOK_SHARED_SECONDS if reader.registry.remote else _LOOK_SECONDS
         self._lock = threading.Lock()
@@ -52,7 +62,8 @@ class Watch:
                 self._thread = threading.Thread(target=self._look, args=(since,), daemon=True)
                 self._thread.start()
         try:
-            yield "retry: 2000\n\n"
+            # What has changed between the page and this stream is told at once.
+            yield f"retry: 2000\n\n{self._event(since)}"
             while not self._is_closed.is_set():
                 try:
                     event = mine.get(timeout=_QUIET_SECONDS)
@@ -90,6 +101,16 @@ class Watch:
                 # The page shows the error itself once it asks again.
                 _logger.debug("%s", error)
                 continue
-            runs = sorted({name for name, *_ in {*seen.open_runs} ^ {*state.open_runs}})
-            self._send(f"id: {state.seq}\ndata: {json.dumps({'seq': state.seq, 'runs': runs})}\n\n")
             seen = state
+            self._send(self._event(state))
+            # Whoever follows a fast training asks once a second, all at the same time.
+            self._is_closed.wait(_REST_SECONDS)
+
+    def _event(self, state: State) -> str:
+        document = {
+            "seq": state.seq,
+            "log": f"{self._begun}-{State(state.seq).tag}",
+            "all": f"{self._begun}-{state.tag}",
+            "runs": [name for name, *_ in state.open_runs],
+        }
+        return f"id: {state.seq}\ndata: {json.dumps(document)}\n\n"

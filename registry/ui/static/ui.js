@@ -182,7 +182,7 @@ for (const figure of all("[data-points]")) {
 }
 
 // Following what changes: one stream for a browser. The tab that holds the lock listens and tells the others.
-const fresh = { wanted: false, running: false, at: 0 };
+const fresh = { wanted: false, running: false, state: root.dataset.state };
 const live = document.getElementById("live");
 function patchRows(mine, other) {
   const before = new Map(all(":scope > tr[id]", mine).map((row) => [row.id, row]));
@@ -209,7 +209,7 @@ async function refresh() {
     const answer = await fetch(location.href, { cache: "no-cache", credentials: "same-origin" });
     if (answer.ok) {
       const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-      root.dataset.seq = page.documentElement.dataset.seq;
+      root.dataset.state = page.documentElement.dataset.state;
       for (const part of all("[data-live]", page)) {
         const mine = document.getElementById(part.id);
         if (!mine) { if (part.id === "rows") { location.reload(); return; } continue; }
@@ -229,17 +229,20 @@ async function refresh() {
       say("the page was brought up to date", false);
     }
   } catch { /* The server may be gone; the stream says so. */ }
-  setTimeout(() => { fresh.running = false; if (fresh.wanted) refresh(); }, 1000);
+  setTimeout(() => { fresh.running = false; if (fresh.wanted || root.dataset.state !== fresh.state) refresh(); }, 1000);
 }
 remember();
 document.addEventListener("visibilitychange", () => { if (!document.hidden && fresh.wanted) refresh(); });
 function isLive(yes) { live.hidden = !yes; }
-const seen = (seq) => { if (root.dataset.seq !== seq) refresh(); };
+const seen = (event) => {
+  fresh.state = event[root.dataset.follows];
+  if (root.dataset.state !== fresh.state) refresh();
+};
 function listen(tell) {
   const stream = new EventSource(root.dataset.events);
-  stream.onopen = () => { tell({ open: true }); tell({ seq: "" }); };
+  stream.onopen = () => tell({ open: true });
   stream.onerror = () => tell({ open: false });
-  stream.onmessage = (event) => tell({ seq: event.data });
+  stream.onmessage = (event) => tell({ event: JSON.parse(event.data) });
   return stream;
 }
 if (document.querySelector("[data-live]")) {
@@ -247,7 +250,7 @@ if (document.querySelector("[data-live]")) {
     const channel = new BroadcastChannel(`torch-registry ${location.host}${base}`);
     const heard = (message) => {
       if ("open" in message) isLive(message.open);
-      if (message.seq) seen(message.seq);
+      if (message.event) seen(message.event);
       if (message.who) channel.postMessage({ open: !live.hidden });
     };
     channel.onmessage = (event) => heard(event.data);
