@@ -29,6 +29,7 @@ from support import copy, fork, is_state, save, wait
 
 from registry import Registry
 from registry.log import entries
+from registry.store.errors import RegistryError
 
 STEM = "test_hostile_folders"
 BUDGET = 25.0
@@ -79,6 +80,7 @@ COMMANDS: dict[str, list[list[str]]] = {
     "runs": [["runs"], ["runs", "net"]],
     "logs": [["logs", RUN], ["logs", RUN, "--json"]],
     "board": [["board", "nobody/run-1"]],
+    "ui": [["ui", "nobody/run-1", "--no-open"]],
     "status": [["status"]],
     "du": [["du"], ["du", "net"]],
     "prune": [["prune", "-n"], ["prune", "--yes"]],
@@ -430,8 +432,48 @@ def snapshot(folder: Path) -> dict[str, Any]:
     return found
 
 
+PAGES = (
+    *("/", "/m/net", "/m/net?sort=number", "/m/net/v1", "/m/net@best", "/runs", f"/r/{RUN}", "/lineage"),
+    *("/lineage?of=net&full=1", "/storage", "/data", "/find?q=net", f"/compare?of={RUN}&metric=loss"),
+)
+"""Addresses of `registry ui`."""
+
+
+def pages(root: Path, report: Path) -> list[list[Any]]:
+    """Status and text of each page, asked in a process of its own; none where the registry cannot be opened."""
+    from urllib.error import HTTPError
+    from urllib.request import urlopen
+
+    def run() -> None:
+        from registry.ui.server import Server
+
+        found: list[list[Any]] = []
+        with contextlib.suppress(RegistryError):
+            server = Server(root, port=0, has_token=False)
+            for path in PAGES:
+                try:
+                    with urlopen(f"http://127.0.0.1:{server.port}{path}", timeout=6 * SECONDS) as answer:
+                        found.append([path, answer.status, answer.read().decode()])
+                except HTTPError as error:
+                    found.append([path, error.code, error.read().decode()])
+            server.close()
+        report.write_text(json.dumps(found))
+
+    report.unlink(missing_ok=True)
+    assert wait(fork(run)) == 0
+    return list(json.loads(report.read_text()))
+
+
+def check_page(path: str, status: int, text: str) -> None:
+    """A page is drawn, or says in a line why not."""
+    assert "could not be drawn" not in text, path
+    assert "</html>" in text, (path, text)
+    assert status == 200 or "error:" in text, (path, status)
+    assert all(line.isprintable() for line in text.replace("\t", "").split("\n")), path
+
+
 def try_one(golden: Path, top: Path, seed: int, lines_at_most: int = 12) -> int:
-    """One hostile folder, and some commands on it; how many."""
+    """One hostile folder, and some commands and pages on it; how many commands."""
     chance = random.Random(seed)
     where, odd = chance.choice(cases())
     outside, root = top / "outside", copy(golden, top / "r")
@@ -453,6 +495,8 @@ def try_one(golden: Path, top: Path, seed: int, lines_at_most: int = 12) -> int:
         outcomes = in_little_room(lines, top / "report.json")
         for outcome in outcomes:
             check(outcome)
+        for page in pages(root, top / "pages.json"):
+            check_page(*page)
         assert snapshot(outside) == before
     except BaseException as error:
         error.add_note(f"{odd.__name__} in the place of {place.relative_to(root)}")
