@@ -11,7 +11,7 @@ import click
 
 from registry.cli.completing import completes, metrics
 from registry.cli.options import ReferenceType, command, registry_if_any
-from registry.cli.output import complain_of, encodable, print_json, say
+from registry.cli.output import complain_of, encodable, print_json, say, warn
 from registry.cli.tables import columns_of, print_table
 from registry.reports import html, markdown, text
 from registry.store.durable import write_file
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     help="The form of the report.",
 )
 @click.option("--output", "-o", type=click.Path(), metavar="FILE", help="Write to a file.")
+@click.option("--open", "opens", is_flag=True, help="Open the HTML report in the browser.")
 def diff(
     a: str,
     b: str,
@@ -56,6 +57,7 @@ def diff(
     file: str | None,
     form: Literal["text", "json", "md", "html"],
     output: str | None,
+    opens: bool,
     root: str | None,
     as_json: bool,
 ) -> int:
@@ -75,7 +77,10 @@ def diff(
         )
         if file:
             report = report.model_copy(update={"command": f"{report.command} {shlex.join(['--plan', file])}"})
-        _write(_rendered(report, "json" if as_json else form, is_deep=is_deep), output)
+        if opens:
+            _open(html.render(report.blocks()), output)
+        else:
+            _write(_rendered(report, "json" if as_json else form, is_deep=is_deep), output)
     except RegistryError as error:
         complain_of(error)
         return 2
@@ -161,6 +166,19 @@ def _epochs(text: str | None) -> list[int]:
         raise click.BadParameter(
             f"{text!r} is not a list of epochs such as 1,5,10", param_hint="--at"
         ) from None
+
+
+def _open(page: str, output: str | None) -> None:
+    """Write a page, to a file of its own unless one is given, and open it in the browser."""
+    # Lazy: start-up.
+    import tempfile
+    import webbrowser
+
+    path = Path(output or Path(tempfile.mkdtemp(prefix="registry-diff-"), "diff.html"))
+    write_file(path, page.encode())
+    if not webbrowser.open(path.absolute().as_uri()):
+        warn("no browser could be opened; open the file yourself")
+    say(f"wrote {path}")
 
 
 def _write(text: str, output: str | None) -> None:

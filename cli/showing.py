@@ -16,13 +16,15 @@ from registry.catalog.ancestry import children
 from registry.catalog.documents import version_document
 from registry.catalog.versions import Version, name_of
 from registry.cli.options import ReferenceType, command
-from registry.cli.output import counted, encodable, print_json, size, text_of, time_of
+from registry.cli.output import counted, encodable, number, print_json, size, text_of, time_of
 from registry.cli.tables import Column, Field, print_table, width_of
+from registry.reports.charts import sparkline
 from registry.store.errors import NotFound, RegistryError
 
 if TYPE_CHECKING:
     from registry.checkpoints.checkpoint import Checkpoint
     from registry.checkpoints.counting import Module, Network
+    from registry.checkpoints.statistics import Statistics
     from registry.registry import Registry
 
 _LABEL = 11
@@ -44,7 +46,8 @@ _MOST_NAMES = 6
 @click.argument("reference", type=ReferenceType())
 @click.option("--tree", is_flag=True, help="List the tensors by module; modules that are alike share a line.")
 @click.option("--params", is_flag=True, help="List every tensor: name, dtype, shape, digest.")
-def show(reference: str, tree: bool, params: bool, registry: Registry, as_json: bool) -> None:
+@click.option("--stats", is_flag=True, help="Read every tensor: norm, mean, spread, extremes, zeros.")
+def show(reference: str, tree: bool, params: bool, stats: bool, registry: Registry, as_json: bool) -> None:
     """Show a version: metrics, provenance, tensors.
 
     Parameters are counted without buffers; the values of a component are all its numbers.
@@ -52,6 +55,7 @@ def show(reference: str, tree: bool, params: bool, registry: Registry, as_json: 
     checkpoint = registry[reference]
     modules = _modules(checkpoint) if tree else []
     tensors = list(checkpoint.parameters()) if params else []
+    measured = _statistics(checkpoint) if stats else []
     if as_json:
         document = version_document(checkpoint.row)
         if tree:
@@ -61,6 +65,8 @@ def show(reference: str, tree: bool, params: bool, registry: Registry, as_json: 
                 {"path": path, "dtype": dtype, "shape": list(shape), "digest": digest}
                 for path, dtype, shape, digest in tensors
             ]
+        if stats:
+            document["statistics"] = [{"path": path, **found._asdict()} for path, found in measured]
         print_json(document)
         return
     _print_version(registry, checkpoint)
@@ -70,6 +76,16 @@ def show(reference: str, tree: bool, params: bool, registry: Registry, as_json: 
     if params:
         click.echo()
         print_table(_OF_TENSORS, tensors)
+    if stats:
+        click.echo()
+        print_table(_OF_STATISTICS, measured)
+
+
+def _statistics(checkpoint: Checkpoint) -> list[tuple[str, Statistics]]:
+    # Lazy: loads torch.
+    from registry.checkpoints.statistics import statistics
+
+    return list(statistics(checkpoint, [path for path, *_ in checkpoint.parameters()]))
 
 
 def _modules(checkpoint: Checkpoint) -> list[Module]:
@@ -97,6 +113,18 @@ _OF_MODULES: list[Field[Any]] = [
     (Column("DTYPE", 3, is_text=True), lambda one: list(dict.fromkeys(dtype for _, dtype, _ in one.tensors))),
     (Column("VALUES", 2), lambda one: f"{one.values:,}"),
     (Column("SIZE", 4), lambda one: size(one.bytes)),
+]
+
+_OF_STATISTICS: list[Field[Any]] = [
+    (Column("PATH", is_text=True), lambda one: one[0]),
+    (Column("NORM", 1), lambda one: number(one[1].norm)),
+    (Column("MEAN", 3), lambda one: number(one[1].mean)),
+    (Column("STD", 2), lambda one: number(one[1].std)),
+    (Column("MIN", 4), lambda one: number(one[1].least)),
+    (Column("MAX", 4), lambda one: number(one[1].most)),
+    (Column("ZEROS", 3), lambda one: f"{one[1].zeros:.1%}"),
+    (Column("NOT FINITE", 2), lambda one: one[1].nonfinite or None),
+    (Column("HISTOGRAM", 5, is_text=True), lambda one: sparkline(one[1].histogram, 16)),
 ]
 
 _OF_TENSORS: list[Field[Any]] = [

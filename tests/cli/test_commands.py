@@ -585,3 +585,13 @@ def test_a_card_is_printed_or_written(filled: Registry, run: Run, tmp_path: Path
     refused = run("card", "lenet5:v3", "-o", tmp_path / "card.docx")
     assert refused.status == 1
     assert "hint:  give one of these endings" in refused.err
+
+
+def test_show_measures_the_tensors(filled: Registry, run: Run) -> None:
+    lines = run("show", "lenet5:v3", "--stats").out.splitlines()
+    assert any(line.startswith("PATH") and "NORM" in line and "ZEROS" in line for line in lines)
+    document = run("show", "lenet5:v3", "--stats", "--json").json
+    assert {one["path"] for one in document["statistics"]} == {
+        path for path, *_ in filled["lenet5:v3"].parameters()
+    }
+    assert all(sum(one["histogram"]) == one["elements"] for one in document["statistics"])

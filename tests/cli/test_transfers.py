@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import webbrowser
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,19 @@ def test_diff_in_every_form(run: Run, root: Path) -> None:
     assert run("diff", "lenet5", "lenet6", "--format", "md").out.startswith("# COMPATIBLE, 4 differences")
     run("diff", "lenet5", "lenet6", "--format", "html", "-o", "d.html")
     assert (root / "d.html").read_text().startswith("<!DOCTYPE html>")
+
+
+@pytest.mark.parametrize(
+    ("browser", "says"), [("/bin/true", ""), ("/bin/false", "no browser could be opened")]
+)
+def test_a_diff_is_opened_in_the_browser(
+    run: Run, root: Path, monkeypatch: pytest.MonkeyPatch, browser: str, says: str
+) -> None:
+    monkeypatch.setenv("BROWSER", browser)
+    monkeypatch.setattr(webbrowser, "_tryorder", None)
+    done = run("diff", "lenet5:v1", "lenet5:v2", "--open")
+    assert (done.status, done.out.startswith("wrote "), says in done.err) == (1, True, True)
+    assert Path(done.out.removeprefix("wrote ").strip()).read_text().startswith("<!DOCTYPE html>")
 
 
 def test_files_are_compared_without_a_registry(
