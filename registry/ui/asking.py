@@ -35,6 +35,7 @@ class Asking:
         self._process: subprocess.Popen[str] | None = None
         self._answers: OrderedDict[str, str] = OrderedDict()
         self._bytes = 0
+        self._is_closed = False
 
     def ask(self, key: str, **request: Any) -> dict[str, Any]:
         """What the worker answers.
@@ -66,20 +67,23 @@ class Asking:
             self._bytes -= len(self._answers.popitem(last=False)[1])
 
     def close(self) -> None:
-        """End the worker."""
+        """End the worker, also one that is at work."""
+        self._is_closed = True
+        if process := self._process:
+            process.kill()
         with self._lock:
             self._end()
 
     def _asked(self, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         line = ""
         # It may have ended since it was asked last, as nobody asked.
-        for _ in range(2):
+        for _ in range(0 if self._is_closed else 2):
             process = self._running()
             with contextlib.suppress(OSError, ValueError):
                 process.stdin.write(json.dumps(request) + "\n")  # type: ignore[union-attr]
                 process.stdin.flush()  # type: ignore[union-attr]
                 line = self._line(process)
-            if line:
+            if line or self._is_closed:
                 break
             self._end()
         try:
@@ -108,6 +112,8 @@ class Asking:
                 text=True,
                 encoding="utf-8",
                 env=environment,
+                # Ctrl-C ends the server, which ends the worker.
+                start_new_session=True,
             )
         return self._process
 
