@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from registry.catalog.documents import finite
 from registry.reports.words import ago as ago
 from registry.reports.words import counted as counted
 from registry.reports.words import number as number
@@ -182,17 +182,7 @@ def begin() -> None:
 def print_json(document: Any) -> None:
     """Print one JSON document. NaN and infinity become null, because JSON has neither."""
     _documents.append(True)
-    click.echo(json.dumps(_finite(document), indent=2))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
+    click.echo(json.dumps(finite(document), indent=2))
 
 
 def print_facts(facts: Sequence[tuple[str, Any]]) -> None:

@@ -19,6 +19,7 @@ from registry.cli.options import ReferenceType, command
 from registry.cli.output import counted, encodable, number, print_json, size, text_of, time_of
 from registry.cli.tables import Column, Field, print_table, width_of
 from registry.reports.charts import sparkline
+from registry.reports.words import shape
 from registry.store.errors import NotFound, RegistryError
 
 if TYPE_CHECKING:
@@ -100,15 +101,11 @@ def _module_document(one: Module) -> dict[str, Any]:
     return {**one._asdict(), "tensors": tensors}
 
 
-def _shape_text(shape: Sequence[int]) -> str:
-    return "×".join(map(str, shape)) or "scalar"
-
-
 _OF_MODULES: list[Field[Any]] = [
     (Column("MODULE", is_text=True), lambda one: one.name),
     (
         Column("TENSORS", 1, is_text=True),
-        lambda one: [f"{name} {_shape_text(s)}" for name, _, s in one.tensors],
+        lambda one: [f"{name} {shape(s)}" for name, _, s in one.tensors],
     ),
     (Column("DTYPE", 3, is_text=True), lambda one: list(dict.fromkeys(dtype for _, dtype, _ in one.tensors))),
     (Column("VALUES", 2), lambda one: f"{one.values:,}"),
@@ -130,7 +127,7 @@ _OF_STATISTICS: list[Field[Any]] = [
 _OF_TENSORS: list[Field[Any]] = [
     (Column("PATH", is_text=True), lambda one: one[0]),
     (Column("DTYPE", 2), lambda one: one[1]),
-    (Column("SHAPE", 1), lambda one: _shape_text(one[2])),
+    (Column("SHAPE", 1), lambda one: shape(one[2])),
     (Column("VALUES", 3), lambda one: f"{math.prod(one[2]):,}"),
     (Column("DIGEST", 4), lambda one: one[3][:12]),
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from registry.catalog.runs import RunInfo
@@ -50,3 +52,14 @@ def run_document(info: RunInfo, *, state: str, versions: int) -> dict[str, Any]:
         "versions": versions,
         "config": info.record.get("config", {}),
     }
+
+
+def finite(value: Any) -> Any:
+    """A document with null for NaN and the infinities, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value

@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from registry.catalog.documents import finite
 from registry.log.metrics import is_smallest_best
 from registry.reports import charts
 from registry.reports.blocks import Curves
@@ -89,7 +90,7 @@ def as_html(page: Page, **about: Any) -> str:
 
 def as_json(document: Any) -> str:
     """A document as JSON. NaN and infinity become null, because JSON has neither."""
-    return json.dumps(_finite(document), indent=2) + "\n"
+    return json.dumps(finite(document), indent=2) + "\n"
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -108,14 +109,4 @@ def _harmless(value: Any) -> Any:
         value = " ".join(map(str, value))
     if isinstance(value, str):
         return f"'{value}" if value.startswith(_FORMULA) else printable(value)
-    return value
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
     return value
