@@ -162,3 +162,20 @@ def test_a_registry_that_is_gone_is_told_and_the_server_stays(
     assert "error:" in answer.text
     away.rename(filled.root)
     assert client.get("/m/net").status == 200
+
+
+@pytest.mark.damages
+def test_a_shared_registry_is_served_from_this_computer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    url = (tmp_path / "bucket").as_uri()
+    registry = Registry(url)
+    registry.save("net", {"model": network(1).state_dict()}, metrics={"accuracy": 0.5})
+    with contextlib.closing(Server(url, port=0)) as server:
+        client = Client(server)
+        for address in ("/", "/m/net", "/m/net/v1", "/storage", "/lineage", "/diff?a=net&b=net"):
+            assert client.get(address).status == 200
+        registry.save("net", {"model": network(2).state_dict()})
+        registry.catalog.close()
+        assert client.get("/m/net.json").json["total"] == 2
