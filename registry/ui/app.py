@@ -150,9 +150,11 @@ class Application:
             for path in (*_PAGES, *_DIFFS, _STATISTICS, "/events", "/change", "/static/<name>")
         ]
         self._map = Map(rules, strict_slashes=False)
+        self._is_closed = False
 
     def close(self) -> None:
         """End the streams and the worker."""
+        self._is_closed = True
         self._watch.close()
         self._asking.close()
         self._reader.close()
@@ -169,6 +171,8 @@ class Application:
         except RegistryError as error:
             response = self._failed(request, error, _status_of(error))
         except Exception:
+            if self._is_closed:
+                return _plain("the server has ended", 503)(environ, start_response)
             _logger.exception("%s could not be drawn", request.path)
             response = _plain("this page could not be drawn; the terminal of registry ui shows why", 500)
         response.headers.update(HEADERS)
@@ -183,7 +187,7 @@ class Application:
         if path.startswith("/static/"):
             return _static(path.removeprefix("/static/"))
         token = request.args.get("token")
-        if token is not None:
+        if token is not None and self._access.token:
             return self._log_in(request, path, token)
         shown = request.headers.get("Authorization", "").removeprefix("Bearer ")
         if not (self._access.is_known(request.cookies) or self._access.login(shown)):
@@ -276,18 +280,27 @@ class Application:
         asked, key = time.monotonic(), (path, tuple(sorted(args.items())), form)
         with self._lock:
             turn = self._turns.setdefault(key, threading.Lock())
-        with turn:
-            kept = self._kept.get(key)
-            if kept and kept.began >= asked:
-                return kept.body
-            began = time.monotonic()
-            state = self._state(path)
-            if kept and kept.state == state:
-                return kept.body
-            page = self._asked(path, args)
-            if isinstance(page, Moved):
-                return page
-            body = self._drawn(page, path, args, form, state)
+        try:
+            with turn:
+                return self._kept_or_drawn(key, asked, path, args)
+        finally:
+            with self._lock:
+                if key not in self._kept:
+                    self._turns.pop(key, None)
+
+    def _kept_or_drawn(self, key: _Key, asked: float, path: str, args: Args) -> Body | Moved:
+        """See `_found`; it is this browser's turn."""
+        kept = self._kept.get(key)
+        if kept and kept.began >= asked:
+            return kept.body
+        began = time.monotonic()
+        state = self._state(path)
+        if kept and kept.state == state:
+            return kept.body
+        page = self._asked(path, args)
+        if isinstance(page, Moved):
+            return page
+        body = self._drawn(page, path, args, key[2], state)
         with self._lock:
             self._kept[key] = _Kept(body, state, began)
             self._kept.move_to_end(key)

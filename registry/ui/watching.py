@@ -97,6 +97,9 @@ class Watch:
                 state = self._reader.state()
                 if state == seen:
                     continue
+            except RuntimeError:
+                # The reader was closed at this moment.
+                return
             except RegistryError as error:
                 # The page shows the error itself once it asks again.
                 _logger.debug("%s", error)
