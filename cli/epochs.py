@@ -15,6 +15,7 @@ from registry.cli.output import encodable, with_root
 from registry.cli.tables import Column, Growing
 from registry.live import ranks
 from registry.models.training import Epoch, Training, TrainingState, Watcher
+from registry.reports.words import measured
 from registry.store.text import printable
 
 if TYPE_CHECKING:
@@ -35,6 +36,10 @@ _COLUMNS = (
 )
 _WIDEST = ("9.9999", "0.999", "9.9999", "0.9999", "59.9 s", "v999 best")
 """The widest cells behind the first that are expected; a wider one moves what comes behind it."""
+
+
+_ROOM_FOR_RATE = 72
+"""Columns of a terminal from which on the live line has room for how fast a training is."""
 
 
 class EpochTable(Watcher):
@@ -89,7 +94,8 @@ class EpochTable(Watcher):
             self._restart(number, position, batches)
         assert self._task is not None
         seconds, seen = self._live.tasks[0].elapsed or 0.0, state.seen - self._first[1]
-        rate = f"{seen * ranks.count() / seconds:,.0f} images/s" if seen and seconds else ""
+        has_room = shutil.get_terminal_size().columns >= _ROOM_FOR_RATE
+        rate = f"{seen * ranks.count() / seconds:,.0f} images/s" if has_room and seen and seconds else ""
         self._live.update(
             self._task,
             completed=position,
@@ -108,6 +114,11 @@ class EpochTable(Watcher):
         run.wait()
         self._tell_saved(run)
 
+    def leaves(self) -> None:
+        """Print what waits where the training ends early: its version may have been stored in the meantime."""
+        if self._run is not None:
+            self._tell_saved(self._run)
+
     def interrupted(self) -> tuple[str, str]:
         """What to say of an interruption, and how to go on."""
         saved = self._run.saved if self._run else None
@@ -116,6 +127,10 @@ class EpochTable(Watcher):
         as_what = (
             f"saved as {saved.name}" if saved.step == self._step else f"{saved.name} is the last version"
         )
+        if (saved.epoch or 0) >= self._epochs:
+            # Nothing is left to go on with.
+            more = f"registry train --resume {saved.name} --set epochs={2 * self._epochs}"
+            return f"interrupted {self._place}, which was the last; {as_what}", f"for more epochs: {more}"
         return f"interrupted {self._place}; {as_what}", f"go on with: registry train --resume {saved.name}"
 
     @contextlib.contextmanager
@@ -129,8 +144,16 @@ class EpochTable(Watcher):
             yield
             return
         # Lazy: loads rich.
-        from rich.console import Console
+        from rich.console import Console, ConsoleDimensions
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        class Narrower(Console):
+            """Leaves room for the `^C` that a terminal prints, which would push the live line into a second row."""
+
+            @property
+            def size(self) -> ConsoleDimensions:
+                width, height = super().size
+                return ConsoleDimensions(max(10, width - 3), height)
 
         columns = (
             TextColumn("{task.description}"),
@@ -140,7 +163,7 @@ class EpochTable(Watcher):
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(compact=True),
         )
-        with Progress(*columns, console=Console(), transient=True) as self._live:
+        with Progress(*columns, console=Narrower(), transient=True) as self._live:
             self._task = self._live.add_task(loading, total=None, count="", loss="", rate="")
             try:
                 yield
@@ -169,9 +192,9 @@ class EpochTable(Watcher):
         name = name.partition(":")[2] + (" best" if epoch.is_best else "")
         cells = (
             f"{epoch.number}/{self._epochs}",
-            f"{epoch.loss:.4f}",
+            measured(epoch.loss),
             f"{epoch.accuracy:.3f}",
-            f"{epoch.test_loss:.4f}",
+            measured(epoch.test_loss),
             f"{epoch.test_accuracy:.4f}",
             _time(epoch.seconds),
             name,

@@ -17,6 +17,7 @@ from registry.cli.output import ago, nothing, number, print_json, say, size, tip
 from registry.cli.reading import fields_of, left_out
 from registry.cli.tables import Column, Field, TableView, print_table
 from registry.reports.charts import lanes
+from registry.reports.words import measured
 
 if TYPE_CHECKING:
     from registry.registry import Registry
@@ -75,7 +76,8 @@ def best(model: str, metric: str, smallest: bool | None, registry: Registry, as_
         print_json(version_document(version))
         return
     value = version.loss if metric == "loss" else version.metrics[metric]
-    say(f"{version.name}  {metric} {number(value or 0.0)}  epoch {version.epoch}")
+    at = "" if version.epoch is None else f"  epoch {version.epoch}"
+    say(f"{version.name}  {metric} {number(value or 0.0)}{at}")
 
 
 @command("log", "registry log\nregistry log lenet5@best --full")
@@ -152,7 +154,7 @@ def _print_graph(registry: Registry, found: Sequence[Chain], view: TableView) ->
 
     def course(chain: Chain) -> str:
         ends = list(dict.fromkeys([chain.nodes[0].id, chain.nodes[-1].id]))
-        return " → ".join(f"{values[one]:.4f}" for one in ends if one in values)
+        return " → ".join(measured(values[one]) for one in ends if one in values)
 
     drawn = lanes(
         [

@@ -12,7 +12,7 @@ from registry.catalog.versions import list_aliases
 from registry.cli import completing
 from registry.cli.completing import completes
 from registry.cli.options import ReferenceType, command
-from registry.cli.output import counted, nothing, print_json, say, size
+from registry.cli.output import counted, nothing, print_json, say, size, text_of
 from registry.cli.tables import Column, Field, TableView, print_table
 from registry.log.reference import parse_reference
 from registry.store.errors import Conflict
@@ -112,7 +112,10 @@ def rm(
     if not as_json:
         for version in versions:
             held = [*version.aliases, *version.tags]
-            say(f"{version.name}  {version.id[:12]}  {size(version.size)}" + (f"  {held}" if held else ""))
+            say(
+                f"{version.name}  {version.id[:12]}  {size(version.size)}"
+                + (f"  {text_of(held)}" if held else "")
+            )
     if not dry_run:
         if not yes:
             if as_json or not sys.stdin.isatty():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shlex
 import sys
@@ -45,6 +46,11 @@ _STAND_INS = {
     "└": "'",
     "┴": "+",
     "╯": "'",
+    "╮": ".",
+    "╭": ".",
+    "┬": "+",
+    "┤": "|",
+    "┼": "+",
     "→": "->",
     "✓": "ok",
     "✗": "x",
@@ -69,12 +75,13 @@ def with_root(text: str) -> str:
     if not root:
         return text
     mentioned = rf"\bregistry (?=(?:{'|'.join(_commands)})\b)"
-    return re.sub(mentioned, lambda _: f"registry --root {shlex.quote(root)} ", text)
+    return re.sub(mentioned, lambda _: f"registry --root {printable(shlex.quote(root))} ", text)
 
 
 def _given(words: Sequence[str]) -> str:
     """The folder that the option `--root` of a command line names; empty without that option."""
-    for i, word in enumerate(words):
+    # The last one counts, as the option of a command goes before that of the group.
+    for i, word in reversed([*enumerate(words)]):
         if word == "--root":
             return "".join(words[i + 1 : i + 2])
         if word.startswith("--root="):
@@ -98,16 +105,25 @@ def complain(kind: str, message: str, hint: str = "", differences: Sequence[Diff
         with contextlib.suppress(OSError):
             print_json({"error": document})
     label = "" if kind == INTERRUPTED else f"{click.style('error:', fg='red', bold=True)} "
-    click.echo(f"{label}{message}", err=True)
-    for line in _lines_of(differences):
-        click.echo(line, err=True)
+    for line in (f"{label}{message}", *_lines_of(differences)):
+        click.echo(line, err=True, color=_color())
     if hint:
         tip(hint)
 
 
 def tip(text: str) -> None:
     """Print a line that says what to type, to the error stream."""
-    click.echo(f"{click.style('hint:', fg='cyan', bold=True)}  {with_root(printable(text))}", err=True)
+    label = click.style("hint:", fg="cyan", bold=True)
+    click.echo(f"{label}  {with_root(printable(text))}", err=True, color=_color())
+
+
+def _color() -> bool | None:
+    """Whether to use colours; None lets the stream decide.
+
+    The context of a command, which knows the option `--color`, is closed where its error is printed. The option sets these
+    variables.
+    """
+    return False if os.environ.get("NO_COLOR") else True if os.environ.get("FORCE_COLOR") else None
 
 
 class Told(click.Abort):

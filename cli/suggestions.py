@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import click
 
+from registry.store.errors import in_two_parts
+
 _OTHER_WORDS = {
     "add": "import",
     "browse": "ui",
@@ -59,10 +61,17 @@ def usage_error(error: click.ClickException) -> tuple[str, str]:
         if other:
             return f"no such option: {error.option_name}", f"{other} has it"
         names = _options(context) if context else []
-        near = difflib.get_close_matches(error.option_name, names, 3)
+        near = _nearest(error.option_name, names)
         return f"no such option: {error.option_name}", _meant(near) or help_of
-    what, _, advice = message.partition("; ")
+    what, advice = in_two_parts(" ".join(message.split()))
     return what, advice or help_of
+
+
+def _nearest(option: str, names: Sequence[str]) -> list[str]:
+    """The option that was meant, perhaps. Dashes make nothing alike."""
+    by_word = {name.lstrip("-"): name for name in names}
+    found = difflib.get_close_matches(option.lstrip("-"), by_word, 1, cutoff=0.7)
+    return [by_word[word] for word in found]
 
 
 def no_such_command(word: str, names: Sequence[str], context: click.Context) -> click.UsageError:

@@ -260,6 +260,8 @@ def _shown_training(data: str, *, is_quiet: bool, leads: bool) -> Iterator[Epoch
                 handler = _handler(table.say)
                 logger.addHandler(handler)
                 stack.callback(logger.removeHandler, handler)
+                # Below the live line nothing is printed, and once it is gone all that is stored has its line.
+                stack.callback(table.leaves)
                 stack.enter_context(table.alive(f"loading {data} ..."))
             yield table
     except (KeyboardInterrupt, SystemExit) as error:

@@ -7,6 +7,7 @@ Then it trains and tests, epoch after epoch, inside a run of the registry. `_tra
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -474,7 +475,11 @@ def _finish_epoch(training: Training, state: TrainingState, run: Run) -> Epoch:
     writer.add_scalar("Testing/Loss", test_loss, state.epoch)
     _save(training, state, run, loss=loss, metrics={"accuracy": accuracy, "test_loss": test_loss})
     for name, parameter in plain.named_parameters():
-        writer.add_histogram(f"Weights/{name}", parameter, state.epoch)
+        # TensorBoard has no histogram of NaN.
+        if parameter.isfinite().all():
+            writer.add_histogram(f"Weights/{name}", parameter, state.epoch)
+    if not math.isfinite(loss):
+        _logger.warning("the loss of epoch %d is not finite; a smaller lr may help", state.epoch)
     return Epoch(state.epoch, loss, training_accuracy, test_loss, accuracy, 0.0, is_best)
 
 

@@ -93,6 +93,23 @@ class Difference(NamedTuple):
     why: str
 
 
+def in_two_parts(message: str) -> tuple[str, str]:
+    """What was wrong, and what to do; the latter is empty if the message does not say.
+
+    A semicolon inside of quotes is part of a name.
+
+    >>> in_two_parts("there is no model 'a; b'; did you mean 'a'?")
+    ("there is no model 'a; b'", "did you mean 'a'?")
+    >>> in_two_parts("'it's; x' cannot be a name")
+    ("'it's; x' cannot be a name", '')
+    """
+    match = _TWO_PARTS.fullmatch(message)
+    what, advice = match.groups() if match else (message, None)
+    # A name with an apostrophe: the semicolon behind it is inside of quotes.
+    is_inside = advice is not None and advice.count("'") % 2 and not advice.count("'s ")
+    return (message, "") if is_inside else (what, advice or "")
+
+
 class RegistryError(Exception):
     """Base of every error that the registry raises on purpose.
 
@@ -117,7 +134,7 @@ class RegistryError(Exception):
     def for_command_line(self) -> tuple[str, str]:
         """What was wrong and where; and what to do, with options in the place of arguments, or an empty text."""
         message = self.summary or (str(self.args[0]) if self.args else "")
-        what, advice = _TWO_PARTS.fullmatch(message).groups()  # type: ignore[union-attr]
+        what, advice = in_two_parts(message)
         fixes = [fix.told(fix.options) for fix in self.fixes if fix.options]
         return what, "; ".join([*([advice] if advice else []), *fixes])
 

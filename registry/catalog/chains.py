@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import heapq
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from registry.catalog.lookups import Reader
+from registry.store.digest import is_digest
 from registry.store.errors import Corrupt
 
 CONTINUED = "continued"
@@ -62,8 +63,16 @@ class Chain(NamedTuple):
     def how(self) -> str:
         """How the oldest one came to be, such as `resumed`, or `imported model.pt`."""
         first = self.nodes[0]
-        kinds = [kind.removesuffix("-from") for kind, _ in first.parents if kind != CONTINUED]
-        return ", ".join([*kinds, *(f"{kind.removesuffix('-from')} {text}" for kind, text in first.others)])
+        kinds = Counter(kind.removesuffix("-from") for kind, _ in first.parents)
+        found = [kind if count == 1 else f"{kind} ({count})" for kind, count in kinds.items()]
+        return ", ".join(
+            [*found, *(f"{kind.removesuffix('-from')} {_told(text)}" for kind, text in first.others)]
+        )
+
+
+def _told(text: str) -> str:
+    """What a version came from that is no version here: a file, or one that was removed."""
+    return f"{text[:12]} (removed)" if is_digest(text) else text
 
 
 _TYPES: tuple[tuple[type, ...], ...] = ((str,), (str,), (int,), (str,), (str, type(None)))

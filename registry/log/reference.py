@@ -53,6 +53,11 @@ def parse_reference(text: str) -> Reference:
     Raises:
         Invalid: if the text has none of these forms.
     """
+    if "/" in text:
+        raise Invalid(
+            f"{quoted(text)} is a run or a path, expected a model or a version, such as lenet5:v3; registry log RUN "
+            "shows the versions of a run, and registry import FILE --name MODEL stores a file"
+        )
     model, colon, version = text.partition(":")
     if colon:
         match = _VERSION.match(version)

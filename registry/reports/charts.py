@@ -84,10 +84,17 @@ def lane_lines(rows: Sequence[tuple[str, Sequence[str], bool]]) -> list[LaneLine
         signs = ["│" if waited else " " for waited in open_lanes]
         signs[mine[0]] = "●" if is_filled else "○"
         open_lanes[mine[0]] = after[0] if after else None
+        before, others = list(open_lanes), []
         for other in after[1:]:
             if other not in open_lanes:
                 free = open_lanes.index(None) if None in open_lanes else len(open_lanes)
                 open_lanes[free:] = [other, *open_lanes[free + 1 :]]
+            others.append(open_lanes.index(other))
+        if others:
+            lines.append(LaneLine(" ".join(signs), key, up, _open(before)))
+            text = _parted(before, mine[0], others)
+            lines.append(LaneLine(text, "", _open(before), _open(open_lanes)))
+            continue
         while open_lanes and open_lanes[-1] is None:
             open_lanes.pop()
         lines.append(LaneLine(" ".join(signs), key, up, _open(open_lanes)))
@@ -102,6 +109,23 @@ def lanes(rows: Sequence[tuple[str, Sequence[str], bool]]) -> list[tuple[str, st
     ['●  ', '│ ○', '├─╯', '○  ']
     """
     return [(line.text, line.key) for line in lane_lines(rows)]
+
+
+def _parted(before: Sequence[str | None], mine: int, others: Sequence[int]) -> str:
+    """The line below a row that leads to several rows: its lane `mine`, and those of the others, open already or not."""
+    ends = [mine, *others]
+    first, last = min(ends), max(ends)
+    text = ""
+    for i in range(max(last + 1, len(before))):
+        is_open = i < len(before) and before[i] is not None
+        if i not in ends:
+            text += ("┼" if is_open else "─") if first < i < last else "│" if is_open else " "
+        elif i in (first, last):
+            text += ("├" if is_open else "╭") if i == first else ("┤" if is_open else "╮")
+        else:
+            text += "┼" if is_open else "┬"
+        text += "─" if first <= i < last else " "
+    return text.rstrip()
 
 
 def _open(open_lanes: Sequence[str | None]) -> frozenset[int]:
@@ -468,7 +492,7 @@ def lane_picture(line: LaneLine) -> str:
     parts = [f"M{_lane(i):g},0V{middle:g}" for i in sorted(line.up)]
     parts += [f"M{_lane(i):g},{middle:g}V{height}" for i in sorted(line.down)]
     if not line.key:
-        joint = [i for i, sign in enumerate(line.text) if sign in "├─┼┴╯"]
+        joint = [i for i, sign in enumerate(line.text) if sign in "├─┼┴╯╭┬╮┤"]
         parts.append(f"M{_lane(joint[0] / 2):g},{middle:g}H{_lane(joint[-1] / 2):g}")
     circles = [
         f'<circle class="{"full" if sign == "●" else "open"}" cx="{_lane(i / 2):g}" cy="{middle:g}" r="5"/>'

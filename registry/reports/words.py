@@ -16,6 +16,16 @@ def number(value: float) -> str:
     return f"{value:.5g}"
 
 
+def measured(value: float) -> str:
+    """A measured value with four decimals; a huge or tiny one with five significant digits.
+
+    >>> measured(0.961), measured(0), measured(1e-9), measured(1e300)
+    ('0.9610', '0.0000', '1e-09', '1e+300')
+    """
+    is_plain = value == 0 or 1e-4 <= abs(value) < 1e5
+    return f"{value:.4f}" if is_plain else number(value)
+
+
 def size(count: float) -> str:
     """Bytes in decimal units.
 

@@ -402,7 +402,7 @@ def test_rebuild_brings_a_lost_catalog_back(filled: Registry, run: Run) -> None:
         (["show", "lenet5:v9"], "lenet5 has no version v9\nhint:  its newest are v4, v3, v2, v1"),
         (["show", "lenet5@prod"], "lenet5 has no alias 'prod'\nhint:  did you mean 'production'?"),
         (["show", "lenet5:3"], "'lenet5:3': a version is written as v and its number, such as lenet5:v3"),
-        (["show", "a/b"], "'a/b' cannot be the name of a model"),
+        (["show", "a/b"], "'a/b' is a run or a path"),
         (["show", "\x1b[31mx"], r"'\x1b[31mx' cannot be the name of a model"),
         (["ls", "x" * 5_000], "cannot be the name of a model"),
         (["tag", "lenet5", "a b"], "'a b' cannot be the name of a tag"),

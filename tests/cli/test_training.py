@@ -27,7 +27,7 @@ from registry import Registry
 from registry.catalog.versions import own_sizes
 from registry.cli.epochs import _COLUMNS, _WIDEST, EpochTable
 from registry.cli.tables import Growing
-from registry.models import data
+from registry.models import data, training
 from registry.models.training import Epoch
 
 PROGRAM = [sys.executable, "-m", "registry.cli"]
@@ -534,3 +534,45 @@ def test_a_browser_shows_the_run_and_its_scalars(board: tuple[str, str], tmp_pat
             break
     for word in ("lenet5/run-1", "lenet5/run-2", "Testing/Accuracy", "Training/Loss"):
         assert word in page
+
+
+def test_a_training_that_diverges_is_recorded_to_its_end(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REGISTRY_ROOT", str(Registry(tmp_path / "r").root))
+    done = run("train", "lenet5", "--epochs", 2, "--set", "lr=1e6", "--set", "optimizer=sgd")
+    assert (done.status, done.err.count("error:")) == (0, 0)
+    assert re.search(r"1/2 +nan .* v1", done.out)
+    assert re.search(r"2/2 +nan .* v2", done.out)
+    assert "a smaller lr may help" in done.out
+
+
+@pytest.mark.parametrize(
+    ("when", "place", "hint"),
+    [
+        (1, "after epoch 1", "go on with:  registry train --resume lenet5:v1"),
+        (2, "after epoch 2, which was the last", "registry train --resume lenet5:v2 --set epochs=4"),
+    ],
+)
+def test_an_interruption_in_an_evaluation_says_how_to_go_on(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: int, place: str, hint: str
+) -> None:
+    monkeypatch.setenv("REGISTRY_ROOT", str(Registry(tmp_path / "r").root))
+    measure, calls = training.evaluate_together, iter(range(1, 100))
+
+    def interrupted(*given: Any, **named: Any) -> Any:
+        if next(calls) == when:
+            os.kill(os.getpid(), signal.SIGINT)
+        return measure(*given, **named)
+
+    monkeypatch.setattr(training, "evaluate_together", interrupted)
+    done = run("train", "lenet5", "--epochs", 2)
+    assert f"interrupted {place}" in done.err
+    assert hint.replace(":  ", ": ") in done.err.replace(":  ", ": ")
+    # Each epoch that is complete and stored has its line.
+    assert len(re.findall(r"^ *\d/2 ", done.out, re.MULTILINE)) == when
+    command = re.search(r"registry (train --resume .*)", done.err)
+    assert command
+    monkeypatch.undo()
+    monkeypatch.setenv("REGISTRY_ROOT", str(tmp_path / "r"))
+    assert run(*command[1].split()).status == 0

@@ -30,7 +30,7 @@ def test_versions_of_a_run_share_a_row_until_an_alias_or_a_branch(tmp_path: Path
     nodes = read_nodes(registry.catalog)
     found = chains(nodes)
     assert names(found) == ["b:v1…v2", "a:v5…v6", "a:v3…v4", "a:v1…v2"]
-    assert [chain.how for chain in found] == ["resumed", "", "", ""]
+    assert [chain.how for chain in found] == ["resumed", "continued", "continued", ""]
     assert len(chains(nodes, is_full=True)) == 8
     assert names(chains(related(nodes, [registry["b"].id]))) == ["b:v1…v2", "a:v1…v2"]
     assert names(chains(related(nodes, [registry["a:v3"].id]))) == ["a:v5…v6", "a:v1…v4"]
@@ -45,7 +45,7 @@ def test_what_is_no_version_is_told_and_leads_nowhere(tmp_path: Path) -> None:
     registry.save("net", {"model": {"w": torch.ones(1)}}, lineage=edges)
     (chain,) = chains(read_nodes(registry.catalog))
     assert chain.parents == ()
-    assert chain.how == f"imported model.pt, transferred {'ab' * 32}"
+    assert chain.how == f"imported model.pt, transferred {'ab' * 6} (removed)"
 
 
 def test_a_hundred_runs_of_a_hundred_versions_take_a_hundred_rows() -> None:
@@ -111,7 +111,7 @@ def test_the_lanes_of_any_graph_have_each_row_once(nodes: dict[str, Node], is_fu
     assert len({len(line) for line, _ in drawn}) <= 1
     for line, key in drawn:
         assert sum(line.count(sign) for sign in "●○") == bool(key)
-        assert bool(key) or ("├" in line and "╯" in line)
+        assert bool(key) or (set(line) & set("├╭") and set(line) & set("╯╮┤"))
 
 
 def _has_a_circle(nodes: dict[str, Node]) -> bool:
@@ -126,3 +126,25 @@ def _has_a_circle(nodes: dict[str, Node]) -> bool:
         return any(goes_round(parent, above | {one}) for _, parent in nodes[one].parents)
 
     return any(goes_round(one, frozenset()) for one in nodes)
+
+
+def test_a_row_that_came_from_several_leads_to_each_of_them() -> None:
+    rows = [
+        ("m", ["a", "b", "c"], True),
+        ("a", ["r"], False),
+        ("b", ["r"], False),
+        ("c", ["r"], False),
+        ("r", [], True),
+    ]
+    assert [line.rstrip() for line, _ in lanes(rows)] == [
+        "●",
+        "├─┬─╮",
+        "○ │ │",
+        "│ ○ │",
+        "│ │ ○",
+        "├─┴─╯",
+        "●",
+    ]
+    # One of them has an open lane already.
+    rows = [("x", ["b"], False), ("m", ["a", "b"], True), ("a", [], False), ("b", [], False)]
+    assert [line.rstrip() for line, _ in lanes(rows)] == ["○", "│ ●", "├─┤", "│ ○", "○"]
