@@ -191,9 +191,12 @@ def metric_names(catalog: Reader, model: str | None = None) -> list[str]:
     return [str(name) for (name,) in rows]
 
 
-def tag_names(catalog: Reader) -> list[str]:
-    """The tags that versions have, by name."""
-    return [str(name) for (name,) in catalog.query("SELECT DISTINCT name FROM tags ORDER BY name")]
+def tag_names(catalog: Reader, model: str | None = None) -> list[str]:
+    """The tags that versions of a model, or of all, have, by name."""
+    where, given = (" WHERE id IN (SELECT id FROM versions WHERE model = ?)", [model]) if model else ("", [])
+    return [
+        str(name) for (name,) in catalog.query(f"SELECT DISTINCT name FROM tags{where} ORDER BY name", given)
+    ]
 
 
 def commonest_metric(catalog: Reader, models: Collection[str]) -> str | None:

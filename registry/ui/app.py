@@ -16,15 +16,16 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from importlib import resources
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
-from werkzeug.exceptions import HTTPException, MethodNotAllowed
+from werkzeug.exceptions import HTTPException, MethodNotAllowed, RequestEntityTooLarge
 from werkzeug.exceptions import NotFound as NoSuchPage
 from werkzeug.routing import Map, Rule
 from werkzeug.wrappers import Request, Response
 
 from registry.reports import charts
-from registry.store.errors import Conflict, Corrupt, Invalid, NotFound, RegistryError
+from registry.store.errors import Conflict, Corrupt, Invalid, NotFound, RegistryError, Unsupported
+from registry.store.text import printable
 from registry.ui import diffs, drawing, finding, graph, models, runs, storage, version
 from registry.ui.access import HEADERS, Access
 from registry.ui.asking import Asking
@@ -78,10 +79,19 @@ _logger = logging.getLogger(__name__)
 _KEPT = 256
 """Answers that are kept."""
 
+_MOST_BYTES = 32 << 20
+"""Bytes of answers that are kept."""
+
 _SMALL = 1_000
 """Bytes below which an answer is not compressed."""
 
-_STATUS: Mapping[type[RegistryError], int] = {NotFound: 404, Invalid: 400, Conflict: 409, Corrupt: 500}
+_STATUS: Mapping[type[RegistryError], int] = {
+    NotFound: 404,
+    Invalid: 400,
+    Unsupported: 400,
+    Conflict: 409,
+    Corrupt: 500,
+}
 
 
 class Body(NamedTuple):
@@ -96,6 +106,11 @@ class Body(NamedTuple):
     form: str
     tag: str
     status: int = 200
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes while it is kept."""
+        return len(self.data) + len(self.packed)
 
 
 _Key = tuple[str, tuple[tuple[str, str], ...], str]
@@ -149,7 +164,7 @@ class Application:
             Rule(path, endpoint=path)
             for path in (*_PAGES, *_DIFFS, _STATISTICS, "/events", "/change", "/static/<name>")
         ]
-        self._map = Map(rules, strict_slashes=False)
+        self._map = Map(rules, strict_slashes=False, merge_slashes=False)
         self._is_closed = False
 
     def close(self) -> None:
@@ -164,6 +179,8 @@ class Application:
         BASE.set(self._base)
         try:
             response = self._answer(request)
+        except RequestEntityTooLarge:
+            response = _plain("the text is too long; a form takes 64 kB", 413)
         except MethodNotAllowed:
             response = _plain("only GET and HEAD are answered here", 405)
         except HTTPException as error:
@@ -173,7 +190,7 @@ class Application:
         except Exception:
             if self._is_closed:
                 return _plain("the server has ended", 503)(environ, start_response)
-            _logger.exception("%s could not be drawn", request.path)
+            _logger.exception("%s could not be drawn", printable(request.path))
             response = _plain("this page could not be drawn; the terminal of registry ui shows why", 500)
         response.headers.update(HEADERS)
         return response(environ, start_response)
@@ -206,7 +223,7 @@ class Application:
         if login is None:
             return _plain("the token is wrong; open the address that registry ui printed", 403)
         rest = [(name, value) for name, value in request.args.items(multi=True) if name != "token"]
-        response = _moved(f"{self._base}{path}{'?' + urlencode(rest) if rest else ''}")
+        response = _moved(f"{self._base}{quote(path)}{'?' + urlencode(rest) if rest else ''}")
         # Strict would ask for the token again behind every link from elsewhere, as from a notebook.
         response.set_cookie(login.cookie, login.value, httponly=True, samesite="Lax", path="/")
         return response
@@ -255,7 +272,10 @@ class Application:
             form = ending
             found = self._found(stem or "/", args, form)
         if isinstance(found, Moved):
-            return _moved(found.to)
+            joint = "&" if "?" in found.to else "?"
+            return _moved(
+                found.to if form == "html" or path.startswith(_API) else f"{found.to}{joint}format={form}"
+            )
         return _sent(request, found)
 
     def _statistics(self, request: Request, path: str, args: Args) -> Response:
@@ -304,14 +324,14 @@ class Application:
         with self._lock:
             self._kept[key] = _Kept(body, state, began)
             self._kept.move_to_end(key)
-            while len(self._kept) > _KEPT:
+            while len(self._kept) > _KEPT or sum(one.body.size for one in self._kept.values()) > _MOST_BYTES:
                 self._turns.pop(self._kept.popitem(last=False)[0], None)
         return body
 
     def _state(self, path: str) -> State:
         """The state that a page depends on: only a few pages show what a run writes as it goes on."""
         state = self._reader.state()
-        return state if _follows_runs(path) else State(state.seq)
+        return state if _follows_runs(path) else state.of_log
 
     def _asked(self, path: str, args: Args) -> Page | Moved:
         """What the page of an address shows."""

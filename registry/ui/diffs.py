@@ -6,6 +6,7 @@ import fnmatch
 import math
 import shlex
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from typing import Any
 
 from registry.catalog.resolving import resolve
@@ -18,22 +19,44 @@ from registry.ui.page import Args, Page
 
 ORDERS = ("network", "change")
 
+NETWORKS = "registry.models"
+"""The group of entry points by which packages name their networks; see `registry.live.builders`."""
+
 
 def sides(registry: Registry, args: Args) -> tuple[list[str], list[Version | None]]:
     """The two sides that an address names, and the versions that these are, if they are.
 
-    Rows that are selected in a table are named as `v`, the newer one first.
+    Rows that are selected in a table are named as `v`; the older one is the first side.
     """
     picked = args.get("v", "").split()
-    names = picked[1::-1] if len(picked) > 1 else [args.get("a", "").strip(), args.get("b", "").strip()]
+    names = (
+        sorted(picked[:2], key=_number)
+        if len(picked) > 1
+        else [args.get("a", "").strip(), args.get("b", "").strip()]
+    )
     found: list[Version | None] = []
     for name in names:
         try:
             found.append(resolve(registry.catalog, name))
         except RegistryError:
-            # It may be the name of a network, such as torchvision:resnet18.
+            # No address leads to a file.
+            if name and not is_network(name):
+                raise
             found.append(None)
     return names, found
+
+
+def _number(name: str) -> int:
+    number = name.rpartition(":v")[2]
+    return int(number) if number.isdecimal() and len(number) < 10 else 0
+
+
+def is_network(name: str) -> bool:
+    """Whether a name is that of a network of torchvision or of an installed package."""
+    family, colon, _ = name.partition(":")
+    return (bool(colon) and family == "torchvision") or name in {
+        one.name for one in entry_points(group=NETWORKS)
+    }
 
 
 def diff(asking: Asking, names: Sequence[str], versions: Sequence[Version | None], args: Args) -> Page:

@@ -41,7 +41,7 @@ def _templates() -> Environment:
         "number": number,
         "time": time_of,
         "shape": shape,
-        "compact": lambda value: json.dumps(value, default=str),
+        "compact": lambda value: json.dumps(finite(value), default=str),
     }
     found.globals |= {
         "address": address,
@@ -55,6 +55,7 @@ def _templates() -> Environment:
         "colour": charts.colour_of,
         "tone_of": _tone_of,
         "isnan": lambda value: isinstance(value, float) and math.isnan(value),
+        "isfinite": lambda value: isinstance(value, float | int) and math.isfinite(value),
     }
     return found
 

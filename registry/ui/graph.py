@@ -10,7 +10,7 @@ from registry.catalog.resolving import resolve
 from registry.catalog.versions import values_by_id
 from registry.registry import Registry
 from registry.reports.charts import lane_lines, lane_picture
-from registry.store.errors import Invalid
+from registry.store.digest import is_digest
 from registry.ui.kept import once
 from registry.ui.page import Args, Page, address_of_name
 
@@ -22,7 +22,6 @@ def lineage(registry: Registry, args: Args) -> Page:
 
     Raises:
         NotFound: if what is asked for is not there.
-        Invalid: if there are too many rows.
     """
     reference = args.get("of", "").strip()
     is_full = bool(args.get("full"))
@@ -34,10 +33,7 @@ def lineage(registry: Registry, args: Args) -> Page:
         start = [node.id for node in nodes.values() if node.model == reference] if is_model else [version.id]
         nodes = related(nodes, start)
     found = chains(nodes, is_full=is_full)
-    if len(found) > MOST_ROWS:
-        raise Invalid(
-            f"{len(found):,} rows are too many for a page; name a model or a version, or leave full out"
-        )
+    count, found = len(found), found[:MOST_ROWS]
     metric = registry.runs.headline({node.model for node in nodes.values()})
     values = values_by_id(registry.catalog, metric) if metric else {}
     return Page(
@@ -65,6 +61,7 @@ def lineage(registry: Registry, args: Args) -> Page:
             "metric": metric,
             "values": values,
             "is_full": is_full,
+            "count": count,
             "origins": lambda chain: _origins(chain, names),
             "address_of_chain": lambda chain: address_of_name(chain.nodes[-1].name),
         },
@@ -105,4 +102,7 @@ def _origins(chain: Chain, names: dict[str, str]) -> list[tuple[str, str, str | 
         how = "continued" if kind == CONTINUED else kind.removesuffix("-from")
         name = names.get(parent, parent)
         found.append((how, name, address_of_name(name) if parent in names else None))
-    return found + [(kind.removesuffix("-from"), text[:12], None) for kind, text in chain.nodes[0].others]
+    return found + [
+        (kind.removesuffix("-from"), f"{text[:12]} (removed)" if is_digest(text) else text[:60], None)
+        for kind, text in chain.nodes[0].others
+    ]

@@ -7,24 +7,26 @@ from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 from registry.registry import Registry
+from registry.store import places
 
 T = TypeVar("T")
 
-_kept: WeakKeyDictionary[Registry, tuple[int, dict[Any, Any]]] = WeakKeyDictionary()
-"""For each registry the number of the log's last entry, and what was found out since. The reader's thread alone uses it."""
+_kept: WeakKeyDictionary[Registry, tuple[tuple[int, int], dict[Any, Any]]] = WeakKeyDictionary()
+"""For each registry where its log stands, and what was found out since. The reader's thread alone uses it."""
 
 
-def last_entry(registry: Registry) -> int:
-    """The number of the log's last entry."""
+def last_entry(registry: Registry) -> tuple[int, int]:
+    """The number of the log's last entry, and what tells the folder from another one that gets its name."""
     ((seq,),) = registry.catalog.query("SELECT COALESCE(MAX(seq), 0) FROM log")
-    return int(seq)
+    status = places.status_of(registry.root)
+    return int(seq), 0 if status is None else status.st_ino
 
 
 def once(registry: Registry, key: object, find_out: Callable[[], T]) -> T:
     """What a function finds out, unless it was found out under this key since the registry changed last."""
-    seq, found = last_entry(registry), _kept.get(registry)
-    if found is None or found[0] != seq:
-        found = _kept[registry] = (seq, {})
+    place, found = last_entry(registry), _kept.get(registry)
+    if found is None or found[0] != place:
+        found = _kept[registry] = (place, {})
     if key not in found[1]:
         found[1][key] = find_out()
     return found[1][key]  # type: ignore[no-any-return]

@@ -193,7 +193,7 @@ def versions(registry: Registry, args: Args, model: str) -> Page:
             "sort": sort,
             "tag": tag,
             "where": args.get("where", ""),
-            "tags": tag_names(registry.catalog),
+            "tags": tag_names(registry.catalog, model),
             "value_of": value_of,
         },
     )
@@ -301,7 +301,7 @@ def _chart(registry: Registry, model: str, metric: str | None) -> Mapping[str, A
             "WHERE m.model = ? AND m.name = ? AND m.value IS NOT NULL ORDER BY v.version",
             [model, metric],
         )
-    points = [(float(version), float(value)) for version, value in rows]
+    points = [(float(version), float(value)) for version, value in rows if math.isfinite(value)]
     marks = registry.catalog.query(
         "SELECT v.version, a.name FROM aliases a JOIN versions v ON v.id = a.id WHERE a.model = ? ORDER BY v.version",
         [model],

@@ -28,18 +28,23 @@ class State(NamedTuple):
 
     Attributes:
         seq: the number of the log's last entry.
+        folder: tells the registry's folder from another one that gets its name.
         open_runs: the runs that have not ended, each with whether its process is gone and the bytes that it has written.
     """
 
     seq: int
     open_runs: tuple[tuple[str, bool, int], ...] = ()
+    folder: int = 0
 
     @property
     def tag(self) -> str:
         """The same as a short text."""
-        return (
-            f"{self.seq}-{zlib.crc32(repr(self.open_runs).encode()):x}" if self.open_runs else str(self.seq)
-        )
+        return f"{self.seq}-{zlib.crc32(repr((self.open_runs, self.folder)).encode()):x}"
+
+    @property
+    def of_log(self) -> State:
+        """The part of it that does not change while runs only write."""
+        return self._replace(open_runs=())
 
 
 class Reader:
@@ -77,10 +82,9 @@ class Reader:
 
 def _state(registry: Registry) -> State:
     runs = registry.runs
-    return State(
-        last_entry(registry),
-        tuple((info.name, runs.is_lost(info), _size(registry, info)) for info in runs.open()),
-    )
+    seq, folder = last_entry(registry)
+    open_runs = tuple((info.name, runs.is_lost(info), _size(registry, info)) for info in runs.open())
+    return State(seq, open_runs, folder)
 
 
 def _size(registry: Registry, info: RunInfo) -> int:

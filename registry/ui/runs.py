@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -210,7 +211,7 @@ AXES = ("step", "epoch", "time")
 def compare(registry: Registry, args: Args) -> Page:
     """A metric of several models, runs or versions by epoch, or what several runs measured by step or time."""
     names = list(dict.fromkeys(args.get("of", "").replace(",", " ").split()))
-    metric = args.get("metric") or registry.runs.headline(set(registry.names())) or "loss"
+    metric = args.get("metric") or registry.runs.headline(_models_of(registry, names)) or "loss"
     infos = [registry.runs[name] for name in names if "/" in name]
     tags = sorted({tag for info in infos for tag in scalars_of(info)})
     axis = args["x"] if args.get("x") in AXES else "step" if metric in tags else "epoch"
@@ -220,7 +221,8 @@ def compare(registry: Registry, args: Args) -> Page:
     if is_log := bool(args.get("log")):
         shown = [(name, [(x, math.log10(y)) for x, y in points if y > 0]) for name, points in shown]
     places = sorted({x for _, points in found for x, _ in points})
-    rows = [{axis: x, **{name: dict(points).get(x) for name, points in found}} for x in places]
+    by_place = {name: dict(points) for name, points in found}
+    rows = [{axis: x, **{name: values.get(x) for name, values in by_place.items()}} for x in places]
     return Page(
         template="compare.html",
         title="Compare",
@@ -230,7 +232,9 @@ def compare(registry: Registry, args: Args) -> Page:
             "models": {name: {f"{x:g}": y for x, y in points} for name, points in found},
         },
         rows=rows,
-        command=f"registry compare {' '.join(names)} --metric {metric}" if names and axis == "epoch" else "",
+        command=shlex.join(["registry", "compare", *names, "--metric", metric])
+        if names and axis == "epoch"
+        else "",
         context={
             "names": names,
             "metric": metric,
@@ -279,6 +283,12 @@ def _curves(
             )
         )
     return found
+
+
+def _models_of(registry: Registry, names: Sequence[str]) -> set[str]:
+    """The models that some names belong to; all of them without a name."""
+    found = {registry.runs[name].model if "/" in name else registry.resolve(name).model for name in names}
+    return found or set(registry.names())
 
 
 def _thin(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:

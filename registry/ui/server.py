@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import socket
@@ -143,7 +142,7 @@ def _sockets(host: str | None, port: int | None) -> tuple[list[socket.socket], i
         Conflict: if the port, or each that may be taken, is in use.
     """
     hosts = [host] if host else ["127.0.0.1", "::1"]
-    for number in [port] if port is not None else range(PORT, PORT + _PORTS):
+    for number in [port] * (_PORTS if port == 0 else 1) if port is not None else range(PORT, PORT + _PORTS):
         try:
             found = [_listening(hosts[0], number)]
         except OSError as error:
@@ -154,10 +153,17 @@ def _sockets(host: str | None, port: int | None) -> tuple[list[socket.socket], i
                 ) from None
             continue
         number = found[0].getsockname()[1]
-        for other in hosts[1:]:
-            # A machine may have no such address. If another program has its port, this one is not for it.
-            with contextlib.suppress(OSError):
-                found.append(_listening(other, number))
+        try:
+            found += [_listening(other, number) for other in hosts[1:]]
+        except OSError as error:
+            # A machine may have no such address. But if another program has it, browsers would give that one the token.
+            if error.errno == errno.EADDRINUSE:
+                found[0].close()
+                if port not in (None, 0):
+                    raise Conflict(
+                        f"port {number} of {hosts[1]} is taken; leave --port out to take a free one"
+                    ) from None
+                continue
         return found, number
     raise Conflict(f"the ports {PORT} to {PORT + _PORTS - 1} are taken; give another one with --port")
 

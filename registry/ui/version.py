@@ -109,6 +109,9 @@ def _page(registry: Registry, args: Args, one: Version) -> Page:
             "newer": newer,
             "deltas": _deltas(one, before),
             "components": record.get("components", {}),
+            "can_compare": before is not None
+            and "model" in record.get("components", {})
+            and "model" in before.record.get("components", {}),
             "modules": modules,
             "tensors": count,
             "problem": problem,

@@ -18,7 +18,7 @@ _LOOK_SHARED_SECONDS = 5.0
 _REST_SECONDS = 0.75
 """Time between two events at least, beside that of a look."""
 
-_QUIET_SECONDS = 15.0
+_QUIET_SECONDS = 3.0
 """Silence after which a stream says that it is alive, so that a closed one is noticed."""
 
 MOST_STREAMS = 32
@@ -112,7 +112,7 @@ class Watch:
     def _event(self, state: State) -> str:
         document = {
             "seq": state.seq,
-            "log": f"{self._begun}-{State(state.seq).tag}",
+            "log": f"{self._begun}-{state.of_log.tag}",
             "all": f"{self._begun}-{state.tag}",
             "runs": [name for name, *_ in state.open_runs],
         }

@@ -59,6 +59,10 @@ function showTimes(from = document) {
     if (time.textContent !== text) time.textContent = text;
   }
 }
+function remember(from = document) {
+  for (const row of all("table[data-live] tbody > tr[id]", from)) row.dataset.source ??= row.outerHTML;
+}
+remember();
 showTimes();
 setInterval(showTimes, 10_000);
 
@@ -114,7 +118,9 @@ for (const head of all("table.tree tr.module th")) {
   if (all("table.tree tbody tr").length > 500) fold();
 }
 function openTarget() {
-  const target = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  let name = location.hash.slice(1);
+  try { name = decodeURIComponent(name); } catch { /* It is no address of ours. */ }
+  const target = name && document.getElementById(name);
   target?.closest?.("tbody")?.classList.remove("folded");
 }
 addEventListener("hashchange", openTarget);
@@ -131,11 +137,14 @@ async function nextStatistics() {
     const answer = await fetch(one.dataset.stats);
     if (answer.ok) {
       const found = await answer.json();
-      one.querySelector("[data-stat=norm]").textContent = found.norm === null ? "" : found.norm.toPrecision(3);
+      const told = (value) => (value === null ? "-" : value.toPrecision(3));
+      const norm = one.querySelector("[data-stat=norm]");
+      norm.textContent = found.nonfinite === found.elements && found.elements ? "" : told(found.norm);
+      if (found.nonfinite) norm.insertAdjacentHTML("beforeend", ` <span class="bad">${Number(found.nonfinite)} NaN or inf</span>`);
       one.querySelector("[data-stat=zeros]").textContent = `${(100 * found.zeros).toFixed(1)}%`;
       const place = one.querySelector("[data-stat=picture]");
       place.innerHTML = found.picture;
-      place.title = `mean ${found.mean.toPrecision(3)}, std ${found.std.toPrecision(3)}, ${found.least.toPrecision(3)} to ${found.most.toPrecision(3)}${found.nonfinite ? `, ${found.nonfinite} not finite` : ""}`;
+      place.title = `mean ${told(found.mean)}, std ${told(found.std)}, ${told(found.least)} to ${told(found.most)}`;
     }
   } catch { /* The page is read without them. */ }
   asking -= 1;
@@ -154,7 +163,9 @@ if ("IntersectionObserver" in globalThis) {
 }
 
 // The chart: a value under the pointer, a version behind a click, a part by dragging.
-for (const figure of all("[data-points]")) {
+function bindCharts() {
+for (const figure of all("[data-points]:not([data-bound])")) {
+  figure.dataset.bound = "";
   const points = JSON.parse(figure.dataset.points || "[]");
   const chart = figure.querySelector(".chart");
   const output = figure.querySelector("output");
@@ -180,6 +191,8 @@ for (const figure of all("[data-points]")) {
   chart.addEventListener("pointerleave", () => { output.textContent = ""; cursor.remove(); });
   chart.addEventListener("click", (event) => { location.href = `${figure.dataset.chart}/v${nearest(event)[0]}`; });
 }
+}
+bindCharts();
 
 // Following what changes: one stream for a browser. The tab that holds the lock listens and tells the others.
 const fresh = { wanted: false, running: false, state: root.dataset.state };
@@ -190,16 +203,13 @@ function patchRows(mine, other) {
     const old = row.id && before.get(row.id);
     if (!old) return row;
     const box = old.querySelector("input[type=checkbox]");
-    if (old.dataset.source === row.outerHTML) return old;
+    if (old.dataset.source === row.dataset.source) return old;
     const next = row.querySelector("input[type=checkbox]");
     if (box && next) next.checked = box.checked;
     if (old.classList.contains("current")) row.classList.add("current");
     return row;
   });
   mine.replaceChildren(...rows);
-}
-function remember(from = document) {
-  for (const row of all("table[data-live] tbody > tr[id]", from)) row.dataset.source ??= row.outerHTML;
 }
 async function refresh() {
   if (fresh.running || document.hidden) { fresh.wanted = true; return; }
@@ -214,10 +224,17 @@ async function refresh() {
         const mine = document.getElementById(part.id);
         if (!mine) { if (part.id === "rows") { location.reload(); return; } continue; }
         if (part.tagName === "TABLE") {
-          const focused = document.activeElement?.closest?.("tr[id]")?.id;
+          const active = document.activeElement;
+          const focused = mine.contains(active) ? active.closest("tr[id]")?.id : undefined;
           for (const row of all("tbody > tr[id]", part)) row.dataset.source = row.outerHTML;
           patchRows(mine.tBodies[0], part.tBodies[0]);
-          if (focused && !mine.contains(document.activeElement)) document.getElementById(focused)?.querySelector("a,input")?.focus({ preventScroll: true });
+          if (focused && !mine.contains(document.activeElement)) {
+            const kind = active.tagName === "INPUT" ? "input" : "a";
+            document.getElementById(focused)?.querySelector(kind)?.focus({ preventScroll: true });
+          }
+        } else if (mine.tagName === "FIGURE") {
+          mine.replaceWith(document.adoptNode(part));
+          bindCharts();
         } else if (mine.innerHTML !== part.innerHTML) {
           const isAtEnd = mine.scrollTop + mine.clientHeight >= mine.scrollHeight - 4;
           mine.replaceChildren(...part.childNodes);
@@ -227,11 +244,20 @@ async function refresh() {
       showTimes();
       showChosen();
       say("the page was brought up to date", false);
+    } else {
+      fresh.failed = true;
     }
-  } catch { /* The server may be gone; the stream says so. */ }
+  } catch {
+    fresh.failed = true;
+  }
+  if (fresh.failed) {
+    // The page is older than what is told of it, so it is asked for again.
+    fresh.failed = false;
+    setTimeout(() => { fresh.running = false; refresh(); }, 5000);
+    return;
+  }
   setTimeout(() => { fresh.running = false; if (fresh.wanted || root.dataset.state !== fresh.state) refresh(); }, 1000);
 }
-remember();
 document.addEventListener("visibilitychange", () => { if (!document.hidden && fresh.wanted) refresh(); });
 function isLive(yes) { live.hidden = !yes; }
 const seen = (event) => {
@@ -269,17 +295,16 @@ const keys = document.getElementById("keys");
 const keysOn = document.getElementById("keys-on");
 keysOn.checked = stored("keys") !== "off";
 keysOn.addEventListener("change", () => stored("keys", keysOn.checked ? "on" : "off"));
-let row = -1;
 let isGoing = false;
 const rows = () => all("#rows tbody tr[data-reference]");
 function current(step) {
   const found = rows();
   if (!found.length) return;
-  row = Math.max(0, Math.min(found.length - 1, row + step));
-  for (const one of found) one.classList.toggle("current", one === found[row]);
-  const link = found[row].querySelector("a");
-  link.focus({ preventScroll: true });
-  found[row].scrollIntoView({ block: "nearest" });
+  const at = found.findIndex((one) => one.classList.contains("current"));
+  const next = found[Math.max(0, Math.min(found.length - 1, at + step))];
+  for (const one of found) one.classList.toggle("current", one === next);
+  next.querySelector("a").focus({ preventScroll: true });
+  next.scrollIntoView({ block: "nearest" });
 }
 const here = () => rows().find((one) => one.classList.contains("current"));
 function follow(selector) {
@@ -325,3 +350,6 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
   action();
 });
+
+// A log is read from its end.
+for (const log of all(".log")) log.scrollTop = log.scrollHeight;
