@@ -7,14 +7,17 @@ import html
 import re
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import quote, urlencode
 
 import pytest
+import torch
 from browsing import Client, network
 
 from registry import Registry
 from registry.store.errors import Conflict, NotFound
 from registry.ui.access import Access
+from registry.ui.kept import last_entry
 from registry.ui.server import Server
 
 
@@ -314,3 +317,59 @@ def test_programs_alone_are_answered_if_asked(filled: Registry) -> None:
         client = Client(server)
         assert client.get("/").status == 404
         assert client.get("/api/v1/models").json["models"][0]["name"] == "net"
+
+
+def test_a_command_to_copy_runs_nothing_else(filled: Registry, client: Client) -> None:
+    name = 'a $(touch x) "q"'
+    filled.save("odd", {"model": {}}, epoch=1, metrics={name: 0.5})
+    asked = urlencode({"of": "odd", "metric": name})
+    text = html.unescape(client.get(f"/compare?{asked}").text)
+    assert """registry compare odd --metric 'a $(touch x) "q"'""" in text
+
+
+def test_a_side_of_a_diff_is_no_file(filled: Registry, unchanged: Client, tmp_path: Path) -> None:
+    path = tmp_path / "other.pt"
+    torch.save({"w": torch.ones(1)}, path)
+    for side in (str(path), "/etc/passwd", "/none/such.pt", "other.pt", "file:///etc/passwd"):
+        answer = unchanged.get(f"/diff?{urlencode({'a': 'net:v1', 'b': side})}")
+        assert answer.status in (400, 404)
+        assert "no such file" not in answer.text
+
+
+def test_another_program_on_the_other_loopback_does_not_get_the_token(filled: Registry) -> None:
+    with contextlib.closing(socket.socket(socket.AF_INET6)) as other:
+        try:
+            other.bind(("::1", 0))
+        except OSError:
+            pytest.skip("needs the address ::1")
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(Conflict, match=f"port {port} of ::1 is taken"):
+            Server(filled.root, port=port)
+
+
+def test_a_path_does_not_write_to_the_terminal(unchanged: Client) -> None:
+    token = unchanged.server.address().rpartition("=")[2]
+    answer = unchanged.get(f"/m/%0a%1b[31mx?token={token}")
+    assert answer.status == 302
+    assert answer.headers["location"] == "/m/%0A%1B%5B31mx"
+
+
+def test_a_folder_in_the_place_of_another_is_seen(filled: Registry, client: Client, tmp_path: Path) -> None:
+    assert "/m/net" in client.get("/").text
+    another = Registry(tmp_path / "another")
+    while last_entry(another)[0] < last_entry(filled)[0]:
+        another.save("else", {"model": {}})
+    for one in (filled, another):
+        one.catalog.close()
+    filled.root.rename(tmp_path / "away")
+    another.root.rename(filled.root)
+    assert "/m/else" in client.get("/").text
+
+
+def test_many_points_are_compared_at_once(filled: Registry, client: Client) -> None:
+    path = filled.root / "runs" / "net" / "run-1" / "scalars.jsonl"
+    path.write_text("".join(f'{{"s": {i}, "t": {i}.0, "k": "Loss", "v": {i % 7}}}\n' for i in range(20_000)))
+    answer = client.get("/compare?of=net/run-1&metric=Loss")
+    assert answer.status == 200
+    assert "The values are in the" in answer.text

@@ -321,3 +321,74 @@ def test_the_pictures_of_the_readme_are_of_pages_as_they_are(tmp_path: Path, bro
             path.write_bytes(picture)
         assert path.read_bytes()[:8] == picture[:8]
         assert f"docs/pictures/{name}.png" in readme
+
+
+def test_a_form_adds_a_tag_in_the_browser(filled: Registry, opened: Open) -> None:
+    with contextlib.closing(Server(filled.root, port=0, allows_changes=True)) as server:
+        page = opened(server, "/m/net/v1")
+        page.select_option("select[name=kind]", "tag")
+        page.fill("#text", "seen")
+        page.click("text=Add >> nth=-1")
+        page.wait_for_selector(".badge.tag")
+    assert filled["net:v1"].tags == ("seen",)
+
+
+def test_values_that_are_not_finite_leave_the_page_at_work(
+    filled: Registry, server: Server, opened: Open
+) -> None:
+    for value in (float("inf"), float("-inf"), float("nan"), 0.5, 0.6):
+        filled.save("odd", {"model": {}}, metrics={"m": value})
+    page = opened(server, "/m/odd#100%")
+    page.keyboard.press("j")
+    page.keyboard.press("x")
+    assert page.locator("#chosen strong").inner_text() == "1 selected"
+
+
+def test_a_row_that_did_not_change_is_not_touched(filled: Registry, server: Server, opened: Open) -> None:
+    page = opened(server, "/m/net")
+    page.wait_for_selector("#live:not([hidden])", state="attached")
+    page.keyboard.press("j")
+    page.keyboard.press("j")
+    page.evaluate("document.getElementById('version-4').mark = 1")
+    filled.save("net", {"model": network(6).state_dict()}, metrics={"accuracy": 0.9})
+    page.wait_for_selector("#version-6")
+    assert page.evaluate("document.getElementById('version-4').mark") == 1
+    assert page.evaluate("document.activeElement.closest('tr').id") == "version-4"
+    page.keyboard.press("j")
+    assert page.locator("tr.current").get_attribute("id") == "version-3"
+    # The curve has the new version, and its points are still versions.
+    box = page.locator(".chart").bounding_box()
+    page.mouse.move(box["x"] + box["width"] - 2, box["y"] + 20)
+    assert page.locator(".curve output").inner_text().startswith("v6")
+
+
+def test_a_refresh_that_failed_is_repeated(filled: Registry, server: Server, browser: Any) -> None:
+    with contextlib.closing(browser.new_context()) as context:
+        page = context.new_page()
+        page.goto(server.address("/m/net"))
+        page.wait_for_selector("#live:not([hidden])", state="attached")
+        refused = iter([True])
+        page.route(
+            "**/m/net", lambda route: route.fulfill(status=500) if next(refused, False) else route.continue_()
+        )
+        filled.set_tag("net:v1", "seen")
+        page.wait_for_selector("#version-1 .tag")
+
+
+def test_a_change_before_the_stream_begins_is_shown(filled: Registry, server: Server, browser: Any) -> None:
+    with contextlib.closing(browser.new_context()) as context:
+        page = context.new_page()
+
+        def late(route: Any) -> None:
+            filled.set_tag("net:v1", "seen")
+            route.continue_()
+
+        page.route("**/ui.js", late)
+        page.goto(server.address("/m/net"))
+        page.wait_for_selector("#version-1 .tag")
+
+
+def test_a_log_opens_at_its_end(filled: Registry, server: Server, opened: Open) -> None:
+    (filled.root / "runs" / "net" / "run-1" / "run.log").write_text("a line\n" * 500)
+    page = opened(server, "/r/net/run-1")
+    assert page.evaluate("document.querySelector('.log').scrollTop") > 0
