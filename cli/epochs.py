@@ -155,6 +155,10 @@ class EpochTable(Watcher):
                 width, height = super().size
                 return ConsoleDimensions(max(10, width - 3), height)
 
+            @size.setter
+            def size(self, given: tuple[int, int]) -> None:
+                self._width, self._height = given
+
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
