@@ -10,6 +10,7 @@ import click
 import pytest
 import torch
 from conftest import Run, commands
+from terminal import on_a_terminal
 
 from registry import Registry
 from registry.cli.app import COMMANDS
@@ -166,3 +167,57 @@ def test_every_command_says_where_its_help_is(name: str, command: click.Command,
 def test_the_first_four_digits_of_an_id_are_enough(filled: Registry, run: Run) -> None:
     version = filled["lenet5"]
     assert run("show", version.id[:4], "--json").json["name"] == version.name
+
+
+def test_errors_follow_the_choice_of_colours(
+    filled: Registry, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = str(filled.root)
+    assert "\x1b[31m" in on_a_terminal("--root", root, "ls", "nope").raw
+    for words, environment in ((["--color", "never"], {}), ([], {"NO_COLOR": "1"})):
+        shown = on_a_terminal("--root", root, "ls", "nope", *words, environment=environment)
+        assert "error:" in shown.raw
+        assert "\x1b[" not in shown.raw
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b[31m" in run("ls", "nope").err
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["ls", "--limit", "a; b"], "'a; b' is not a valid integer"),
+        (["ls", "--columns", "x; y"], "x; y"),
+        (["ls", "it's; x"], "it's; x"),
+    ],
+)
+def test_a_semicolon_in_a_name_is_a_part_of_it(
+    filled: Registry, run: Run, words: list[str], what: str
+) -> None:
+    first = run(*words).err.splitlines()[0]
+    assert what in first
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["show", "lenet5", "--frmat", "x"], "see registry show --help"),
+        (["ls", "--limt", "3"], "did you mean --limit?"),
+        (["history", "lenet5", "--sort", "accuracy"], "see registry history --help"),
+    ],
+)
+def test_an_option_is_suggested_only_if_it_is_like_the_typed_one(
+    filled: Registry, run: Run, words: list[str], hint: str
+) -> None:
+    assert run(*words).err.splitlines()[-1] == f"hint:  {hint}"
+
+
+def test_advice_names_the_root_that_counts(filled: Registry, run: Run, tmp_path: Path) -> None:
+    gone = tmp_path / "none"
+    done = run("--root", filled.root, "ls", "--root", gone)
+    assert f"registry --root {gone} init" in done.err
+
+
+def test_a_run_in_the_place_of_a_version_is_told(filled: Registry, run: Run) -> None:
+    done = run("show", "lenet5/run-1")
+    assert done.err.startswith("error: 'lenet5/run-1' is a run or a path")
+    assert "registry log RUN" in done.err
