@@ -14,7 +14,7 @@ from registry.reports.charts import Area, colour_of, treemap
 from registry.reports.words import size
 from registry.ui.kept import Own, once, own_by_version
 from registry.ui.page import Args, Page, address_of_name
-from registry.upkeep.usage import usage
+from registry.upkeep.usage import on_disk, usage
 
 _MOST_AREAS = 400
 """Rectangles of the picture; smaller versions share one a model."""
@@ -36,6 +36,7 @@ def storage(registry: Registry, args: Args) -> Page:
         context={
             "status": status,
             "usage": found,
+            "disk": once(registry, "on disk", lambda: on_disk(registry.root)),
             "picture": treemap(
                 _areas(own_by_version(registry), {one.id for one in unheld}), "Bytes by model and version"
             ),

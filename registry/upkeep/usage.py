@@ -12,8 +12,11 @@ and neither are files that gc removes later, as of packs that compaction has rep
 
 from __future__ import annotations
 
+import os
+import stat
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from registry.catalog.attached import owners_of_files, results
@@ -242,3 +245,33 @@ def _holders(catalog: Reader, model: str) -> dict[str, list[str]]:
     ):
         found[version_id].append(f"{count:,} version{'s' if count > 1 else ''} from it")
     return found
+
+
+_PARTS = {"packs": "tensors", "runs": "runs", "journal": "log", "manifests": "manifests"}
+"""What the folders of a registry hold."""
+
+
+def on_disk(root: Path) -> dict[str, int]:
+    """Bytes of the files in a registry's folder: of tensors, of runs (logs, events, scalars), and of the rest."""
+    found = {"tensors": 0, "runs": 0, "log": 0, "manifests": 0, "catalog and rest": 0}
+    for name in _names(root):
+        found[_PARTS.get(name, "catalog and rest")] += _bytes_below(root / name)
+    return found
+
+
+def _bytes_below(path: Path) -> int:
+    """Bytes of the files at a path and below; links are not followed, and what goes away meanwhile counts nothing."""
+    try:
+        status = path.lstat()
+        if not stat.S_ISDIR(status.st_mode):
+            return status.st_size if stat.S_ISREG(status.st_mode) else 0
+        return sum(_bytes_below(path / name) for name in _names(path))
+    except OSError:
+        return 0
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        return os.listdir(path)
+    except OSError:
+        return []
