@@ -65,7 +65,10 @@ def value_of(version: Version, metric: str | None) -> float | None:
 def models(registry: Registry, args: Args) -> Page:
     """All models, with what is being trained now on top."""
     found = once(registry, "models", lambda: list_models(registry.catalog))
-    metric = args.get("metric") or registry.runs.headline({model.name for model in found})
+    asked = args.get("metric", "")
+    if asked not in ("", "loss", *metric_names(registry.catalog)):
+        raise no_such_metric(registry.catalog, None, asked)
+    metric = asked or registry.runs.headline({model.name for model in found})
     running = [info for info in registry.runs.open() if not registry.runs.is_lost(info)]
     rows = _rows(registry, found, metric, {info.model for info in running})
     counts = registry.runs.counts()

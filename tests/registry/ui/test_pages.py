@@ -183,6 +183,7 @@ def test_pages_travel_compressed(unchanged: Client) -> None:
         ("/m/net?format=xml", 400, "format"),
         ("/c/ffffff", 404, "ffffff"),
         ("/m/net?sort=f1", 404, "f1"),
+        ("/?metric=f1", 404, "f1"),
     ],
 )
 def test_an_error_says_what_is_wrong(unchanged: Client, address: str, status: int, says: str) -> None:
