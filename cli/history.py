@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,10 @@ from registry.reports.words import measured
 
 if TYPE_CHECKING:
     from registry.registry import Registry
+
+
+_NAMES = 30
+"""Columns of a terminal that a graph leaves to the names."""
 
 
 @command("history", "registry history lenet5")
@@ -166,7 +172,7 @@ def _print_graph(registry: Registry, found: Sequence[Chain], view: TableView) ->
             for chain in found
         ]
     )
-    rows = [(line, by_name.get(name)) for line, name in drawn]
+    rows = [(_cut(line), by_name.get(name)) for line, name in drawn]
     fields: list[Field[tuple[str, Chain | None]]] = [
         (Column("VERSIONS", is_text=True), lambda row: row[1] and row[1].name),
         (Column("ALIASES", 2, is_text=True), lambda row: row[1] and " ".join(row[1].nodes[-1].aliases)),
@@ -179,6 +185,12 @@ def _print_graph(registry: Registry, found: Sequence[Chain], view: TableView) ->
         print_table(fields, [row for row in rows if row[1]], view)
     else:
         print_table([(Column(""), lambda row: row[0]), *fields], rows, view)
+
+
+def _cut(line: str) -> str:
+    """A line of a graph, which leaves room for the names on a terminal."""
+    room = max(1, shutil.get_terminal_size().columns - _NAMES) if sys.stdout.isatty() else len(line)
+    return line if len(line) <= room else f"{line[: room - 1]}…"
 
 
 def _mermaid(found: Sequence[Chain]) -> list[str]:

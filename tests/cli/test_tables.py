@@ -212,3 +212,17 @@ def test_any_values_share_a_number_of_decimals_that_tells_them(values: list[floa
     for value in values:
         if decimals is not None and value and abs(value) < 1e6:
             assert abs(float(f"{value:.{decimals}f}") - value) <= abs(value) / 100
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80])
+def test_a_wide_graph_leaves_room_for_the_names(tmp_path: Path, columns: int) -> None:
+    registry = Registry(tmp_path / "r")
+    base = registry.save("base", {"model": {}})
+    edge = {"kind": "transferred-from", "parent": base.id}
+    made = [registry.save(f"branch{i}", {"model": {}}, meta={"i": i}, lineage=[edge]) for i in range(30)]
+    registry.save("all", {"model": {}}, lineage=[{"kind": "merged-from", "parent": one.id} for one in made])
+    registry.catalog.close()
+    shown = on_a_terminal("--root", str(registry.root), "log", "base", columns=columns)
+    lines = shown.raw.replace("\x1b[36m", "").replace("\x1b[1m", "").replace("\x1b[0m", "").splitlines()
+    assert max(map(len, lines)) <= columns
+    assert {f"branch{i}:v1" for i in range(30)} | {"all:v1", "base:v1"} <= set(" ".join(lines).split())
