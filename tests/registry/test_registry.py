@@ -73,7 +73,7 @@ def test_equal_values_saved_at_the_same_instant_are_two_versions(
 def test_at_least_four_digits_of_an_id_name_a_checkpoint(registry: Registry) -> None:
     first = save(registry, 1).id
     assert registry[first[:4]].id == first
-    with pytest.raises(Invalid, match="cannot be the name"):
+    with pytest.raises(Invalid, match="is a run or a path"):
         registry["../" + first]
     with pytest.raises(NotFound):
         registry[first[:3]]
