@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -33,7 +33,7 @@ def list_(registry: Registry, view: TableView, as_json: bool) -> None:
     """List artifacts, the newest first."""
     found = registry.artifacts.find()
     if as_json:
-        print_json([_document(one) for one in found])
+        print_json([one.document for one in found])
         return
     if not found:
         nothing("nothing is cached; put @cached from registry above a function that prepares data")
@@ -55,7 +55,7 @@ def show(key: str, registry: Registry, as_json: bool) -> None:
     """Show what an artifact was made from and what it holds."""
     one = registry.artifacts[key]
     if as_json:
-        print_json(_document(one))
+        print_json(one.document)
         return
     record = one.record
     files = [
@@ -110,15 +110,11 @@ def clear(older_than: float | None, unused: bool, registry: Registry, as_json: b
 
 def _tell(gone: list[Artifact], as_json: bool) -> None:
     if as_json:
-        print_json([_document(one) for one in gone])
+        print_json([one.document for one in gone])
         return
     for one in gone:
         say(f"{one.key[:12]}  {one.function}  {size(one.size)}")
     say(f"{counted(len(gone), 'artifact')} removed; registry gc frees the space")
-
-
-def _document(one: Artifact) -> dict[str, Any]:
-    return {**one._asdict(), "function": one.function}
 
 
 for one in (list_, show, rm, clear):

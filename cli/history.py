@@ -81,7 +81,7 @@ def best(model: str, metric: str, smallest: bool | None, registry: Registry, as_
     if as_json:
         print_json(version_document(version))
         return
-    value = version.loss if metric == "loss" else version.metrics[metric]
+    value = version.value(metric)
     at = "" if version.epoch is None else f"  epoch {version.epoch}"
     say(f"{version.name}  {metric} {number(value or 0.0)}{at}")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from registry.catalog.conditions import matching
-from registry.catalog.documents import version_document
+from registry.catalog.documents import model_document, version_document
 from registry.catalog.resolving import no_such_metric
 from registry.catalog.versions import (
     ANY,
@@ -178,11 +178,7 @@ def fields_of(versions: Sequence[Version], first: str | None) -> list[Field[Vers
 
 
 def _measured(metric: str, rank: int) -> Field[Version]:
-    return Column(metric.upper(), rank), lambda one: _value(one, metric)
-
-
-def _value(version: Version, metric: str) -> float | None:
-    return version.loss if metric == "loss" else version.metrics.get(metric)
+    return Column(metric.upper(), rank), lambda one: one.value(metric)
 
 
 def _others(version: Version, names: Sequence[str]) -> list[str]:
@@ -192,18 +188,7 @@ def _others(version: Version, names: Sequence[str]) -> list[str]:
 def _list_models(registry: Registry, view: TableView, as_json: bool) -> None:
     models = list_models(registry.catalog)
     if as_json:
-        print_json(
-            {
-                "models": [
-                    {
-                        "name": m.name,
-                        "versions": m.versions,
-                        "latest": version_document(m.latest),
-                    }
-                    for m in models
-                ]
-            }
-        )
+        print_json({"models": [model_document(model) for model in models]})
         return
     if not models:
         nothing("no models yet; store one with: registry import FILE --name MODEL")
@@ -217,7 +202,7 @@ def _list_models(registry: Registry, view: TableView, as_json: bool) -> None:
         (Column("", is_text=True), lambda row: "●" if row[0].name in running else ""),
         (Column("VERSIONS", 2), lambda row: row[0].versions),
         (Column("BEST", 1, is_text=True), lambda row: _called(row[1], is_best=row[0].best is not None)),
-        (Column((metric or "-").upper(), 1), lambda row: _value(row[1], metric) if metric else None),
+        (Column((metric or "-").upper(), 1), lambda row: row[1].value(metric) if metric else None),
         (Column("TREND", 3, is_text=True), lambda row: sparkline(trends.get(row[0].name, ()))),
         (Column("OWN", 3), lambda row: size(row[0].own)),
         (Column("UPDATED", 3), lambda row: ago(row[0].latest.created)),

@@ -40,8 +40,7 @@ def du(model: str | None, limit: int | None, registry: Registry, view: TableView
 
     found = usage(registry.catalog)
     if as_json:
-        models = [one._asdict() for one in found.models]
-        print_json({**found._asdict(), "saved": found.saved, "models": models})
+        print_json(found.document)
         return
     if not found.models:
         nothing("no models yet; store one with: registry import FILE --name MODEL")

@@ -60,6 +60,11 @@ class Artifact(NamedTuple):
         """The name of the function that computed it."""
         return str(self.record.get("function", "?"))
 
+    @property
+    def document(self) -> dict[str, Any]:
+        """The same in the shape that `--json` prints."""
+        return {**self._asdict(), "function": self.function}
+
 
 class Artifacts:
     """The artifacts of a registry."""

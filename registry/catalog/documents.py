@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from registry.catalog.runs import RunInfo
-from registry.catalog.versions import Version
+from registry.catalog.versions import Model, Version
 
 
 def version_document(version: Version) -> dict[str, Any]:
@@ -34,6 +34,11 @@ def version_document(version: Version) -> dict[str, Any]:
         "lineage": record.get("lineage", []),
         "source": record.get("source"),
     }
+
+
+def model_document(model: Model) -> dict[str, Any]:
+    """A model, with its latest version."""
+    return {"name": model.name, "versions": model.versions, "latest": version_document(model.latest)}
 
 
 def run_document(info: RunInfo, *, state: str, versions: int) -> dict[str, Any]:

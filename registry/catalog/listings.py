@@ -108,7 +108,7 @@ class Versions(Listing[Version]):
             *(Column(name, is_number=True, is_given=True) for name in names),
             *(Column("Size", is_number=True), Column("Saved", is_number=True)),
         ]
-        bars = [_bars([_value(version, name) for version in shown]) for name in names]
+        bars = [_bars([version.value(name) for version in shown]) for name in names]
         rows: list[list[Cell]] = [
             [
                 version.name,
@@ -225,7 +225,7 @@ def select_versions(
     if before is not None:
         # SQLite has no larger whole numbers.
         number = min(before, 2**63 - 1)
-        also = Condition(f"({also.sql}) AND v.version < ?", [*also.parameters, number])
+        also &= Condition("v.version < ?", [number])
     if by is None:
         rows, total = list_versions(catalog, model, tag=tag, also=also, limit=limit)
         return Versions(rows, Asked(model, total=total))
@@ -241,10 +241,6 @@ _VERSION_COLUMNS = (
     *("aliases", "tags", "run", "parent", "id"),
 )
 """The columns of a table of versions, before those of metrics."""
-
-
-def _value(version: Version, metric: str) -> float | None:
-    return version.loss if metric == "loss" else version.metrics.get(metric)
 
 
 def _bars(values: Sequence[float | None]) -> list[Bar | None]:

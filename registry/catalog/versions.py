@@ -42,6 +42,10 @@ class Version(NamedTuple):
         """Its name, such as `lenet5:v3`, or `lenet5:pending-3`."""
         return f"{self.model}:{'pending-' if self.is_pending else 'v'}{self.version}"
 
+    def value(self, metric: str | None) -> float | None:
+        """The value of a metric, or of `loss`; None if it has none."""
+        return self.loss if metric == "loss" else self.metrics.get(metric or "")
+
 
 class Model(NamedTuple):
     """A model family: how many versions it has, its latest one, and the one that is known as the best."""

@@ -38,7 +38,7 @@ def curves(home: Home, names: Sequence[str], metric: str) -> list[Curve]:
         name, versions = _versions(home, given)
         values: dict[int, float] = {}
         for version in versions[::-1]:
-            value = version.loss if metric == "loss" else version.metrics.get(metric)
+            value = version.value(metric)
             if value is not None and version.epoch is not None:
                 values[version.epoch] = value
         if not values:

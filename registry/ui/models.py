@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from registry.catalog.conditions import parse_condition
-from registry.catalog.documents import version_document
+from registry.catalog.documents import model_document, version_document
 from registry.catalog.resolving import no_such_metric, resolve
 from registry.catalog.versions import (
     ANY,
@@ -55,13 +55,6 @@ class ModelRow(NamedTuple):
     is_trained: bool
 
 
-def value_of(version: Version, metric: str | None) -> float | None:
-    """The value of a metric, or of `loss`."""
-    if metric is None:
-        return None
-    return version.loss if metric == "loss" else version.metrics.get(metric)
-
-
 def models(registry: Registry, args: Args) -> Page:
     """All models, with what is being trained now on top."""
     found = once(registry, "models", lambda: list_models(registry.catalog))
@@ -76,12 +69,7 @@ def models(registry: Registry, args: Args) -> Page:
         template="models.html",
         title="Models",
         place="models",
-        document={
-            "models": [
-                {"name": one.name, "versions": one.versions, "latest": version_document(one.latest)}
-                for one in found
-            ]
-        },
+        document={"models": [model_document(one) for one in found]},
         rows=[
             {
                 "model": row.name,
@@ -120,7 +108,7 @@ def _rows(
                 versions=model.versions,
                 best=best,
                 is_best=model.best is not None,
-                value=value_of(best, metric),
+                value=best.value(metric),
                 values=trends.get(model.name, ()),
                 own=model.own,
                 updated=model.latest.created,
@@ -197,7 +185,6 @@ def versions(registry: Registry, args: Args, model: str) -> Page:
             "tag": tag,
             "where": args.get("where", ""),
             "tags": tag_names(registry.catalog, model),
-            "value_of": value_of,
         },
     )
 
@@ -234,7 +221,7 @@ def _newest(registry: Registry, args: Args, model: str) -> Part:
     before = whole({"before": args.get("before", "").removeprefix("v")}, "before", 0, 10**9)
     also = _condition(registry, args, model)
     if before:
-        also = Condition(f"({also.sql}) AND v.version < ?", [*also.parameters, before])
+        also &= Condition("v.version < ?", [before])
     found, total = list_versions(registry.catalog, model, tag=args.get("tag") or None, also=also, limit=MANY)
     last = f"v{found[-1].version}" if found else None
     following = address("m", model, **_kept(args), before=last)
@@ -284,7 +271,7 @@ def _metric_of(registry: Registry, args: Args, model: str, names: Sequence[str])
 
 def _span(shown: Sequence[Version], metric: str | None) -> tuple[float, float] | None:
     """The smallest and the largest value of a metric, between which bars are drawn."""
-    values = [value for version in shown if (value := value_of(version, metric)) is not None]
+    values = [value for version in shown if (value := version.value(metric)) is not None]
     finite = [value for value in values if math.isfinite(value)]
     return (min(finite), max(finite)) if finite else None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
-from typing import Any
 
 from registry.cache.artifacts import Artifact
 from registry.catalog.versions import UNHELD, find_versions
@@ -29,8 +28,8 @@ def storage(registry: Registry, args: Args) -> Page:
         template="storage.html",
         title="Storage",
         place="storage",
-        document={**found._asdict(), "saved": found.saved, "models": [one._asdict() for one in found.models]},
-        rows=[one._asdict() for one in found.models],
+        document=found.document,
+        rows=found.document["models"],
         command="registry du",
         python="registry.status()",
         context={
@@ -70,7 +69,7 @@ def _areas(own: Sequence[Own], unheld: Collection[str]) -> list[Area]:
 def data(registry: Registry, args: Args) -> Page:
     """The results of cached functions."""
     found = registry.artifacts.find()
-    documents = [_document(one) for one in found]
+    documents = [one.document for one in found]
     return Page(
         template="data.html",
         title="Data",
@@ -92,7 +91,7 @@ def artifact(registry: Registry, args: Args, key: str) -> Page:
         template="artifact.html",
         title=f"{one.function} {one.key[:12]}",
         place="data",
-        document=_document(one),
+        document=one.document,
         command=f"registry cache show {one.key[:12]}",
         python=f"registry.artifacts[{one.key[:12]!r}]",
         context={
@@ -107,7 +106,3 @@ def artifact(registry: Registry, args: Args, key: str) -> Page:
 def _used(one: Artifact) -> str:
     """The time of the last load, as records have times."""
     return datetime.fromtimestamp(one.used, UTC).isoformat()
-
-
-def _document(one: Artifact) -> dict[str, Any]:
-    return {**one._asdict(), "function": one.function}

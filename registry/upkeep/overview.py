@@ -84,5 +84,5 @@ def _best(model: Model) -> str:
 
 def _value(model: Model, metric: str | None) -> str:
     version = model.best or model.latest
-    value = version.loss if metric == "loss" else version.metrics.get(metric or "")
+    value = version.value(metric)
     return "" if value is None else f"{metric} {number(value)}"

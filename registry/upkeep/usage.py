@@ -17,7 +17,7 @@ import stat
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from registry.catalog.attached import owners_of_files, results
 from registry.catalog.lookups import Reader
@@ -89,6 +89,11 @@ class Usage(NamedTuple):
     def saved(self) -> int:
         """What sharing and differences saved."""
         return max(self.logical - self.stored, 0)
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The same in the shape that `--json` prints."""
+        return {**self._asdict(), "saved": self.saved, "models": [one._asdict() for one in self.models]}
 
 
 class _Pack(NamedTuple):
