@@ -28,7 +28,7 @@ def verify(references: tuple[str, ...], frozen: bool, registry: Registry, as_jso
     """Compare every stored byte with its digest.
 
     With REFERENCEs, the command reads only the bytes that they need. The exit status is 1 if anything is not as it was
-    saved. What is damaged comes back from a second copy with registry repair. When something saves a damaged tensor again,
+    saved, and the log does not put it back at once. What is damaged comes back from a second copy with registry repair. When something saves a damaged tensor again,
     it is written again, too, and the versions that hold it are whole.
 
     With --frozen the exit status is 1 if a frozen tensor moved. Buffers of frozen layers that were not held may move; the
@@ -47,6 +47,8 @@ def verify(references: tuple[str, ...], frozen: bool, registry: Registry, as_jso
         used = f" (needed by {', '.join(problem.checkpoints)})" if problem.checkpoints else ""
         warn(f"{problem.message}{used}")
     artifacts = f"{counted(found.artifacts, 'artifact')}, " if found.artifacts else ""
+    for mended in found.mended:
+        say(mended.message)
     checked = (
         f"{counted(found.checkpoints, 'version')}, {artifacts}{counted(found.tensors, 'stored tensor')}, "
         f"{size(found.bytes)} in {counted(found.packs, 'pack')}"

@@ -162,6 +162,11 @@ class NewFile:
         Raises:
             StorageError: if the file does not hold what was written.
         """
+        self.finish(head, read_only=read_only)
+        disk.sync(self.fd, self.path)
+
+    def finish(self, head: Buffer, *, read_only: bool) -> None:
+        """As `sync`, but a power cut may still take the bytes."""
         status = os.fstat(self.fd)
         if status.st_size != self._position or os.pread(self.fd, len(head), 0) != bytes(head):
             raise StorageError(
@@ -170,7 +175,6 @@ class NewFile:
             )
         if read_only:
             os.fchmod(self.fd, stat.S_IMODE(status.st_mode) & ~0o222)
-        disk.sync(self.fd, self.path)
 
     def publish(self, target: Path, *, inner: int = 2, is_durable: bool = True) -> None:
         """Give the file its final name, in the place of a file that has it.
@@ -182,7 +186,7 @@ class NewFile:
         Raises:
             Moved: if another process has removed the file meanwhile.
         """
-        make_folder(target.parent, inner=inner)
+        make_folder(target.parent, inner=inner, is_durable=is_durable)
         with (
             opened_folder(self.path.parent, self._inner) as source_folder,
             opened_folder(target.parent, inner) as target_folder,
@@ -318,39 +322,52 @@ def is_gone(machine: str, pid: str) -> bool:
     return False
 
 
-def make_folder(path: Path, *, inner: int = 0) -> None:
+def make_folder(path: Path, *, inner: int = 0, is_durable: bool = True) -> None:
     """Create a folder unless it is there, and make its name durable.
 
     Another process may have made it and be about to sync its parent, or have been killed before it could. So the
-    parents within the registry, and the one of the registry's own folder, are synced once in each process.
+    parents within the registry, and the one of the registry's own folder, are synced once in each process. That makes the
+    folders that lie beside it durable as well.
 
     Args:
         inner: how many of the last parts of the path belong to the registry.
+        is_durable: whether its name is made durable.
     """
     is_there = False
     with contextlib.suppress(FileNotFoundError), opened_folder(path, inner) as folder:
-        if _identity(folder) in disk.safe_folders:
+        if not is_durable or _identity(folder) in disk.safe_folders:
             return
         is_there = True
     above = max(inner - 1, 0)
     if inner or not is_there:
-        make_folder(path.parent, inner=above)
+        make_folder(path.parent, inner=above, is_durable=is_durable)
+    beside: set[tuple[int, int]] = set()
     try:
         with opened_folder(path.parent, above) as folder:
             if not is_there:
                 with contextlib.suppress(FileExistsError):
                     disk.mkdir(path, folder)
+            if not is_durable:
+                return
+            if inner and is_there:
+                beside = _folders_in(folder)
             disk.sync_folder(path.parent, folder)
     except PermissionError:
         # Only the folder that the registry lies in may be somebody else's.
         if inner or not is_there:
             raise
     with opened_folder(path, inner) as folder:
-        disk.safe_folders.add(_identity(folder))
+        disk.safe_folders |= beside | {_identity(folder)}
 
 
 def write_file(
-    path: Path, data: bytes, *, folder: Path | None = None, inner: int = 0, read_only: bool = False
+    path: Path,
+    data: bytes,
+    *,
+    folder: Path | None = None,
+    inner: int = 0,
+    read_only: bool = False,
+    is_durable: bool = True,
 ) -> None:
     """Write a small file whole or not at all; its mode follows the umask.
 
@@ -358,6 +375,7 @@ def write_file(
         folder: a folder of the registry, where the file lies until it is complete. Without it the file is a user's
             own: it lies beside its target meanwhile, and a symbolic link at `path` is followed, not replaced.
         inner: how many of the last folders that it is in belong to the registry.
+        is_durable: false where the bytes are safe elsewhere: a power cut may take the file back, or damage it.
 
     Raises:
         StorageError: if the system refuses, with the earlier file untouched.
@@ -370,8 +388,11 @@ def write_file(
         file = NewFile(folder or target.parent, inner=1 if folder else 0)
         try:
             file.write(data)
-            file.sync(data, read_only=read_only)
-            file.publish(target, inner=inner)
+            if is_durable:
+                file.sync(data, read_only=read_only)
+            else:
+                file.finish(data, read_only=read_only)
+            file.publish(target, inner=inner, is_durable=is_durable)
         except BaseException:
             file.discard()
             raise
@@ -503,6 +524,13 @@ def again_on_trouble(step: Callable[[], None]) -> None:
 def _identity(fd: int) -> tuple[int, int]:
     status = os.fstat(fd)
     return status.st_dev, status.st_ino
+
+
+def _folders_in(fd: int) -> set[tuple[int, int]]:
+    """The identities of the folders in an open folder."""
+    device = os.fstat(fd).st_dev
+    with os.scandir(fd) as found:
+        return {(device, one.inode()) for one in found if one.is_dir(follow_symlinks=False)}
 
 
 def _last_try(step: Callable[[], None]) -> None:

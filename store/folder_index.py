@@ -284,7 +284,9 @@ class ManifestFolder:
         return status is not None and stat.S_ISREG(status.st_mode)
 
     def write(self, manifest: Manifest) -> tuple[str, bytes]:
-        """Write a manifest, durably, and return its digest and its bytes.
+        """Write a manifest, and return its digest and its bytes.
+
+        It is durable, unless the index keeps a second copy.
 
         Raises:
             Invalid: if it is too large.
@@ -372,7 +374,14 @@ class ManifestFolder:
         return written[1] if written and written[0] == digest else None
 
     def _write(self, digest: str, data: bytes) -> None:
-        write_file(self.path(digest), data, folder=self._tmp, inner=INNER, read_only=True)
+        write_file(
+            self.path(digest),
+            data,
+            folder=self._tmp,
+            inner=INNER,
+            read_only=True,
+            is_durable=not self._index.keeps(data),
+        )
 
 
 class FolderIndex:
@@ -400,6 +409,10 @@ class FolderIndex:
     def manifest_text(self, manifest_id: str) -> bytes | None:
         """There is no second copy."""
         return None
+
+    def keeps(self, text: bytes) -> bool:
+        """There is no second copy."""
+        return False
 
     def was_removed(self, manifest_id: str) -> bool:
         """A folder does not tell what was removed."""

@@ -60,6 +60,10 @@ class Index(Protocol):
         """A second copy of a manifest that counts; None if there is none."""
         ...
 
+    def keeps(self, text: bytes) -> bool:
+        """Whether there is a second copy of a manifest with this text, durably, before the manifest counts."""
+        ...
+
     def was_removed(self, manifest_id: str) -> bool:
         """Whether a manifest counted once, and does not any more."""
         ...

@@ -354,7 +354,7 @@ class Store:
         return self._manifests.tensors_of(digest, text_of=text_of)
 
     def write_manifest(self, manifest: Manifest) -> tuple[str, bytes]:
-        """Write a manifest, durably; see `registry.store.folder_index.ManifestFolder.write`."""
+        """Write a manifest; see `registry.store.folder_index.ManifestFolder.write`."""
         return self._manifests.write(manifest)
 
     def manifest_path(self, digest: str) -> Path:

@@ -22,6 +22,7 @@ from registry.catalog.copies import gaps_in, is_behind, not_before, text_in
 from registry.catalog.database import Damaged, Database, FileId, Held, LogState, Replaced, Still
 from registry.catalog.lookups import locate, was_removed
 from registry.catalog.opening import Opening
+from registry.log.entries import manifest_text
 from registry.log.sharing import Behind
 from registry.store import places
 from registry.store.errors import Corrupt, RegistryError, StorageError
@@ -314,6 +315,10 @@ class Catalog:
                 return text_in(self.connection())(manifest_id)
         except RegistryError:
             return None
+
+    def keeps(self, text: bytes) -> bool:
+        """Whether the log carries a manifest with this text; as `registry.store.locating.Index` asks for it."""
+        return self.format > 1 and bool(manifest_text(text))
 
     def was_removed(self, manifest_id: str) -> bool:
         """Whether a manifest counted once, and does not any more."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -40,9 +39,6 @@ _logger = logging.getLogger(__name__)
 _PART = 8 << 20
 """Bytes that are read at a time."""
 
-_MOMENT = 0.5
-"""Seconds that a missing manifest is waited for, once."""
-
 _TRIES = 20
 
 
@@ -57,7 +53,11 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was checked, and every problem found."""
+    """What was checked, and every problem found.
+
+    Attributes:
+        mended: what was not as it was saved, and was put back from the log.
+    """
 
     checkpoints: int
     packs: int
@@ -65,6 +65,7 @@ class Verification:
     bytes: int
     problems: tuple[Problem, ...]
     artifacts: int = 0
+    mended: tuple[Problem, ...] = ()
 
 
 def verify(
@@ -73,7 +74,8 @@ def verify(
     """Read every stored byte, or those that some checkpoints need, and compare it with its digest.
 
     Without references, the log and the catalog are compared with each other, too. Damaged packs are noted in the log,
-    if it can be written. What is saved again is then written again, and does not rest on them.
+    if it can be written. What is saved again is then written again, and does not rest on them. A manifest that is damaged or
+    missing, such as after a power cut, is written again from the log.
 
     Returns:
         What was checked and every problem found; damage is reported, not raised.
@@ -96,6 +98,7 @@ def verify(
         bytes=check.byte_count,
         problems=tuple(check.problems),
         artifacts=check.artifacts,
+        mended=tuple(check.mended),
     )
 
 
@@ -134,7 +137,7 @@ class _Check:
         """Checkpoint and path of each tensor by digest."""
         self._ids: dict[str, str] = {}
         """Id of each checkpoint's manifest when it was read. Thinning gives the checkpoint another one."""
-        self._has_waited = False
+        self.mended: list[Problem] = []
         self._ages: Mapping[str, tuple[float, int]] | None = None
 
     def manifests(self) -> None:
@@ -213,7 +216,7 @@ class _Check:
         return parse(data)
 
     def _from_log(self, manifest_id: str, name: str, error: RegistryError) -> Manifest | None:
-        """The manifest as the log has it; the problem with its file is noted."""
+        """The manifest as the log has it. Its file is written again, and what was wrong with it is noted."""
         text = self._catalog.manifest_text(manifest_id)
         path = str(self._store.manifest_path(manifest_id))
         if text is None or digest_of(text) != manifest_id:
@@ -224,14 +227,17 @@ class _Check:
         if isinstance(error, Missing) and self._store.elsewhere is not None:
             # Hosts that share a registry have a manifest's file only where it was needed.
             return parse(text)
-        # A save that gc has overtaken writes its file again at once.
-        if isinstance(error, Missing):
-            if not self._has_waited:
-                time.sleep(_MOMENT)
-            self._has_waited = True
-            with contextlib.suppress(RegistryError):
-                return self._read_manifest(manifest_id)
-        self.problems.append(Problem(f"{error}; the log has it, and registry rebuild puts it back", (), path))
+        with contextlib.suppress(RegistryError):
+            self._store.manifest(manifest_id)
+        try:
+            found = self._read_manifest(manifest_id)
+            self.mended.append(Problem(f"{error}; it was written again from the log", (), path))
+            return found
+        except RegistryError:
+            # Nobody may write here.
+            self.problems.append(
+                Problem(f"{error}; the log has it, and registry rebuild puts it back", (), path)
+            )
         with contextlib.suppress(RegistryError):
             return parse(text)
         return None

@@ -130,12 +130,16 @@ def test_a_flipped_byte_anywhere_in_a_manifest_is_found_and_put_back(golden: Pat
         path = registry.store.manifest_path(registry["net:v2"].id)
         before = path.read_bytes()
         change_byte(path, chance.randrange(path.stat().st_size))
-        (problem,) = registry.verify().problems
-        assert path.name in problem.message
-        assert "the log has it, and registry rebuild puts it back" in problem.message
+        found = registry.verify()
+        (mended,) = found.mended
+        assert path.name in mended.message
+        assert "it was written again from the log" in mended.message
+        assert path.read_bytes() == before
+        assert found.problems == ()
+        assert registry.verify().mended == ()
+        change_byte(path, chance.randrange(path.stat().st_size))
         assert is_state(registry["net:v2"].load(), 2)
         assert path.read_bytes() == before
-        assert registry.verify().problems == ()
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -231,8 +235,6 @@ def test_a_missing_manifest_is_put_back_by_who_reads_it_or_a_rebuild(root: Path)
     registry = Registry(root)
     path = registry.store.manifest_path(registry["net:v2"].id)
     path.unlink()
-    (problem,) = registry.verify().problems
-    assert str(path) in problem.message
     assert is_state(registry["net:v2"].load(), 2)
     path.unlink()
     assert registry.rebuild().healed == 1
@@ -793,16 +795,34 @@ def test_garbage_collection_waits_for_its_grace_by_the_clock(root: Path) -> None
     assert collect(registry, grace=3_600, now=now + 3_610).packs == 1
 
 
-def test_verify_waits_a_moment_for_the_file_of_a_manifest_that_the_log_has(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_verify_writes_a_manifest_that_is_missing_again_from_the_log(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "r")
     save(registry, 1)
     path = registry.store.manifest_path(registry["net"].id)
     text = path.read_bytes()
     path.unlink()
-    monkeypatch.setattr("registry.upkeep.verification.time.sleep", lambda seconds: path.write_bytes(text))
-    assert list(registry.verify().problems) == []
+    found = registry.verify()
+    assert found.problems == ()
+    assert [mended.path for mended in found.mended] == [str(path)]
+    assert path.read_bytes() == text
+
+
+def test_verify_names_a_damaged_manifest_that_it_cannot_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry(tmp_path / "r")
+    save(registry, 1)
+    path = registry.store.manifest_path(registry["net"].id)
+    change_byte(path, 100)
+
+    def refused(*_: object, **__: object) -> None:
+        raise StorageError("read-only")
+
+    monkeypatch.setattr("registry.store.folder_index.write_file", refused)
+    found = registry.verify()
+    (problem,) = found.problems
+    assert "the log has it, and registry rebuild puts it back" in problem.message
+    assert found.mended == ()
 
 
 def test_rebuild_names_nothing_that_others_remove_while_it_looks(

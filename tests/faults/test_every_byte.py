@@ -329,7 +329,8 @@ def verified(root: Path) -> list[str]:
     try:
         registry = Registry(root, create=False)
         try:
-            return [problem.message for problem in registry.verify().problems]
+            found = registry.verify()
+            return [one.message for one in (*found.problems, *found.mended)]
         finally:
             registry.catalog.close()
     except RegistryError as error:

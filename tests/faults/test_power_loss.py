@@ -33,7 +33,7 @@ from registry.cache.artifacts import Artifact
 from registry.catalog import database
 from registry.catalog.invariants import invariants
 from registry.checkpoints.sharded_writer import RegistryWriter
-from registry.log import history, journal
+from registry.log import entries, history, journal
 
 STEM = "test_power_loss"
 FAILED = soak.COUNTS / f"{STEM}.failed"
@@ -569,10 +569,11 @@ def base() -> Iterator[Path]:
 
 
 class Mode(NamedTuple):
-    """How SQLite keeps the catalog, and how large a segment of the log is."""
+    """How SQLite keeps the catalog, how large a segment of the log is, and how large the manifests are that it carries."""
 
     has_wal: bool
     segment: int
+    text: int = entries.MAX_TEXT
 
 
 MODES = {
@@ -580,6 +581,7 @@ MODES = {
     "wal, small segments": Mode(has_wal=True, segment=SMALL),
     "rollback": Mode(has_wal=False, segment=journal.SEGMENT),
     "rollback, small segments": Mode(has_wal=False, segment=SMALL),
+    "wal, large manifests": Mode(has_wal=True, segment=journal.SEGMENT, text=100),
 }
 
 
@@ -589,6 +591,7 @@ def using(mode: Mode) -> Iterator[None]:
         patch.setattr(database, "is_local", lambda _: mode.has_wal)
         for module in (journal, history):
             patch.setattr(module, "SEGMENT", mode.segment)
+        patch.setattr(entries, "MAX_TEXT", mode.text)
         yield
 
 
@@ -638,6 +641,8 @@ def _cases() -> Iterator[tuple[str, str]]:
         modes = ("wal", "rollback, small segments")
         for mode in modes if "SOAK_SECONDS" in os.environ or name == "save" else (modes[i % 2],):
             yield name, mode
+        if name in ("save", "remove", "artifact"):
+            yield name, "wal, large manifests"
 
 
 @pytest.mark.parametrize(("name", "mode"), list(_cases()))
