@@ -31,6 +31,7 @@ _INLINE_BYTES = 512
 
 _MAX_INT_BITS = 4_096
 _NUMPY_TYPES = frozenset(ELEMENT_TYPES) & {np.dtype(t).name for t in "?bBhHiIqQefdFD"}
+_CLASSES = (torch.Tensor, torch.nn.Parameter)
 _TORCH_TYPES = {getattr(torch, name): name for name in ELEMENT_TYPES if hasattr(torch, name)}
 
 Path = tuple[object, ...]
@@ -118,11 +119,11 @@ class _Encoder:
         kind = type(value)
         if value is None or kind is bool or kind is str:
             return value
-        if isinstance(value, torch.Tensor):
-            return {"$tensor": self._tensor(value, path)}
         method = _PLAIN.get(kind)
         if method is not None:
             return method(self, value, path)
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value, path)
         if isinstance(value, np.ndarray):
             return {"$array": self._array(value, path)}
         if isinstance(value, np.generic) and value.dtype.name in _NUMPY_TYPES:
@@ -182,7 +183,10 @@ class _Encoder:
         return document
 
     def _dict(self, value: Mapping[Any, Any], path: Path) -> Any:
-        if all(type(key) is str and not key.startswith("$") for key in value):
+        for key in value:
+            if type(key) is not str or key[:1] == "$":
+                break
+        else:
             return {key: self.encode(item, (*path, key)) for key, item in value.items()}
         for key in value:
             if key is not None and not isinstance(key, str | int | float):
@@ -190,17 +194,19 @@ class _Encoder:
         pairs = value.items()
         return {"$dict": [[self.encode(k, (*path, "key")), self.encode(v, (*path, k))] for k, v in pairs]}
 
-    def _tensor(self, tensor: torch.Tensor, path: Path) -> int:
-        if problem := _refusal(tensor):
-            raise Unsupported(f"{_shown(path)}: {problem}")
-        leaf = Leaf.of(tensor)
+    def _tensor(self, tensor: torch.Tensor, path: Path) -> Any:
+        leaf = _usual(tensor)
+        if leaf is None:
+            if problem := _refusal(tensor):
+                raise Unsupported(f"{_shown(path)}: {problem}")
+            leaf = Leaf.of(tensor)
         if not leaf.size:
-            return self._add(leaf)
+            return {"$tensor": self._add(leaf)}
         view: tuple[object, ...] = (leaf.address, leaf.dtype, leaf.shape)
         if not leaf.is_plain:
             device = "cpu" if tensor.is_cpu else tensor.device
             view = (*view, device, tensor.stride(), tensor.is_conj(), tensor.is_neg())
-        return self._add(leaf, view)
+        return {"$tensor": self._add(leaf, view)}
 
     def _array(self, array: np.ndarray[Any, Any], path: Path) -> int:
         if type(array) not in (np.ndarray, np.memmap):
@@ -241,6 +247,8 @@ _PLAIN: dict[type, Callable[[_Encoder, Any, Path], Any]] = {
     torch.Size: _Encoder._size,
     torch.dtype: _Encoder._dtype,
     torch.device: _Encoder._device,
+    torch.Tensor: _Encoder._tensor,
+    torch.nn.Parameter: _Encoder._tensor,
 }
 
 
@@ -254,9 +262,25 @@ _STANDS_FOR: tuple[tuple[type, Callable[[Any], Any]], ...] = (
 """Kinds of values that are stored as the plain kind that they are based on."""
 
 
+def _usual(tensor: torch.Tensor) -> Leaf | None:
+    """The leaf of a tensor as nearly all are: in the machine's own memory as it is stored. None for any other."""
+    kind = _TORCH_TYPES.get(tensor.dtype)
+    is_strided = type(tensor) in _CLASSES and not tensor.is_nested and tensor.layout is torch.strided
+    if kind is None or not is_strided or not is_plain(tensor):
+        return None
+    size = tensor.nbytes
+    try:
+        held = tensor.untyped_storage().nbytes()
+    except RuntimeError:
+        return None
+    if not size or held < size + tensor.storage_offset() * tensor.itemsize:
+        return None
+    return Leaf(kind, tuple(tensor.shape), tensor, size, is_plain=True, address=tensor.data_ptr())
+
+
 def _refusal(tensor: torch.Tensor) -> str | None:
     """Why a tensor cannot be stored, or None."""
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+    if type(tensor) not in _CLASSES:
         return f"a tensor subclass {type(tensor).__qualname__}; convert it with .as_subclass(torch.Tensor)"
     if tensor.is_nested:
         return "a nested tensor; store its parts with .unbind()"

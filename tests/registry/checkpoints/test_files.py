@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import in_child
 
 from registry import Registry
 from registry.log.journal import Journal
@@ -145,11 +146,13 @@ def test_a_version_that_is_adopted_under_another_number_keeps_its_files(
     registry.save("net", {"model": {"w": torch.ones(3)}})
     version_id = (registry.thin("net:v2") if is_thin else registry["net:v2"]).id
     registry.catalog.close()
-    if os.fork() == 0:
+
+    def killed() -> None:
         # A save that is killed before its entry leaves an orphan, so that it is not certain which number was whose.
         Journal.append = lambda *_: os._exit(9)  # type: ignore[method-assign]
         Registry(registry.root).save("net", {"model": {"w": torch.zeros(5)}})
-    os.wait()
+
+    assert in_child(killed) == 9
     (segment,) = (registry.root / "journal").glob("*.log")
     lines = segment.read_bytes().splitlines(keepends=True)
     segment.write_bytes(
