@@ -47,6 +47,7 @@ class Peer:
         package: the distribution that contains it.
         pinned: the version to install in an environment of its own; None if it comes with this package.
         about: how it is used.
+        also: what else is installed with it.
     """
 
     key: str
@@ -54,6 +55,7 @@ class Peer:
     package: str
     pinned: str | None = None
     about: str = ""
+    also: tuple[str, ...] = ()
 
     @property
     def version(self) -> str:
@@ -320,7 +322,7 @@ def environment(peer: Peer) -> Path:
     Raises:
         PeerFailed: if the peer cannot be installed.
     """
-    folder = ENVIRONMENTS / f"{peer.package}-{peer.pinned}"
+    folder = ENVIRONMENTS / "-".join([peer.package, peer.pinned or "", *peer.also])
     python = folder / "bin" / "python"
     done = folder / "done"
     if done.exists():
@@ -330,7 +332,7 @@ def environment(peer: Peer) -> Path:
     )
     venv.create(folder, clear=True, with_pip=True)
     installed = subprocess.run(
-        [str(python), "-m", "pip", "install", "--quiet", f"{peer.package}=={peer.pinned}"],
+        [str(python), "-m", "pip", "install", "--quiet", f"{peer.package}=={peer.pinned}", *peer.also],
         capture_output=True,
         text=True,
         check=False,

@@ -34,6 +34,9 @@ PEERS = (
 )
 """Tools that bring files to a bucket. Each is installed in an environment of its own."""
 
+STORES = (PEERS[-1], Peer("mlflow bucket", "MLflow", "mlflow", "3.17.2", also=("boto3",)))
+"""Tools that keep versions in a bucket."""
+
 HOSTS = (1, 4, 8)
 SAVES = 12
 """Saves of each host."""
@@ -59,7 +62,8 @@ def measure(folder: Path, scale: Scale) -> Section:
         results = _throughput(folder, size, scale)
         others, notes = _others(folder, size, before, scale)
         results += others
-        results += _push(folder, size)
+        pushed, more = _push(folder, before, size)
+        results, notes = results + pushed, notes + more
         results += _follow(folder, before, size)
         tables = [_requests(folder, before, scale), _hosts(folder, scale), _clones(folder, scale)]
     return Section(results, tables=tables, notes=notes)
@@ -217,17 +221,41 @@ def _beside(
     ]
 
 
-def _push(folder: Path, size: int) -> list[Result]:
-    """The second checkpoint of a frozen backbone: bytes that go to the bucket."""
+def _push(folder: Path, before: Layer, size: int) -> tuple[list[Result], list[str]]:
+    """The second checkpoint of a frozen backbone: bytes that go to the bucket; and which tools could not be measured."""
+    plain = os.environ["AWS_ENDPOINT_URL"]
+    os.environ.update(AWS_ENDPOINT_URL=f"http://127.0.0.1:{before.port}", BENCHMARK_BUCKET=BUCKET)
     local, shared = Registry(folder / "frozen"), _opened(folder, "a", "push")
     backbone = torch.randn(size // 4)
-    for _ in range(2):
-        local.save("net", {"model": {"backbone": backbone, "head": torch.randn(10_000)}})
-    first, second = (local.copy_to(shared, [f"net:v{version}"])[0].size for version in (1, 2))
-    detail = f"{second / 1e6:.2f} MB against {first / 1e6:.0f} MB, as a store of whole files copies again"
-    return [
-        Result("push of the second checkpoint with a frozen backbone, bytes", second / first, None, detail)
-    ]
+    states = [{"backbone": backbone, "head": torch.randn(10_000)} for _ in range(2)]
+    ours = []
+    for version, state in enumerate(states, 1):
+        local.save("net", {"model": state})
+        before.received = 0
+        local.copy_to(shared, [f"net:v{version}"])
+        ours.append(before.received)
+    results, notes = [], []
+    for peer in STORES:
+        try:
+            with Worker(peer, 120.0) as worker:
+                worker.ask("open", folder=str(folder / f"push-{peer.package}"))
+                for state in states:
+                    torch.save(state, folder / "state.pt")
+                    worker.ask("state", file=str(folder / "state.pt"))
+                    before.received = 0
+                    worker.ask("save")
+            results.append(
+                Result(
+                    "push of the second checkpoint with a frozen backbone, bytes",
+                    ours[1] / before.received,
+                    None,
+                    f"{ours[1] / 1e6:.2f} MB against {before.received / 1e6:.1f} MB of {peer.name}",
+                )
+            )
+        except PeerFailed as error:
+            notes.append(f"a push of {peer.name} is not measured: {error}")
+    os.environ["AWS_ENDPOINT_URL"] = plain
+    return results, notes
 
 
 def _follow(folder: Path, before: Layer, size: int) -> list[Result]:

@@ -217,8 +217,12 @@ class MLflow(Peer):
 
         super().open(folder)
         mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-        experiment = mlflow.create_experiment("benchmark", artifact_location=(folder / "artifacts").as_uri())
+        experiment = mlflow.create_experiment("benchmark", artifact_location=self.artifacts(folder))
         self._run = mlflow.start_run(experiment_id=experiment).info.run_id
+
+    def artifacts(self, folder: Path) -> str:
+        """Where the states go."""
+        return (folder / "artifacts").as_uri()
 
     def save(self, state: Tree, number: int) -> None:
         import mlflow.pytorch
@@ -234,6 +238,14 @@ class MLflow(Peer):
         import mlflow
 
         mlflow.end_run()
+
+
+class MLflowInBucket(MLflow):
+    """The same, with its artifacts in a bucket."""
+
+    def artifacts(self, folder: Path) -> str:
+        os.environ["MLFLOW_S3_ENDPOINT_URL"] = os.environ["AWS_ENDPOINT_URL"]
+        return f"s3://{os.environ['BENCHMARK_BUCKET']}/{folder.name}"
 
 
 class Coral(Peer):
@@ -313,6 +325,7 @@ PEERS: dict[str, type[Peer]] = {
     "boto3": Boto3,
     "s3fs": S3fs,
     "mlflow": MLflow,
+    "mlflow bucket": MLflowInBucket,
     "coral": Coral,
     "registry": TorchRegistry,
     "registry owned": TorchRegistryOwned,

@@ -96,7 +96,7 @@ class Elsewhere(Protocol):
         ...
 
 
-class _Headers:
+class Headers:
     """Headers of packs in memory, those that were asked for first leaving first; safe to use from several threads."""
 
     def __init__(self) -> None:
@@ -118,7 +118,7 @@ class _Headers:
                     self._size -= len(oldest.tensors)
 
 
-_headers_of_files = _Headers()
+_headers_of_files = Headers()
 """State of the process: headers that were read and checked, by digest and what the system knows of the file. A registry that
 is opened again need not read them again."""
 
@@ -134,7 +134,7 @@ class PackFolder:
     def __init__(self, folder: Path, elsewhere: Elsewhere | None = None) -> None:
         self._folder = folder
         self._elsewhere = elsewhere
-        self._kept = _Headers()
+        self._kept = Headers()
         self._lock = threading.Lock()
         # Bytes that were asked of packs that are not here, and what the requests cost.
         self._asked: dict[str, int] = {}

@@ -19,7 +19,7 @@ from registry.store import durable, heads, places
 from registry.store.digest import digest as digest_of
 from registry.store.digest import is_digest
 from registry.store.errors import Corrupt, Invalid, Missing, RegistryError, storage_errors
-from registry.store.folder_index import names_of
+from registry.store.folder_index import Headers, names_of
 from registry.store.header import MAX_HEADER
 from registry.store.locating import Part
 from registry.store.pack import INNER, PackInfo, pack_path
@@ -72,18 +72,20 @@ class RemotePacks:
         self._packs, self._heads, self._tmp = root / FOLDER, root / heads.FOLDER, root / "tmp"
         self._lock = threading.Lock()
         self._uploaded: set[str] = set()
+        # What an entry brings is asked for at once.
+        self._checked = Headers()
         self.bound = cache_bound(root)
         self.was_missing = False
 
     def info(self, digest: str) -> PackInfo:
         """What a pack holds, from the header that is kept here, or from the bucket's."""
+        if found := self._checked.get(digest):
+            return found
         try:
             return heads.read(self._heads, digest)
         except Corrupt:
             # It is missing or damaged here.
-            found = self._header_there(digest)
-            self.keep_header(found)
-            return heads.read(self._heads, digest)
+            return self.keep_header(self._header_there(digest))
 
     def has(self, digest: str, size: int) -> bool:
         """Whether a pack of this size is in the bucket: an entry names it if its header is kept here."""
@@ -215,8 +217,8 @@ class RemotePacks:
         """
         return [self._header(digest) for digest in packs]
 
-    def keep_header(self, found: Mapping[str, Any]) -> None:
-        """Keep a header that an entry carries, if the pack's name covers it.
+    def keep_header(self, found: Mapping[str, Any]) -> PackInfo:
+        """Keep a header that an entry carries, if the pack's name covers it. Returns what the pack holds.
 
         Raises:
             Corrupt: if it does not.
@@ -224,22 +226,24 @@ class RemotePacks:
         digest, head, size = found["digest"], found["head"], found["size"]
         # What is no text in JSON's sense is found below, as no name covers it.
         text = found["header"].encode(errors="surrogatepass")
-        heads.pack_of(digest, text, head, size)
+        info = heads.pack_of(digest, text, head, size)
         with storage_errors(self._heads):
             heads.write(self._heads, self._tmp, digest, text, head=head, size=size)
+        self._checked.keep(digest, info)
+        return info
 
     def _header(self, digest: str) -> Mapping[str, Any]:
         # It may be missing or damaged here.
         with contextlib.suppress(Corrupt):
-            return self._checked(digest, *heads.text_in(pack_path(self._packs, digest)))
+            return self._header_in(digest, *heads.text_in(pack_path(self._packs, digest)))
         with contextlib.suppress(Corrupt):
-            return self._checked(digest, *heads.kept_text(self._heads, digest))
+            return self._header_in(digest, *heads.kept_text(self._heads, digest))
         found = self._header_there(digest)
         self.keep_header(found)
         return found
 
     @staticmethod
-    def _checked(digest: str, text: bytes, head: int, size: int) -> Mapping[str, Any]:
+    def _header_in(digest: str, text: bytes, head: int, size: int) -> Mapping[str, Any]:
         heads.pack_of(digest, text, head, size)
         return {"digest": digest, "size": size, "head": head, "header": text.decode()}
 

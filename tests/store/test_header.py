@@ -62,7 +62,11 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "exponent": (one('{"dtype":"F32","shape":[1],"data_offsets":[0,4e0]}'), "whole numbers"),
     "negative offset": (one(entry(-4, 0)), "expected 0 to 2"),
     "offset of 20 digits": (one(entry(0, 10**19)), "expected 0 to 2"),
-    "offset of 2^63": (one(entry(0, 1 << 63)), "does not fit"),
+    "offset of 2^63": (one(entry(0, 1 << 63)), r"expected 0 to 2\^63-1"),
+    "offset of thousands of digits": (
+        one(f'{{"dtype":"U8","shape":[1],"data_offsets":[0,{"9" * 5_000}]}}'),
+        "many digits",
+    ),
     "offset that is text": (one(entry("0", "4")), "malformed data_offsets"),
     "offset that is a truth": (one(entry(False, 4)), "malformed data_offsets"),
     "offset that is null": (one(entry(None, 4)), "malformed data_offsets"),

@@ -195,6 +195,7 @@ class Layer:
         faults: the first one that fits and is not used up is done.
         requests: method and path of each request so far.
         sent: bytes of all answers' bodies so far.
+        received: bytes of all requests' bodies so far.
     """
 
     behind: int
@@ -202,6 +203,7 @@ class Layer:
     faults: list[Fault] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     sent: int = 0
+    received: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
     port: int = 0
 
@@ -257,6 +259,8 @@ def layer(behind: int) -> Iterator[Layer]:
 def _answer(handler: BaseHTTPRequestHandler, state: Layer) -> None:
     body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
     fault = state.chosen(handler.command, handler.path)
+    with state.lock:
+        state.received += len(body)
     time.sleep(state.latency)
     do = fault.do if fault else ""
     if fault:
