@@ -1,6 +1,6 @@
 """The coding of compaction: its speed, and the sizes that other lossless codings reach with the same bytes.
 
-AdamW fine-tunes a ResNet18 on digits. A checkpoint is coded against the anchor, which is seven checkpoints older.
+AdamW trains two networks on, at a learning rate of 1e-5. A checkpoint is coded against an older one, its anchor.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 import zstandard
 
 from benchmarks.measure import Result, Scale, Section, Table, middle_half
-from benchmarks.series import digit_batches, fine_tuned, trained
+from benchmarks.tasks import STEPS, Task, digits, fine_tuned, text
 from registry.store import differences
 from registry.store.parallel import in_parallel
 
@@ -27,39 +27,78 @@ Array = Any
 Code = Callable[[Array, Array, Array], bytes]
 """Codes elements of a checkpoint, given the elements of the anchor and of the checkpoint before the anchor."""
 
-DISTANCE = 7
-"""Checkpoints from the anchor to the one that is coded."""
+NEAR, DISTANCE = 1, 7
+"""Checkpoints from the anchor to those that are coded. The codings are compared over the longer distance."""
+
+GOALS = (((1 / 1.45, 1 / 14), (1 / 1.35, 1 / 6.7)), ((1 / 1.55, 1 / 22), (1 / 1.42, 1 / 8.7)))
+"""For each network, near the anchor and far from it: what parameters and moments may take, and parameters in bfloat16."""
+
+Kinds = Mapping[str, Sequence[torch.Tensor]]
+"""All elements of a kind: of the checkpoint that is coded, of its anchor, and of the one before the anchor."""
 
 
 def measure(_: Path, scale: Scale) -> Section:
-    """Measure the seconds that coding and decoding a gigabyte take, and compare codings in a table."""
-    batches = digit_batches()
-    states = list(islice(_copies(fine_tuned(trained(batches), batches, 1e-5)()), DISTANCE + 2))
-    new, old, older = states[-1], states[1], states[0]
-    kinds = {
-        "parameters": [_joined(state, "parameters") for state in (new, old, older)],
-        "parameters in bfloat16": [
-            _joined(state, "parameters").to(torch.bfloat16) for state in (new, old, older)
-        ],
-        "first moments": [_joined(state, "exp_avg") for state in (new, old, older)],
-        "second moments": [_joined(state, "exp_avg_sq") for state in (new, old, older)],
+    """Measure what a difference takes, and the seconds for a gigabyte, and compare codings in tables."""
+    results: list[Result] = []
+    tables: list[Table] = []
+    for task, both in ((digits(64), GOALS[0]), (text(), GOALS[1])):
+        near, far = _kinds(task)
+        for distance, kinds, (whole, halves) in ((NEAR, near, both[0]), (DISTANCE, far, both[1])):
+            what = f"{task.name}: a difference over {STEPS * distance} steps"
+            results += [
+                _left(f"{what}, parameters and moments", kinds, _WHOLE, whole),
+                _left(f"{what}, parameters in bfloat16", kinds, [_HALVES], halves),
+            ]
+        if not tables:
+            results += _speed(*far["parameters"][:2], scale.rounds)
+        tables.append(_comparison(task, far, scale))
+    return Section(results, tables=tables)
+
+
+_WHOLE = ("parameters", "first moments", "second moments")
+_HALVES = "parameters in bfloat16"
+
+
+def _kinds(task: Task) -> list[Kinds]:
+    """What is coded near the anchor, and far from it."""
+    # The anchor is the second checkpoint.
+    wanted = (0, 1, 1 + NEAR, 1 + DISTANCE)
+    states = enumerate(islice(fine_tuned(task, 1e-5), DISTANCE + 2))
+    kept = {number: _parts(state) for number, state in states if number in wanted}
+    found = []
+    for distance in (NEAR, DISTANCE):
+        chosen = [kept[i] for i in (1 + distance, 1, 0)]
+        kinds = {name: [part[name] for part in chosen] for name in _WHOLE}
+        found.append({**kinds, _HALVES: [part["parameters"].to(torch.bfloat16) for part in chosen]})
+    return found
+
+
+def _parts(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Copies of a checkpoint's parameters and moments, each kind as one tensor."""
+    moments = state["optimizer"]["state"].values()
+    return {
+        "parameters": _joined(v for v in state["model"].values() if v.is_floating_point()),
+        "first moments": _joined(one["exp_avg"] for one in moments),
+        "second moments": _joined(one["exp_avg_sq"] for one in moments),
     }
-    return Section(_speed(*kinds["parameters"][:2], scale.rounds), tables=[_comparison(kinds, scale)])
 
 
-def _copies(states: Any) -> Any:
-    for state in states:
-        yield {
-            "parameters": [v.clone() for v in state["model"].values() if v.is_floating_point()],
-            **{
-                name: [moments[name].clone() for moments in state["optimizer"]["state"].values()]
-                for name in ("exp_avg", "exp_avg_sq")
-            },
-        }
+def _joined(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
 
 
-def _joined(state: Mapping[str, Sequence[torch.Tensor]], name: str) -> torch.Tensor:
-    return torch.cat([tensor.reshape(-1) for tensor in state[name]])
+def _left(what: str, kinds: Kinds, names: Sequence[str], goal: float) -> Result:
+    """The part that the differences of some kinds take, as compaction codes them."""
+    size = coded = zeros = same = count = 0
+    for name in names:
+        new, old, _ = kinds[name]
+        coded += len(differences.encode(_bytes(new), _bytes(old), item_size=new.element_size(), run=_run))
+        size += new.nbytes
+        count += new.numel()
+        zeros += int((new == 0).sum())
+        same += int((new == old).sum())
+    detail = f"{size / coded:.2f} times smaller; {zeros / count:.0%} of the elements zero, {same / count:.0%} unchanged"
+    return Result(what, coded / size, goal, detail)
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
@@ -202,7 +241,7 @@ CODINGS = (
 )
 
 
-def _comparison(kinds: Mapping[str, Sequence[torch.Tensor]], scale: Scale) -> Table:
+def _comparison(task: Task, kinds: Kinds, scale: Scale) -> Table:
     most = 16 if scale.quick else 64
     rows = []
     for coding in CODINGS:
@@ -228,7 +267,7 @@ def _comparison(kinds: Mapping[str, Sequence[torch.Tensor]], scale: Scale) -> Ta
             parts.append(f"{sum(sizes) / size:.1%}")
         rows.append([coding.name, *parts, f"{total / 1e9 / seconds:.2f} GB/s"])
     return Table(
-        f"other codings: the part of a checkpoint that is left, {DISTANCE} checkpoints after its anchor, "
+        f"other codings, {task.name}: the part of a checkpoint that is left, {STEPS * DISTANCE} steps after its anchor, "
         "and the speed of coding (plain numpy)",
         ["", *kinds, "coding"],
         rows,

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as program
-from benchmarks import compaction, exactness, floors, growth, peers, report, worker
+from benchmarks import compaction, exactness, floors, growth, peers, report, series, tasks, worker
 from benchmarks.measure import Curve, Result, Scale, Section, Table, ratio, spoken, take_turns
 from benchmarks.peers import Peer, PeerFailed, Worker
 
@@ -191,7 +191,8 @@ def test_growth_is_measured_at_each_size(tmp_path: Path) -> None:
 
 def test_every_coding_of_the_comparison_is_applied_to_every_kind() -> None:
     new = torch.arange(400_000, dtype=torch.float32)
-    table = compaction._comparison({"ramp": [new, new, new]}, Scale(quick=True))
+    task = tasks.Task("ramp", torch.nn.Identity(), lambda network, number: new, settling=0)
+    table = compaction._comparison(task, {"ramp": [new, new, new]}, Scale(quick=True))
     assert [row[0] for row in table.rows] == [coding.name for coding in compaction.CODINGS]
     shares = {row[0]: float(row[1].rstrip("%")) for row in table.rows}
     assert (
@@ -199,6 +200,58 @@ def test_every_coding_of_the_comparison_is_applied_to_every_kind() -> None:
         < 1
         < shares["no anchor, zstd 1"]
     )
+
+
+def learning(seed: int = 0) -> tasks.Task:
+    """A line that learns to be another one."""
+    chance = torch.Generator().manual_seed(seed)
+    batches = [torch.randn(8, 3, generator=chance) for _ in range(5)]
+
+    def loss(network: torch.nn.Module, number: int) -> torch.Tensor:
+        given = batches[number % len(batches)]
+        wrong: torch.Tensor = network(given) - given
+        return wrong.square().mean()
+
+    torch.manual_seed(seed)
+    return tasks.Task("line", torch.nn.Linear(3, 3), loss, settling=6)
+
+
+def test_a_series_settles_and_then_gives_a_checkpoint_every_few_steps() -> None:
+    task = learning()
+    before = {name: value.clone() for name, value in task.network.state_dict().items()}
+    first, second = (
+        {name: value.clone() for name, value in one["model"].items()}
+        for one, _ in zip(tasks.fine_tuned(task, 1e-2), range(2), strict=False)
+    )
+    states = tasks.fine_tuned(task, 1e-2)
+    steps = [one["optimizer"]["state"][0]["step"].item() for one, _ in zip(states, range(2), strict=False)]
+    assert steps == [6, 9]
+    assert torch.equal(task.network.state_dict()["weight"], before["weight"])
+    assert not torch.equal(first["weight"], before["weight"])
+    assert not torch.equal(first["weight"], second["weight"])
+
+
+def test_what_does_not_move_in_a_series_is_counted(tmp_path: Path) -> None:
+    moments = {0: {"exp_avg": torch.tensor([0.0, 1.0]), "exp_avg_sq": torch.tensor([0.0, 0.0])}}
+    old = {"model": {"w": torch.tensor([1.0, 2.0, 3.0, 4.0]), "n": torch.tensor(1)}}
+    new = {"model": {"w": torch.tensor([1.0, 2.0, 3.0, 5.0]), "n": torch.tensor(2)}}
+    torch.save(old, tmp_path / "old")
+    torch.save(new | {"optimizer": {"state": moments}}, tmp_path / "new")
+    still = series._still(tmp_path / "old", tmp_path / "new")
+    assert still == (0.75, 0.75)
+    assert (
+        str(still) == "75% of the moments zero, 75% of the parameters unchanged since the checkpoint before"
+    )
+    assert series._still(tmp_path / "new", tmp_path / "old") == (None, 0.75)
+
+
+def test_a_difference_says_what_of_it_does_not_move() -> None:
+    old = torch.rand(50_000, generator=torch.Generator().manual_seed(0))
+    new = old.clone()
+    new[:12_500] += 1e-6
+    found = compaction._left("x", {"parameters": [new, old, old]}, ["parameters"], goal=0.5)
+    assert found.holds
+    assert found.detail.endswith("times smaller; 0% of the elements zero, 75% unchanged")
 
 
 def test_the_page_has_every_figure(
