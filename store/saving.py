@@ -383,7 +383,7 @@ class _Hashing:
             self._ahead -= size
             self._copied -= copied
             self._writing = writing
-            self._batch = BATCH if writing else 2 * self._batch
+            self._batch = BATCH if writing else 4 * self._batch
             if self._waiting:
                 self._room.notify_all()
 
