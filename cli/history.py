@@ -17,6 +17,7 @@ from registry.cli.completing import completes, metrics
 from registry.cli.options import ReferenceType, RunType, command, direction
 from registry.cli.output import ago, nothing, number, print_json, say, size, tip
 from registry.cli.reading import fields_of, left_out
+from registry.cli.suggestions import WrongUse
 from registry.cli.tables import Column, Field, TableView, print_table
 from registry.reports.charts import lanes
 from registry.reports.words import measured
@@ -110,7 +111,7 @@ def log(
     is_run = source is not None and "/" in source
     if as_json:
         if source is None or is_run:
-            raise click.UsageError("--json prints the tree of one version; name it")
+            raise WrongUse("--json prints the tree of one version", "name it")
         version = registry.resolve(source)
         sources = _documents(origins(registry.catalog, version))
         print_json(

@@ -226,7 +226,7 @@ def pairs(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> 
     for text in values:
         name, equals, value = text.partition("=")
         if not equals or not name:
-            raise click.BadParameter(f"{text!r} has no equals sign; write it as name=value")
+            raise click.BadParameter(f"{text!r} has no equals sign, as name=value has")
         if name in found:
             raise click.BadParameter(f"{name!r} is given twice")
         found[name] = value

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import click
 
 from registry.cli.output import encodable, text_of, with_root
+from registry.cli.suggestions import WrongUse
 
 _GAP = 2
 """Blanks between two columns."""
@@ -205,7 +206,7 @@ def _chosen(columns: Sequence[Column], cells: Sequence[Sequence[str]], view: Tab
     places = {column.heading.lower(): i for i, column in enumerate(columns) if column.heading}
     for name in view.columns:
         if name not in places:
-            raise click.UsageError(f"there is no column {name!r}; the columns are {', '.join(places)}")
+            raise WrongUse(f"there is no column {name!r}", f"the columns are {', '.join(places)}")
     return [places[name] for name in view.columns]
 
 

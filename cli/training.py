@@ -21,6 +21,7 @@ from registry.cli.output import (
     print_json,
     say,
 )
+from registry.cli.suggestions import WrongUse
 from registry.cli.tables import columns_of, print_table
 from registry.configs.documents import read_document
 from registry.store.errors import Incompatible, Invalid
@@ -148,7 +149,7 @@ def _check_start(resume: str | None, source: str | None, freeze: str | None, *, 
         click.UsageError: if two options contradict each other.
     """
     if resume and (source or freeze):
-        raise click.UsageError("--resume keeps what was loaded and frozen; leave --from and --freeze out")
+        raise WrongUse("--resume keeps what was loaded and frozen", "leave --from and --freeze out")
     if freeze == "loaded" and not source:
         raise click.UsageError("--freeze loaded needs --from, which says what is loaded")
     if has_rules and not source:
@@ -184,7 +185,7 @@ def _settings(given: Mapping[str, Any], config: str | None, resumed: Checkpoint 
 
     if resumed and config:
         raise Invalid(
-            "--resume takes the recorded hyperparameters; override them with --set, not with --config"
+            "--resume takes the recorded hyperparameters", "override them with --set, not with --config"
         )
     document: dict[str, Any] = {}
     source = ""

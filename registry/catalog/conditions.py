@@ -69,14 +69,14 @@ def parse_condition(catalog: Reader, text: str, model: str | None = None) -> Con
             if joint.kind != "word" or joint.text.lower() != "and":
                 raise _wrong(joint.at, f"has {quoted(joint.text)} where 'and' should be")
         if len(parts) == _MOST:
-            raise Invalid(f"where has more than {_MOST} comparisons; give fewer")
+            raise Invalid(f"where has more than {_MOST} comparisons", "give fewer")
         if len(tokens) < 3:
             at = tokens[0].at if tokens else len(text) + 1
             raise _wrong(at, "has the beginning of a comparison")
         parts.append(_comparison(*tokens[:3], known=known, model=model))
         del tokens[:3]
     if not parts:
-        raise Invalid(f"where is empty; {_SHAPE}")
+        raise Invalid("where is empty", _SHAPE)
     return Condition(
         " AND ".join(f"({part.sql})" for part in parts), [one for part in parts for one in part.parameters]
     )
@@ -154,16 +154,17 @@ def _stamp(moment: datetime.datetime) -> str:
 
 
 def _wrong(at: int, problem: str) -> Invalid:
-    return Invalid(f"where {problem}, at character {at}; {_SHAPE}")
+    return Invalid(f"where {problem}, at character {at}", _SHAPE)
 
 
 def _no_such_name(at: int, name: str, known: Sequence[str], model: str | None) -> NotFound:
     whose = f" of {model}" if model else ""
     names = ", ".join([*known[:20], *(["..."] if len(known) > 20 else []), *FIELDS])
-    near = hint(name, [*known, *FIELDS]).partition(";")[2] if name else ""
-    suggestion = f"{near.strip()} " if near.strip().startswith("did you mean") else ""
+    near = hint(name, [*known, *FIELDS]) if name else ""
+    suggestion = f"{near} " if near.startswith("did you mean") else ""
     return NotFound(
-        f"where names {quoted(name)} at character {at}, which no version{whose} has; {suggestion}there are {names}"
+        f"where names {quoted(name)} at character {at}, which no version{whose} has",
+        f"{suggestion}there are {names}",
     )
 
 

@@ -59,7 +59,7 @@ def locate(query: Query, digests: Collection[str]) -> dict[str, Location]:
                 is_right and 0 <= start <= size and (base is coded is None or _is_difference(base, coded))
             ):
                 raise Corrupt(
-                    "the catalog holds a damaged row of a tensor; recreate it with: registry rebuild"
+                    "the catalog holds a damaged row of a tensor", "recreate it with: registry rebuild"
                 )
             rank = (damaged, base is not None, number)
             if digest not in found or rank < ranks[digest]:
@@ -121,4 +121,4 @@ def parsed(record: Any) -> Any:
         problem = "it is not an object"
     except (ValueError, TypeError, RecursionError) as error:
         problem = str(error)
-    raise Corrupt(f"the catalog holds a damaged record ({problem}); recreate it with: registry rebuild")
+    raise Corrupt(f"the catalog holds a damaged record ({problem})", "recreate it with: registry rebuild")

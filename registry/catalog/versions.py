@@ -248,7 +248,7 @@ def list_models(catalog: Reader) -> list[Model]:
     latest = find_versions(catalog, f"(v.model, v.version) IN ({newest})")
     by_model = {version.model: version for version in latest}
     if any(name not in by_model for name, _ in rows):
-        raise Corrupt("the catalog contradicts itself about a model; recreate it with: registry rebuild")
+        raise Corrupt("the catalog contradicts itself about a model", "recreate it with: registry rebuild")
     best, own = _best_versions(catalog), own_by_model(catalog)
     return [
         Model(name, count, by_model[name], best=best.get(name), own=own.get(name, 0)) for name, count in rows
@@ -393,7 +393,7 @@ def _checked(row: tuple[Any, ...]) -> tuple[Any, ...]:
         Corrupt: if a value has another type than the table's.
     """
     if not all(map(isinstance, row, _TYPES)) or not is_digest(row[0]):
-        raise Corrupt("the catalog holds a damaged row of a version; recreate it with: registry rebuild")
+        raise Corrupt("the catalog holds a damaged row of a version", "recreate it with: registry rebuild")
     record = parsed(row[9])
     check_shown(record)
     record.setdefault("components", {})
@@ -429,7 +429,7 @@ def _check_attached(
     for row in (row for rows in found.values() for row in rows):
         if not all(map(isinstance, row, types)) or not is_right(row[0]):
             raise Corrupt(
-                "the catalog holds a damaged name, note or metric; recreate it with: registry rebuild"
+                "the catalog holds a damaged name, note or metric", "recreate it with: registry rebuild"
             )
 
 

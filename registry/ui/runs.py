@@ -268,7 +268,7 @@ def _curves(
     found = []
     for name in names:
         if "/" not in name:
-            raise Invalid(f"{name} is no run, so it has no curve by {axis}; choose epoch")
+            raise Invalid(f"{name} is no run, so it has no curve by {axis}", "choose epoch")
         points = scalars_of(registry.runs[name]).get(metric, [])
         if not points:
             raise NotFound(f"{name} has measured no {quoted(metric)}")
