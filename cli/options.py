@@ -85,7 +85,7 @@ def command(name: str, example: str) -> Callable[[Callable[..., Any]], click.Com
 
 def _words(ctx: click.Context, param: click.Parameter, text: str | None) -> tuple[str, ...]:
     """Read a list such as `epoch,loss`."""
-    return tuple(word.strip().lower() for word in (text or "").split(",") if word.strip())
+    return tuple(word.strip() for word in (text or "").split(",") if word.strip())
 
 
 _OF_TABLES = (

@@ -52,7 +52,7 @@ class TableView(NamedTuple):
 
     Attributes:
         wide: show every column, however narrow the terminal is.
-        columns: the headings to show, in lower case; empty for those that fit.
+        columns: the headings to show, in any case; empty for those that fit.
         is_quiet: print the first column alone, without its heading.
     """
 
@@ -204,10 +204,12 @@ def _chosen(columns: Sequence[Column], cells: Sequence[Sequence[str]], view: Tab
     if not view.columns:
         return [i for i in range(len(columns)) if i == 0 or any(row[i] for row in cells)]
     places = {column.heading.lower(): i for i, column in enumerate(columns) if column.heading}
+    # Two metrics may differ in upper and lower case alone.
+    exactly = {column.heading: i for i, column in enumerate(columns) if column.heading}
     for name in view.columns:
-        if name not in places:
+        if name.lower() not in places:
             raise WrongUse(f"there is no column {name!r}", f"the columns are {', '.join(places)}")
-    return [places[name] for name in view.columns]
+    return [exactly.get(name, places[name.lower()]) for name in view.columns]
 
 
 def _allotted(

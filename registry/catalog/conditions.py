@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from registry.catalog.lookups import Reader
 from registry.catalog.resolving import hint
 from registry.catalog.versions import Condition, metric_names
+from registry.log.metrics import bare
 from registry.store.errors import Invalid, NotFound
 from registry.store.text import quoted
 
@@ -117,6 +118,7 @@ def _comparison(
     number = float(value.text)
     if field in FIELDS:
         return Condition(f"{FIELDS[field]} {compare} ?", [number])
+    field = bare(field)
     if field not in known:
         raise _no_such_name(name.at, field, known, model)
     sql = f"EXISTS (SELECT 1 FROM metrics c WHERE c.id = v.id AND c.name = ? AND c.value {compare} ?)"

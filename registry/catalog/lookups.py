@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Protocol
 
+from registry.log.metrics import bare
 from registry.store.digest import is_digest
 from registry.store.errors import Corrupt
 from registry.store.locating import Location
@@ -103,7 +104,7 @@ def best_id(query: Query, model: str, metric: str, *, smallest: bool) -> tuple[s
             "SELECT t.id, t.value FROM metrics t JOIN versions v ON v.id = t.id "
             "WHERE t.model = ? AND t.name = ? AND t.value IS NOT NULL "
             f"ORDER BY t.value {direction}, v.version LIMIT 1",
-            [model, metric],
+            [model, bare(metric)],
         )
     return (str(rows[0][0]), float(rows[0][1])) if rows else None
 

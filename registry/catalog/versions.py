@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from registry.catalog.lookups import Reader, batches, best_id, marks, parsed
 from registry.log.facts import check_shown, facts_of
-from registry.log.metrics import is_metric
+from registry.log.metrics import bare, is_metric
 from registry.log.reference import is_name
 from registry.store.digest import is_digest
 from registry.store.errors import Corrupt
@@ -43,8 +43,8 @@ class Version(NamedTuple):
         return f"{self.model}:{'pending-' if self.is_pending else 'v'}{self.version}"
 
     def value(self, metric: str | None) -> float | None:
-        """The value of a metric, or of `loss`; None if it has none."""
-        return self.loss if metric == "loss" else self.metrics.get(metric or "")
+        """The value of a metric, or of `loss`; None if it has none. `metrics.loss` is a metric that is called so."""
+        return self.loss if metric == "loss" else self.metrics.get(bare(metric or ""))
 
 
 class Model(NamedTuple):
@@ -180,7 +180,7 @@ def values_by_model(catalog: Reader, metric: str) -> dict[str, list[float]]:
             "SELECT v.model, m.value FROM metrics m JOIN versions v ON v.id = m.id "
             "WHERE m.name = ? AND m.value IS NOT NULL ORDER BY v.model, v.version"
         )
-        given = [metric]
+        given = [bare(metric)]
     found: dict[str, list[float]] = {}
     for model, value in catalog.query(sql, given):
         if isinstance(value, float):
@@ -218,7 +218,7 @@ def values_by_id(catalog: Reader, metric: str) -> dict[str, float]:
     if metric == "loss":
         rows = catalog.query("SELECT id, loss FROM versions")
     else:
-        rows = catalog.query("SELECT id, value FROM metrics WHERE name = ?", [metric])
+        rows = catalog.query("SELECT id, value FROM metrics WHERE name = ?", [bare(metric)])
     return {version_id: value for version_id, value in rows if isinstance(value, float)}
 
 
@@ -298,7 +298,8 @@ def rank_versions(
     """
     where, parameters = _filter(model, tag, also)
     direction = "ASC" if smallest else "DESC"
-    if metric == "loss":
+    is_loss, metric = metric == "loss", bare(metric)
+    if is_loss:
         where += " AND v.loss IS NOT NULL"
         order = f"v.loss {direction}"
     else:
@@ -308,7 +309,7 @@ def rank_versions(
         parameters.append(metric)
         order = f"(SELECT value FROM metrics t WHERE t.id = v.id AND t.name = ?) {direction}"
     ((total,),) = catalog.query(f"SELECT COUNT(*) FROM versions v WHERE {where}", parameters)
-    if metric != "loss" and model is not None and limit is not None:
+    if not is_loss and model is not None and limit is not None:
         # By the index, instead of a value for each version of the model.
         rows = catalog.query(
             f"SELECT v.id FROM metrics t JOIN versions v ON v.id = t.id WHERE t.model = ? AND t.name = ? AND {where} "
@@ -322,7 +323,7 @@ def rank_versions(
             for one in find_versions(catalog, f"v.id IN ({marks(part)})", part)
         ]
         return sorted(best, key=lambda one: places[one.id]), total
-    if metric != "loss":
+    if not is_loss:
         parameters.append(metric)
     found = find_versions(catalog, where, parameters, order=f"{order}, v.model, v.version", limit=limit)
     return found, total

@@ -289,7 +289,7 @@ class Recording:
         by = self._monitor
         if by is None or self._unmonitored is None:
             return
-        if (loss if by.metric == "loss" else values.get(by.metric)) is not None:
+        if by.value(loss, values) is not None:
             self._unmonitored = None
             return
         self._unmonitored += 1
