@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from registry.catalog.conditions import Condition
 from registry.catalog.documents import version_document
+from registry.catalog.versions import rank_versions
 from registry.cli.completing import completes, data_sets, networks
 from registry.cli.options import ReferenceType, casts, command, renames
 from registry.cli.output import (
@@ -165,7 +167,15 @@ def _tell(registry: Registry, run: Run, model: str, *, as_json: bool) -> None:
         document = {"run": run.name, "log": str(run.log_file), "latest": latest}
         print_json({**document, "best": version_document(registry.resolve(best.name))})
         return
-    say(f"{run.name} finished: the best is {best.name}, accuracy {number(best.metrics['accuracy'])}")
+    own, _ = rank_versions(
+        registry.catalog, model, "accuracy", also=Condition("v.run = ?", [run.name]), limit=1
+    )
+    shown = f"{best.name}, accuracy {number(best.metrics['accuracy'])}"
+    if own and own[0].id != best.id:
+        its = f"{own[0].name}, accuracy {number(own[0].metrics['accuracy'])}"
+        say(f"{run.name} finished: its best is {its}; the best of {model} stays {shown}")
+    else:
+        say(f"{run.name} finished: the best is {shown}")
     say(f"see it with: registry history {model}, registry board {run.name}")
 
 

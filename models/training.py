@@ -161,7 +161,8 @@ class Epoch(NamedTuple):
         loss, accuracy: means over the samples that it trained on.
         test_loss, test_accuracy: of the held-out data.
         seconds: that it took in this process, with the test.
-        is_best: whether no epoch before had a better accuracy on the held-out data.
+        is_best: whether it has the best accuracy on the held-out data of this training so far. The alias `best` is the
+            best of all versions of the model, which may be another.
     """
 
     number: int
