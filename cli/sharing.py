@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from registry.cli.options import ReferenceType, command, seconds
-from registry.cli.output import counted, print_json, progress_bar, say, size
+from registry.cli.output import as_word, counted, print_json, progress_bar, say, size
 from registry.store.errors import Invalid, NotFound
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def _other(place: str) -> Registry:
         meant = f"; {place} also names {named}, but a folder goes before a name" if named != found else ""
         raise NotFound(
             f"there is no registry at {found}",
-            f"make one with: registry --root {shlex.quote(found)} init{meant}",
+            f"make one with: registry --root {as_word(found)} init{meant}",
         ) from None
 
 

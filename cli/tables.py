@@ -109,7 +109,8 @@ def print_table(
     columns = [column for column, _ in fields]
     cells = _cells([[value(item) for item in items] for _, value in fields])
     chosen = _chosen(columns, cells, view)
-    columns, cells = [columns[i] for i in chosen], [[row[i] for i in chosen] for row in cells]
+    columns = [columns[i]._replace(heading=text_of(columns[i].heading)) for i in chosen]
+    cells = [[row[i] for i in chosen] for row in cells]
     screen = shutil.get_terminal_size()
     width = screen.columns if is_terminal and not (view.wide or view.columns) else None
     lines = drawn(columns, cells, width)

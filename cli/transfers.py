@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import click
 
 from registry.catalog.documents import version_document
 from registry.cli.options import NetworkType, ReferenceType, casts, command, pairs, registry_if_any, renames
-from registry.cli.output import print_json, say
+from registry.cli.output import as_word, encodable, print_json, say
 from registry.cli.suggestions import WrongUse
 from registry.configs.documents import read_document
 from registry.store.errors import Invalid, NotFound
@@ -124,7 +123,7 @@ def plan(
     if as_json:
         click.echo(made.to_json(), nl=False)
     else:
-        click.echo(str(made))
+        click.echo(encodable(str(made)))
         if output:
             say(f"wrote {output}")
 
@@ -222,7 +221,7 @@ def apply(file: str, name: str, registry: Registry, as_json: bool) -> None:
     from registry.transfer.plan import TransferPlan
 
     made = TransferPlan.load(file)
-    rather = f"registry transfer SOURCE TARGET --plan {shlex.quote(file)} --name {name}"
+    rather = f"registry transfer SOURCE TARGET --plan {as_word(file)} --name {name}"
     if made.is_of_live_tensors:
         raise Invalid(
             f"{file}: the plan was made from tensors in memory", f"name a source and a target: {rather}"
