@@ -231,8 +231,7 @@ class EpochTable(Watcher):
 def _is_best(run: Run, name: str) -> bool:
     """Whether the alias `best` came to point at a version when it was saved, as no version of the model before is better."""
     # Lazy: start-up.
-    from registry.catalog.conditions import Condition
-    from registry.catalog.versions import rank_versions
+    from registry.catalog.versions import Condition, rank_versions
 
     number = name.rpartition(":v")[2]
     if not number.isdigit():

@@ -18,7 +18,6 @@ _OTHER_WORDS = {
     "delete": "rm",
     "delete-cache": "prune",
     "df": "du",
-    "doctor": "verify",
     "download": "pull",
     "evaluate": "eval",
     "exp": "runs",

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from registry.catalog.conditions import Condition
 from registry.catalog.documents import version_document
-from registry.catalog.versions import rank_versions
+from registry.catalog.versions import Condition, rank_versions
 from registry.cli.completing import completes, data_sets, networks
 from registry.cli.options import ReferenceType, casts, command, renames
 from registry.cli.output import (
