@@ -95,6 +95,7 @@ _GROUPS = {
         Row("upkeep", "compact"),
         Row("upkeep", "repair"),
         Row("upkeep", "rebuild", is_light=True),
+        Row("doctor", "doctor", is_light=True),
         Row("caches", "cache", is_light=True),
     ),
     "See": (

@@ -32,7 +32,7 @@ def files(reference: str, name: str | None, output: str | None, registry: Regist
         raise click.UsageError("to write a file, give NAME and --output")
     if name is not None and output is not None:
         if Path(output).exists():
-            raise Conflict(f"{printable(output)}: the file exists; choose another name")
+            raise Conflict(f"{printable(output)}: the file exists", "choose another name")
         data = registry.read_file(reference, name)
         write_file(Path(output), data)
         if as_json:

@@ -33,7 +33,7 @@ def card(reference: str, output: str | None, registry: Registry, as_json: bool) 
 
     form = Path(output).suffix.lower() if output else ".md"
     if form not in _FORMS:
-        raise Invalid(f"{output}: a card is written as .md or .html; give one of these endings")
+        raise Invalid(f"{output}: a card is written as .md or .html", "give one of these endings")
     checkpoint = registry[reference]
     text = _FORMS[form](blocks_of(registry, checkpoint))
     if as_json:

@@ -12,6 +12,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from registry.catalog.versions import metric_names, tag_names
+from registry.log.metrics import called
 
 if TYPE_CHECKING:
     from registry.registry import Registry
@@ -46,7 +47,7 @@ def metrics(registry: Registry, ctx: click.Context) -> list[str]:
     """The metrics of the model on the command line, or of all, and `loss`."""
     # An option without its value leaves the arguments as they were typed.
     model = re.split("[:@/]", ctx.args[0])[0] if ctx.args else None
-    return [*metric_names(registry.catalog, model), "loss"]
+    return [*map(called, metric_names(registry.catalog, model)), "loss"]
 
 
 def tags(registry: Registry, ctx: click.Context) -> list[str]:

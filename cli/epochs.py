@@ -16,6 +16,7 @@ from registry.cli.tables import Column, Growing
 from registry.live import ranks
 from registry.models.training import Epoch, Training, TrainingState, Watcher
 from registry.reports.words import measured
+from registry.store.errors import RegistryError
 from registry.store.text import printable
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ _ROOM_FOR_RATE = 72
 class EpochTable(Watcher):
     """Prints a training.
 
-    The line of an epoch appears when its version is stored, so that it names the version.
+    The line of an epoch appears when its version is stored, so that it names the version. It says `best` where the alias
+    `best` of the model came to point at that version. A run in which no epoch is as good as a version before it has none.
 
     Args:
         is_quiet: print nothing.
@@ -193,7 +195,6 @@ class EpochTable(Watcher):
         # The save behind this epoch's may be done, too.
         is_its_own = saved.epoch == epoch.number and "accuracy" in saved.metrics
         name = saved.name if is_its_own else str(saved.row.record.get("parent"))
-        name = name.partition(":")[2] + (" best" if epoch.is_best else "")
         cells = (
             f"{epoch.number}/{self._epochs}",
             measured(epoch.loss),
@@ -201,7 +202,7 @@ class EpochTable(Watcher):
             measured(epoch.test_loss),
             f"{epoch.test_accuracy:.4f}",
             _time(epoch.seconds),
-            name,
+            name.partition(":")[2] + (" best" if _is_best(run, name) else ""),
         )
         assert self._table is not None
         self._print(self._table.row(cells))
@@ -225,6 +226,22 @@ class EpochTable(Watcher):
     def say(self, text: str) -> None:
         """Print a message above the live line."""
         self._print(with_root(printable(text)))
+
+
+def _is_best(run: Run, name: str) -> bool:
+    """Whether the alias `best` came to point at a version when it was saved, as no version of the model before is better."""
+    # Lazy: start-up.
+    from registry.catalog.versions import Condition, rank_versions
+
+    number = name.rpartition(":v")[2]
+    if not number.isdigit():
+        # It waits to be shared, and aliases point at what is shared.
+        return False
+    with contextlib.suppress(RegistryError):
+        until = Condition("v.version <= ?", [int(number)])
+        found, _ = rank_versions(run.registry.catalog, run.model, "accuracy", also=until, limit=1)
+        return [one.name for one in found] == [name]
+    return False
 
 
 def _time(seconds: float) -> str:

@@ -22,6 +22,7 @@ from registry.cli.output import (
     size,
     warn,
 )
+from registry.cli.suggestions import WrongUse
 from registry.configs.documents import read_document, read_value
 from registry.files.exporting import export as export_checkpoint
 from registry.files.formats import FORMATS, listed
@@ -335,7 +336,7 @@ def export(
     every other file that an imported folder had, so that from_pretrained opens it.
     """
     if merge and component:
-        raise click.UsageError("--merge takes the adapter; leave --component out")
+        raise WrongUse("--merge takes the adapter", "leave --component out")
     if base and not merge:
         raise click.UsageError("--base goes with --merge")
     checkpoint = registry[reference]
@@ -359,10 +360,15 @@ def _merged(
     registry: Registry, reference: str, folder: str, *, base: str | None, max_shard_size: int | None
 ) -> Path:
     """Write an adapter, merged into its base network, to a folder."""
+    # Lazy: start-up.
+    from registry.integrations import NotInstalled
+
     try:
         # Lazy: loads torch.
         from registry.files.folder_writing import SHARD
         from registry.integrations.merging import export_merged
+    except NotInstalled as error:
+        raise Unsupported(f"--merge: {error.message}", error.advice) from None
     except ImportError as error:
         raise Unsupported(f"--merge: {error}") from None
     with progress_bar(f"merging {printable(reference)}") as report:

@@ -16,7 +16,8 @@ from registry.catalog.versions import Version, list_versions, own_sizes, values_
 from registry.cli.completing import completes, metrics
 from registry.cli.options import ReferenceType, RunType, command, direction
 from registry.cli.output import ago, nothing, number, print_json, say, size, tip
-from registry.cli.reading import fields_of, left_out
+from registry.cli.reading import fields_of, heading_of, left_out
+from registry.cli.suggestions import WrongUse
 from registry.cli.tables import Column, Field, TableView, print_table
 from registry.reports.charts import lanes
 from registry.reports.words import measured
@@ -55,7 +56,7 @@ def history(model: str, limit: int, registry: Registry, view: TableView, as_json
         print_json({"total": total, "versions": rows})
         return
     fields = [
-        *fields_of(versions, registry.runs.monitors().get(model)),
+        *fields_of(versions, registry.runs.monitors().get(model), is_every_metric=bool(view.columns)),
         (Column("PARENT", 2, is_text=True), lambda one: one.record.get("parent")),
         (Column("RUN", 4, is_text=True), lambda one: one.record.get("run")),
         (Column("OWN", 4), lambda one: size(own.get(one.id, 0))),
@@ -110,7 +111,7 @@ def log(
     is_run = source is not None and "/" in source
     if as_json:
         if source is None or is_run:
-            raise click.UsageError("--json prints the tree of one version; name it")
+            raise WrongUse("--json prints the tree of one version", "name it")
         version = registry.resolve(source)
         sources = _documents(origins(registry.catalog, version))
         print_json(
@@ -176,7 +177,10 @@ def _print_graph(registry: Registry, found: Sequence[Chain], view: TableView) ->
     fields: list[Field[tuple[str, Chain | None]]] = [
         (Column("VERSIONS", is_text=True), lambda row: row[1] and row[1].name),
         (Column("ALIASES", 2, is_text=True), lambda row: row[1] and " ".join(row[1].nodes[-1].aliases)),
-        (Column((metric or "-").upper(), 3, is_text=True), lambda row: row[1] and course(row[1])),
+        (
+            Column("LOSS" if metric == "loss" else heading_of(metric or "-"), 3, is_text=True),
+            lambda row: row[1] and course(row[1]),
+        ),
         (Column("HOW", 1, is_text=True), lambda row: row[1] and row[1].how),
         (Column("MADE", 4), lambda row: row[1] and ago(row[1].nodes[-1].created)),
         (Column("RUN", 5, is_text=True), lambda row: row[1] and row[1].nodes[0].run),

@@ -119,7 +119,7 @@ def rm(
     if not dry_run:
         if not yes:
             if as_json or not sys.stdin.isatty():
-                raise Conflict("nothing was removed; add --yes to remove without a question")
+                raise Conflict("nothing was removed", "add --yes to remove without a question")
             if not click.confirm(f"Remove {counted(len(versions), 'version')}?", err=True):
                 raise Conflict("nothing was removed")
         registry.remove([version.name for version in versions], force=force)

@@ -13,6 +13,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from registry.cli.completing import completes, networks, runs
+from registry.cli.output import warn
 from registry.cli.tables import TableView
 from registry.store.errors import NotFound
 
@@ -85,7 +86,7 @@ def command(name: str, example: str) -> Callable[[Callable[..., Any]], click.Com
 
 def _words(ctx: click.Context, param: click.Parameter, text: str | None) -> tuple[str, ...]:
     """Read a list such as `epoch,loss`."""
-    return tuple(word.strip().lower() for word in (text or "").split(",") if word.strip())
+    return tuple(word.strip() for word in (text or "").split(",") if word.strip())
 
 
 _OF_TABLES = (
@@ -124,10 +125,10 @@ def open_registry(root: str | None = None) -> Registry:
 def share_pending(registry: Registry) -> None:
     """Share what was saved while a shared registry could not be reached, and say what became of it."""
     for copied in registry.outbox.share_if_possible():
-        click.echo(f"{copied.source} is {copied.target} now", err=True)
+        warn(f"{copied.source} is {copied.target} now")
     if waiting := registry.outbox.versions():
         names = f"{waiting[0].name} waits" if len(waiting) == 1 else f"{len(waiting)} versions wait"
-        click.echo(f"{names} to be shared; see registry outbox", err=True)
+        warn(f"{names} to be shared; see registry outbox")
 
 
 def registry_if_any(root: str | None) -> Registry | None:
@@ -226,7 +227,7 @@ def pairs(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> 
     for text in values:
         name, equals, value = text.partition("=")
         if not equals or not name:
-            raise click.BadParameter(f"{text!r} has no equals sign; write it as name=value")
+            raise click.BadParameter(f"{text!r} has no equals sign, as name=value has")
         if name in found:
             raise click.BadParameter(f"{name!r} is given twice")
         found[name] = value

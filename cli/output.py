@@ -10,7 +10,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -57,7 +57,7 @@ _STAND_INS = {
     "×": "x",
     "−": "-",
 } | dict(zip("▁▂▃▄▅▆▇█▏▎▍▌▋▊▉", "_.-:=+*#   ####", strict=True))
-"""What is printed for a character that the output's encoding does not have; a question mark for all others."""
+"""What is printed for a character that the output's encoding does not have; for all others an escape such as `\\xfc`."""
 
 
 _commands: list[str] = []
@@ -75,7 +75,21 @@ def with_root(text: str) -> str:
     if not root:
         return text
     mentioned = rf"\bregistry (?=(?:{'|'.join(_commands)})\b)"
-    return re.sub(mentioned, lambda _: f"registry --root {printable(shlex.quote(root))} ", text)
+    return re.sub(mentioned, lambda _: f"registry --root {as_word(root)} ", text)
+
+
+def as_word(text: str) -> str:
+    """A text as a word of a command that can be pasted, also where the output cannot show all of its characters.
+
+    It is in the form `$'pr\\xc3\\xbcf'` then, which bash and zsh read.
+    """
+    word = shlex.quote(text)
+    if encodable(word) == encodable(word, sys.stderr) == printable(word) == word:
+        return word
+    plain = (chr(byte) for byte in os.fsencode(text))
+    return (
+        "$'" + "".join(c if " " <= c <= "~" and c not in "\\'" else f"\\x{ord(c):02x}" for c in plain) + "'"
+    )
 
 
 def _given(words: Sequence[str]) -> str:
@@ -106,7 +120,7 @@ def complain(kind: str, message: str, hint: str = "", differences: Sequence[Diff
             print_json({"error": document})
     label = "" if kind == INTERRUPTED else f"{click.style('error:', fg='red', bold=True)} "
     for line in (f"{label}{message}", *_lines_of(differences)):
-        click.echo(line, err=True, color=_color())
+        click.echo(encodable(line, sys.stderr), err=True, color=_color())
     if hint:
         tip(hint)
 
@@ -114,7 +128,7 @@ def complain(kind: str, message: str, hint: str = "", differences: Sequence[Diff
 def tip(text: str) -> None:
     """Print a line that says what to type, to the error stream."""
     label = click.style("hint:", fg="cyan", bold=True)
-    click.echo(f"{label}  {with_root(printable(text))}", err=True, color=_color())
+    click.echo(f"{label}  {encodable(with_root(printable(text)), sys.stderr)}", err=True, color=_color())
 
 
 def _color() -> bool | None:
@@ -158,9 +172,9 @@ def _is_json() -> bool:
     return "--json" in words
 
 
-def encodable(text: str) -> str:
-    """A text with stand-ins for the characters that the encoding of standard output does not have."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+def encodable(text: str, stream: TextIO | None = None) -> str:
+    """A text with stand-ins for the characters that the encoding of standard output, or of a stream, does not have."""
+    encoding = getattr(stream or sys.stdout, "encoding", None) or "utf-8"
     try:
         text.encode(encoding)
     except UnicodeEncodeError:
@@ -172,7 +186,7 @@ def _encodable(character: str, encoding: str) -> str:
     try:
         character.encode(encoding)
     except UnicodeEncodeError:
-        return _STAND_INS.get(character, "?")
+        return _STAND_INS.get(character) or character.encode("ascii", "backslashreplace").decode()
     return character
 
 
@@ -183,7 +197,7 @@ def say(text: str) -> None:
 
 def warn(text: str) -> None:
     """Print a line to the standard error stream."""
-    click.echo(with_root(printable(text)), err=True)
+    click.echo(encodable(with_root(printable(text)), sys.stderr), err=True)
 
 
 _documents: list[bool] = []

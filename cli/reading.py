@@ -35,7 +35,7 @@ from registry.cli.output import (
     time_of,
 )
 from registry.cli.tables import Column, Field, TableView, print_table
-from registry.log.metrics import is_smallest_best
+from registry.log.metrics import bare, called, is_smallest_best
 from registry.reports.charts import sparkline
 from registry.store.text import quoted
 
@@ -132,7 +132,8 @@ def ls(
         nothing(f"no version{f' of {model}' if model else ''} {_why_none(tag, match, unheld)}")
         return
     first = metric or (registry.runs.monitors().get(model) if model else None)
-    print_table(fields_of(versions, first), versions, view, below=left_out(versions, total))
+    fields = fields_of(versions, first, is_every_metric=bool(view.columns))
+    print_table(fields, versions, view, below=left_out(versions, total))
 
 
 def _why_none(tag: str | None, match: str | None, unheld: bool) -> str:
@@ -151,23 +152,30 @@ def left_out(versions: Sequence[Version], total: int) -> list[str]:
     return [f"{shown} of {total:,}; --limit 0 shows all"] if total > len(versions) else []
 
 
-def fields_of(versions: Sequence[Version], first: str | None) -> list[Field[Version]]:
+def fields_of(
+    versions: Sequence[Version], first: str | None, *, is_every_metric: bool = False
+) -> list[Field[Version]]:
     """The columns of a table of versions. Up to `_MANY` metrics get a column each.
 
     Args:
         first: the metric, or `loss`, that matters most and so comes right after the name.
+        is_every_metric: give each a column however many there are, as the user says which columns to show.
     """
     names = list(dict.fromkeys(name for version in versions for name in version.metrics))
-    each = [name for name in names if name != first] if len(names) <= _MANY else []
-    rest = [name for name in names if name not in (first, *each)]
-    leading = [_measured(first, 1)] if first in names else []
+    if all(version.metrics.get("loss") in (None, version.loss) for version in versions):
+        # A run takes its loss from a metric that is called so.
+        names = [name for name in names if name != "loss"]
+    leading = [name for name in names if first not in (None, "loss") and name == bare(first or "")]
+    others = [name for name in names if name not in leading]
+    each = others if is_every_metric or len(names) <= _MANY else []
+    rest = others if len(names) > _MANY else []
     return [
         (Column("NAME", is_text=True), lambda one: one.name),
-        *leading,
+        *[_measured(name, names, 1) for name in leading],
         (Column("EPOCH", 3), lambda one: one.epoch),
         (Column("STEP", 7), lambda one: one.step),
         (Column("LOSS", 1 if first == "loss" else 3), lambda one: one.loss),
-        *[_measured(name, 4) for name in each],
+        *[_measured(name, names, 4) for name in each],
         (Column("METRICS", 6, is_text=True), lambda one: _others(one, rest)),
         (Column("ALIASES", 1, is_text=True), lambda one: one.aliases),
         (Column("TAGS", 2, is_text=True), lambda one: one.tags),
@@ -177,8 +185,18 @@ def fields_of(versions: Sequence[Version], first: str | None) -> list[Field[Vers
     ]
 
 
-def _measured(metric: str, rank: int) -> Field[Version]:
-    return Column(metric.upper(), rank), lambda one: one.value(metric)
+def heading_of(metric: str, names: Sequence[str] = ()) -> str:
+    """The heading of a column of a metric, which no field has and no other metric.
+
+    Args:
+        names: all metrics of the table.
+    """
+    is_alone = sum(name.lower() == metric.lower() for name in names) <= 1
+    return called(metric).upper() if is_alone else called(metric)
+
+
+def _measured(metric: str, names: Sequence[str], rank: int) -> Field[Version]:
+    return Column(heading_of(metric, names), rank), lambda one: one.metrics.get(metric)
 
 
 def _others(version: Version, names: Sequence[str]) -> list[str]:
@@ -196,20 +214,21 @@ def _list_models(registry: Registry, view: TableView, as_json: bool) -> None:
     rows = [(model, model.best or model.latest) for model in models]
     metric = registry.runs.headline({model.name for model in models})
     trends = values_by_model(registry.catalog, metric) if metric else {}
+    heading = "LOSS" if metric == "loss" else heading_of(metric or "-")
     running = {info.model for info in registry.runs.open() if not registry.runs.is_lost(info)}
     fields: list[Field[tuple[Model, Version]]] = [
         (Column("MODEL", is_text=True), lambda row: row[0].name),
         (Column("", is_text=True), lambda row: "●" if row[0].name in running else ""),
         (Column("VERSIONS", 2), lambda row: row[0].versions),
         (Column("BEST", 1, is_text=True), lambda row: _called(row[1], is_best=row[0].best is not None)),
-        (Column((metric or "-").upper(), 1), lambda row: row[1].value(metric) if metric else None),
+        (Column(heading, 1), lambda row: row[1].value(metric) if metric else None),
         (Column("TREND", 3, is_text=True), lambda row: sparkline(trends.get(row[0].name, ()))),
         (Column("OWN", 3), lambda row: size(row[0].own)),
         (Column("UPDATED", 3), lambda row: ago(row[0].latest.created)),
         *[
             (column._replace(rank=column.rank + 4), lambda row, value=value: value(row[1]))
             for column, value in fields_of([], None)
-            if column.heading in _OF_VERSION and column.heading != (metric or "").upper()
+            if column.heading in _OF_VERSION and column.heading != heading
         ],
     ]
     print_table(fields, rows, view, below=["● training now"] if running else [])

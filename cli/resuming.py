@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from registry.cli.options import command
-from registry.cli.output import complain_of, print_json, warn
+from registry.cli.output import complain_of, encodable, print_json, warn
 from registry.store.errors import RegistryError
 
 
@@ -76,5 +76,5 @@ def check_resume(
     if as_json:
         print_json(found.document())
     else:
-        click.echo(str(found))
+        click.echo(encodable(str(found)))
     return 0 if found.exact else 1 if found.repeats else 2

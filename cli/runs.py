@@ -17,6 +17,7 @@ from registry.catalog.documents import run_document
 from registry.catalog.runs import INNER, LOG, RunInfo
 from registry.cli.options import ReferenceType, RunType, command
 from registry.cli.output import counted, nothing, print_json, say, time_of, warn
+from registry.cli.suggestions import WrongUse
 from registry.cli.tables import Column, Field, TableView, print_table
 from registry.store.errors import Conflict, NotFound, storage_errors
 from registry.store.places import open_file, opened_folder
@@ -100,7 +101,7 @@ def logs(source: str, follow: bool, registry: Registry, as_json: bool) -> None:
     info = _run_of(registry, source)
     path = registry.root / "runs" / info.name / LOG
     if as_json and follow:
-        raise click.UsageError("--json prints one document, so it excludes --follow; leave one of them out")
+        raise WrongUse("--json prints one document, so it excludes --follow", "leave one of them out")
     with storage_errors(path):
         try:
             fd = open_file(path, os.O_RDONLY, inner=INNER)
@@ -141,7 +142,7 @@ def board(sources: tuple[str, ...], host: str, port: int, registry: Registry, as
     chosen = [_run_of(registry, source).name for source in sources]
     folder = (registry.root / "runs").absolute()
     if not folder.is_dir():
-        raise NotFound("there are no runs yet; start one with: registry train lenet5")
+        raise NotFound("there are no runs yet", "start one with: registry train lenet5")
     _check_port(host, port)
     with contextlib.ExitStack() as stack:
         if chosen:
@@ -219,7 +220,7 @@ def _check_port(host: str, port: int) -> None:
     if not is_free(port):
         other = next((n for n in range(port + 1, min(port + 100, 65_536)) if is_free(n)), None)
         advice = f"--port {other} is free" if other else f"check that {host} is an address of this machine"
-        raise Conflict(f"port {port} of {host} is taken; {advice}")
+        raise Conflict(f"port {port} of {host} is taken", advice)
 
 
 def tunnel(port: int) -> str | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from registry.cli.options import ReferenceType, command, seconds
-from registry.cli.output import counted, print_json, progress_bar, say, size
+from registry.cli.output import as_word, counted, print_json, progress_bar, say, size
 from registry.store.errors import Invalid, NotFound
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def follow(
             try:
                 status = subprocess.run(filled, env=environment).returncode
             except OSError as error:
-                raise Invalid(f"{filled[0]}: {error.strerror}; give a command that can be run") from None
+                raise Invalid(f"{filled[0]}: {error.strerror}", "give a command that can be run") from None
             if status:
                 return status
         if once:
@@ -121,7 +121,7 @@ def outbox(references: tuple[str, ...], drop: bool, everything: bool, root: str 
     if registry.remote is None:
         raise Invalid(f"{registry.place} is a folder, and only a shared registry has an outbox")
     if not drop and (references or everything):
-        raise Invalid("without --drop all versions are shared; give no names")
+        raise Invalid("without --drop all versions are shared", "give no names")
     if drop and bool(references) == everything:
         raise Invalid("name the versions to give up, such as lenet5:pending-1, or give --all")
     dropped = registry.outbox.drop(references) if drop else []
@@ -176,7 +176,8 @@ def _other(place: str) -> Registry:
         named = named_places().get(place, found)
         meant = f"; {place} also names {named}, but a folder goes before a name" if named != found else ""
         raise NotFound(
-            f"there is no registry at {found}; make one with: registry --root {shlex.quote(found)} init{meant}"
+            f"there is no registry at {found}",
+            f"make one with: registry --root {as_word(found)} init{meant}",
         ) from None
 
 

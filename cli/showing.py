@@ -18,6 +18,7 @@ from registry.catalog.versions import Version, name_of
 from registry.cli.options import ReferenceType, command
 from registry.cli.output import counted, encodable, number, print_json, size, text_of, time_of
 from registry.cli.tables import Column, Field, print_table, width_of
+from registry.log.metrics import with_metrics
 from registry.reports.charts import sparkline
 from registry.reports.words import shape
 from registry.store.errors import NotFound, RegistryError
@@ -140,7 +141,8 @@ def _print_version(registry: Registry, checkpoint: Checkpoint) -> None:
     names = [version.name, version.id[:12], *version.aliases]
     _print_ends(names, time_of(version.created), is_first=True)
     _print_ends(_networks(checkpoint), f"{size(version.size)} in {counted(version.tensors, 'tensor')}")
-    measured = {"epoch": version.epoch, "step": version.step, "loss": version.loss, **version.metrics}
+    fields = {"epoch": version.epoch, "step": version.step, "loss": version.loss}
+    measured = with_metrics(fields, version.metrics)
     for line in _wrapped(_pairs(measured), _width(), gap=3):
         click.echo(line)
     whole = f"registry config show {version.name}"

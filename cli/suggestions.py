@@ -7,8 +7,6 @@ from collections.abc import Sequence
 
 import click
 
-from registry.store.errors import in_two_parts
-
 _OTHER_WORDS = {
     "add": "import",
     "browse": "ui",
@@ -20,7 +18,6 @@ _OTHER_WORDS = {
     "delete": "rm",
     "delete-cache": "prune",
     "df": "du",
-    "doctor": "verify",
     "download": "pull",
     "evaluate": "eval",
     "exp": "runs",
@@ -50,6 +47,18 @@ _OTHER_OPTIONS = {("log", "-f"): "registry logs", ("log", "--follow"): "registry
 """Options that a command does not have, and what to type for the same."""
 
 
+class WrongUse(click.UsageError):
+    """A command line that contradicts itself, or names what is not there.
+
+    Args:
+        hint: what to type instead.
+    """
+
+    def __init__(self, message: str, hint: str = "", context: click.Context | None = None) -> None:
+        super().__init__(message, context)
+        self.hint = hint
+
+
 def usage_error(error: click.ClickException) -> tuple[str, str]:
     """A usage error as what is wrong, and what to do."""
     context = getattr(error, "ctx", None)
@@ -63,8 +72,7 @@ def usage_error(error: click.ClickException) -> tuple[str, str]:
         names = _options(context) if context else []
         near = _nearest(error.option_name, names)
         return f"no such option: {error.option_name}", _meant(near) or help_of
-    what, advice = in_two_parts(" ".join(message.split()))
-    return what, advice or help_of
+    return " ".join(message.split()), (error.hint if isinstance(error, WrongUse) else "") or help_of
 
 
 def _nearest(option: str, names: Sequence[str]) -> list[str]:
@@ -74,7 +82,7 @@ def _nearest(option: str, names: Sequence[str]) -> list[str]:
     return [by_word[word] for word in found]
 
 
-def no_such_command(word: str, names: Sequence[str], context: click.Context) -> click.UsageError:
+def no_such_command(word: str, names: Sequence[str], context: click.Context) -> WrongUse:
     """The error about a word that is no command of a group.
 
     Args:
@@ -83,10 +91,9 @@ def no_such_command(word: str, names: Sequence[str], context: click.Context) -> 
     what = f"there is no command {word!r}"
     other = _OTHER_WORDS.get(word, "") if context.parent is None else ""
     if other.partition(" ")[0] in names:
-        return click.UsageError(f"{what}; {context.command_path} {other} does that", context)
+        return WrongUse(what, f"{context.command_path} {other} does that", context)
     near = [name for name in names if name.startswith(word)] or difflib.get_close_matches(word, names, 3)
-    advice = _meant([f"{context.command_path} {name}" for name in near[:3]])
-    return click.UsageError(f"{what}; {advice}" if advice else what, context)
+    return WrongUse(what, _meant([f"{context.command_path} {name}" for name in near[:3]]), context)
 
 
 def _options(context: click.Context) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import click
 
 from registry.cli.output import encodable, text_of, with_root
+from registry.cli.suggestions import WrongUse
 
 _GAP = 2
 """Blanks between two columns."""
@@ -51,7 +52,7 @@ class TableView(NamedTuple):
 
     Attributes:
         wide: show every column, however narrow the terminal is.
-        columns: the headings to show, in lower case; empty for those that fit.
+        columns: the headings to show, in any case; empty for those that fit.
         is_quiet: print the first column alone, without its heading.
     """
 
@@ -108,7 +109,8 @@ def print_table(
     columns = [column for column, _ in fields]
     cells = _cells([[value(item) for item in items] for _, value in fields])
     chosen = _chosen(columns, cells, view)
-    columns, cells = [columns[i] for i in chosen], [[row[i] for i in chosen] for row in cells]
+    columns = [columns[i]._replace(heading=text_of(columns[i].heading)) for i in chosen]
+    cells = [[row[i] for i in chosen] for row in cells]
     screen = shutil.get_terminal_size()
     width = screen.columns if is_terminal and not (view.wide or view.columns) else None
     lines = drawn(columns, cells, width)
@@ -203,10 +205,12 @@ def _chosen(columns: Sequence[Column], cells: Sequence[Sequence[str]], view: Tab
     if not view.columns:
         return [i for i in range(len(columns)) if i == 0 or any(row[i] for row in cells)]
     places = {column.heading.lower(): i for i, column in enumerate(columns) if column.heading}
+    # Two metrics may differ in upper and lower case alone.
+    exactly = {column.heading: i for i, column in enumerate(columns) if column.heading}
     for name in view.columns:
-        if name not in places:
-            raise click.UsageError(f"there is no column {name!r}; the columns are {', '.join(places)}")
-    return [places[name] for name in view.columns]
+        if name.lower() not in places:
+            raise WrongUse(f"there is no column {name!r}", f"the columns are {', '.join(places)}")
+    return [exactly.get(name, places[name.lower()]) for name in view.columns]
 
 
 def _allotted(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from registry.catalog.documents import version_document
+from registry.catalog.versions import Condition, rank_versions
 from registry.cli.completing import completes, data_sets, networks
 from registry.cli.options import ReferenceType, casts, command, renames
 from registry.cli.output import (
@@ -21,6 +22,7 @@ from registry.cli.output import (
     print_json,
     say,
 )
+from registry.cli.suggestions import WrongUse
 from registry.cli.tables import columns_of, print_table
 from registry.configs.documents import read_document
 from registry.store.errors import Incompatible, Invalid
@@ -148,7 +150,7 @@ def _check_start(resume: str | None, source: str | None, freeze: str | None, *, 
         click.UsageError: if two options contradict each other.
     """
     if resume and (source or freeze):
-        raise click.UsageError("--resume keeps what was loaded and frozen; leave --from and --freeze out")
+        raise WrongUse("--resume keeps what was loaded and frozen", "leave --from and --freeze out")
     if freeze == "loaded" and not source:
         raise click.UsageError("--freeze loaded needs --from, which says what is loaded")
     if has_rules and not source:
@@ -164,7 +166,15 @@ def _tell(registry: Registry, run: Run, model: str, *, as_json: bool) -> None:
         document = {"run": run.name, "log": str(run.log_file), "latest": latest}
         print_json({**document, "best": version_document(registry.resolve(best.name))})
         return
-    say(f"{run.name} finished: the best is {best.name}, accuracy {number(best.metrics['accuracy'])}")
+    own, _ = rank_versions(
+        registry.catalog, model, "accuracy", also=Condition("v.run = ?", [run.name]), limit=1
+    )
+    shown = f"{best.name}, accuracy {number(best.metrics['accuracy'])}"
+    if own and own[0].id != best.id:
+        its = f"{own[0].name}, accuracy {number(own[0].metrics['accuracy'])}"
+        say(f"{run.name} finished: its best is {its}; the best of {model} stays {shown}")
+    else:
+        say(f"{run.name} finished: the best is {shown}")
     say(f"see it with: registry history {model}, registry board {run.name}")
 
 
@@ -184,7 +194,7 @@ def _settings(given: Mapping[str, Any], config: str | None, resumed: Checkpoint 
 
     if resumed and config:
         raise Invalid(
-            "--resume takes the recorded hyperparameters; override them with --set, not with --config"
+            "--resume takes the recorded hyperparameters", "override them with --set, not with --config"
         )
     document: dict[str, Any] = {}
     source = ""

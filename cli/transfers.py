@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,8 @@ import click
 
 from registry.catalog.documents import version_document
 from registry.cli.options import NetworkType, ReferenceType, casts, command, pairs, registry_if_any, renames
-from registry.cli.output import print_json, say
+from registry.cli.output import as_word, encodable, print_json, say
+from registry.cli.suggestions import WrongUse
 from registry.configs.documents import read_document
 from registry.store.errors import Invalid, NotFound
 from registry.store.text import quoted
@@ -123,7 +123,7 @@ def plan(
     if as_json:
         click.echo(made.to_json(), nl=False)
     else:
-        click.echo(str(made))
+        click.echo(encodable(str(made)))
         if output:
             say(f"wrote {output}")
 
@@ -188,8 +188,8 @@ def transfer(
     network, builder = _network(registry, target)
     if file:
         if freeze or rules or allow_cast:
-            raise click.UsageError(
-                "the plan says what is loaded and frozen; leave --rename, --allow-cast and --freeze out"
+            raise WrongUse(
+                "the plan says what is loaded and frozen", "leave --rename, --allow-cast and --freeze out"
             )
         made = TransferPlan.load(file)
     else:
@@ -221,10 +221,10 @@ def apply(file: str, name: str, registry: Registry, as_json: bool) -> None:
     from registry.transfer.plan import TransferPlan
 
     made = TransferPlan.load(file)
-    rather = f"registry transfer SOURCE TARGET --plan {shlex.quote(file)} --name {name}"
+    rather = f"registry transfer SOURCE TARGET --plan {as_word(file)} --name {name}"
     if made.is_of_live_tensors:
         raise Invalid(
-            f"{file}: the plan was made from tensors in memory; name a source and a target: {rather}"
+            f"{file}: the plan was made from tensors in memory", f"name a source and a target: {rather}"
         )
     source = made.source_id if made.source_id and made.source_id in registry else made.source
     torch.manual_seed(0)
@@ -233,7 +233,7 @@ def apply(file: str, name: str, registry: Registry, as_json: bool) -> None:
     except NotFound:
         what = quoted(made.target)
         raise NotFound(
-            f"{file}: the plan is for {what}, which is no version or network here; name another: {rather}"
+            f"{file}: the plan is for {what}, which is no version or network here", f"name another: {rather}"
         ) from None
     _carry_out(registry, made, network, source, builder, name=name, as_json=as_json)
 

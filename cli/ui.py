@@ -13,6 +13,7 @@ from registry.catalog.resolving import resolve
 from registry.cli.options import ReferenceType, command, open_registry
 from registry.cli.output import print_json, say, warn
 from registry.cli.runs import tunnel
+from registry.cli.suggestions import WrongUse
 from registry.store.errors import Invalid
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def ui(
     path = _path(open_registry(root), names)
     if host is not None and host not in ("127.0.0.1", "::1", "localhost") and no_token:
         raise Invalid(
-            "--no-token would show the registry to every machine that can reach this one; leave it out"
+            "--no-token would show the registry to every machine that can reach this one", "leave it out"
         )
     if base_path and not base_path.startswith("/"):
         raise Invalid("--base-path begins with a slash, such as /proxy/6007")
@@ -114,7 +115,7 @@ def _path(registry: Registry, names: tuple[str, ...]) -> str:
     from registry.ui.page import address, address_of
 
     if len(names) > 2:
-        raise click.UsageError("one name opens its page, two open their diff; leave the others out")
+        raise WrongUse("one name opens its page, two open their diff", "leave the others out")
     if len(names) == 2:
         for name in names:
             resolve(registry.catalog, name)

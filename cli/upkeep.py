@@ -10,6 +10,7 @@ import click
 
 from registry.cli.options import ReferenceType, command, seconds
 from registry.cli.output import counted, print_json, progress_bar, say, size, warn
+from registry.cli.suggestions import WrongUse
 
 if TYPE_CHECKING:
     from registry.registry import Registry
@@ -36,7 +37,7 @@ def verify(references: tuple[str, ...], frozen: bool, registry: Registry, as_jso
     """
     if frozen:
         if len(references) != 2:
-            raise click.UsageError("--frozen compares two versions; name both: registry verify --frozen A B")
+            raise WrongUse("--frozen compares two versions", "name both: registry verify --frozen A B")
         return _verify_frozen(registry, *references, as_json=as_json)
     with progress_bar("verifying") as report:
         found = registry.verify(references, progress=report)

@@ -124,7 +124,7 @@ def prune(dry_run: bool, yes: bool, registry: Registry, as_json: bool) -> int:
     if has_work:
         if not yes:
             if as_json or not sys.stdin.isatty():
-                raise Conflict("nothing was freed; add --yes to free it without a question")
+                raise Conflict("nothing was freed", "add --yes to free it without a question")
             if not click.confirm("Compact and collect?", err=True):
                 raise Conflict("nothing was freed")
         with progress_bar("compacting") as report:

@@ -32,7 +32,7 @@ def find_head(model: nn.Module) -> str:
         if isinstance(part, nn.Linear | nn.Conv2d) and not name.startswith(f"{_AUXILIARY}.")
     ]
     if not found:
-        raise Invalid(f"{type(model).__qualname__} has no Linear or Conv2d as its head; name the head")
+        raise Invalid(f"{type(model).__qualname__} has no Linear or Conv2d as its head", "name the head")
     return found[-1]
 
 
@@ -171,7 +171,8 @@ def _weights(kind: str, name: str) -> Any:
         return found[name]
     except KeyError:
         raise NotFound(
-            f"{kind} has no pretrained weights {quoted(name)}; there are {', '.join(one.name for one in found)}"
+            f"{kind} has no pretrained weights {quoted(name)}",
+            f"there are {', '.join(one.name for one in found)}",
         ) from None
 
 
@@ -185,8 +186,8 @@ def _downloaded(entry: Any, kind: str) -> Any:
         return entry.get_state_dict(progress=False, check_hash=True)
     except Exception as error:
         raise NotFound(
-            f"the pretrained weights of {kind} could not be downloaded ({error}); fetch {entry.url} by hand and "
-            f"use --file {Path(entry.url).name}"
+            f"the pretrained weights of {kind} could not be downloaded ({error})",
+            f"fetch {entry.url} by hand and use --file {Path(entry.url).name}",
         ) from None
 
 

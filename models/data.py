@@ -178,9 +178,9 @@ def _folder(directory: Path | str | None, seed: int) -> Data:
     try:
         found = ImageFolder(str(directory), transform=to_tensor)
     except FileNotFoundError as error:
-        raise NotFound(f"{directory}: {error}; make a folder of images for each class") from None
+        raise NotFound(f"{directory}: {error}", "make a folder of images for each class") from None
     if len(found.classes) < 2:
-        raise Invalid(f"{directory} has images of one class only; make a folder of images for each class")
+        raise Invalid(f"{directory} has images of one class only", "make a folder of images for each class")
     labels = torch.as_tensor(found.targets)
     train, test = split(labels, seed)
     held_out = set(test.tolist())

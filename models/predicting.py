@@ -90,8 +90,8 @@ def _read(file: Path, channels: int, fit: bool) -> Tensor:
     if image.size != (SIZE, SIZE):
         if not fit:
             raise Incompatible(
-                f"{shown}: has {image.width}x{image.height} pixels, but the network takes {SIZE}x{SIZE}; scale "
-                "it with --fit"
+                f"{shown}: has {image.width}x{image.height} pixels, but the network takes {SIZE}x{SIZE}",
+                "scale it with --fit",
             )
         image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
     kind = "L" if channels == 1 else "RGB"
@@ -102,7 +102,7 @@ def _read(file: Path, channels: int, fit: bool) -> Tensor:
                 if channels == 1
                 else "grey, but the network takes colour"
             )
-            raise Incompatible(f"{shown}: is {what}; convert it with --fit")
+            raise Incompatible(f"{shown}: is {what}", "convert it with --fit")
         image = image.convert(kind)
     pixels = np.asarray(image, np.float32).reshape(SIZE, SIZE, channels) / 255
     return torch.from_numpy(pixels).permute(2, 0, 1)

@@ -161,7 +161,8 @@ class Epoch(NamedTuple):
         loss, accuracy: means over the samples that it trained on.
         test_loss, test_accuracy: of the held-out data.
         seconds: that it took in this process, with the test.
-        is_best: whether no epoch before had a better accuracy on the held-out data.
+        is_best: whether it has the best accuracy on the held-out data of this training so far. The alias `best` is the
+            best of all versions of the model, which may be another.
     """
 
     number: int
@@ -269,7 +270,7 @@ def _training_data(config: TrainConfig, data: Data) -> Data:
     samples, processes = len(data.train), ranks.count()  # type: ignore[arg-type]
     if samples < processes:
         raise Incompatible(
-            f"{data.name} has {samples} samples to train on, too few for {processes} processes; start fewer"
+            f"{data.name} has {samples} samples to train on, too few for {processes} processes", "start fewer"
         )
     return data
 
@@ -388,12 +389,13 @@ def _resume(training: Training, checkpoint: Checkpoint) -> TrainingState:
     config, data = training.config, training.data
     if checkpoint.provenance.get("dataset") not in (None, data.digest):
         raise Incompatible(
-            f"{checkpoint.name} was trained on other data than {data.name}; resume on the same"
+            f"{checkpoint.name} was trained on other data than {data.name}", "resume on the same"
         )
     epoch = checkpoint.epoch or 0
     if epoch >= config.epochs:
         raise Incompatible(
-            f"{checkpoint.name} is complete after {epoch} epochs; to train on: --set epochs={epoch + config.epochs}"
+            f"{checkpoint.name} is complete after {epoch} epochs",
+            f"to train on: --set epochs={epoch + config.epochs}",
         )
     checkpoint.restore(**training.components)
     recorded = checkpoint.extra

@@ -57,13 +57,14 @@ class Home:
         self.root = self.remote.folder if self.remote else Path(os.path.abspath(given))
         if self.remote is None and settings.are_of_a_bucket(self.root):
             raise Conflict(
-                f"{self.root} is the bucket of a shared registry; open it with its URL, such as file://{self.root}"
+                f"{self.root} is the bucket of a shared registry",
+                f"open it with its URL, such as file://{self.root}",
             )
         self.catalog = Catalog(self.root, lambda: self.store, self.remote.log if self.remote else None)
         if not settings.are_there(self.root):
             is_there = self.remote is not None and self.remote.is_there()
             if not create and not is_there:
-                raise NotFound(f"there is no registry at {given}; make one with: registry init")
+                raise NotFound(f"there is no registry at {given}", "make one with: registry init")
             if self.remote and not is_there:
                 self.remote.prepare()
             self._create()
@@ -104,8 +105,8 @@ class Home:
         # Another process may just have made the settings.
         if holds_something and not settings.are_there(self.root):
             raise Conflict(
-                f"{self.root} holds a registry without {settings.NAME}; if the file was lost, recreate it with one "
-                f"line: format = {settings.FORMAT}"
+                f"{self.root} holds a registry without {settings.NAME}",
+                f"if the file was lost, recreate it with one line: format = {settings.FORMAT}",
             )
         with storage_errors(self.root):
             is_own = not self.root.is_dir() or not any(self.root.iterdir())

@@ -10,6 +10,8 @@ import fnmatch
 import glob
 from collections.abc import Container, Iterable
 
+from registry.store.errors import Invalid
+
 
 def fits(name: str, pattern: str) -> bool:
     """Whether a pattern fits a name.
@@ -43,9 +45,14 @@ def meant(pattern: str, names: Container[str]) -> str:
     return escaped(pattern) if pattern in names else pattern
 
 
-def unused(pattern: str, names: Iterable[str]) -> str:
-    """Why a pattern fits none of the names, in words for an error."""
+def unused(what: str, pattern: str, names: Iterable[str]) -> Invalid:
+    """The error about a pattern that fits none of the names.
+
+    Args:
+        what: what to call the pattern in the error.
+    """
     plain = pattern.replace("[", "[[]")
     if "[" in pattern and any(fnmatch.fnmatchcase(name, plain) for name in names):
-        return f"matches nothing, as brackets stand for one of several characters; write it as {plain}"
-    return "matches nothing; it is a typo"
+        why = "matches nothing, as brackets stand for one of several characters"
+        return Invalid(f"{what} {why}", f"write it as {plain}")
+    return Invalid(f"{what} matches nothing", "it is a typo")

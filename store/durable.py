@@ -171,7 +171,8 @@ class NewFile:
         if status.st_size != self._position or os.pread(self.fd, len(head), 0) != bytes(head):
             raise StorageError(
                 f"{self.path}: the disk reports success but did not keep what was written "
-                f"({status.st_size} of {self._position} bytes); check the disk, nothing was saved"
+                f"({status.st_size} of {self._position} bytes)",
+                "check the disk, nothing was saved",
             )
         if read_only:
             os.fchmod(self.fd, stat.S_IMODE(status.st_mode) & ~0o222)
@@ -538,7 +539,7 @@ def _last_try(step: Callable[[], None]) -> None:
         step()
     except Moved:
         raise StorageError(
-            "another program removes temporary files while they are written; stop it, and repeat"
+            "another program removes temporary files while they are written", "stop it, and repeat"
         ) from None
 
 

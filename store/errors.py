@@ -1,8 +1,8 @@
 """The errors that this project raises.
 
-Every one of them says what was wrong, where, and what to do next, in one line. Arguments that would help are named as
-Python has them, or as options where the command line prints the line. They live in the lowest layer so that every other
-layer can raise them.
+Every one of them says what was wrong and where, and apart from that what to do next. In Python both stand in one line; the
+command line prints two. Arguments that would help are named as Python has them, or as options on the command line. The
+errors live in the lowest layer so that every other layer can raise them.
 """
 
 from __future__ import annotations
@@ -10,36 +10,32 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 _OPTIONS = {"adapters": "adapt"}
 """What the command line calls an argument, where it is not the same word."""
 
-_TWO_PARTS = re.compile(r"((?:'[^']*'|.)*?)(?:; (?!expected )(.*))?", re.DOTALL)
-"""What was wrong, and what to do, which a semicolon outside of quotes divides."""
-
-_ADVICE = {
-    errno.ENOSPC: "no space left on the device; free some and repeat",
-    errno.EDQUOT: "the disk quota is used up; free some space and repeat",
-    errno.EFBIG: "the file would exceed the allowed file size; raise the limit (ulimit -f) and repeat",
-    errno.EROFS: "the file system is read-only; use another --root or remount it",
-    errno.EMFILE: "too many open files; raise the limit (ulimit -n) and repeat",
-    errno.EIO: "the disk reports an I/O error; check the disk",
+_REFUSALS = {
+    errno.ENOSPC: ("no space left on the device", "free some and repeat"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space and repeat"),
+    errno.EFBIG: ("the file would exceed the allowed file size", "raise the limit (ulimit -f) and repeat"),
+    errno.EROFS: ("the file system is read-only", "use another --root or remount it"),
+    errno.EMFILE: ("too many open files", "raise the limit (ulimit -n) and repeat"),
+    errno.EIO: ("the disk reports an I/O error", "check the disk"),
 }
-"""What to do where the operating system refuses."""
+"""What is wrong where the operating system refuses, and what to do."""
 
 
 class Fix(NamedTuple):
-    """What to add to a call so that it works.
+    """What to do about an error, such as what to add to a call so that it works.
 
     Attributes:
         lead: what comes before it, such as `if that is meant`; empty for none.
-        python: arguments.
-        options: the same for the command line.
+        python: arguments, or a sentence.
+        options: the same for the command line; empty if it has nothing like it.
         evidence: why it may help.
     """
 
@@ -93,29 +89,16 @@ class Difference(NamedTuple):
     why: str
 
 
-def in_two_parts(message: str) -> tuple[str, str]:
-    """What was wrong, and what to do; the latter is empty if the message does not say.
-
-    A semicolon inside of quotes is part of a name.
-
-    >>> in_two_parts("there is no model 'a; b'; did you mean 'a'?")
-    ("there is no model 'a; b'", "did you mean 'a'?")
-    >>> in_two_parts("'it's; x' cannot be a name")
-    ("'it's; x' cannot be a name", '')
-    """
-    match = _TWO_PARTS.fullmatch(message)
-    what, advice = match.groups() if match else (message, None)
-    # A name with an apostrophe: the semicolon behind it is inside of quotes.
-    is_inside = advice is not None and advice.count("'") % 2 and not advice.count("'s ")
-    return (message, "") if is_inside else (what, advice or "")
-
-
 class RegistryError(Exception):
     """Base of every error that the registry raises on purpose.
 
     Args:
         message: what was wrong, and where.
-        fixes: what to add to the call, in the order in which it is told.
+        advice: what to do, in the order in which it is told. A text is the same in Python and on the command line; a
+            `Fix` has words for each.
+
+    >>> str(Conflict("model.pt: the file exists", "choose another name"))
+    'model.pt: the file exists; choose another name'
     """
 
     summary: str = ""
@@ -124,22 +107,22 @@ class RegistryError(Exception):
     differences: Sequence[Difference] = ()
     """What the error is about, one by one."""
 
-    def __init__(self, message: str = "", *fixes: Fix) -> None:
-        super().__init__(message, *fixes)
-        self.fixes = fixes
+    def __init__(self, message: str = "", *advice: Fix | str) -> None:
+        super().__init__(message, *advice)
+        self.message = message
+        self.fixes = tuple(Fix("", one, one) if isinstance(one, str) else one for one in advice if one)
 
     def __str__(self) -> str:
-        return self._with(fix.told(fix.python) for fix in self.fixes)
+        return "; ".join([self.message, *(fix.told(fix.python) for fix in self.fixes)])
 
     def for_command_line(self) -> tuple[str, str]:
         """What was wrong and where; and what to do, with options in the place of arguments, or an empty text."""
-        message = self.summary or (str(self.args[0]) if self.args else "")
-        what, advice = in_two_parts(message)
-        fixes = [fix.told(fix.options) for fix in self.fixes if fix.options]
-        return what, "; ".join([*([advice] if advice else []), *fixes])
+        advice = [fix.told(fix.options) for fix in self.fixes if fix.options]
+        return self.summary or self.message, "; ".join(advice)
 
-    def _with(self, advice: Iterable[str]) -> str:
-        return "; ".join([str(self.args[0]) if self.args else "", *advice])
+    def about(self, what: str) -> Self:
+        """The same error with a name in front of its message: of the file, checkpoint or argument that it is about."""
+        return type(self)(f"{what}: {self.message}", *self.fixes)
 
 
 class NotFound(RegistryError):
@@ -183,12 +166,12 @@ def storage_errors(path: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = error.filename or path
+        where = os.fsdecode(error.filename or path)
         if error.errno in (errno.EACCES, errno.EPERM):
-            advice = f"permission denied{_owner(Path(os.fsdecode(where)))}; ask its owner for access"
+            problem, *advice = f"permission denied{_owner(Path(where))}", "ask its owner for access"
         else:
-            advice = _ADVICE.get(error.errno or 0) or (error.strerror or str(error))
-        raise StorageError(f"{os.fsdecode(where)}: {advice}") from error
+            problem, *advice = _REFUSALS.get(error.errno or 0) or (error.strerror or str(error),)
+        raise StorageError(f"{where}: {problem}", *advice) from error
 
 
 @contextlib.contextmanager
@@ -197,7 +180,7 @@ def naming(label: str) -> Iterator[None]:
     try:
         yield
     except RegistryError as error:
-        named = type(error)(f"{label}: {error}")
+        named = error.about(label)
         if isinstance(error, Corrupt) and isinstance(named, Corrupt):
             named.pack = error.pack
         raise named from error.__cause__

@@ -295,7 +295,8 @@ class ManifestFolder:
         if len(data) > MAX_SIZE:
             raise Invalid(
                 f"the plain values of this checkpoint take {len(data) >> 20} MB, at most {MAX_SIZE >> 20} are "
-                "stored; put long lists into tensors or arrays"
+                "stored",
+                "put long lists into tensors or arrays",
             )
         digest = digest_of(data)
         self._write(digest, data)
@@ -321,7 +322,8 @@ class ManifestFolder:
                 data = file.read(MAX_SIZE + 1)
             if digest_of(data) != digest:
                 raise Corrupt(
-                    f"{path}: the manifest is not what was saved; put it back with: registry repair --from A-COPY"
+                    f"{path}: the manifest is not what was saved",
+                    "put it back with: registry repair --from A-COPY",
                 )
         except Corrupt as error:
             text = (text_of or self._index.manifest_text)(digest)

@@ -215,7 +215,9 @@ def steady(packs: Path, items: Sequence[Wanted], mapped: Mapped) -> Iterator[Non
         verify(packs, in_files, again)
     except Corrupt as error:
         changed = Corrupt(
-            f"{error}; it changed while it was copied, so what was filled may be wrong: load it again"
+            f"{error.message}; it changed while it was copied, so what was filled may be wrong",
+            "load it again",
+            *error.fixes,
         )
         changed.pack = error.pack
         raise changed from None
@@ -250,8 +252,8 @@ def damaged(packs: Path, item: Wanted) -> Corrupt:
     end = item.location.start + item.stored_size
     error = Corrupt(
         f"{item.name}: the bytes {item.location.start} to {end} of pack "
-        f"{pack_path(packs, item.location.pack).name} are not what was saved; "
-        "put them back with: registry repair --from A-COPY, or load another version"
+        f"{pack_path(packs, item.location.pack).name} are not what was saved",
+        "put them back with: registry repair --from A-COPY, or load another version",
     )
     error.pack = item.location.pack
     return error

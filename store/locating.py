@@ -173,7 +173,7 @@ class Locator:
             info = manifest.tensors[slot]
             location = located.get(info.digest)
             if location is None:
-                raise Corrupt(f"{path}: no pack holds tensor {info.digest}; run: registry verify")
+                raise Corrupt(f"{path}: no pack holds tensor {info.digest}", "run: registry verify")
             base = _base(info, location, bases, path=path) if location.base else None
             wanted.append(
                 Wanted(slot=key, info=info, location=location, name=path, size=info.size, base=base)

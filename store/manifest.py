@@ -155,10 +155,10 @@ class Manifest:
         for pattern in patterns:
             if not self.select([pattern]):
                 near = difflib.get_close_matches(pattern, [*self.components, *names], n=1, cutoff=0.4)
-                hint = f"; did you mean {quoted(near[0])}?" if near else ""
+                hint = f"did you mean {quoted(near[0])}?" if near else ""
                 if any(fnmatch.fnmatchcase(name, pattern) for name in names):
-                    hint = "; the items of a list or tuple are selected together, by its own name"
-                raise NotFound(f"nothing matches {quoted(pattern)}{hint}")
+                    hint = "the items of a list or tuple are selected together, by its own name"
+                raise NotFound(f"nothing matches {quoted(pattern)}", hint)
         return self.select(patterns)
 
     def select(self, patterns: Sequence[str]) -> dict[str, Any]:
@@ -191,8 +191,8 @@ def parse(data: bytes) -> Manifest:
         raise Corrupt("the manifest has no format number")
     if document["format"] > FORMAT:
         raise Unsupported(
-            f"the manifest has format {document['format']}, this version reads up to {FORMAT}; "
-            "upgrade with: pip install -U torch-registry"
+            f"the manifest has format {document['format']}, this version reads up to {FORMAT}",
+            "upgrade with: pip install -U torch-registry",
         )
     record, components, tensors = (document.get(key) for key in ("record", "components", "tensors"))
     if not isinstance(record, dict) or not isinstance(components, dict) or not isinstance(tensors, list):

@@ -130,7 +130,8 @@ class PackWriter:
         if self._head - 8 > header.MAX_HEADER:
             raise Unsupported(
                 f"the index of this save's new tensors would take {self._head >> 20} MB, at most "
-                f"{header.MAX_HEADER >> 20} are stored; stack small tensors into larger ones, or save in parts"
+                f"{header.MAX_HEADER >> 20} are stored",
+                "stack small tensors into larger ones, or save in parts",
             )
         self._file = NewFile(tmp)
         self._lock = threading.Lock()
@@ -331,7 +332,7 @@ def pack_path(packs: Path, digest: str) -> Path:
     """
     if not is_digest(digest):
         raise Corrupt(
-            f"the catalog names a pack {quoted(digest)}, which is not a digest; run: registry rebuild"
+            f"the catalog names a pack {quoted(digest)}, which is not a digest", "run: registry rebuild"
         )
     return packs / digest[:2] / f"{digest}.safetensors"
 
@@ -439,9 +440,9 @@ def contents_of(path: Path) -> tuple[os.stat_result, bytes | mmap.mmap]:
         is_whole = count == size and not os.pread(file.fileno(), 1, size)
         now = os.fstat(file.fileno())
     if (now.st_size, now.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
-        raise Conflict(f"{path}: changed while it was read; repeat it when nobody writes to it")
+        raise Conflict(f"{path}: changed while it was read", "repeat it when nobody writes to it")
     if not is_whole:
         raise Invalid(
-            f"{path}: does not have the {size:,} bytes that its size says; copy it and give the copy"
+            f"{path}: does not have the {size:,} bytes that its size says", "copy it and give the copy"
         )
     return status, data if size >= _LARGE_FILE else data[:size]

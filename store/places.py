@@ -325,7 +325,7 @@ def refuse_inside(path: Path) -> None:
     for folder in path.parents:
         name = path.relative_to(folder).parts[0]
         if (name in _FOLDERS or name.startswith(_FILES)) and (folder / _SETTINGS).is_file():
-            raise Invalid(f"{printable(str(path))}: {name} belongs to the registry; choose another place")
+            raise Invalid(f"{printable(str(path))}: {name} belongs to the registry", "choose another place")
 
 
 def is_local(path: Path) -> bool:

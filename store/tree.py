@@ -102,7 +102,7 @@ def encode(components: Mapping[str, Any]) -> tuple[dict[str, Any], list[Leaf]]:
     try:
         documents = {name: encoder.encode(tree, (name,)) for name, tree in components.items()}
     except RecursionError:
-        raise Unsupported("a tree is nested too deep for the stack of this program; flatten it") from None
+        raise Unsupported("a tree is nested too deep for the stack of this program", "flatten it") from None
     return documents, encoder.leaves
 
 
@@ -115,7 +115,7 @@ class _Encoder:
 
     def encode(self, value: Any, path: Path) -> Any:
         if len(path) > MAX_DEPTH:
-            raise Unsupported(f"{_shown(path[:4])}/…: nested deeper than {MAX_DEPTH} levels; flatten it")
+            raise Unsupported(f"{_shown(path[:4])}/…: nested deeper than {MAX_DEPTH} levels", "flatten it")
         kind = type(value)
         if value is None or kind is bool or kind is str:
             return value
@@ -132,8 +132,8 @@ class _Encoder:
             if isinstance(value, base):
                 return self.encode(plain(value), path)
         raise Unsupported(
-            f"{_shown(path)}: a value of type {kind.__module__}.{kind.__qualname__} cannot be stored; "
-            f"store tensors, arrays, numbers, strings, or dicts, lists and tuples of them"
+            f"{_shown(path)}: a value of type {kind.__module__}.{kind.__qualname__} cannot be stored",
+            "store tensors, arrays, numbers, strings, or dicts, lists and tuples of them",
         )
 
     def _int(self, value: int, path: Path) -> int:
@@ -198,7 +198,8 @@ class _Encoder:
         leaf = _usual(tensor)
         if leaf is None:
             if problem := _refusal(tensor):
-                raise Unsupported(f"{_shown(path)}: {problem}")
+                what, *advice = problem
+                raise Unsupported(f"{_shown(path)}: {what}", *advice)
             leaf = Leaf.of(tensor)
         if not leaf.size:
             return {"$tensor": self._add(leaf)}
@@ -211,12 +212,12 @@ class _Encoder:
     def _array(self, array: np.ndarray[Any, Any], path: Path) -> int:
         if type(array) not in (np.ndarray, np.memmap):
             raise Unsupported(
-                f"{_shown(path)}: a numpy array of the class {type(array).__qualname__}; convert it to a plain "
-                "array first"
+                f"{_shown(path)}: a numpy array of the class {type(array).__qualname__}",
+                "convert it to a plain array first",
             )
         name = array.dtype.name
         if name not in _NUMPY_TYPES or not array.dtype.isnative:
-            raise Unsupported(f"{_shown(path)}: a numpy array of dtype {array.dtype.str}; convert it first")
+            raise Unsupported(f"{_shown(path)}: a numpy array of dtype {array.dtype.str}", "convert it first")
         plain = bool(array.flags.c_contiguous)
         if array.size == 0:
             return self._add(Leaf(name, array.shape, source=array, size=0, is_plain=plain))
@@ -278,23 +279,25 @@ def _usual(tensor: torch.Tensor) -> Leaf | None:
     return Leaf(kind, tuple(tensor.shape), tensor, size, is_plain=True, address=tensor.data_ptr())
 
 
-def _refusal(tensor: torch.Tensor) -> str | None:
-    """Why a tensor cannot be stored, or None."""
+def _refusal(tensor: torch.Tensor) -> Sequence[str]:
+    """Why a tensor cannot be stored, and what to do, if that is known; empty if it can."""
     if type(tensor) not in _CLASSES:
-        return f"a tensor subclass {type(tensor).__qualname__}; convert it with .as_subclass(torch.Tensor)"
+        return f"a tensor subclass {type(tensor).__qualname__}", "convert it with .as_subclass(torch.Tensor)"
     if tensor.is_nested:
-        return "a nested tensor; store its parts with .unbind()"
+        return "a nested tensor", "store its parts with .unbind()"
     if tensor.layout != torch.strided:
-        return f"a tensor of layout {tensor.layout}; convert it with .to_dense()"
+        return f"a tensor of layout {tensor.layout}", "convert it with .to_dense()"
     if tensor.is_meta:
-        return "a tensor on the meta device, which has no values"
+        return ("a tensor on the meta device, which has no values",)
     if tensor.dtype not in _TORCH_TYPES:
         if tensor.is_quantized:
-            return "a quantized tensor; store .int_repr() with its scale and zero point"
-        return f"a tensor of dtype {tensor.dtype}"
+            return "a quantized tensor", "store .int_repr() with its scale and zero point"
+        return (f"a tensor of dtype {tensor.dtype}",)
     if tensor.numel() and not _has_memory(tensor):
-        return "a tensor whose memory was freed or cut, as of a sharded parameter, or that a transform made"
-    return None
+        return (
+            "a tensor whose memory was freed or cut, as of a sharded parameter, or that a transform made",
+        )
+    return ()
 
 
 def _has_memory(tensor: torch.Tensor) -> bool:
@@ -428,7 +431,7 @@ def torch_type(name: str) -> torch.dtype:
         Unsupported: if this torch has no such dtype.
     """
     if name not in ELEMENT_TYPES or not hasattr(torch, name):
-        raise Unsupported(f"torch {torch.__version__} has no dtype {quoted(name)}; upgrade torch")
+        raise Unsupported(f"torch {torch.__version__} has no dtype {quoted(name)}", "upgrade torch")
     return _torch_type(name)
 
 

@@ -91,12 +91,14 @@ class Artifacts:
             NotFound, Conflict: if there is none, or several.
         """
         if not prefix or set(prefix) - set("0123456789abcdef"):
-            raise Invalid(f"{quoted(prefix)} is not a key; registry cache list shows the keys")
+            raise Invalid(f"{quoted(prefix)} is not a key", "registry cache list shows the keys")
         found = [one for one in self.find() if one.key.startswith(prefix) or one.id.startswith(prefix)]
         if not found:
-            raise NotFound(f"there is no artifact {quoted(prefix)}; registry cache list shows what there is")
+            raise NotFound(
+                f"there is no artifact {quoted(prefix)}", "registry cache list shows what there is"
+            )
         if len(found) > 1:
-            raise Conflict(f"{quoted(prefix)} is the beginning of {len(found)} artifacts; give more digits")
+            raise Conflict(f"{quoted(prefix)} is the beginning of {len(found)} artifacts", "give more digits")
         return found[0]
 
     def id_for(self, key: str) -> str | None:

@@ -67,7 +67,7 @@ def content_of(path: Path, root: Path) -> Content:
         if _entries(path) != entries:
             what = "the folder" if path.is_dir() else "the file"
             raise Conflict(
-                f"{printable(str(path))}: {what} changed while it was read; repeat when it is complete"
+                f"{printable(str(path))}: {what} changed while it was read", "repeat when it is complete"
             )
         seen.keep(found)
     if path.is_dir():
@@ -159,7 +159,7 @@ def _entries(path: Path) -> dict[str, str]:
     except FileNotFoundError as error:
         raise NotFound(f"{printable(str(error.filename or path))}: there is no such file or folder") from None
     except OSError as error:
-        raise StorageError(f"{printable(str(path))}: {error.strerror}; ask its owner for access") from error
+        raise StorageError(f"{printable(str(path))}: {error.strerror}", "ask its owner for access") from error
 
 
 def _walk(path: Path) -> Iterator[tuple[Path, os.stat_result]]:

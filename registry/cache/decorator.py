@@ -75,7 +75,7 @@ def cached(
         if isinstance(target, staticmethod | classmethod):
             return type(target)(decorate(target.__func__))
         if not callable(target):
-            raise Invalid(f"{target!r} is not a function; put @cached(...) above one")
+            raise Invalid(f"{target!r} is not a function", "put @cached(...) above one")
         keys = Keys(target, key=key, files=files, version=version, code=code)
         return _Cached(target, keys, version=version, verify=verify, registry=registry).wrapper()
 

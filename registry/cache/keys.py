@@ -82,7 +82,8 @@ class Keys:
         for name in [*(key or ()), *self._files]:
             if name.partition(".")[0] not in self._names and self._owner is None:
                 raise Invalid(
-                    f"{self.name} has no parameter {quoted(name)}; it has {', '.join(self._names) or 'none'}"
+                    f"{self.name} has no parameter {quoted(name)}",
+                    f"it has {', '.join(self._names) or 'none'}",
                 )
         chosen = self._names if key is None else list(key)
         self._key = [name for name in chosen if name not in self._files]
@@ -127,7 +128,8 @@ class Keys:
                 )
                 raise Invalid(
                     f"{self.name} has no parameter {quoted(name)}, and {type(value).__qualname__} no attribute "
-                    f"{quoted(part)}; there are {', '.join(dict.fromkeys([*self._names, *there])) or 'none'}"
+                    f"{quoted(part)}",
+                    f"there are {', '.join(dict.fromkeys([*self._names, *there])) or 'none'}",
                 ) from None
         return value
 
@@ -143,7 +145,7 @@ class Keys:
             try:
                 found.append(content_of(Path(path), root))
             except RegistryError as error:
-                raise type(error)(f"{self.name}: {name}: {error}") from None
+                raise error.about(f"{self.name}: {name}") from None
         return found
 
 
@@ -187,8 +189,8 @@ def canonical(value: Any, path: str) -> Any:
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return {type(value).__qualname__: canonical(fields, path)}
     raise Invalid(
-        f"{path} is a {type(value).__qualname__}, which has no stable value; choose what the result depends on with "
-        "key=[...]"
+        f"{path} is a {type(value).__qualname__}, which has no stable value",
+        "choose what the result depends on with key=[...]",
     )
 
 
@@ -215,7 +217,7 @@ def _source(function: Callable[..., Any]) -> str:
         return textwrap.dedent(inspect.getsource(function))
     except (OSError, TypeError):
         raise Invalid(
-            f"the source of {function.__qualname__} cannot be read; use version=... instead of code=True"
+            f"the source of {function.__qualname__} cannot be read", "use version=... instead of code=True"
         ) from None
 
 
@@ -223,6 +225,6 @@ def _tensor(value: Any, path: str) -> str:
     try:
         _, (leaf, *_) = encode({"value": value})
     except Unsupported as error:
-        raise Invalid(f"{path} cannot be part of a key: {error}") from None
+        raise Invalid(f"{path} cannot be part of a key: {error.message}", *error.fixes) from None
     assert isinstance(leaf, Leaf)
     return tensor_digest(leaf.dtype, leaf.shape, leaf.buffer())

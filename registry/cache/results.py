@@ -72,10 +72,10 @@ def pack(value: Any, path: str = "the result") -> Any:
         fields = {field: pack(getattr(value, field), f"{path}.{field}") for field in _fields(kind)}
         return {"$object": name, "fields": fields}
     if dataclasses.is_dataclass(kind) or isinstance(value, BaseModel):
-        raise Unsupported(f"{path} is a {kind.__qualname__}; register it: @register_result above the class")
+        raise Unsupported(f"{path} is a {kind.__qualname__}", "register it: @register_result above the class")
     if kind in _REFUSED or isinstance(value, torch.utils.data.Dataset):
         raise Unsupported(
-            f"{path} is a {kind.__qualname__}; {_REFUSED.get(kind, 'return its tensors instead')}"
+            f"{path} is a {kind.__qualname__}", _REFUSED.get(kind, "return its tensors instead")
         )
     # The store takes its own kinds of trees, and refuses the rest by path and type.
     return value
@@ -250,7 +250,7 @@ def _unpack_dict(tree: Mapping[str, Any]) -> Any:
 def _unpack_object(tree: Mapping[str, Any]) -> Any:
     cls = _classes.get(tree["$object"])
     if cls is None:
-        raise NotFound(f"the class {tree['$object']} is not registered; put @register_result above it")
+        raise NotFound(f"the class {tree['$object']} is not registered", "put @register_result above it")
     return cls(**unpack(tree["fields"]))
 
 

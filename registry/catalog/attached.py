@@ -80,7 +80,8 @@ def attachment(view: Reader, version: Version, file: Attachment, *, force: bool)
     was = rows[0][0] if rows else None
     if was not in (None, file.id) and not force:
         raise Conflict(
-            f"{version.name} has another file {quoted(file.name)} already; rename yours",
+            f"{version.name} has another file {quoted(file.name)} already",
+            "rename yours",
             fix("or replace it", force=True),
         )
     record = {MARK: first, "name": file.name, "size": file.size}

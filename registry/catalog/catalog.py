@@ -156,7 +156,8 @@ class Catalog:
             except Behind:
                 if time.monotonic() > until:
                     raise StorageError(
-                        f"{self.path}: other hosts have kept changing the registry for {_BEHIND:.0f} s; repeat"
+                        f"{self.path}: other hosts have kept changing the registry for {_BEHIND:.0f} s",
+                        "repeat",
                     ) from None
                 # Somebody else got on; whoever waits longest is not to wait for ever.
                 behind += 1
@@ -174,7 +175,7 @@ class Catalog:
                 _logger.warning("%s", error)
                 self.refold(why="damaged")
             attempt += 1
-        raise Corrupt(f"{self.path}: the catalog does not stay as it is made; check the disk")
+        raise Corrupt(f"{self.path}: the catalog does not stay as it is made", "check the disk")
 
     def adopt(self, compute: Callable[[Ledger], Sequence[Record]], reason: str) -> list[Record]:
         """Accept that what cannot be read in the log is lost; see `registry.catalog.transactions.adopt`."""
@@ -302,7 +303,7 @@ class Catalog:
                     is_same = kept.identity == database.identity(kept.identity)
                 if is_same:
                     raise
-        raise StorageError(f"{self.path}: other processes keep changing the catalog; repeat")
+        raise StorageError(f"{self.path}: other processes keep changing the catalog", "repeat")
 
     def locate(self, digests: Collection[str]) -> dict[str, Location]:
         """Where stored tensors lie; as `registry.store.locating.Index` asks for it."""

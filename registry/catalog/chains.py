@@ -90,7 +90,7 @@ def read_nodes(catalog: Reader) -> dict[str, Node]:
         "FROM versions"
     )
     if not all(all(map(isinstance, row, _TYPES)) for row in rows):
-        raise Corrupt("the catalog holds a damaged row of a version; recreate it with: registry rebuild")
+        raise Corrupt("the catalog holds a damaged row of a version", "recreate it with: registry rebuild")
     ids = {f"{model}:v{version}": version_id for version_id, model, version, *_ in rows}
     edges: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for child, kind, parent in catalog.query("SELECT child, kind, parent FROM lineage ORDER BY rowid"):

@@ -144,7 +144,7 @@ def publish_all(
             if not (is_repeatable or stays):
                 break
             _renew(record, error)
-    raise Conflict(f"{what}: other processes kept changing the registry during the save; repeat it")
+    raise Conflict(f"{what}: other processes kept changing the registry during the save", "repeat it")
 
 
 def _renew(record: dict[str, Any], error: Stale) -> None:
@@ -164,8 +164,8 @@ def check_size(texts: Sequence[Mapping[str, str]], what: str) -> None:
     """
     if not all(texts):
         raise Unsupported(
-            f"{what}: its plain values take more than the {MAX_TEXT >> 20} MB that an entry of a shared registry holds; "
-            "put long lists into tensors or arrays"
+            f"{what}: its plain values take more than the {MAX_TEXT >> 20} MB that an entry of a shared registry holds",
+            "put long lists into tensors or arrays",
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from registry.catalog.lookups import Reader
 from registry.catalog.resolving import hint
 from registry.catalog.versions import Condition, metric_names
+from registry.log.metrics import bare
 from registry.store.errors import Invalid, NotFound
 from registry.store.text import quoted
 
@@ -69,14 +70,14 @@ def parse_condition(catalog: Reader, text: str, model: str | None = None) -> Con
             if joint.kind != "word" or joint.text.lower() != "and":
                 raise _wrong(joint.at, f"has {quoted(joint.text)} where 'and' should be")
         if len(parts) == _MOST:
-            raise Invalid(f"where has more than {_MOST} comparisons; give fewer")
+            raise Invalid(f"where has more than {_MOST} comparisons", "give fewer")
         if len(tokens) < 3:
             at = tokens[0].at if tokens else len(text) + 1
             raise _wrong(at, "has the beginning of a comparison")
         parts.append(_comparison(*tokens[:3], known=known, model=model))
         del tokens[:3]
     if not parts:
-        raise Invalid(f"where is empty; {_SHAPE}")
+        raise Invalid("where is empty", _SHAPE)
     return Condition(
         " AND ".join(f"({part.sql})" for part in parts), [one for part in parts for one in part.parameters]
     )
@@ -117,6 +118,7 @@ def _comparison(
     number = float(value.text)
     if field in FIELDS:
         return Condition(f"{FIELDS[field]} {compare} ?", [number])
+    field = bare(field)
     if field not in known:
         raise _no_such_name(name.at, field, known, model)
     sql = f"EXISTS (SELECT 1 FROM metrics c WHERE c.id = v.id AND c.name = ? AND c.value {compare} ?)"
@@ -154,16 +156,17 @@ def _stamp(moment: datetime.datetime) -> str:
 
 
 def _wrong(at: int, problem: str) -> Invalid:
-    return Invalid(f"where {problem}, at character {at}; {_SHAPE}")
+    return Invalid(f"where {problem}, at character {at}", _SHAPE)
 
 
 def _no_such_name(at: int, name: str, known: Sequence[str], model: str | None) -> NotFound:
     whose = f" of {model}" if model else ""
     names = ", ".join([*known[:20], *(["..."] if len(known) > 20 else []), *FIELDS])
-    near = hint(name, [*known, *FIELDS]).partition(";")[2] if name else ""
-    suggestion = f"{near.strip()} " if near.strip().startswith("did you mean") else ""
+    near = hint(name, [*known, *FIELDS]) if name else ""
+    suggestion = f"{near} " if near.startswith("did you mean") else ""
     return NotFound(
-        f"where names {quoted(name)} at character {at}, which no version{whose} has; {suggestion}there are {names}"
+        f"where names {quoted(name)} at character {at}, which no version{whose} has",
+        f"{suggestion}there are {names}",
     )
 
 

@@ -130,7 +130,7 @@ def head(connection: sqlite3.Connection) -> tuple[int, str, Position]:
         return int(found["seq"]), found["digest"], end
     except (KeyError, ValueError, TypeError):
         raise Damaged(
-            "the catalog does not say how much of the log it holds; run: registry rebuild"
+            "the catalog does not say how much of the log it holds", "run: registry rebuild"
         ) from None
 
 
@@ -162,14 +162,14 @@ def gaps_in(text: Any) -> list[str]:
     except (ValueError, TypeError, RecursionError):
         found = None
     if not isinstance(found, list) or not found or not all(isinstance(gap, str) for gap in found):
-        raise Damaged("the catalog does not say what is lost of the log; run: registry rebuild")
+        raise Damaged("the catalog does not say what is lost of the log", "run: registry rebuild")
     return found
 
 
 def not_before(journal: Journal, gap: object) -> Corrupt:
     """The error of a change that comes before a user has accepted that entries are lost."""
     advice = "nothing can be changed before: registry rebuild --adopt"
-    return Corrupt(f"{journal.folder}: {gap}; {advice}")
+    return Corrupt(f"{journal.folder}: {gap}", advice)
 
 
 def _unpacked(blob: Any) -> bytes:

@@ -170,7 +170,7 @@ class Database:
         """
         self.check_is_there()
         if not self.is_writable:
-            raise StorageError(f"{self.path}: cannot be written; ask its owner for access")
+            raise StorageError(f"{self.path}: cannot be written", "ask its owner for access")
 
     def check_is_there(self) -> None:
         """Check that the registry is still in its folder.
@@ -180,7 +180,7 @@ class Database:
         """
         if places.status_of(self.path) is None and not settings.are_there(self.root):
             raise NotFound(
-                f"{self.root}: the registry was renamed or deleted meanwhile; open it by its new name"
+                f"{self.root}: the registry was renamed or deleted meanwhile", "open it by its new name"
             )
 
     def identity(self, like: object = None) -> object:
@@ -277,8 +277,8 @@ class Database:
         version = schema.version(connection)
         if version is not None and version > schema.VERSION:
             raise Unsupported(
-                f"{self.path} has schema {version}, this version knows up to {schema.VERSION}; upgrade with: "
-                "pip install -U torch-registry"
+                f"{self.path} has schema {version}, this version knows up to {schema.VERSION}",
+                "upgrade with: pip install -U torch-registry",
             )
         return version == schema.VERSION and schema.is_ours(connection)
 
@@ -300,7 +300,7 @@ class Database:
             raise Invalid(f"{quoted(error.object)} is not valid Unicode text") from None
         except (sqlite3.DatabaseError, OverflowError, UnicodeDecodeError) as error:
             text = printable(str(error))
-            raise Damaged(f"{self.path}: {text}; recreate it with: registry rebuild") from error
+            raise Damaged(f"{self.path}: {text}", "recreate it with: registry rebuild") from error
 
     def _set_mode(self, connection: sqlite3.Connection) -> None:
         """Let readers and a writer work side by side where the file system allows it.
@@ -330,19 +330,19 @@ class Database:
             # For example, the write-ahead log was deleted while a program had it open.
             return Damaged(f"{self.path}: it, or what SQLite keeps beside it, was cut short")
         if "full" in text or code == sqlite3.SQLITE_IOERR_SHMSIZE:
-            return StorageError(f"{self.path}: no space left on the device; free some and repeat")
+            return StorageError(f"{self.path}: no space left on the device", "free some and repeat")
         if "unable to open" in text and not _can_open_files():
-            return StorageError(f"{self.path}: too many open files; raise the limit (ulimit -n) and repeat")
+            return StorageError(f"{self.path}: too many open files", "raise the limit (ulimit -n) and repeat")
         if "readonly" in text or "unable to open" in text:
-            return StorageError(f"{self.path}: cannot be written ({text}); ask its owner for access")
+            return StorageError(f"{self.path}: cannot be written ({text})", "ask its owner for access")
         if "locked" in text:
             return StorageError(
-                f"{self.path}: another process has kept the catalog locked for {BUSY_SECONDS} s; repeat"
+                f"{self.path}: another process has kept the catalog locked for {BUSY_SECONDS} s", "repeat"
             )
         if "no such" in text or "decode" in text:
-            return Damaged(f"{self.path}: {text}; recreate it with: registry rebuild")
+            return Damaged(f"{self.path}: {text}", "recreate it with: registry rebuild")
         limit = ", and what limits the size of files" if code == sqlite3.SQLITE_IOERR_WRITE else ""
-        return StorageError(f"{self.path}: {text}; check the disk{limit}")
+        return StorageError(f"{self.path}: {text}", f"check the disk{limit}")
 
 
 def _can_open_files() -> bool:

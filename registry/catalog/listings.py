@@ -262,5 +262,7 @@ def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pandas.
         # Lazy: loads pandas.
         import pandas
     except ImportError:
-        raise Unsupported("to_pandas needs pandas, which is not installed; run: pip install pandas") from None
+        raise Unsupported(
+            "to_pandas needs pandas, which is not installed", "run: pip install pandas"
+        ) from None
     return pandas.DataFrame(list(rows), columns=None if rows else list(columns))

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Protocol
 
+from registry.log.metrics import bare
 from registry.store.digest import is_digest
 from registry.store.errors import Corrupt
 from registry.store.locating import Location
@@ -59,7 +60,7 @@ def locate(query: Query, digests: Collection[str]) -> dict[str, Location]:
                 is_right and 0 <= start <= size and (base is coded is None or _is_difference(base, coded))
             ):
                 raise Corrupt(
-                    "the catalog holds a damaged row of a tensor; recreate it with: registry rebuild"
+                    "the catalog holds a damaged row of a tensor", "recreate it with: registry rebuild"
                 )
             rank = (damaged, base is not None, number)
             if digest not in found or rank < ranks[digest]:
@@ -103,7 +104,7 @@ def best_id(query: Query, model: str, metric: str, *, smallest: bool) -> tuple[s
             "SELECT t.id, t.value FROM metrics t JOIN versions v ON v.id = t.id "
             "WHERE t.model = ? AND t.name = ? AND t.value IS NOT NULL "
             f"ORDER BY t.value {direction}, v.version LIMIT 1",
-            [model, metric],
+            [model, bare(metric)],
         )
     return (str(rows[0][0]), float(rows[0][1])) if rows else None
 
@@ -121,4 +122,4 @@ def parsed(record: Any) -> Any:
         problem = "it is not an object"
     except (ValueError, TypeError, RecursionError) as error:
         problem = str(error)
-    raise Corrupt(f"the catalog holds a damaged record ({problem}); recreate it with: registry rebuild")
+    raise Corrupt(f"the catalog holds a damaged record ({problem})", "recreate it with: registry rebuild")

@@ -87,7 +87,7 @@ def remove_tag(catalog: Catalog, reference: str, tag: str) -> Version:
 
     def take_off(view: View, version: Version) -> list[Record]:
         if tag not in version.tags:
-            raise NotFound(f"{version.name} has no tag {quoted(tag)}{hint(tag, version.tags)}")
+            raise NotFound(f"{version.name} has no tag {quoted(tag)}", hint(tag, version.tags))
         return [{"op": "untag", "id": version.id, "tag": tag}]
 
     return _change(catalog, reference, take_off)
@@ -134,7 +134,8 @@ def remove(
             held = [f"alias {name}" for name in version.aliases] + [f"tag {name}" for name in version.tags]
             if held and not force:
                 raise Conflict(
-                    f"{version.name} is held by {', '.join(held)}; take that off first",
+                    f"{version.name} is held by {', '.join(held)}",
+                    "take that off first",
                     fix("or use", force=True),
                 )
         found[:] = versions.values()
@@ -150,7 +151,7 @@ def remove(
 def _check_alias(alias: str) -> None:
     check_name(alias, "alias")
     if alias in RESERVED_ALIASES:
-        raise Invalid(f"the alias {quoted(alias)} is kept by the registry; choose another name")
+        raise Invalid(f"the alias {quoted(alias)} is kept by the registry", "choose another name")
 
 
 def _change(catalog: Catalog, reference: str, records: Callable[[View, Version], list[Record]]) -> Version:

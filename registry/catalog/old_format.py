@@ -86,8 +86,8 @@ class OldFormat:
                 found = self._read(old)
                 if found.problems and not chooses:
                     raise Corrupt(
-                        f"{database.root}: {found.problems[0]}; nothing was changed, registry rebuild goes by the "
-                        "journal"
+                        f"{database.root}: {found.problems[0]}",
+                        "nothing was changed, registry rebuild goes by the journal",
                     )
                 ledger = self._written(found.state, old)
                 settings.switch_format(database.root)
@@ -174,8 +174,8 @@ class OldFormat:
                 if record["op"] not in format1.WRITTEN or is_unknown:
                     raise Corrupt(
                         f"{database.root / settings.NAME}: says format 1, but the log has had format "
-                        f"{settings.FORMAT}, as when an old copy of that file was put back; write "
-                        f"format = {settings.FORMAT} there"
+                        f"{settings.FORMAT}, as when an old copy of that file was put back",
+                        f"write format = {settings.FORMAT} there",
                     )
 
 

@@ -85,7 +85,7 @@ class Opening:
             found = found or self._made_anew(identity, writes)
             if found is not None:
                 return found
-        raise Corrupt(f"{database.path}: the catalog does not stay as it is made; check the disk")
+        raise Corrupt(f"{database.path}: the catalog does not stay as it is made", "check the disk")
 
     def _as_it_is(self, identity: object, writes: bool) -> Opened | None:
         """The catalog's file as it lies there, once it has caught up; None if it has to be made anew."""

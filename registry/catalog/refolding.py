@@ -220,7 +220,7 @@ def _rescued(database: Database) -> list[int]:
 
 
 def _forked(database: Database, fork: Fork) -> Corrupt:
-    return Corrupt(f"{database.root}: {fork}; put the newer one back, or remove the other")
+    return Corrupt(f"{database.root}: {fork}", "put the newer one back, or remove the other")
 
 
 def _healed(

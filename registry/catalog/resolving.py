@@ -35,27 +35,27 @@ def resolve(catalog: Reader, text: str) -> Version:
             return matches[0]
         if matches:
             raise ambiguous(prefix, matches)
-    raise NotFound(_missing(catalog, reference) + _gaps(catalog))
+    raise _missing(catalog, reference)
 
 
 def ambiguous(prefix: str, matches: Sequence[Version]) -> Conflict:
     """The error about the beginning of several ids."""
     names = ", ".join(f"{version.name} ({version.id[:12]})" for version in matches)
-    return Conflict(f"{prefix} is the beginning of several ids: {names}; give more digits")
+    return Conflict(f"{prefix} is the beginning of several ids: {names}", "give more digits")
 
 
 def no_such_metric(catalog: Reader, model: str | None, metric: str) -> NotFound:
     """The error of asking for a metric that no version (of a model) has."""
     having = f"no version of {model} has" if model else "no version has"
-    return NotFound(f"{having} the metric {quoted(metric)}{hint(metric, metric_names(catalog, model))}")
+    return NotFound(f"{having} the metric {quoted(metric)}", hint(metric, metric_names(catalog, model)))
 
 
 def hint(text: str, names: Sequence[str]) -> str:
-    """The end of an error about a name that does not exist: suggest the nearest one, or list some."""
+    """The advice of an error about a name that does not exist: suggest the nearest one, or list some; empty for none."""
     near = [name for name in names if name.startswith(text)] or difflib.get_close_matches(text, names, 1)
     if near:
-        return f"; did you mean {quoted(near[0])}?"
-    some = f"; there are {', '.join(sorted(names)[:5])}" if names else ""
+        return f"did you mean {quoted(near[0])}?"
+    some = f"there are {', '.join(sorted(names)[:5])}" if names else ""
     return f"{some} and {len(names) - 5} more" if len(names) > 5 else some
 
 
@@ -89,24 +89,21 @@ def _find(catalog: Reader, reference: Reference) -> list[Version]:
     return find_versions(catalog, "v.model = ?", [reference.model], limit=1)
 
 
-def _missing(catalog: Reader, reference: Reference) -> str:
-    """What to say of a reference that names no version."""
+def _missing(catalog: Reader, reference: Reference) -> NotFound:
+    """The error about a reference that names no version."""
+    # What is missing may be named in a part of the log that cannot be read.
+    has_gaps = catalog.query("SELECT 1 FROM state WHERE key = 'gaps'")
+    gaps = "a part of the log cannot be read, registry verify says which" if has_gaps else ""
     versions = catalog.query(
         "SELECT version FROM versions WHERE model = ? ORDER BY version DESC LIMIT 5", [reference.model]
     )
     if not versions:
         models = [row[0] for row in catalog.query("SELECT DISTINCT model FROM versions")]
-        return f"there is no model {quoted(reference.model)}{hint(reference.model, models)}"
+        return NotFound(f"there is no model {quoted(reference.model)}", hint(reference.model, models), gaps)
     if reference.alias:
         rows = catalog.query("SELECT name FROM aliases WHERE model = ?", [reference.model])
         meant = hint(reference.alias, [row[0] for row in rows] + ["latest"])
-        return f"{reference.model} has no alias {quoted(reference.alias)}{meant}"
+        return NotFound(f"{reference.model} has no alias {quoted(reference.alias)}", meant, gaps)
     newest = ", ".join(f"v{row[0]}" for row in versions)
-    return f"{reference.model} has no version v{reference.version}; its newest are {newest}"
-
-
-def _gaps(catalog: Reader) -> str:
-    """The end of an error where the log is damaged: what is missing may be named in a part that cannot be read."""
-    if catalog.query("SELECT 1 FROM state WHERE key = 'gaps'"):
-        return "; a part of the log cannot be read, registry verify says which"
-    return ""
+    what = f"{reference.model} has no version v{reference.version}"
+    return NotFound(what, f"its newest are {newest}", gaps)

@@ -128,7 +128,7 @@ class Runs:
                 own = name
                 if name in taken or (self._root / "runs" / model / name).exists():
                     raise Conflict(
-                        f"{model} has a run {quoted(name)} already; choose another name, or leave it out"
+                        f"{model} has a run {quoted(name)} already", "choose another name, or leave it out"
                     )
             return [{"op": "run", "name": f"{model}/{own}", "model": model, "at": started, "record": record}]
 
@@ -264,7 +264,7 @@ def _one(catalog: Reader, name: str) -> RunInfo:
     rows = catalog.query(f"{_ROWS} WHERE name = ?", [name])
     if not rows:
         names = [row[0] for row in catalog.query("SELECT name FROM runs")]
-        raise NotFound(f"there is no run {quoted(name)}{hint(name, names)}")
+        raise NotFound(f"there is no run {quoted(name)}", hint(name, names))
     return _info(rows[0])
 
 

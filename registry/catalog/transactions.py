@@ -57,7 +57,7 @@ class View:
         ((newest,),) = self.query("SELECT MAX(version) FROM versions WHERE model = ?", [model])
         number, again = rows[0] if rows else (1, 1)
         if type(number) is not int or number != again or (newest or 0) >= number:
-            raise Damaged(f"the catalog does not know the next version of {model}; run: registry rebuild")
+            raise Damaged(f"the catalog does not know the next version of {model}", "run: registry rebuild")
         return number
 
 
@@ -194,7 +194,8 @@ def _harmless(shared: Shared, change: Change, news: Iterator[Entry]) -> Generato
                 if problem:
                     raise Corrupt(
                         f"{shared.url}: entry {entry.seq} of the log is not sound: {problem}. A broken program wrote it. "
-                        "Nothing is written; remove it and all behind it from journal/"
+                        "Nothing is written",
+                        "remove it and all behind it from journal/",
                     )
             yield entry
     finally:
@@ -258,9 +259,9 @@ def commit(database: Database, held: Held, compute: Callable[[View], Sequence[Re
         try:
             change.take(entry)
         except Refused as error:
-            raise Damaged(f"{database.path}: {error}; run: registry rebuild") from None
+            raise Damaged(f"{database.path}: {error}", "run: registry rebuild") from None
         if problem := broken_by(change, entry, store):
-            raise Damaged(f"{database.path}: {problem}; run: registry rebuild")
+            raise Damaged(f"{database.path}: {problem}", "run: registry rebuild")
         change.keep(entry)
         if database.shared is not None:
             database.shared.add(entry)
@@ -348,7 +349,8 @@ def adopt(
         now = refold_in_place(database, change, connection).ledger
         if now.digest != digest or now.has_gaps:
             raise Corrupt(
-                f"{journal.folder}: what was adopted does not follow from the log; check the disk, and repeat"
+                f"{journal.folder}: what was adopted does not follow from the log",
+                "check the disk, and repeat",
             )
     return records
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from registry.catalog.lookups import Reader, batches, best_id, marks, parsed
 from registry.log.facts import check_shown, facts_of
-from registry.log.metrics import is_metric
+from registry.log.metrics import bare, is_metric
 from registry.log.reference import is_name
 from registry.store.digest import is_digest
 from registry.store.errors import Corrupt
@@ -43,8 +43,8 @@ class Version(NamedTuple):
         return f"{self.model}:{'pending-' if self.is_pending else 'v'}{self.version}"
 
     def value(self, metric: str | None) -> float | None:
-        """The value of a metric, or of `loss`; None if it has none."""
-        return self.loss if metric == "loss" else self.metrics.get(metric or "")
+        """The value of a metric, or of `loss`; None if it has none. `metrics.loss` is a metric that is called so."""
+        return self.loss if metric == "loss" else self.metrics.get(bare(metric or ""))
 
 
 class Model(NamedTuple):
@@ -180,7 +180,7 @@ def values_by_model(catalog: Reader, metric: str) -> dict[str, list[float]]:
             "SELECT v.model, m.value FROM metrics m JOIN versions v ON v.id = m.id "
             "WHERE m.name = ? AND m.value IS NOT NULL ORDER BY v.model, v.version"
         )
-        given = [metric]
+        given = [bare(metric)]
     found: dict[str, list[float]] = {}
     for model, value in catalog.query(sql, given):
         if isinstance(value, float):
@@ -218,7 +218,7 @@ def values_by_id(catalog: Reader, metric: str) -> dict[str, float]:
     if metric == "loss":
         rows = catalog.query("SELECT id, loss FROM versions")
     else:
-        rows = catalog.query("SELECT id, value FROM metrics WHERE name = ?", [metric])
+        rows = catalog.query("SELECT id, value FROM metrics WHERE name = ?", [bare(metric)])
     return {version_id: value for version_id, value in rows if isinstance(value, float)}
 
 
@@ -248,7 +248,7 @@ def list_models(catalog: Reader) -> list[Model]:
     latest = find_versions(catalog, f"(v.model, v.version) IN ({newest})")
     by_model = {version.model: version for version in latest}
     if any(name not in by_model for name, _ in rows):
-        raise Corrupt("the catalog contradicts itself about a model; recreate it with: registry rebuild")
+        raise Corrupt("the catalog contradicts itself about a model", "recreate it with: registry rebuild")
     best, own = _best_versions(catalog), own_by_model(catalog)
     return [
         Model(name, count, by_model[name], best=best.get(name), own=own.get(name, 0)) for name, count in rows
@@ -298,7 +298,8 @@ def rank_versions(
     """
     where, parameters = _filter(model, tag, also)
     direction = "ASC" if smallest else "DESC"
-    if metric == "loss":
+    is_loss, metric = metric == "loss", bare(metric)
+    if is_loss:
         where += " AND v.loss IS NOT NULL"
         order = f"v.loss {direction}"
     else:
@@ -308,7 +309,7 @@ def rank_versions(
         parameters.append(metric)
         order = f"(SELECT value FROM metrics t WHERE t.id = v.id AND t.name = ?) {direction}"
     ((total,),) = catalog.query(f"SELECT COUNT(*) FROM versions v WHERE {where}", parameters)
-    if metric != "loss" and model is not None and limit is not None:
+    if not is_loss and model is not None and limit is not None:
         # By the index, instead of a value for each version of the model.
         rows = catalog.query(
             f"SELECT v.id FROM metrics t JOIN versions v ON v.id = t.id WHERE t.model = ? AND t.name = ? AND {where} "
@@ -322,7 +323,7 @@ def rank_versions(
             for one in find_versions(catalog, f"v.id IN ({marks(part)})", part)
         ]
         return sorted(best, key=lambda one: places[one.id]), total
-    if metric != "loss":
+    if not is_loss:
         parameters.append(metric)
     found = find_versions(catalog, where, parameters, order=f"{order}, v.model, v.version", limit=limit)
     return found, total
@@ -393,7 +394,7 @@ def _checked(row: tuple[Any, ...]) -> tuple[Any, ...]:
         Corrupt: if a value has another type than the table's.
     """
     if not all(map(isinstance, row, _TYPES)) or not is_digest(row[0]):
-        raise Corrupt("the catalog holds a damaged row of a version; recreate it with: registry rebuild")
+        raise Corrupt("the catalog holds a damaged row of a version", "recreate it with: registry rebuild")
     record = parsed(row[9])
     check_shown(record)
     record.setdefault("components", {})
@@ -429,7 +430,7 @@ def _check_attached(
     for row in (row for rows in found.values() for row in rows):
         if not all(map(isinstance, row, types)) or not is_right(row[0]):
             raise Corrupt(
-                "the catalog holds a damaged name, note or metric; recreate it with: registry rebuild"
+                "the catalog holds a damaged name, note or metric", "recreate it with: registry rebuild"
             )
 
 

@@ -42,7 +42,8 @@ def build(home: Home, reference: str, *, component: str = "model") -> nn.Module:
     if kind := about.get("unrecorded"):
         raise Invalid(
             f"{checkpoint.name} does not record its network's configuration, a {quoted(kind)}: it is not a Config, and "
-            f"gives no plain values; {advice}"
+            "gives no plain values",
+            advice,
         )
     if made.load is not None:
         state = checkpoint.state_dict(component, copy=True)
@@ -56,8 +57,9 @@ def build(home: Home, reference: str, *, component: str = "model") -> nn.Module:
         if about.get("network"):
             raise
         raise Incompatible(
-            f"{error}; {checkpoint.name} does not record how its network was made, and the builder {quoted(made.name)} "
-            f"makes another by default: {advice}"
+            f"{error.message}; {checkpoint.name} does not record how its network was made, and the builder "
+            f"{quoted(made.name)} makes another by default",
+            advice,
         ) from None
     return network.eval()
 

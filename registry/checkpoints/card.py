@@ -11,6 +11,7 @@ from registry.checkpoints.checkpoint import Checkpoint
 from registry.checkpoints.counting import networks
 from registry.configs.documents import flatten
 from registry.home import Home
+from registry.log.metrics import with_metrics
 from registry.release import VERSION
 from registry.reports.blocks import Block, Code, Column, Lines, Table, Title
 from registry.reports.words import counted, number, size, time_of
@@ -82,7 +83,7 @@ def _by_hand(meta: Mapping[str, Any], config: Mapping[str, Any]) -> list[Block]:
 
 
 def _results(checkpoint: Checkpoint) -> list[tuple[str, str]]:
-    measured = {**checkpoint.metrics, "loss": checkpoint.loss}
+    measured = {**with_metrics({}, checkpoint.metrics), "loss": checkpoint.loss}
     found = [(name, number(value)) for name, value in measured.items() if value is not None]
     reached = {"epochs": checkpoint.epoch, "steps": checkpoint.step}
     return found + [(name, f"{value:,}") for name, value in reached.items() if value is not None]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from registry.catalog.ancestry import children
 from registry.catalog.resolving import resolve
 from registry.catalog.versions import Version, name_of
+from registry.log.metrics import with_metrics
 from registry.reports import notebook
 from registry.reports.blocks import Column
 from registry.reports.words import counted, number, shape, size, time_of
@@ -307,7 +308,8 @@ class Checkpoint:
     def _parts(self) -> Iterator[notebook.Part]:
         """What a notebook shows of it."""
         yield notebook.heading(self.name, " ".join((self.id[:12], *self.aliases)))
-        measured = {"epoch": self.epoch, "step": self.step, "loss": self.loss, **self.metrics}
+        fields = {"epoch": self.epoch, "step": self.step, "loss": self.loss}
+        measured = with_metrics(fields, self.metrics)
         yield notebook.facts(
             [
                 *(
@@ -400,7 +402,8 @@ class Checkpoint:
 
     def _facts(self) -> list[tuple[str, Any]]:
         facts: list[tuple[str, Any]] = [("name", self.name), ("id", self.id[:12])]
-        named = {"epoch": self.epoch, "step": self.step, "loss": self.loss, **self.metrics}
+        fields = {"epoch": self.epoch, "step": self.step, "loss": self.loss}
+        named = with_metrics(fields, self.metrics)
         for key, value in named.items():
             if value is not None:
                 facts.append((key, f"{value:.5g}" if isinstance(value, float) else value))

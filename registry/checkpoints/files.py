@@ -60,7 +60,7 @@ def attach(home: Home, reference: str, paths: Sequence[Path | str], *, force: bo
     names = [_name_of(Path(path)) for path in paths]
     for name in names:
         if name in kept or names.count(name) > 1:
-            raise Invalid(f"there is a file {quoted(name)} already; give yours another name")
+            raise Invalid(f"there is a file {quoted(name)} already", "give yours another name")
     contents = [contents_of(Path(os.path.realpath(path))) for path in paths]
     digests = [digest(memoryview(data)) for _, data in contents]
     # Equal files are one artifact.
@@ -122,7 +122,7 @@ def read_file(home: Home, reference: str, name: str) -> bytes:
     kept = checkpoint.files
     if name not in kept:
         raise NotFound(
-            f"{checkpoint.name} has no file {quoted(name)}; registry files {checkpoint.name} lists them"
+            f"{checkpoint.name} has no file {quoted(name)}", f"registry files {checkpoint.name} lists them"
         )
     return kept[name]
 
@@ -134,7 +134,7 @@ def _name_of(path: Path) -> str:
     if not path.is_file():
         raise Invalid(f"{shown}: not a regular file")
     if printable(name) != name or len(name) > MAX_NAME:
-        raise Invalid(f"{shown}: a file that is attached cannot be called so; rename it")
+        raise Invalid(f"{shown}: a file that is attached cannot be called so", "rename it")
     return name
 
 

@@ -177,8 +177,9 @@ def _shared_or_kept(
             outbox.watch(model, best_by)
         saved = saved_in(outbox.home)
         kept = Checkpoint(outbox.home.store, saved.row._replace(is_pending=True), outbox.home.catalog)
-        reason = str(error).removesuffix("; repeat")
-        _logger.warning("%s; the version is kept on this computer as %s, and shared later", reason, kept.name)
+        _logger.warning(
+            "%s; the version is kept on this computer as %s, and shared later", error.message, kept.name
+        )
         return kept
 
 

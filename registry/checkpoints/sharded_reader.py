@@ -87,7 +87,7 @@ class RegistryReader(StorageReader):
         names = sorted({str(plan.storage_data) for plan in plans})
         if len(names) > 1:
             raise Conflict(
-                f"the processes would read different checkpoints, {', '.join(names)}; name the version"
+                f"the processes would read different checkpoints, {', '.join(names)}", "name the version"
             )
         return plans
 
@@ -130,8 +130,9 @@ class RegistryReader(StorageReader):
         self._manifest = checkpoint.store.manifest(checkpoint.id)
         if RECORD not in self._manifest.record:
             raise Incompatible(
-                f"{checkpoint.name} was not written by dcp.save; restore it before the network is sharded: "
-                f"registry['{checkpoint.name}'].restore(model=model)"
+                f"{checkpoint.name} was not written by dcp.save",
+                f"restore it before the network is sharded: "
+                f"registry['{checkpoint.name}'].restore(model=model)",
             )
         self._flat = FlatNames(self._manifest)
         self.checkpoint = checkpoint

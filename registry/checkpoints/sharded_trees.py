@@ -189,7 +189,7 @@ def _paths(metadata: Metadata) -> dict[str, KeyPath] | None:
     ):
         return {str(name): tuple(path) for name, path in data.items()}
     raise Unsupported(
-        "the planner keeps data of its own, which is not the path of each name; use another planner"
+        "the planner keeps data of its own, which is not the path of each name", "use another planner"
     )
 
 
@@ -212,7 +212,7 @@ def _places(
     for name in loose:
         (key,) = found[name]
         if key in taken or (home,) in found.values():
-            raise Invalid(f"{quoted(str(key))} stands beside {quoted(home)}; put it into {quoted(home)}")
+            raise Invalid(f"{quoted(str(key))} stands beside {quoted(home)}", f"put it into {quoted(home)}")
         found[name] = (home, key)
     return found
 

@@ -213,6 +213,6 @@ def _value(planner: SavePlanner, item: WriteItem) -> Any:
         return torch.load(data, weights_only=True)
     except Exception as error:
         raise Unsupported(
-            f"{item.index.fqn}: {own.__qualname__} makes bytes of it that are not plain values of torch.save; "
-            "store tensors, numbers, strings, or dicts, lists and tuples of them"
+            f"{item.index.fqn}: {own.__qualname__} makes bytes of it that are not plain values of torch.save",
+            "store tensors, numbers, strings, or dicts, lists and tuples of them",
         ) from error

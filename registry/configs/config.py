@@ -74,7 +74,8 @@ class Config(BaseModel):
         try:
             return cls.model_validate_json(text, strict=True)
         except ValidationError as error:
-            raise Invalid(_prefix(source) + _explain(cls, error)) from None
+            what, advice = _explain(cls, error)
+            raise Invalid(_prefix(source) + what, advice) from None
 
     def override(self, *assignments: str) -> Self:
         """A copy with values replaced, as by `--set`: `config.override("optimizer.lr=1e-3")`.
@@ -162,25 +163,27 @@ def _prefix(source: str) -> str:
     return f"{source}: " if source else ""
 
 
-def _explain(cls: type[BaseModel], error: ValidationError) -> str:
-    """The first problem in full, and how many more there are."""
+def _explain(cls: type[BaseModel], error: ValidationError) -> tuple[str, str]:
+    """The first problem in full, and how many more there are; what to do, or an empty text."""
     problems = error.errors(include_url=False, include_context=False)
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return _problem(cls, problems[0]) + more
+    what, advice = _problem(cls, problems[0])
+    return what + more, advice
 
 
-def _problem(cls: type[BaseModel], problem: ErrorDetails) -> str:
+def _problem(cls: type[BaseModel], problem: ErrorDetails) -> tuple[str, str]:
     place = problem["loc"]
     name = quoted(".".join(map(str, place)) or "the document").strip("'")
     if problem["type"] == "extra_forbidden":
         known = _fields_at(cls, place[:-1])
         near = difflib.get_close_matches(str(place[-1]), known, 1)
         hint = f"known are {', '.join(known[:8])}" if known else "remove it"
-        return f"{name} is not a known key; {f'did you mean {near[0]}?' if near else hint}"
+        return f"{name} is not a known key", f"did you mean {near[0]}?" if near else hint
     if problem["type"] == "missing":
-        return f"{name} is missing; add it"
+        return f"{name} is missing", "add it"
     expected = problem["msg"].replace("Input should be", "expected").replace("Value error, ", "")
-    return f"{name} is {quoted(json.dumps(problem['input'], default=str))[1:-1]}; {printable(expected)}"
+    given = quoted(json.dumps(problem["input"], default=str))[1:-1]
+    return f"{name} is {given}; {printable(expected)}", ""
 
 
 def _fields_at(cls: type[BaseModel], place: Sequence[int | str]) -> list[str]:

@@ -56,7 +56,7 @@ def read_document(path: Path | str, form: str = "") -> Document:
     shown = printable(str(path))
     parse = _PARSERS.get(form or path.suffix.lower())
     if parse is None:
-        raise Unsupported(f"{shown}: unknown kind of file; name one that ends in {', '.join(SUFFIXES)}")
+        raise Unsupported(f"{shown}: unknown kind of file", f"name one that ends in {', '.join(SUFFIXES)}")
     with storage_errors(path):
         if not path.is_file():
             raise NotFound(f"{shown}: there is no such file")
@@ -72,7 +72,7 @@ def read_document(path: Path | str, form: str = "") -> Document:
     except RecursionError:
         raise Invalid(f"{shown}: nested deeper than {MAX_DEPTH} levels") from None
     except Invalid as error:
-        raise Invalid(f"{shown}: {error}") from None
+        raise error.about(shown) from None
     except ValueError as error:
         # A number has too many digits, in any of the three formats.
         raise Invalid(f"{shown}: {printable(str(error).partition(';')[0])}") from None
@@ -235,7 +235,7 @@ def _parse_yaml(text: str) -> Any:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         problem = ", ".join(part for part in (error.context, error.problem) if part)
-        raise Invalid(f"{where}{printable(problem)}") from None
+        raise Invalid(f"{where}{printable(problem)}", printable(error.note or "")) from None
     except yaml.YAMLError as error:
         raise Invalid(printable(str(error).partition("\n")[0])) from None
 
@@ -249,11 +249,17 @@ def _yaml_loader() -> type[yaml.SafeLoader]:
         def compose_node(self, parent: Any, index: Any) -> Any:
             event = self.peek_event()  # type: ignore[no-untyped-call]
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                refused = "anchors and aliases are not read; write the value out"
-                raise yaml.MarkedYAMLError(problem=refused, problem_mark=event.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem="anchors and aliases are not read",
+                    problem_mark=event.start_mark,
+                    note="write the value out",
+                )
             if getattr(event, "tag", None):
-                refused = "tags are not read; write the plain value, text in quotes"
-                raise yaml.MarkedYAMLError(problem=refused, problem_mark=event.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem="tags are not read",
+                    problem_mark=event.start_mark,
+                    note="write the plain value, text in quotes",
+                )
             return super().compose_node(parent, index)
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -262,8 +268,9 @@ def _yaml_loader() -> type[yaml.SafeLoader]:
                 key = self.construct_object(key_node, deep=True)
                 if not isinstance(key, str):
                     raise yaml.MarkedYAMLError(
-                        problem=f"the key {quoted(str(key))} is not text; put it in quotes",
+                        problem=f"the key {quoted(str(key))} is not text",
                         problem_mark=key_node.start_mark,
+                        note="put it in quotes",
                     )
                 if key in seen:
                     raise yaml.MarkedYAMLError(
@@ -320,9 +327,9 @@ def _check(value: Any, path: str, depth: int) -> None:
         for i, item in enumerate(value):
             _check(item, f"{path}.{i}", depth + 1)
     elif value is not None and type(value) not in (str, int, float, bool):
-        raise Invalid(f"{quoted(path)} is a {type(value).__name__}; put it in quotes")
+        raise Invalid(f"{quoted(path)} is a {type(value).__name__}", "put it in quotes")
     elif isinstance(value, str) and _HALF_CHARACTER.search(value):
-        raise Invalid(f"{quoted(path)} holds half a character (a lone surrogate); write the whole one")
+        raise Invalid(f"{quoted(path)} holds half a character (a lone surrogate)", "write the whole one")
 
 
 def _equal(left: Any, right: Any) -> bool:

@@ -100,15 +100,15 @@ def _plain(value: Any, path: str) -> Any:
     if isinstance(value, Mapping):
         found = {_key(key, path): _plain(item, f"{path}.{key}") for key, item in value.items()}
         if len(found) < len(value):
-            raise Invalid(f"{quoted(path)} has two keys that are recorded as the same text; rename one")
+            raise Invalid(f"{quoted(path)} has two keys that are recorded as the same text", "rename one")
         return found
     if isinstance(value, list | tuple | collections.deque):
         return [_plain(item, f"{path}[{i}]") for i, item in enumerate(value)]
     if (fields := _fields(value)) is not None:
         return _plain(fields, path)
-    advice = "; it has no order, give sorted(...)" if isinstance(value, set | frozenset) else ""
+    order = "; it has no order, give sorted(...)" if isinstance(value, set | frozenset) else ""
     raise Invalid(
-        f"{quoted(path)} is a {kind.__qualname__}, which cannot be recorded; give plain values{advice}"
+        f"{quoted(path)} is a {kind.__qualname__}, which cannot be recorded", f"give plain values{order}"
     )
 
 
@@ -128,7 +128,7 @@ def _key(key: Any, path: str) -> str:
     if isinstance(key, enum.Enum):
         key = key.value
     if not isinstance(key, str):
-        raise Invalid(f"{quoted(path)} has the key {quoted(repr(key))}; keys must be texts, give str(key)")
+        raise Invalid(f"{quoted(path)} has the key {quoted(repr(key))}", "keys must be texts, give str(key)")
     if key.startswith("$"):
         raise Invalid(f"{quoted(path)} has the key {quoted(key)}; a key cannot begin with '$'")
     return str.__str__(key)
@@ -148,5 +148,6 @@ def _of_library(value: Any, path: str) -> Any:
     if kind.__qualname__ == "Size":
         return [int(size) for size in value]
     raise Invalid(
-        f"{quoted(path)} is a {kind.__qualname__}, which cannot be recorded; give plain values, such as .tolist()"
+        f"{quoted(path)} is a {kind.__qualname__}, which cannot be recorded",
+        "give plain values, such as .tolist()",
     )

@@ -73,7 +73,7 @@ def _file(folder: Path, name: str) -> Path:
         raise Invalid(f"names the file {quoted(name)}, which is not called like one that dcp.save writes")
     path = inside(folder, name)
     if not os.path.exists(path):
-        raise NotFound(f"the file {quoted(name)} that it names is not there; copy the whole folder")
+        raise NotFound(f"the file {quoted(name)} that it names is not there", "copy the whole folder")
     return path
 
 
@@ -82,7 +82,9 @@ def _check_lengths(entries: list[Entry], sizes: Mapping[str, int]) -> None:
     for place in (piece.place for entry in entries for piece in entry.pieces):
         if place.offset + place.length > sizes[place.file]:
             size = sizes[place.file]
-            raise Invalid(f"the file {quoted(place.file)} is cut short: it has {size:,} bytes; copy it again")
+            raise Invalid(
+                f"the file {quoted(place.file)} is cut short: it has {size:,} bytes", "copy it again"
+            )
 
 
 def _values(entries: list[Entry], files: Mapping[str, Path], left_out: dict[str, str]) -> dict[str, Any]:

@@ -181,8 +181,8 @@ class _Unpickler(pickle._Unpickler):
         if found is None:
             named = printable(f"{module}.{name}")[:80]
             raise Unsupported(
-                f"loading it could run code ({named}); "
-                "save it again with dcp.save, from plain dicts of tensors and numbers"
+                f"loading it could run code ({named})",
+                "save it again with dcp.save, from plain dicts of tensors and numbers",
             )
         return found
 
@@ -257,8 +257,8 @@ def _place(name: str, storage: Mapping[str, Any]) -> Place:
         raise Invalid(f"the place of {quoted(str(name))} is outside its file")
     if storage.get("transform_descriptors"):
         raise Unsupported(
-            f"{quoted(str(name))} was changed by extensions while it was written; "
-            "load it in the program that has them, and save it with dcp.save without extensions"
+            f"{quoted(str(name))} was changed by extensions while it was written",
+            "load it in the program that has them, and save it with dcp.save without extensions",
         )
     return Place(file, offset, length)
 
@@ -288,7 +288,7 @@ def _tensor(name: str, path: tuple[str | int, ...], about: Mapping[str, Any], pl
         raise Invalid(f"malformed: {quoted(name)} has no dtype")
     if layout != "torch.strided":
         raise Unsupported(
-            f"{quoted(name)} is a tensor of layout {quoted(str(layout))[:40]}; make it dense first"
+            f"{quoted(name)} is a tensor of layout {quoted(str(layout))[:40]}", "make it dense first"
         )
     shape = _numbers(about["size"])
     if math.prod(max(size, 1) for size in shape) >= 1 << 62:

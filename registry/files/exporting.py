@@ -72,11 +72,11 @@ def export(
     form = format_of(path.name)
     if form is None:
         raise Unsupported(
-            f"{printable(str(path))}: unknown kind of file; name one that ends in {listed(SUFFIXES)}, or end it in / for a "
-            "folder"
+            f"{printable(str(path))}: unknown kind of file",
+            f"name one that ends in {listed(SUFFIXES)}, or end it in / for a folder",
         )
     if max_shard_size is not None:
-        raise Invalid(f"{printable(str(path))}: only a folder has shards; end it in / for a folder")
+        raise Invalid(f"{printable(str(path))}: only a folder has shards", "end it in / for a folder")
     form.write(checkpoint, component, Outgoing(path, force=force, progress=progress), verify=verify)
     return path
 

@@ -114,12 +114,12 @@ def checkout(
         trainer = TRAINERS["accelerate"]
     if trainer is None:
         raise Unsupported(
-            f"{checkpoint.name} did not come from transformers' Trainer or from Accelerate; resume it in its program with "
-            "restore()"
+            f"{checkpoint.name} did not come from transformers' Trainer or from Accelerate",
+            "resume it in its program with restore()",
         )
     if "thinned-from" in checkpoint.record:
         raise Unsupported(
-            f"{checkpoint.name} has been thinned and has no optimizer any more; take a version that has"
+            f"{checkpoint.name} has been thinned and has no optimizer any more", "take a version that has"
         )
     return _write(
         checkpoint,
@@ -206,7 +206,8 @@ def _network(
     name = component or next((name for name in _NETWORKS if name in checkpoint.components), None)
     if name is None:
         raise NotFound(
-            f"{checkpoint.name} has no component model; name one of {', '.join(checkpoint.components)} as component"
+            f"{checkpoint.name} has no component model",
+            f"name one of {', '.join(checkpoint.components)} as component",
         )
     return name, checkpoint.state_dict(name, verify=verify) if state is None else state
 

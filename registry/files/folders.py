@@ -40,7 +40,7 @@ from registry.files.states import read_states, trainer_of
 from registry.files.torch_files import read_torch_file
 from registry.live.builders import network_of
 from registry.log.metrics import is_metric
-from registry.store.errors import Conflict, Invalid, Missing, RegistryError, storage_errors
+from registry.store.errors import Conflict, Invalid, Missing, RegistryError, Unsupported, storage_errors
 from registry.store.pack import contents_of
 from registry.store.text import printable, quoted
 from registry.store.tree import encode
@@ -117,7 +117,7 @@ def read_folder(folder: Path) -> Imported:
             # A state may be unreadable only because somebody was writing to it.
             if stamps.setdefault(folder / name, stamp) != stamp:
                 shown = printable(str(folder / name))
-                raise Conflict(f"{shown}: changed while it was read; repeat it when nobody writes to it")
+                raise Conflict(f"{shown}: changed while it was read", "repeat it when nobody writes to it")
     if kept:
         components[FILES] = kept
     source = imported.source | {"weights": list(weights)} | ({"folder": trainer.name} if trainer else {})
@@ -155,8 +155,8 @@ def listing(folder: Path) -> tuple[list[str], dict[str, str]]:
                 names.append(name)
             if len(names) + len(left_out) + len(pending) > _MAX_NAMES:
                 raise Invalid(
-                    f"{printable(str(folder))}: holds more than {_MAX_NAMES:,} files and folders; "
-                    "import a folder of its own for each checkpoint"
+                    f"{printable(str(folder))}: holds more than {_MAX_NAMES:,} files and folders",
+                    "import a folder of its own for each checkpoint",
                 )
     return sorted(names), left_out
 
@@ -208,16 +208,15 @@ def _weights(folder: Path, names: Collection[str], left_out: Mapping[str, str]) 
             return _single(folder, found)
     if METADATA in top and any(name.endswith(PARTS) for name in top):
         return [METADATA]
-    kind = kind_of_folder(folder, os.listdir(folder))
+    kind: Invalid | Unsupported | None = kind_of_folder(folder, os.listdir(folder))
     for name in left_out:
         if name in _WEIGHTS or name.endswith((SAFETENSORS, *INDEXES)):
-            advice = "; copy the folder with: cp -rL" if (folder / name).is_symlink() else ""
-            kind = f"{quoted(name)} is {left_out[name]}{advice}"
+            advice = "copy the folder with: cp -rL" if (folder / name).is_symlink() else ""
+            kind = Invalid(f"{quoted(name)} is {left_out[name]}", advice)
     if kind is None and (found := [name for name in top if format_of(name)]):
         return _single(folder, found)
-    raise Invalid(
-        f"{printable(str(folder))}: {kind or f'holds no index and no tensors; readable are {FORMS}'}"
-    )
+    kind = kind or Invalid("holds no index and no tensors", f"readable are {FORMS}")
+    raise Invalid(f"{printable(str(folder))}: {kind.message}", *kind.fixes)
 
 
 def _single(folder: Path, found: list[str]) -> list[str]:
@@ -229,7 +228,7 @@ def _single(folder: Path, found: list[str]) -> list[str]:
     if len(found) > 1:
         listed = ", ".join(quoted(name) for name in found[:3])
         more = ", ..." if len(found) > 3 else ""
-        raise Invalid(f"{printable(str(folder))}: holds {listed}{more}; name one of them")
+        raise Invalid(f"{printable(str(folder))}: holds {listed}{more}", "name one of them")
     return found
 
 
@@ -268,7 +267,7 @@ def _there(folder: Path, name: str) -> Iterator[None]:
     except (FileNotFoundError, NotADirectoryError, Missing) as error:
         shown = printable(str(folder / name))
         raise Conflict(
-            f"{shown}: was removed while the folder was read; repeat it when nobody writes there"
+            f"{shown}: was removed while the folder was read", "repeat it when nobody writes there"
         ) from error
 
 

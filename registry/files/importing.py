@@ -68,7 +68,9 @@ def import_checkpoint(
         if _was_rewritten(path, stamp):
             remove(home.catalog, [checkpoint.name], force=True)
             shown = printable(str(path))
-            raise Conflict(f"{shown}: the file was written to during the import; repeat it when that is done")
+            raise Conflict(
+                f"{shown}: the file was written to during the import", "repeat it when that is done"
+            )
     return checkpoint
 
 

@@ -43,13 +43,14 @@ def read_mlflow_model(folder: Path) -> Imported:
         return _read_parts(folder, flavors["transformers"])
     if "pytorch" in flavors:
         raise Unsupported(
-            f"{shown}: a model of MLflow that holds a module, which runs code when it is opened; if you trust it, save its "
-            "state dict: torch.save(mlflow.pytorch.load_model(...).state_dict(), 'model.pt'), and import that"
+            f"{shown}: a model of MLflow that holds a module, which runs code when it is opened",
+            "if you trust it, save its "
+            "state dict: torch.save(mlflow.pytorch.load_model(...).state_dict(), 'model.pt'), and import that",
         )
     listed = ", ".join(printable(name) for name in flavors if name != "python_function") or "python_function"
     raise Unsupported(
-        f"{shown}: a model of MLflow for {listed}, which holds no tensors that can be read; if a file in it does, import "
-        "that file"
+        f"{shown}: a model of MLflow for {listed}, which holds no tensors that can be read",
+        "if a file in it does, import that file",
     )
 
 
@@ -60,8 +61,8 @@ def _read_parts(folder: Path, flavor: dict[str, Any]) -> Imported:
     parts = [part for key in _PARTS if isinstance(part := flavor.get(key), str) and part in held]
     if not parts:
         raise Invalid(
-            f"{printable(str(folder))}: names a network of a hub and does not hold it; import the hub's folder, or log the "
-            "model with save_pretrained=True"
+            f"{printable(str(folder))}: names a network of a hub and does not hold it",
+            "import the hub's folder, or log the model with save_pretrained=True",
         )
     part, *others = parts
     imported = read_folder(folder / part)

@@ -102,10 +102,10 @@ class Outgoing:
         except ValueError:
             raise Invalid(f"{shown}: a path cannot hold this character") from None
         if not stat.S_ISREG(status.st_mode):
-            raise Conflict(f"{shown}: there is something that is not a regular file; choose another name")
+            raise Conflict(f"{shown}: there is something that is not a regular file", "choose another name")
         if not self._force:
             overwrite = fix("or overwrite it", force=True)
-            raise Conflict(f"{shown}: the file exists; choose another name", overwrite)
+            raise Conflict(f"{shown}: the file exists", "choose another name", overwrite)
 
 
 class OutgoingFolder:
@@ -191,10 +191,11 @@ class OutgoingFolder:
                 if not os.path.lexists(target):
                     return
                 if not target.is_dir():
-                    raise Conflict(f"{shown}: there is something that is not a folder; choose another name")
+                    raise Conflict(f"{shown}: there is something that is not a folder", "choose another name")
                 if any(os.scandir(target)):
                     raise Conflict(
-                        f"{shown}: the folder is not empty, and a folder is never overwritten; choose another name"
+                        f"{shown}: the folder is not empty, and a folder is never overwritten",
+                        "choose another name",
                     )
         except ValueError:
             raise Invalid(f"{shown}: a path cannot hold this character") from None

@@ -42,5 +42,5 @@ def read_checkpoint_file(path: Path | str) -> Imported:
     if form is not None:
         return form.read(path)
     with storage_errors(path):
-        kind = kind_of(path) or f"unknown kind of file; readable are {FORMS}"
-    raise Unsupported(f"{printable(str(path))}: {kind}")
+        kind = kind_of(path) or Unsupported("unknown kind of file", f"readable are {FORMS}")
+    raise kind.about(printable(str(path)))

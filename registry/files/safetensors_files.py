@@ -98,9 +98,9 @@ def _contents(path: Path, size: int) -> tuple[mmap.mmap, dict[str, torch.Tensor]
         except Invalid as error:
             kind = kind_of(real)
             if kind:
-                raise Unsupported(kind) from error
+                raise kind from error
             if head[:4] == b"PK\x03\x04" or head[:2] == b"\x80\x02":
-                raise Invalid("a file of torch.save, not safetensors; rename it to end in .pt") from error
+                raise Invalid("a file of torch.save, not safetensors", "rename it to end in .pt") from error
             raise
     data = map_file(real, size)
     return data, {entry.name: _tensor(data, entry) for entry in parsed.entries}, dict(parsed.metadata)
@@ -111,7 +111,8 @@ def _tensor(data: mmap.mmap, entry: header.Entry) -> torch.Tensor:
     if found is None:
         raise Unsupported(
             f"tensor {quoted(entry.name)} has dtype {entry.code} and shape {list(entry.shape)}, which torch cannot "
-            "represent; convert it with the program that wrote it"
+            "represent",
+            "convert it with the program that wrote it",
         )
     dtype, shape = found
     info = TensorInfo(dtype, shape, "")
@@ -145,17 +146,17 @@ def flat(tree: Any, component: str) -> dict[str, Leaf]:
         Unsupported: for what the format cannot hold, naming it.
     """
     if not isinstance(tree, dict):
-        raise Unsupported(f"{quoted(component)} is not a dict of tensors; export it to a .pt file")
+        raise Unsupported(f"{quoted(component)} is not a dict of tensors", "export it to a .pt file")
     leaves = {}
     for name, value in tree.items():
         where = quoted(f"{component}/{name}")
         if not isinstance(value, torch.Tensor):
             raise Unsupported(
-                f"{where} is of type {type(value).__name__}, and a safetensors file holds tensors only; "
-                "export to a .pt file"
+                f"{where} is of type {type(value).__name__}, and a safetensors file holds tensors only",
+                "export to a .pt file",
             )
         if not isinstance(name, str) or name == "__metadata__":
-            raise Unsupported(f"{where}: a safetensors file cannot hold this name; export to a .pt file")
+            raise Unsupported(f"{where}: a safetensors file cannot hold this name", "export to a .pt file")
         header.check_name(name)
         leaf = Leaf.of(value)
         leaves[name] = leaf
@@ -168,7 +169,8 @@ def _code_and_shape(leaf: Leaf, where: str = "") -> tuple[str, tuple[int, ...]]:
     found = to_safetensors(leaf.dtype, leaf.shape)
     if found is None:
         raise Unsupported(
-            f"{where}: safetensors has no dtype for {leaf.dtype} of shape {list(leaf.shape)}; export to a .pt file"
+            f"{where}: safetensors has no dtype for {leaf.dtype} of shape {list(leaf.shape)}",
+            "export to a .pt file",
         )
     return found
 

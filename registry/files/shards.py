@@ -44,10 +44,10 @@ def inside(folder: Path, name: str) -> Path:
     shown = quoted(name)
     header.check_name(name)
     if not name or name in (".", "..") or set(name) & set("/\\:") or len(os.fsencode(name)) > 255:
-        raise Invalid(f"{shown} is not a plain file name; shards must lie beside their index")
+        raise Invalid(f"{shown} is not a plain file name", "shards must lie beside their index")
     path = folder / name
     if leaves(path, folder):
-        raise Invalid(f"{shown} is a link that leaves the folder; copy the folder with: cp -rL")
+        raise Invalid(f"{shown} is a link that leaves the folder", "copy the folder with: cp -rL")
     return path
 
 
@@ -149,7 +149,7 @@ def with_config(imported: Imported, folder: Path) -> Imported:
     with naming(printable(str(path))):
         config = strict_json(read_whole(path, MAX_CONFIG))
         if not isinstance(config, dict) or not (is_config(config) or not config):
-            raise Invalid("not a table of plain values, or a name in it starts with '$'; mend or remove it")
+            raise Invalid("not a table of plain values, or a name in it starts with '$'", "mend or remove it")
     return dataclasses.replace(imported, config=config or None)
 
 

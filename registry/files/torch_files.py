@@ -115,7 +115,7 @@ def read_torch_file(path: Path) -> Any:
             kind = kind_of(path) if path.is_file() else None
         if kind is None:
             raise
-        raise Unsupported(f"{printable(str(path))}: {kind}") from error
+        raise kind.about(printable(str(path))) from error
 
 
 def read_torch_bytes(data: bytes, shown: str) -> Any:
@@ -158,13 +158,13 @@ def _tree_in(path: Path) -> Any:
     size = file_status(path).st_size
     shown = printable(str(path))
     if any("\ud800" <= character <= "\udfff" for character in str(path)):
-        raise Unsupported(f"{shown}: its name is not UTF-8, and torch cannot open it; rename it")
+        raise Unsupported(f"{shown}: its name is not UTF-8, and torch cannot open it", "rename it")
     with storage_errors(path), path.open("rb") as file:
         head = file.read(32)
     zipped = head.startswith(_ZIP)
     if not zipped and _LEGACY not in head:
         if head[:1] == b"\x80":
-            raise Unsupported(f"{shown}: a bare pickle, reading it could run code; {_ADVICE}")
+            raise Unsupported(f"{shown}: a bare pickle, reading it could run code", _ADVICE)
         raise Invalid(f"{shown}: not a file of torch.save, by its first bytes")
     if not zipped and _names_bytearray(path):
         raise _bytearray_error(shown)
@@ -192,7 +192,7 @@ def _loaded(source: Path | io.BytesIO, size: int, shown: str, *, zipped: bool) -
         _check_extent(tree, size)
         tree, count = pickled.plain(tree)
     except Invalid as error:
-        raise Invalid(f"{shown}: {error}") from None
+        raise error.about(shown) from None
     except RecursionError:
         raise Invalid(f"{shown}: its tuples nest deeper than anything that can be stored") from None
     if count:
@@ -207,13 +207,13 @@ def _check_archive(source: Path | io.BytesIO, size: int, shown: str) -> None:
             entries = archive.infolist()
             packed = next((e for e in entries if e.compress_type != zipfile.ZIP_STORED), None)
             if packed or sum(entry.file_size for entry in entries) > size:
-                raise Invalid(f"{shown}: a compressed archive, not a file of torch.save; unpack it first")
+                raise Invalid(f"{shown}: a compressed archive, not a file of torch.save", "unpack it first")
             pickles = [entry for entry in entries if entry.filename.endswith("data.pkl")]
             if any(_BYTEARRAY.search(archive.read(entry)) for entry in pickles):
                 raise _bytearray_error(shown)
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
         text = printable(str(error).partition("\n")[0])[:160]
-        raise Invalid(f"{shown}: not a readable file of torch.save ({text}); it may be cut short") from None
+        raise Invalid(f"{shown}: not a readable file of torch.save ({text})", "it may be cut short") from None
 
 
 def _names_bytearray(path: Path) -> bool:
@@ -229,7 +229,7 @@ def _names_bytearray(path: Path) -> bool:
 def _bytearray_error(shown: str) -> Unsupported:
     """The error for a file that holds a bytearray."""
     return Unsupported(
-        f"{shown}: holds a bytearray, which cannot be stored; convert it to bytes, then {_ADVICE}"
+        f"{shown}: holds a bytearray, which cannot be stored", f"convert it to bytes, then {_ADVICE}"
     )
 
 
@@ -238,11 +238,11 @@ def _refused(source: Path | io.BytesIO, shown: str, zipped: bool, error: Excepti
     blocked = _blocked(source) if zipped else ()
     if blocked:
         names = ", ".join(printable(name[:80]) for name in sorted(blocked)[:5])
-        return Unsupported(f"{shown}: loading it would run code ({names}); {_ADVICE}")
+        return Unsupported(f"{shown}: loading it would run code ({names})", _ADVICE)
     text = str(error)
     if re.search("Unsupported|Weights only|weights_only", text):
         return Unsupported(
-            f"{shown}: not a plain state dict, loading it could run code ({_reason(error)}); {_ADVICE}"
+            f"{shown}: not a plain state dict, loading it could run code ({_reason(error)})", _ADVICE
         )
     first = printable(text.strip().partition("\n")[0])[:160] or type(error).__name__
     return Invalid(f"{shown}: not a readable file of torch.save ({first})")

@@ -27,22 +27,34 @@ _PACKAGES = {"mlflow": "mlflow-skinny"}
 """Frameworks whose package has another name. The package `mlflow` brings `mlflow-skinny` of its release."""
 
 
+class NotInstalled(ImportError):
+    """A framework is not installed, or in a release that is not supported.
+
+    Attributes:
+        message: what is missing.
+        advice: what to install.
+    """
+
+    def __init__(self, message: str, advice: str) -> None:
+        super().__init__(f"{message}; {advice}")
+        self.message, self.advice = message, advice
+
+
 def check_release(framework: str) -> None:
     """See that a framework is installed in a release that is supported.
 
     Raises:
-        ImportError: saying what to install.
+        NotInstalled: saying what to install.
     """
     first, behind = _SUPPORTED[framework]
-    wanted = f"pip install 'torch-registry[{framework}]'"
+    advice = f"run: pip install 'torch-registry[{framework}]'"
     try:
         found = version(_PACKAGES.get(framework, framework))
     except PackageNotFoundError:
-        raise ImportError(f"{framework} is not installed; run: {wanted}") from None
+        raise NotInstalled(f"{framework} is not installed", advice) from None
     if not _numbers(first) <= _numbers(found) < _numbers(behind):
-        raise ImportError(
-            f"{framework} {found} is not supported, {framework}>={first},<{behind} is; run: {wanted}"
-        )
+        what = f"{framework} {found} is not supported, {framework}>={first},<{behind} is"
+        raise NotInstalled(what, advice)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

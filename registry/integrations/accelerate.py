@@ -129,13 +129,13 @@ def _components(accelerator: Accelerator) -> dict[str, Any]:
     kind = accelerator.distributed_type.name
     if kind in _SHARDED:
         raise Unsupported(
-            f"networks under {kind} are sharded over processes; save each part with "
-            "dcp.save(state, storage_writer=run.sharded(...)), see docs/distributed.md"
+            f"networks under {kind} are sharded over processes",
+            "save each part with dcp.save(state, storage_writer=run.sharded(...)), see docs/distributed.md",
         )
     # Accelerate has no public way to these.
     models = accelerator._models
     if not models:
-        raise Invalid("the accelerator has prepared no network yet; call accelerator.prepare(...) first")
+        raise Invalid("the accelerator has prepared no network yet", "call accelerator.prepare(...) first")
     found = {
         **_named("model", models),
         **_named("optimizer", [getattr(one, "optimizer", one) for one in accelerator._optimizers]),

@@ -152,8 +152,8 @@ class RegistryCheckpoint(Callback):  # type: ignore[misc]
         """
         if settings.get("barebones"):
             raise Invalid(
-                "barebones=True measures speed without checkpoints and logs, so nothing would be saved; leave it out, or "
-                "make that Trainer without for_trainer()"
+                "barebones=True measures speed without checkpoints and logs, so nothing would be saved",
+                "leave it out, or make that Trainer without for_trainer()",
             )
         callbacks, plugins = _listed(settings.get("callbacks")), _listed(settings.get("plugins"))
         if any(isinstance(one, RegistryCheckpoint) for one in callbacks):
@@ -179,16 +179,18 @@ class RegistryCheckpoint(Callback):  # type: ignore[misc]
         kind = type(trainer.strategy).__name__
         if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
             raise Unsupported(
-                f"{kind} shards the network over processes, which RegistryCheckpoint cannot save; use strategy='ddp', "
-                "or save each part with dcp.save(state, storage_writer=run.sharded(...)), see docs/distributed.md"
+                f"{kind} shards the network over processes, which RegistryCheckpoint cannot save",
+                "use strategy='ddp', "
+                "or save each part with dcp.save(state, storage_writer=run.sharded(...)), see docs/distributed.md",
             )
         if trainer.strategy.checkpoint_io is not self._io:
             raise Invalid(
-                "the trainer lacks parts of RegistryCheckpoint; make it with Trainer(**kept.for_trainer())"
+                "the trainer lacks parts of RegistryCheckpoint", "make it with Trainer(**kept.for_trainer())"
             )
         if self._is_open and trainer is not self._trainer:
             raise Conflict(
-                f"this RegistryCheckpoint is in use by another Trainer, whose run is {self._run and self._run.name}; make one each"
+                f"this RegistryCheckpoint is in use by another Trainer, whose run is {self._run and self._run.name}",
+                "make one each",
             )
         self._trainer = trainer
         self._loaded = self._moment = self._positions = None
@@ -388,7 +390,9 @@ class RegistryCheckpoint(Callback):  # type: ignore[misc]
         """The checkpoint that a pointer or a reference names."""
         if pointer is None:
             if os.path.isabs(path) or path.endswith(".ckpt"):
-                raise NotFound(f"there is no file {path}; give one, or a reference such as {self.model}@best")
+                raise NotFound(
+                    f"there is no file {path}", f"give one, or a reference such as {self.model}@best"
+                )
             return self.registry[path]
         found = pointers.checkpoint_at(self.registry, pointer)
         if found is None:

@@ -88,13 +88,15 @@ class Positions:
                 return [], []
             raise Incompatible(
                 f"{checkpoint.name}: {len(everyone)} processes were in the middle of an epoch, which {ranks.count()} cannot "
-                f"go on with; start {len(everyone)}, or resume from the end of an epoch"
+                f"go on with",
+                f"start {len(everyone)}, or resume from the end of an epoch",
             )
         mine = everyone[ranks.mine()]
         if len(mine["loaders"]) != count or len(mine["orders"]) != len(self._orders):
             raise Incompatible(
                 f"{checkpoint.name} has the positions of {len(mine['loaders'])} of {len(mine['orders'])} loaders, the "
-                f"trainer has {count} of {len(self._orders)} that know theirs; use the same loaders"
+                f"trainer has {count} of {len(self._orders)} that know theirs",
+                "use the same loaders",
             )
         return mine["loaders"], mine["orders"]
 
@@ -111,8 +113,8 @@ def _check_split(loader: Any, count: int) -> None:
         return
     if not hasattr(loader.sampler, "set_epoch"):
         raise Invalid(
-            f"a ResumableLoader gives all its data to each of {count} processes; make its loader with "
-            "sampler=DistributedSampler(data)"
+            f"a ResumableLoader gives all its data to each of {count} processes",
+            "make its loader with sampler=DistributedSampler(data)",
         )
 
 

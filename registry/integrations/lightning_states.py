@@ -46,8 +46,8 @@ def dict_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     if LIGHTNING not in checkpoint.components:
         raise Incompatible(
-            f"{checkpoint.name} was not saved by Lightning; take its parameters alone: "
-            f"registry[{checkpoint.name!r}].restore(model=net)"
+            f"{checkpoint.name} was not saved by Lightning",
+            f"take its parameters alone: registry[{checkpoint.name!r}].restore(model=net)",
         )
     return lightning_tree(checkpoint.load())
 

@@ -68,7 +68,7 @@ def export_merged(
         StorageError: if the system refuses; nothing is left behind.
     """
     if not names_folder(folder):
-        raise Invalid(f"{printable(str(folder))}: a merged network becomes a folder; end it in /")
+        raise Invalid(f"{printable(str(folder))}: a merged network becomes a folder", "end it in /")
     # Nothing is merged in vain.
     OutgoingFolder(Path(folder))
     checkpoint = Checkpoint.named(home, reference)
@@ -94,7 +94,7 @@ def _adapter_in(checkpoint: Checkpoint) -> tuple[PeftConfig, Mapping[str, torch.
         with naming(f"{checkpoint.name}: adapter_config.json"):
             config = strict_json(checkpoint.files.get("adapter_config.json", b"null"))
     else:
-        raise Unsupported(f"{checkpoint.name} is no adapter of PEFT; export it without merging")
+        raise Unsupported(f"{checkpoint.name} is no adapter of PEFT", "export it without merging")
     if not isinstance(config, Mapping):
         raise Unsupported(f"{checkpoint.name} does not have the configuration of its adapter")
     try:
@@ -110,12 +110,12 @@ def _base_of(home: Home, checkpoint: Checkpoint) -> Checkpoint:
     """The version of the base network, by the lineage."""
     parents = [edge["parent"] for edge in checkpoint.lineage if edge["kind"] == "adapter-of"]
     if not parents:
-        raise NotFound(f"{checkpoint.name} does not say what its base network is; name its version as base")
+        raise NotFound(f"{checkpoint.name} does not say what its base network is", "name its version as base")
     version = by_id(home.catalog, parents[0])
     if version is None:
         raise NotFound(
-            f"the base network of {checkpoint.name} ({parents[0][:12]}) is not in the registry under this id; import or save "
-            "it, and name its version as base"
+            f"the base network of {checkpoint.name} ({parents[0][:12]}) is not in the registry under this id",
+            "import or save it, and name its version as base",
         )
     return Checkpoint(home.store, version, home.catalog)
 
@@ -130,7 +130,8 @@ def _merged(
 ) -> nn.Module:
     if "builder" not in base.provenance:
         raise Unsupported(
-            f"{base.name} does not say how its network is built; save it with run.save(model=network), or import its folder"
+            f"{base.name} does not say how its network is built",
+            "save it with run.save(model=network), or import its folder",
         )
     model = get_peft_model(build(home, base.id), config)
     with naming(checkpoint.name):

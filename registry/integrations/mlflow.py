@@ -69,7 +69,7 @@ def log(
     checkpoint = version_of(reference, registry)
     run = mlflow.active_run() if run is None else run
     if run is None:
-        raise Invalid("no run of MLflow is active; call mlflow.start_run() first, or give run=")
+        raise Invalid("no run of MLflow is active", "call mlflow.start_run() first, or give run=")
     run_id = run if isinstance(run, str) else run.info.run_id
     try:
         client = MlflowClient()
@@ -188,7 +188,7 @@ def _chosen(client: MlflowClient, run: Run, artifact: str | None) -> tuple[str, 
         raise Invalid(f"the run {quoted(run_id)} has logged no model and no checkpoint file")
     if len(found) > 1:
         listed = ", ".join(quoted(name) for name in list(found)[:5])
-        raise Invalid(f"the run {quoted(run_id)} has logged {listed}; name one of them with artifact=")
+        raise Invalid(f"the run {quoted(run_id)} has logged {listed}", "name one of them with artifact=")
     return next(iter(found.items()))
 
 

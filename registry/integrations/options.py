@@ -34,4 +34,4 @@ def check_options(options: Mapping[str, Any], *, own: frozenset[str]) -> None:
     known = set(inspect.signature(Registry.run).parameters) - {"self", *own}
     for name in options:
         if name not in known:
-            raise Invalid(f"{name} is no option; there are {', '.join(sorted(known))}")
+            raise Invalid(f"{name} is no option", f"there are {', '.join(sorted(known))}")

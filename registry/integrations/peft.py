@@ -117,7 +117,8 @@ class Adapter:
             name = about.get("base_name") or "another base network"
             raise Incompatible(
                 f"the adapter was trained over {name} (parameters {about['base'][:12]}), and the base network here is another "
-                f"one ({present[:12]}); load that base first"
+                f"one ({present[:12]})",
+                "load that base first",
             )
 
     def _parameters(self) -> OrderedDict[str, torch.Tensor]:
@@ -145,14 +146,14 @@ def adapter(model: nn.Module, name: str | None = None, *, base: Checkpoint | Non
     model = plain_module(model)
     if not isinstance(model, PeftModel):
         raise Invalid(
-            f"{type(model).__qualname__} is no PeftModel; give what get_peft_model(network, config) returns"
+            f"{type(model).__qualname__} is no PeftModel", "give what get_peft_model(network, config) returns"
         )
     if name is None:
         name, *others = model.active_adapters
         if others:
-            raise Invalid(f"several adapters are active: {', '.join([name, *others])}; name one of them")
+            raise Invalid(f"several adapters are active: {', '.join([name, *others])}", "name one of them")
     if name not in model.peft_config:
-        raise Invalid(f"there is no adapter {quoted(name)}; there are {', '.join(model.peft_config)}")
+        raise Invalid(f"there is no adapter {quoted(name)}", f"there are {', '.join(model.peft_config)}")
     if base is not None:
         if not isinstance(base, Checkpoint):
             raise Invalid(f"base is {quoted(str(base))}, expected a version: base=registry['base']")
@@ -191,8 +192,8 @@ def _refuse_trained(model: nn.Module) -> None:
     for name, tensor in _base_parameters(model).items():
         if tensor.data_ptr() in trained:
             raise Unsupported(
-                f"{name} of the base network is trained, and an adapter does not hold it; name its layer in modules_to_save, "
-                "or save the whole network as model=model"
+                f"{name} of the base network is trained, and an adapter does not hold it",
+                "name its layer in modules_to_save, or save the whole network as model=model",
             )
 
 

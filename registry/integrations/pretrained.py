@@ -36,7 +36,8 @@ def _load(network: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Module:
     dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
     if len(dtypes) > 1:
         raise Unsupported(
-            f"its parameters have the dtypes {', '.join(sorted(map(str, dtypes)))}; build the network yourself, then restore it"
+            f"its parameters have the dtypes {', '.join(sorted(map(str, dtypes)))}",
+            "build the network yourself, then restore it",
         )
     kind: Any = type(network)
     loaded, found = kind.from_pretrained(
@@ -95,7 +96,7 @@ def build(**recorded: Any) -> nn.Module:
     if not isinstance(config, Mapping):
         raise Invalid(f"the configuration of {kind.__name__} is not recorded")
     if config.get("quantization_config"):
-        raise Unsupported(f"{kind.__name__} is quantized; open an exported folder with from_pretrained")
+        raise Unsupported(f"{kind.__name__} is quantized", "open an exported folder with from_pretrained")
     try:
         made: nn.Module = kind(cast(Any, kind).config_class.from_dict(_harmless(config)))
     except (StrictDataclassError, TypeError, ValueError, AttributeError, KeyError) as error:

@@ -37,8 +37,8 @@ def version_of(reference: str | Checkpoint, registry: Registry | None) -> Checkp
         return reference
     if not isinstance(reference, str):
         raise Invalid(
-            f"expected a reference or a version, not {type(reference).__qualname__}; after run.save(wait=False) give what "
-            "run.wait() returns"
+            f"expected a reference or a version, not {type(reference).__qualname__}",
+            "after run.save(wait=False) give what run.wait() returns",
         )
     return (registry or Registry(create=False))[reference]
 

@@ -46,13 +46,13 @@ def write_folder(checkpoint: Checkpoint, folder: Path) -> None:
     files = checkpoint.files
     if STATE not in files:
         raise Unsupported(
-            f"{checkpoint.name} was not saved by RegistryCallback, so a Trainer cannot go on from it; begin with its network: "
-            f"registry[{checkpoint.name!r}].restore(model=model)"
+            f"{checkpoint.name} was not saved by RegistryCallback, so a Trainer cannot go on from it",
+            f"begin with its network: registry[{checkpoint.name!r}].restore(model=model)",
         )
     if "optimizer" not in checkpoint.components:
         raise Unsupported(
-            f"{checkpoint.name} has no optimizer, as it was thinned or saved with save_only_model=True; "
-            "go on from a version that has one"
+            f"{checkpoint.name} has no optimizer, as it was thinned or saved with save_only_model=True",
+            "go on from a version that has one",
         )
     checkout(checkpoint, folder)
     state = json.loads(files[STATE])

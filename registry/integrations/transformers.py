@@ -197,13 +197,15 @@ class RegistryCallback(TrainerCallback):  # type: ignore[misc]
         # Nothing else that callbacks are given is one and the same for all of them, and for this training alone.
         if state.__dict__.setdefault(_OWNER, self) is not self:
             raise Invalid(
-                "the Trainer has several callbacks of RegistryCallback, which would save everything several times; keep one"
+                "the Trainer has several callbacks of RegistryCallback, which would save everything several times",
+                "keep one",
             )
         kind = AcceleratorState().distributed_type.name
         if kind in _SHARDED:
             raise Unsupported(
-                f"networks under {kind} are sharded over processes, which RegistryCallback cannot save; save each part with "
-                "dcp.save(state, storage_writer=run.sharded(...)), see docs/distributed.md"
+                f"networks under {kind} are sharded over processes, which RegistryCallback cannot save",
+                "save each part with "
+                "dcp.save(state, storage_writer=run.sharded(...)), see docs/distributed.md",
             )
         resumed = self._resumed(state)
         if resumed is not None:
@@ -294,8 +296,8 @@ class RegistryCallback(TrainerCallback):  # type: ignore[misc]
             return self._registry[made_from["resumed"]]
         except NotFound:
             raise NotFound(
-                f"training goes on from a version that is not in the registry at {self._registry.root}; "
-                "give checkout() and RegistryCallback() the same registry"
+                f"training goes on from a version that is not in the registry at {self._registry.root}",
+                "give checkout() and RegistryCallback() the same registry",
             ) from None
 
     def _files(self, args: TrainingArguments, state: TrainerState) -> dict[str, bytes]:
@@ -394,7 +396,8 @@ def _check_network(checkpoint: Checkpoint, model: nn.Module) -> None:
     for name in network:
         if name not in checkpoint.components:
             raise Incompatible(
-                f"{checkpoint.name} has no component {quoted(name)}; it has {', '.join(checkpoint.components)}"
+                f"{checkpoint.name} has no component {quoted(name)}",
+                f"it has {', '.join(checkpoint.components)}",
             )
     if "adapter" in network:
         network["adapter"].check_base(checkpoint.state_dict("adapter"))

@@ -52,7 +52,7 @@ def log(
     checkpoint = version_of(reference, registry)
     run = wandb.run if run is None else run
     if run is None:
-        raise Invalid("no run of W&B is active; call wandb.init(...) first, or give run=")
+        raise Invalid("no run of W&B is active", "call wandb.init(...) first, or give run=")
     try:
         artifact = wandb.Artifact(checkpoint.model, type="model", metadata=facts(checkpoint))
         artifact.add_reference(address(checkpoint), name=f"{checkpoint.model}-v{checkpoint.version}")
@@ -85,8 +85,8 @@ def import_artifact(source: Any, model: str, registry: Registry | None = None) -
             if entry.ref and entry.ref.startswith(SCHEME):
                 version_id = entry.ref.removeprefix(SCHEME)
                 raise Invalid(
-                    f"the artifact {source.name} refers to a version and does not hold it; in the registry that has it: "
-                    f"registry[{version_id!r}]"
+                    f"the artifact {source.name} refers to a version and does not hold it",
+                    f"in the registry that has it: registry[{version_id!r}]",
                 )
         origin, folder = source.qualified_name, Path(source.download())
         meta = recordable(source.metadata)

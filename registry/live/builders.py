@@ -131,8 +131,8 @@ def builder(name: str) -> Builder:
         near = difflib.get_close_matches(name, names(), 1)
         meant = f"did you mean {quoted(near[0])}? or " if near else ""
         raise NotFound(
-            f"no builder {quoted(name)} is registered; {meant}import the module that has "
-            f"@register_model({quoted(name)}) above its network first"
+            f"no builder {quoted(name)} is registered",
+            f"{meant}import the module that has @register_model({quoted(name)}) above its network first",
         )
     return found
 

@@ -74,11 +74,12 @@ def capture(name: str, component: Any) -> Any:
         return _not_sharded(name, state)
     if isinstance(component, torch.utils.data.DataLoader) and not hasattr(component, "state_dict"):
         raise Invalid(
-            f"{name}: a DataLoader does not know its position; wrap it: ResumableLoader(loader) from registry"
+            f"{name}: a DataLoader does not know its position",
+            "wrap it: ResumableLoader(loader) from registry",
         )
     if not callable(getattr(component, "state_dict", None)):
         raise Invalid(
-            f"{name}: {type(component).__qualname__} has no state_dict(); give plain values as extra={{...}}"
+            f"{name}: {type(component).__qualname__} has no state_dict()", "give plain values as extra={...}"
         )
     with _blaming(name, component):
         return component.state_dict()
@@ -157,7 +158,8 @@ def restore(states: Mapping[str, Any], components: Mapping[str, Any], kinds: Map
                 stuck.append(changed)
         if isinstance(error, Exception):
             others = f"all but {', '.join(stuck)} is as before" if stuck else "nothing was changed"
-            raise Incompatible(f"{name}: {error}; {others}") from error
+            what, advice = (error.message, error.fixes) if isinstance(error, RegistryError) else (error, ())
+            raise Incompatible(f"{name}: {what}; {others}", *advice) from error
         raise
 
 
@@ -181,7 +183,7 @@ def raise_problems(name: str, problems: list[str]) -> None:
 
 def missing(name: str, reference: str, present: tuple[str, ...]) -> NotFound:
     """The error for a component that a checkpoint does not have."""
-    return NotFound(f"{reference} has no component {quoted(name)}; it has {', '.join(present)}")
+    return NotFound(f"{reference} has no component {quoted(name)}", f"it has {', '.join(present)}")
 
 
 def _flat_states(states: Mapping[str, Any], components: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,8 +224,9 @@ def _not_sharded(name: str, state: OrderedDict[str, Any]) -> OrderedDict[str, An
     """The state of a network; one that is sharded over processes is refused."""
     if any(hasattr(value, "device_mesh") for value in state.values()):
         raise Unsupported(
-            f"{name} is sharded over processes; each saves its own part with "
-            "dcp.save(state, storage_writer=run.sharded(...)), see docs/distributed.md"
+            f"{name} is sharded over processes",
+            "each saves its own part with "
+            "dcp.save(state, storage_writer=run.sharded(...)), see docs/distributed.md",
         )
     return state
 

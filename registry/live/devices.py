@@ -42,7 +42,8 @@ def get_devices(wanted: int | Sequence[int] | str | torch.device | None = None) 
         if place >= len(chosen):
             raise NotFound(
                 f"process {place} of this machine has no device: {_shown(chosen)} for "
-                f"{ranks.local_count()} processes; start fewer with --nproc-per-node={len(chosen)}"
+                f"{ranks.local_count()} processes",
+                f"start fewer with --nproc-per-node={len(chosen)}",
             )
         chosen = [chosen[place]]
     _logger.info("training on %s", _shown(chosen))
@@ -139,7 +140,7 @@ def _named(name: str, there: Sequence[torch.device]) -> torch.device:
     for device in everything:
         if name in (str(device), device.type):
             return device
-    raise NotFound(f"there is no device {quoted(name)}; there is {_shown(everything)}")
+    raise NotFound(f"there is no device {quoted(name)}", f"there is {_shown(everything)}")
 
 
 def _accelerators() -> list[torch.device]:

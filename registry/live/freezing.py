@@ -197,7 +197,7 @@ def rule_for(
     rule = Freeze(expanded(_listed(patterns), names, [*names, *buffers], layers=in_order(plain)))
     chosen = {id(p): p for name, p in names.items() if rule.covers(name)}
     if not may_be_whole and all(id(p) in chosen or not p.requires_grad for p in names.values()):
-        raise Invalid("freezing that leaves no parameter to train; leave the head out")
+        raise Invalid("freezing that leaves no parameter to train", "leave the head out")
     return rule, chosen
 
 
@@ -228,7 +228,7 @@ def expanded(
         elif any(fits(name, pattern) for name in names):
             found.append(meant(pattern, names))
         else:
-            raise Invalid(f"{what}: the pattern {quoted(pattern)} {unused(pattern, names)}")
+            raise unused(f"{what}: the pattern {quoted(pattern)}", pattern, names)
     return found
 
 
@@ -242,12 +242,12 @@ def refuse_wrapped(model: nn.Module) -> None:
     for part in model.modules():
         kind = type(part).__name__
         if kind in ("DistributedDataParallel", "FullyShardedDataParallel"):
-            raise Unsupported(f"the network is wrapped in {kind}; freeze before wrapping it")
+            raise Unsupported(f"the network is wrapped in {kind}", "freeze before wrapping it")
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
-            raise Unsupported(f"{name} is not initialised yet; run one batch through the network first")
+            raise Unsupported(f"{name} is not initialised yet", "run one batch through the network first")
         if hasattr(parameter, "device_mesh"):
-            raise Unsupported(f"{name} is sharded; freeze before the network is sharded")
+            raise Unsupported(f"{name} is sharded", "freeze before the network is sharded")
 
 
 def _freeze(
@@ -312,7 +312,8 @@ def _listed(patterns: str | Iterable[str]) -> list[str]:
     for pattern in found:
         if not isinstance(pattern, str):
             raise Invalid(
-                f"a {type(pattern).__name__} is not a pattern of names; write 'conv.*', 'loaded' or 'first:3'"
+                f"a {type(pattern).__name__} is not a pattern of names",
+                "write 'conv.*', 'loaded' or 'first:3'",
             )
     return found
 
@@ -326,8 +327,8 @@ def _first(pattern: str, parameters: Sequence[str], order: Sequence[str]) -> lis
         count = 0
     if not count or abs(count) >= len(layers):
         raise Invalid(
-            f"freeze: {quoted(pattern)} is not a number of the {len(layers)} layers; write first:3, or first:-1 "
-            "for all but the last"
+            f"freeze: {quoted(pattern)} is not a number of the {len(layers)} layers",
+            "write first:3, or first:-1 for all but the last",
         )
     chosen = set(layers[:count])
     known = set(parameters)

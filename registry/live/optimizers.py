@@ -78,12 +78,11 @@ def param_groups(
     plain: nn.Module = components.plain_module(model)
     trainable = {name: p for name, p in plain.named_parameters() if p.requires_grad}
     if not trainable:
-        raise Invalid("no parameter is trainable; unfreeze some first")
+        raise Invalid("no parameter is trainable", "unfreeze some first")
     for pattern in rates or {}:
         if not any(fits(name, pattern) for name in trainable):
-            raise Invalid(
-                f"rates: the pattern {quoted(pattern)}, among what is trainable, {unused(pattern, trainable)}"
-            )
+            what = f"rates: the pattern {quoted(pattern)}, among what is trainable,"
+            raise unused(what, pattern, trainable)
     rates = {meant(pattern, trainable): rate for pattern, rate in (rates or {}).items()}
     blocks = list(dict.fromkeys(name.partition(".")[0] for name in trainable))
     groups: dict[tuple[float, float], dict[str, Any]] = {}

@@ -40,7 +40,7 @@ def frozen_proof(
     """
     names = watched_names(model)
     if not names:
-        raise Invalid("nothing is frozen; freeze first")
+        raise Invalid("nothing is frozen", "freeze first")
     before, objects = _digests(model, names), _named(components.plain_module(model))
     yield names
     after = _digests(model, names)

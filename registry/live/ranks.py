@@ -167,8 +167,8 @@ class Ranks:
                 names = absent()
             who = f"rank {', '.join(names)}" if names else "another process"
             raise Conflict(
-                f"{what}: {who} did not come within {self._timeout.total_seconds():g} s, or has ended; its own "
-                "messages say why"
+                f"{what}: {who} did not come within {self._timeout.total_seconds():g} s, or has ended",
+                "its own messages say why",
             ) from error
 
 

@@ -51,8 +51,8 @@ class ResumableLoader:
     def __init__(self, loader: DataLoader[Any]) -> None:
         if loader.num_workers and loader.persistent_workers:
             raise Unsupported(
-                "persistent_workers=True keeps random numbers in processes that no checkpoint can reach; "
-                "use persistent_workers=False to resume exactly"
+                "persistent_workers=True keeps random numbers in processes that no checkpoint can reach",
+                "use persistent_workers=False to resume exactly",
             )
         self.loader = loader
         self._start: dict[str, Any] | None = None
@@ -131,14 +131,14 @@ class ResumableLoader:
         before = state.get("processes", 1)
         if before != ranks.count() and (state["start"] is not None or state["taken"]):
             raise Incompatible(
-                f"{before} processes were in the middle of an epoch, which {ranks.count()} cannot go on with; start "
-                f"{before}, or resume from the end of an epoch"
+                f"{before} processes were in the middle of an epoch, which {ranks.count()} cannot go on with",
+                f"start {before}, or resume from the end of an epoch",
             )
         if ("loader" in state) != self._keeps_own_state:
             kept, other = ("recorded", "this") if "loader" in state else ("present", "the recorded")
             raise Incompatible(
-                f"the {kept} loader keeps the state of its data set, {other} one does not; use the same data set "
-                "and kind of loader"
+                f"the {kept} loader keeps the state of its data set, {other} one does not",
+                "use the same data set and kind of loader",
             )
         generators = self._matched(state["generators"])
         self._taken, self._start = state["taken"], state["start"]

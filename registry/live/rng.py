@@ -34,7 +34,7 @@ def check(state: Any) -> Mapping[str, Any]:
     """
     if not isinstance(state, Mapping) or not {"python", "numpy", "torch"} <= state.keys():
         raise Invalid(
-            "rng is no state of the random number generators; give what registry.live.rng.capture() returns"
+            "rng is no state of the random number generators", "give what registry.live.rng.capture() returns"
         )
     return state
 

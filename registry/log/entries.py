@@ -87,8 +87,8 @@ def write(seq: int, prev: str, records: Sequence[Record]) -> Entry:
     line = b"%s\t%s\n" % (text, own.encode())
     if len(line) > MAX_LINE:
         raise Invalid(
-            f"what this change records takes {len(line) >> 20} MB, at most {MAX_LINE >> 20} are written; "
-            "put long lists into tensors or arrays"
+            f"what this change records takes {len(line) >> 20} MB, at most {MAX_LINE >> 20} are written",
+            "put long lists into tensors or arrays",
         )
     return Entry(seq=seq, at=at, prev=prev, nonce=nonce, records=records, digest=own, line=line)
 
@@ -152,8 +152,8 @@ def check_record(record: Any) -> None:
     fields = _FIELDS.get(record["op"])
     if fields is None:
         raise Unsupported(
-            f"the log holds the operation {quoted(record['op'])}, which a newer version wrote; upgrade with: "
-            "pip install -U torch-registry"
+            f"the log holds the operation {quoted(record['op'])}, which a newer version wrote",
+            "upgrade with: pip install -U torch-registry",
         )
     for name, check in fields.items():
         try:

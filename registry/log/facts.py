@@ -119,7 +119,8 @@ def check_shown(record: Mapping[str, Any]) -> None:
         wrong.append("components")
     if wrong:
         raise Corrupt(
-            f"the catalog holds a damaged record ({quoted(wrong[0])} is malformed); recreate it with: registry rebuild"
+            f"the catalog holds a damaged record ({quoted(wrong[0])} is malformed)",
+            "recreate it with: registry rebuild",
         )
 
 

@@ -110,7 +110,8 @@ class Journal:
             with only_here(fd):
                 if not durable.lock(fd, seconds=seconds):
                     raise StorageError(
-                        f"{self.folder}: another process has kept the log locked for {seconds:.0f} s; repeat"
+                        f"{self.folder}: another process has kept the log locked for {seconds:.0f} s",
+                        "repeat",
                     )
                 with no_fork():
                     try:

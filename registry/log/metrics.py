@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from registry.store.errors import Fix, Invalid
 from registry.store.text import quoted
@@ -13,8 +13,21 @@ MAX_METRIC = 128
 """Characters that the name of a metric has at most."""
 
 
+_WITHIN = "metrics."
+"""Where documents have the metrics of a version: before the name of one that is called like a field."""
+
+
 def _set(words: str) -> frozenset[str]:
     return frozenset(words.split())
+
+
+_FIELDS = _set(
+    """
+    name model version versions created epoch step loss metrics aliases tags size tensors id run parent own how made
+    best trend updated
+    """
+)
+"""What tables show of a version beside its metrics, in lower case."""
 
 
 _LOSSES = _set(
@@ -65,6 +78,34 @@ _PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+|[^\W_A-Za-z0-9]+")
 _ADD_A_MODE = Fix("", "add mode='min' or mode='max'", "")
 
 
+def called(metric: str) -> str:
+    """What a metric is called beside the fields of a version.
+
+    >>> called("accuracy"), called("epoch")
+    ('accuracy', 'metrics.epoch')
+    """
+    return f"{_WITHIN}{metric}" if metric.lower() in _FIELDS else metric
+
+
+def bare(name: str) -> str:
+    """The metric that is called so beside the fields of a version.
+
+    >>> bare("accuracy"), bare("metrics.epoch"), bare("metrics.accuracy")
+    ('accuracy', 'epoch', 'metrics.accuracy')
+    """
+    inner = name.removeprefix(_WITHIN)
+    return inner if called(inner) == name else name
+
+
+def with_metrics(fields: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a version and its metrics, each under a name of its own.
+
+    >>> with_metrics({"epoch": 3}, {"accuracy": 0.9, "epoch": 2.5})
+    {'epoch': 3, 'accuracy': 0.9, 'metrics.epoch': 2.5}
+    """
+    return {**fields, **{called(name): value for name, value in metrics.items()}}
+
+
 class Monitor(NamedTuple):
     """The metric (or `loss`) by which a version is the best, and whether that is the smallest value."""
 
@@ -73,7 +114,7 @@ class Monitor(NamedTuple):
 
     def value(self, loss: float | None, metrics: Mapping[str, float]) -> float | None:
         """What a version has of it; None if it was not recorded."""
-        return loss if self.metric == "loss" else metrics.get(self.metric)
+        return loss if self.metric == "loss" else metrics.get(bare(self.metric))
 
 
 def check_metric(name: str) -> str:

@@ -55,8 +55,9 @@ def parse_reference(text: str) -> Reference:
     """
     if "/" in text:
         raise Invalid(
-            f"{quoted(text)} is a run or a path, expected a model or a version, such as lenet5:v3; registry log RUN "
-            "shows the versions of a run, and registry import FILE --name MODEL stores a file"
+            f"{quoted(text)} is a run or a path, expected a model or a version, such as lenet5:v3",
+            "registry log RUN "
+            "shows the versions of a run, and registry import FILE --name MODEL stores a file",
         )
     model, colon, version = text.partition(":")
     if colon:
@@ -141,6 +142,6 @@ def check_text(text: str, what: str, longest: int = 1 << 20) -> str:
         raise Invalid(f"{what}: {quoted(text)} is not valid Unicode text") from None
     if size > longest:
         raise Invalid(
-            f"{what}: the text has {size:,} bytes, at most {longest:,} are kept; put it into a file"
+            f"{what}: the text has {size:,} bytes, at most {longest:,} are kept", "put it into a file"
         )
     return text

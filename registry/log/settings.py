@@ -103,8 +103,8 @@ def read_format(root: Path) -> int:
         raise Invalid(f"{path}: format is {quoted(str(found))}, expected the number {FORMAT}")
     if found > FORMAT:
         raise Unsupported(
-            f"{root} has format {found}, this version of torch-registry reads format {FORMAT}; "
-            "upgrade with: pip install -U torch-registry"
+            f"{root} has format {found}, this version of torch-registry reads format {FORMAT}",
+            "upgrade with: pip install -U torch-registry",
         )
     return found
 
@@ -115,7 +115,7 @@ def switch_format(root: Path) -> None:
     text = _text(path)
     changed, count = _FORMAT_LINE.subn(rf"\g<1>{FORMAT}\g<2>", text)
     if count != 1:
-        raise Invalid(f"{path}: has no line of its own that says format = 1; write one, and repeat")
+        raise Invalid(f"{path}: has no line of its own that says format = 1", "write one, and repeat")
     durable.write_file(path, changed.encode(), folder=root / "tmp")
 
 
@@ -134,4 +134,4 @@ def _format_in(text: str, path: Path) -> Any:
     except (RecursionError, ValueError) as error:
         # A number of thousands of digits is a ValueError, too.
         problem = "nested too deep" if isinstance(error, RecursionError) else printable(str(error))
-        raise Invalid(f"{path}: {problem}; it needs one line: format = {FORMAT}") from None
+        raise Invalid(f"{path}: {problem}", f"it needs one line: format = {FORMAT}") from None

@@ -81,8 +81,9 @@ def check_google_keys() -> None:
     if _is_set(_GOOGLE) or Path(os.path.expanduser(_GOOGLE_FILE)).exists():
         return
     raise Invalid(
-        f"there are no keys for gs://: set {GOOGLE_KEYS}, or run: gcloud auth application-default login; on a machine of "
-        "Google, set GCE_METADATA_HOST=metadata.google.internal"
+        "there are no keys for gs://",
+        f"set {GOOGLE_KEYS}, or run: gcloud auth application-default login",
+        "on a machine of Google, set GCE_METADATA_HOST=metadata.google.internal",
     )
 
 
@@ -97,7 +98,7 @@ def azure_endpoint() -> str:
         return f"{url.rstrip('/')}/{os.environ.get('AZURE_STORAGE_ACCOUNT_NAME') or _EMULATED}"
     account = os.environ.get("AZURE_STORAGE_ACCOUNT_NAME")
     if not account:
-        raise Invalid(f"AZURE_STORAGE_ACCOUNT_NAME is not set; az:// needs {AZURE_KEYS}")
+        raise Invalid("AZURE_STORAGE_ACCOUNT_NAME is not set", f"az:// needs {AZURE_KEYS}")
     endpoint = os.environ.get("AZURE_STORAGE_ENDPOINT") or os.environ.get("AZURE_ENDPOINT")
     return endpoint or f"https://{account}.blob.core.windows.net"
 
@@ -110,8 +111,9 @@ def check_azure_keys() -> None:
     """
     if not uses_azure_emulator() and not _is_set(_AZURE):
         raise Invalid(
-            f"there are no keys for az://: set {AZURE_KEYS}; on a machine of Azure, set "
-            "AZURE_CREDENTIAL_TYPE=managed_identity"
+            "there are no keys for az://",
+            f"set {AZURE_KEYS}",
+            "on a machine of Azure, set AZURE_CREDENTIAL_TYPE=managed_identity",
         )
 
 

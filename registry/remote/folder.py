@@ -133,6 +133,7 @@ class FolderBucket:
             is_first = not self._marks or key == self._marks[0] or key.startswith("probe/")
             if not is_first and not any((self.root / mark).exists() for mark in self._marks):
                 raise Absent(
-                    f"{self.url}: there is no registry in that folder; mount it, or make one with registry init"
+                    f"{self.url}: there is no registry in that folder",
+                    "mount it, or make one with registry init",
                 )
             yield

@@ -154,12 +154,12 @@ class _Helper:
                     process.kill()
         if answer is None:
             raise Unreachable(
-                f"{self.url}: the process that uses the bucket for this one, which was forked, has ended; repeat, or start "
-                "worker processes with the method spawn"
+                f"{self.url}: the process that uses the bucket for this one, which was forked, has ended",
+                "repeat, or start worker processes with the method spawn",
             )
         document, found = answer
         if "error" in document:
-            raise _ERRORS.get(document["error"], StorageError)(document["message"])
+            raise _ERRORS.get(document["error"], StorageError)(document["message"], *document["advice"])
         return document["value"], found
 
     def _started(self) -> subprocess.Popen[bytes]:
@@ -176,7 +176,8 @@ class _Helper:
         except OSError as error:
             raise StorageError(
                 f"{self.url}: this process was forked from one that uses the bucket, and cannot start another one to use it "
-                f"({error.strerror}); start it with the method spawn"
+                f"({error.strerror})",
+                "start it with the method spawn",
             ) from None
 
 
@@ -214,7 +215,13 @@ def _serve(bucket: Bucket, requests: BinaryIO, answers: BinaryIO) -> None:
                 value = list(value)
             _send(answers, {"value": value}, found)
         except RegistryError as error:
-            _send(answers, {"error": type(error).__name__, "message": str(error)}, b"")
+            _send(answers, _told(error), b"")
+
+
+def _told(error: RegistryError) -> dict[str, Any]:
+    """An error as a document."""
+    advice = [fix.told(fix.python) for fix in error.fixes]
+    return {"error": type(error).__name__, "message": error.message, "advice": advice}
 
 
 def main() -> None:
@@ -228,7 +235,7 @@ def main() -> None:
             bucket = open_bucket(parse(sys.argv[1]))
         except RegistryError as error:
             _receive(sys.stdin.buffer)
-            _send(sys.stdout.buffer, {"error": type(error).__name__, "message": str(error)}, b"")
+            _send(sys.stdout.buffer, _told(error), b"")
             return
         _serve(bucket, sys.stdin.buffer, sys.stdout.buffer)
 

@@ -55,7 +55,7 @@ def find_keys() -> Keys:
         return Keys(options)
     if key or secret:
         missing = "AWS_SECRET_ACCESS_KEY" if key else "AWS_ACCESS_KEY_ID"
-        raise Invalid(f"{missing} is not set, its counterpart is; set both, or neither")
+        raise Invalid(f"{missing} is not set, its counterpart is", "set both, or neither")
     if any(os.environ.get(name) for name in _ELSEWHERE):
         return Keys(options)
     profile = os.environ.get("AWS_PROFILE") or "default"
@@ -69,8 +69,9 @@ def find_keys() -> Keys:
     if find_spec("boto3") is not None and (provider := _from_boto3()) is not None:
         return Keys(options, provider)
     raise Invalid(
-        f"there are no keys for S3: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE (profile "
-        f"{quoted(profile)} has none); single sign-on and roles need: pip install boto3"
+        "there are no keys for S3",
+        f"set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE (profile {quoted(profile)} has none)",
+        "single sign-on and roles need: pip install boto3",
     )
 
 
@@ -103,7 +104,7 @@ def _section(variable: str, name: str, profile: str) -> dict[str, str]:
         return {}
     except (OSError, UnicodeDecodeError, configparser.Error) as error:
         raise Invalid(
-            f"{path}: cannot be read ({type(error).__name__}); mend it, or set {variable}"
+            f"{path}: cannot be read ({type(error).__name__})", f"mend it, or set {variable}"
         ) from None
     for section in (profile, f"profile {profile}"):
         if parser.has_section(section):

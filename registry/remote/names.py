@@ -63,11 +63,11 @@ def add_name(name: str, place: str) -> str:
                 return place
             if name in known:
                 raise Conflict(
-                    f"{name} is {known[name]} already; remove that first: registry remote remove {name}"
+                    f"{name} is {known[name]} already", f"remove that first: registry remote remove {name}"
                 )
             if os.path.isdir(name):
                 raise Invalid(
-                    f"{quoted(name)} is a folder here, and a folder goes before a name; choose another name"
+                    f"{quoted(name)} is a folder here, and a folder goes before a name", "choose another name"
                 )
             _write(path, {**known, name: place})
     return place
@@ -93,7 +93,7 @@ def remove_name(name: str) -> str:
             if (place := known.pop(name, None)) is not None:
                 _write(path, known)
                 return place
-    raise NotFound(f"no place is called {quoted(name)}; {_listed(known)}")
+    raise NotFound(f"no place is called {quoted(name)}", _listed(known))
 
 
 def place_of(text: str) -> str:
@@ -107,7 +107,7 @@ def place_of(text: str) -> str:
         return text
     known = named_places()
     if text not in known:
-        raise NotFound(f"there is no folder {quoted(text)} here, and no place is called so; {_listed(known)}")
+        raise NotFound(f"there is no folder {quoted(text)} here, and no place is called so", _listed(known))
     return known[text]
 
 
@@ -124,7 +124,7 @@ def _path() -> Path:
         folder = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
     except RuntimeError:
         raise StorageError(
-            "this user has no home folder for names of places; set XDG_CONFIG_HOME to a folder"
+            "this user has no home folder for names of places", "set XDG_CONFIG_HOME to a folder"
         ) from None
     return folder / "torch-registry" / "remotes.toml"
 
@@ -139,7 +139,8 @@ def _checked(place: str) -> str:
         return str(parse(place))
     if not os.path.isabs(place) or printable(place) != place:
         raise Invalid(
-            f"{quoted(place)} is no place for a registry; give a URL, or the path of a folder without control characters"
+            f"{quoted(place)} is no place for a registry",
+            "give a URL, or the path of a folder without control characters",
         )
     return place
 
@@ -152,20 +153,20 @@ def _read(path: Path) -> dict[str, str]:
         except FileNotFoundError:
             return {}
     if len(data) > _LONGEST:
-        raise Invalid(f"{path}: has more than {_LONGEST:,} bytes; correct it, or delete it")
+        raise Invalid(f"{path}: has more than {_LONGEST:,} bytes", "correct it, or delete it")
     try:
         document = tomllib.loads(data.decode())
     except (RecursionError, ValueError):
-        raise Invalid(f"{path}: is no TOML; correct it, or delete it") from None
+        raise Invalid(f"{path}: is no TOML", "correct it, or delete it") from None
     table = document.pop(_TABLE, {})
     if document or not isinstance(table, dict):
         raise Invalid(
-            f"{path}: expected names in a table [{_TABLE}] and nothing else; correct it, or delete it"
+            f"{path}: expected names in a table [{_TABLE}] and nothing else", "correct it, or delete it"
         )
     found = {}
     for name in sorted(table):
         if not is_name(name) or not isinstance(table[name], str):
-            raise Invalid(f"{path}: {quoted(name)} is no name with a text; correct it, or delete it")
+            raise Invalid(f"{path}: {quoted(name)} is no name with a text", "correct it, or delete it")
         with naming(f"{path}: {name}"):
             found[name] = _checked(table[name])
     return found
@@ -177,5 +178,7 @@ def _write(path: Path, known: Mapping[str, str]) -> None:
     ]
     data = f"{_HEAD}[{_TABLE}]\n{''.join(lines)}".encode()
     if len(data) > _LONGEST:
-        raise Conflict(f"{path}: would have more than {_LONGEST:,} bytes; remove names that you do not need")
+        raise Conflict(
+            f"{path}: would have more than {_LONGEST:,} bytes", "remove names that you do not need"
+        )
     durable.write_file(path, data)

@@ -115,8 +115,8 @@ class ObjectBucket:
             except (BaseError, ValueError):
                 # What it says may repeat a part of the keys.
                 raise Invalid(
-                    f"{address}: keys or endpoint in the environment are malformed, or a file of keys cannot be read; check "
-                    f"{service.keys}"
+                    f"{address}: keys or endpoint in the environment are malformed, or a file of keys cannot be read",
+                    f"check {service.keys}",
                 ) from None
 
         self._store, self._uploads = store(_TIMEOUT), store(_UPLOAD_TIMEOUT)
@@ -237,7 +237,8 @@ class ObjectBucket:
         """
         if self._service.no_bucket in str(error):
             raise NotFound(
-                f"{self.url}: there is no {self._service.bucket} {self._address.bucket}; make it, or correct the URL"
+                f"{self.url}: there is no {self._service.bucket} {self._address.bucket}",
+                "make it, or correct the URL",
             ) from None
 
     @contextlib.contextmanager
@@ -245,8 +246,8 @@ class ObjectBucket:
         global _used_by
         if not is_usable():
             raise Forked(
-                f"{self.url}: this process was forked from one that uses the bucket already; start it with the method "
-                "spawn or forkserver"
+                f"{self.url}: this process was forked from one that uses the bucket already",
+                "start it with the method spawn or forkserver",
             )
         _used_by = os.getpid()
         try:
@@ -257,10 +258,11 @@ class ObjectBucket:
         except BaseError as error:
             self._check_bucket(error)
             if self._is_refused(error):
-                raise Denied(f"{self.url}/{key}: {self._refusal(_reason(error), right)}") from None
+                problem, *advice = self._refusal(_reason(error), right)
+                raise Denied(f"{self.url}/{key}: {problem}", *advice) from None
             at = f" at {self._endpoint}" if self._endpoint else ""
             raise Unreachable(
-                f"{self.url}: the store{at} does not answer ({_reason(error)}); repeat"
+                f"{self.url}: the store{at} does not answer ({_reason(error)})", "repeat"
             ) from None
 
     def _is_refused(self, error: BaseError) -> bool:
@@ -277,17 +279,17 @@ class ObjectBucket:
             or (status is not None and status[1] in ("401", "403"))
         )
 
-    def _refusal(self, reason: str, right: str) -> str:
-        """Why the store refuses, and what to do.
+    def _refusal(self, reason: str, right: str) -> Sequence[str]:
+        """Why the store refuses, and what to do, if that is known.
 
         Args:
             right: what the request needs.
         """
         if reason in self._service.keys_refused or reason.startswith("no token"):
-            return f"the store does not take these keys ({reason}); check {self._service.keys}"
+            return f"the store does not take these keys ({reason})", f"check {self._service.keys}"
         if reason == _SKEWED:
-            return f"this computer's clock is wrong ({reason}); set it"
-        return f"these keys lack the right {self._service.rights[right]} ({reason})"
+            return f"this computer's clock is wrong ({reason})", "set it"
+        return (f"these keys lack the right {self._service.rights[right]} ({reason})",)
 
 
 def part_size(size: int) -> int:
@@ -351,5 +353,6 @@ def _allows_http(endpoint: str, service: Service) -> bool:
     if parts.hostname in _LOOPBACK or os.environ.get(service.allow_http, "").lower() == "true":
         return True
     raise Invalid(
-        f"the endpoint {parts.hostname} has no TLS; use https://, or set {service.allow_http}=true if you mean it"
+        f"the endpoint {parts.hostname} has no TLS",
+        f"use https://, or set {service.allow_http}=true if you mean it",
     )

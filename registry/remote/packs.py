@@ -312,7 +312,8 @@ class RemotePacks:
     def _odd(self, digest: str, problem: str) -> Corrupt:
         error = Corrupt(
             f"{self._bucket.url}/{pack_key(digest)}: the pack is not what was saved"
-            f"{f' ({problem})' if problem else ''}; put it back with: registry repair --from A-COPY"
+            f"{f' ({problem})' if problem else ''}",
+            "put it back with: registry repair --from A-COPY",
         )
         error.pack = digest
         return error

@@ -139,7 +139,7 @@ class PostgresJournal:
         try:
             return self._ask(statement, values)
         except _Lost as error:
-            raise Unreachable(f"{self._url}: the server does not answer ({error}); repeat") from None
+            raise Unreachable(f"{self._url}: the server does not answer ({error})", "repeat") from None
 
     def _ask(self, statement: str, values: Sequence[Any]) -> list[Any]:
         """The rows of one statement, which is a transaction of its own.
@@ -187,33 +187,35 @@ class PostgresJournal:
             reason = _told(error)
             is_refused = "FATAL" in str(error) or "password" in reason or "authentication" in reason
             if is_refused and not any(sign in reason for sign in _FOR_LATER):
-                more = "; if that is meant, set PGREQUIREAUTH=password" if "cleartext" in reason else ""
                 raise Denied(
-                    f"{self._url}: the server does not let this user in ({reason}){more}; check the database's name, PGUSER, "
-                    "and PGPASSWORD, PGPASSFILE or PGSERVICE"
+                    f"{self._url}: the server does not let this user in ({reason})",
+                    "if that is meant, set PGREQUIREAUTH=password" if "cleartext" in reason else "",
+                    "check the database's name, PGUSER, and PGPASSWORD, PGPASSFILE or PGSERVICE",
                 ) from None
             raise Unreachable(
-                f"{self._url}: the server does not answer ({reason}); repeat, or check its address, PGHOST and PGSERVICE"
+                f"{self._url}: the server does not answer ({reason})",
+                "repeat, or check its address, PGHOST and PGSERVICE",
             ) from None
 
     def _refusal(self, error: psycopg.Error, connection: _Connection) -> StorageError:
         reason = _told(error)
         if error.sqlstate == "42501":
             return Denied(
-                f"{self._url}: the user {printable(connection.info.user)} lacks a right ({reason}); the owner runs: GRANT "
-                f"SELECT, INSERT ON {self._name} TO ... (to make a registry: GRANT CREATE ON SCHEMA public TO ...)"
+                f"{self._url}: the user {printable(connection.info.user)} lacks a right ({reason})",
+                "the owner runs: GRANT "
+                f"SELECT, INSERT ON {self._name} TO ... (to make a registry: GRANT CREATE ON SCHEMA public TO ...)",
             )
         if error.sqlstate == "25006":
             return Denied(
-                f"{self._url}: the server takes no writes ({reason}); name the one that does, or set "
-                "PGTARGETSESSIONATTRS=read-write"
+                f"{self._url}: the server takes no writes ({reason})",
+                "name the one that does, or set PGTARGETSESSIONATTRS=read-write",
             )
         if error.sqlstate == "42P01":
             return StorageError(
-                f"{self._url}: there is no table {self._name}; it was dropped, or PGHOST, PGSERVICE or the search path name "
-                "another place"
+                f"{self._url}: there is no table {self._name}",
+                "it was dropped, or PGHOST, PGSERVICE or the search path name another place",
             )
-        return StorageError(f"{self._url}: the server refuses ({reason}); see to it, and repeat")
+        return StorageError(f"{self._url}: the server refuses ({reason})", "see to it, and repeat")
 
 
 def _told(error: psycopg.Error) -> str:

@@ -52,7 +52,7 @@ def probe(bucket: Bucket) -> str | None:
 
 def _not_created(bucket: Bucket, key: str) -> str | None:
     if bucket.get(key, _LIMIT) is None:
-        raise Unreachable(f"{bucket.url}: does not create an object; repeat")
+        raise Unreachable(f"{bucket.url}: does not create an object", "repeat")
     return "it says that an object is there which nobody made"
 
 

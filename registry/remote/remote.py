@@ -65,14 +65,14 @@ class Remote:
         text = (self.bucket.get(SETTINGS, _LONGEST) or b"").decode(errors="replace")
         if settings.are_of_a_folder(text):
             raise Conflict(
-                f"{self.url} holds the registry of a folder, which is not shared; open the folder as it is, and copy it to "
-                "another URL with: registry push --all --to URL"
+                f"{self.url} holds the registry of a folder, which is not shared",
+                "open the folder as it is, and copy it to another URL with: registry push --all --to URL",
             )
         found = _FORMAT.search(text)
         if found and int(found[1]) > FORMAT:
             raise Unsupported(
-                f"{self.url} has format {found[1]}, this version of torch-registry reads format {FORMAT}; upgrade with: "
-                "pip install -U torch-registry"
+                f"{self.url} has format {found[1]}, this version of torch-registry reads format {FORMAT}",
+                "upgrade with: pip install -U torch-registry",
             )
         try:
             return self.log.is_there()
@@ -96,13 +96,14 @@ class Remote:
             packs = next(iter(self.bucket.list(PACKS)), None)
         if packs:
             raise Conflict(
-                f"{self.url} has packs, and no log that names them; put journal/ back from a backup, or use another URL"
+                f"{self.url} has packs, and no log that names them",
+                "put journal/ back from a backup, or use another URL",
             )
         if problem := probe(self.bucket):
             raise Unsupported(f"{self.url}: this store cannot hold a shared registry: {problem}")
         self.bucket.create(SETTINGS, b"format = %d\n" % FORMAT)
         if _log_place_in(self.bucket):
-            raise Conflict(f"{self.url}: somebody has made a registry there at this moment; repeat")
+            raise Conflict(f"{self.url}: somebody has made a registry there at this moment", "repeat")
 
 
 def open_remote(text: str, folder: Path | None = None) -> Remote:
@@ -138,7 +139,8 @@ def put_log_in(text: str, log: str) -> None:
     """
     if not is_url(text):
         raise Invalid(
-            "only the log of a shared registry can lie in PostgreSQL; give its URL, such as s3://BUCKET/PREFIX"
+            "only the log of a shared registry can lie in PostgreSQL",
+            "give its URL, such as s3://BUCKET/PREFIX",
         )
     address = parse(text)
     place = log_place(log, _name_of(address))
@@ -152,8 +154,8 @@ def put_log_in(text: str, log: str) -> None:
         found = _log_place_in(bucket)
         if found is None:
             raise Conflict(
-                f"{place}: the table has the log of a registry that is not at {url} any more; drop it, or use "
-                "another URL"
+                f"{place}: the table has the log of a registry that is not at {url} any more",
+                "drop it, or use another URL",
             )
     if (found or "").partition("#")[0] != log:
         raise Conflict(
@@ -180,7 +182,7 @@ def _bucket(address: Address) -> Bucket:
         from registry.remote.services import open_bucket
     except ImportError:
         raise Unsupported(
-            f"{address.scheme}:// needs a client; run: pip install 'torch-registry[s3]'"
+            f"{address.scheme}:// needs a client", "run: pip install 'torch-registry[s3]'"
         ) from None
     return ForkSafe(open_bucket(address), is_usable)
 
@@ -193,7 +195,7 @@ def _log_place_in(bucket: Bucket) -> str | None:
     try:
         found = tomllib.loads(data.decode()).get("log", "")
     except (RecursionError, ValueError):
-        raise Invalid(f"{bucket.url}/{SETTINGS}: is no TOML; correct it") from None
+        raise Invalid(f"{bucket.url}/{SETTINGS}: is no TOML", "correct it") from None
     return str(found)
 
 
@@ -203,6 +205,6 @@ def _in_postgresql(place: str) -> PostgresJournal:
         from registry.remote.postgresql import PostgresJournal
     except ImportError:
         raise Unsupported(
-            "a log in PostgreSQL needs a client; run: pip install 'torch-registry[postgresql]'"
+            "a log in PostgreSQL needs a client", "run: pip install 'torch-registry[postgresql]'"
         ) from None
     return PostgresJournal(place)

@@ -154,7 +154,7 @@ class SharedLog:
                 self._overtaken = time.monotonic()
                 raise Behind
             if time.monotonic() > until:
-                raise Unreachable(f"{self.url}: the store takes no entry; repeat")
+                raise Unreachable(f"{self.url}: the store takes no entry", "repeat")
             time.sleep(0.2)
         # So that the files of the packs may go. The entry is there, also where this disk is full.
         with contextlib.suppress(StorageError):
@@ -268,7 +268,9 @@ class SharedLog:
             for found in headers:
                 self._packs.keep_header(found)
         except Corrupt as error:
-            raise Corrupt(f"{self._journal.name(seq)}: {error}; nothing is written") from None
+            raise Corrupt(
+                f"{self._journal.name(seq)}: {error.message}; nothing is written", *error.fixes
+            ) from None
         return entry
 
 
@@ -286,7 +288,7 @@ def packed(entry: Entry, headers: Sequence[Mapping[str, Any]]) -> bytes:
     data = zstandard.ZstdCompressor(level=6).compress(entry.line + text) if size <= 2 * _LARGEST else b""
     if not 0 < len(data) <= _LARGEST:
         raise Invalid(
-            f"an entry with the headers of its packs would take {size >> 20} MB; do it in smaller steps"
+            f"an entry with the headers of its packs would take {size >> 20} MB", "do it in smaller steps"
         )
     return data
 

@@ -62,21 +62,21 @@ def parse(text: str) -> Address:
     scheme = scheme.lower()
     if not rest.startswith("//"):
         raise Invalid(
-            f"a URL has two slashes behind {scheme}: and is given as text, not as a Path, which takes one of them away; "
-            f"a folder of this name is ./{scheme}:..."
+            f"a URL has two slashes behind {scheme}: and is given as text, not as a Path, which takes one of them away",
+            f"a folder of this name is ./{scheme}:...",
         )
     if scheme not in SCHEMES:
         known = ", ".join(f"{one}://" for one in SCHEMES)
         raise Invalid(
-            f"{quoted(scheme)} is no kind of place for a registry; give a folder, or one of {known}"
+            f"{quoted(scheme)} is no kind of place for a registry", f"give a folder, or one of {known}"
         )
     parts = urlsplit(text.replace(f"{scheme}://", "x://", 1))
     if "@" in parts.netloc or parts.query or parts.fragment:
         if scheme == "file":
             raise Invalid("a file:// URL names a folder alone, without passwords, ? or #")
         raise Invalid(
-            f"a {scheme}:// URL names {_HOLDERS[scheme]} and prefix alone, without keys, passwords, ? or #; keys come from "
-            f"the environment, such as {_KEYS[scheme]}"
+            f"a {scheme}:// URL names {_HOLDERS[scheme]} and prefix alone, without keys, passwords, ? or #",
+            f"keys come from the environment, such as {_KEYS[scheme]}",
         )
     path = unquote(parts.path)
     if scheme == "file":
@@ -111,8 +111,9 @@ def log_place(url: str, name: str) -> str:
     """
     if not _LOG_URL.match(url):
         raise Invalid(
-            "the log's URL names a server and a database alone, as postgresql://HOST/DATABASE; user, password and options "
-            "come from the environment: PGUSER, PGPASSWORD or PGPASSFILE, PGSERVICE, PGSSLMODE"
+            "the log's URL names a server and a database alone, as postgresql://HOST/DATABASE",
+            "user, password and options "
+            "come from the environment: PGUSER, PGPASSWORD or PGPASSFILE, PGSERVICE, PGSSLMODE",
         )
     return f"{url}#journal_{name}"
 
@@ -126,7 +127,7 @@ def parse_log_place(place: str) -> tuple[str, str]:
     url, _, table = place.partition("#")
     if not _LOG_URL.match(url) or not _LOG_TABLE.match(table):
         raise Unsupported(
-            "the registry names a place for its log that this version of torch-registry does not know; upgrade with: "
-            "pip install -U torch-registry, or correct its registry.toml"
+            "the registry names a place for its log that this version of torch-registry does not know",
+            "upgrade with: pip install -U torch-registry, or correct its registry.toml",
         )
     return url, table

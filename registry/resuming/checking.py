@@ -259,7 +259,8 @@ def _checked(
     at = max(1, steps * 2 // 3) if at is None else at
     if not 0 < at < steps:
         raise Invalid(
-            f"{runs.name} ended before step {at + 1}: it makes {steps} steps; kill it after one from 1 to {steps - 1}"
+            f"{runs.name} ended before step {at + 1}: it makes {steps} steps",
+            f"kill it after one from 1 to {steps - 1}",
         )
     tell(f"running it again, to be killed after step {at} of {steps}")
     killed = runs.run("killed", kill=at)
@@ -304,8 +305,8 @@ def _check_began_anew(script: str, straight: Trace, killed: Sequence[Observation
     steps = len(straight.steps)
     if not killed or (steps > 1 and straight.resumed_at(killed[0], steps - 1) not in (0, None)):
         raise Conflict(
-            f"{script} went on where its first run had ended: it keeps checkpoints outside the registry; save them with "
-            "registry.run, or beside the folder that REGISTRY_ROOT names"
+            f"{script} went on where its first run had ended: it keeps checkpoints outside the registry",
+            "save them with registry.run, or beside the folder that REGISTRY_ROOT names",
         )
 
 
@@ -324,16 +325,17 @@ def _resumed_after(script: str, straight: Trace, resumed: Trace, at: int, saved:
         return after
     if saved is None:
         raise Invalid(
-            f"{script} saved nothing before step {at}, so there is nothing to resume; save earlier, or kill it later "
-            "(--at)"
+            f"{script} saved nothing before step {at}, so there is nothing to resume",
+            "save earlier, or kill it later (--at)",
         )
     model = saved.name.partition(":")[0]
     live = ", ".join(f"{name}={name}" for name in saved.components if name.isidentifier() and name != "rng")
     began = "began anew" if after == 0 else "began with other parameters than those of any step before"
     raise Invalid(
-        f'{script} does not resume: {saved.name} was there, and the new process {began}; add: before = "{model}" if '
+        f"{script} does not resume: {saved.name} was there, and the new process {began}",
+        f'add: before = "{model}" if '
         f'"{model}" in registry else None | with registry.run("{model}", resume=before) as run: | '
-        f"if before: run.resumed.restore({live})"
+        f"if before: run.resumed.restore({live})",
     )
 
 

@@ -54,7 +54,7 @@ def setup_logging(
     except OSError as error:
         where = printable(str(error.filename or directory))
         raise StorageError(
-            f"{where}: the log cannot be written ({error.strerror}); choose another directory"
+            f"{where}: the log cannot be written ({error.strerror})", "choose another directory"
         ) from error
     handlers: list[logging.Handler] = [file] if file_only else [file, _Console(sys.stderr)]
     form, rank = _FORMAT, os.environ.get("RANK", "0")

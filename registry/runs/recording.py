@@ -61,16 +61,16 @@ class Saved:
     def __post_init__(self) -> None:
         for name in _RESERVED:
             if name in self.live or name in self.states:
-                raise Invalid(f"{name!r} is not the name of a component of yours; choose another")
+                raise Invalid(f"{name!r} is not the name of a component of yours", "choose another")
         if not self.live and not self.states:
-            raise Invalid("there is nothing to save; name components, such as save(model=model)")
+            raise Invalid("there is nothing to save", "name components, such as save(model=model)")
         for name in self.live:
             if name in self.states:
-                raise Invalid(f"{name} is given as an object and as a state; give one of them")
+                raise Invalid(f"{name} is given as an object and as a state", "give one of them")
         for name, kind in self.kinds.items():
             if name.partition("/")[0] not in self.states or not isinstance(kind, str):
                 raise Invalid(
-                    f"kinds names {name}; it gives the class of a state, as in kinds={{'optimizer': 'AdamW'}}"
+                    f"kinds names {name}", "it gives the class of a state, as in kinds={'optimizer': 'AdamW'}"
                 )
         for name, data in (self.files or {}).items():
             if not isinstance(name, str) or not isinstance(data, bytes):
@@ -289,7 +289,7 @@ class Recording:
         by = self._monitor
         if by is None or self._unmonitored is None:
             return
-        if (loss if by.metric == "loss" else values.get(by.metric)) is not None:
+        if by.value(loss, values) is not None:
             self._unmonitored = None
             return
         self._unmonitored += 1

@@ -338,7 +338,8 @@ class Run:
         """Refuse to save in a process that was forked since the run began."""
         if os.getpid() != self._pid:
             raise Conflict(
-                f"{self.name} is the run of process {self._pid}, which forked this one; save there, or begin a run here"
+                f"{self.name} is the run of process {self._pid}, which forked this one",
+                "save there, or begin a run here",
             )
 
     def _introduce(self) -> None:
@@ -378,7 +379,7 @@ class Run:
             return self._recording.own(saved)
         if saved.rng is not None and not isinstance(saved.rng, Mapping):
             raise Invalid(
-                "rng is a list, but each process saves its own; give one state, or run(..., together=False)"
+                "rng is a list, but each process saves its own", "give one state, or run(..., together=False)"
             )
         return self._ranks.gather(lambda: self._recording.own(saved)[0], what)
 

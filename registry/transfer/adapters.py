@@ -46,7 +46,7 @@ def check_adapter(name: str) -> None:
         Invalid: if there is none, with the names of those that there are.
     """
     if name not in ADAPTERS:
-        raise Invalid(f"there is no adapter {quoted(name)}; the adapters are {', '.join(ADAPTERS)}")
+        raise Invalid(f"there is no adapter {quoted(name)}", f"the adapters are {', '.join(ADAPTERS)}")
 
 
 def needs_source(name: str) -> bool:

@@ -42,7 +42,7 @@ def curves(home: Home, names: Sequence[str], metric: str) -> list[Curve]:
             if value is not None and version.epoch is not None:
                 values[version.epoch] = value
         if not values:
-            raise NotFound(_why_nothing(name, versions, metric))
+            raise _nothing(name, versions, metric)
         found.append(Curve(name, dict(sorted(values.items()))))
     return found
 
@@ -68,12 +68,12 @@ def blocks(found: Sequence[Curve], metric: str, at: Sequence[int] = ()) -> list[
     ]
 
 
-def _why_nothing(name: str, versions: Sequence[Version], metric: str) -> str:
-    """What to say of a name without a value to show."""
+def _nothing(name: str, versions: Sequence[Version], metric: str) -> NotFound:
+    """The error about a name without a value to show."""
     whose, has = (name, "does not have") if ":" in name else (f"no version of {name}", "has")
     names = sorted({known for version in versions for known in version.metrics})
     meant = "" if metric == "loss" or metric in names else hint(metric, names)
-    return f"{whose} {has} the metric {quoted(metric)} and an epoch{meant}"
+    return NotFound(f"{whose} {has} the metric {quoted(metric)} and an epoch", meant)
 
 
 def _versions(home: Home, given: str) -> tuple[str, Sequence[Version]]:

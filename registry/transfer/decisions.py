@@ -178,6 +178,7 @@ def _adapter(pair: Pair, adapters: Mapping[str, str]) -> str:
         if fits(pair.name, pattern):
             return name
     raise Invalid(
-        f"{pair.name} is to be adapted, but no adapter is named for it; the adapters are {', '.join(ADAPTERS)}",
+        f"{pair.name} is to be adapted, but no adapter is named for it",
+        f"the adapters are {', '.join(ADAPTERS)}",
         fix("such as", adapters={escaped(pair.name): next(iter(ADAPTERS))}),
     )

@@ -105,7 +105,7 @@ def _excluded(
         pattern = meant(given, {**left, **right})
         names = [name for name in (*left, *right) if fits(name, pattern)]
         if not names:
-            raise Invalid(f"the pattern {quoted(given)} {unused(given, (*left, *right))}")
+            raise unused(f"the pattern {quoted(given)}", given, (*left, *right))
         for name in dict.fromkeys(names):
             pairs.append(Pair(Category.EXCLUDED, left.pop(name, None), right.pop(name, None)))
 
@@ -123,7 +123,7 @@ def _by_rules(
                 is_used = True
                 goals.setdefault(name, new)
         if not is_used:
-            raise Invalid(f"the rename {quoted(rule.rule)} fits no name; it is a typo, or already done")
+            raise Invalid(f"the rename {quoted(rule.rule)} fits no name", "it is a typo, or already done")
     sources: dict[str, str] = {}
     for name, new in goals.items():
         if new in sources:
@@ -210,4 +210,4 @@ def _check(a: Side, b: Side, pairs: Sequence[Pair]) -> None:
         names = Counter(entry.name for entry in entries)
         total = sum(entry.elements for entry in entries)
         if names != Counter(list(side.entries)) or total != side.elements:
-            raise RegistryError(f"the categories do not add up to {side.label}; please report this")
+            raise RegistryError(f"the categories do not add up to {side.label}", "please report this")

@@ -322,7 +322,8 @@ class TransferPlan(BaseModel):
             if step.target is not None:
                 if step.target in seen:
                     raise Conflict(
-                        f"{source}: {seen[step.target]} and {step.source} both go to {step.target}; keep one"
+                        f"{source}: {seen[step.target]} and {step.source} both go to {step.target}",
+                        "keep one",
                     )
                 seen[step.target] = step.source
         return plan
@@ -347,7 +348,7 @@ class TransferPlan(BaseModel):
         """
         left, right = self._side_of(source, registry), side_of(model)
         if not right.has_values:
-            raise Invalid(f"{right.label} is on the meta device; give it memory and values first")
+            raise Invalid(f"{right.label} is on the meta device", "give it memory and values first")
         self.check(left, right)
         copies = list(self._values(left, right))
         _check_finite(copies, left, self.allow_nan)
@@ -397,11 +398,11 @@ class TransferPlan(BaseModel):
         """
         if right.structure != self.target_digest:
             raise Incompatible(
-                f"the plan was made for another {self.target}: names, shapes or dtypes of this network differ; "
-                "make a new plan"
+                f"the plan was made for another {self.target}: names, shapes or dtypes of this network differ",
+                "make a new plan",
             )
         if self.source_digest is not None and left.content != self.source_digest:
-            raise Incompatible(f"the plan was made from {self.source} with other tensors; make a new plan")
+            raise Incompatible(f"the plan was made from {self.source} with other tensors", "make a new plan")
         if self.coverage < self.min_coverage:
             raise Incompatible(
                 f"{self.summary}, less than the {percent(self.min_coverage)} that the plan asks for"
@@ -409,7 +410,7 @@ class TransferPlan(BaseModel):
         named = {step.target for step in self.steps if step.target}
         for name in right.entries:
             if name not in named:
-                raise Incompatible(f"the plan has no step for {name}; add one that copies or keeps it")
+                raise Incompatible(f"the plan has no step for {name}", "add one that copies or keeps it")
         for step in self.steps:
             if step.target is not None and step.target not in right.entries:
                 raise Incompatible(f"the network has no {step.target}, which the plan names")
@@ -501,5 +502,6 @@ def _check_kept(steps: tuple[Step, ...], right: Side) -> None:
             value = right.tensor(step.target)
             if value.is_floating_point() and value.dtype.itemsize > 1 and not bool(value.isfinite().all()):
                 raise Invalid(
-                    f"{step.target} is not loaded, and holds NaN or infinity in the network; initialise it first"
+                    f"{step.target} is not loaded, and holds NaN or infinity in the network",
+                    "initialise it first",
                 )

@@ -134,7 +134,7 @@ def from_pretrained(
     """
     if isinstance(make, nn.Module) and given:
         raise Invalid(
-            f"{', '.join(given)}: the network is made already; use plan_transfer for more than freeze="
+            f"{', '.join(given)}: the network is made already", "use plan_transfer for more than freeze="
         )
     model = make if isinstance(make, nn.Module) else make(**given)
     what: Any = "loaded" if freeze is True else freeze or None
@@ -212,9 +212,10 @@ def _check_used(expect: Mapping[str, str], used: Collection[str], names: Collect
     """
     for pattern, meaning in expect.items():
         if pattern not in used:
-            is_there = any(fits(name, pattern) for name in names)
-            why = f"matches nothing that can be {meaning!r}" if is_there else unused(pattern, names)
-            raise Invalid(f"the expected pattern {quoted(pattern)} {why}")
+            what = f"the expected pattern {quoted(pattern)}"
+            if any(fits(name, pattern) for name in names):
+                raise Invalid(f"{what} matches nothing that can be {meaning!r}")
+            raise unused(what, pattern, names)
 
 
 def _identities(steps: Sequence[Step], right: Side) -> list[str]:
@@ -290,5 +291,5 @@ def _frozen(freeze: str | Sequence[str] | None, steps: Sequence[Step], right: Si
             names += expanded([pattern], parameters, right.entries, layers=layers)
     found = Freeze(tuple(dict.fromkeys(names)))
     if all(map(found.covers, parameters)):
-        raise Invalid("freezing that leaves no parameter to train; leave the head out")
+        raise Invalid("freezing that leaves no parameter to train", "leave the head out")
     return found.patterns

@@ -51,7 +51,7 @@ class Rename:
         old, new = parts.groups() if parts else ("", "")
         if not old or not new:
             raise Invalid(
-                f"the rename {quoted(rule)} is malformed; write it as old=new, such as backbone.*=*"
+                f"the rename {quoted(rule)} is malformed", "write it as old=new, such as backbone.*=*"
             )
         try:
             if rule.startswith("re:"):

@@ -61,8 +61,8 @@ def side_of(source: Source, registry: Home | None = None, *, component: str = "m
         return _file(Path(source), component)
     if not isinstance(source, str):
         raise Invalid(
-            f"a {type(source).__qualname__} cannot be compared or loaded; give a reference, a file, "
-            "torchvision:NAME, or a network"
+            f"a {type(source).__qualname__} cannot be compared or loaded",
+            "give a reference, a file, torchvision:NAME, or a network",
         )
     if source.startswith(TORCHVISION):
         return _torchvision(source)
@@ -92,9 +92,7 @@ def torchvision_name(source: str) -> str:
     # Torchvision looks its names up in lower case.
     if name.lower() not in known:
         near = difflib.get_close_matches(name, known, 1)
-        raise NotFound(
-            f"torchvision has no model {quoted(name)}{f'; did you mean {near[0]}?' if near else ''}"
-        )
+        raise NotFound(f"torchvision has no model {quoted(name)}", f"did you mean {near[0]}?" if near else "")
     return name
 
 
@@ -147,7 +145,7 @@ def _file(path: Path, component: str) -> Side:
     imported = read_checkpoint_file(path)
     if component not in imported.components:
         found = ", ".join(imported.components)
-        raise NotFound(f"{path}: has no component {quoted(component)}; it has {found}")
+        raise NotFound(f"{path}: has no component {quoted(component)}", f"it has {found}")
     side = _tree(printable(str(path)), imported.components[component])
     layout = imported.source.get("layout", {})
     used = [key for key, part, *_ in layout.get("keys", []) if part == component]
@@ -201,7 +199,7 @@ def _own_tensors(module: nn.Module) -> set[int]:
     found: set[int] = set()
     for part in module.modules():
         if type(part).__name__ == "FullyShardedDataParallel":
-            raise Unsupported("the network is sharded by FSDP; transfer and freeze before wrapping it")
+            raise Unsupported("the network is sharded by FSDP", "transfer and freeze before wrapping it")
         found.update(map(id, part._parameters.values()))
         found.update(map(id, part._buffers.values()))
     return found
@@ -210,11 +208,11 @@ def _own_tensors(module: nn.Module) -> set[int]:
 def _live_entry(name: str, tensor: torch.Tensor) -> StateEntry:
     """The entry of a tensor of a live network."""
     if is_lazy(tensor):
-        raise Unsupported(f"{name} is not initialised yet; run one batch through the network first")
+        raise Unsupported(f"{name} is not initialised yet", "run one batch through the network first")
     is_parameter = isinstance(tensor, nn.Parameter)
     if (not is_parameter and type(tensor) is not torch.Tensor) or hasattr(tensor, "device_mesh"):
         raise Unsupported(
-            f"{name} is a {type(tensor).__qualname__}; transfer and freeze before the network is sharded"
+            f"{name} is a {type(tensor).__qualname__}", "transfer and freeze before the network is sharded"
         )
     kind = "parameter" if is_parameter else "buffer"
     dtype = str(tensor.dtype).removeprefix("torch.")

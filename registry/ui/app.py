@@ -351,7 +351,7 @@ class Application:
             text = drawing.as_json(page.document)
         elif form == "csv":
             if not page.rows and page.template not in _TABLES:
-                raise NotFound("this page is no table; ask for JSON")
+                raise NotFound("this page is no table", "ask for JSON")
             text = drawing.as_csv(page.rows)
         elif args.get("file") and page.context.get("html"):
             text = page.context["html"]

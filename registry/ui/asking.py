@@ -57,7 +57,7 @@ class Asking:
                 self._keep(key, line)
         if error := answer.get("error"):
             kind = getattr(errors, error["kind"], RegistryError)
-            raise kind("; ".join(filter(None, (error["message"], error["hint"]))))
+            raise kind(error["message"], error["hint"])
         return answer
 
     def _keep(self, key: str, line: str) -> None:
@@ -90,7 +90,8 @@ class Asking:
             return line, dict(json.loads(line))
         except ValueError:
             raise StorageError(
-                "the process that reads tensors ended without an answer; try it in a terminal with: registry diff"
+                "the process that reads tensors ended without an answer",
+                "try it in a terminal with: registry diff",
             ) from None
 
     def _line(self, process: subprocess.Popen[str]) -> str:

@@ -22,5 +22,5 @@ def change(registry: Registry, form: Mapping[str, str]) -> Moved:
     if way is None:
         raise Invalid("kind is neither alias nor tag nor note")
     if not text:
-        raise Invalid("the text is empty; write one")
+        raise Invalid("the text is empty", "write one")
     return Moved(address_of(way(reference, text).row))

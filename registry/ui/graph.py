@@ -8,6 +8,7 @@ from typing import Any
 from registry.catalog.chains import CONTINUED, Chain, chains, read_nodes, related
 from registry.catalog.resolving import resolve
 from registry.catalog.versions import values_by_id
+from registry.log.metrics import called
 from registry.registry import Registry
 from registry.reports.charts import lane_lines, lane_picture
 from registry.store.digest import is_digest
@@ -45,7 +46,7 @@ def lineage(registry: Registry, args: Args) -> Page:
             {
                 "versions": chain.name,
                 "aliases": chain.nodes[-1].aliases,
-                metric or "metric": values.get(chain.nodes[-1].id),
+                called(metric or "metric"): values.get(chain.nodes[-1].id),
                 "how": chain.how,
                 "run": chain.nodes[0].run,
                 "created": chain.nodes[-1].created,

@@ -23,7 +23,7 @@ from registry.catalog.versions import (
     tag_names,
     values_by_model,
 )
-from registry.log.metrics import is_smallest_best
+from registry.log.metrics import called, is_smallest_best, with_metrics
 from registry.registry import Registry
 from registry.reports.charts import Mark
 from registry.ui.kept import once
@@ -75,7 +75,7 @@ def models(registry: Registry, args: Args) -> Page:
                 "model": row.name,
                 "versions": row.versions,
                 "best": row.best.name,
-                metric or "metric": row.value,
+                called(metric or "metric"): row.value,
                 "own_bytes": row.own,
                 "updated": row.updated,
             }
@@ -245,7 +245,7 @@ def row_of(version: Version) -> dict[str, Any]:
         "epoch": version.epoch,
         "step": version.step,
         "loss": version.loss,
-        **version.metrics,
+        **with_metrics({}, version.metrics),
         "aliases": version.aliases,
         "tags": version.tags,
         "size": version.size,

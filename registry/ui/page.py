@@ -59,7 +59,7 @@ def whole(args: Args, name: str, default: int, most: int) -> int:
     if not text:
         return default
     if not (text.isascii() and text.isdecimal() and len(text) < 12):
-        raise Invalid(f"{name} is not a number; leave it out or give one from 0 to {most:,}")
+        raise Invalid(f"{name} is not a number", f"leave it out or give one from 0 to {most:,}")
     return min(int(text), most)
 
 

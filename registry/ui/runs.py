@@ -16,6 +16,7 @@ from registry.catalog.runs import INNER, LOG, RunInfo
 from registry.catalog.scalars import Point
 from registry.catalog.versions import Version, find_versions, metric_names
 from registry.configs.documents import flatten
+from registry.log.metrics import with_metrics
 from registry.registry import Registry
 from registry.store import places
 from registry.store.errors import Invalid, NotFound, RegistryError
@@ -123,7 +124,9 @@ def run(registry: Registry, args: Args, model: str, name: str) -> Page:
             "lines": lines,
         },
         rows=[
-            {"version": version.name, "epoch": version.epoch, "loss": version.loss, **version.metrics}
+            with_metrics(
+                {"version": version.name, "epoch": version.epoch, "loss": version.loss}, version.metrics
+            )
             for version in saved
         ],
         command=f"registry logs {info.name}",
@@ -197,7 +200,7 @@ def _by_epoch(saved: Sequence[Version]) -> dict[str, list[tuple[float, float]]]:
     found: dict[str, list[tuple[float, float]]] = {}
     for version in saved:
         place = float(version.epoch if version.epoch is not None else version.version)
-        values: Mapping[str, Any] = {"loss": version.loss, **version.metrics}
+        values: Mapping[str, Any] = with_metrics({"loss": version.loss}, version.metrics)
         for name, value in values.items():
             if value is not None:
                 found.setdefault(name, []).append((place, value))
@@ -268,7 +271,7 @@ def _curves(
     found = []
     for name in names:
         if "/" not in name:
-            raise Invalid(f"{name} is no run, so it has no curve by {axis}; choose epoch")
+            raise Invalid(f"{name} is no run, so it has no curve by {axis}", "choose epoch")
         points = scalars_of(registry.runs[name]).get(metric, [])
         if not points:
             raise NotFound(f"{name} has measured no {quoted(metric)}")

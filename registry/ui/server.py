@@ -149,7 +149,7 @@ def _sockets(host: str | None, port: int | None) -> tuple[list[socket.socket], i
             if port is not None or error.errno != errno.EADDRINUSE:
                 where = f"port {number} of {hosts[0]}"
                 raise Conflict(
-                    f"{where} cannot be used ({error.strerror}); leave --port out to take a free one"
+                    f"{where} cannot be used ({error.strerror})", "leave --port out to take a free one"
                 ) from None
             continue
         number = found[0].getsockname()[1]
@@ -161,11 +161,11 @@ def _sockets(host: str | None, port: int | None) -> tuple[list[socket.socket], i
                 found[0].close()
                 if port not in (None, 0):
                     raise Conflict(
-                        f"port {number} of {hosts[1]} is taken; leave --port out to take a free one"
+                        f"port {number} of {hosts[1]} is taken", "leave --port out to take a free one"
                     ) from None
                 continue
         return found, number
-    raise Conflict(f"the ports {PORT} to {PORT + _PORTS - 1} are taken; give another one with --port")
+    raise Conflict(f"the ports {PORT} to {PORT + _PORTS - 1} are taken", "give another one with --port")
 
 
 def _listening(host: str, port: int) -> socket.socket:

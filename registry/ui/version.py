@@ -13,6 +13,7 @@ from registry.catalog.versions import Version, by_id, find_versions
 from registry.checkpoints.checkpoint import Checkpoint
 from registry.checkpoints.counting import networks
 from registry.configs.documents import flatten
+from registry.log.metrics import with_metrics
 from registry.registry import Registry
 from registry.reports.words import counted
 from registry.store.errors import NotFound, RegistryError
@@ -193,8 +194,8 @@ def _beside(registry: Registry, one: Version) -> tuple[str | None, str | None]:
 
 def _deltas(one: Version, before: Version | None) -> dict[str, tuple[float, float | None]]:
     """Each metric, and the loss, with how it differs from that of the version before."""
-    values: Mapping[str, float | None] = {"loss": one.loss, **one.metrics}
-    others: Mapping[str, float | None] = {"loss": before.loss, **before.metrics} if before else {}
+    values: Mapping[str, float | None] = with_metrics({"loss": one.loss}, one.metrics)
+    others: Mapping[str, float | None] = with_metrics({"loss": before.loss}, before.metrics) if before else {}
     found: dict[str, tuple[float, float | None]] = {}
     for name, value in values.items():
         if value is not None:

@@ -129,7 +129,7 @@ def _copy(
         if there is not None:
             break
     if there is None:
-        raise Conflict(f"{version.name}: other processes kept changing {target.place} meanwhile; repeat")
+        raise Conflict(f"{version.name}: other processes kept changing {target.place} meanwhile", "repeat")
     kept = {file.key for file in attached(target.catalog, there)}
     for file in attached(source.catalog, version):
         if file.key not in kept:

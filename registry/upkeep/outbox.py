@@ -93,7 +93,8 @@ class Outbox:
             if version.version == number:
                 return version
         raise NotFound(
-            f"no version {quoted(reference)} is pending; if it was shared, it has a number now: registry ls {model}"
+            f"no version {quoted(reference)} is pending",
+            f"if it was shared, it has a number now: registry ls {model}",
         )
 
     def check_numbered(self, references: Iterable[str]) -> None:

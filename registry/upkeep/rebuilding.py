@@ -62,8 +62,8 @@ def rebuild(catalog: Catalog, store: Store, *, adopt: bool = False, progress: Pr
     """
     if adopt and catalog.shared is not None:
         raise Unsupported(
-            f"{catalog.shared.url}: --adopt is for the log of a folder; a shared registry's is brought from its bucket by: "
-            "registry rebuild"
+            f"{catalog.shared.url}: --adopt is for the log of a folder",
+            "a shared registry's is brought from its bucket by: registry rebuild",
         )
     with storage_errors(store.root):
         refolded = catalog.refold()

@@ -82,7 +82,7 @@ def repair(home: Home, other: Path | str, *, dry_run: bool = False, progress: Pr
     """
     copy = second_copy(place_of(other) if isinstance(other, str) else str(other))
     if copy.place in (home.place, str(home.root)) and (home.remote is None or copy.place == home.place):
-        raise Invalid(f"{copy.place} is the registry itself; give the folder or the URL of a second copy")
+        raise Invalid(f"{copy.place} is the registry itself", "give the folder or the URL of a second copy")
     if home.catalog.format == 1:
         raise Unsupported(f"{home.root} has format 1, which registry rebuild takes to the present one first")
     if not dry_run:
@@ -337,7 +337,7 @@ class _Repair:
             lost, pack = self._new_pack(infos)
             if pack is None or self._publish(pack):
                 return lost
-        raise Conflict(f"other processes kept changing {self._home.place} during the repair; repeat it")
+        raise Conflict(f"other processes kept changing {self._home.place} during the repair", "repeat it")
 
     def _new_pack(self, infos: Sequence[TensorInfo]) -> tuple[set[str], PackInfo | None]:
         for folder in (self._store.packs, self._store.tmp):

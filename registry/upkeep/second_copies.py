@@ -258,7 +258,7 @@ def second_copy(place: str) -> FolderCopy | BucketCopy:
         is_there = not {"packs", "manifests", "journal"}.isdisjoint(names)
         for name in ("packs", "manifests", "journal"):
             if name in names and not os.access(root / name, os.R_OK | os.X_OK):
-                raise StorageError(f"{root / name}: permission denied; ask its owner for access")
+                raise StorageError(f"{root / name}: permission denied", "ask its owner for access")
     if not is_there:
-        raise NotFound(f"there is no registry at {place}; give the folder or the URL of a second copy")
+        raise NotFound(f"there is no registry at {place}", "give the folder or the URL of a second copy")
     return found

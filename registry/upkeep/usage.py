@@ -202,7 +202,7 @@ def _versions(catalog: Reader) -> dict[str, _Version]:
     )
     types = (str, str, int, str, int)
     if not all(all(map(isinstance, row, types)) for row in rows):
-        raise Corrupt("the catalog holds a damaged row of a version; recreate it with: registry rebuild")
+        raise Corrupt("the catalog holds a damaged row of a version", "recreate it with: registry rebuild")
     return {version_id: _Version(*rest) for version_id, *rest in rows}
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import pickle
 import shlex
 from pathlib import Path
 
@@ -16,30 +18,49 @@ from registry import Registry
 from registry.cli.app import COMMANDS
 from registry.cli.suggestions import _OTHER_WORDS
 from registry.models.lenet import LeNet5
-from registry.store.errors import Conflict, RegistryError, fix
-
-
-@pytest.mark.parametrize(
-    ("message", "parts"),
-    [
-        ("there is no model 'x'", ("there is no model 'x'", "")),
-        ("there is no model 'x'; did you mean 'y'?", ("there is no model 'x'", "did you mean 'y'?")),
-        ("'a; b' is no name; use letters; or digits", ("'a; b' is no name", "use letters; or digits")),
-        ("it's gone; look", ("it's gone", "look")),
-        ("epochs is 0; expected 1 or more", ("epochs is 0; expected 1 or more", "")),
-        ("", ("", "")),
-        ("a\nb; c\nd", ("a\nb", "c\nd")),
-    ],
+from registry.store.errors import (
+    Conflict,
+    Fix,
+    Invalid,
+    NotFound,
+    RegistryError,
+    StorageError,
+    fix,
+    naming,
+    storage_errors,
 )
-def test_a_message_has_what_is_wrong_and_what_to_do(message: str, parts: tuple[str, str]) -> None:
-    assert RegistryError(message).for_command_line() == parts
-    assert str(RegistryError(message)) == message
 
 
-def test_what_to_add_comes_behind_what_to_do() -> None:
-    error = Conflict("it is held; take it off first", fix("or use", force=True))
+def test_a_message_and_what_to_do_about_it_are_told_apart() -> None:
+    error = NotFound("there is no model 'a; b'", "did you mean 'c'?", "", "registry ls lists them")
+    assert error.message == "there is no model 'a; b'"
+    assert error.for_command_line() == (error.message, "did you mean 'c'?; registry ls lists them")
+    assert str(error) == "there is no model 'a; b'; did you mean 'c'?; registry ls lists them"
+    assert RegistryError("it's broken; nothing is lost").for_command_line() == (
+        "it's broken; nothing is lost",
+        "",
+    )
+    assert (str(RegistryError()), RegistryError().for_command_line()) == ("", ("", ""))
+
+
+def test_advice_has_words_for_python_and_for_the_command_line() -> None:
+    error = Conflict("it is held", "take it off first", fix("or use", force=True), Fix("", "call it", ""))
     assert error.for_command_line() == ("it is held", "take it off first; or use: --force")
-    assert str(error) == "it is held; take it off first; or use: force=True"
+    assert str(error) == "it is held; take it off first; or use: force=True; call it"
+
+
+def test_an_error_keeps_its_advice_when_it_is_named_and_pickled() -> None:
+    error = Invalid("is empty", "write one", fix(force=True))
+    with pytest.raises(Invalid) as caught, naming("lenet5:v3"):
+        raise error
+    for one in (caught.value, pickle.loads(pickle.dumps(caught.value)), error.about("lenet5:v3")):
+        assert (type(one), one.message, one.fixes) == (Invalid, "lenet5:v3: is empty", error.fixes)
+
+
+def test_what_the_system_refuses_says_what_to_do() -> None:
+    with pytest.raises(StorageError) as caught, storage_errors("x"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.for_command_line() == ("x: no space left on the device", "free some and repeat")
 
 
 @pytest.mark.parametrize(

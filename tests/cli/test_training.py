@@ -89,6 +89,22 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
     return Registry(tmp_path / "r")
 
 
+def test_best_is_marked_where_the_alias_points_and_nowhere_else(empty: Registry, run: Run) -> None:
+    first = run("train", "lenet5", "--epochs", 2, "--set", "lr=0.01", "--set", "samples=400").out
+    # Far too small a rate to come near the versions of the first run.
+    second = run("train", "lenet5", "--epochs", 2, "--set", "lr=1e-7", "--set", "samples=40").out
+    marked = re.findall(r"(v\d) best$", first + second, re.MULTILINE)
+    rising = (
+        [1, 2] if empty["lenet5:v2"].metrics["accuracy"] > empty["lenet5:v1"].metrics["accuracy"] else [1]
+    )
+    assert marked == [f"v{number}" for number in rising]
+    best, own = empty["lenet5@best"], empty.versions("lenet5", by="accuracy", where="version > 2")[0]
+    assert best.name == f"lenet5:{marked[-1]}"
+    assert f"lenet5/run-1 finished: the best is {best.name}, accuracy 0." in first
+    assert f"lenet5/run-2 finished: its best is {own.name}, accuracy 0." in second
+    assert f"; the best of lenet5 stays {best.name}, accuracy 0." in second
+
+
 LIVE = r"^2/50 .* \d+/45 loss \d\.\d{3} [\d,]+ images/s"
 
 

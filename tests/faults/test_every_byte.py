@@ -658,6 +658,7 @@ COMMANDS = (
     ("logs", RUN),
     ("status",),
     ("cache", "list"),
+    ("doctor",),
     ("verify",),
     ("verify", "net:v3"),
     ("gc", "--dry-run"),

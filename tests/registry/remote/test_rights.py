@@ -257,7 +257,7 @@ def test_keys_of_a_profile_alone_are_used(
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
-    refusal(lambda: Registry(str(address)), "no keys for S3: set AWS_ACCESS_KEY_ID", Invalid)
+    refusal(lambda: Registry(str(address)), "no keys for S3; set AWS_ACCESS_KEY_ID", Invalid)
     (tmp_path / ".aws").mkdir()
     text = f"[team]\naws_access_key_id = writerkey\naws_secret_access_key = {SECRET}\n"
     (tmp_path / ".aws" / "credentials").write_text(text)

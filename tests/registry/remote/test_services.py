@@ -160,10 +160,10 @@ def test_wrong_keys_and_a_container_that_is_not_there_are_named(
 
 
 def test_no_keys_is_an_error_that_names_the_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    refusal(lambda: open_bucket(GOOGLE), "no keys for gs://: set GOOGLE_APPLICATION_CREDENTIALS", Invalid)
+    refusal(lambda: open_bucket(GOOGLE), "no keys for gs://; set GOOGLE_APPLICATION_CREDENTIALS", Invalid)
     refusal(lambda: open_bucket(AZURE), "AZURE_STORAGE_ACCOUNT_NAME is not set", Invalid)
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "lab")
-    refusal(lambda: open_bucket(AZURE), "no keys for az://: set .*AZURE_STORAGE_ACCOUNT_KEY", Invalid)
+    refusal(lambda: open_bucket(AZURE), "no keys for az://; set .*AZURE_STORAGE_ACCOUNT_KEY", Invalid)
     for url in ("gs://models/team", "az://models/team"):
         refusal(lambda url=url: Registry(url), f"no keys for {url[:5]}", Invalid)
 
