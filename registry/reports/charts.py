@@ -152,8 +152,12 @@ def _joined(open_lanes: Sequence[str | None], mine: Sequence[int]) -> str:
     return text.rstrip()
 
 
-def curves(block: Curves) -> str:
-    """Draw curves over one pair of axes, each with its name at its end. What is not finite is left out."""
+def curves(block: Curves, *, says_axis: bool = False) -> str:
+    """Draw curves over one pair of axes, each with its name at its end. What is not finite is left out.
+
+    Args:
+        says_axis: say where the horizontal axis lies, for a script.
+    """
     drawn = [(name, [(x, y) for x, y in curve.items() if math.isfinite(y)]) for name, curve in block.curves]
     axes = _Axes([point for _, points in drawn for point in points])
     parts = [*axes.drawn()]
@@ -171,7 +175,11 @@ def curves(block: Curves) -> str:
         if places:
             ends.append((*places[-1], i, name))
     parts += _names(ends)
-    return _svg(block.title, width=_WIDTH, height=_HEIGHT, parts=parts)
+    across = _across(_LEFT, _WIDTH - _RIGHT, axes.first, axes.last) if says_axis else ""
+    return (
+        f'<svg class="curves" role="img" aria-label="{_escaped(block.title)}" width="{_WIDTH}" height="{_HEIGHT}" '
+        f'viewBox="0 0 {_WIDTH} {_HEIGHT}"{across}>{"".join(parts)}</svg>'
+    )
 
 
 _MOST_CIRCLES = 100
@@ -356,7 +364,7 @@ def chart(
         parts.append('<circle cx="500" cy="60" r="4"/>')
     return (
         f'<svg class="chart{f" {tone}" if tone else ""}" viewBox="0 0 1000 120" preserveAspectRatio="none" role="img" '
-        f'aria-label="{_escaped(label)}">{"".join(parts)}</svg>'
+        f'aria-label="{_escaped(label)}"{_across(0, 1000, first, last)}>{"".join(parts)}</svg>'
     )
 
 
@@ -533,11 +541,9 @@ def _height(value: float, low: float, high: float) -> float:
     return (value / 2 - low / 2) / (high / 2 - low / 2) if high > low else 0.5
 
 
-def _svg(title: str, width: int, height: int, parts: Sequence[str]) -> str:
-    return (
-        f'<svg class="curves" role="img" aria-label="{_escaped(title)}" width="{width}" height="{height}" '
-        f'viewBox="0 0 {width} {height}">{"".join(parts)}</svg>'
-    )
+def _across(left: float, right: float, first: float, last: float) -> str:
+    """Attributes that say between which places of a picture its horizontal axis lies, and where that begins and ends."""
+    return f' data-across="{left:g} {right:g}" data-axis="{first:.15g} {last:.15g}"'
 
 
 def _escaped(text: str) -> str:

@@ -30,6 +30,7 @@ from registry.ui.kept import once
 from registry.ui.page import Args, Page, address, whole
 from registry.ui.runs import last_line
 from registry.ui.version import networks_of
+from registry.ui.zooming import NAMES, Stretch, stretch_of
 
 MANY = 100
 """Versions of a page."""
@@ -180,7 +181,8 @@ def versions(registry: Registry, args: Args, model: str) -> Page:
             "columns": [name for name in names if name != metric][: _COLUMNS - 1],
             "best": _best(registry, model, metric),
             "span": _span(part.versions, metric),
-            "chart": once(registry, ("chart", model, metric), lambda: _chart(registry, model, metric)),
+            "chart": _chart(registry, model, metric, stretch_of(args)),
+            "kept": {name: args.get(name) for name in ("tag", "where", *NAMES)},
             "sort": sort,
             "tag": tag,
             "where": args.get("where", ""),
@@ -235,7 +237,7 @@ def _condition(registry: Registry, args: Args, model: str) -> Condition:
 
 def _kept(args: Args) -> dict[str, str | None]:
     """What stays as it is in the address of the next part."""
-    return {name: args.get(name) for name in ("tag", "metric", "where")}
+    return {name: args.get(name) for name in ("tag", "metric", "where", *NAMES)}
 
 
 def row_of(version: Version) -> dict[str, Any]:
@@ -276,22 +278,14 @@ def _span(shown: Sequence[Version], metric: str | None) -> tuple[float, float] |
     return (min(finite), max(finite)) if finite else None
 
 
-def _chart(registry: Registry, model: str, metric: str | None) -> Mapping[str, Any] | None:
-    """The points of a metric by version, and the aliases as marks."""
+def _chart(registry: Registry, model: str, metric: str | None, stretch: Stretch) -> Mapping[str, Any] | None:
+    """The points of a metric by version, and the aliases as marks; None if there is no curve."""
     if metric is None:
         return None
-    if metric == "loss":
-        rows = registry.catalog.query(
-            "SELECT version, loss FROM versions WHERE model = ? AND loss IS NOT NULL ORDER BY version",
-            [model],
-        )
-    else:
-        rows = registry.catalog.query(
-            "SELECT v.version, m.value FROM metrics m JOIN versions v ON v.id = m.id "
-            "WHERE m.model = ? AND m.name = ? AND m.value IS NOT NULL ORDER BY v.version",
-            [model, metric],
-        )
-    points = [(float(version), float(value)) for version, value in rows if math.isfinite(value)]
+    whole = once(registry, ("points", model, metric), lambda: _points(registry, model, metric))
+    if len(whole) < 2:
+        return None
+    points = stretch.of(whole)
     marks = registry.catalog.query(
         "SELECT v.version, a.name FROM aliases a JOIN versions v ON v.id = a.id WHERE a.model = ? ORDER BY v.version",
         [model],
@@ -303,6 +297,22 @@ def _chart(registry: Registry, model: str, metric: str | None) -> Mapping[str, A
         "low": min((y for _, y in points), default=0.0),
         "high": max((y for _, y in points), default=0.0),
     }
+
+
+def _points(registry: Registry, model: str, metric: str) -> list[tuple[float, float]]:
+    """The values of a metric (or `loss`) that are finite, by version."""
+    if metric == "loss":
+        rows = registry.catalog.query(
+            "SELECT version, loss FROM versions WHERE model = ? AND loss IS NOT NULL ORDER BY version",
+            [model],
+        )
+    else:
+        rows = registry.catalog.query(
+            "SELECT v.version, m.value FROM metrics m JOIN versions v ON v.id = m.id "
+            "WHERE m.model = ? AND m.name = ? AND m.value IS NOT NULL ORDER BY v.version",
+            [model, metric],
+        )
+    return [(float(version), float(value)) for version, value in rows if math.isfinite(value)]
 
 
 def _logical(registry: Registry, model: str) -> int:

@@ -29,6 +29,7 @@ PAGES = {
     "models": "/",
     "versions": "/m/net",
     "best-first": "/m/net?sort=accuracy",
+    "zoomed": "/m/net?from=2&to=4",
     "version": "/m/net/v5",
     "diff": "/diff?a=net:v1&b=net:v5",
     "diff-of-networks": "/diff?a=net:v1&b=other:v1",
@@ -240,6 +241,89 @@ def test_a_point_of_the_curve_is_a_version(server: Server, opened: Open) -> None
     assert page.locator(".curve output").inner_text() == "v3 0.8500"
     page.mouse.click(box["x"] + box["width"] / 2, box["y"] + 20)
     page.wait_for_url("**/m/net/v3")
+
+
+def drag(page: Any, chart: Any, begin: float, end: float) -> None:
+    """Drag the pointer over a part of a chart."""
+    box = chart.bounding_box()
+    page.mouse.move(box["x"] + box["width"] * begin, box["y"] + 20)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * end, box["y"] + 25, steps=4)
+    assert page.locator(".chosen-part").bounding_box()["width"] > box["width"] * (end - begin) * 0.9
+    page.mouse.up()
+
+
+ZOOMED = {
+    "/m/net": (0.25, 0.75, "from=2&to=4"),
+    "/r/net/run-1": (0.5, 1.0, "from=2&to=3#curve-1"),
+    "/compare?of=net": (0.25, 0.625, "from=1.98&to=4.03"),
+}
+"""For each page with curves: a part of the picture's width, and what the address says of it."""
+
+
+@pytest.mark.parametrize("path", ZOOMED)
+def test_dragging_zooms_and_a_double_click_or_escape_goes_back(
+    server: Server, opened: Open, path: str
+) -> None:
+    begin, end, asked = ZOOMED[path]
+    page = opened(server, path)
+    chart = page.locator("svg[data-axis]").first
+    whole = chart.get_attribute("data-axis")
+    address = f"http://localhost:{server.port}{path}"
+    for back in ("double click", "Escape", "link"):
+        page.goto(address)
+        drag(page, chart, begin, end)
+        joint = "&" if "?" in path else "?"
+        page.wait_for_url(f"{address}{joint}{asked}")
+        assert chart.get_attribute("data-axis") != whole
+        if back == "double click":
+            chart.dblclick()
+        elif back == "Escape":
+            page.keyboard.press("Escape")
+        else:
+            page.click("text=whole curve")
+        page.wait_for_url(address)
+        assert chart.get_attribute("data-axis") == whole
+
+
+def test_a_click_on_a_zoomed_curve_opens_the_version(server: Server, opened: Open) -> None:
+    page = opened(server, "/m/net?from=2&to=4")
+    box = page.locator(".chart").bounding_box()
+    page.mouse.click(box["x"] + box["width"] / 2, box["y"] + 20)
+    page.wait_for_url("**/m/net/v3")
+
+
+def test_keys_zoom_and_move_along_the_curve(server: Server, opened: Open) -> None:
+    page = opened(server, "/m/net")
+    for key, place in (
+        ("+", "?from=2&to=4"),
+        ("ArrowRight", "?from=3&to=5"),
+        ("ArrowLeft", "?from=2&to=4"),
+        ("+", "?from=2.5&to=3.5"),
+        ("Escape", ""),
+    ):
+        page.keyboard.press(key)
+        page.wait_for_url(f"http://localhost:{server.port}/m/net{place}")
+    page.keyboard.press("ArrowRight")
+    page.fill("input[name=from]", "3")
+    page.press("input[name=from]", "Tab")
+    page.keyboard.type("5")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/m/net?metric=accuracy&from=3&to=5")
+    assert page.locator(".chart").get_attribute("data-axis") == "3 5"
+
+
+def test_without_scripts_a_form_zooms(server: Server, browser: Any) -> None:
+    with contextlib.closing(browser.new_context(java_script_enabled=False)) as context:
+        page = context.new_page()
+        for path in ("/m/net", "/r/net/run-1", "/compare?of=net"):
+            page.goto(server.address(path))
+            page.fill("input[name=from]", "2")
+            page.fill("input[name=to]", "3")
+            page.press("input[name=to]", "Enter")
+            assert page.locator("svg[data-axis]").first.get_attribute("data-axis") == "2 3"
+            page.click("text=whole curve")
+            assert page.locator("svg[data-axis]").first.get_attribute("data-axis") != "2 3"
 
 
 def test_modules_fold(server: Server, opened: Open) -> None:

@@ -23,13 +23,19 @@ ADDRESSES = (
     "/m/net?sort=accuracy",
     "/m/net?sort=loss&tag=paper",
     "/m/net?before=v3",
+    "/m/net?from=2&to=4",
+    "/m/net?from=90",
     "/m/net/v5",
     "/m/net@production",
     "/m/other/v1",
     "/runs",
     "/runs?model=net",
     "/r/net/run-2",
+    "/r/net/run-1?from=2&to=3",
+    "/r/net/run-1?from=90",
     "/compare",
+    "/compare?of=net&from=2&to=4",
+    "/compare?of=net&to=-1",
     "/compare?of=net",
     "/compare?of=net/run-1+net/run-2&metric=accuracy",
     "/lineage",
@@ -184,6 +190,9 @@ def test_pages_travel_compressed(unchanged: Client) -> None:
         ("/c/ffffff", 404, "ffffff"),
         ("/m/net?sort=f1", 404, "f1"),
         ("/?metric=f1", 404, "f1"),
+        ("/m/net?from=x", 400, "from is not a number"),
+        ("/r/net/run-1?to=nan", 400, "to is not a number"),
+        ("/compare?of=net&from=1e999", 400, "from is not a number"),
     ],
 )
 def test_an_error_says_what_is_wrong(unchanged: Client, address: str, status: int, says: str) -> None:
@@ -234,3 +243,52 @@ def test_a_tensor_has_statistics_that_stay_for_ever(unchanged: Client) -> None:
     assert "immutable" in answer.headers["cache-control"]
     wrong = re.sub("tensors/[0-9a-f]{64}", f"tensors/{'0' * 64}", address)
     assert unchanged.get(wrong).status == 404
+
+
+def axis(text: str) -> str:
+    """Where the first curve of a page begins and ends."""
+    found = re.search(r'data-axis="([^"]+)"', text)
+    assert found
+    return found[1]
+
+
+def test_an_address_has_the_part_of_a_curve(client: Client, filled: Registry) -> None:
+    path = filled.root / "runs" / "net" / "run-1" / "scalars.jsonl"
+    path.write_text("".join(f'{{"s": {i}, "t": {i}.0, "k": "Loss", "v": {i % 7}}}\n' for i in range(5_000)))
+    for address, whole, part in (
+        ("/m/net?metric=accuracy", "1 5", "2 4"),
+        ("/r/net/run-1?x=step", "0 4999", "2 4"),
+        ("/compare?of=net/run-1&metric=Loss", "0 4998", "2 4"),
+        ("/compare?of=net", "1 5", "2 4"),
+    ):
+        assert axis(client.get(address).text) == whole
+        for asked in ("from=2&to=4", "from=4&to=2", "from=v2&to=+4.5"):
+            shown = client.get(f"{address}&{asked}").text
+            assert axis(shown) == part
+            assert f'href="{html.escape(address)}" data-key="Escape"' in shown.replace("%2F", "/")
+        assert 'data-key="Escape"' not in client.get(f"{address}&from=&to=").text
+    rows = client.get("/compare?of=net&from=2&to=4&format=csv").text.splitlines()
+    assert [row.partition(",")[0] for row in rows] == ["epoch", "2.0", "3.0", "4.0"]
+    # Only a part of so many points is drawn, unless fewer are asked for.
+    assert client.get("/compare?of=net/run-1&metric=Loss").text.count(",") < 2_000
+    assert axis(client.get("/compare?of=net/run-1&metric=Loss&from=4999").text) == "4999 4999"
+
+
+def test_a_part_of_a_smoothed_curve_goes_on_from_what_stands_before_it(
+    client: Client, filled: Registry
+) -> None:
+    address = "/compare?of=net&metric=accuracy&smooth=60"
+    ends = [
+        re.findall(r"<title>net: ([^<]+) at 5</title>", client.get(f"{address}{part}").text)
+        for part in ("", "&from=4")
+    ]
+    assert ends[0] == ends[1] != []
+
+
+def test_places_and_orders_keep_the_part_of_the_curve(client: Client, filled: Registry) -> None:
+    for step in range(101):
+        filled.save("long", {"model": {}}, step=step, metrics={"accuracy": step / 101})
+    following = client.get("/m/long.json?from=3&to=8").json["next"]
+    assert "from=3&to=8" in following
+    assert axis(client.get(following).text) == "3 8"
+    assert "/m/long?sort=loss&amp;from=3&amp;to=8" in client.get("/m/long?from=3&to=8").text
