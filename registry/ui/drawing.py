@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,8 +41,9 @@ def _templates() -> Environment:
         "size": size,
         "number": number,
         "time": time_of,
+        "second": _second,
         "shape": shape,
-        "compact": lambda value: json.dumps(finite(value), default=str),
+        "compact": lambda value: json.dumps(finite(value), default=str, separators=(",", ":")),
     }
     found.globals |= {
         "address": address,
@@ -58,6 +60,11 @@ def _templates() -> Environment:
         "isfinite": lambda value: isinstance(value, float | int) and math.isfinite(value),
     }
     return found
+
+
+def _second(stamp: str) -> str:
+    """A stored time without the parts of its second, such as `2026-11-29T14:05:01Z`."""
+    return re.sub(r"\.\d+", "", stamp)
 
 
 def _tone_of(metric: str, difference: float) -> str:

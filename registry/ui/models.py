@@ -35,7 +35,7 @@ from registry.ui.zooming import NAMES, Stretch, stretch_of
 MANY = 100
 """Versions of a page."""
 
-_MOST_POINTS = 500
+_MOST_POINTS = 250
 """Points of a curve whose values a page knows."""
 
 _COLUMNS = 4
@@ -292,7 +292,7 @@ def _chart(registry: Registry, model: str, metric: str | None, stretch: Stretch)
     )
     return {
         "points": points,
-        "shown": points[:: len(points) // _MOST_POINTS + 1],
+        "shown": [(int(x), float(f"{y:.4g}")) for x, y in points[:: -(-len(points) // _MOST_POINTS) or 1]],
         "marks": [Mark(float(version), f"v{version} {name}") for version, name in marks],
         "low": min((y for _, y in points), default=0.0),
         "high": max((y for _, y in points), default=0.0),

@@ -365,8 +365,25 @@ const keys = document.getElementById("keys");
 const keysOn = document.getElementById("keys-on");
 keysOn.checked = stored("keys") !== "off";
 keysOn.addEventListener("change", () => stored("keys", keysOn.checked ? "on" : "off"));
+const TOLD = [
+  ["/", "find"], ["g m, g r, g l, g s", "go to the models, runs, lineage, storage"], ["j, k", "next row, row before"],
+  ["Enter", "open the row"], ["x", "select the row"], ["d", "diff of the two selected rows, or with the version before"],
+  ["c", "compare curves of what is selected"], ["y", "copy the references"], ["e", "copy the command"],
+  ["[, ]", "older, newer"], ["1 to 5", "the parts of a version's page"], ["u", "up"],
+  ["+", "zoom into the middle of the curve"], ["←, →", "move along a zoomed curve"], ["Escape", "the whole curve"],
+  ["t", "change the theme"], ["?", "these keys"],
+];
+for (const [key, what] of TOLD) {
+  const row = keys.querySelector("tbody").insertRow();
+  row.innerHTML = "<th scope=row><kbd></kbd></th><td></td>";
+  row.querySelector("kbd").textContent = key;
+  row.cells[1].textContent = what;
+}
 let isGoing = false;
-const rows = () => all("#rows tbody tr[data-reference]");
+// A row of versions says its number alone, and its table the model.
+const rows = () => all("#rows tbody tr[data-reference], #rows[data-of] tbody tr");
+const referenceOf = (row) => row?.dataset.reference ?? (row && row.closest("table").dataset.of + row.id);
+const chosenReference = () => referenceOf(here() ?? document.querySelector("h1[data-reference]"));
 function current(step) {
   const found = rows();
   if (!found.length) return;
@@ -388,8 +405,8 @@ function diffOfThis() {
   const title = document.querySelector("h1[data-before]");
   if (title) return void (location.href = diffAddress(title.dataset.before, title.dataset.reference));
   const found = rows(), i = found.indexOf(here());
-  const [one, before] = [found[i]?.dataset, found[i + 1]?.dataset];
-  if (one && before && one.reference.includes(":")) location.href = diffAddress(before.reference, one.reference);
+  const [one, before] = [found[i], found[i + 1]].map(referenceOf);
+  if (one?.includes(":") && before) location.href = diffAddress(before, one);
   return undefined;
 }
 const ACTIONS = {
@@ -400,8 +417,15 @@ const ACTIONS = {
   k: () => current(-1),
   x: () => { here()?.querySelector("input[type=checkbox]")?.click(); },
   d: diffOfThis,
-  c: () => { if (picked().length) chosen.querySelector("[data-do=c]").click(); else { const name = (here() ?? document.querySelector("h1[data-reference]"))?.dataset.reference; if (name) location.href = compareAddress([name.includes("/") ? name : name.split(":")[0]]); } },
-  y: () => { const names = picked(); const one = (here() ?? document.querySelector("h1[data-reference]"))?.dataset.reference; if (names.length || one) copy(names.length ? names.join(" ") : one, "the references"); },
+  c: () => {
+    const name = chosenReference();
+    if (picked().length) chosen.querySelector("[data-do=c]").click();
+    else if (name) location.href = compareAddress([name.includes("/") ? name : name.split(":")[0]]);
+  },
+  y: () => {
+    const text = picked().join(" ") || chosenReference();
+    if (text) copy(text, "the references");
+  },
   e: () => { const button = document.querySelector(".again [data-copy]"); if (button) copy(button.dataset.copy, "the command"); },
   g: () => { isGoing = true; setTimeout(() => { isGoing = false; }, 1500); },
   "+": () => moveAlong(0),

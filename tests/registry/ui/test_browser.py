@@ -189,18 +189,18 @@ def test_typing_and_modifiers_do_nothing_else(server: Server, opened: Open) -> N
 def test_a_save_appears_while_the_selection_stays(filled: Registry, server: Server, opened: Open) -> None:
     page = opened(server, "/m/net")
     page.wait_for_selector("#live:not([hidden])", state="attached")
-    page.check("#version-3 input")
+    page.check("#v3 input")
     filled.save("net", {"model": network(6).state_dict()}, metrics={"accuracy": 0.99})
-    page.wait_for_selector("#version-6")
-    assert page.is_checked("#version-3 input")
+    page.wait_for_selector("#v6")
+    assert page.is_checked("#v3 input")
     assert page.locator("#chosen strong").inner_text() == "1 selected"
     assert [row.get_attribute("id") for row in page.locator("#rows tbody tr").all()] == [
-        f"version-{i}" for i in (6, 5, 4, 3, 2, 1)
+        f"v{i}" for i in (6, 5, 4, 3, 2, 1)
     ]
     filled.remove("net:v2")
-    page.wait_for_selector("#version-2", state="detached")
+    page.wait_for_selector("#v2", state="detached")
     filled.set_tag("net:v1", "seen")
-    page.wait_for_selector("#version-1 .tag")
+    page.wait_for_selector("#v1 .tag")
 
 
 def test_ten_tabs_share_one_stream(filled: Registry, server: Server, browser: Any) -> None:
@@ -219,7 +219,7 @@ def test_ten_tabs_share_one_stream(filled: Registry, server: Server, browser: An
         filled.save("net", {"model": network(6).state_dict()})
         for page in pages:
             page.bring_to_front()
-            page.wait_for_selector("#version-6")
+            page.wait_for_selector("#v6")
         assert len(streams) == 1
 
 
@@ -339,8 +339,8 @@ def test_without_scripts_two_versions_are_compared(server: Server, browser: Any)
     with contextlib.closing(browser.new_context(java_script_enabled=False)) as context:
         page = context.new_page()
         page.goto(server.address("/m/net"))
-        page.check("#version-5 input")
-        page.check("#version-2 input")
+        page.check("#v5 input")
+        page.check("#v2 input")
         page.click("noscript button, form#selection > button")
         assert "net:v2" in page.locator("h1").inner_text()
         assert "net:v5" in page.locator("h1").inner_text()
@@ -350,7 +350,7 @@ def test_what_is_chosen_in_a_form_is_shown(server: Server, opened: Open) -> None
     page = opened(server, "/m/net")
     page.select_option("select[name=sort]", "accuracy")
     page.wait_for_url("**sort=accuracy**")
-    assert page.locator("#rows tbody tr").first.get_attribute("id") == "version-5"
+    assert page.locator("#rows tbody tr").first.get_attribute("id") == "v5"
 
 
 def test_nothing_of_a_hostile_name_runs(registry: Registry, opened: Open) -> None:
@@ -394,7 +394,7 @@ def test_the_pictures_of_the_readme_are_of_pages_as_they_are(tmp_path: Path, bro
         taken = {"versions": page.screenshot()}
         page.goto(f"http://localhost:{server.port}/diff?a=lenet5:v1&b=lenet5:v6")
         # The bars of the largest change are there.
-        page.wait_for_selector(".fill.heat4")
+        page.wait_for_selector(".meter.heat4")
         taken["diff"] = page.screenshot()
         context.close()
     readme = (Path(__file__).parents[3] / "README.md").read_text()
@@ -433,13 +433,13 @@ def test_a_row_that_did_not_change_is_not_touched(filled: Registry, server: Serv
     page.wait_for_selector("#live:not([hidden])", state="attached")
     page.keyboard.press("j")
     page.keyboard.press("j")
-    page.evaluate("document.getElementById('version-4').mark = 1")
+    page.evaluate("document.getElementById('v4').mark = 1")
     filled.save("net", {"model": network(6).state_dict()}, metrics={"accuracy": 0.9})
-    page.wait_for_selector("#version-6")
-    assert page.evaluate("document.getElementById('version-4').mark") == 1
-    assert page.evaluate("document.activeElement.closest('tr').id") == "version-4"
+    page.wait_for_selector("#v6")
+    assert page.evaluate("document.getElementById('v4').mark") == 1
+    assert page.evaluate("document.activeElement.closest('tr').id") == "v4"
     page.keyboard.press("j")
-    assert page.locator("tr.current").get_attribute("id") == "version-3"
+    assert page.locator("tr.current").get_attribute("id") == "v3"
     # The curve has the new version, and its points are still versions.
     box = page.locator(".chart").bounding_box()
     page.mouse.move(box["x"] + box["width"] - 2, box["y"] + 20)
@@ -456,7 +456,7 @@ def test_a_refresh_that_failed_is_repeated(filled: Registry, server: Server, bro
             "**/m/net", lambda route: route.fulfill(status=500) if next(refused, False) else route.continue_()
         )
         filled.set_tag("net:v1", "seen")
-        page.wait_for_selector("#version-1 .tag")
+        page.wait_for_selector("#v1 .tag")
 
 
 def test_a_change_before_the_stream_begins_is_shown(filled: Registry, server: Server, browser: Any) -> None:
@@ -469,7 +469,7 @@ def test_a_change_before_the_stream_begins_is_shown(filled: Registry, server: Se
 
         page.route("**/ui.js", late)
         page.goto(server.address("/m/net"))
-        page.wait_for_selector("#version-1 .tag")
+        page.wait_for_selector("#v1 .tag")
 
 
 def test_a_log_opens_at_its_end(filled: Registry, server: Server, opened: Open) -> None:

@@ -7,6 +7,7 @@ import gzip
 import html
 import io
 import json
+import math
 import re
 import subprocess
 import sys
@@ -173,6 +174,18 @@ def test_pages_travel_compressed(unchanged: Client) -> None:
     assert packed.headers["content-encoding"] == "gzip"
     assert len(packed.body) < len(plain.body) / 2
     assert gzip.decompress(packed.body) == plain.body
+
+
+def test_a_page_of_a_hundred_versions_is_small(client: Client, filled: Registry) -> None:
+    with filled.run("long") as run:
+        for step in range(300):
+            measured = {"accuracy": math.sin(step), "val/loss": math.cos(step)}
+            run.save(model={}, epoch=step, step=100 * step, loss=1 / (step + 1), metrics=measured)
+    plain = client.get("/m/long")
+    packed = client.get("/m/long", Accept_Encoding="gzip")
+    assert plain.text.count("<tr id=") == 100
+    assert len(plain.body) < 65_000
+    assert len(packed.body) < 10_000
 
 
 @pytest.mark.parametrize(
