@@ -164,7 +164,7 @@ def test_the_bar_of_the_largest_change_fills_its_place_and_the_smallest_is_seen(
     lines = text.render([Tree("", [Column("name")], rows, bar="bar")]).splitlines()
     assert [line[4:].strip() for line in lines[1:]] == ["█" * 24, "█" * 12, "▏", ""]
     page = html.render([Title("t"), Tree("", [Column("name")], rows, bar="bar")])
-    assert re.findall(r'class="fill[^"]*" width="([\d.]+)%"', page) == ["100", "50", "0.01"]
+    assert re.findall(r'<rect width="([\d.]+)%"', page) == ["100", "50", "0.01"]
 
 
 def test_lines_show_modules_and_with_all_tensors_these_too() -> None:
