@@ -11,10 +11,13 @@ from registry.catalog.versions import values_by_id
 from registry.registry import Registry
 from registry.reports.charts import lane_lines, lane_picture
 from registry.store.digest import is_digest
-from registry.ui.kept import once
+from registry.ui.kept import NOTED, once
 from registry.ui.page import Args, Page, address_of_name
 
 MOST_ROWS = 1_000
+
+_LEAVES = NOTED | {"tag", "untag"}
+"""Operations that leave the graph as it is."""
 
 
 def lineage(registry: Registry, args: Args) -> Page:
@@ -25,7 +28,7 @@ def lineage(registry: Registry, args: Args) -> Page:
     """
     reference = args.get("of", "").strip()
     is_full = bool(args.get("full"))
-    nodes = once(registry, "nodes", lambda: read_nodes(registry.catalog))
+    nodes = once(registry, "nodes", lambda: read_nodes(registry.catalog), survives=_LEAVES)
     names = {node.id: node.name for node in nodes.values()}
     if reference:
         version = resolve(registry.catalog, reference)

@@ -21,12 +21,11 @@ from registry.catalog.versions import (
     metric_names,
     rank_versions,
     tag_names,
-    values_by_model,
 )
 from registry.log.metrics import is_smallest_best
 from registry.registry import Registry
 from registry.reports.charts import Mark
-from registry.ui.kept import once
+from registry.ui.kept import logical_of, once, owned, points_of
 from registry.ui.page import Args, Page, address, whole
 from registry.ui.runs import last_line
 from registry.ui.version import networks_of
@@ -58,7 +57,7 @@ class ModelRow(NamedTuple):
 
 def models(registry: Registry, args: Args) -> Page:
     """All models, with what is being trained now on top."""
-    found = once(registry, "models", lambda: list_models(registry.catalog))
+    found = once(registry, "models", lambda: list_models(registry.catalog, owned(registry).by_model))
     asked = args.get("metric", "")
     if asked not in ("", "loss", *metric_names(registry.catalog)):
         raise no_such_metric(registry.catalog, None, asked)
@@ -95,11 +94,6 @@ def models(registry: Registry, args: Args) -> Page:
 def _rows(
     registry: Registry, found: Sequence[Model], metric: str | None, trained: Collection[str]
 ) -> list[ModelRow]:
-    trends = (
-        once(registry, ("values", metric), lambda: values_by_model(registry.catalog, metric))
-        if metric
-        else {}
-    )
     rows = []
     for model in found:
         best = model.best or model.latest
@@ -110,7 +104,7 @@ def _rows(
                 best=best,
                 is_best=model.best is not None,
                 value=best.value(metric),
-                values=trends.get(model.name, ()),
+                values=[value for _, value in points_of(registry, model.name, metric)] if metric else (),
                 own=model.own,
                 updated=model.latest.created,
                 is_trained=model.name in trained,
@@ -174,8 +168,8 @@ def versions(registry: Registry, args: Args, model: str) -> Page:
             "following": part.following,
             "is_first": part.is_first,
             "total": total,
-            "own": _own(registry, model),
-            "logical": once(registry, ("logical", model), lambda: _logical(registry, model)),
+            "own": owned(registry).by_model.get(model, 0),
+            "logical": logical_of(registry, model),
             "metric": metric,
             "metrics": [*names, "loss"],
             "columns": [name for name in names if name != metric][: _COLUMNS - 1],
@@ -189,11 +183,6 @@ def versions(registry: Registry, args: Args, model: str) -> Page:
             "tags": tag_names(registry.catalog, model),
         },
     )
-
-
-def _own(registry: Registry, model: str) -> int:
-    found = once(registry, "models", lambda: list_models(registry.catalog))
-    return next((one.own for one in found if one.name == model), 0)
 
 
 def _best(registry: Registry, model: str, metric: str | None) -> Version | None:
@@ -282,7 +271,7 @@ def _chart(registry: Registry, model: str, metric: str | None, stretch: Stretch)
     """The points of a metric by version, and the aliases as marks; None if there is no curve."""
     if metric is None:
         return None
-    whole = once(registry, ("points", model, metric), lambda: _points(registry, model, metric))
+    whole = [(float(x), y) for x, y in points_of(registry, model, metric) if math.isfinite(y)]
     if len(whole) < 2:
         return None
     points = stretch.of(whole)
@@ -297,28 +286,3 @@ def _chart(registry: Registry, model: str, metric: str | None, stretch: Stretch)
         "low": min((y for _, y in points), default=0.0),
         "high": max((y for _, y in points), default=0.0),
     }
-
-
-def _points(registry: Registry, model: str, metric: str) -> list[tuple[float, float]]:
-    """The values of a metric (or `loss`) that are finite, by version."""
-    if metric == "loss":
-        rows = registry.catalog.query(
-            "SELECT version, loss FROM versions WHERE model = ? AND loss IS NOT NULL ORDER BY version",
-            [model],
-        )
-    else:
-        rows = registry.catalog.query(
-            "SELECT v.version, m.value FROM metrics m JOIN versions v ON v.id = m.id "
-            "WHERE m.model = ? AND m.name = ? AND m.value IS NOT NULL ORDER BY v.version",
-            [model, metric],
-        )
-    return [(float(version), float(value)) for version, value in rows if math.isfinite(value)]
-
-
-def _logical(registry: Registry, model: str) -> int:
-    """Bytes of the versions of a model as separate files."""
-    ((found,),) = registry.catalog.query(
-        "SELECT COALESCE(SUM(m.size), 0) FROM versions v JOIN manifests m ON m.id = v.id WHERE v.model = ?",
-        [model],
-    )
-    return int(found)

@@ -12,8 +12,8 @@ and neither are files that gc removes later, as of packs that compaction has rep
 
 from __future__ import annotations
 
+import contextlib
 import os
-import stat
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -259,24 +259,31 @@ _PARTS = {"packs": "tensors", "runs": "runs", "journal": "log", "manifests": "ma
 def on_disk(root: Path) -> dict[str, int]:
     """Bytes of the files in a registry's folder: of tensors, of runs (logs, events, scalars), and of the rest."""
     found = {"tensors": 0, "runs": 0, "log": 0, "manifests": 0, "catalog and rest": 0}
-    for name in _names(root):
-        found[_PARTS.get(name, "catalog and rest")] += _bytes_below(root / name)
+    try:
+        entries = list(os.scandir(root))
+    except OSError:
+        return found
+    for entry in entries:
+        kind = _PARTS.get(entry.name, "catalog and rest")
+        with contextlib.suppress(OSError):
+            if entry.is_dir(follow_symlinks=False):
+                found[kind] += _bytes_below(entry.path)
+            elif entry.is_file(follow_symlinks=False):
+                found[kind] += entry.stat(follow_symlinks=False).st_size
     return found
 
 
-def _bytes_below(path: Path) -> int:
-    """Bytes of the files at a path and below; links are not followed, and what goes away meanwhile counts nothing."""
+def _bytes_below(path: str) -> int:
+    """Bytes of the files in a folder and below; links are not followed, and what goes away meanwhile counts nothing."""
+    found = 0
     try:
-        status = path.lstat()
-        if not stat.S_ISDIR(status.st_mode):
-            return status.st_size if stat.S_ISREG(status.st_mode) else 0
-        return sum(_bytes_below(path / name) for name in _names(path))
+        with os.scandir(path) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    if entry.is_dir(follow_symlinks=False):
+                        found += _bytes_below(entry.path)
+                    elif entry.is_file(follow_symlinks=False):
+                        found += entry.stat(follow_symlinks=False).st_size
     except OSError:
-        return 0
-
-
-def _names(path: Path) -> list[str]:
-    try:
-        return os.listdir(path)
-    except OSError:
-        return []
+        return found
+    return found
