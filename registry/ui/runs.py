@@ -31,6 +31,9 @@ _END_OF_LOG = 64 << 10
 
 _LAST_LINE = 4 << 10
 
+MANY = 100
+"""Runs of a page."""
+
 _SMOOTHEST = 0.99
 _MOST_POINTS = 800
 _MOST_ROWS = 200
@@ -71,9 +74,14 @@ def seconds_of(info: RunInfo) -> float | None:
 
 
 def runs(registry: Registry, args: Args) -> Page:
-    """All runs, the newest first."""
-    model = args.get("model") or None
-    found = registry.runs.find(model)
+    """Runs, the newest first: those that began before one, if an address names it.
+
+    Raises:
+        NotFound: if there is no such run.
+    """
+    model, before = args.get("model") or None, args.get("before", "")
+    found, has_more = registry.runs.part(model, before=before, limit=MANY)
+    following = address("runs", model=model, before=found[-1].name) if has_more else None
     counts = registry.runs.counts()
     states = [registry.runs.shown_state(info) for info in found]
     documents = [
@@ -84,12 +92,14 @@ def runs(registry: Registry, args: Args) -> Page:
         template="runs.html",
         title=f"Runs of {model}" if model else "Runs",
         place="runs",
-        document={"runs": documents},
+        document={"runs": documents, "next": following},
         rows=[{name: value for name, value in one.items() if name != "config"} for one in documents],
         command=f"registry runs {model}" if model else "registry runs",
         python="list(registry.runs)",
         context={
             "model": model,
+            "following": following,
+            "is_first": not before,
             "runs": [
                 (info, state, counts.get(info.name, 0), seconds_of(info))
                 for info, state in zip(found, states, strict=True)

@@ -157,6 +157,38 @@ def test_pages_of_versions_meet_without_gap_or_double(client: Client, filled: Re
     assert client.get("/m/long?before=v101&format=json").json["versions"][0]["name"] == "long:v99"
 
 
+def test_pages_of_runs_meet_without_gap_or_double(client: Client, filled: Registry) -> None:
+    rows = [
+        {
+            "op": "run",
+            "name": f"many/r{i}",
+            "model": "many",
+            "at": f"2026-01-01T00:{i % 60:02d}:00.000000Z",
+            "record": {},
+        }
+        for i in range(230)
+    ]
+    filled.catalog.commit(lambda view: rows)
+    for first in ("/runs?format=json", "/runs?model=many&format=json", "/api/v1/runs?format=json"):
+        seen: list[str] = []
+        following = first
+        while following:
+            document = client.get(f"{following}&format=json" if "format" not in following else following).json
+            assert len(document["runs"]) <= 100
+            seen += [run["name"] for run in document["runs"]]
+            following = document["next"]
+        wanted = [info.name for info in filled.runs.find("many" if "model" in first else None)]
+        assert seen == wanted
+        assert len(seen) >= 230
+    text = client.get("/runs").text
+    assert text.count("<tr id=") == 100
+    older = re.search(r'href="([^"]+)" data-key="\["', text)
+    assert older
+    assert 'href="/runs" data-key="]"' in client.get(html.unescape(older[1])).text
+    assert client.get("/runs?before=net/run-99").status == 404
+    assert "There are no older runs" in client.get(f"/runs?before={filled.runs.find()[-1].name}").text
+
+
 def test_a_page_is_drawn_once_until_the_registry_changes(client: Client, filled: Registry) -> None:
     first = client.get("/m/net")
     tag = first.headers["etag"]
