@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Sequence
 from hashlib import sha256
-from itertools import pairwise
+from itertools import chain, cycle, pairwise
 from typing import NamedTuple
 
 from registry.reports.blocks import Curves
@@ -162,11 +163,11 @@ def curves(block: Curves, *, says_axis: bool = False) -> str:
     drawn = [(name, [(x, y) for x, y in curve.items() if math.isfinite(y)]) for name, curve in block.curves]
     axes = _Axes([point for _, points in drawn for point in points])
     parts = [*axes.drawn()]
-    ends: list[tuple[float, float, int, str]] = []
-    for i, (name, points) in enumerate(drawn):
+    ends: list[tuple[float, float, str, str]] = []
+    for tone, (name, points) in zip(colours_of([name for name, _ in drawn]), drawn, strict=True):
         places = [axes.place(x, y) for x, y in points]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        kind = f"curve c{i % COLOURS}{' dashed' if i >= COLOURS else ''}"
+        kind = f"curve {tone}"
         parts.append(f'<polyline class="{kind}" points="{line}"/>')
         if len(points) <= _MOST_CIRCLES:
             parts += [
@@ -174,7 +175,7 @@ def curves(block: Curves, *, says_axis: bool = False) -> str:
                 for (px, py), (x, y) in zip(places, points, strict=True)
             ]
         if places:
-            ends.append((*places[-1], i, name))
+            ends.append((*places[-1], tone, name))
     parts += _names(ends)
     across = _across(_LEFT, _WIDTH - _RIGHT, axes.first, axes.last) if says_axis else ""
     return (
@@ -190,14 +191,14 @@ _LINE = 15
 """The height of a line of text."""
 
 
-def _names(ends: Sequence[tuple[float, float, int, str]]) -> list[str]:
+def _names(ends: Sequence[tuple[float, float, str, str]]) -> list[str]:
     """The names of curves at their ends, moved down where they would cover one another."""
     parts, lowest = [], -math.inf
-    for x, y, i, name in sorted(ends, key=lambda end: end[1]):
+    for x, y, tone, name in sorted(ends, key=lambda end: end[1]):
         lowest = max(y, lowest + _LINE)
         shown = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
         parts.append(
-            f'<text class="name c{i % COLOURS}" x="{x + 8:.1f}" y="{lowest + 4:.1f}">{_escaped(shown)}</text>'
+            f'<text class="name {tone.partition(" ")[0]}" x="{x + 8:.1f}" y="{lowest + 4:.1f}">{_escaped(shown)}</text>'
         )
     return parts
 
@@ -267,6 +268,30 @@ COLOURS = 5
 def colour_of(name: str) -> str:
     """The class of the colour that a model has everywhere, by its name."""
     return f"c{int(sha256(name.encode()).hexdigest(), 16) % COLOURS}"
+
+
+def colours_of(names: Sequence[str]) -> list[str]:
+    """The classes of several curves: each has the colour of its model, unless an earlier one has it; then one that is free.
+
+    If there are more curves than colours, the last ones are dashed.
+
+    Args:
+        names: of models, runs or versions.
+    """
+    own = [colour_of(re.split("[:@/]", name, maxsplit=1)[0]) for name in names]
+    found: dict[int, str] = {}
+    for i, tone in enumerate(own):
+        if tone not in found.values():
+            found[i] = tone
+    all_tones = [f"c{i}" for i in range(COLOURS)]
+    free = chain(
+        [tone for tone in all_tones if tone not in found.values()],
+        cycle(f"{one} dashed" for one in all_tones),
+    )
+    for i in range(len(names)):
+        if i not in found:
+            found[i] = next(free)
+    return [found[i] for i in range(len(names))]
 
 
 def bar(share: float, tone: str = "") -> str:

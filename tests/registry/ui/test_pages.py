@@ -17,6 +17,7 @@ import pytest
 from browsing import Client, network
 
 from registry import Registry
+from registry.reports import charts
 
 ADDRESSES = (
     "/",
@@ -337,3 +338,12 @@ def test_places_and_orders_keep_the_part_of_the_curve(client: Client, filled: Re
     assert "from=3&to=8" in following
     assert axis(client.get(following).text) == "3 8"
     assert "/m/long?sort=loss&amp;from=3&amp;to=8" in client.get("/m/long?from=3&to=8").text
+
+
+def test_a_model_has_its_colour_on_every_page(unchanged: Client) -> None:
+    for name in ("net", "other"):
+        tone = charts.colour_of(name)
+        assert f'class="chart {tone}"' in unchanged.get(f"/m/{name}").text or name == "other"
+        assert f'class="curve {tone}"' in unchanged.get("/compare?of=net+other&metric=accuracy").text
+        assert f'class="curve {tone}"' in unchanged.get(f"/compare?of={name}:v1&metric=accuracy").text
+    assert f'class="chart {charts.colour_of("net")}"' in unchanged.get("/r/net/run-1").text
