@@ -347,3 +347,11 @@ def test_a_model_has_its_colour_on_every_page(unchanged: Client) -> None:
         assert f'class="curve {tone}"' in unchanged.get("/compare?of=net+other&metric=accuracy").text
         assert f'class="curve {tone}"' in unchanged.get(f"/compare?of={name}:v1&metric=accuracy").text
     assert f'class="chart {charts.colour_of("net")}"' in unchanged.get("/r/net/run-1").text
+
+
+def test_a_diff_says_how_the_loss_went(unchanged: Client) -> None:
+    text = unchanged.get("/diff?a=net:v1&b=net:v3").text
+    assert re.search(r"<dt>loss</dt><dd>1\.0000 → 0\.3333 <span class=\"delta ok\">−0\.6667</span>", text)
+    assert "<dt>accuracy</dt>" in text
+    assert re.search(r"<dt>loss</dt><dd>1\.0000 → - *</dd>", unchanged.get("/diff?a=net:v1&b=net:v5").text)
+    assert "<dt>loss</dt>" not in unchanged.get("/diff?a=net:v4&b=net:v5").text
