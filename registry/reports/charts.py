@@ -519,7 +519,8 @@ def _rectangle(area: Area, where: _Box) -> str:
     letters = int((where.width - 12) / 7)
     text = ""
     if letters >= 8 and where.height >= 36:
-        name = area.name if len(area.name) <= letters else f"{area.name[: letters - 1]}…"
+        # The end has the number of the version.
+        name = area.name if len(area.name) <= letters else f"{area.name[: letters - 5]}…{area.name[-4:]}"
         text = (
             f'<text x="{where.x + 6:.1f}" y="{where.y + 16:.1f}">{_escaped(name)}</text>'
             f'<text class="dim" x="{where.x + 6:.1f}" y="{where.y + 30:.1f}">{_escaped(area.note)}</text>'

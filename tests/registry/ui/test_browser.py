@@ -243,6 +243,33 @@ def test_a_point_of_the_curve_is_a_version(server: Server, opened: Open) -> None
     page.wait_for_url("**/m/net/v3")
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_what_is_cut_on_a_phone_has_a_shade_at_its_edge(server: Server, opened: Open, scheme: str) -> None:
+    page = opened(server, "/compare?of=net+other", width=390, scheme=scheme)
+    table = page.locator(".scroll").first
+    assert table.evaluate("one => one.scrollWidth > one.clientWidth")
+
+    def edge() -> bytes:
+        """The right end of the table, below the curves."""
+        box = table.bounding_box()
+        clip = {"x": box["x"] + box["width"] - 4, "y": box["y"] + box["height"] - 4, "width": 4, "height": 4}
+        return bytes(page.screenshot(clip=clip))
+
+    before = edge()
+    table.evaluate("one => { one.scrollLeft = one.scrollWidth; }")
+    assert edge() != before
+
+
+def test_the_names_of_areas_can_be_read_on_a_phone(server: Server, opened: Open) -> None:
+    page = opened(server, "/storage", width=390)
+    texts = page.locator(".treemap text").all()
+    assert texts
+    for text in texts:
+        own, area = text.bounding_box(), text.locator("xpath=../*[name()='rect']").bounding_box()
+        assert own["height"] >= 11
+        assert own["x"] + own["width"] <= area["x"] + area["width"]
+
+
 def drag(page: Any, chart: Any, begin: float, end: float) -> None:
     """Drag the pointer over a part of a chart."""
     box = chart.bounding_box()
