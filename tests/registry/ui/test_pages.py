@@ -42,6 +42,7 @@ ADDRESSES = (
     "/compare?of=net/run-1+net/run-2&metric=accuracy",
     "/lineage",
     "/lineage?of=net&full=1",
+    "/lineage?of=net/run-1",
     "/storage",
     "/data",
     "/diff",
@@ -236,6 +237,7 @@ def test_a_page_of_a_hundred_versions_is_small(client: Client, filled: Registry)
         ("/c/ffffff", 404, "ffffff"),
         ("/m/net?sort=f1", 404, "f1"),
         ("/?metric=f1", 404, "f1"),
+        ("/lineage?of=net/run-9", 404, "net/run-9"),
         ("/m/net?from=x", 400, "from is not a number"),
         ("/r/net/run-1?to=nan", 400, "to is not a number"),
         ("/compare?of=net&from=1e999", 400, "from is not a number"),
@@ -355,3 +357,12 @@ def test_a_diff_says_how_the_loss_went(unchanged: Client) -> None:
     assert "<dt>accuracy</dt>" in text
     assert re.search(r"<dt>loss</dt><dd>1\.0000 → - *</dd>", unchanged.get("/diff?a=net:v1&b=net:v5").text)
     assert "<dt>loss</dt>" not in unchanged.get("/diff?a=net:v4&b=net:v5").text
+
+
+def test_the_lineage_of_a_run_is_that_of_its_versions(client: Client, filled: Registry) -> None:
+    chains = client.get("/lineage?of=net/run-2&full=1&format=json").json["chains"]
+    assert [chain["versions"] for chain in chains] == [[f"net:v{i}"] for i in (5, 4, 3, 2, 1)]
+    assert len(client.get("/lineage?of=net/run-1&full=1&format=json").json["chains"]) == 6
+    assert "/lineage?of=net%2Frun-2" in client.get("/r/net/run-2").text
+    with filled.run("empty") as run:
+        assert f"{run.name} saved no version." in client.get(f"/lineage?of={run.name}").text
