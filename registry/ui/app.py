@@ -105,7 +105,6 @@ class Body(NamedTuple):
     packed: bytes
     form: str
     tag: str
-    status: int = 200
 
     @property
     def size(self) -> int:
@@ -445,10 +444,6 @@ def _sent(request: Request, body: Body) -> Response:
     if tag in request.headers.get("If-None-Match", ""):
         return Response(status=304, headers=headers)
     if body.packed and "gzip" in request.headers.get("Accept-Encoding", ""):
-        return Response(
-            body.packed,
-            body.status,
-            headers={**headers, "Content-Encoding": "gzip"},
-            mimetype=_FORMS[body.form],
-        )
-    return Response(body.data, body.status, headers=headers, mimetype=_FORMS[body.form])
+        packed = {**headers, "Content-Encoding": "gzip"}
+        return Response(body.packed, headers=packed, mimetype=_FORMS[body.form])
+    return Response(body.data, headers=headers, mimetype=_FORMS[body.form])
