@@ -6,6 +6,7 @@ import fnmatch
 import math
 import shlex
 from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
 from typing import Any
 
 from registry.catalog.resolving import resolve
@@ -52,9 +53,6 @@ def _number(name: str) -> int:
 
 def is_network(name: str) -> bool:
     """Whether a name is that of a network of torchvision or of an installed package."""
-    # Lazy: start-up.
-    from importlib.metadata import entry_points
-
     family, colon, _ = name.partition(":")
     return (bool(colon) and family == "torchvision") or name in {
         one.name for one in entry_points(group=NETWORKS)

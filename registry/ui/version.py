@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from registry.catalog.ancestry import children
 from registry.catalog.documents import version_document
 from registry.catalog.resolving import resolve
 from registry.catalog.versions import Version, by_id, find_versions
+from registry.checkpoints.checkpoint import Checkpoint
 from registry.checkpoints.counting import networks
 from registry.configs.documents import flatten
 from registry.registry import Registry
@@ -138,18 +139,10 @@ def tensor(registry: Registry, digest: str, args: Args) -> dict[str, str]:
         NotFound: if there is no such version, or it has another tensor there.
     """
     one, path = resolve(registry.catalog, args.get("of", "")), args.get("path", "")
-    for known, _, _, found in _tensors(registry, one):
+    for known, _, _, found in Checkpoint(registry.store, one).parameters():
         if known == path and found == digest:
             return {"of": one.name, "path": path}
     raise NotFound(f"{one.name} has no tensor {quoted(path)} with this digest")
-
-
-def _tensors(registry: Registry, one: Version) -> Iterable[tuple[str, str, Sequence[int], str]]:
-    """Path, dtype, shape and digest of each tensor of a version."""
-    # Lazy: start-up.
-    from registry.checkpoints.checkpoint import Checkpoint
-
-    return Checkpoint(registry.store, one).parameters()
 
 
 def networks_of(registry: Registry, one: Version) -> list[str]:
@@ -215,13 +208,13 @@ def _modules(
 ) -> tuple[list[tuple[str, list[Module]]], int, str]:
     """The modules of each component, how many tensors there are in all, and why they cannot be read."""
     try:
-        found = list(_tensors(registry, one))
+        found = list(Checkpoint(registry.store, one).parameters())
     except RegistryError as error:
         return [], 0, str(error)
     others: dict[str, str] = {}
     if before is not None:
         try:
-            others = {path: digest for path, _, _, digest in _tensors(registry, before)}
+            others = {path: digest for path, _, _, digest in Checkpoint(registry.store, before).parameters()}
         except RegistryError:
             others = {}
     components: dict[str, dict[str, list[Tensor]]] = {}

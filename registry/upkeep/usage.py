@@ -12,7 +12,6 @@ and neither are files that gc removes later, as of packs that compaction has rep
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
@@ -259,31 +258,24 @@ _PARTS = {"packs": "tensors", "runs": "runs", "journal": "log", "manifests": "ma
 def on_disk(root: Path) -> dict[str, int]:
     """Bytes of the files in a registry's folder: of tensors, of runs (logs, events, scalars), and of the rest."""
     found = {"tensors": 0, "runs": 0, "log": 0, "manifests": 0, "catalog and rest": 0}
-    try:
-        entries = list(os.scandir(root))
-    except OSError:
-        return found
-    for entry in entries:
-        kind = _PARTS.get(entry.name, "catalog and rest")
-        with contextlib.suppress(OSError):
-            if entry.is_dir(follow_symlinks=False):
-                found[kind] += _bytes_below(entry.path)
-            elif entry.is_file(follow_symlinks=False):
-                found[kind] += entry.stat(follow_symlinks=False).st_size
+    for entry in _entries(root):
+        found[_PARTS.get(entry.name, "catalog and rest")] += _bytes_of(entry)
     return found
 
 
-def _bytes_below(path: str) -> int:
-    """Bytes of the files in a folder and below; links are not followed, and what goes away meanwhile counts nothing."""
-    found = 0
+def _bytes_of(entry: os.DirEntry[str]) -> int:
+    """Bytes of a file, or of all files below a folder; links are not followed, and what goes away meanwhile counts 0."""
+    try:
+        if entry.is_dir(follow_symlinks=False):
+            return sum(map(_bytes_of, _entries(entry.path)))
+        return entry.stat(follow_symlinks=False).st_size if entry.is_file(follow_symlinks=False) else 0
+    except OSError:
+        return 0
+
+
+def _entries(path: Path | str) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(path) as entries:
-            for entry in entries:
-                with contextlib.suppress(OSError):
-                    if entry.is_dir(follow_symlinks=False):
-                        found += _bytes_below(entry.path)
-                    elif entry.is_file(follow_symlinks=False):
-                        found += entry.stat(follow_symlinks=False).st_size
+            return list(entries)
     except OSError:
-        return found
-    return found
+        return []
