@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from registry.catalog.ancestry import Branch, descendants, origins
-from registry.catalog.chains import CONTINUED, Chain, Node, chains, read_nodes, related
+from registry.catalog.chains import CONTINUED, Chain, Node, chains, named, read_nodes, related
 from registry.catalog.documents import version_document
 from registry.catalog.versions import Version, list_versions, own_sizes, values_by_id
 from registry.cli.completing import completes, metrics
@@ -138,18 +138,13 @@ def log(
         tip(f"its log file: registry logs {source}")
 
 
-def _named(registry: Registry, nodes: Mapping[str, Node], source: str) -> list[str]:
+def _named(registry: Registry, nodes: dict[str, Node], source: str) -> list[str]:
     """The ids of the versions that a reference, a model or a run stands for."""
-    if "/" in source:
-        found = [node.id for node in nodes.values() if node.run == source]
-        if not found:
-            # A run that does not exist is an error, which suggests the nearest.
-            registry.runs[source]
-        return found
-    version = registry.resolve(source)
-    if source != version.model:
-        return [version.id]
-    return [node.id for node in nodes.values() if node.model == source]
+    found = named(registry.catalog, nodes, source)
+    if not found:
+        # A run that does not exist is an error, which suggests the nearest.
+        registry.runs[source]
+    return found
 
 
 def _print_graph(registry: Registry, found: Sequence[Chain], view: TableView) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from registry.catalog.lookups import Reader
+from registry.catalog.resolving import resolve
 from registry.store.digest import is_digest
 from registry.store.errors import Corrupt
 
@@ -115,6 +116,20 @@ def read_nodes(catalog: Reader) -> dict[str, Node]:
             tuple(others),
         )
     return found
+
+
+def named(catalog: Reader, nodes: dict[str, Node], source: str) -> list[str]:
+    """The ids of the versions that a model, a run or another reference stands for; none for a run without one.
+
+    Raises:
+        NotFound: if there is no such model or version.
+    """
+    if "/" in source:
+        return [node.id for node in nodes.values() if node.run == source]
+    version = resolve(catalog, source)
+    if source != version.model:
+        return [version.id]
+    return [node.id for node in nodes.values() if node.model == source]
 
 
 def related(nodes: dict[str, Node], ids: Iterable[str]) -> dict[str, Node]:

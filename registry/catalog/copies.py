@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from registry.catalog.database import UNREADABLE, Damaged
+from registry.catalog.lookups import Query
 from registry.log import entries
 from registry.log.entries import MAX_LINE, Entry, Record
 from registry.log.journal import Journal, Position
@@ -95,6 +96,17 @@ def copies(connection: sqlite3.Connection) -> Iterator[Entry]:
                 entry = entries.parse(_unpacked(blob))
                 if entry.seq == seq:
                     yield entry
+
+
+def records_since(query: Query, after: int, last: int) -> list[Record] | None:
+    """What the entries behind a place of the log say, up to another place; None if the copy of one cannot be read."""
+    rows = query("SELECT seq, entry FROM log WHERE seq > ? AND seq <= ? ORDER BY seq", [after, last])
+    if [row[0] for row in rows] != list(range(after + 1, last + 1)):
+        return None
+    try:
+        return [record for _, blob in rows for record in entries.parse(_unpacked(blob)).records]
+    except RegistryError:
+        return None
 
 
 def text_in(connection: sqlite3.Connection, ledger: Ledger | None = None) -> Callable[[str], bytes | None]:

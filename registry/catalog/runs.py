@@ -173,6 +173,27 @@ class Runs:
         rows = self._catalog.query(f"{_ROWS}{where} ORDER BY started DESC, name DESC", given)
         return [self._located(_info(row)) for row in rows]
 
+    def part(self, model: str | None = None, *, before: str = "", limit: int) -> tuple[list[RunInfo], bool]:
+        """The newest runs, of one model or of all, and whether there are older ones.
+
+        Args:
+            before: a run; those that began before it are asked for.
+
+        Raises:
+            NotFound: if there is no such run.
+        """
+        where, given = ["1 = 1"], []
+        if model:
+            where.append("model = ?")
+            given.append(model)
+        if before:
+            where.append("(started, name) < (?, ?)")
+            given += [self[before].started, before]
+        rows = self._catalog.query(
+            f"{_ROWS} WHERE {' AND '.join(where)} ORDER BY started DESC, name DESC LIMIT {limit + 1:d}", given
+        )
+        return [self._located(_info(row)) for row in rows[:limit]], len(rows) > limit
+
     def open(self) -> list[RunInfo]:
         """Runs that have not ended, the newest first; those whose process is gone are among them."""
         rows = self._catalog.query(

@@ -197,10 +197,11 @@ def metric_names(catalog: Reader, model: str | None = None) -> list[str]:
 
 def tag_names(catalog: Reader, model: str | None = None) -> list[str]:
     """The tags that versions of a model, or of all, have, by name."""
-    where, given = (" WHERE id IN (SELECT id FROM versions WHERE model = ?)", [model]) if model else ("", [])
-    return [
-        str(name) for (name,) in catalog.query(f"SELECT DISTINCT name FROM tags{where} ORDER BY name", given)
-    ]
+    # There are fewer tags than versions, so each of them is looked at.
+    of_model = " CROSS JOIN versions v ON v.id = t.id WHERE v.model = ?"
+    where, given = (of_model, [model]) if model else ("", [])
+    rows = catalog.query(f"SELECT DISTINCT t.name FROM tags t{where} ORDER BY t.name", given)
+    return [str(name) for (name,) in rows]
 
 
 def commonest_metric(catalog: Reader, models: Collection[str]) -> str | None:
@@ -241,15 +242,19 @@ def name_of(catalog: Reader, version_id: str) -> str | None:
     return f"{rows[0][0]}:v{rows[0][1]}" if rows else None
 
 
-def list_models(catalog: Reader) -> list[Model]:
-    """Every model that has a version, by name, with a fixed number of queries."""
+def list_models(catalog: Reader, own: Mapping[str, int] | None = None) -> list[Model]:
+    """Every model that has a version, by name, with a fixed number of queries.
+
+    Args:
+        own: the own bytes of each model, where they are known.
+    """
     rows = catalog.query("SELECT model, COUNT(*) FROM versions GROUP BY model ORDER BY model")
     newest = "SELECT model, MAX(version) FROM versions GROUP BY model"
     latest = find_versions(catalog, f"(v.model, v.version) IN ({newest})")
     by_model = {version.model: version for version in latest}
     if any(name not in by_model for name, _ in rows):
         raise Corrupt("the catalog contradicts itself about a model", "recreate it with: registry rebuild")
-    best, own = _best_versions(catalog), own_by_model(catalog)
+    best, own = _best_versions(catalog), own_by_model(catalog) if own is None else own
     return [
         Model(name, count, by_model[name], best=best.get(name), own=own.get(name, 0)) for name, count in rows
     ]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Sequence
 from hashlib import sha256
+from itertools import chain, cycle, pairwise
 from typing import NamedTuple
 
 from registry.reports.blocks import Curves
@@ -152,16 +154,20 @@ def _joined(open_lanes: Sequence[str | None], mine: Sequence[int]) -> str:
     return text.rstrip()
 
 
-def curves(block: Curves) -> str:
-    """Draw curves over one pair of axes, each with its name at its end. What is not finite is left out."""
+def curves(block: Curves, *, says_axis: bool = False) -> str:
+    """Draw curves over one pair of axes, each with its name at its end. What is not finite is left out.
+
+    Args:
+        says_axis: say where the horizontal axis lies, for a script.
+    """
     drawn = [(name, [(x, y) for x, y in curve.items() if math.isfinite(y)]) for name, curve in block.curves]
     axes = _Axes([point for _, points in drawn for point in points])
     parts = [*axes.drawn()]
-    ends: list[tuple[float, float, int, str]] = []
-    for i, (name, points) in enumerate(drawn):
+    ends: list[tuple[float, float, str, str]] = []
+    for tone, (name, points) in zip(colours_of([name for name, _ in drawn]), drawn, strict=True):
         places = [axes.place(x, y) for x, y in points]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        kind = f"curve c{i % COLOURS}{' dashed' if i >= COLOURS else ''}"
+        kind = f"curve {tone}"
         parts.append(f'<polyline class="{kind}" points="{line}"/>')
         if len(points) <= _MOST_CIRCLES:
             parts += [
@@ -169,9 +175,13 @@ def curves(block: Curves) -> str:
                 for (px, py), (x, y) in zip(places, points, strict=True)
             ]
         if places:
-            ends.append((*places[-1], i, name))
+            ends.append((*places[-1], tone, name))
     parts += _names(ends)
-    return _svg(block.title, width=_WIDTH, height=_HEIGHT, parts=parts)
+    across = _across(_LEFT, _WIDTH - _RIGHT, axes.first, axes.last) if says_axis else ""
+    return (
+        f'<svg class="curves" role="img" aria-label="{_escaped(block.title)}" width="{_WIDTH}" height="{_HEIGHT}" '
+        f'viewBox="0 0 {_WIDTH} {_HEIGHT}"{across}>{"".join(parts)}</svg>'
+    )
 
 
 _MOST_CIRCLES = 100
@@ -181,14 +191,14 @@ _LINE = 15
 """The height of a line of text."""
 
 
-def _names(ends: Sequence[tuple[float, float, int, str]]) -> list[str]:
+def _names(ends: Sequence[tuple[float, float, str, str]]) -> list[str]:
     """The names of curves at their ends, moved down where they would cover one another."""
     parts, lowest = [], -math.inf
-    for x, y, i, name in sorted(ends, key=lambda end: end[1]):
+    for x, y, tone, name in sorted(ends, key=lambda end: end[1]):
         lowest = max(y, lowest + _LINE)
         shown = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
         parts.append(
-            f'<text class="name c{i % COLOURS}" x="{x + 8:.1f}" y="{lowest + 4:.1f}">{_escaped(shown)}</text>'
+            f'<text class="name {tone.partition(" ")[0]}" x="{x + 8:.1f}" y="{lowest + 4:.1f}">{_escaped(shown)}</text>'
         )
     return parts
 
@@ -260,6 +270,30 @@ def colour_of(name: str) -> str:
     return f"c{int(sha256(name.encode()).hexdigest(), 16) % COLOURS}"
 
 
+def colours_of(names: Sequence[str]) -> list[str]:
+    """The classes of several curves: each has the colour of its model, unless an earlier one has it; then one that is free.
+
+    If there are more curves than colours, the last ones are dashed.
+
+    Args:
+        names: of models, runs or versions.
+    """
+    own = [colour_of(re.split("[:@/]", name, maxsplit=1)[0]) for name in names]
+    found: dict[int, str] = {}
+    for i, tone in enumerate(own):
+        if tone not in found.values():
+            found[i] = tone
+    all_tones = [f"c{i}" for i in range(COLOURS)]
+    free = chain(
+        [tone for tone in all_tones if tone not in found.values()],
+        cycle(f"{one} dashed" for one in all_tones),
+    )
+    for i in range(len(names)):
+        if i not in found:
+            found[i] = next(free)
+    return [found[i] for i in range(len(names))]
+
+
 def bar(share: float, tone: str = "") -> str:
     """A bar that fills a share of its place, for a table that says the number as well.
 
@@ -268,10 +302,7 @@ def bar(share: float, tone: str = "") -> str:
         tone: a class of the style, such as `heat3`.
     """
     width = 100 * min(1.0, max(0.0, share if math.isfinite(share) else 0.0))
-    return (
-        '<svg class="meter" aria-hidden="true" focusable="false"><rect class="track" width="100%" height="100%"/>'
-        f'<rect class="fill{f" {tone}" if tone else ""}" width="{width:.4g}%" height="100%"/></svg>'
-    )
+    return f'<svg class="meter{f" {tone}" if tone else ""}" aria-hidden="true"><rect width="{width:.3g}%"/></svg>'
 
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -303,14 +334,34 @@ def spark(values: Sequence[float], tone: str = "") -> str:
     if len(finite) < 2:
         return ""
     low, high = min(finite), max(finite)
-    points = " ".join(
-        f"{1 + 98 * i / (len(finite) - 1):.1f},{22 - 20 * _height(value, low, high):.1f}"
+    places = [
+        (1 + 98 * i / (len(finite) - 1), 22 - 20 * _height(value, low, high))
         for i, value in enumerate(finite)
-    )
+    ]
     return (
         f'<svg class="spark{f" {tone}" if tone else ""}" viewBox="0 0 100 24" preserveAspectRatio="none" '
-        f'aria-hidden="true" focusable="false"><polyline points="{points}"/></svg>'
+        f'aria-hidden="true"><path d="{_path(places)}"/></svg>'
     )
+
+
+def _path(places: Sequence[tuple[float, float]]) -> str:
+    """A line through some places, to a tenth, each told as the way from the one before, which is short.
+
+    >>> _path([(0, 115), (4.02, 85.26), (8, 85.3)])
+    'M0 115l4-29.7 4 0'
+    """
+    tenths = [(round(10 * x), round(10 * y)) for x, y in places]
+    steps = [(x - a, y - b) for (a, b), (x, y) in pairwise(tenths)]
+    told = ["l".join(_tenths(*step) for step in [tenths[0], *steps[:1]])]
+    return f"M{' '.join([*told, *(_tenths(*step) for step in steps[1:])])}"
+
+
+def _tenths(x: int, y: int) -> str:
+    """Two numbers of tenths, such as `4-.7`: a minus parts them, too."""
+    across, down = (
+        f"{one / 10:g}".replace("0.", ".", 1) if abs(one) < 10 else f"{one / 10:g}" for one in (x, y)
+    )
+    return f"{across}{down}" if down.startswith("-") else f"{across} {down}"
 
 
 class Mark(NamedTuple):
@@ -335,28 +386,27 @@ def chart(
     first, last = found[0][0], found[-1][0]
     low, high = min(y for _, y in found), max(y for _, y in found)
 
-    def at(x: float, y: float) -> str:
+    def at(x: float, y: float) -> tuple[float, float]:
         across = (x - first) / (last - first) if last > first else 0.5
-        return f"{1000 * across:.1f},{115 - 110 * _height(y, low, high):.1f}"
+        return 1000 * across, 115 - 110 * _height(y, low, high)
 
     buckets = _buckets(found, 250)
-    line = " ".join(at(x, mean) for x, _, mean, _ in buckets)
     parts = []
     if len(buckets) < len(found):
         edge = [at(x, top) for x, _, _, top in buckets] + [at(x, bottom) for x, bottom, _, _ in buckets[::-1]]
-        parts.append(f'<polygon class="band" points="{" ".join(edge)}"/>')
+        parts.append(f'<path class="band" d="{_path(edge)}z"/>')
     parts += [
-        f'<line class="flag" x1="{x}" x2="{x}" y1="0" y2="120"><title>{_escaped(mark.name)}</title></line>'
+        f'<line class="flag" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="120"><title>{_escaped(mark.name)}</title></line>'
         for mark in marks
         if first <= mark.x <= last
-        for x in [at(mark.x, low).partition(",")[0]]
+        for x, _ in [at(mark.x, low)]
     ]
-    parts.append(f'<polyline points="{line}"/>')
+    parts.append(f'<path class="line" d="{_path([at(x, mean) for x, _, mean, _ in buckets])}"/>')
     if len(found) == 1:
         parts.append('<circle cx="500" cy="60" r="4"/>')
     return (
         f'<svg class="chart{f" {tone}" if tone else ""}" viewBox="0 0 1000 120" preserveAspectRatio="none" role="img" '
-        f'aria-label="{_escaped(label)}">{"".join(parts)}</svg>'
+        f'aria-label="{_escaped(label)}"{_across(0, 1000, first, last)}>{"".join(parts)}</svg>'
     )
 
 
@@ -469,7 +519,8 @@ def _rectangle(area: Area, where: _Box) -> str:
     letters = int((where.width - 12) / 7)
     text = ""
     if letters >= 8 and where.height >= 36:
-        name = area.name if len(area.name) <= letters else f"{area.name[: letters - 1]}…"
+        # The end has the number of the version.
+        name = area.name if len(area.name) <= letters else f"{area.name[: letters - 5]}…{area.name[-4:]}"
         text = (
             f'<text x="{where.x + 6:.1f}" y="{where.y + 16:.1f}">{_escaped(name)}</text>'
             f'<text class="dim" x="{where.x + 6:.1f}" y="{where.y + 30:.1f}">{_escaped(area.note)}</text>'
@@ -533,11 +584,9 @@ def _height(value: float, low: float, high: float) -> float:
     return (value / 2 - low / 2) / (high / 2 - low / 2) if high > low else 0.5
 
 
-def _svg(title: str, width: int, height: int, parts: Sequence[str]) -> str:
-    return (
-        f'<svg class="curves" role="img" aria-label="{_escaped(title)}" width="{width}" height="{height}" '
-        f'viewBox="0 0 {width} {height}">{"".join(parts)}</svg>'
-    )
+def _across(left: float, right: float, first: float, last: float) -> str:
+    """Attributes that say between which places of a picture its horizontal axis lies, and where that begins and ends."""
+    return f' data-across="{left:g} {right:g}" data-axis="{first:.15g} {last:.15g}"'
 
 
 def _escaped(text: str) -> str:

@@ -26,7 +26,7 @@ from werkzeug.wrappers import Request, Response
 from registry.reports import charts
 from registry.store.errors import Conflict, Corrupt, Invalid, NotFound, RegistryError, Unsupported
 from registry.store.text import printable
-from registry.ui import diffs, drawing, finding, graph, models, runs, storage, version
+from registry.ui import diffs, drawing, finding, graph, models, runs, storage, version, zooming
 from registry.ui.access import HEADERS, Access
 from registry.ui.asking import Asking
 from registry.ui.changes import change
@@ -105,7 +105,6 @@ class Body(NamedTuple):
     packed: bytes
     form: str
     tag: str
-    status: int = 200
 
     @property
     def size(self) -> int:
@@ -369,7 +368,7 @@ class Application:
             "page_state": f"{self._begun}-{state.tag}",
             "follows": "all" if _follows_runs(path) else "log",
             "args": given,
-            "here": f"{self._base}{path}",
+            "whole": _whole(path, given),
             "as_json": address(*path.strip("/").split("/"), **given, format="json"),
             "as_csv": address(*path.strip("/").split("/"), **given, format="csv"),
             "allows_changes": self._allows_changes,
@@ -390,6 +389,14 @@ class Application:
         )
         frame = self._frame("", {}, State(0))
         return Response(drawing.as_html(page, **frame), status, mimetype="text/html")
+
+
+def _whole(path: str, args: Args) -> str:
+    """The address of the page with whole curves; empty if it shows no part of one."""
+    if not any(args.get(name) for name in zooming.NAMES):
+        return ""
+    rest = {name: value for name, value in args.items() if name not in zooming.NAMES}
+    return address(*path.strip("/").split("/"), **rest)
 
 
 _TABLES = (
@@ -437,10 +444,6 @@ def _sent(request: Request, body: Body) -> Response:
     if tag in request.headers.get("If-None-Match", ""):
         return Response(status=304, headers=headers)
     if body.packed and "gzip" in request.headers.get("Accept-Encoding", ""):
-        return Response(
-            body.packed,
-            body.status,
-            headers={**headers, "Content-Encoding": "gzip"},
-            mimetype=_FORMS[body.form],
-        )
-    return Response(body.data, body.status, headers=headers, mimetype=_FORMS[body.form])
+        packed = {**headers, "Content-Encoding": "gzip"}
+        return Response(body.packed, headers=packed, mimetype=_FORMS[body.form])
+    return Response(body.data, headers=headers, mimetype=_FORMS[body.form])

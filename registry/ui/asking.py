@@ -31,7 +31,9 @@ class Asking:
 
     def __init__(self, place: str) -> None:
         self._place = place
+        # The worker answers one request at a time.
         self._lock = threading.Lock()
+        self._keeping = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
         self._answers: OrderedDict[str, str] = OrderedDict()
         self._bytes = 0
@@ -47,24 +49,35 @@ class Asking:
             RegistryError: of the kind that the worker met, or if it does not answer.
         """
         key = f"{key} {json.dumps(request, sort_keys=True)}"
-        with self._lock:
-            line = self._answers.pop(key, "")
-            self._bytes -= len(line)
-            answer = dict(json.loads(line)) if line else {}
-            if not line:
-                line, answer = self._asked(request)
-            if "error" not in answer:
-                self._keep(key, line)
+        answer = self._kept(key)
+        if answer is None:
+            with self._lock:
+                # Another browser may have asked the same, and waited before this one.
+                answer = self._kept(key)
+                if answer is None:
+                    answer = self._asked(request)
+                    if "error" not in answer:
+                        self._keep(key, json.dumps(answer))
         if error := answer.get("error"):
             kind = getattr(errors, error["kind"], RegistryError)
             raise kind(error["message"], error["hint"])
         return answer
 
+    def _kept(self, key: str) -> dict[str, Any] | None:
+        """The answer that is kept under a key. It waits for none that is being made."""
+        with self._keeping:
+            if key not in self._answers:
+                return None
+            self._answers.move_to_end(key)
+            line = self._answers[key]
+        return dict(json.loads(line))
+
     def _keep(self, key: str, line: str) -> None:
-        self._answers[key] = line
-        self._bytes += len(line)
-        while self._bytes > _MOST_BYTES:
-            self._bytes -= len(self._answers.popitem(last=False)[1])
+        with self._keeping:
+            self._bytes += len(line) - len(self._answers.pop(key, ""))
+            self._answers[key] = line
+            while self._bytes > _MOST_BYTES:
+                self._bytes -= len(self._answers.popitem(last=False)[1])
 
     def close(self) -> None:
         """End the worker, also one that is at work."""
@@ -74,7 +87,7 @@ class Asking:
         with self._lock:
             self._end()
 
-    def _asked(self, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    def _asked(self, request: dict[str, Any]) -> dict[str, Any]:
         line = ""
         # It may have ended since it was asked last, as nobody asked.
         for _ in range(0 if self._is_closed else 2):
@@ -87,7 +100,7 @@ class Asking:
                 break
             self._end()
         try:
-            return line, dict(json.loads(line))
+            return dict(json.loads(line))
         except ValueError:
             raise StorageError(
                 "the process that reads tensors ended without an answer",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -92,6 +92,7 @@ def diff(asking: Asking, names: Sequence[str], versions: Sequence[Version | None
             "names": shown,
             "versions": versions,
             "report": report,
+            "metrics": _metrics(report, versions),
             "headline": answer["headline"],
             "html": answer["html"],
             "modules": modules,
@@ -112,6 +113,13 @@ def diff(asking: Asking, names: Sequence[str], versions: Sequence[Version | None
             "heat": heat_of,
         },
     )
+
+
+def _metrics(report: Mapping[str, Any], versions: Sequence[Version | None]) -> list[Mapping[str, Any]]:
+    """The loss and the metrics of both sides, where they differ."""
+    a, b = (version.loss if version else None for version in versions)
+    loss = [] if a == b else [{"key": "loss", "a": a, "b": b}]
+    return [*loss, *(field for field in report["metrics"] if field["key"] != "loss" or not loss)]
 
 
 def chosen(modules: Sequence[dict[str, Any]], args: Args) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,8 +41,9 @@ def _templates() -> Environment:
         "size": size,
         "number": number,
         "time": time_of,
+        "second": _second,
         "shape": shape,
-        "compact": lambda value: json.dumps(finite(value), default=str),
+        "compact": lambda value: json.dumps(finite(value), default=str, separators=(",", ":")),
     }
     found.globals |= {
         "address": address,
@@ -51,13 +53,18 @@ def _templates() -> Environment:
         "bar": _drawn(charts.bar),
         "spark": _drawn(charts.spark),
         "draw_chart": _drawn(charts.chart),
-        "draw_curves": lambda found, title: Markup(charts.curves(Curves(title, found))),  # noqa: S704 - it escapes
+        "draw_curves": _drawn(lambda found, title: charts.curves(Curves(title, found), says_axis=True)),
         "colour": charts.colour_of,
         "tone_of": _tone_of,
         "isnan": lambda value: isinstance(value, float) and math.isnan(value),
         "isfinite": lambda value: isinstance(value, float | int) and math.isfinite(value),
     }
     return found
+
+
+def _second(stamp: str) -> str:
+    """A stored time without the parts of its second, such as `2026-11-29T14:05:01Z`."""
+    return re.sub(r"\.\d+", "", stamp)
 
 
 def _tone_of(metric: str, difference: float) -> str:

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from registry.catalog.chains import CONTINUED, Chain, chains, read_nodes, related
-from registry.catalog.resolving import resolve
+from registry.catalog.chains import CONTINUED, Chain, chains, named, read_nodes, related
 from registry.catalog.versions import values_by_id
 from registry.log.metrics import called
 from registry.registry import Registry
 from registry.reports.charts import lane_lines, lane_picture
 from registry.store.digest import is_digest
-from registry.ui.kept import once
+from registry.ui.kept import NOTED, once
 from registry.ui.page import Args, Page, address_of_name
 
 MOST_ROWS = 1_000
+
+_LEAVES = NOTED | {"tag", "untag"}
+"""Operations that leave the graph as it is."""
 
 
 def lineage(registry: Registry, args: Args) -> Page:
@@ -26,12 +28,13 @@ def lineage(registry: Registry, args: Args) -> Page:
     """
     reference = args.get("of", "").strip()
     is_full = bool(args.get("full"))
-    nodes = once(registry, "nodes", lambda: read_nodes(registry.catalog))
+    nodes = once(registry, "nodes", lambda: read_nodes(registry.catalog), survives=_LEAVES)
     names = {node.id: node.name for node in nodes.values()}
     if reference:
-        version = resolve(registry.catalog, reference)
-        is_model = reference == version.model
-        start = [node.id for node in nodes.values() if node.model == reference] if is_model else [version.id]
+        start = named(registry.catalog, nodes, reference)
+        if not start:
+            # It is a run. One that does not exist is an error, which suggests the nearest.
+            registry.runs[reference]
         nodes = related(nodes, start)
     found = chains(nodes, is_full=is_full)
     count, found = len(found), found[:MOST_ROWS]

@@ -21,20 +21,20 @@ from registry.catalog.versions import (
     metric_names,
     rank_versions,
     tag_names,
-    values_by_model,
 )
 from registry.log.metrics import called, is_smallest_best, with_metrics
 from registry.registry import Registry
 from registry.reports.charts import Mark
-from registry.ui.kept import once
+from registry.ui.kept import logical_of, once, owned, points_of
 from registry.ui.page import Args, Page, address, whole
 from registry.ui.runs import last_line
 from registry.ui.version import networks_of
+from registry.ui.zooming import NAMES, Stretch, stretch_of
 
 MANY = 100
 """Versions of a page."""
 
-_MOST_POINTS = 500
+_MOST_POINTS = 250
 """Points of a curve whose values a page knows."""
 
 _COLUMNS = 4
@@ -57,7 +57,7 @@ class ModelRow(NamedTuple):
 
 def models(registry: Registry, args: Args) -> Page:
     """All models, with what is being trained now on top."""
-    found = once(registry, "models", lambda: list_models(registry.catalog))
+    found = once(registry, "models", lambda: list_models(registry.catalog, owned(registry).by_model))
     asked = args.get("metric", "")
     if asked not in ("", "loss", *metric_names(registry.catalog)):
         raise no_such_metric(registry.catalog, None, asked)
@@ -94,11 +94,6 @@ def models(registry: Registry, args: Args) -> Page:
 def _rows(
     registry: Registry, found: Sequence[Model], metric: str | None, trained: Collection[str]
 ) -> list[ModelRow]:
-    trends = (
-        once(registry, ("values", metric), lambda: values_by_model(registry.catalog, metric))
-        if metric
-        else {}
-    )
     rows = []
     for model in found:
         best = model.best or model.latest
@@ -109,7 +104,7 @@ def _rows(
                 best=best,
                 is_best=model.best is not None,
                 value=best.value(metric),
-                values=trends.get(model.name, ()),
+                values=[value for _, value in points_of(registry, model.name, metric)] if metric else (),
                 own=model.own,
                 updated=model.latest.created,
                 is_trained=model.name in trained,
@@ -173,25 +168,21 @@ def versions(registry: Registry, args: Args, model: str) -> Page:
             "following": part.following,
             "is_first": part.is_first,
             "total": total,
-            "own": _own(registry, model),
-            "logical": once(registry, ("logical", model), lambda: _logical(registry, model)),
+            "own": owned(registry).by_model.get(model, 0),
+            "logical": logical_of(registry, model),
             "metric": metric,
             "metrics": [*names, "loss"],
             "columns": [name for name in names if name != metric][: _COLUMNS - 1],
             "best": _best(registry, model, metric),
             "span": _span(part.versions, metric),
-            "chart": once(registry, ("chart", model, metric), lambda: _chart(registry, model, metric)),
+            "chart": _chart(registry, model, metric, stretch_of(args)),
+            "kept": {name: args.get(name) for name in ("tag", "where", *NAMES)},
             "sort": sort,
             "tag": tag,
             "where": args.get("where", ""),
             "tags": tag_names(registry.catalog, model),
         },
     )
-
-
-def _own(registry: Registry, model: str) -> int:
-    found = once(registry, "models", lambda: list_models(registry.catalog))
-    return next((one.own for one in found if one.name == model), 0)
 
 
 def _best(registry: Registry, model: str, metric: str | None) -> Version | None:
@@ -235,7 +226,7 @@ def _condition(registry: Registry, args: Args, model: str) -> Condition:
 
 def _kept(args: Args) -> dict[str, str | None]:
     """What stays as it is in the address of the next part."""
-    return {name: args.get(name) for name in ("tag", "metric", "where")}
+    return {name: args.get(name) for name in ("tag", "metric", "where", *NAMES)}
 
 
 def row_of(version: Version) -> dict[str, Any]:
@@ -276,39 +267,22 @@ def _span(shown: Sequence[Version], metric: str | None) -> tuple[float, float] |
     return (min(finite), max(finite)) if finite else None
 
 
-def _chart(registry: Registry, model: str, metric: str | None) -> Mapping[str, Any] | None:
-    """The points of a metric by version, and the aliases as marks."""
+def _chart(registry: Registry, model: str, metric: str | None, stretch: Stretch) -> Mapping[str, Any] | None:
+    """The points of a metric by version, and the aliases as marks; None if there is no curve."""
     if metric is None:
         return None
-    if metric == "loss":
-        rows = registry.catalog.query(
-            "SELECT version, loss FROM versions WHERE model = ? AND loss IS NOT NULL ORDER BY version",
-            [model],
-        )
-    else:
-        rows = registry.catalog.query(
-            "SELECT v.version, m.value FROM metrics m JOIN versions v ON v.id = m.id "
-            "WHERE m.model = ? AND m.name = ? AND m.value IS NOT NULL ORDER BY v.version",
-            [model, metric],
-        )
-    points = [(float(version), float(value)) for version, value in rows if math.isfinite(value)]
+    whole = [(float(x), y) for x, y in points_of(registry, model, metric) if math.isfinite(y)]
+    if len(whole) < 2:
+        return None
+    points = stretch.of(whole)
     marks = registry.catalog.query(
         "SELECT v.version, a.name FROM aliases a JOIN versions v ON v.id = a.id WHERE a.model = ? ORDER BY v.version",
         [model],
     )
     return {
         "points": points,
-        "shown": points[:: len(points) // _MOST_POINTS + 1],
+        "shown": [(int(x), float(f"{y:.4g}")) for x, y in points[:: -(-len(points) // _MOST_POINTS) or 1]],
         "marks": [Mark(float(version), f"v{version} {name}") for version, name in marks],
         "low": min((y for _, y in points), default=0.0),
         "high": max((y for _, y in points), default=0.0),
     }
-
-
-def _logical(registry: Registry, model: str) -> int:
-    """Bytes of the versions of a model as separate files."""
-    ((found,),) = registry.catalog.query(
-        "SELECT COALESCE(SUM(m.size), 0) FROM versions v JOIN manifests m ON m.id = v.id WHERE v.model = ?",
-        [model],
-    )
-    return int(found)

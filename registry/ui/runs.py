@@ -25,11 +25,15 @@ from registry.store.text import quoted
 from registry.transfer import curves
 from registry.ui.page import Args, Moved, Page, address, whole
 from registry.ui.scalars import scalars_of, smoothed
+from registry.ui.zooming import Stretch, stretch_of
 
 _END_OF_LOG = 64 << 10
 """Bytes of a log that its page shows, from its end."""
 
 _LAST_LINE = 4 << 10
+
+MANY = 100
+"""Runs of a page."""
 
 _SMOOTHEST = 0.99
 _MOST_POINTS = 800
@@ -71,9 +75,14 @@ def seconds_of(info: RunInfo) -> float | None:
 
 
 def runs(registry: Registry, args: Args) -> Page:
-    """All runs, the newest first."""
-    model = args.get("model") or None
-    found = registry.runs.find(model)
+    """Runs, the newest first: those that began before one, if an address names it.
+
+    Raises:
+        NotFound: if there is no such run.
+    """
+    model, before = args.get("model") or None, args.get("before", "")
+    found, has_more = registry.runs.part(model, before=before, limit=MANY)
+    following = address("runs", model=model, before=found[-1].name) if has_more else None
     counts = registry.runs.counts()
     states = [registry.runs.shown_state(info) for info in found]
     documents = [
@@ -84,12 +93,14 @@ def runs(registry: Registry, args: Args) -> Page:
         template="runs.html",
         title=f"Runs of {model}" if model else "Runs",
         place="runs",
-        document={"runs": documents},
+        document={"runs": documents, "next": following},
         rows=[{name: value for name, value in one.items() if name != "config"} for one in documents],
         command=f"registry runs {model}" if model else "registry runs",
         python="list(registry.runs)",
         context={
             "model": model,
+            "following": following,
+            "is_first": not before,
             "runs": [
                 (info, state, counts.get(info.name, 0), seconds_of(info))
                 for info, state in zip(found, states, strict=True)
@@ -113,7 +124,7 @@ def run(registry: Registry, args: Args, model: str, name: str) -> Page:
     before = _before(registry, info)
     resumed = info.record.get("resumed")
     origin = find_versions(registry.catalog, "v.id = ?", [resumed]) if isinstance(resumed, str) else []
-    measured = scalars_of(info)
+    measured, stretch = scalars_of(info), stretch_of(args)
     return Page(
         template="run.html",
         title=info.name,
@@ -138,7 +149,8 @@ def run(registry: Registry, args: Args, model: str, name: str) -> Page:
             "origin": origin[0] if origin else None,
             "saved": saved,
             "metrics": sorted({metric for version in saved for metric in version.metrics}),
-            "series": _by_step(measured) or _by_epoch(saved),
+            "series": _cut(_by_step(measured) or _by_epoch(saved), stretch),
+            "stretch": stretch,
             "by": "step" if measured else "epoch",
             "events": "" if measured else _events(info),
             "config": flatten(info.record.get("config") or {}),
@@ -156,7 +168,18 @@ def with_events(page: Page, found: Mapping[str, Sequence[Sequence[float]]]) -> P
         return page
     series = {tag: [(float(step), float(value)) for step, value in points] for tag, points in found.items()}
     drawn = {tag: points for tag, points in series.items() if len(points) > 1}
-    return replace(page, context={**page.context, "series": drawn, "by": "step"}) if drawn else page
+    if not drawn:
+        return page
+    shown = _cut(drawn, page.context["stretch"])
+    return replace(page, context={**page.context, "series": shown, "by": "step"})
+
+
+def _cut(
+    series: Mapping[str, Sequence[tuple[float, float]]], stretch: Stretch
+) -> dict[str, list[tuple[float, float]]]:
+    """The part of some curves that is asked for; a curve that has nothing there is left out."""
+    found = {tag: stretch.of(points) for tag, points in series.items()}
+    return {tag: points for tag, points in found.items() if points}
 
 
 def _events(info: RunInfo) -> str:
@@ -218,9 +241,11 @@ def compare(registry: Registry, args: Args) -> Page:
     infos = [registry.runs[name] for name in names if "/" in name]
     tags = sorted({tag for info in infos for tag in scalars_of(info)})
     axis = args["x"] if args.get("x") in AXES else "step" if metric in tags else "epoch"
-    found = _curves(registry, names, metric, axis) if names else []
-    share = min(_SMOOTHEST, whole(args, "smooth", 0, 100) / 100)
-    shown = [(name, smoothed(points, share)) for name, points in found]
+    whole_curves = _curves(registry, names, metric, axis) if names else []
+    share, stretch = min(_SMOOTHEST, whole(args, "smooth", 0, 100) / 100), stretch_of(args)
+    found = [(name, stretch.of(points)) for name, points in whole_curves]
+    # The average goes on from what stands before the part that is shown.
+    shown = [(name, stretch.of(smoothed(points, share))) for name, points in whole_curves]
     if is_log := bool(args.get("log")):
         shown = [(name, [(x, math.log10(y)) for x, y in points if y > 0]) for name, points in shown]
     places = sorted({x for _, points in found for x, _ in points})

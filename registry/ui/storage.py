@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable
 from datetime import UTC, datetime
 
 from registry.cache.artifacts import Artifact
-from registry.catalog.versions import UNHELD, find_versions
+from registry.catalog.versions import UNHELD
 from registry.registry import Registry
 from registry.reports.charts import Area, colour_of, treemap
 from registry.reports.words import size
-from registry.ui.kept import Own, once, own_by_version
-from registry.ui.page import Args, Page, address_of_name
+from registry.ui.kept import NAMED, NOTED, Own, once, owned
+from registry.ui.page import BASE, Args, Page, address_of_name
+from registry.upkeep.status import free_space
 from registry.upkeep.usage import on_disk, usage
 
 _MOST_AREAS = 400
@@ -21,9 +22,8 @@ _MOST_AREAS = 400
 
 def storage(registry: Registry, args: Args) -> Page:
     """What holds the disk, and what may go."""
-    status = registry.status()
-    found = once(registry, "usage", lambda: usage(registry.catalog))
-    unheld = once(registry, "unheld", lambda: find_versions(registry.catalog, UNHELD.sql, UNHELD.parameters))
+    found = once(registry, "usage", lambda: usage(registry.catalog), survives=NOTED)
+    unheld = once(registry, "unheld", lambda: _unheld(registry), survives=NOTED)
     return Page(
         template="storage.html",
         title="Storage",
@@ -33,20 +33,35 @@ def storage(registry: Registry, args: Args) -> Page:
         command="registry du",
         python="registry.status()",
         context={
-            "status": status,
+            "free": free_space(registry.root),
             "usage": found,
-            "disk": once(registry, "on disk", lambda: on_disk(registry.root)),
-            "picture": treemap(
-                _areas(own_by_version(registry), {one.id for one in unheld}), "Bytes by model and version"
+            "disk": once(registry, "on disk", lambda: on_disk(registry.root), survives=NAMED - {"run"}),
+            "picture": once(
+                registry,
+                ("treemap", BASE.get()),
+                lambda: treemap(
+                    _areas(owned(registry).by_version.values(), unheld), "Bytes by model and version"
+                ),
+                survives=NOTED,
             ),
-            "unheld": [one.name for one in unheld],
+            "unheld": list(unheld.values()),
             "may_go": sum(one.unheld_freed for one in found.models),
         },
     )
 
 
-def _areas(own: Sequence[Own], unheld: Collection[str]) -> list[Area]:
+def _unheld(registry: Registry) -> dict[str, str]:
+    """The versions that nothing holds: the name of each by its id."""
+    rows = registry.catalog.query(
+        f"SELECT v.id, v.model, v.version FROM versions v WHERE {UNHELD.sql} ORDER BY v.model, v.version DESC",
+        UNHELD.parameters,
+    )
+    return {version_id: f"{model}:v{version}" for version_id, model, version in rows}
+
+
+def _areas(found: Iterable[Own], unheld: Collection[str]) -> list[Area]:
     """A rectangle for each version that wrote bytes; the smallest of a model share one."""
+    own = sorted((one for one in found if one.size), key=lambda one: -one.size)
     areas = [
         Area(
             name=f"{one.model}:v{one.version}",

@@ -18,7 +18,7 @@ from registry.registry import Registry
 from registry.reports.words import counted
 from registry.store.errors import NotFound, RegistryError
 from registry.store.text import quoted
-from registry.ui.kept import own_by_version
+from registry.ui.kept import owned
 from registry.ui.page import Args, Moved, Page, address, address_of
 
 MOST_TENSORS = 1_500
@@ -118,7 +118,7 @@ def _page(registry: Registry, args: Args, one: Version) -> Page:
             "problem": problem,
             "edges": edges,
             "children": children(registry.catalog, one),
-            "own": next((own.size for own in own_by_version(registry) if own.id == one.id), 0),
+            "own": own.size if (own := owned(registry).by_version.get(one.id)) else 0,
             "config": flatten(record.get("config") or {}),
             "meta": flatten(record.get("meta") or {}),
             "provenance": {

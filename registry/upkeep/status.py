@@ -79,10 +79,6 @@ def status(root: Path, catalog: Catalog) -> Status:
     ((packs, stored),) = query("SELECT COUNT(*), COALESCE(SUM(size), 0) FROM packs")
     ((differences,),) = query("SELECT COUNT(*) FROM tensors WHERE base IS NOT NULL")
     ((unused,),) = query(f"SELECT COALESCE(SUM(size), 0) FROM packs WHERE {UNUSED}")
-    try:
-        free = shutil.disk_usage(root).free
-    except OSError as error:
-        raise StorageError(f"{root}: {error.strerror}") from error
     return Status(
         root=str(root),
         models=models,
@@ -94,5 +90,17 @@ def status(root: Path, catalog: Catalog) -> Status:
         stored=stored,
         differences=differences,
         unused=unused,
-        free=free,
+        free=free_space(root),
     )
+
+
+def free_space(root: Path) -> int:
+    """Bytes that are free where a registry is.
+
+    Raises:
+        StorageError: if the system does not say.
+    """
+    try:
+        return shutil.disk_usage(root).free
+    except OSError as error:
+        raise StorageError(f"{root}: {error.strerror}") from error

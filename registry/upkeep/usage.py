@@ -13,7 +13,6 @@ and neither are files that gc removes later, as of packs that compaction has rep
 from __future__ import annotations
 
 import os
-import stat
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -259,24 +258,24 @@ _PARTS = {"packs": "tensors", "runs": "runs", "journal": "log", "manifests": "ma
 def on_disk(root: Path) -> dict[str, int]:
     """Bytes of the files in a registry's folder: of tensors, of runs (logs, events, scalars), and of the rest."""
     found = {"tensors": 0, "runs": 0, "log": 0, "manifests": 0, "catalog and rest": 0}
-    for name in _names(root):
-        found[_PARTS.get(name, "catalog and rest")] += _bytes_below(root / name)
+    for entry in _entries(root):
+        found[_PARTS.get(entry.name, "catalog and rest")] += _bytes_of(entry)
     return found
 
 
-def _bytes_below(path: Path) -> int:
-    """Bytes of the files at a path and below; links are not followed, and what goes away meanwhile counts nothing."""
+def _bytes_of(entry: os.DirEntry[str]) -> int:
+    """Bytes of a file, or of all files below a folder; links are not followed, and what goes away meanwhile counts 0."""
     try:
-        status = path.lstat()
-        if not stat.S_ISDIR(status.st_mode):
-            return status.st_size if stat.S_ISREG(status.st_mode) else 0
-        return sum(_bytes_below(path / name) for name in _names(path))
+        if entry.is_dir(follow_symlinks=False):
+            return sum(map(_bytes_of, _entries(entry.path)))
+        return entry.stat(follow_symlinks=False).st_size if entry.is_file(follow_symlinks=False) else 0
     except OSError:
         return 0
 
 
-def _names(path: Path) -> list[str]:
+def _entries(path: Path | str) -> list[os.DirEntry[str]]:
     try:
-        return os.listdir(path)
+        with os.scandir(path) as entries:
+            return list(entries)
     except OSError:
         return []

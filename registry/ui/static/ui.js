@@ -68,11 +68,16 @@ setInterval(showTimes, 10_000);
 
 // Forms of choices send themselves.
 for (const form of all("[data-submits]")) {
-  form.addEventListener("change", () => {
-    for (const field of form.elements) if (field.name && !field.value) field.disabled = true;
-    form.submit();
+  form.addEventListener("change", (event) => {
+    // Whoever writes where a curve begins may go on to where it ends.
+    if (!event.target.matches("[data-end]")) form.submit();
   });
 }
+// What is empty stays out of the address.
+document.addEventListener("formdata", (event) => {
+  if (event.target.method !== "get") return;
+  for (const [name, value] of [...event.formData]) if (!value) event.formData.delete(name);
+}, true);
 
 // Selection.
 const chosen = document.getElementById("chosen");
@@ -162,35 +167,100 @@ if ("IntersectionObserver" in globalThis) {
   for (const row of all("tr[data-stats]")) seen.observe(row);
 }
 
-// The chart: a value under the pointer, a version behind a click, a part by dragging.
-function bindCharts() {
-for (const figure of all("[data-points]:not([data-bound])")) {
-  figure.dataset.bound = "";
-  const points = JSON.parse(figure.dataset.points || "[]");
-  const chart = figure.querySelector(".chart");
-  const output = figure.querySelector("output");
-  if (points.length < 2 || !chart) continue;
-  const first = points[0][0], last = points[points.length - 1][0];
-  const nearest = (event) => {
+// Zooming: dragging over a curve asks for the page with that part. Its address has both ends, so it can be sent.
+const svgLine = (name, attributes) => {
+  const found = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes)) found.setAttribute(key, value);
+  return found;
+};
+// Between a place of the picture, and the place on the axis that is drawn there.
+function axisOf(chart) {
+  const [left, right] = chart.dataset.across.split(" ").map(Number);
+  const [first, last] = chart.dataset.axis.split(" ").map(Number);
+  const { width, height } = chart.viewBox.baseVal;
+  const drawn = (event) => {
     const box = chart.getBoundingClientRect();
-    const x = first + (last - first) * (event.clientX - box.left) / box.width;
+    return Math.max(left, Math.min(right, width * (event.clientX - box.left) / box.width));
+  };
+  const value = (x) => first + (last - first) * (x - left) / (right - left);
+  return { first, last, height, drawn, value, place: (at) => left + (right - left) * (at - first) / (last - first) };
+}
+function zoom(from, to, hash = "") {
+  const digits = Math.max(0, Math.ceil(2 - Math.log10(to - from)));
+  const there = new URL(location.href);
+  there.searchParams.set("from", Number(from.toFixed(digits)));
+  there.searchParams.set("to", Number(to.toFixed(digits)));
+  there.hash = hash;
+  location.href = there;
+}
+const isZoomed = () => Boolean(document.querySelector("[data-key=Escape]"));
+function moveAlong(step) {
+  const asked = new URL(location.href).searchParams;
+  const drawn = document.querySelector("svg[data-axis]")?.dataset.axis.split(" ") ?? [];
+  const [first, last] = ["from", "to"].map((name, i) => Number((asked.get(name) ?? "").replace(/^v/, "") || drawn[i]));
+  const span = last - first;
+  if (!(span > 0)) return;
+  if (step) zoom(first + step * span / 2, last + step * span / 2);
+  else zoom(first + span / 4, last - span / 4);
+}
+
+// Curves: a value under the pointer, a version behind a click, a part by dragging, all of it by a double click.
+const DRAGGED = 6;
+const bound = new WeakSet();
+function bindCharts() {
+  for (const chart of all("svg[data-axis]")) if (!bound.has(chart)) bindChart(chart);
+}
+function bindChart(chart) {
+  bound.add(chart);
+  const { first, last, height, drawn, value, place } = axisOf(chart);
+  if (!(last > first)) return;
+  const figure = chart.closest("figure");
+  const points = JSON.parse(figure.dataset.points || "[]");
+  const output = figure.querySelector("output");
+  const cursor = svgLine("line", { class: "cursor", y1: 0, y2: height });
+  const chosenPart = svgLine("rect", { class: "chosen-part", y: 0, height });
+  const nearest = (event) => {
+    const x = value(drawn(event));
     return points.reduce((one, other) => (Math.abs(other[0] - x) < Math.abs(one[0] - x) ? other : one));
   };
-  const cursor = document.createElementNS("http://www.w3.org/2000/svg", "line");
-  cursor.setAttribute("class", "cursor");
-  cursor.setAttribute("y1", "0");
-  cursor.setAttribute("y2", "120");
-  chart.addEventListener("pointermove", (event) => {
-    const [version, value] = nearest(event);
-    output.textContent = `v${version}  ${value.toPrecision(4)}`;
-    const x = String(1000 * (version - first) / (last - first));
-    cursor.setAttribute("x1", x);
-    cursor.setAttribute("x2", x);
-    chart.append(cursor);
+  let begun, opening;
+  const isDragged = (event) => begun && Math.abs(event.clientX - begun.clientX) > DRAGGED;
+  const stop = () => { begun = undefined; chosenPart.remove(); };
+  chart.addEventListener("pointerdown", (event) => {
+    // A finger moves a picture that is wider than the screen.
+    if (event.button || (event.pointerType === "touch" && chart.matches(".curves"))) return;
+    event.preventDefault();
+    begun = { clientX: event.clientX, x: drawn(event) };
+    chart.setPointerCapture(event.pointerId);
   });
-  chart.addEventListener("pointerleave", () => { output.textContent = ""; cursor.remove(); });
-  chart.addEventListener("click", (event) => { location.href = `${figure.dataset.chart}/v${nearest(event)[0]}`; });
-}
+  chart.addEventListener("pointermove", (event) => {
+    if (points.length && output) {
+      const [version, y] = nearest(event);
+      output.textContent = `v${version}  ${y.toPrecision(4)}`;
+      cursor.setAttribute("x1", place(version));
+      cursor.setAttribute("x2", place(version));
+      chart.append(cursor);
+    }
+    if (!isDragged(event)) { chosenPart.remove(); return; }
+    const ends = [begun.x, drawn(event)].sort((one, other) => one - other);
+    chosenPart.setAttribute("x", ends[0]);
+    chosenPart.setAttribute("width", ends[1] - ends[0]);
+    chart.append(chosenPart);
+  });
+  chart.addEventListener("pointerup", (event) => {
+    const [from, to] = begun ? [value(begun.x), value(drawn(event))].sort((one, other) => one - other) : [0, 0];
+    // Of many curves the one that was dragged over is shown again.
+    if (isDragged(event) && to > from) zoom(from, to, figure.matches(".small") ? figure.id : "");
+    else if (begun && figure.dataset.chart && points.length) {
+      const open = () => { location.href = `${figure.dataset.chart}/v${nearest(event)[0]}`; };
+      // A second click may follow, which shows the whole curve.
+      if (isZoomed()) opening = setTimeout(open, 350); else open();
+    }
+    stop();
+  });
+  chart.addEventListener("dblclick", () => { clearTimeout(opening); follow("[data-key=Escape]"); });
+  chart.addEventListener("pointercancel", stop);
+  chart.addEventListener("pointerleave", () => { if (output) output.textContent = ""; cursor.remove(); });
 }
 bindCharts();
 
@@ -232,15 +302,15 @@ async function refresh() {
             const kind = active.tagName === "INPUT" ? "input" : "a";
             document.getElementById(focused)?.querySelector(kind)?.focus({ preventScroll: true });
           }
-        } else if (mine.tagName === "FIGURE") {
+        } else if (mine.tagName === "FIGURE" || part.tagName === "FIGURE") {
           mine.replaceWith(document.adoptNode(part));
-          bindCharts();
         } else if (mine.innerHTML !== part.innerHTML) {
           const isAtEnd = mine.scrollTop + mine.clientHeight >= mine.scrollHeight - 4;
           mine.replaceChildren(...part.childNodes);
           if (mine.classList.contains("log") && isAtEnd) mine.scrollTop = mine.scrollHeight;
         }
       }
+      bindCharts();
       showTimes();
       showChosen();
       say("the page was brought up to date", false);
@@ -295,8 +365,25 @@ const keys = document.getElementById("keys");
 const keysOn = document.getElementById("keys-on");
 keysOn.checked = stored("keys") !== "off";
 keysOn.addEventListener("change", () => stored("keys", keysOn.checked ? "on" : "off"));
+const TOLD = [
+  ["/", "find"], ["g m, g r, g l, g s", "go to the models, runs, lineage, storage"], ["j, k", "next row, row before"],
+  ["Enter", "open the row"], ["x", "select the row"], ["d", "diff of the two selected rows, or with the version before"],
+  ["c", "compare curves of what is selected"], ["y", "copy the references"], ["e", "copy the command"],
+  ["[, ]", "older, newer"], ["1 to 5", "the parts of a version's page"], ["u", "up"],
+  ["+", "zoom into the middle of the curve"], ["←, →", "move along a zoomed curve"], ["Escape", "the whole curve"],
+  ["t", "change the theme"], ["?", "these keys"],
+];
+for (const [key, what] of TOLD) {
+  const row = keys.querySelector("tbody").insertRow();
+  row.innerHTML = "<th scope=row><kbd></kbd></th><td></td>";
+  row.querySelector("kbd").textContent = key;
+  row.cells[1].textContent = what;
+}
 let isGoing = false;
-const rows = () => all("#rows tbody tr[data-reference]");
+// A row of versions says its number alone, and its table the model.
+const rows = () => all("#rows tbody tr[data-reference], #rows[data-of] tbody tr");
+const referenceOf = (row) => row?.dataset.reference ?? (row && row.closest("table").dataset.of + row.id);
+const chosenReference = () => referenceOf(here() ?? document.querySelector("h1[data-reference]"));
 function current(step) {
   const found = rows();
   if (!found.length) return;
@@ -318,8 +405,8 @@ function diffOfThis() {
   const title = document.querySelector("h1[data-before]");
   if (title) return void (location.href = diffAddress(title.dataset.before, title.dataset.reference));
   const found = rows(), i = found.indexOf(here());
-  const [one, before] = [found[i]?.dataset, found[i + 1]?.dataset];
-  if (one && before && one.reference.includes(":")) location.href = diffAddress(before.reference, one.reference);
+  const [one, before] = [found[i], found[i + 1]].map(referenceOf);
+  if (one?.includes(":") && before) location.href = diffAddress(before, one);
   return undefined;
 }
 const ACTIONS = {
@@ -330,10 +417,20 @@ const ACTIONS = {
   k: () => current(-1),
   x: () => { here()?.querySelector("input[type=checkbox]")?.click(); },
   d: diffOfThis,
-  c: () => { if (picked().length) chosen.querySelector("[data-do=c]").click(); else { const name = (here() ?? document.querySelector("h1[data-reference]"))?.dataset.reference; if (name) location.href = compareAddress([name.includes("/") ? name : name.split(":")[0]]); } },
-  y: () => { const names = picked(); const one = (here() ?? document.querySelector("h1[data-reference]"))?.dataset.reference; if (names.length || one) copy(names.length ? names.join(" ") : one, "the references"); },
+  c: () => {
+    const name = chosenReference();
+    if (picked().length) chosen.querySelector("[data-do=c]").click();
+    else if (name) location.href = compareAddress([name.includes("/") ? name : name.split(":")[0]]);
+  },
+  y: () => {
+    const text = picked().join(" ") || chosenReference();
+    if (text) copy(text, "the references");
+  },
   e: () => { const button = document.querySelector(".again [data-copy]"); if (button) copy(button.dataset.copy, "the command"); },
   g: () => { isGoing = true; setTimeout(() => { isGoing = false; }, 1500); },
+  "+": () => moveAlong(0),
+  ArrowLeft: () => moveAlong(-1),
+  ArrowRight: () => moveAlong(1),
   u: () => { if (!follow("[data-key=u]") && location.pathname !== `${base}/`) location.href = `${base}/`; },
 };
 const PLACES = { m: "/", r: "/runs", l: "/lineage", s: "/storage", c: "/compare", d: "/data" };
@@ -346,7 +443,8 @@ document.addEventListener("keydown", (event) => {
   if (!keysOn.checked && event.key !== "?") return;
   if (isGoing && PLACES[event.key]) { isGoing = false; location.href = base + PLACES[event.key]; event.preventDefault(); return; }
   const action = ACTIONS[event.key] ?? (document.querySelector(`[data-key="${CSS.escape(event.key)}"]`) ? () => follow(`[data-key="${CSS.escape(event.key)}"]`) : null);
-  if (!action) return;
+  // Arrows scroll what is wider than the screen.
+  if (!action || (event.key.startsWith("Arrow") && (!isZoomed() || event.target.closest(".scroll")))) return;
   event.preventDefault();
   action();
 });

@@ -14,7 +14,7 @@ from typing import get_args
 import pytest
 import sample_reports
 
-from registry.reports import html, markdown, text
+from registry.reports import charts, html, markdown, text
 from registry.reports.blocks import (
     Block,
     Branch,
@@ -164,7 +164,7 @@ def test_the_bar_of_the_largest_change_fills_its_place_and_the_smallest_is_seen(
     lines = text.render([Tree("", [Column("name")], rows, bar="bar")]).splitlines()
     assert [line[4:].strip() for line in lines[1:]] == ["█" * 24, "█" * 12, "▏", ""]
     page = html.render([Title("t"), Tree("", [Column("name")], rows, bar="bar")])
-    assert re.findall(r'class="fill[^"]*" width="([\d.]+)%"', page) == ["100", "50", "0.01"]
+    assert re.findall(r'<rect width="([\d.]+)%"', page) == ["100", "50", "0.01"]
 
 
 def test_lines_show_modules_and_with_all_tensors_these_too() -> None:
@@ -185,3 +185,18 @@ def test_the_modules_of_a_report_have_what_moved_together() -> None:
 
 def test_every_category_has_a_meaning() -> None:
     assert set(MEANING) == set(Category)
+
+
+def test_each_curve_has_a_colour_of_its_own_or_dashes() -> None:
+    names = [f"net/run-{i}" for i in range(7)]
+    found = charts.colours_of(names)
+    assert found[0] == charts.colour_of("net")
+    assert sorted(found[: charts.COLOURS]) == [f"c{i}" for i in range(charts.COLOURS)]
+    assert found[charts.COLOURS :] == ["c0 dashed", "c1 dashed"]
+    # A model keeps its colour although another one that is named before it needs one.
+    other = next(f"m{i}" for i in range(50) if charts.colour_of(f"m{i}") != charts.colour_of("net"))
+    assert charts.colours_of(["net:v1", "net@best", other])[::2] == [
+        charts.colour_of("net"),
+        charts.colour_of(other),
+    ]
+    assert charts.colours_of([]) == []

@@ -29,6 +29,7 @@ PAGES = {
     "models": "/",
     "versions": "/m/net",
     "best-first": "/m/net?sort=accuracy",
+    "zoomed": "/m/net?from=2&to=4",
     "version": "/m/net/v5",
     "diff": "/diff?a=net:v1&b=net:v5",
     "diff-of-networks": "/diff?a=net:v1&b=other:v1",
@@ -188,18 +189,18 @@ def test_typing_and_modifiers_do_nothing_else(server: Server, opened: Open) -> N
 def test_a_save_appears_while_the_selection_stays(filled: Registry, server: Server, opened: Open) -> None:
     page = opened(server, "/m/net")
     page.wait_for_selector("#live:not([hidden])", state="attached")
-    page.check("#version-3 input")
+    page.check("#v3 input")
     filled.save("net", {"model": network(6).state_dict()}, metrics={"accuracy": 0.99})
-    page.wait_for_selector("#version-6")
-    assert page.is_checked("#version-3 input")
+    page.wait_for_selector("#v6")
+    assert page.is_checked("#v3 input")
     assert page.locator("#chosen strong").inner_text() == "1 selected"
     assert [row.get_attribute("id") for row in page.locator("#rows tbody tr").all()] == [
-        f"version-{i}" for i in (6, 5, 4, 3, 2, 1)
+        f"v{i}" for i in (6, 5, 4, 3, 2, 1)
     ]
     filled.remove("net:v2")
-    page.wait_for_selector("#version-2", state="detached")
+    page.wait_for_selector("#v2", state="detached")
     filled.set_tag("net:v1", "seen")
-    page.wait_for_selector("#version-1 .tag")
+    page.wait_for_selector("#v1 .tag")
 
 
 def test_ten_tabs_share_one_stream(filled: Registry, server: Server, browser: Any) -> None:
@@ -218,7 +219,7 @@ def test_ten_tabs_share_one_stream(filled: Registry, server: Server, browser: An
         filled.save("net", {"model": network(6).state_dict()})
         for page in pages:
             page.bring_to_front()
-            page.wait_for_selector("#version-6")
+            page.wait_for_selector("#v6")
         assert len(streams) == 1
 
 
@@ -242,6 +243,116 @@ def test_a_point_of_the_curve_is_a_version(server: Server, opened: Open) -> None
     page.wait_for_url("**/m/net/v3")
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_what_is_cut_on_a_phone_has_a_shade_at_its_edge(server: Server, opened: Open, scheme: str) -> None:
+    page = opened(server, "/compare?of=net+other", width=390, scheme=scheme)
+    table = page.locator(".scroll").first
+    assert table.evaluate("one => one.scrollWidth > one.clientWidth")
+
+    def edge() -> bytes:
+        """The right end of the table, below the curves."""
+        box = table.bounding_box()
+        clip = {"x": box["x"] + box["width"] - 4, "y": box["y"] + box["height"] - 4, "width": 4, "height": 4}
+        return bytes(page.screenshot(clip=clip))
+
+    before = edge()
+    table.evaluate("one => { one.scrollLeft = one.scrollWidth; }")
+    assert edge() != before
+
+
+def test_the_names_of_areas_can_be_read_on_a_phone(server: Server, opened: Open) -> None:
+    page = opened(server, "/storage", width=390)
+    texts = page.locator(".treemap text").all()
+    assert texts
+    for text in texts:
+        own, area = text.bounding_box(), text.locator("xpath=../*[name()='rect']").bounding_box()
+        assert own["height"] >= 11
+        assert own["x"] + own["width"] <= area["x"] + area["width"]
+
+
+def drag(page: Any, chart: Any, begin: float, end: float) -> None:
+    """Drag the pointer over a part of a chart."""
+    box = chart.bounding_box()
+    page.mouse.move(box["x"] + box["width"] * begin, box["y"] + 20)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * end, box["y"] + 25, steps=4)
+    assert page.locator(".chosen-part").bounding_box()["width"] > box["width"] * (end - begin) * 0.9
+    page.mouse.up()
+
+
+ZOOMED = {
+    "/m/net": (0.25, 0.75, "from=2&to=4"),
+    "/r/net/run-1": (0.5, 1.0, "from=2&to=3#curve-1"),
+    "/compare?of=net": (0.25, 0.625, "from=1.98&to=4.03"),
+}
+"""For each page with curves: a part of the picture's width, and what the address says of it."""
+
+
+@pytest.mark.parametrize("path", ZOOMED)
+def test_dragging_zooms_and_a_double_click_or_escape_goes_back(
+    server: Server, opened: Open, path: str
+) -> None:
+    begin, end, asked = ZOOMED[path]
+    page = opened(server, path)
+    chart = page.locator("svg[data-axis]").first
+    whole = chart.get_attribute("data-axis")
+    address = f"http://localhost:{server.port}{path}"
+    for back in ("double click", "Escape", "link"):
+        page.goto(address)
+        drag(page, chart, begin, end)
+        joint = "&" if "?" in path else "?"
+        page.wait_for_url(f"{address}{joint}{asked}")
+        assert chart.get_attribute("data-axis") != whole
+        if back == "double click":
+            chart.dblclick()
+        elif back == "Escape":
+            page.keyboard.press("Escape")
+        else:
+            page.click("text=whole curve")
+        page.wait_for_url(address)
+        assert chart.get_attribute("data-axis") == whole
+
+
+def test_a_click_on_a_zoomed_curve_opens_the_version(server: Server, opened: Open) -> None:
+    page = opened(server, "/m/net?from=2&to=4")
+    box = page.locator(".chart").bounding_box()
+    page.mouse.click(box["x"] + box["width"] / 2, box["y"] + 20)
+    page.wait_for_url("**/m/net/v3")
+
+
+def test_keys_zoom_and_move_along_the_curve(server: Server, opened: Open) -> None:
+    page = opened(server, "/m/net")
+    for key, place in (
+        ("+", "?from=2&to=4"),
+        ("ArrowRight", "?from=3&to=5"),
+        ("ArrowLeft", "?from=2&to=4"),
+        ("+", "?from=2.5&to=3.5"),
+        ("Escape", ""),
+    ):
+        page.keyboard.press(key)
+        page.wait_for_url(f"http://localhost:{server.port}/m/net{place}")
+    page.keyboard.press("ArrowRight")
+    page.fill("input[name=from]", "3")
+    page.press("input[name=from]", "Tab")
+    page.keyboard.type("5")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/m/net?metric=accuracy&from=3&to=5")
+    assert page.locator(".chart").get_attribute("data-axis") == "3 5"
+
+
+def test_without_scripts_a_form_zooms(server: Server, browser: Any) -> None:
+    with contextlib.closing(browser.new_context(java_script_enabled=False)) as context:
+        page = context.new_page()
+        for path in ("/m/net", "/r/net/run-1", "/compare?of=net"):
+            page.goto(server.address(path))
+            page.fill("input[name=from]", "2")
+            page.fill("input[name=to]", "3")
+            page.press("input[name=to]", "Enter")
+            assert page.locator("svg[data-axis]").first.get_attribute("data-axis") == "2 3"
+            page.click("text=whole curve")
+            assert page.locator("svg[data-axis]").first.get_attribute("data-axis") != "2 3"
+
+
 def test_modules_fold(server: Server, opened: Open) -> None:
     page = opened(server, "/diff?a=net:v1&b=net:v5")
     leaf, head = page.locator("tbody:nth-of-type(1) td.leaf").first, page.locator("tr.module th").first
@@ -255,8 +366,8 @@ def test_without_scripts_two_versions_are_compared(server: Server, browser: Any)
     with contextlib.closing(browser.new_context(java_script_enabled=False)) as context:
         page = context.new_page()
         page.goto(server.address("/m/net"))
-        page.check("#version-5 input")
-        page.check("#version-2 input")
+        page.check("#v5 input")
+        page.check("#v2 input")
         page.click("noscript button, form#selection > button")
         assert "net:v2" in page.locator("h1").inner_text()
         assert "net:v5" in page.locator("h1").inner_text()
@@ -266,7 +377,7 @@ def test_what_is_chosen_in_a_form_is_shown(server: Server, opened: Open) -> None
     page = opened(server, "/m/net")
     page.select_option("select[name=sort]", "accuracy")
     page.wait_for_url("**sort=accuracy**")
-    assert page.locator("#rows tbody tr").first.get_attribute("id") == "version-5"
+    assert page.locator("#rows tbody tr").first.get_attribute("id") == "v5"
 
 
 def test_nothing_of_a_hostile_name_runs(registry: Registry, opened: Open) -> None:
@@ -310,7 +421,7 @@ def test_the_pictures_of_the_readme_are_of_pages_as_they_are(tmp_path: Path, bro
         taken = {"versions": page.screenshot()}
         page.goto(f"http://localhost:{server.port}/diff?a=lenet5:v1&b=lenet5:v6")
         # The bars of the largest change are there.
-        page.wait_for_selector(".fill.heat4")
+        page.wait_for_selector(".meter.heat4")
         taken["diff"] = page.screenshot()
         context.close()
     readme = (Path(__file__).parents[3] / "README.md").read_text()
@@ -349,13 +460,13 @@ def test_a_row_that_did_not_change_is_not_touched(filled: Registry, server: Serv
     page.wait_for_selector("#live:not([hidden])", state="attached")
     page.keyboard.press("j")
     page.keyboard.press("j")
-    page.evaluate("document.getElementById('version-4').mark = 1")
+    page.evaluate("document.getElementById('v4').mark = 1")
     filled.save("net", {"model": network(6).state_dict()}, metrics={"accuracy": 0.9})
-    page.wait_for_selector("#version-6")
-    assert page.evaluate("document.getElementById('version-4').mark") == 1
-    assert page.evaluate("document.activeElement.closest('tr').id") == "version-4"
+    page.wait_for_selector("#v6")
+    assert page.evaluate("document.getElementById('v4').mark") == 1
+    assert page.evaluate("document.activeElement.closest('tr').id") == "v4"
     page.keyboard.press("j")
-    assert page.locator("tr.current").get_attribute("id") == "version-3"
+    assert page.locator("tr.current").get_attribute("id") == "v3"
     # The curve has the new version, and its points are still versions.
     box = page.locator(".chart").bounding_box()
     page.mouse.move(box["x"] + box["width"] - 2, box["y"] + 20)
@@ -372,7 +483,7 @@ def test_a_refresh_that_failed_is_repeated(filled: Registry, server: Server, bro
             "**/m/net", lambda route: route.fulfill(status=500) if next(refused, False) else route.continue_()
         )
         filled.set_tag("net:v1", "seen")
-        page.wait_for_selector("#version-1 .tag")
+        page.wait_for_selector("#v1 .tag")
 
 
 def test_a_change_before_the_stream_begins_is_shown(filled: Registry, server: Server, browser: Any) -> None:
@@ -385,7 +496,7 @@ def test_a_change_before_the_stream_begins_is_shown(filled: Registry, server: Se
 
         page.route("**/ui.js", late)
         page.goto(server.address("/m/net"))
-        page.wait_for_selector("#version-1 .tag")
+        page.wait_for_selector("#v1 .tag")
 
 
 def test_a_log_opens_at_its_end(filled: Registry, server: Server, opened: Open) -> None:

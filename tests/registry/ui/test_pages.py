@@ -7,6 +7,7 @@ import gzip
 import html
 import io
 import json
+import math
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from browsing import Client, network
 
 from registry import Registry
+from registry.reports import charts
 
 ADDRESSES = (
     "/",
@@ -23,17 +25,24 @@ ADDRESSES = (
     "/m/net?sort=accuracy",
     "/m/net?sort=loss&tag=paper",
     "/m/net?before=v3",
+    "/m/net?from=2&to=4",
+    "/m/net?from=90",
     "/m/net/v5",
     "/m/net@production",
     "/m/other/v1",
     "/runs",
     "/runs?model=net",
     "/r/net/run-2",
+    "/r/net/run-1?from=2&to=3",
+    "/r/net/run-1?from=90",
     "/compare",
+    "/compare?of=net&from=2&to=4",
+    "/compare?of=net&to=-1",
     "/compare?of=net",
     "/compare?of=net/run-1+net/run-2&metric=accuracy",
     "/lineage",
     "/lineage?of=net&full=1",
+    "/lineage?of=net/run-1",
     "/storage",
     "/data",
     "/diff",
@@ -150,6 +159,38 @@ def test_pages_of_versions_meet_without_gap_or_double(client: Client, filled: Re
     assert client.get("/m/long?before=v101&format=json").json["versions"][0]["name"] == "long:v99"
 
 
+def test_pages_of_runs_meet_without_gap_or_double(client: Client, filled: Registry) -> None:
+    rows = [
+        {
+            "op": "run",
+            "name": f"many/r{i}",
+            "model": "many",
+            "at": f"2026-01-01T00:{i % 60:02d}:00.000000Z",
+            "record": {},
+        }
+        for i in range(230)
+    ]
+    filled.catalog.commit(lambda view: rows)
+    for first in ("/runs?format=json", "/runs?model=many&format=json", "/api/v1/runs?format=json"):
+        seen: list[str] = []
+        following = first
+        while following:
+            document = client.get(f"{following}&format=json" if "format" not in following else following).json
+            assert len(document["runs"]) <= 100
+            seen += [run["name"] for run in document["runs"]]
+            following = document["next"]
+        wanted = [info.name for info in filled.runs.find("many" if "model" in first else None)]
+        assert seen == wanted
+        assert len(seen) >= 230
+    text = client.get("/runs").text
+    assert text.count("<tr id=") == 100
+    older = re.search(r'href="([^"]+)" data-key="\["', text)
+    assert older
+    assert 'href="/runs" data-key="]"' in client.get(html.unescape(older[1])).text
+    assert client.get("/runs?before=net/run-99").status == 404
+    assert "There are no older runs" in client.get(f"/runs?before={filled.runs.find()[-1].name}").text
+
+
 def test_a_page_is_drawn_once_until_the_registry_changes(client: Client, filled: Registry) -> None:
     first = client.get("/m/net")
     tag = first.headers["etag"]
@@ -169,6 +210,18 @@ def test_pages_travel_compressed(unchanged: Client) -> None:
     assert gzip.decompress(packed.body) == plain.body
 
 
+def test_a_page_of_a_hundred_versions_is_small(client: Client, filled: Registry) -> None:
+    with filled.run("long") as run:
+        for step in range(300):
+            measured = {"accuracy": math.sin(step), "val/loss": math.cos(step)}
+            run.save(model={}, epoch=step, step=100 * step, loss=1 / (step + 1), metrics=measured)
+    plain = client.get("/m/long")
+    packed = client.get("/m/long", Accept_Encoding="gzip")
+    assert plain.text.count("<tr id=") == 100
+    assert len(plain.body) < 65_000
+    assert len(packed.body) < 10_000
+
+
 @pytest.mark.parametrize(
     ("address", "status", "says"),
     [
@@ -184,6 +237,10 @@ def test_pages_travel_compressed(unchanged: Client) -> None:
         ("/c/ffffff", 404, "ffffff"),
         ("/m/net?sort=f1", 404, "f1"),
         ("/?metric=f1", 404, "f1"),
+        ("/lineage?of=net/run-9", 404, "net/run-9"),
+        ("/m/net?from=x", 400, "from is not a number"),
+        ("/r/net/run-1?to=nan", 400, "to is not a number"),
+        ("/compare?of=net&from=1e999", 400, "from is not a number"),
     ],
 )
 def test_an_error_says_what_is_wrong(unchanged: Client, address: str, status: int, says: str) -> None:
@@ -234,3 +291,78 @@ def test_a_tensor_has_statistics_that_stay_for_ever(unchanged: Client) -> None:
     assert "immutable" in answer.headers["cache-control"]
     wrong = re.sub("tensors/[0-9a-f]{64}", f"tensors/{'0' * 64}", address)
     assert unchanged.get(wrong).status == 404
+
+
+def axis(text: str) -> str:
+    """Where the first curve of a page begins and ends."""
+    found = re.search(r'data-axis="([^"]+)"', text)
+    assert found
+    return found[1]
+
+
+def test_an_address_has_the_part_of_a_curve(client: Client, filled: Registry) -> None:
+    path = filled.root / "runs" / "net" / "run-1" / "scalars.jsonl"
+    path.write_text("".join(f'{{"s": {i}, "t": {i}.0, "k": "Loss", "v": {i % 7}}}\n' for i in range(5_000)))
+    for address, whole, part in (
+        ("/m/net?metric=accuracy", "1 5", "2 4"),
+        ("/r/net/run-1?x=step", "0 4999", "2 4"),
+        ("/compare?of=net/run-1&metric=Loss", "0 4998", "2 4"),
+        ("/compare?of=net", "1 5", "2 4"),
+    ):
+        assert axis(client.get(address).text) == whole
+        for asked in ("from=2&to=4", "from=4&to=2", "from=v2&to=+4.5"):
+            shown = client.get(f"{address}&{asked}").text
+            assert axis(shown) == part
+            assert f'href="{html.escape(address)}" data-key="Escape"' in shown.replace("%2F", "/")
+        assert 'data-key="Escape"' not in client.get(f"{address}&from=&to=").text
+    rows = client.get("/compare?of=net&from=2&to=4&format=csv").text.splitlines()
+    assert [row.partition(",")[0] for row in rows] == ["epoch", "2.0", "3.0", "4.0"]
+    # Only a part of so many points is drawn, unless fewer are asked for.
+    assert client.get("/compare?of=net/run-1&metric=Loss").text.count(",") < 2_000
+    assert axis(client.get("/compare?of=net/run-1&metric=Loss&from=4999").text) == "4999 4999"
+
+
+def test_a_part_of_a_smoothed_curve_goes_on_from_what_stands_before_it(
+    client: Client, filled: Registry
+) -> None:
+    address = "/compare?of=net&metric=accuracy&smooth=60"
+    ends = [
+        re.findall(r"<title>net: ([^<]+) at 5</title>", client.get(f"{address}{part}").text)
+        for part in ("", "&from=4")
+    ]
+    assert ends[0] == ends[1] != []
+
+
+def test_places_and_orders_keep_the_part_of_the_curve(client: Client, filled: Registry) -> None:
+    for step in range(101):
+        filled.save("long", {"model": {}}, step=step, metrics={"accuracy": step / 101})
+    following = client.get("/m/long.json?from=3&to=8").json["next"]
+    assert "from=3&to=8" in following
+    assert axis(client.get(following).text) == "3 8"
+    assert "/m/long?sort=loss&amp;from=3&amp;to=8" in client.get("/m/long?from=3&to=8").text
+
+
+def test_a_model_has_its_colour_on_every_page(unchanged: Client) -> None:
+    for name in ("net", "other"):
+        tone = charts.colour_of(name)
+        assert f'class="chart {tone}"' in unchanged.get(f"/m/{name}").text or name == "other"
+        assert f'class="curve {tone}"' in unchanged.get("/compare?of=net+other&metric=accuracy").text
+        assert f'class="curve {tone}"' in unchanged.get(f"/compare?of={name}:v1&metric=accuracy").text
+    assert f'class="chart {charts.colour_of("net")}"' in unchanged.get("/r/net/run-1").text
+
+
+def test_a_diff_says_how_the_loss_went(unchanged: Client) -> None:
+    text = unchanged.get("/diff?a=net:v1&b=net:v3").text
+    assert re.search(r"<dt>loss</dt><dd>1\.0000 → 0\.3333 <span class=\"delta ok\">−0\.6667</span>", text)
+    assert "<dt>accuracy</dt>" in text
+    assert re.search(r"<dt>loss</dt><dd>1\.0000 → - *</dd>", unchanged.get("/diff?a=net:v1&b=net:v5").text)
+    assert "<dt>loss</dt>" not in unchanged.get("/diff?a=net:v4&b=net:v5").text
+
+
+def test_the_lineage_of_a_run_is_that_of_its_versions(client: Client, filled: Registry) -> None:
+    chains = client.get("/lineage?of=net/run-2&full=1&format=json").json["chains"]
+    assert [chain["versions"] for chain in chains] == [[f"net:v{i}"] for i in (5, 4, 3, 2, 1)]
+    assert len(client.get("/lineage?of=net/run-1&full=1&format=json").json["chains"]) == 6
+    assert "/lineage?of=net%2Frun-2" in client.get("/r/net/run-2").text
+    with filled.run("empty") as run:
+        assert f"{run.name} saved no version." in client.get(f"/lineage?of={run.name}").text
