@@ -58,5 +58,5 @@ def _end(args: Args, name: str) -> float | None:
     except ValueError:
         found = math.nan
     if not math.isfinite(found):
-        raise Invalid(f"{name} is not a number; leave it out or give a place of the curve")
+        raise Invalid(f"{name} is not a number", "leave it out, or give a place of the curve")
     return found
