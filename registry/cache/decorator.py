@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Generic, Literal, ParamSpec, TypeVar, cast
 
@@ -130,7 +131,9 @@ class _Cached(Generic[P, R]):
 
     def _artifact(self, *args: Any, **kwargs: Any) -> Artifact:
         if inspect.iscoroutinefunction(self._function):
-            _, key = asyncio.run(self._call_async(args, kwargs, with_key=True))
+            # In a thread of its own, as a loop may run in this one, such as in a notebook.
+            with ThreadPoolExecutor(1, "registry-cache") as pool:
+                _, key = pool.submit(asyncio.run, self._call_async(args, kwargs, with_key=True)).result()
         else:
             _, key = self._call(args, kwargs)
         return Artifacts(self._home())[key.digest]

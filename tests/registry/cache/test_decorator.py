@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -557,8 +558,14 @@ def test_async_functions(calls: Calls) -> None:
     async def several() -> list[int]:
         return list(await asyncio.gather(*(f(1) for _ in range(5))))
 
-    assert asyncio.run(several()) == [1] * 5
-    assert asyncio.run(f(2)) == 2
+    async def inside() -> str:
+        return f.artifact(1).function
+
+    # A browser of other tests may leave a loop in this thread.
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(asyncio.run, several()).result() == [1] * 5
+        assert pool.submit(asyncio.run, f(2)).result() == 2
+        assert pool.submit(asyncio.run, inside()).result().endswith("f")
     assert f.artifact(1).function.endswith("f")
 
 
