@@ -84,10 +84,10 @@ def show(reference: str, tree: bool, params: bool, stats: bool, registry: Regist
 
 
 def _statistics(checkpoint: Checkpoint) -> list[tuple[str, Statistics]]:
-    # Lazy: loads torch.
-    from registry.checkpoints.statistics import statistics
+    # Lazy: start-up.
+    from registry.checkpoints.measured import measure
 
-    return list(statistics(checkpoint, [path for path, *_ in checkpoint.parameters()]))
+    return list(measure(checkpoint, [path for path, *_ in checkpoint.parameters()]))
 
 
 def _modules(checkpoint: Checkpoint) -> list[Module]:

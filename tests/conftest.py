@@ -44,6 +44,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none here"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def has_a_cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The suite leaves nothing in the cache of the user who runs it, and takes nothing from there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def holds_what_its_log_says(request: pytest.FixtureRequest) -> Iterator[None]:
     """After each test: what its registries hold follows from their logs, and every invariant holds.

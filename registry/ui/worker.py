@@ -14,7 +14,7 @@ import select
 import sys
 from typing import Any
 
-from registry.checkpoints.statistics import statistics
+from registry.checkpoints.measured import measure
 from registry.registry import Registry
 from registry.reports import html
 from registry.runs.events import read_events
@@ -52,7 +52,7 @@ def _answer(registry: Registry, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _statistics(registry: Registry, request: dict[str, Any]) -> dict[str, Any]:
-    ((_, found),) = statistics(registry[request["of"]], [request["path"]])
+    ((_, found),) = measure(registry[request["of"]], [request["path"]])
     return found._asdict()
 
 

@@ -17,6 +17,7 @@ import pytest
 from browsing import Client, network
 
 from registry import Registry
+from registry.checkpoints import measured
 from registry.reports import charts
 
 ADDRESSES = (
@@ -289,6 +290,11 @@ def test_a_tensor_has_statistics_that_stay_for_ever(unchanged: Client) -> None:
     assert answer.json["elements"] == sum(answer.json["histogram"])
     assert answer.json["picture"].startswith("<svg")
     assert "immutable" in answer.headers["cache-control"]
+    digest = re.search("[0-9a-f]{64}", address)
+    assert digest
+    kept = measured.known(digest[0])
+    assert kept is not None
+    assert kept["histogram"] == answer.json["histogram"]
     wrong = re.sub("tensors/[0-9a-f]{64}", f"tensors/{'0' * 64}", address)
     assert unchanged.get(wrong).status == 404
 
