@@ -104,6 +104,9 @@ class NewFile:
 
     def __init__(self, folder: Path, *, inner: int = 1) -> None:
         self._inner = inner
+        if inner:
+            # A copy of a registry may lack it, where it was empty.
+            make_folder(folder, inner=inner, is_durable=False)
         while True:
             self.path = folder / f"{host()}-{os.getpid()}-{os.urandom(16).hex()}"
             self.fd = open_file(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, inner=inner)
@@ -349,6 +352,9 @@ def make_folder(path: Path, *, inner: int = 0, is_durable: bool = True) -> None:
                 with contextlib.suppress(FileExistsError):
                     disk.mkdir(path, folder)
             if not is_durable:
+                with opened_folder(path, inner) as made:
+                    # It may have the number of one that was removed.
+                    disk.safe_folders.discard(_identity(made))
                 return
             if inner and is_there:
                 beside = _folders_in(folder)

@@ -342,17 +342,14 @@ class _Hashing:
 
     def batches(self) -> Generator[list[_Hashed]]:
         """Hashed tensors, in batches worth a look-up and a write."""
-        # To hand over a single run costs more than to wait for it.
-        count = min(_THREADS, len(self._runs)) if len(self._runs) > 1 else 0
+        # Not in this one, which may be in a mode of torch that gives tensors another meaning.
         threads = [
             threading.Thread(target=self._work, args=(i,), name="registry-hash", daemon=True)
-            for i in range(count)
+            for i in range(min(_THREADS, len(self._runs)))
         ]
         for thread in threads:
             thread.start()
         try:
-            if not threads:
-                self._work(0)
             given = 0
             while given < len(self._state.leaves):
                 with self._progress:

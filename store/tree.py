@@ -265,9 +265,11 @@ _STANDS_FOR: tuple[tuple[type, Callable[[Any], Any]], ...] = (
 
 def _usual(tensor: torch.Tensor) -> Leaf | None:
     """The leaf of a tensor as nearly all are: in the machine's own memory as it is stored. None for any other."""
+    # Another class may answer anything.
+    if type(tensor) not in _CLASSES or tensor.is_nested or tensor.layout is not torch.strided:
+        return None
     kind = _TORCH_TYPES.get(tensor.dtype)
-    is_strided = type(tensor) in _CLASSES and not tensor.is_nested and tensor.layout is torch.strided
-    if kind is None or not is_strided or not is_plain(tensor):
+    if kind is None or not is_plain(tensor):
         return None
     size = tensor.nbytes
     try:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from registry.cache.contents import Seen, mark
@@ -223,10 +224,12 @@ class Artifacts:
         tensors: int,
         record: str,
     ) -> Artifact:
-        try:
-            used = self._home.store.manifest_path(artifact_id).stat().st_mtime
-        except OSError:
-            used = 0.0
+        used = 0.0
+        with contextlib.suppress(ValueError, OverflowError):
+            used = datetime.fromisoformat(created).timestamp()
+        # The file may be missing, such as after a power cut, or on another computer.
+        with contextlib.suppress(OSError):
+            used = max(used, self._home.store.manifest_path(artifact_id).stat().st_mtime)
         return Artifact(
             key=key,
             id=artifact_id,

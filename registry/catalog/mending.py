@@ -9,14 +9,17 @@ from __future__ import annotations
 import heapq
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from registry.catalog.copies import copies
 from registry.catalog.database import Database
 from registry.catalog.refolding import history
-from registry.log.entries import MAX_NUMBER, START, Entry
+from registry.log.entries import MAX_NUMBER, START, Entry, Record
 from registry.log.history import End, Gap, Placed, heal, merge, walk
 from registry.log.ledger import Ledger
+
+if TYPE_CHECKING:
+    from registry.store.store import Store
 
 EntriesOf = Callable[[range], Iterable[Entry]]
 """Gives those entries with some numbers that a second copy has."""
@@ -87,12 +90,19 @@ def leading_to(known: Mapping[int, str], candidates: Iterable[Entry]) -> dict[in
 
 
 def _whole(entries_of: EntriesOf, database: Database) -> dict[int, Entry]:
-    """All entries of a second copy, where nothing is left of the log, and it names a manifest that is here."""
+    """All entries of a second copy, where nothing is left of the log, and it names a manifest or pack that is here."""
     found: dict[int, Entry] = {}
     prev, is_ours = START, False
     for entry in entries_of(range(1, MAX_NUMBER)):
         if entry.seq != len(found) + 1 or entry.prev != prev:
             break
         found[entry.seq], prev = entry, entry.digest
-        is_ours = is_ours or any(database.store.has(str(record.get("id"))) for record in entry.records)
+        is_ours = is_ours or any(_is_here(record, database.store) for record in entry.records)
     return found if is_ours else {}
+
+
+def _is_here(record: Record, store: Store) -> bool:
+    """Whether a record names a manifest or a pack that lies in the registry."""
+    if record["op"] == "pack":
+        return store.pack_is_here(record["digest"], record["size"])
+    return store.has(str(record.get("id")))

@@ -146,20 +146,21 @@ class _Sweep:
     def _is_unnamed_garbage(self) -> bool:
         """Whether files that the log does not name are certain to be garbage.
 
-        They are not if the log has never named a pack or a manifest, while there are several manifests: an old copy of
+        They are not if the log has never named a pack or a manifest, while there are several of one kind: an old copy of
         the log may have taken its place. (A first save that was killed leaves one.)
         """
         ledger = self._catalog.ledger()
         if ledger.pack_count or ledger.texts or ledger.doomed or ledger.is_any_live:
             return True
-        unknown = sum(1 for _ in self._store)
-        if unknown < 2:
+        manifests, packs = sum(1 for _ in self._store), sum(1 for _ in self._store.pack_digests())
+        if max(manifests, packs) < 2:
             return True
         _logger.warning(
-            "%s names no checkpoint, while manifests/ has %d: they are kept, as an old copy of the log may have been put "
-            "back; registry rebuild --adopt takes them in",
+            "%s names no checkpoint, while manifests/ has %d, and packs/ %d: they are kept, as an old copy of the log may "
+            "have been put back; registry rebuild --adopt takes them in where there are manifests",
             self._catalog.journal.folder,
-            unknown,
+            manifests,
+            packs,
         )
         return False
 

@@ -223,6 +223,7 @@ def copy(root: Path, target: Path) -> Path:
 
 
 def may_be_an_old_log(registry: Registry) -> bool:
-    """Whether the log names nothing while there are manifests of several saves: then gc keeps what it finds."""
+    """Whether the log names nothing while there are files of several saves: then gc keeps what it finds."""
     text = "".join(path.read_text(errors="replace") for path in sorted(registry.root.glob("journal/*.log")))
-    return '"manifest' not in text and '"pack' not in text and len(list(registry.store)) > 1
+    found = max(len(list(registry.store)), len(list(registry.store.pack_digests())))
+    return '"manifest' not in text and '"pack' not in text and found > 1

@@ -906,3 +906,48 @@ def test_too_few_files_are_one_line_that_says_so(tmp_path: Path, command: list[s
         if done.returncode and "Fatal Python error" not in done.stderr and "error: " in done.stderr:
             assert "too many open files\nhint:  raise the limit" in done.stderr, done.stderr
     assert is_state(Registry(tmp_path / "r")["net"].load(), 1)
+
+
+def test_manifests_heal_where_the_folder_of_temporary_files_was_not_copied(tmp_path: Path) -> None:
+    """As a copy that leaves out empty folders."""
+    registry = Registry(tmp_path / "r")
+    save(registry, 1)
+    path = registry.store.manifest_path(registry["net"].id)
+    text = path.read_bytes()
+    change_byte(path, 50)
+    (tmp_path / "r" / "tmp").rmdir()
+    assert len(registry.verify().mended) == 1
+    assert path.read_bytes() == text
+    change_byte(path, 50)
+    (tmp_path / "r" / "tmp").rmdir()
+    assert registry.rebuild().healed == 1
+    assert path.read_bytes() == text
+
+
+@pytest.mark.damages
+def test_rebuild_counts_no_manifest_that_it_could_not_write(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "r")
+    save(registry, 1)
+    path = registry.store.manifest_path(registry["net"].id)
+    path.unlink()
+    path.mkdir()
+    assert registry.rebuild().healed == 0
+
+
+@pytest.mark.damages
+def test_packs_that_a_log_without_entries_does_not_name_are_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where the log, the catalog and all manifests are lost at once."""
+    registry = Registry(tmp_path / "r")
+    save(registry, 1)
+    save(registry, 2)
+    registry.catalog.close()
+    for path in (*(tmp_path / "r").glob("catalog.sqlite*"), *(tmp_path / "r").glob("journal/*.log")):
+        path.unlink()
+    for path in (tmp_path / "r").glob("manifests/*/*"):
+        path.unlink()
+    packs = sorted((tmp_path / "r").glob("packs/*/*"))
+    with contextlib.suppress(RegistryError):
+        collect(Registry(tmp_path / "r", create=False), grace=0)
+    assert sorted((tmp_path / "r").glob("packs/*/*")) == packs

@@ -161,3 +161,14 @@ def test_a_registry_in_a_folder_that_cannot_be_read_is_written_to(
     durable.make_folder(tmp_path / "r" / "packs", inner=1)
     with pytest.raises(PermissionError):
         durable.make_folder(tmp_path / "new" / "packs", inner=1)
+
+
+def test_a_folder_that_is_not_durable_does_not_pass_for_one_that_was(tmp_path: Path) -> None:
+    durable.make_folder(tmp_path / "r", inner=1)
+    durable.make_folder(tmp_path / "r" / "a", inner=2)
+    folder = os.stat(tmp_path / "r" / "a")
+    assert (folder.st_dev, folder.st_ino) in durable.disk.safe_folders
+    (tmp_path / "r" / "a").rmdir()
+    durable.make_folder(tmp_path / "r" / "a", inner=2, is_durable=False)
+    folder = os.stat(tmp_path / "r" / "a")
+    assert (folder.st_dev, folder.st_ino) not in durable.disk.safe_folders

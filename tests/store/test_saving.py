@@ -218,3 +218,13 @@ def test_the_folder_may_be_a_link_a_relative_path_and_moved(
     assert Store("real").put({"model": torch.ones(3)}).pack is None
     (tmp_path / "real").rename(tmp_path / "elsewhere")
     assert torch.equal(Store("elsewhere").get(digest)["model"], torch.ones(3))
+
+
+def test_what_is_saved_in_a_mode_of_torch_is_saved_as_it_is(tmp_path: Path) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    store = Store(tmp_path / "s")
+    small = torch.arange(3.0)
+    with FakeTensorMode():
+        saved = store.put({"model": {"w": small}})
+    assert torch.equal(store.get(saved.digest)["model"]["w"], small)

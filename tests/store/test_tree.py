@@ -229,3 +229,13 @@ def test_a_hostile_name_is_harmless_in_the_message(tmp_path: Path) -> None:
         Store(tmp_path).put({"model": {"\x1b[31m" + "x" * 5_000: object()}})
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 400
+
+
+def test_a_subclass_that_answers_nothing_is_refused_by_its_class() -> None:
+    class Mute(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, *args: Any, **kwargs: Any) -> Any:
+            raise RuntimeError("no")
+
+    with pytest.raises(Unsupported, match="a tensor subclass"):
+        encode({"model": {"a": torch.ones(2).as_subclass(Mute)}})

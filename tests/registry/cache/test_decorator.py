@@ -828,3 +828,19 @@ def test_a_pack_that_cannot_be_looked_at_is_an_error_that_names_it(
 
     assert in_child(ask) == 0
     pack.parent.chmod(0o755)
+
+
+def test_a_result_whose_manifest_has_no_file_was_used_when_it_was_made(calls: Calls) -> None:
+    """As after a power cut."""
+
+    @cached
+    def load() -> int:
+        return calls()
+
+    load()
+    registry = Registry()
+    (one,) = registry.artifacts.find()
+    registry.store.manifest_path(one.id).unlink()
+    (one,) = registry.artifacts.find()
+    assert time.time() - one.used < 600
+    assert registry.artifacts.clear(older_than=3_600) == []
