@@ -104,12 +104,17 @@ class NewFile:
 
     def __init__(self, folder: Path, *, inner: int = 1) -> None:
         self._inner = inner
-        if inner:
-            # A copy of a registry may lack it, where it was empty.
-            make_folder(folder, inner=inner, is_durable=False)
         while True:
             self.path = folder / f"{host()}-{os.getpid()}-{os.urandom(16).hex()}"
-            self.fd = open_file(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, inner=inner)
+            try:
+                self.fd = open_file(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, inner=inner)
+            except FileNotFoundError:
+                # A copy of a registry may lack the folder, where it was empty.
+                if not inner or status_of(folder, inner=inner - 1) is not None:
+                    raise
+                with opened_folder(folder.parent, inner - 1) as above:
+                    disk.mkdir(folder, above)
+                continue
             lock(self.fd)
             # Nobody took it for a dead writer's before it was locked.
             if self._is_there():

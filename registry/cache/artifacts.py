@@ -225,11 +225,12 @@ class Artifacts:
         record: str,
     ) -> Artifact:
         used = 0.0
-        with contextlib.suppress(ValueError, OverflowError):
-            used = datetime.fromisoformat(created).timestamp()
-        # The file may be missing, such as after a power cut, or on another computer.
-        with contextlib.suppress(OSError):
-            used = max(used, self._home.store.manifest_path(artifact_id).stat().st_mtime)
+        try:
+            used = self._home.store.manifest_path(artifact_id).stat().st_mtime
+        except OSError:
+            # Such as after a power cut, or on another computer.
+            with contextlib.suppress(ValueError, OverflowError):
+                used = datetime.fromisoformat(created).timestamp()
         return Artifact(
             key=key,
             id=artifact_id,

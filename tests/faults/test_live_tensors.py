@@ -419,7 +419,7 @@ def test_a_pack_that_changes_between_its_check_and_the_copy_is_noticed(
             change(path)
 
     monkeypatch.setattr(loading, "verify", verified)
-    with pytest.raises(Corrupt, match=r"what was filled may be wrong: load it again"):
+    with pytest.raises(Corrupt, match=r"what was filled may be wrong; load it again"):
         fill(registry, Net())
     assert calls == [1]
 

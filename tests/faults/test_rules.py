@@ -51,6 +51,7 @@ ALLOWED = {
     "registry/catalog/database.py": {"sqlite3.connect"},
     "registry/catalog/invariants.py": {"sqlite3.connect"},  # in memory
     "registry/catalog/old_format.py": {"sqlite3.connect"},
+    "registry/checkpoints/measured.py": {"sqlite3.connect"},  # in the user's cache
     "registry/catalog/refolding.py": {".rename"},  # `durable.disk.rename` is a durable step
     "registry/integrations/trainer_folders.py": {".write_text"},  # in a folder that was just checked out
     # The user's own script, in a temporary folder.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -382,7 +383,7 @@ def test_the_command_line_shares_and_tells(host: Hosts, bucket: Path) -> None:
 
     status, out, err = run("list", "net", "--json")
     assert (status, '"pending' in out) == (0, False)
-    assert "2 versions wait to be shared; see registry outbox" in err
+    assert re.search(r"2 versions wait to be shared; see registry --root \S+ outbox", err)
     assert "what is shown is as of " in err
     status, out, err = run("outbox")
     assert (status, [line.split()[0] for line in out.splitlines()]) == (1, ["net:pending-1", "net:pending-2"])
