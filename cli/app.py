@@ -84,6 +84,7 @@ _GROUPS = {
     "Share": (
         Row("sharing", "push"),
         Row("sharing", "pull"),
+        Row("sharing", "copy"),
         Row("sharing", "follow"),
         Row("sharing", "outbox"),
         Row("remotes", "remote", is_light=True),

@@ -61,6 +61,21 @@ def pull(
 
 
 @command(
+    "copy",
+    "registry copy .registry s3://models/team\nregistry copy s3://models/team file:///srv/backup lenet5@best",
+)
+@click.argument("source", metavar="FROM")
+@click.argument("target", metavar="TO")
+@click.argument("references", nargs=-1, metavar="[REFERENCE]...")
+def copy(source: str, target: str, references: tuple[str, ...], as_json: bool) -> None:
+    """Copy versions from any registry to any other.
+
+    FROM and TO are folders, URLs, or names of registry remote. All versions are copied unless some are named. See registry push.
+    """
+    _copy(_other(source), _other(target), references, as_json)
+
+
+@command(
     "follow",
     "registry follow net@production --exec 'systemctl reload net'\nregistry follow net@best --exec 'cp-to-device {}' --once",
 )

@@ -12,7 +12,6 @@ _OTHER_WORDS = {
     "browse": "ui",
     "clone": "pull",
     "commit": "import",
-    "copy": "export",
     "cp": "export",
     "dashboard": "ui",
     "delete": "rm",

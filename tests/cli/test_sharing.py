@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Run
 
 from registry import Registry
 
@@ -144,3 +145,18 @@ def test_what_no_name_stands_for_is_one_line(roots: tuple[Path, Path], here: Pat
     (here / "backup").mkdir()
     _, _, err = run(mine, "push", "net", "--to", "backup")
     assert f"backup also names {there}, but a folder goes before a name" in err
+
+
+def test_versions_are_copied_between_any_two_registries(filled: Registry, run: Run, tmp_path: Path) -> None:
+    there = Registry(tmp_path / "there")
+    there.catalog.close()
+    done = run("copy", filled.root, tmp_path / "there", "--json")
+    assert done.status == 0
+    assert {copied["is_new"] for copied in json.loads(done.out)} == {True}
+    ids = {version.id for model in filled for version in filled.versions(model, limit=None)}
+    assert {version.id for model in there for version in there.versions(model, limit=None)} == ids
+    again = run("copy", filled.root, tmp_path / "there")
+    assert again.out.splitlines()[-1].startswith("0 versions copied to ")
+    missing = run("copy", tmp_path / "nowhere", tmp_path / "there")
+    assert missing.status == 1
+    assert "nowhere" in missing.err
