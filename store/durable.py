@@ -21,8 +21,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from registry.store.errors import StorageError, storage_errors
-from registry.store.places import open_file, opened_folder, refuse_inside, status_of
+from registry.store.errors import Corrupt, StorageError, storage_errors
+from registry.store.places import names_in, open_file, opened_folder, refuse_inside, status_of
 
 Buffer = bytes | bytearray | memoryview
 
@@ -112,7 +112,7 @@ class NewFile:
                 # A copy of a registry may lack the folder, where it was empty.
                 if not inner or status_of(folder, inner=inner - 1) is not None:
                     raise
-                with opened_folder(folder.parent, inner - 1) as above:
+                with opened_folder(folder.parent, inner - 1) as above, contextlib.suppress(FileExistsError):
                     disk.mkdir(folder, above)
                 continue
             lock(self.fd)
@@ -311,6 +311,28 @@ def locks_work(path: Path, *, inner: int = 0) -> bool:
         return not try_lock(fd)
     finally:
         os.close(fd)
+
+
+def left_behind(folder: Path, *, inner: int = 1) -> Iterator[tuple[Path, os.stat_result]]:
+    """The files in a folder that no writer holds. Each is locked until the next one is asked for.
+
+    Args:
+        inner: how many of the last folders of the path belong to the registry.
+    """
+    for name in names_in(folder, inner=inner):
+        path = folder / name
+        status = status_of(path, inner=inner)
+        if status is None:
+            continue
+        try:
+            fd = open_file(path, os.O_RDONLY, inner=inner)
+        except (FileNotFoundError, Corrupt):
+            continue
+        try:
+            if try_lock(fd):
+                yield path, status
+        finally:
+            os.close(fd)
 
 
 def host() -> str:

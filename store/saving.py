@@ -342,7 +342,7 @@ class _Hashing:
 
     def batches(self) -> Generator[list[_Hashed]]:
         """Hashed tensors, in batches worth a look-up and a write."""
-        # Not in this one, which may be in a mode of torch that gives tensors another meaning.
+        # Never in the caller's thread, which may be in a mode of torch that gives tensors another meaning.
         threads = [
             threading.Thread(target=self._work, args=(i,), name="registry-hash", daemon=True)
             for i in range(min(_THREADS, len(self._runs)))

@@ -17,7 +17,7 @@ from registry.home import OUTBOX, Home
 from registry.log import settings
 from registry.release import VERSION
 from registry.store import durable, places
-from registry.store.errors import Corrupt, RegistryError, storage_errors
+from registry.store.errors import RegistryError, storage_errors
 
 State = Literal["good", "note", "bad"]
 
@@ -196,21 +196,8 @@ def _disk(home: Home) -> Iterator[Finding]:
 
 def _leftovers(home: Home) -> Iterator[Finding]:
     """Temporary files that no process writes any more."""
-    count = size = 0
-    for name in places.names_in(home.root / "tmp", inner=1):
-        path = home.root / "tmp" / name
-        status = places.status_of(path, inner=1)
-        if status is None:
-            continue
-        try:
-            fd = places.open_file(path, os.O_RDONLY, inner=1)
-        except (FileNotFoundError, Corrupt):
-            continue
-        try:
-            if durable.try_lock(fd):
-                count, size = count + 1, size + status.st_size
-        finally:
-            os.close(fd)
+    sizes = [status.st_size for _, status in durable.left_behind(home.root / "tmp")]
+    count, size = len(sizes), sum(sizes)
     if count:
         files = "1 temporary file" if count == 1 else f"{count:,} temporary files"
         text = f"{files} of processes that are gone, {size / 10**6:,.1f} MB"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from registry.log import settings
 from registry.log.entries import Record
 from registry.log.format1 import journal_path
 from registry.store import durable, places
-from registry.store.errors import Corrupt, NotFound, RegistryError, storage_errors
+from registry.store.errors import NotFound, RegistryError, storage_errors
 from registry.store.folder_index import Elsewhere, names_of
 from registry.store.pack import INNER
 from registry.upkeep.dooming import Dooming, doom_unnamed
@@ -256,25 +255,12 @@ class _Sweep:
 
     def _sweep_temporary(self) -> None:
         """Remove temporary files that no writer holds."""
-        for name in places.names_in(self._store.tmp, inner=1):
-            path = self._store.tmp / name
-            status = places.status_of(path, inner=1)
-            if status is None:
+        for path, status in durable.left_behind(self._store.tmp):
+            patience = self._grace if durable.locks_work(path, inner=1) else max(self._grace, GRACE)
+            if not self._is_due(status.st_mtime, status.st_size, patience):
                 continue
-            try:
-                fd = places.open_file(path, os.O_RDONLY, inner=1)
-            except (FileNotFoundError, Corrupt):
-                continue
-            try:
-                if not durable.try_lock(fd):
-                    continue
-                patience = self._grace if durable.locks_work(path, inner=1) else max(self._grace, GRACE)
-                if not self._is_due(status.st_mtime, status.st_size, patience):
-                    continue
-                if self._dry_run or durable.unlink(path, inner=1):
-                    self._count("temporary", path, status.st_size)
-            finally:
-                os.close(fd)
+            if self._dry_run or durable.unlink(path, inner=1):
+                self._count("temporary", path, status.st_size)
 
     def _sweep_old_format(self) -> None:
         """Remove what is left of format 1, whose place the log has taken."""
