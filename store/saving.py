@@ -22,7 +22,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from registry.store.digest import ALL_CORES
+from registry.store.digest import ALL_CORES, preamble
+from registry.store.digest import digest as digest_of
 from registry.store.fingerprints import SMALLEST, remembered
 from registry.store.manifest import TensorInfo
 from registry.store.pack import Changed, PackInfo, PackWriter
@@ -380,7 +381,7 @@ class _Hashing:
             self._ahead -= size
             self._copied -= copied
             self._writing = writing
-            self._batch = BATCH if writing else 4 * self._batch
+            self._batch = BATCH if writing else 16 * self._batch
             if self._waiting:
                 self._room.notify_all()
 
@@ -412,10 +413,15 @@ class _Hashing:
     def _hash(self, slot: int) -> _Hashed:
         leaf = self._state.leaves[slot]
         data = leaf.buffer()
+        digest = self._state.digests[slot]
+        if leaf.size < SMALLEST and digest is None:
+            # The copy is hashed, and written. There may be many of them, so this is all that is done.
+            small = bytes(data)
+            digest = digest_of(preamble(leaf.dtype, leaf.shape) + small)
+            return _Hashed(slot, digest, leaf, memoryview(small), True)
         is_copied = _is_copied(leaf)
         if is_copied and leaf.is_plain:
             data = memoryview(bytes(data))
-        digest = self._state.digests[slot]
         copy = data if is_copied else None
         is_sure = not leaf.is_live or (is_copied and digest is None)
         if digest is not None:
@@ -462,7 +468,7 @@ class _Hashing:
 
 def _is_copied(leaf: Leaf) -> bool:
     """Whether a tensor's bytes are copied to be hashed: where they must be, and where that costs almost nothing."""
-    return not leaf.is_plain or (leaf.is_live and leaf.size < SMALLEST)
+    return leaf.size < SMALLEST or not leaf.is_plain
 
 
 def _runs(leaves: Sequence[Leaf]) -> Iterator[_Run]:

@@ -79,7 +79,8 @@ class Leaf(NamedTuple):
         if self.size == 0:
             return memoryview(b"")
         if isinstance(source, torch.Tensor):
-            source = source.detach()
+            if source.requires_grad:
+                source = source.detach()
             if not self.is_plain:
                 source = source.resolve_conj().resolve_neg().to("cpu").contiguous()
             return memory_of(source, self.dtype)
