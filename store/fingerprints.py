@@ -20,8 +20,8 @@ from registry.store.digest import tensor_digest, tensor_hasher
 SMALLEST = 4 << 10
 """Bytes below which hashing costs less than remembering."""
 
-_PART = 512 << 10
-"""Bytes that are copied at a time: they stay in a core's own cache until they are hashed and written."""
+_PART = 2 << 20
+"""Bytes that are copied at a time: they stay in the cache until they are hashed and written."""
 _LARGE_PART = 8 << 20
 """The same, where several cores hash them."""
 
