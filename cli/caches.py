@@ -114,7 +114,9 @@ def _tell(gone: list[Artifact], as_json: bool) -> None:
         return
     for one in gone:
         say(f"{one.key[:12]}  {one.function}  {size(one.size)}")
-    say(f"{counted(len(gone), 'artifact')} removed; registry gc frees the space")
+    say(
+        f"{counted(len(gone), 'artifact')} removed; registry gc frees the space in an hour, or at once with --grace 0"
+    )
 
 
 for one in (list_, show, rm, clear):

@@ -126,5 +126,9 @@ def rm(
     if as_json:
         print_json({"removed": [version_document(version) for version in versions], "dry_run": dry_run})
     else:
-        word = "would be removed" if dry_run else "removed; registry gc frees the space"
+        word = (
+            "would be removed"
+            if dry_run
+            else "removed; registry gc frees the space in an hour, or at once with --grace 0"
+        )
         say(f"{counted(len(versions), 'version')} {word}")

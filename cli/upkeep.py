@@ -150,17 +150,21 @@ def compact(models: tuple[str, ...], dry_run: bool, registry: Registry, as_json:
             if not one.packs:
                 continue
         packs = f"{counted(one.versions, 'version')} in {counted(one.packs, 'pack')}"
+        if not one.versions:
+            packs = f"{counted(one.packs, 'pack')} of which most is not needed"
         if not one.packs:
             say(f"{one.model}: nothing to compact")
         elif one.after is None:
-            say(f"{one.model}: {packs}, {size(one.before)}, would become differences")
+            say(
+                f"{one.model}: {packs}, {size(one.before)}, would become {'differences' if one.versions else 'smaller'}"
+            )
         else:
             factor = one.before / max(one.after, 1)
             say(
                 f"{one.model}: {packs}, {size(one.before)} became {size(one.after)} ({factor:.1f} times smaller)"
             )
     if any(one.after for one in found):
-        say("registry gc frees the space")
+        say("registry gc frees the space in an hour, or at once with --grace 0")
     return int(any(one.problem for one in found))
 
 

@@ -459,10 +459,20 @@ class Registry(Home):
     ) -> list[Version]:
         """Remove versions from the catalog, all or none; `collect_garbage` frees their space later.
 
-        See `registry.catalog.naming.remove`.
+        Where others need less than half of a pack that these needed, that is copied to a pack of its own. See
+        `registry.catalog.naming.remove`.
         """
+        # Lazy: start-up.
+        from registry.upkeep.repacking import packs_of, tidy_behind
+
         self._check_numbered(texts(references))
-        return naming.remove(self.catalog, references, force=force, dry_run=dry_run)
+        found = naming.remove(self.catalog, references, force=force, dry_run=True)
+        if dry_run:
+            return found
+        packs = packs_of(self.catalog.query, [version.id for version in found])
+        found = naming.remove(self.catalog, references, force=force)
+        tidy_behind(self.catalog, self.store, packs)
+        return found
 
     def _check_numbered(self, references: Iterable[str]) -> None:
         """Refuse pending versions; see `registry.upkeep.outbox.Outbox.check_numbered`."""

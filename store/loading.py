@@ -9,7 +9,7 @@ import contextlib
 import math
 import mmap
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -56,36 +56,65 @@ class Mapped:
     def decode(self, items: Iterable[Wanted]) -> None:
         """Turn differences back into tensors. That must be done before these are asked for.
 
+        What they rest on takes no memory of its own, unless it is among the items.
+
         Raises:
             Corrupt: naming the tensor and the pack, if that is not possible.
         """
         coded = {item.info.digest: item for item in items if item.base and item.size}
-        coded = {digest: item for digest, item in coded.items() if digest not in self._decoded}
-        if not coded:
-            return
-        self.decode(item.base for item in coded.values() if item.base)
-        jobs, sizes = [], []
-        for digest, item in coded.items():
-            self._decoded[digest] = memory = _anonymous(item.size)
-            decoding = self._decoding(item, memoryview(memory)[: item.size])
-            jobs += [(item, decoding, i) for i in range(decoding.chunks)]
-            sizes += [item.size // decoding.chunks] * decoding.chunks
-        in_parallel(jobs, self._decode_chunk, sizes)
+        rest = {digest: item for digest, item in coded.items() if digest not in self._decoded}
+        while rest:
+            first = {
+                digest: item
+                for digest, item in rest.items()
+                if not any(link.info.digest in rest for link in item.chain[1:])
+            }
+            self._decode(first.values())
+            rest = {digest: item for digest, item in rest.items() if digest not in first}
 
-    def _decoding(self, item: Wanted, out: memoryview) -> Decoding:
-        assert item.base is not None
-        coded, base = self.stored(item), self.bytes(item.base)
-        try:
-            return Decoding(coded, base, item_size=ELEMENT_TYPES[item.info.dtype].size, out=out)
-        except Corrupt as error:
-            raise damaged(self._packs, item) from error
+    def forget(self, item: Wanted) -> None:
+        """Free the memory of a difference that was turned back, once nobody uses it any more."""
+        self._decoded.pop(item.info.digest, None)
 
-    def _decode_chunk(self, job: tuple[Wanted, Decoding, int]) -> None:
-        item, decoding, i = job
-        try:
-            decoding.work(i)
-        except Corrupt as error:
-            raise damaged(self._packs, item) from error
+    def _decode(self, items: Collection[Wanted]) -> None:
+        """Turn differences back that do not rest on one another."""
+        decoded = {item.info.digest: _anonymous(item.size) for item in items}
+        jobs: list[tuple[Sequence[tuple[Wanted, Decoding]], int | None]] = []
+        sizes = []
+        for item in items:
+            levels = self._levels(item, memoryview(decoded[item.info.digest])[: item.size])
+            counts = {decoding.chunks for _, decoding in levels}
+            # Chunk by chunk through all levels, unless these were coded with chunks of several sizes.
+            parts = range(*counts) if len(counts) == 1 else [None]
+            jobs += [(levels, part) for part in parts]
+            sizes += [item.size // len(parts)] * len(parts)
+        in_parallel(jobs, self._decode_part, sizes)
+        self._decoded |= decoded
+
+    def _levels(self, item: Wanted, out: memoryview) -> list[tuple[Wanted, Decoding]]:
+        """What turns a difference back, from the one that rests on a whole tensor up to the item, all in one memory."""
+        links = [item]
+        while (base := links[-1].base) and base.base and base.info.digest not in self._decoded:
+            links.append(base)
+        assert base is not None
+        levels: list[tuple[Wanted, Decoding]] = []
+        for link in reversed(links):
+            old = out if levels else self.bytes(base)
+            size = ELEMENT_TYPES[link.info.dtype].size
+            try:
+                levels.append((link, Decoding(self.stored(link), old, item_size=size, out=out)))
+            except Corrupt as error:
+                raise damaged(self._packs, link) from error
+        return levels
+
+    def _decode_part(self, job: tuple[Sequence[tuple[Wanted, Decoding]], int | None]) -> None:
+        levels, part = job
+        for item, decoding in levels:
+            try:
+                for i in range(decoding.chunks) if part is None else [part]:
+                    decoding.work(i)
+            except Corrupt as error:
+                raise damaged(self._packs, item) from error
 
     def open(self, items: Iterable[Wanted]) -> None:
         """Map the packs of some tensors.

@@ -16,15 +16,28 @@ from registry.store.parallel import in_parallel
 SMALLEST = 4 << 10
 """Bytes of a tensor from which on a difference is tried."""
 
+DEEPEST = 4
+"""How many differences rest on one another, at most, where a new one is made."""
+
 _WORTH_IT = 0.9
 """Part of a tensor's bytes that its difference may take at most."""
+
+_LEVEL_WORTH_IT = 0.03
+"""Part of a tensor's bytes that resting on one more difference must save, as each slows a load."""
+
+_RUNS, _RUN = 16, 4 << 10
+"""How many runs of a tensor are tried, and their bytes, to choose what its difference is taken from."""
+
+_ALIGNMENT = 8
+"""Bytes of the largest element, so that a run begins with a whole one."""
 
 
 def copy_to_new_pack(
     locator: Locator,
     digests: Collection[str],
-    bases: Mapping[str, str],
+    bases: Mapping[str, Sequence[str]],
     *,
+    whole: Collection[str] = (),
     source: Path,
     packs: Path,
     tmp: Path,
@@ -34,8 +47,10 @@ def copy_to_new_pack(
     Args:
         locator: finds the tensors.
         digests: which to copy.
-        bases: by digest, a stored tensor of the same dtype and shape; the copy is stored as the difference from it
-            where that saves a tenth.
+        bases: by digest, stored tensors of the same dtype and shape, the one that is likely to be the nearest first. The
+            copy is stored as the difference from one of them where that saves a tenth. One that is a difference itself
+            must save more, by `_LEVEL_WORTH_IT`, than one that is not.
+        whole: which of those that are stored as differences are turned back, and copied whole.
         source: the folder of the packs that have them.
         packs: the folder of the new one.
         tmp: the folder where the new one lies until it is complete.
@@ -43,7 +58,9 @@ def copy_to_new_pack(
     Raises:
         Corrupt: if a byte is not what was saved.
     """
-    wanted, stored_bases = locator.by_digest(digests), locator.by_digest({*bases.values()})
+    wanted = locator.by_digest(digests)
+    # What rests on nothing that is there is no base.
+    stored_bases = locator.by_digest({base for several in bases.values() for base in several}, broken={})
     mapped = loading.Mapped(source)
     sound: set[str] = set()
     differing = _differing(wanted, {item.info.digest: item for item in stored_bases}, bases)
@@ -54,22 +71,32 @@ def copy_to_new_pack(
     writer = PackWriter(tmp, types, coded=coded_types)
     try:
         for item in wanted:
-            info, base = item.info, differing.get(item.info.digest)
-            if item.base:
+            info = item.info
+            if item.base and info.digest not in whole:
                 _copy_difference(source, item, mapped=mapped, writer=writer)
                 continue
+            mapped.decode([item])
             data = mapped.bytes(item)
             _check(source, item, data)
-            if base is not None:
+            candidates = differing.get(info.digest, ())
+            for base in candidates:
+                mapped.decode([base])
                 if base.info.digest not in sound:
                     _check(source, base, mapped.bytes(base))
                     sound.add(base.info.digest)
-                if coded := _difference(item, data, mapped.bytes(base)):
-                    writer.add_difference(
-                        info.digest, info.dtype, info.shape, base=base.info.digest, coded=memoryview(coded)
-                    )
-                    continue
+            coded = None
+            if candidates:
+                base = _nearest(item, data, [(one, mapped.bytes(one)) for one in candidates])
+                coded = _difference(item, data, mapped.bytes(base))
+            for one in candidates:
+                mapped.forget(one)
+            if coded:
+                writer.add_difference(
+                    info.digest, info.dtype, info.shape, base=base.info.digest, coded=memoryview(coded)
+                )
+                continue
             writer.add(info.digest, info.dtype, info.shape, data=data, is_sure=False)
+            mapped.forget(item)
         return writer.finish(packs)
     except Changed as error:
         # The pack that it was copied from has changed since it was checked.
@@ -82,22 +109,45 @@ def copy_to_new_pack(
 
 
 def _differing(
-    wanted: Sequence[Wanted], stored_bases: Mapping[str, Wanted], bases: Mapping[str, str]
-) -> dict[str, Wanted]:
+    wanted: Sequence[Wanted], stored_bases: Mapping[str, Wanted], bases: Mapping[str, Sequence[str]]
+) -> dict[str, list[Wanted]]:
     """The tensors to try as differences, and their bases: the largest, as long as a pack's index has room."""
     found = {}
     types = [(item.info.dtype, item.info.shape) for item in wanted]
     room = header.MAX_HEADER - (64 << 10) - index_bound(types)
     room -= sum(difference_bound(item.info.dtype, item.info.shape) for item in wanted if item.base)
     for item in sorted(wanted, key=lambda item: -item.size):
-        base = stored_bases.get(bases.get(item.info.digest, ""))
-        if item.base or base is None or base.base or not _can_differ(item, base):
+        candidates = [stored_bases[base] for base in bases.get(item.info.digest, ()) if base in stored_bases]
+        candidates = [base for base in candidates if _can_differ(item, base)]
+        if item.base or not candidates:
             continue
         room -= difference_bound(item.info.dtype, item.info.shape)
         if room < 0:
             break
-        found[item.info.digest] = base
+        found[item.info.digest] = candidates
     return found
+
+
+def _nearest(item: Wanted, data: memoryview, bases: Sequence[tuple[Wanted, memoryview]]) -> Wanted:
+    """The base with which a difference costs least, by some runs of the tensor, and by what it slows a load."""
+    if len(bases) == 1:
+        return bases[0][0]
+    size = ELEMENT_TYPES[item.info.dtype].size
+    new = _sampled(data)
+
+    def cost(base: tuple[Wanted, memoryview]) -> float:
+        coded = differences.encode(new, _sampled(base[1]), item_size=size, run=_run)
+        return len(coded) / len(new) + _LEVEL_WORTH_IT * len(base[0].chain)
+
+    return min(bases, key=cost)[0]
+
+
+def _sampled(data: memoryview) -> memoryview:
+    """Some runs of a tensor's bytes, from the first to the last; all of a small one."""
+    if len(data) <= _RUNS * _RUN:
+        return data
+    step = (len(data) - _RUN) // (_RUNS - 1) // _ALIGNMENT * _ALIGNMENT
+    return memoryview(b"".join(data[i * step : i * step + _RUN] for i in range(_RUNS)))
 
 
 def _copy_difference(packs: Path, item: Wanted, mapped: loading.Mapped, writer: PackWriter) -> None:
@@ -113,7 +163,9 @@ def _can_differ(item: Wanted, base: Wanted) -> bool:
     info = item.info
     size = ELEMENT_TYPES[info.dtype].size
     alike = (info.dtype, info.shape) == (base.info.dtype, base.info.shape)
-    return alike and size in differences.ITEM_SIZES and item.size >= SMALLEST
+    if not alike or size not in differences.ITEM_SIZES or item.size < SMALLEST:
+        return False
+    return len(base.chain) <= DEEPEST and all(link.info.digest != info.digest for link in base.chain)
 
 
 def _difference(item: Wanted, data: memoryview, base: memoryview) -> bytes | None:

@@ -167,7 +167,11 @@ class Store:
             return packs[-1]
 
     def copy_to_new_pack(
-        self, digests: Collection[str], bases: Mapping[str, str] | None = None, into: Store | None = None
+        self,
+        digests: Collection[str],
+        bases: Mapping[str, Sequence[str]] | None = None,
+        into: Store | None = None,
+        whole: Collection[str] = (),
     ) -> PackInfo:
         """Copy stored tensors to a pack of their own; see `registry.store.recoding.copy_to_new_pack`.
 
@@ -178,12 +182,18 @@ class Store:
         from registry.store.recoding import copy_to_new_pack
 
         into = into or self
-        with storage_errors(self.root):
+        with storage_errors(into.root):
             for folder in (into.packs, into.manifests, into.tmp):
                 durable.make_folder(folder, inner=1)
             return self._read(
                 lambda: copy_to_new_pack(
-                    self._locator, digests, bases or {}, source=self.packs, packs=into.packs, tmp=into.tmp
+                    self._locator,
+                    digests,
+                    bases or {},
+                    whole=whole,
+                    source=self.packs,
+                    packs=into.packs,
+                    tmp=into.tmp,
                 )
             )
 

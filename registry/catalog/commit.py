@@ -210,6 +210,8 @@ def _packs(view: View, stored: Stored, *, strict: bool) -> list[Record]:
     own: dict[str, Location] = {}
     for pack in stored.packs:
         own |= pack.places
+    # What the differences in the new packs rest on; only packs that were copied have some.
+    needed |= {place.base for place in own.values() if place.base}
     found = view.locate(needed | set(own))
     elsewhere = {place.pack: place for digest, place in found.items() if digest in own}
     known = {pack for pack, place in elsewhere.items() if place.is_damaged}

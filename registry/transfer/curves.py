@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from registry.home import Home
 
 
+_MOST_RUNS = 8
+"""Curves of a model that was trained several times."""
+
+
 class Curve(NamedTuple):
     """The values of a metric of one model, run or version, by epoch."""
 
@@ -27,24 +31,48 @@ def curves(home: Home, names: Sequence[str], metric: str) -> list[Curve]:
     """A metric (or `loss`) of several models, runs or versions, by epoch.
 
     Args:
-        names: a model's name stands for all its versions, a run's, such as `lenet5/run-2`, for those that it saved, and
-            any other reference for one version. If an epoch has several versions, the newest counts.
+        names: a run's name, such as `lenet5/run-2`, stands for the versions that it saved, and any other reference for
+            one version. A model's name stands for all its versions: in one curve, or in a curve for each of its newest
+            runs where it has several that did not go on from one another. If an epoch has several versions, the newest
+            counts.
 
     Raises:
         NotFound: if there is nothing of that name, or no version of it has the metric and an epoch.
     """
-    found = []
+    found: dict[str, Curve] = {}
     for given in names:
         name, versions = _versions(home, given)
-        values: dict[int, float] = {}
-        for version in versions[::-1]:
-            value = version.value(metric)
-            if value is not None and version.epoch is not None:
-                values[version.epoch] = value
-        if not values:
+        parts = _by_training(home, name, versions) if name == given and "/" not in name else {name: versions}
+        drawn = [curve for part, of in parts.items() if (curve := _curve(part, of, metric)).values]
+        if not drawn:
             raise _nothing(name, versions, metric)
-        found.append(Curve(name, dict(sorted(values.items()))))
-    return found
+        found |= {curve.name: curve for curve in drawn[:_MOST_RUNS]}
+    return [*found.values()]
+
+
+def _curve(name: str, versions: Sequence[Version], metric: str) -> Curve:
+    """The values of some versions, of which the newest come first."""
+    values: dict[int, float] = {}
+    for version in versions[::-1]:
+        value = version.value(metric)
+        if value is not None and version.epoch is not None:
+            values[version.epoch] = value
+    return Curve(name, dict(sorted(values.items())))
+
+
+def _by_training(home: Home, model: str, versions: Sequence[Version]) -> dict[str, list[Version]]:
+    """The versions of a model, apart for trainings that did not go on from one another, by the name of the newest run."""
+    runs = Runs(home.catalog, home.root)
+    first: dict[str, str] = {}
+    found: dict[str, tuple[str, list[Version]]] = {}
+    for version in versions:
+        run = str(version.record.get("run") or "")
+        if run not in first:
+            first[run] = runs.chain(run)[-1] if run else ""
+        found.setdefault(first[run], (run, []))[1].append(version)
+    if len(found) == 1:
+        return {model: [*versions]}
+    return {run or model: part for run, part in found.values()}
 
 
 def table(found: Sequence[Curve], at: Sequence[int] = ()) -> tuple[list[str], list[list[str]]]:

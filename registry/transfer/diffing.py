@@ -23,6 +23,7 @@ from registry.transfer.report import (
     Verdict,
 )
 from registry.transfer.report_rows import Row
+from registry.transfer.report_tree import is_counter
 from registry.transfer.sides import Side
 from registry.transfer.sources import Source, side_of
 from registry.transfer.suggestions import suggestions
@@ -73,6 +74,7 @@ def diff(
     related = _related(left, right, registry)
     unequal = [pair for pair, row in zip(pairs, rows, strict=True) if not row.equal]
     moved = tuple(changes(unequal, left, right)) if values else ()
+    counters = {row.name for row in rows if is_counter(row)}
     warnings = [*_warnings(rows)]
     if values and not related:
         warnings.append(
@@ -96,7 +98,7 @@ def diff(
         config=_fields(left.config, right.config) if _are_alike(left, right) else (),
         metrics=_fields(left.metrics, right.metrics),
         changes=moved,
-        modules=tuple(by_module(moved)),
+        modules=tuple(by_module([one for one in moved if one.name not in counters])),
         related=related,
         plan=plan,
         frozen=tuple(_frozen(left, right, plan)),

@@ -79,11 +79,17 @@ def modules(
         if depth is not None and len(parts) - 1 > depth and tensor.name == parts[-1]:
             tensor = tensor._replace(name=".".join(parts[depth:]))
         found.setdefault(path, []).append(tensor)
-        of.setdefault(path, []).extend([change] if change else [])
+        of.setdefault(path, []).extend([change] if change and not is_counter(row) else [])
     return [
         ModuleChanges(path, tensors, _relative(tensors, of[path]) if is_measured else None)
         for path, tensors in found.items()
     ]
+
+
+def is_counter(row: Row) -> bool:
+    """Whether a tensor is a whole number alone, as BatchNorm counts its batches. How far it moved says nothing of its module."""
+    dtype = row.dtype_b or row.dtype_a or ""
+    return row.elements == 1 and dtype.removeprefix("torch.").startswith(("int", "uint"))
 
 
 def together(changes: Sequence[ValueChange]) -> tuple[float, float]:

@@ -347,6 +347,8 @@ class Application:
         return page
 
     def _drawn(self, page: Page, path: str, args: Args, form: str, state: State) -> Body:
+        if page.problem and form != "html":
+            raise page.problem
         if form == "json":
             text = drawing.as_json(page.document)
         elif form == "csv":

@@ -25,6 +25,7 @@ from registry.catalog.versions import (
 from registry.log.metrics import called, is_smallest_best, with_metrics
 from registry.registry import Registry
 from registry.reports.charts import Mark
+from registry.store.errors import Invalid, NotFound, RegistryError
 from registry.ui.kept import logical_of, once, owned, points_of
 from registry.ui.page import Args, Page, address, whole
 from registry.ui.runs import last_line
@@ -142,7 +143,14 @@ def versions(registry: Registry, args: Args, model: str) -> Page:
         if name not in ("", "loss", *names):
             raise no_such_metric(registry.catalog, model, name)
     metric = _metric_of(registry, args, model, names)
-    part = _ranked(registry, args, model) if sort else _newest(registry, args, model)
+    of = _ranked if sort else _newest
+    problem: RegistryError | None = None
+    try:
+        part = of(registry, args, model)
+    except (Invalid, NotFound) as error:
+        if not args.get("where"):
+            raise
+        part, problem = of(registry, {**args, "where": ""}, model), error
     ((total,),) = registry.catalog.query("SELECT COUNT(*) FROM versions WHERE model = ?", [model])
     options = {"--sort": sort, "--tag": tag, "--match": args.get("where")}
     words = [part for name, text in options.items() if text for part in (name, text)]
@@ -182,6 +190,7 @@ def versions(registry: Registry, args: Args, model: str) -> Page:
             "where": args.get("where", ""),
             "tags": tag_names(registry.catalog, model),
         },
+        problem=problem,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from registry.catalog.versions import Version
-from registry.store.errors import Invalid
+from registry.store.errors import Invalid, RegistryError
 
 BASE = ContextVar("BASE", default="")
 """What the addresses of the present request begin with, such as `/proxy/6007`."""
@@ -40,6 +40,8 @@ class Page:
     command: str = ""
     python: str = ""
     context: Mapping[str, Any] = field(default_factory=dict)
+    problem: RegistryError | None = None
+    """What is wrong with what was typed into the page's form. The page shows all that it can without it."""
 
 
 @dataclass(frozen=True)

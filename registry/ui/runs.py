@@ -19,7 +19,7 @@ from registry.configs.documents import flatten
 from registry.log.metrics import with_metrics
 from registry.registry import Registry
 from registry.store import places
-from registry.store.errors import Invalid, NotFound, RegistryError
+from registry.store.errors import Conflict, Invalid, NotFound, RegistryError
 from registry.store.places import open_file
 from registry.store.text import quoted
 from registry.transfer import curves
@@ -237,6 +237,15 @@ AXES = ("step", "epoch", "time")
 def compare(registry: Registry, args: Args) -> Page:
     """A metric of several models, runs or versions by epoch, or what several runs measured by step or time."""
     names = list(dict.fromkeys(args.get("of", "").replace(",", " ").split()))
+    try:
+        return _compared(registry, args, names)
+    except (Invalid, NotFound, Conflict) as error:
+        if not names:
+            raise
+        return replace(_compared(registry, {**args, "metric": "", "x": ""}, []), problem=error)
+
+
+def _compared(registry: Registry, args: Args, names: Sequence[str]) -> Page:
     metric = args.get("metric") or registry.runs.headline(_models_of(registry, names)) or "loss"
     infos = [registry.runs[name] for name in names if "/" in name]
     tags = sorted({tag for info in infos for tag in scalars_of(info)})
@@ -264,7 +273,7 @@ def compare(registry: Registry, args: Args) -> Page:
         if names and axis == "epoch"
         else "",
         context={
-            "names": names,
+            "asked": args.get("of", ""),
             "metric": metric,
             "metrics": [*metric_names(registry.catalog), "loss", *tags],
             "curves": [(name, dict(_thin(points))) for name, points in shown],
@@ -273,7 +282,7 @@ def compare(registry: Registry, args: Args) -> Page:
             "axes": AXES,
             "smooth": round(100 * share),
             "is_log": is_log,
-            "differs": _differing(registry, names),
+            "differs": _differing(registry, [name for name, _ in found]),
             "choices": [*registry.names(), *list(registry.runs)[:50]],
         },
     )

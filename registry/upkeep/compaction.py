@@ -1,8 +1,11 @@
 """Compaction: older versions of a model are stored as differences from a neighbour, bit for bit.
 
-A few of the versions of a model are anchors and stay as they are; those up to twenty before and after an anchor are
-stored as differences from it, name by name. The newest version, those with an alias, and artifacts stay plain too, so
-that the usual load is not slowed. A load turns differences back, and checks the digests of what was saved.
+A few of the versions of a model are anchors and stay as they are. Those up to twenty before and after an anchor are
+stored as differences, name by name, in a tree of which the anchor is the root: the one at distance 12 from it rests on
+the one at distance 8, that on the anchor (see `_on_the_way`). So most rest on a near one, and none is more than four
+differences away from whole tensors. Each tensor goes only as deep as that saves bytes. The newest version, those with an
+alias, and artifacts stay plain too, so that the usual load is not slowed. A load turns differences back, and checks the
+digests of what was saved.
 """
 
 from __future__ import annotations
@@ -18,17 +21,17 @@ from registry.store.dtypes import ELEMENT_TYPES
 from registry.store.errors import Corrupt, NotFound, Unsupported
 from registry.store.manifest import Manifest, TensorInfo
 from registry.store.text import texts
-from registry.upkeep.repacking import needed_of, repack, unless_gone
+from registry.upkeep.repacking import needed_of, packs_of, repack, tidy, unless_gone
 
 if TYPE_CHECKING:
     from registry.catalog.catalog import Catalog
     from registry.store.store import Store
 
 REACH = 20
-"""How many versions before and after an anchor are stored as differences from it.
+"""How many versions before and after an anchor are stored as differences.
 
-The farther away it is the larger a difference, and the fewer versions stay plain. In the series of
-`benchmarks/series.py` a difference over 20 versions takes 29 to 40% of the bytes, and over 7 versions 27 to 37%.
+The more there are the fewer versions stay plain, and the farther away from it some are: no more than four steps, as no
+number up to 20 has more than four bits that are set.
 """
 
 _MANIFESTS = 128
@@ -70,7 +73,7 @@ def compact(
 ) -> list[Compacted]:
     """Store older versions as differences from a neighbour, bit for bit; `collect_garbage` frees the space.
 
-    The newest version of each model, those with an alias, and one in some forty stay as they are. A model that cannot
+    Packs of which half or more is not needed any more become smaller as well. The newest version of each model, those with an alias, and one in some forty stay as they are. A model that cannot
     be compacted, such as for a byte that is not what was saved, does not stop the others.
 
     Args:
@@ -97,7 +100,7 @@ def compact(
         packs = before = after = 0
         problem = None
         for pack, size in plan.packs.items():
-            pairs = {digest: base for digest, base in plan.bases[pack].items() if digest not in kept}
+            pairs = {digest: found for digest, found in plan.bases[pack].items() if digest not in kept}
             try:
                 new = None if dry_run or not pairs else _rewrite(catalog, store, pack, size=size, bases=pairs)
             except (Corrupt, Unsupported) as error:
@@ -107,7 +110,15 @@ def compact(
             done += size
             saved += 0 if new is None else size - new
             progress(done, total, saved)
-        versions = len(plan.versions) if packs else 0
+        rest = packs_of(catalog.query, plan.all_versions) - plan.packs.keys()
+        try:
+            tidied = tidy(catalog, store, sorted(rest), dry_run=dry_run)
+        except (Corrupt, Unsupported) as error:
+            tidied, problem = [], problem or str(error)
+        packs += len(tidied)
+        before += sum(one.before for one in tidied)
+        after += sum(one.after or 0 for one in tidied)
+        versions = len(plan.versions) if packs > len(tidied) else 0
         found.append(
             Compacted(
                 model=plan.model,
@@ -125,15 +136,17 @@ class _Plan(NamedTuple):
     """What to do for one model.
 
     Attributes:
+        all_versions: ids of the model's versions.
         versions: ids of those with tensors that become differences.
         packs: sizes of the packs to rewrite, by digest.
-        bases: which tensor becomes a difference from which other, by pack.
+        bases: which tensor becomes a difference from one of which others, by pack.
     """
 
     model: str
+    all_versions: Sequence[str]
     versions: Sequence[str]
     packs: Mapping[str, int]
-    bases: Mapping[str, Mapping[str, str]]
+    bases: Mapping[str, Mapping[str, Sequence[str]]]
 
     @property
     def size(self) -> int:
@@ -175,11 +188,11 @@ def _plan(
     """
     manifest = functools.lru_cache(_MANIFESTS)(_manifest_in(store))
     versions = find_versions(catalog, "v.model = ?", [model], order="v.version")
-    plain, based = [], []
+    plain, based, differences = [], [], set()
     for position, version in enumerate(versions):
         digests = _tensors_of(store, version.id)
         if any(place.base for place in catalog.locate(digests).values()):
-            # It is a difference already.
+            differences.add(position)
             continue
         plain.append(position)
         if not digests.isdisjoint(bases):
@@ -187,27 +200,34 @@ def _plan(
     anchors = _anchors(plain, based, [i for i in plain if versions[i].id in staying])
     for position in {*anchors.values()}:
         kept.update(tensor.digest for tensor in manifest(versions[position].id).tensors)
-    candidates: dict[str, str] = {}
+    candidates: dict[str, list[str]] = {}
     chosen: list[str] = []
-    for position, nearest in anchors.items():
-        anchor = dict(_named(manifest(versions[nearest].id)))
-        pairs = {
-            tensor.digest: anchor[name].digest
-            for name, tensor in _named(manifest(versions[position].id))
-            if name in anchor and _alike(tensor, anchor[name])
-        }
-        pairs = {digest: base for digest, base in pairs.items() if digest != base and digest not in kept}
+    resting = differences | anchors.keys()
+    # What others rest on comes before them.
+    for position in sorted(anchors, key=lambda position: abs(position - anchors[position])):
+        nearest = _on_the_way(position, anchors[position], resting)
+        tensors = [
+            dict(_named(manifest(versions[other].id)))
+            for other in dict.fromkeys((nearest, anchors[position]))
+        ]
+        pairs: dict[str, list[str]] = {}
+        for name, tensor in _named(manifest(versions[position].id)):
+            alike = [base[name].digest for base in tensors if name in base and _alike(tensor, base[name])]
+            if alike and tensor.digest not in alike and tensor.digest not in kept:
+                pairs[tensor.digest] = list(dict.fromkeys(alike))
         if pairs:
             chosen.append(versions[position].id)
-            for digest, base in pairs.items():
-                candidates.setdefault(digest, base)
+            for digest, found in pairs.items():
+                candidates.setdefault(digest, found)
     packs: dict[str, int] = {}
-    pairs_of: dict[str, dict[str, str]] = {}
-    for digest, place in catalog.locate(candidates).items():
-        if not place.base:
+    pairs_of: dict[str, dict[str, list[str]]] = {}
+    places = catalog.locate(candidates)
+    for digest in candidates:
+        place = places.get(digest)
+        if place and not place.base:
             packs[place.pack] = place.pack_size
             pairs_of.setdefault(place.pack, {})[digest] = candidates[digest]
-    return _Plan(model=model, versions=chosen, packs=packs, bases=pairs_of)
+    return _Plan(model, [version.id for version in versions], versions=chosen, packs=packs, bases=pairs_of)
 
 
 def _manifest_in(store: Store) -> Callable[[str], Manifest]:
@@ -243,6 +263,24 @@ def _anchors(plain: Sequence[int], based: Collection[int], staying: Collection[i
     return {position: anchor for position, anchor in chosen.items() if anchor is not None}
 
 
+def _on_the_way(position: int, anchor: int, resting: Collection[int]) -> int:
+    """The position that one rests on, in a tree with an anchor as its root.
+
+    The lowest bit of the distance from the anchor is taken away, until one is reached that is a difference as well, or
+    the anchor.
+
+    >>> [_on_the_way(position, 100, range(101, 121)) for position in (101, 104, 107, 114, 120)]
+    [100, 100, 106, 112, 116]
+    """
+    side = 1 if position > anchor else -1
+    distance = abs(position - anchor)
+    while distance:
+        distance &= distance - 1
+        if anchor + side * distance in resting:
+            break
+    return anchor + side * distance
+
+
 def _named(manifest: Manifest) -> Iterator[tuple[tuple[str, int], TensorInfo]]:
     """Tensors by path, and by their number there where several processes stored the shards of one."""
     counts: dict[str, int] = {}
@@ -257,7 +295,9 @@ def _alike(a: TensorInfo, b: TensorInfo) -> bool:
     return kind.is_float and kind.size > 1 and (a.dtype, a.shape) == (b.dtype, b.shape)
 
 
-def _rewrite(catalog: Catalog, store: Store, pack: str, size: int, bases: Mapping[str, str]) -> int | None:
+def _rewrite(
+    catalog: Catalog, store: Store, pack: str, size: int, bases: Mapping[str, Sequence[str]]
+) -> int | None:
     """Put a smaller pack in the place of one, and return its size.
 
     None if that would save too little, or another process has changed the pack first.
@@ -265,7 +305,7 @@ def _rewrite(catalog: Catalog, store: Store, pack: str, size: int, bases: Mappin
     with unless_gone(catalog, pack):
         needed = needed_of(catalog.query, store, pack)
         if needed:
-            chosen = {digest: base for digest, base in bases.items() if digest in needed}
+            chosen = {digest: found for digest, found in bases.items() if digest in needed}
             new = repack(
                 catalog, store, pack=pack, needed=needed, bases=chosen, at_most=int(_WORTH_IT * size)
             )

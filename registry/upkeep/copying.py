@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from registry.catalog.attached import attached, attached_again
@@ -13,7 +14,7 @@ from registry.catalog.lookups import was_removed
 from registry.catalog.resolving import resolve
 from registry.catalog.versions import COPIED, by_id, find_versions
 from registry.log.entries import now
-from registry.store.errors import Conflict, NotFound
+from registry.store.errors import Conflict, NotFound, RegistryError
 from registry.store.store import Written
 
 if TYPE_CHECKING:
@@ -21,8 +22,14 @@ if TYPE_CHECKING:
     from registry.catalog.versions import Version
     from registry.home import Home
     from registry.log.entries import Record
+    from registry.store.pack import PackInfo
 
 _ATTEMPTS = 3
+
+_DEEPEST = 6
+"""How many differences may rest on one another in the other registry. What would lie deeper is copied whole."""
+
+_logger = logging.getLogger(__name__)
 
 
 class Removed(NotFound):
@@ -33,7 +40,7 @@ class Copied(NamedTuple):
     """A version in both registries.
 
     Attributes:
-        id: the same in both.
+        id: the same in both, unless the other registry has the version as it was before it was thinned, or thinned.
         source, target: its name in each, such as `lenet5:v3` and `lenet5:v17`.
         size: bytes that the other registry lacked.
         is_new: whether the other registry did not have it.
@@ -77,13 +84,45 @@ def copy_versions(
     )
     found: list[Copied] = []
     done, total = 0, sum(version.size for version in versions)
+    thinned = _thinned(target)
     for version in versions:
         progress(done, total)
-        found.append(
-            _copy(source, target, version, functools.partial(_copied_version, version, source.place))
-        )
+        copied = _copy_if_there(source, target, version, thinned)
+        if copied is not None:
+            found.append(copied)
         done += version.size
     return found
+
+
+def _thinned(home: Home) -> dict[str, str]:
+    """The ids of the versions that were thinned, by the ids that they had before."""
+    rows = home.catalog.query(
+        "SELECT json_extract(record, '$.\"thinned-from\"'), id FROM versions WHERE record LIKE '%\"thinned-from\"%'"
+    )
+    return {str(before): str(now) for before, now in rows if before}
+
+
+def _copy_if_there(source: Home, target: Home, version: Version, thinned: Mapping[str, str]) -> Copied | None:
+    """Copy a version, unless the other registry has it with more or less of its states; None if it is gone meanwhile.
+
+    Args:
+        thinned: see `_thinned`, of the other registry.
+    """
+    for other in (thinned.get(version.id), version.record.get("thinned-from")):
+        there = by_id(target.catalog, other) if isinstance(other, str) else None
+        if there is not None:
+            return Copied(version.id, version.name, there.name, size=0, is_new=False)
+    try:
+        return _copy(source, target, version, functools.partial(_copied_version, version, source.place))
+    except RegistryError:
+        if by_id(source.catalog, version.id) is not None:
+            raise
+    # Another process has removed it meanwhile, or thinned it, which gives it another id.
+    number = [version.model, version.version]
+    for now_there in find_versions(source.catalog, "v.model = ? AND v.version = ?", number):
+        return _copy_if_there(source, target, now_there, thinned)
+    _logger.warning("%s was removed from %s before it was copied", version.name, source.place)
+    return None
 
 
 def copy_pending(
@@ -149,7 +188,7 @@ def _publish(
     digests = {tensor.digest for tensor in manifest.tensors}
     needed = source.store.with_bases(digests - target.store.intact(digests))
     lacking = needed - target.store.intact(needed)
-    pack = source.store.copy_to_new_pack(lacking, into=target.store) if lacking else None
+    pack = _copied_pack(source, target, lacking) if lacking else None
     publish(
         target.catalog,
         target.store,
@@ -160,6 +199,45 @@ def _publish(
         keeps_id=True,
     )
     return pack.size if pack else 0
+
+
+def _copied_pack(source: Home, target: Home, lacking: Collection[str]) -> PackInfo:
+    """Copy tensors to a pack of the other registry, of which all bases are there."""
+    pack = source.store.copy_to_new_pack(lacking, into=target.store, whole=_too_deep(source, target, lacking))
+    bases = {tensor.base for tensor in pack.tensors if tensor.base} - pack.places.keys()
+    if bases - target.store.intact(bases):
+        # Another process has stored some as other differences meanwhile.
+        target.store.discard_pack(pack.digest)
+        pack = source.store.copy_to_new_pack(lacking, into=target.store, whole=lacking)
+    return pack
+
+
+def _too_deep(source: Home, target: Home, lacking: Collection[str]) -> set[str]:
+    """The tensors whose differences would lie too deep in the other registry, on those that are there already."""
+    places = dict(source.catalog.locate(lacking))
+    wanted = {place.base for place in places.values() if place.base} - places.keys()
+    while wanted:
+        found = target.catalog.locate(wanted)
+        places |= found
+        wanted = {place.base for place in found.values() if place.base} - places.keys()
+    depths: dict[str, int] = {}
+    whole: set[str] = set()
+
+    def depth(digest: str, above: int = 0) -> int:
+        base = places[digest].base if digest in places else None
+        # No healthy registry has a circle.
+        if base is None or above > 4 * _DEEPEST:
+            return 0
+        if digest not in depths:
+            depths[digest] = depth(base, above + 1) + 1
+            if depths[digest] > _DEEPEST and digest in lacking:
+                whole.add(digest)
+                depths[digest] = 0
+        return depths[digest]
+
+    for digest in lacking:
+        depth(digest)
+    return whole
 
 
 def _version(view: View, version: Version, text: Mapping[str, str]) -> list[Record]:

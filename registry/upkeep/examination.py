@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 from registry.catalog.database import NAME
 from registry.catalog.runs import Runs
+from registry.catalog.schema import UNUSED
 from registry.home import OUTBOX, Home
 from registry.log import settings
 from registry.release import VERSION
@@ -117,6 +118,27 @@ def _log(home: Home) -> Iterator[Finding]:
         yield Finding("log", "bad", f"{problems[0]}{more}", "registry verify shows all of it")
     else:
         yield Finding("log", "good", "log and catalog agree")
+
+
+def _packs(home: Home) -> Iterator[Finding]:
+    """Whether the packs that count are there in their full size. No byte of them is read; a bucket is not asked."""
+    if home.remote is not None:
+        return
+    rows = home.catalog.query(f"SELECT digest, size, damaged FROM packs WHERE NOT (damaged = 1 AND {UNUSED})")
+    damaged = sum(bool(known) for *_, known in rows)
+    lost = [
+        digest for digest, size, known in rows if not known and not home.store.pack_is_whole(digest, size)
+    ]
+    advice = "registry verify says what needs them; put them back with: registry repair --from PLACE"
+    if lost:
+        first = home.store.pack_path(lost[0]).relative_to(home.root)
+        yield Finding(
+            "packs", "bad", f"{len(lost):,} of {len(rows):,} are not there in full, such as {first}", advice
+        )
+    if damaged:
+        yield Finding("packs", "bad", f"{damaged:,} of {len(rows):,} are known to be damaged", advice)
+    if not (lost or damaged):
+        yield Finding("packs", "good", f"{len(rows):,} in full size")
 
 
 def _locks(home: Home) -> Iterator[Finding]:
@@ -242,6 +264,7 @@ def _status(path: Path) -> os.stat_result | None:
 
 _CHECKS: dict[str, Callable[[Home], Iterator[Finding]]] = {
     "log": _log,
+    "packs": _packs,
     "locks": _locks,
     "runs": _runs,
     "outbox": _outbox,

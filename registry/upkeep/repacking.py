@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from registry.catalog.lookups import are_doomed, batches, locate, marks
 from registry.log.entries import Record, pack_record
-from registry.store.errors import Corrupt, NotFound
+from registry.store.errors import Corrupt, NotFound, RegistryError
 
 if TYPE_CHECKING:
     from registry.catalog.catalog import Catalog
@@ -24,19 +24,64 @@ _WASTE = 0.5
 _MAX_USERS = 20
 """Manifests to read at most to know what of a pack is needed."""
 
+_DEEPEST = 6
+"""How many differences may rest on one another once a pack has taken the place of another. The format allows more."""
 
-def tidy(catalog: Catalog, store: Store, packs: Iterable[str]) -> None:
-    """Repack those of some packs of which half or more is not needed any more."""
+
+class Tidied(NamedTuple):
+    """A pack of which most was not needed any more; sizes in bytes.
+
+    Attributes:
+        after: the size of what took its place; None if nothing did.
+    """
+
+    before: int
+    after: int | None
+
+
+def tidy(catalog: Catalog, store: Store, packs: Iterable[str], *, dry_run: bool = False) -> list[Tidied]:
+    """Repack those of some packs of which half or more is not needed any more.
+
+    Args:
+        dry_run: only say which.
+    """
+    found = []
     for pack in packs:
         rows = catalog.query("SELECT size FROM packs WHERE digest = ?", [pack])
         if not rows or len(users_of(catalog.query, pack)) > _MAX_USERS:
             continue
+        ((before,),) = rows
         with unless_gone(catalog, pack):
             needed = needed_of(catalog.query, store, pack)
             places = store.pack_info(pack).tensors
             size = sum(tensor.size for tensor in places if tensor.digest in needed)
-            if needed and size <= rows[0][0] * (1 - _WASTE):
-                repack(catalog, store, pack=pack, needed=needed)
+            if needed and size <= before * (1 - _WASTE):
+                new = None if dry_run else repack(catalog, store, pack=pack, needed=needed)
+                if new or dry_run:
+                    found.append(Tidied(before, new.size if new else None))
+    return found
+
+
+def tidy_behind(catalog: Catalog, store: Store, packs: Iterable[str]) -> None:
+    """As `tidy`, of packs that removed versions needed. What it cannot do, the next compaction does.
+
+    In a shared registry it does nothing, as packs would have to be brought and sent.
+    """
+    if catalog.shared is None:
+        with contextlib.suppress(RegistryError):
+            tidy(catalog, store, packs)
+
+
+def packs_of(query: Query, manifest_ids: Iterable[str]) -> set[str]:
+    """The packs that some manifests need."""
+    return {
+        row[0]
+        for part in batches(manifest_ids)
+        for row in query(
+            f"SELECT DISTINCT p.digest FROM uses u JOIN packs p ON p.number = u.pack WHERE u.id IN ({marks(part)})",
+            part,
+        )
+    }
 
 
 @contextlib.contextmanager
@@ -66,10 +111,12 @@ def needed_of(query: Query, store: Store, pack: str) -> set[str]:
     found = {digest for digest, place in locate(query, bases).items() if place.pack == pack}
     for manifest_id in users_of(query, pack):
         wanted = set(store.tensors_of(manifest_id))
+        seen: set[str] = set()
         while wanted:
+            seen |= wanted
             places = locate(query, wanted)
             found.update(digest for digest, place in places.items() if place.pack == pack)
-            wanted = {place.base for place in places.values() if place.base}
+            wanted = {place.base for place in places.values() if place.base} - seen
     return found
 
 
@@ -78,7 +125,7 @@ def repack(
     store: Store,
     pack: str,
     needed: Collection[str],
-    bases: Mapping[str, str] | None = None,
+    bases: Mapping[str, Sequence[str]] | None = None,
     *,
     at_most: int | None = None,
 ) -> PackInfo | None:
@@ -86,7 +133,7 @@ def repack(
 
     Args:
         needed: digests of tensors in the pack.
-        bases: by digest, the tensor from which one may be stored as a difference.
+        bases: by digest, the tensors from which one may be stored as a difference.
         at_most: bytes that the new pack may have to be worth it.
 
     Returns:
@@ -116,25 +163,51 @@ def _replacement(view: View, old: str, new: PackInfo) -> list[Record]:
     own = new.places
     if not needed_of(view.query, store, old) <= own.keys():
         return []
-    if not _rest_on_plain(view, old, own):
+    if not _can_be_turned_back(view, old, own):
         return []
     return [pack_record(new), {"op": "replace", "old": old, "new": new.digest}]
 
 
-def _rest_on_plain(view: View, old: str, own: Mapping[str, Location]) -> bool:
-    """Whether the differences of a new pack rest on plain tensors of packs that stay, and nothing rests on them."""
-    differences = {digest: place.base for digest, place in own.items() if place.base}
-    elsewhere = {base for base in differences.values() if base not in own}
-    places = view.locate(elsewhere)
-    if len(places) < len(elsewhere) or any(own[base].base for base in differences.values() if base in own):
-        return False
-    if any(place.base or place.pack == old for place in places.values()):
-        return False
-    sizes = {place.pack: place.pack_size for place in places.values()}
+def _can_be_turned_back(view: View, old: str, own: Mapping[str, Location]) -> bool:
+    """Whether the differences of a new pack, and all that rest on its tensors, lead to whole tensors in packs that stay.
+
+    On the way there are no circles, and no more than `_DEEPEST` differences: others may have changed meanwhile what the
+    new pack was made from.
+    """
+    places = dict(own)
+    wanted = {place.base for place in own.values() if place.base} - own.keys()
+    while wanted:
+        found = view.locate(wanted)
+        if len(found) < len(wanted) or any(place.pack == old for place in found.values()):
+            return False
+        places |= found
+        wanted = {place.base for place in found.values() if place.base} - places.keys()
+    sizes = {place.pack: place.pack_size for digest, place in places.items() if digest not in own}
     if not all(view.store.pack_is_whole(pack, size) for pack, size in sizes.items()):
         return False
-    anew = [digest for digest, place in view.locate(differences).items() if place.base is None]
-    return not any(
-        view.query(f"SELECT 1 FROM tensors WHERE base IN ({marks(part)}) LIMIT 1", part)
-        for part in batches(anew)
-    )
+    depths = {digest: _depth(digest, places) for digest in own}
+    level = {digest for digest, place in own.items() if place.base}
+    while level:
+        if any(depths[digest] > _DEEPEST for digest in level):
+            return False
+        above: set[str] = set()
+        for part in batches(level):
+            rows = view.query(
+                "SELECT t.digest, t.base FROM tensors t JOIN packs p ON p.number = t.pack "
+                f"WHERE t.base IN ({marks(part)}) AND p.digest != ?",
+                [*part, old],
+            )
+            for digest, base in rows:
+                if depths[base] >= depths.get(digest, 0):
+                    depths[digest] = depths[base] + 1
+                    above.add(digest)
+        level = above
+    return True
+
+
+def _depth(digest: str, places: Mapping[str, Location]) -> int:
+    """How many differences lead from a tensor to a whole one; more than are allowed where there are too many, or a circle."""
+    depth = 0
+    while (base := places[digest].base) and depth <= _DEEPEST:
+        digest, depth = base, depth + 1
+    return depth

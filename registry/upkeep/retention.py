@@ -16,6 +16,7 @@ from registry.log.metrics import Monitor, monitored
 from registry.store.errors import Invalid, NotFound, RegistryError
 from registry.store.text import quoted
 from registry.upkeep.garbage import collect_garbage
+from registry.upkeep.repacking import packs_of, tidy_behind
 from registry.upkeep.thinning import thin
 
 if TYPE_CHECKING:
@@ -79,12 +80,17 @@ class Retention(NamedTuple):
         if self.keep_last is None and self.keep_best is None and self.keep_optimizer is None:
             return
 
+        packs: set[str] = set()
+
         def compute(view: View) -> list[Record]:
-            return [removal(version) for version in self.superfluous(view, runs, model)]
+            versions = self.superfluous(view, runs, model)
+            packs.update(packs_of(view.query, [version.id for version in versions]))
+            return [removal(version) for version in versions]
 
         removed = None
         if self.keep_last is not None or self.keep_best is not None:
             removed = catalog.commit(compute)
+            tidy_behind(catalog, store, packs)
         failed = [] if self.keep_optimizer is None else self._thin(catalog, store, _of(catalog, runs, model))
         if removed or self.keep_optimizer is not None:
             collect_garbage(catalog, store)

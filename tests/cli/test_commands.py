@@ -194,7 +194,9 @@ def test_what_nothing_holds_is_listed_for_removal(filled: Registry, run: Run) ->
     assert run("ls", "--unheld", "--sort", "accuracy", "-q").out.split() == ["lenet5:v1"]
     line = f"{SCRIPT} ls lenet5 --unheld -q | xargs {SCRIPT} rm --yes"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("2 versions removed; registry gc frees the space\n")
+    assert done.stdout.endswith(
+        "2 versions removed; registry gc frees the space in an hour, or at once with --grace 0\n"
+    )
     assert run("ls", "lenet5", "-q").out.split() == [f"lenet5:v{n}" for n in (6, 4, 3, 2)]
     nothing = run("ls", "lenet5", "--unheld", "--tag", "paper")
     assert (nothing.out, nothing.err) == ("", "no version of lenet5 has the tag 'paper' and is unheld\n")
@@ -331,7 +333,9 @@ def test_rm_says_what_it_will_remove_and_asks(filled: Registry, run: Run) -> Non
     assert run("rm", "lenet5:v1", "--dry-run").out.endswith("1 version would be removed\n")
     assert len(run("ls", "lenet5", "--json").json["versions"]) == 4
     done = run("rm", "lenet5:v1", "lenet5:v4", "--yes")
-    assert done.out.endswith("2 versions removed; registry gc frees the space\n")
+    assert done.out.endswith(
+        "2 versions removed; registry gc frees the space in an hour, or at once with --grace 0\n"
+    )
     assert [v["version"] for v in run("ls", "lenet5", "--json").json["versions"]] == [3, 2]
 
 

@@ -29,7 +29,7 @@ def test_all_is_well(filled: Registry, run: Run) -> None:
     topics = [line.split()[1] for line in lines]
     assert topics == [
         *("torch-registry", "python", "torch", "registry"),
-        *("log", "locks", "runs", "leftovers", "space", "disk"),
+        *("log", "packs", "locks", "runs", "leftovers", "space", "disk"),
     ]
     assert run("doctor", "--json").json["is_well"] is True
 
@@ -91,3 +91,20 @@ def test_a_lost_run_and_little_space(filled: Registry, run: Run, monkeypatch: py
     done = run("doctor")
     assert done.status == 1
     assert "✗ space           0.1 GB free" in done.out
+
+
+@pytest.mark.damages
+@pytest.mark.parametrize("how", ["gone", "cut", "all"])
+def test_packs_that_are_not_there(filled: Registry, run: Run, how: str) -> None:
+    pack = next((filled.root / "packs").glob("*/*.safetensors"))
+    if how == "all":
+        shutil.rmtree(filled.root / "packs")
+    elif how == "gone":
+        pack.unlink()
+    else:
+        os.truncate(pack, pack.stat().st_size - 1)
+    assert run("doctor").status == 1
+    found = findings(run)["packs"]
+    assert found["state"] == "bad"
+    assert "not there in full, such as packs/" in found["text"]
+    assert "registry verify" in found["advice"]

@@ -59,9 +59,14 @@ class Found(AssertionError):
     """Something that was acknowledged is not so."""
 
 
+_MOVED = 1e-3 * torch.randn(1_100, generator=torch.Generator().manual_seed(0))
+
+
 def state(number: int) -> dict[str, Any]:
     """A small training state: what all share, what is near that of its neighbours, and what is its own."""
-    near = torch.arange(1_100.0) + number * 1e-5
+    near = torch.arange(1_100.0)
+    near[: 30 * number % 1_000] += _MOVED[: 30 * number % 1_000]
+    near[-1] = number
     return {
         "model": {"shared": torch.arange(50.0), "near": near, "own": torch.full((9,), float(number))},
         "optimizer": {"state": {0: torch.full((600,), -float(number % 5))}, "param_groups": [{"n": number}]},

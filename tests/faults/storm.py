@@ -38,10 +38,16 @@ class Content(NamedTuple):
     near: int
 
 
+_MOVED = 1e-3 * torch.randn(3_000, generator=torch.Generator().manual_seed(0))
+
+
 def tree_of(content: Content) -> Tree:
+    near, moved = torch.arange(3_000.0), 50 * (content.near % 50)
+    near[:moved] += _MOVED[:moved]
+    near[-1] = content.near
     model = {
         "shared": torch.arange(2_000.0),
-        "near": torch.arange(3_000.0) + content.near * 1e-6,
+        "near": near,
         "own": torch.full((50, 30), float(content.own)),
     }
     optimizer = {

@@ -12,6 +12,7 @@ from support import broken_rules
 
 from registry import Registry
 from registry.log.entries import Record
+from registry.store import recoding
 from registry.store.pack import PackInfo
 from registry.upkeep.repacking import _replacement, needed_of, repack
 
@@ -55,6 +56,13 @@ def proposed(registry: Registry, old: str, new: PackInfo) -> list[Record]:
 
     registry.catalog.commit(compute)
     return found[-1]
+
+
+def check_values(registry: Registry, count: int) -> None:
+    assert broken_rules(registry) == []
+    assert registry.verify().problems == ()
+    for number in range(1, count + 1):
+        assert torch.equal(registry[f"net:v{number}"].state_dict()["w"], near(number))
 
 
 def whole_copy(registry: Registry, version: int) -> tuple[str, PackInfo]:
@@ -102,32 +110,79 @@ def test_a_difference_from_what_the_old_pack_alone_has_does_not(registry: Regist
         ]
     )
     first, second = digest_of(registry, 2), digest_of(registry, 3)
-    new = registry.store.copy_to_new_pack([second], {second: first})
+    new = registry.store.copy_to_new_pack([second], {second: [first]})
     assert new.tensors[0].base == first  # which lies in the pack that would go
     assert proposed(registry, both.digest, new) == []
 
 
-def test_a_difference_from_a_difference_does_not(registry: Registry) -> None:
+def test_a_difference_from_what_has_become_one_meanwhile_does(registry: Registry) -> None:
     first, second, third = (digest_of(registry, number) for number in (1, 2, 3))
-    plain = registry.store.copy_to_new_pack([third], {third: second})
-    old = pack_of(registry, 2)
-    repack(registry.catalog, registry.store, old, [second], {second: first})
+    coded = registry.store.copy_to_new_pack([third], {third: [second]})
+    repack(registry.catalog, registry.store, pack_of(registry, 2), [second], {second: [first]})
     assert registry.catalog.locate([second])[second].base == first
-    assert plain.tensors[0].base == second  # which was plain when the copy was made
-    assert proposed(registry, pack_of(registry, 3), plain) == []
+    assert coded.tensors[0].base == second  # which was plain when the copy was made
+    assert [record["op"] for record in proposed(registry, pack_of(registry, 3), coded)] == ["pack", "replace"]
 
 
-def test_a_difference_of_what_others_rest_on_does_not(registry: Registry) -> None:
+def test_a_difference_of_what_others_rest_on_does(registry: Registry) -> None:
     first, second, third = (digest_of(registry, number) for number in (1, 2, 3))
-    coded = registry.store.copy_to_new_pack([second], {second: first})
-    repack(registry.catalog, registry.store, pack_of(registry, 3), [third], {third: second})
+    repack(registry.catalog, registry.store, pack_of(registry, 3), [third], {third: [second]})
     assert registry.catalog.locate([third])[third].base == second
-    assert proposed(registry, pack_of(registry, 2), coded) == []
-    assert broken_rules(registry) == []
+    repack(registry.catalog, registry.store, pack_of(registry, 2), [second], {second: [first]})
+    assert registry.catalog.locate([second])[second].base == first
+    registry.collect_garbage(grace=0)
+    check_values(registry, 3)
+
+
+def test_a_difference_that_would_close_a_circle_does_not(registry: Registry) -> None:
+    first, second, third = (digest_of(registry, number) for number in (1, 2, 3))
+    back = registry.store.copy_to_new_pack([second], {second: [third]})
+    assert back.tensors[0].base == third
+    repack(registry.catalog, registry.store, pack_of(registry, 3), [third], {third: [second]})
+    assert proposed(registry, pack_of(registry, 2), back) == []
+    # A longer one, as three compactions at once would make it.
+    to_first = registry.store.copy_to_new_pack([second], {second: [first]})
+    around = registry.store.copy_to_new_pack([first, digest_of(registry, 1, "model/extra")], {first: [third]})
+    assert next(tensor.base for tensor in around.tensors if tensor.digest == first) == third
+    old = pack_of(registry, 2)
+    registry.catalog.commit(lambda view: _replacement(view, old, to_first))
+    assert registry.catalog.locate([second])[second].base == first
+    assert proposed(registry, pack_of(registry, 1), around) == []
+    registry.collect_garbage(grace=0)
+    check_values(registry, 3)
+
+
+def test_nothing_is_coded_against_what_rests_on_it(registry: Registry) -> None:
+    second, third = digest_of(registry, 2), digest_of(registry, 3)
+    repack(registry.catalog, registry.store, pack_of(registry, 3), [third], {third: [second]})
+    assert registry.store.copy_to_new_pack([second], {second: [third]}).tensors[0].base is None
+
+
+def test_differences_lie_no_more_than_six_deep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted from what rests on the new one, too."""
+    monkeypatch.setattr(recoding, "DEEPEST", 100)
+    registry = Registry(tmp_path / "r")
+    for number in range(1, 13):
+        registry.save("net", {"model": {"w": near(number)}}, epoch=number)
+    digests = {number: digest_of(registry, number) for number in range(1, 13)}
+
+    def rests(number: int, base: int) -> bool:
+        bases = {digests[number]: [digests[base]]}
+        pack = pack_of(registry, number)
+        return repack(registry.catalog, registry.store, pack, [digests[number]], bases) is not None
+
+    assert all(rests(number, number - 1) for number in range(2, 8))
+    assert not rests(8, 7)  # which is six deep
+    assert rests(8, 6)
+    assert all(rests(number, number - 1) for number in (10, 11, 12))
+    assert not rests(9, 4)  # 12 would be seven deep
+    assert rests(9, 3)
+    registry.collect_garbage(grace=0)
+    check_values(registry, 12)
 
 
 def test_what_a_difference_in_another_pack_rests_on_is_needed(registry: Registry) -> None:
     second, third = digest_of(registry, 2), digest_of(registry, 3)
-    repack(registry.catalog, registry.store, pack_of(registry, 3), [third], {third: second})
+    repack(registry.catalog, registry.store, pack_of(registry, 3), [third], {third: [second]})
     registry.remove(["net:v2"], force=True)
     assert second in needed_of(registry.catalog.query, registry.store, pack_with(registry, second))

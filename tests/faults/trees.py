@@ -16,9 +16,11 @@ UNSEEN: Any = object()
 
 
 def _near(family: int, k: int, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor that differs from the others of its family in one row, so that differences are small."""
-    tensor = torch.randn(40, 64, generator=torch.Generator().manual_seed(family))
-    tensor[k % 40] += 0.001 * (k + 1)
+    """A tensor that differs from the others of its family in some rows: the nearer the number, the fewer."""
+    chance = torch.Generator().manual_seed(family)
+    tensor, moved = torch.randn(40, 64, generator=chance), torch.randn(40, 64, generator=chance)
+    tensor[: k % 40] += 0.01 * moved[: k % 40]
+    tensor[-1, -1] = k
     return tensor.to(dtype)
 
 

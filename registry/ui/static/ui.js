@@ -83,6 +83,8 @@ document.addEventListener("formdata", (event) => {
 const chosen = document.getElementById("chosen");
 const picked = () => all("#rows input[type=checkbox]:checked").map((box) => box.value);
 const compareAddress = (names) => `${base}/compare?of=${names.map(encodeURIComponent).join("+")}`;
+// What has the curve that a row stands on: the run that saved a version, or its model.
+const curveOf = (box) => box.dataset.run || box.value.split(":")[0];
 const diffAddress = (a, b) => `${base}/diff?a=${encodeURIComponent(a)}&b=${encodeURIComponent(b)}`;
 const number = (name) => Number(name.split(":v")[1] ?? 0);
 function showChosen() {
@@ -97,8 +99,7 @@ function showChosen() {
     if (names.length === 2) diff.href = diffAddress(a, b);
   }
   const compare = chosen.querySelector("[data-do=c]");
-  const models = [...new Set(names.map((name) => (name.includes("/") ? name : name.split(":")[0])))];
-  compare.href = compareAddress(names.some((name) => name.includes("/")) ? names : models);
+  compare.href = compareAddress([...new Set(all("#rows input[type=checkbox]:checked").map(curveOf))]);
 }
 document.addEventListener("change", (event) => { if (event.target.closest("#rows")) showChosen(); });
 chosen?.addEventListener("click", (event) => {
@@ -420,7 +421,7 @@ const ACTIONS = {
   c: () => {
     const name = chosenReference();
     if (picked().length) chosen.querySelector("[data-do=c]").click();
-    else if (name) location.href = compareAddress([name.includes("/") ? name : name.split(":")[0]]);
+    else if (name) location.href = compareAddress([here()?.querySelector("input[type=checkbox]")?.dataset.run || name.split(":")[0]]);
   },
   y: () => {
     const text = picked().join(" ") || chosenReference();

@@ -19,8 +19,10 @@ from registry import Registry
 from registry.store import durable, header
 from registry.store.errors import Corrupt, NotFound, StorageError
 from registry.store.folder_index import PackFolder
+from registry.store.loading import Mapped
 from registry.store.pack import PackWriter
 from registry.store.store import Store, Written
+from registry.upkeep import compaction, repacking
 from registry.upkeep.compaction import REACH
 
 VERSIONS = 20
@@ -555,3 +557,118 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     assert run("verify").returncode == 0
     with pytest.raises(NotFound):
         registry.compact(["nothing"])
+
+
+def beside(shared: torch.Tensor, number: int) -> State:
+    return {"model": {"own": torch.full((50_000,), float(number)), "shared": shared}}
+
+
+def stored(registry: Registry) -> int:
+    registry.collect_garbage(grace=0)
+    return sum(path.stat().st_size for path in (registry.root / "packs").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("how", ["remove", "keep_last", "compact"])
+def test_removed_versions_free_their_space_though_others_need_a_little_of_their_packs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    registry, shared = Registry(tmp_path / "r"), torch.arange(3_000.0)
+    if how == "compact":  # as after a process that died in between, or in a shared registry
+        monkeypatch.setattr(repacking, "tidy_behind", lambda *_: None)
+    with registry.run("net", keep_last=1 if how == "keep_last" else None) as run:
+        for number in range(4):
+            run.save(**beside(shared, number))
+    if how != "keep_last":
+        registry.remove([f"net:v{n}" for n in (1, 2, 3)])
+    if how == "compact":
+        assert stored(registry) > 400_000
+        (planned,) = registry.compact(dry_run=True)
+        (done,) = registry.compact()
+        assert (planned.packs, planned.before) == (done.packs, done.before) == (1, done.before)
+        assert done.after is not None
+        assert done.after < 40_000
+    assert stored(registry) < 240_000
+    assert same(registry["net"].load(["model"]), beside(shared, 3))
+    assert registry.verify().problems == ()
+
+
+def depths(registry: Registry, reference: str) -> dict[str, int]:
+    """How many differences lead from each tensor of a version to a whole one."""
+    bases = dict(registry.catalog.query("SELECT digest, base FROM tensors"))
+    found = {}
+    for path, _, _, digest in registry[reference].parameters():
+        found[path] = 0
+        while digest := bases[digest]:
+            found[path] += 1
+    return found
+
+
+def walk(count: int) -> list[State]:
+    """A training: some elements of the weights move with each step. The moments are new each time."""
+    torch.manual_seed(0)
+    weights, found = torch.randn(20_000).bfloat16(), []
+    for _ in range(count):
+        weights = weights.clone()
+        weights[torch.randint(20_000, (1_500,))] *= 1.01
+        found.append({"model": {"weights": weights, "moments": 1 + 0.3 * torch.rand(3_000)}})
+    return found
+
+
+def test_differences_rest_on_near_ones_as_deep_as_that_saves_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, sizes = walk(21), {}
+    for name in ("tree", "star"):
+        registry = Registry(tmp_path / name)
+        for state in expected:
+            registry.save("net", state)
+        if name == "star":
+            monkeypatch.setattr(compaction, "_on_the_way", lambda position, anchor, resting: anchor)
+        registry.compact()
+        sizes[name] = stored(registry)
+        found = {n: depths(registry, f"net:v{n}") for n in range(1, 22)}
+        assert {one["model/moments"] for one in found.values()} <= {0, 1}
+        deepest = max(one["model/weights"] for one in found.values())
+        assert deepest == (4 if name == "tree" else 1)
+        check(registry, expected)
+    assert sizes["tree"] < 0.93 * sizes["star"]
+
+
+def test_a_growing_series_stays_a_tree_and_parts_of_it_may_go(tmp_path: Path) -> None:
+    registry, expected = Registry(tmp_path), walk(24)
+    for number, state in enumerate(expected, 1):
+        registry.save("net", state)
+        if number % 3 == 0:
+            registry.compact()
+            registry.collect_garbage(grace=0)
+    found = [depths(registry, f"net:v{n}")["model/weights"] for n in range(1, 25)]
+    assert 3 <= max(found) <= 4
+    gone = {2, 5, 8, 9, 13, 16, 17, 22}  # with others that rest on some of them
+    registry.remove([f"net:v{n}" for n in gone])
+    for _ in range(2):
+        registry.collect_garbage(grace=0)
+        registry.compact()
+    for number, state in enumerate(expected, 1):
+        if number not in gone:
+            assert same(registry[f"net:v{number}"].load(), state)
+    assert registry.verify().problems == ()
+
+
+def test_a_deep_difference_is_turned_back_in_memory_for_itself_alone(tmp_path: Path) -> None:
+    registry, expected = Registry(tmp_path), walk(21)
+    for state in expected:
+        registry.save("net", state)
+    registry.compact()
+    deep = next(n for n in range(1, 22) if depths(registry, f"net:v{n}")["model/weights"] == 4)
+    wanted = registry.store._locator.by_digest(
+        {digest for _, _, _, digest in registry[f"net:v{deep}"].parameters()}
+    )
+    mapped = Mapped(registry.store.packs)
+    mapped.decode(wanted)
+    assert set(mapped._decoded) == {item.info.digest for item in wanted if item.base}
+    # What rests on one another is turned back once each.
+    chain = next(item for item in wanted if item.info.dtype == "bfloat16").chain
+    together = Mapped(registry.store.packs)
+    together.decode(chain)
+    assert len(together._decoded) == 4
+    assert bytes(together.bytes(chain[0])) == bytes(mapped.bytes(chain[0]))

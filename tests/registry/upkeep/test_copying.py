@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ import pytest
 import torch
 
 from registry import Registry
-from registry.store.errors import Conflict, Corrupt, NotFound
+from registry.store import durable
+from registry.store.errors import Conflict, Corrupt, NotFound, StorageError
+from registry.store.store import Store
+from registry.upkeep import copying
 
 
 @pytest.fixture
@@ -110,6 +114,7 @@ def test_thinned_and_removed_versions_are_copied_again(registry: Registry, other
     other.collect_garbage(grace=0)
     registry.copy_to(other, ["net:v1"])
     assert torch.equal(other["net"].load()["model"]["weight"], model.weight)
+    other.remove([other["net"].name])
     registry.thin("net:v1")
     registry.copy_to(other, ["net:v1"])
     assert other["net"].components == ("model",)
@@ -162,3 +167,142 @@ def test_a_run_gets_no_name_that_copied_versions_have(registry: Registry, other:
     assert [version.epoch for version in other.versions("net")] == [3, 1]
     with pytest.raises(Conflict, match="run-1"), other.run("net", name="run-1"):
         pass
+
+
+def near(number: int) -> dict[str, Any]:
+    chance = torch.Generator().manual_seed(0)
+    values, moved = torch.randn(3_000, generator=chance), torch.randn(3_000, generator=chance)
+    values[: 200 * number] += 1e-3 * moved[: 200 * number]
+    return {"model": {"w": values}}
+
+
+def depth(registry: Registry, reference: str) -> int:
+    """How many differences lead from a version's tensor to a whole one."""
+    ((_, _, _, digest),) = registry[reference].parameters()
+    found = 0
+    while (place := registry.catalog.locate([digest])[digest]).base:
+        digest, found = place.base, found + 1
+    return found
+
+
+def test_what_would_lie_too_deep_is_copied_whole(tmp_path: Path) -> None:
+    """Each registry adds a difference to what it gets: it would be one more with each copy."""
+    before: Registry | None = None
+    for number in range(12):
+        here = Registry(tmp_path / str(number))
+        here.save("net", near(number))
+        here.save("net", near(number + 1))
+        here.compact()
+        assert depth(here, "net:v1") == 1
+        if before:
+            before.copy_to(here)
+        before = here
+    assert before is not None
+    versions = before.versions("net")
+    assert len(versions) == 24
+    assert max(depth(before, version.name) for version in versions) == 6
+    assert {int(before[version.id].load()["model"]["w"].isfinite().sum()) for version in versions} == {3_000}
+    assert before.verify().problems == ()
+
+
+def test_what_is_compacted_meanwhile_is_copied_all_the_same(
+    registry: Registry, other: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = [registry.save("net", near(number)) for number in range(1, 6)]
+    real = Store.copy_to_new_pack
+    calls = []
+
+    def interrupted(self: Store, digests: Any, bases: Any = None, into: Any = None, **given: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            Registry(registry.root).compact()
+        return real(self, digests, bases, into, **given)
+
+    monkeypatch.setattr(Store, "copy_to_new_pack", interrupted)
+    assert len(registry.copy_to(other)) == 5
+    for number, version in enumerate(saved, 1):
+        assert torch.equal(other[version.id].load()["model"]["w"], near(number)["model"]["w"])
+    assert other.verify().problems == ()
+
+
+@pytest.mark.parametrize("how", ["removed", "thinned"])
+def test_a_version_that_goes_meanwhile_does_not_stop_the_others(
+    registry: Registry,
+    other: Registry,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    how: str,
+) -> None:
+    optimizer = {"state": {0: torch.randn(2_000)}, "param_groups": []}
+    for number in (1, 2, 3):
+        registry.save("net", {**state(number), "optimizer": optimizer})
+    real = Store.manifest
+
+    def interrupted(self: Store, manifest_id: str) -> Any:
+        if self.root == registry.root and manifest_id == second:
+            monkeypatch.undo()
+            again = Registry(registry.root)
+            again.remove("net:v2") if how == "removed" else again.thin("net:v2")
+            again.collect_garbage(grace=0)
+        return real(self, manifest_id)
+
+    second = registry["net:v2"].id
+    monkeypatch.setattr(Store, "manifest", interrupted)
+    copied = Registry(registry.root).copy_to(other)  # which has read no manifest yet
+    assert [one.source for one in copied] == ["net:v1", *(["net:v2"] if how == "thinned" else []), "net:v3"]
+    assert ("net:v2 was removed from" in caplog.text) is (how == "removed")
+    assert other.verify().problems == ()
+
+
+def test_gc_of_the_other_registry_meanwhile_takes_nothing_that_is_copied_onto(
+    registry: Registry, other: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other.save("base", near(2))
+    registry.save("net", near(1))
+    registry.save("net", near(2))
+    registry.compact()
+    assert depth(registry, "net:v1") == 1
+    real = copying.publish
+    calls = []
+
+    def interrupted(*given: Any, **more: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            again = Registry(other.root)
+            again.remove("base:v1")
+            again.collect_garbage()
+        return real(*given, **more)
+
+    monkeypatch.setattr(copying, "publish", interrupted)
+    registry.copy_to(other, ["net:v1"])
+    assert torch.equal(other["net"].load()["model"]["w"], near(1)["model"]["w"])
+    other.collect_garbage(grace=0)
+    assert other.verify().problems == ()
+    assert not list(other.root.glob("catalog.sqlite.damaged*"))
+
+
+def test_a_version_that_is_thinned_in_one_of_them_does_not_come_twice(
+    registry: Registry, other: Registry
+) -> None:
+    optimizer = {"state": {0: torch.randn(2_000)}, "param_groups": []}
+    registry.save("net", {**state(1), "optimizer": optimizer})
+    registry.copy_to(other)
+    registry.thin("net:v1")
+    (there,) = registry.copy_to(other)
+    assert (there.target, there.is_new) == ("net:v1", False)
+    (back,) = other.copy_to(registry)
+    assert (back.target, back.is_new) == ("net:v1", False)
+    assert len(registry.versions("net")) == len(other.versions("net")) == 1
+
+
+def test_an_error_names_the_registry_that_cannot_be_written(
+    registry: Registry, other: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.save("net", state(1))
+
+    def full(*_: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(durable.disk, "write_at", full)
+    with pytest.raises(StorageError, match=f"^{re.escape(str(other.root))}: no space left"):
+        registry.copy_to(other)
