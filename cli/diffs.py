@@ -110,10 +110,8 @@ def _drawn(blocks: Sequence[Block], form: str) -> str:
 @click.argument("models", nargs=-1, required=True, type=ReferenceType(), metavar="MODEL...")
 @click.option(
     "--metric",
-    default="accuracy",
-    show_default=True,
     shell_complete=completes(metrics),
-    help="A metric, or loss.",
+    help="A metric, or loss. [default: what most of their runs follow]",
 )
 @click.option("--at", "epochs", metavar="EPOCHS", help="Only these epochs, such as 1,5,10.")
 @click.option(
@@ -127,7 +125,7 @@ def _drawn(blocks: Sequence[Block], form: str) -> str:
 @click.option("--output", "-o", type=click.Path(), metavar="FILE", help="Write to a file.")
 def compare(
     models: tuple[str, ...],
-    metric: str,
+    metric: str | None,
     epochs: str | None,
     form: str,
     output: str | None,
@@ -140,6 +138,7 @@ def compare(
     version).
     """
     at = _epochs(epochs)
+    metric = metric or registry.runs.headline(curves.models_of(registry, models)) or "loss"
     found = curves.curves(registry, models, metric)
     if as_json:
         chosen = {

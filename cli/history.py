@@ -69,14 +69,14 @@ def history(model: str, limit: int, registry: Registry, view: TableView, as_json
 @click.option(
     "--by",
     "metric",
-    required=True,
     metavar="METRIC",
     shell_complete=completes(metrics),
-    help="A metric, or loss.",
+    help="A metric, or loss. [default: what the model's runs follow]",
 )
 @direction
-def best(model: str, metric: str, smallest: bool | None, registry: Registry, as_json: bool) -> None:
+def best(model: str, metric: str | None, smallest: bool | None, registry: Registry, as_json: bool) -> None:
     """Find the best version of a model."""
+    metric = metric or registry.runs.headline({registry.resolve(model).model}) or "loss"
     found = registry.best(model, metric, smallest=smallest)
     version = registry.resolve(found.name)
     if as_json:

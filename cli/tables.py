@@ -219,13 +219,20 @@ def _allotted(
     """The columns that a terminal has room for, and the room of each."""
     shown = list(range(len(columns)))
     by_rank = sorted(shown[1:], key=lambda i: (columns[i].rank, i))
+    left_out: list[int] = []
     while True:
         room = {i: widths[i] for i in shown}
         if len(shown) <= _KEPT:
             _narrow(room, columns, cells, width)
         if _total(room) <= width or len(shown) == 1:
-            return room
-        shown.remove(by_rank.pop())
+            break
+        left_out.append(by_rank.pop())
+        shown.remove(left_out[-1])
+    # A wide column may have gone where narrow ones that say less have room.
+    for i in reversed(left_out):
+        if _total({**room, i: widths[i]}) <= width:
+            room[i] = widths[i]
+    return dict(sorted(room.items()))
 
 
 def _narrow(

@@ -50,6 +50,12 @@ def curves(home: Home, names: Sequence[str], metric: str) -> list[Curve]:
     return [*found.values()]
 
 
+def models_of(home: Home, names: Sequence[str]) -> set[str]:
+    """The models that some names of models, runs and versions belong to."""
+    runs = Runs(home.catalog, home.root)
+    return {runs[name].model if "/" in name else resolve(home.catalog, name).model for name in names}
+
+
 def _curve(name: str, versions: Sequence[Version], metric: str) -> Curve:
     """The values of some versions, of which the newest come first."""
     values: dict[int, float] = {}

@@ -12,6 +12,7 @@ from torch import nn
 
 from registry.checkpoints.checkpoint import Checkpoint
 from registry.live import builders, components
+from registry.log.metrics import with_metrics
 from registry.store.digest import digest as digest_of
 from registry.store.digest import tensor_digest
 from registry.store.errors import Invalid, RegistryError
@@ -180,5 +181,8 @@ class Side:
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """The metrics of the checkpoint; empty where there is none."""
-        return dict(self.checkpoint.metrics) if self.checkpoint else {}
+        """The loss and the metrics of the checkpoint; empty where there is none."""
+        if self.checkpoint is None:
+            return {}
+        loss = {} if self.checkpoint.loss is None else {"loss": self.checkpoint.loss}
+        return with_metrics(loss, self.checkpoint.metrics)

@@ -100,12 +100,14 @@ class Body(NamedTuple):
 
     Attributes:
         tag: tells it from other ones under the same address.
+        status: that of HTTP.
     """
 
     data: bytes
     packed: bytes
     form: str
     tag: str
+    status: int = 200
 
     @property
     def size(self) -> int:
@@ -361,7 +363,8 @@ class Application:
             text = drawing.as_html(page, **self._frame(path, args, state))
         data = text.encode("utf-8", "replace")
         packed = gzip.compress(data, 6, mtime=0) if len(data) > _SMALL else b""
-        return Body(data, packed, form, hashlib.sha256(data).hexdigest()[:20])
+        status = _status_of(page.problem) if page.problem else 200
+        return Body(data, packed, form, hashlib.sha256(data).hexdigest()[:20], status)
 
     def _frame(self, path: str, args: Args, state: State) -> dict[str, Any]:
         """What the frame of every page shows."""
@@ -448,5 +451,5 @@ def _sent(request: Request, body: Body) -> Response:
         return Response(status=304, headers=headers)
     if body.packed and "gzip" in request.headers.get("Accept-Encoding", ""):
         packed = {**headers, "Content-Encoding": "gzip"}
-        return Response(body.packed, headers=packed, mimetype=_FORMS[body.form])
-    return Response(body.data, headers=headers, mimetype=_FORMS[body.form])
+        return Response(body.packed, body.status, headers=packed, mimetype=_FORMS[body.form])
+    return Response(body.data, body.status, headers=headers, mimetype=_FORMS[body.form])

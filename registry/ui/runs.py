@@ -246,7 +246,11 @@ def compare(registry: Registry, args: Args) -> Page:
 
 
 def _compared(registry: Registry, args: Args, names: Sequence[str]) -> Page:
-    metric = args.get("metric") or registry.runs.headline(_models_of(registry, names)) or "loss"
+    metric = (
+        args.get("metric")
+        or registry.runs.headline(curves.models_of(registry, names) or set(registry.names()))
+        or "loss"
+    )
     infos = [registry.runs[name] for name in names if "/" in name]
     tags = sorted({tag for info in infos for tag in scalars_of(info)})
     axis = args["x"] if args.get("x") in AXES else "step" if metric in tags else "epoch"
@@ -320,12 +324,6 @@ def _curves(
             )
         )
     return found
-
-
-def _models_of(registry: Registry, names: Sequence[str]) -> set[str]:
-    """The models that some names belong to; all of them without a name."""
-    found = {registry.runs[name].model if "/" in name else registry.resolve(name).model for name in names}
-    return found or set(registry.names())
 
 
 def _thin(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:

@@ -12,7 +12,7 @@ from registry.registry import Registry
 from registry.reports.charts import Area, colour_of, treemap
 from registry.reports.words import size
 from registry.ui.kept import NAMED, NOTED, Own, once, owned
-from registry.ui.page import BASE, Args, Page, address_of_name
+from registry.ui.page import BASE, Args, Page, address, address_of_name
 from registry.upkeep.status import free_space
 from registry.upkeep.usage import on_disk, usage
 
@@ -40,7 +40,8 @@ def storage(registry: Registry, args: Args) -> Page:
                 registry,
                 ("treemap", BASE.get()),
                 lambda: treemap(
-                    _areas(owned(registry).by_version.values(), unheld), "Bytes by model and version"
+                    _areas(owned(registry).by_version.values(), unheld, found.cached),
+                    "Bytes by model and version",
                 ),
                 survives=NOTED,
             ),
@@ -59,8 +60,8 @@ def _unheld(registry: Registry) -> dict[str, str]:
     return {version_id: f"{model}:v{version}" for version_id, model, version in rows}
 
 
-def _areas(found: Iterable[Own], unheld: Collection[str]) -> list[Area]:
-    """A rectangle for each version that wrote bytes; the smallest of a model share one."""
+def _areas(found: Iterable[Own], unheld: Collection[str], cached: int) -> list[Area]:
+    """A rectangle for each version that wrote bytes, and one for cached data; the smallest of a model share one."""
     own = sorted((one for one in found if one.size), key=lambda one: -one.size)
     areas = [
         Area(
@@ -75,10 +76,13 @@ def _areas(found: Iterable[Own], unheld: Collection[str]) -> list[Area]:
     rest: Counter[str] = Counter()
     for one in own[_MOST_AREAS:]:
         rest[one.model] += one.size
-    return areas + [
+    areas += [
         Area(f"{model}, smaller versions", written, size(written), colour_of(model), address_of_name(model))
         for model, written in rest.items()
     ]
+    if cached:
+        areas.append(Area("cached data", cached, size(cached), "", address("data")))
+    return areas
 
 
 def data(registry: Registry, args: Args) -> Page:

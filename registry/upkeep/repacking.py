@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 _WASTE = 0.5
 """Once nothing needs this share of a pack's bytes, the rest is copied to a new pack."""
 
+_WORTH_IT = 4 << 10
+"""Bytes that must not be needed any more for it: a pack's header alone takes as many."""
+
 _MAX_USERS = 20
 """Manifests to read at most to know what of a pack is needed."""
 
@@ -55,7 +58,8 @@ def tidy(catalog: Catalog, store: Store, packs: Iterable[str], *, dry_run: bool 
             needed = needed_of(catalog.query, store, pack)
             places = store.pack_info(pack).tensors
             size = sum(tensor.size for tensor in places if tensor.digest in needed)
-            if needed and size <= before * (1 - _WASTE):
+            wasted = sum(tensor.size for tensor in places) - size
+            if needed and size <= before * (1 - _WASTE) and wasted >= _WORTH_IT:
                 new = None if dry_run else repack(catalog, store, pack=pack, needed=needed)
                 if new or dry_run:
                     found.append(Tidied(before, new.size if new else None))

@@ -139,6 +139,10 @@ def test_every_action_has_a_key(server: Server, opened: Open) -> None:
     page.keyboard.press("x")
     assert page.locator("#chosen strong").inner_text() == "2 selected"
     leads("d", "/diff?a=net%3Av3&b=net%3Av5")
+    page.goto(f"{at}/m/net")
+    for keys in ("j x", "j j j x"):
+        press(*keys.split())
+    leads("c", "/compare?of=net%2Frun-2+net%2Frun-1")
     leads("g m", "/")
     leads("g r", "/runs")
     leads("j Enter", "/r/net/run-2")

@@ -372,3 +372,24 @@ def test_the_lineage_of_a_run_is_that_of_its_versions(client: Client, filled: Re
     assert "/lineage?of=net%2Frun-2" in client.get("/r/net/run-2").text
     with filled.run("empty") as run:
         assert f"{run.name} saved no version." in client.get(f"/lineage?of={run.name}").text
+
+
+@pytest.mark.parametrize(
+    ("address", "says", "typed"),
+    [
+        ("/m/net?where=accurcy>0.5", "accurcy", "accurcy&gt;0.5"),
+        ("/m/net?where=accuracy>", "where", "accuracy&gt;"),
+        ("/compare?of=net+nett", "nett", "net nett"),
+        ("/compare?of=net&metric=f1", "f1", "net"),
+    ],
+)
+def test_a_mistake_in_a_form_leaves_the_page_with_what_was_typed(
+    unchanged: Client, address: str, says: str, typed: str
+) -> None:
+    answer = unchanged.get(address)
+    assert answer.status in (400, 404)
+    assert re.search(r'<p role="alert"><strong class="bad">error:</strong>[^<]*' + says, answer.text)
+    assert f'value="{typed}"' in answer.text
+    assert unchanged.get(f"{address}&format=json").status == answer.status
+    if "/m/" in address:
+        assert answer.text.count('name="v"') == 5  # as without a condition
