@@ -81,7 +81,7 @@ def _areas(found: Iterable[Own], unheld: Collection[str], cached: int) -> list[A
         for model, written in rest.items()
     ]
     if cached:
-        areas.append(Area("cached data", cached, size(cached), "", address("data")))
+        areas.append(Area("cached data", cached, size(cached), "data", address("data")))
     return areas
 
 

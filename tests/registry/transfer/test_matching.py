@@ -432,6 +432,23 @@ def test_the_change_of_a_module_is_that_of_its_tensors() -> None:
     assert module.relative == 1.0
 
 
+def test_a_counter_says_nothing_of_how_far_its_module_moved() -> None:
+    """BatchNorm counts its batches."""
+    a = {"m.w": torch.ones(4), "m.num_batches_tracked": torch.tensor(100), "n.ids": torch.tensor([1, 2])}
+    b = {
+        "m.w": torch.ones(4) * 1.01,
+        "m.num_batches_tracked": torch.tensor(900),
+        "n.ids": torch.tensor([1, 3]),
+    }
+    report = diff(a, b, values=True)
+    assert {one.name for one in report.changes} == set(a)
+    relative = {one.module: one.relative for one in report.modules}
+    assert relative["m"] == pytest.approx(0.01, rel=1e-3)
+    assert relative["n"] > 0.4
+    in_tree = {one.path: one.relative for one in report.modules_changed()}
+    assert in_tree["m"] == pytest.approx(0.01, rel=1e-3)
+
+
 def test_large_tensors_are_measured_whole_and_every_dtype_is() -> None:
     torch.manual_seed(0)
     a = torch.randn(1_000_003)
