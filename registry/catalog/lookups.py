@@ -69,6 +69,17 @@ def locate(query: Query, digests: Collection[str]) -> dict[str, Location]:
     return found
 
 
+def pack_size(size: object) -> int:
+    """The bytes of a pack, as a row of the table says.
+
+    Raises:
+        Corrupt: if the row is damaged.
+    """
+    if type(size) is not int or size < 0:
+        raise Corrupt("the catalog holds a damaged row of a pack", "recreate it with: registry rebuild")
+    return size
+
+
 def are_doomed(view: Reader, packs: Collection[str]) -> bool:
     """Whether one of some packs was doomed, so that its name cannot count any more."""
     return any(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 from registry.catalog.copies import records_since
-from registry.catalog.lookups import batches, marks
+from registry.catalog.lookups import batches, marks, pack_size
 from registry.registry import Registry
 from registry.store import places
 
@@ -162,7 +162,7 @@ def owned(registry: Registry) -> Owned:
             given,
         )
         for pack, size, version_id, model, version, _ in rows:
-            found.take(pack, Own(version_id, model, version, size))
+            found.take(pack, Own(version_id, model, version, pack_size(size)))
         return found
 
     def extended(found: Owned, added: Sequence[str]) -> Owned:

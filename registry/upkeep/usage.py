@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from registry.catalog.attached import owners_of_files, results
-from registry.catalog.lookups import Reader
+from registry.catalog.lookups import Reader, pack_size
 from registry.catalog.versions import UNHELD
 from registry.store.errors import Corrupt
 
@@ -191,7 +191,7 @@ def freed_by(catalog: Reader, artifact_ids: Collection[str]) -> int:
         users[pack].add(manifest_id)
     wanted = set(artifact_ids)
     sizes = catalog.query("SELECT number, size FROM packs")
-    return sum(size for number, size in sizes if users[number] and users[number] <= wanted)
+    return sum(pack_size(size) for number, size in sizes if users[number] and users[number] <= wanted)
 
 
 def _versions(catalog: Reader) -> dict[str, _Version]:
@@ -217,7 +217,7 @@ def _packs(catalog: Reader) -> list[_Pack]:
     for pack, manifest_id in catalog.query("SELECT pack, id FROM uses"):
         users[pack] |= owners.get(manifest_id, set())
     return [
-        _Pack(size, frozenset(users[number]))
+        _Pack(pack_size(size), frozenset(users[number]))
         for number, size in catalog.query("SELECT number, size FROM packs")
     ]
 
