@@ -84,7 +84,10 @@ const chosen = document.getElementById("chosen");
 const picked = () => all("#rows input[type=checkbox]:checked").map((box) => box.value);
 const compareAddress = (names) => `${base}/compare?of=${names.map(encodeURIComponent).join("+")}`;
 // What has the curve that a row stands on: the run that saved a version, or its model.
-const curveOf = (box) => box.dataset.run || box.value.split(":")[0];
+const curveOf = (name, row) => {
+  const run = name.includes("/") ? null : row?.querySelector("td a[href*='/r/']");
+  return run ? decodeURIComponent(run.getAttribute("href").split("/r/")[1]) : name.split(":")[0];
+};
 const diffAddress = (a, b) => `${base}/diff?a=${encodeURIComponent(a)}&b=${encodeURIComponent(b)}`;
 const number = (name) => Number(name.split(":v")[1] ?? 0);
 function showChosen() {
@@ -99,7 +102,7 @@ function showChosen() {
     if (names.length === 2) diff.href = diffAddress(a, b);
   }
   const compare = chosen.querySelector("[data-do=c]");
-  compare.href = compareAddress([...new Set(all("#rows input[type=checkbox]:checked").map(curveOf))]);
+  compare.href = compareAddress([...new Set(all("#rows input[type=checkbox]:checked").map((box) => curveOf(box.value, box.closest("tr"))))]);
 }
 document.addEventListener("change", (event) => { if (event.target.closest("#rows")) showChosen(); });
 chosen?.addEventListener("click", (event) => {
@@ -421,7 +424,7 @@ const ACTIONS = {
   c: () => {
     const name = chosenReference();
     if (picked().length) chosen.querySelector("[data-do=c]").click();
-    else if (name) location.href = compareAddress([here()?.querySelector("input[type=checkbox]")?.dataset.run || name.split(":")[0]]);
+    else if (name) location.href = compareAddress([curveOf(name, here())]);
   },
   y: () => {
     const text = picked().join(" ") || chosenReference();
