@@ -107,7 +107,11 @@ def place_of(text: str) -> str:
         return text
     known = named_places()
     if text not in known:
-        raise NotFound(f"there is no folder {quoted(text)} here, and no place is called so", _listed(known))
+        make = f"make a registry there with: registry --root {text} init"
+        raise NotFound(
+            f"there is no folder {quoted(text)} here, and no place is called so",
+            _listed(known) if known else make,
+        )
     return known[text]
 
 

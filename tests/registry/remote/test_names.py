@@ -105,7 +105,7 @@ def test_a_folder_goes_before_a_name(file: Path) -> None:
 
 
 def test_what_is_no_place_is_an_error_that_lists_the_names() -> None:
-    with pytest.raises(NotFound, match=r"no folder 'tema' here, .* registry remote add NAME PLACE"):
+    with pytest.raises(NotFound, match=r"no folder 'tema' here, .* registry --root tema init"):
         place_of("tema")
     with pytest.raises(NotFound, match=r"no place is called 'tema'; name a place with"):
         remove_name("tema")
