@@ -79,6 +79,9 @@ class Decoding:
         base: those that the difference was taken from.
         out: where the original bytes go; as long as `base`.
 
+    Attributes:
+        chunks, chunk: how many there are, and the elements of each but the last.
+
     Raises:
         Corrupt: if the bytes are malformed.
     """
@@ -89,9 +92,9 @@ class Decoding:
         self._new = np.frombuffer(out, _UNSIGNED[item_size])
         if len(coded) < _HEAD.size:
             raise Corrupt("a difference is cut short")
-        self._chunk, self.chunks = _HEAD.unpack(coded[: _HEAD.size])
+        self.chunk, self.chunks = _HEAD.unpack(coded[: _HEAD.size])
         table = _HEAD.size + 4 * self.chunks * item_size
-        expected = -(-len(self._old) // self._chunk) if self._chunk else -1
+        expected = -(-len(self._old) // self.chunk) if self.chunk else -1
         if self.chunks != expected or len(coded) < table or len(self._new) != len(self._old):
             raise Corrupt("a difference is malformed")
         self._lengths = np.frombuffer(coded[_HEAD.size : table], "<u4").astype(np.int64)
@@ -106,7 +109,7 @@ class Decoding:
         Raises:
             Corrupt: if it is malformed.
         """
-        old = self._old[i * self._chunk : (i + 1) * self._chunk]
+        old = self._old[i * self.chunk : (i + 1) * self.chunk]
         kind = _UNSIGNED[self._item_size]
         total: Any = None
         for plane in range(self._item_size):
@@ -118,7 +121,7 @@ class Decoding:
             if plane:
                 raw <<= kind(8 * plane)
             total = raw if total is None else np.bitwise_or(total, raw, out=total)
-        new = self._new[i * self._chunk : (i + 1) * self._chunk]
+        new = self._new[i * self.chunk : (i + 1) * self.chunk]
         if total is None:
             new[:] = old
             return

@@ -83,9 +83,9 @@ class Mapped:
         sizes = []
         for item in items:
             levels = self._levels(item, memoryview(decoded[item.info.digest])[: item.size])
-            counts = {decoding.chunks for _, decoding in levels}
             # Chunk by chunk through all levels, unless these were coded with chunks of several sizes.
-            parts = range(*counts) if len(counts) == 1 else [None]
+            is_even = len({decoding.chunk for _, decoding in levels}) == 1
+            parts = range(levels[0][1].chunks) if is_even else [None]
             jobs += [(levels, part) for part in parts]
             sizes += [item.size // len(parts)] * len(parts)
         in_parallel(jobs, self._decode_part, sizes)

@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from registry.catalog.lookups import are_doomed
+from registry.catalog.lookups import are_doomed, can_be_turned_back
 from registry.log.entries import MAX_TEXT, Record, manifest_text, now, pack_record
 from registry.progress import Progress, silent
 from registry.store.errors import Conflict, Corrupt, Missing, RegistryError, Unsupported
@@ -224,6 +224,8 @@ def _packs(view: View, stored: Stored, *, strict: bool) -> list[Record]:
         raise Stale("tensors of this save were stored meanwhile")
     if (needed - set(found) - set(own)) or not (store.has(stored.digest) or manifest_text(stored.text)):
         raise Stale("tensors or the manifest of this save were removed meanwhile")
+    if any(place.base for place in own.values()) and not can_be_turned_back(view, own):
+        raise Stale("differences of this save would lie too deep, or in a circle")
     relied_on = _with_bases(view, {digest: found[digest] for digest in needed - set(own)})
     if strict and any(place.is_damaged for place in relied_on.values()):
         raise Stale("a pack that this save relied on was found damaged meanwhile")

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from registry.log.metrics import bare
 from registry.store.digest import is_digest
 from registry.store.errors import Corrupt
 from registry.store.locating import Location
 
+if TYPE_CHECKING:
+    from registry.store.store import Store
+
 _BATCH = 500
 """Parameters of one statement."""
+
+DEEPEST = 6
+"""How many differences may rest on one another where a pack is made known. The format allows more."""
 
 Query = Callable[[str, Sequence[Any]], Sequence[Sequence[Any]]]
 """Runs SQL and returns the rows."""
@@ -23,6 +29,16 @@ class Reader(Protocol):
 
     def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """The rows of a query that only reads."""
+        ...
+
+
+class Placed(Reader, Protocol):
+    """The view of the catalog inside a transaction, which knows where tensors lie."""
+
+    store: Store
+
+    def locate(self, digests: Collection[str]) -> dict[str, Location]:
+        """Where stored tensors lie."""
         ...
 
 
@@ -67,6 +83,55 @@ def locate(query: Query, digests: Collection[str]) -> dict[str, Location]:
                 ranks[digest] = rank
                 found[digest] = Location(pack, start, size, base, coded, damaged != 0)
     return found
+
+
+def can_be_turned_back(view: Placed, own: Mapping[str, Location], *, without: str = "") -> bool:
+    """Whether the differences of a new pack, and all that rest on its tensors, lead to whole tensors in packs that stay.
+
+    On the way there are no circles, and no more than `DEEPEST` differences: others may have changed meanwhile what the
+    new pack was made from.
+
+    Args:
+        own: where tensors lie in the new pack.
+        without: the pack that it takes the place of.
+    """
+    places = dict(own)
+    wanted = {place.base for place in own.values() if place.base} - own.keys()
+    while wanted:
+        found = view.locate(wanted)
+        if len(found) < len(wanted) or any(place.pack == without for place in found.values()):
+            return False
+        places |= found
+        wanted = {place.base for place in found.values() if place.base} - places.keys()
+    sizes = {place.pack: place.pack_size for digest, place in places.items() if digest not in own}
+    if not all(view.store.pack_is_whole(pack, size) for pack, size in sizes.items()):
+        return False
+    depths = {digest: _depth(digest, places) for digest in own}
+    level = {digest for digest, place in own.items() if place.base}
+    while level:
+        if any(depths[digest] > DEEPEST for digest in level):
+            return False
+        above: set[str] = set()
+        for part in batches(level):
+            rows = view.query(
+                "SELECT t.digest, t.base FROM tensors t JOIN packs p ON p.number = t.pack "
+                f"WHERE t.base IN ({marks(part)}) AND p.digest != ?",
+                [*part, without],
+            )
+            for digest, base in rows:
+                if depths[base] >= depths.get(digest, 0):
+                    depths[digest] = depths[base] + 1
+                    above.add(digest)
+        level = above
+    return True
+
+
+def _depth(digest: str, places: Mapping[str, Location]) -> int:
+    """How many differences lead from a tensor to a whole one; more than are allowed where there are too many, or a circle."""
+    depth = 0
+    while (base := places[digest].base) and depth <= DEEPEST:
+        digest, depth = base, depth + 1
+    return depth
 
 
 def pack_size(size: object) -> int:

@@ -112,7 +112,7 @@ def compact(
             progress(done, total, saved)
         rest = packs_of(catalog.query, plan.all_versions) - plan.packs.keys()
         try:
-            tidied = tidy(catalog, store, sorted(rest), dry_run=dry_run)
+            tidied = tidy(catalog, store, sorted(rest), dry_run=dry_run, most_users=None)
         except (Corrupt, Unsupported) as error:
             tidied, problem = [], problem or str(error)
         packs += len(tidied)
@@ -213,6 +213,8 @@ def _plan(
         pairs: dict[str, list[str]] = {}
         for name, tensor in _named(manifest(versions[position].id)):
             alike = [base[name].digest for base in tensors if name in base and _alike(tensor, base[name])]
+            # Values that two versions have swapped would rest on one another.
+            alike = [base for base in alike if tensor.digest not in candidates.get(base, ())]
             if alike and tensor.digest not in alike and tensor.digest not in kept:
                 pairs[tensor.digest] = list(dict.fromkeys(alike))
         if pairs:

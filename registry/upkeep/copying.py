@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from registry.catalog.attached import attached, attached_again
 from registry.catalog.commit import publish, publish_version
-from registry.catalog.lookups import was_removed
+from registry.catalog.lookups import DEEPEST, batches, marks, was_removed
 from registry.catalog.resolving import resolve
 from registry.catalog.versions import COPIED, by_id, find_versions
 from registry.log.entries import now
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from registry.store.pack import PackInfo
 
 _ATTEMPTS = 3
-
-_DEEPEST = 6
-"""How many differences may rest on one another in the other registry. What would lie deeper is copied whole."""
 
 _logger = logging.getLogger(__name__)
 
@@ -213,7 +210,10 @@ def _copied_pack(source: Home, target: Home, lacking: Collection[str]) -> PackIn
 
 
 def _too_deep(source: Home, target: Home, lacking: Collection[str]) -> set[str]:
-    """The tensors whose differences would lie too deep in the other registry, on those that are there already."""
+    """The tensors whose differences would lie too deep in the other registry, or let others lie deeper.
+
+    These are tensors on which others rest there, although it lacks them whole.
+    """
     places = dict(source.catalog.locate(lacking))
     wanted = {place.base for place in places.values() if place.base} - places.keys()
     while wanted:
@@ -221,16 +221,22 @@ def _too_deep(source: Home, target: Home, lacking: Collection[str]) -> set[str]:
         places |= found
         wanted = {place.base for place in found.values() if place.base} - places.keys()
     depths: dict[str, int] = {}
-    whole: set[str] = set()
+    whole = {
+        digest
+        for part in batches(lacking)
+        for (digest,) in target.catalog.query(
+            f"SELECT DISTINCT base FROM tensors WHERE base IN ({marks(part)})", part
+        )
+    }
 
     def depth(digest: str, above: int = 0) -> int:
         base = places[digest].base if digest in places else None
         # No healthy registry has a circle.
-        if base is None or above > 4 * _DEEPEST:
+        if base is None or digest in whole or above > 4 * DEEPEST:
             return 0
         if digest not in depths:
             depths[digest] = depth(base, above + 1) + 1
-            if depths[digest] > _DEEPEST and digest in lacking:
+            if depths[digest] > DEEPEST and digest in lacking:
                 whole.add(digest)
                 depths[digest] = 0
         return depths[digest]

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from registry.catalog.lookups import are_doomed, batches, locate, marks
+from registry.catalog.lookups import are_doomed, batches, can_be_turned_back, locate, marks
 from registry.log.entries import Record, pack_record
 from registry.store.errors import Corrupt, NotFound, RegistryError
 
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from registry.catalog.catalog import Catalog
     from registry.catalog.lookups import Query
     from registry.catalog.transactions import View
-    from registry.store.locating import Location
     from registry.store.pack import PackInfo
     from registry.store.store import Store
 
@@ -26,9 +25,6 @@ _WORTH_IT = 4 << 10
 
 _MAX_USERS = 20
 """Manifests to read at most to know what of a pack is needed."""
-
-_DEEPEST = 6
-"""How many differences may rest on one another once a pack has taken the place of another. The format allows more."""
 
 
 class Tidied(NamedTuple):
@@ -42,16 +38,24 @@ class Tidied(NamedTuple):
     after: int | None
 
 
-def tidy(catalog: Catalog, store: Store, packs: Iterable[str], *, dry_run: bool = False) -> list[Tidied]:
+def tidy(
+    catalog: Catalog,
+    store: Store,
+    packs: Iterable[str],
+    *,
+    dry_run: bool = False,
+    most_users: int | None = _MAX_USERS,
+) -> list[Tidied]:
     """Repack those of some packs of which half or more is not needed any more.
 
     Args:
         dry_run: only say which.
+        most_users: packs that more manifests rely on stay as they are, as all of these have to be read.
     """
     found = []
     for pack in packs:
         rows = catalog.query("SELECT size FROM packs WHERE digest = ?", [pack])
-        if not rows or len(users_of(catalog.query, pack)) > _MAX_USERS:
+        if not rows or (most_users is not None and len(users_of(catalog.query, pack)) > most_users):
             continue
         ((before,),) = rows
         with unless_gone(catalog, pack):
@@ -167,51 +171,6 @@ def _replacement(view: View, old: str, new: PackInfo) -> list[Record]:
     own = new.places
     if not needed_of(view.query, store, old) <= own.keys():
         return []
-    if not _can_be_turned_back(view, old, own):
+    if not can_be_turned_back(view, own, without=old):
         return []
     return [pack_record(new), {"op": "replace", "old": old, "new": new.digest}]
-
-
-def _can_be_turned_back(view: View, old: str, own: Mapping[str, Location]) -> bool:
-    """Whether the differences of a new pack, and all that rest on its tensors, lead to whole tensors in packs that stay.
-
-    On the way there are no circles, and no more than `_DEEPEST` differences: others may have changed meanwhile what the
-    new pack was made from.
-    """
-    places = dict(own)
-    wanted = {place.base for place in own.values() if place.base} - own.keys()
-    while wanted:
-        found = view.locate(wanted)
-        if len(found) < len(wanted) or any(place.pack == old for place in found.values()):
-            return False
-        places |= found
-        wanted = {place.base for place in found.values() if place.base} - places.keys()
-    sizes = {place.pack: place.pack_size for digest, place in places.items() if digest not in own}
-    if not all(view.store.pack_is_whole(pack, size) for pack, size in sizes.items()):
-        return False
-    depths = {digest: _depth(digest, places) for digest in own}
-    level = {digest for digest, place in own.items() if place.base}
-    while level:
-        if any(depths[digest] > _DEEPEST for digest in level):
-            return False
-        above: set[str] = set()
-        for part in batches(level):
-            rows = view.query(
-                "SELECT t.digest, t.base FROM tensors t JOIN packs p ON p.number = t.pack "
-                f"WHERE t.base IN ({marks(part)}) AND p.digest != ?",
-                [*part, old],
-            )
-            for digest, base in rows:
-                if depths[base] >= depths.get(digest, 0):
-                    depths[digest] = depths[base] + 1
-                    above.add(digest)
-        level = above
-    return True
-
-
-def _depth(digest: str, places: Mapping[str, Location]) -> int:
-    """How many differences lead from a tensor to a whole one; more than are allowed where there are too many, or a circle."""
-    depth = 0
-    while (base := places[digest].base) and depth <= _DEEPEST:
-        digest, depth = base, depth + 1
-    return depth

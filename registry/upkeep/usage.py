@@ -5,7 +5,8 @@ that its differences rest on, and on those of the files that are attached to it.
 the version that was saved first of those that rely on it; as *cached* if only results of cached functions rely on it; as
 *unneeded* if nothing does, or only files whose version is gone. So the own bytes of all models, the cached and the unneeded bytes are what the packs take.
 
-What a removal would *free* are the packs on which nothing else relies. It may be less than the own bytes, as later
+What a removal would *free* are the packs on which nothing else relies. A removal may free more, as what is still needed of a
+pack is copied to a smaller one where most of it is not. It may be less than the own bytes, as later
 versions share them, and for several versions together it may be more than the sum. Manifests and the log are not counted,
 and neither are files that gc removes later, as of packs that compaction has replaced.
 """

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from registry import Registry
-from registry.store import durable, header
+from registry.store import differences, durable, header
 from registry.store.errors import Corrupt, NotFound, StorageError
 from registry.store.folder_index import PackFolder
 from registry.store.loading import Mapped
@@ -672,3 +672,48 @@ def test_a_deep_difference_is_turned_back_in_memory_for_itself_alone(tmp_path: P
     together.decode(chain)
     assert len(together._decoded) == 4
     assert bytes(together.bytes(chain[0])) == bytes(mapped.bytes(chain[0]))
+
+
+def test_many_versions_that_share_a_little_of_a_pack_do_not_keep_the_rest(tmp_path: Path) -> None:
+    """As those that were trained on a frozen backbone, which the first of them has brought."""
+    registry, shared = Registry(tmp_path / "r"), torch.arange(2_000.0)
+    for number in range(30):
+        model = {"shared": shared, "own": torch.full((20,), float(number))}
+        if not number:
+            model["large"] = torch.randn(100_000)
+        registry.save("net", {"model": model})
+    registry.remove(["net:v1"])
+    registry.compact()
+    assert stored(registry) < 300_000
+    assert registry.verify().problems == ()
+
+
+def test_values_that_two_versions_have_swapped_become_differences(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "r")
+    a, b, z = (state["model"]["weights"] for state in (walk(2)[0], walk(2)[1], walk(3)[2]))
+    swapped = [{"x": b, "y": a}, {"x": a, "y": b}, {}, {}]
+    expected = [{"model": {"z": z * (1 + number / 100), **more}} for number, more in enumerate(swapped)]
+    for state in expected:
+        registry.save("net", state)
+    (done,) = registry.compact()
+    assert done.packs
+    assert registry.compact()[0].packs == 0
+    check(registry, expected)
+
+
+@pytest.mark.parametrize("chunks", [(1_100, 1_500), (1_500, 1_100), (512, 512)])
+def test_differences_of_other_programs_may_have_chunks_of_any_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunks: tuple[int, int]
+) -> None:
+    registry, expected = Registry(tmp_path / "r"), []
+    for number in range(3):
+        expected.append({"model": {"w": torch.arange(2_048.0) + number * 1e-4}})
+        registry.save("net", expected[-1])
+    digests = [next(iter(registry[f"net:v{n}"].parameters()))[3] for n in (1, 2, 3)]
+    for place, chunk in zip((1, 2), chunks, strict=True):
+        monkeypatch.setattr(differences, "CHUNK", chunk)
+        pack = registry.catalog.locate([digests[place]])[digests[place]].pack
+        bases = {digests[place]: [digests[place - 1]]}
+        assert repacking.repack(registry.catalog, registry.store, pack, [digests[place]], bases)
+    assert depths(registry, "net:v3") == {"model/w": 2}
+    check(registry, expected)

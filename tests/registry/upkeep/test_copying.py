@@ -306,3 +306,47 @@ def test_an_error_names_the_registry_that_cannot_be_written(
     monkeypatch.setattr(durable.disk, "write_at", full)
     with pytest.raises(StorageError, match=f"^{re.escape(str(other.root))}: no space left"):
         registry.copy_to(other)
+
+
+def damage(registry: Registry, digest: str) -> None:
+    """Flip a byte of a tensor, and let verify note it."""
+    place = registry.catalog.locate([digest])[digest]
+    path = registry.store.pack_path(place.pack)
+    data = bytearray(path.read_bytes())
+    data[place.start] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(data)
+    assert registry.verify().problems
+
+
+@pytest.mark.damages
+def test_a_copy_lets_nothing_lie_deeper_that_is_there(tmp_path: Path) -> None:
+    """Where a pack is damaged in another place, the copy of its tensor counts, though it is a difference."""
+    here, far = Registry(tmp_path / "here"), Registry(tmp_path / "far")
+    for number in range(1, 13):
+        state = near(number)
+        if number == 12:
+            state["model"]["d"] = torch.arange(5_000.0)
+        here.save("a", state)
+    here.compact()
+    deep = max(range(1, 13), key=lambda number: depth_of(here, f"a:v{number}", "model/w"))
+    assert depth_of(here, f"a:v{deep}", "model/w") >= 3
+    digests = {path: digest for path, _, _, digest in here["a:v12"].parameters()}
+    damage(here, digests["model/d"])
+    assert torch.equal(here[f"a:v{deep}"].load()["model"]["w"], near(deep)["model"]["w"])
+    for number in (12, 13, 14):
+        far.save("b", near(number))
+    far.compact()
+    assert depth_of(far, "b:v1", "model/w") == 1
+    far.copy_to(here, ["b:v1"])
+    assert here.catalog.locate([digests["model/w"]])[digests["model/w"]].base is None
+    for number in range(1, 12):
+        assert torch.equal(here[f"a:v{number}"].load()["model"]["w"], near(number)["model"]["w"])
+
+
+def depth_of(registry: Registry, reference: str, path: str) -> int:
+    digest = {name: digest for name, _, _, digest in registry[reference].parameters()}[path]
+    found = 0
+    while (place := registry.catalog.locate([digest])[digest]).base:
+        digest, found = place.base, found + 1
+    return found
