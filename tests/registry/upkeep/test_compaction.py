@@ -695,8 +695,8 @@ def test_values_that_two_versions_have_swapped_become_differences(tmp_path: Path
     expected = [{"model": {"z": z * (1 + number / 100), **more}} for number, more in enumerate(swapped)]
     for state in expected:
         registry.save("net", state)
-    (done,) = registry.compact()
-    assert done.packs
+    registry.compact()
+    assert "model/z" in coded(registry, "net:v1")
     assert registry.compact()[0].packs == 0
     check(registry, expected)
 
