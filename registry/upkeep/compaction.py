@@ -214,7 +214,11 @@ def _plan(
         for name, tensor in _named(manifest(versions[position].id)):
             alike = [base[name].digest for base in tensors if name in base and _alike(tensor, base[name])]
             # Values that two versions have swapped would rest on one another.
-            alike = [base for base in alike if tensor.digest not in candidates.get(base, ())]
+            alike = [
+                base
+                for base in alike
+                if tensor.digest not in (*candidates.get(base, ()), *pairs.get(base, ()))
+            ]
             if alike and tensor.digest not in alike and tensor.digest not in kept:
                 pairs[tensor.digest] = list(dict.fromkeys(alike))
         if pairs:
