@@ -10,7 +10,7 @@ from registry.catalog.naming import removal
 from registry.catalog.resolving import resolve
 from registry.catalog.versions import Version, find_versions, with_descendants
 from registry.log.entries import Record, manifest_text
-from registry.store.errors import Corrupt, NotFound
+from registry.store.errors import NotFound
 from registry.upkeep.repacking import tidy
 
 if TYPE_CHECKING:
@@ -54,9 +54,7 @@ def thin(catalog: Catalog, store: Store, reference: str) -> str:
             with contextlib.suppress(NotFound):
                 store.manifest(manifest_id)
         places = catalog.locate({tensor.digest for tensor in manifest.tensors})
-        # It is thin already. What is damaged in its packs, verify names.
-        with contextlib.suppress(Corrupt):
-            tidy(catalog, store, {place.pack for place in places.values()})
+        tidy(catalog, store, {place.pack for place in places.values()})
     return version.name
 
 
