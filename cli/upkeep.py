@@ -135,8 +135,8 @@ def compact(models: tuple[str, ...], dry_run: bool, registry: Registry, as_json:
     """Store older versions as differences, bit for bit.
 
     The command compacts each MODEL, or all models. The newest version, the versions with an alias and about one in
-    forty stay as they are. The others become differences, most of them from a near one, where that saves a tenth. No more than four rest on one another.
-    Packs of which most is not needed any more become smaller, too. Loading turns
+    forty stay as they are. The others become differences, most of them from a near one, where that saves a tenth. No
+    more than four rest on one another. Packs of which most is not needed any more become smaller, too. Loading turns
     differences back and checks every digest. If a model cannot be compacted, the command names it and compacts the
     others. The exit status is then 1.
     """

@@ -73,8 +73,9 @@ def compact(
 ) -> list[Compacted]:
     """Store older versions as differences from a neighbour, bit for bit; `collect_garbage` frees the space.
 
-    Packs of which half or more is not needed any more become smaller as well. The newest version of each model, those with an alias, and one in some forty stay as they are. A model that cannot
-    be compacted, such as for a byte that is not what was saved, does not stop the others.
+    Packs of which half or more is not needed any more become smaller as well. The newest version of each model, those
+    with an alias, and one in some forty stay as they are. A model that cannot be compacted, such as for a byte that is
+    not what was saved, does not stop the others.
 
     Args:
         models: all of them unless given.
