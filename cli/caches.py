@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from registry.cli.options import Group, command, example_text, seconds
-from registry.cli.output import ago, counted, nothing, print_facts, print_json, say, size, time_of
+from registry.cli.output import GC_FREES, ago, counted, nothing, print_facts, print_json, say, size, time_of
 from registry.cli.tables import Column, Field, TableView, print_table
 
 if TYPE_CHECKING:
@@ -114,9 +114,7 @@ def _tell(gone: list[Artifact], as_json: bool) -> None:
         return
     for one in gone:
         say(f"{one.key[:12]}  {one.function}  {size(one.size)}")
-    say(
-        f"{counted(len(gone), 'artifact')} removed; registry gc frees the space in an hour, or at once with --grace 0"
-    )
+    say(f"{counted(len(gone), 'artifact')} removed; {GC_FREES}")
 
 
 for one in (list_, show, rm, clear):

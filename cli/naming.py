@@ -12,7 +12,7 @@ from registry.catalog.versions import list_aliases
 from registry.cli import completing
 from registry.cli.completing import completes
 from registry.cli.options import ReferenceType, command
-from registry.cli.output import counted, nothing, print_json, say, size, text_of
+from registry.cli.output import GC_FREES, counted, nothing, print_json, say, size, text_of
 from registry.cli.tables import Column, Field, TableView, print_table
 from registry.log.reference import parse_reference
 from registry.store.errors import Conflict
@@ -126,9 +126,5 @@ def rm(
     if as_json:
         print_json({"removed": [version_document(version) for version in versions], "dry_run": dry_run})
     else:
-        word = (
-            "would be removed"
-            if dry_run
-            else "removed; registry gc frees the space in an hour, or at once with --grace 0"
-        )
+        word = "would be removed" if dry_run else f"removed; {GC_FREES}"
         say(f"{counted(len(versions), 'version')} {word}")

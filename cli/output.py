@@ -63,6 +63,9 @@ _STAND_INS = {
 _commands: list[str] = []
 """The names of the commands. This is state of the process; `registry.cli.app` sets it as it is loaded."""
 
+GC_FREES = "registry gc frees the space in an hour, or at once with --grace 0"
+"""What is said of space that something has let go."""
+
 
 def name_commands(names: Iterable[str]) -> None:
     """Set the words after `registry` that are commands, so that `with_root` finds commands in advice."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from registry.cli.options import ReferenceType, command, seconds
-from registry.cli.output import counted, print_json, progress_bar, say, size, warn
+from registry.cli.output import GC_FREES, counted, print_json, progress_bar, say, size, warn
 from registry.cli.suggestions import WrongUse
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def compact(models: tuple[str, ...], dry_run: bool, registry: Registry, as_json:
                 f"{one.model}: {packs}, {size(one.before)} became {size(one.after)} ({factor:.1f} times smaller)"
             )
     if any(one.after for one in found):
-        say("registry gc frees the space in an hour, or at once with --grace 0")
+        say(GC_FREES)
     return int(any(one.problem for one in found))
 
 
