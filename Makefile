@@ -71,7 +71,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks --quick --write build/benchmarks
 
 bench-full: $(READY)
-	$(BIN)/python -m benchmarks --write docs
+	$(BIN)/python -m benchmarks --runs 3 --write docs
 
 exactness: $(FRAMEWORKS)/.ready
 	$(FRAMEWORKS)/bin/python -m benchmarks exactness --write docs

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks import (
@@ -25,11 +27,12 @@ from benchmarks import (
     shared,
     states,
     storage,
+    summary,
     training,
     transfers,
     ui,
 )
-from benchmarks.measure import Scale, Section
+from benchmarks.measure import Scale, Section, together
 
 Group = Callable[[Path, Scale], Section]
 """A measurement. It takes a folder to work in, and how much work it may do."""
@@ -69,6 +72,8 @@ GROUPS: dict[str, tuple[str, Group]] = {
 QUICK = ("peers", "resnet50", "series", "growth", "catalog")
 """The groups that `--quick` measures."""
 
+ONCE = ("peers", "series", "growth", "shared", "ui")
+"""Groups that `--runs` does not repeat: they count bytes, or start processes of their own for each round."""
 
 ALONE = ("exactness",)
 """Groups that are measured only where they are named, in an environment of their own. They write a page of their own."""
@@ -82,26 +87,29 @@ def main() -> int:
         "--quick", action="store_true", help=f"measure less, within minutes: {', '.join(QUICK)}"
     )
     parser.add_argument("--rounds", type=int, help="turns of each contender; 7, or 3 with --quick")
+    parser.add_argument(
+        "--runs",
+        type=int,
+        default=1,
+        help="repeat each measurement of times in so many processes; 3 rounds each unless --rounds is given",
+    )
     parser.add_argument("--folder", help="the folder to work in; it must be on a disk, not in memory")
     parser.add_argument(
-        "--write", metavar="FOLDER", help="write benchmarks.md, benchmarks.json and a plot there"
+        "--write",
+        metavar="FOLDER",
+        help="write benchmarks.md, benchmarks.json and a plot there, and the table of the README beside it; named groups take the "
+        "place of those that are there",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--strict", action="store_true", help="end with status 1 if a goal is missed")
     options = parser.parse_args()
-    scale = Scale(options.rounds or (3 if options.quick else 7), options.quick)
     names = options.groups or (QUICK if options.quick else [name for name in GROUPS if name not in ALONE])
     began = time.monotonic()
     sections: dict[str, Section] = {}
     for name in names:
-        title, measure = GROUPS[name]
         if not options.json:
-            print(f"\n{title}", flush=True)
-        if len(names) > 1:
-            sections[name] = _in_a_process_of_its_own(name, options)
-        else:
-            with tempfile.TemporaryDirectory(dir=options.folder or ".", prefix="benchmark-") as folder:
-                sections[name] = measure(Path(folder).resolve(), scale)
+            print(f"\n{GROUPS[name][0]}", flush=True)
+        sections[name] = _measured(name, options, in_process=len(names) == 1)
         if not options.json:
             _print(sections[name])
     command = " ".join(["python -m benchmarks", *(["--quick"] if options.quick else []), *options.groups])
@@ -110,12 +118,14 @@ def main() -> int:
     if options.write and names == ["exactness"]:
         print(f"\nwrote {exactness.write(Path(options.write), sections['exactness'])}", file=sys.stderr)
     elif options.write:
-        page = report.write(
-            Path(options.write),
-            sections=sections,
-            titles={n: title for n, (title, _) in GROUPS.items()},
-            command=command,
-        )
+        folder = Path(options.write)
+        if options.groups:
+            kept = {**report.read(folder), **sections}
+            sections = {name: kept[name] for name in GROUPS if name in kept}
+            command = "python -m benchmarks"
+        titles = {n: title for n, (title, _) in GROUPS.items()}
+        page = report.write(folder, sections=sections, titles=titles, command=command)
+        summary.write(folder.parent / "README.md", sections)
         print(f"\nwrote {page}", file=sys.stderr)
     if not options.json:
         print(f"took {time.monotonic() - began:.0f} s", file=sys.stderr)
@@ -125,11 +135,28 @@ def main() -> int:
     )
 
 
-def _in_a_process_of_its_own(name: str, options: argparse.Namespace) -> Section:
+def _measured(name: str, options: argparse.Namespace, *, in_process: bool) -> Section:
+    """Measure a group, in as many runs as are asked for.
+
+    Args:
+        in_process: whether a single run may be in this process.
+    """
+    load = os.getloadavg()[0]
+    runs = 1 if name in ONCE or name in ALONE else options.runs
+    rounds = options.rounds or (3 if options.quick or runs > 1 else 7)
+    if runs == 1 and in_process:
+        with tempfile.TemporaryDirectory(dir=options.folder or ".", prefix="benchmark-") as folder:
+            section = GROUPS[name][1](Path(folder).resolve(), Scale(rounds, options.quick))
+    else:
+        section = together([_in_a_process_of_its_own(name, rounds, options) for _ in range(runs)])
+    section.measured = f"{datetime.now(UTC).date()}, load {load:.1f} before"
+    return section
+
+
+def _in_a_process_of_its_own(name: str, rounds: int, options: argparse.Namespace) -> Section:
     """Measure a group in a new process, because memory that another group has used would slow it."""
-    command = [sys.executable, "-m", "benchmarks", name, "--json"]
+    command = [sys.executable, "-m", "benchmarks", name, "--json", "--rounds", str(rounds)]
     command += ["--quick"] if options.quick else []
-    command += ["--rounds", str(options.rounds)] if options.rounds else []
     command += ["--folder", options.folder] if options.folder else []
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     return report.section(json.loads(done.stdout)["sections"][name])

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy
@@ -17,6 +17,10 @@ Contender = tuple[Callable[[], object], Callable[[], object]]
 
 Times = dict[str, list[float]]
 """Seconds of each contender, round by round."""
+
+
+MARGIN = 0.15
+"""The part of the smallest by which the medians of runs may differ before a figure is said to move."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,8 @@ class Result:
         goal: the value that it must not exceed; None for no goal.
         detail: the figures behind the value, as text.
         unit: `x` for a ratio, `s` for seconds.
-        low, high: the quartiles; None if they were not measured.
+        low, high: the quartiles, the widest of several runs; None if they were not measured.
+        runs: the medians of several runs, each in a process of its own; none if there was one run.
     """
 
     what: str
@@ -56,6 +61,12 @@ class Result:
     unit: str = "x"
     low: float | None = None
     high: float | None = None
+    runs: Sequence[float] = ()
+
+    @property
+    def moves(self) -> bool:
+        """Whether runs differ by more than `MARGIN`, so that a single one tells little."""
+        return bool(self.runs) and max(self.runs) > (1 + MARGIN) * min(self.runs)
 
     @property
     def holds(self) -> bool:
@@ -110,12 +121,17 @@ class Table:
 
 @dataclass(slots=True)
 class Section:
-    """The results of one group of measurements."""
+    """The results of one group of measurements.
+
+    Attributes:
+        measured: when, and how busy the machine was just before.
+    """
 
     results: list[Result] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    measured: str = ""
 
 
 def take_turns(contenders: Mapping[str, Contender], rounds: int) -> Times:
@@ -163,6 +179,26 @@ def absolute(what: str, seconds: Sequence[float], goal: float | None, detail: st
     low, high = middle_half(seconds)
     median = statistics.median(seconds)
     return Result(what, median, goal=goal, detail=detail or spoken(median), unit="s", low=low, high=high)
+
+
+def together(runs: Sequence[Section]) -> Section:
+    """One section of several runs of a group: the medians of their medians. Tables and notes are those of the last run."""
+    results = []
+    for several in zip(*(section.results for section in runs), strict=True):
+        medians = [one.value for one in several]
+        middle = sorted(several, key=lambda one: one.value)[len(several) // 2]
+        lows = [one.low for one in several if one.low is not None]
+        highs = [one.high for one in several if one.high is not None]
+        results.append(
+            replace(
+                middle,
+                value=statistics.median(medians),
+                low=min(lows, default=None),
+                high=max(highs, default=None),
+                runs=medians,
+            )
+        )
+    return replace(runs[-1], results=results)
 
 
 def middle_half(values: Sequence[float]) -> tuple[float, float]:

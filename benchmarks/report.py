@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Curve, Result, Section, Table, spoken
+from benchmarks.measure import MARGIN, Curve, Result, Section, Table, spoken
 
 _PLOT = "benchmarks-growth.svg"
 _COLOURS = ("#1f5fbf", "#d9541e", "#2a9d5c", "#8a4fbf", "#c79a00", "#4a4a4a", "#c2447a", "#1899a8", "#8c6d46")
@@ -53,13 +53,17 @@ def document(sections: Mapping[str, Section], command: str) -> dict[str, Any]:
         "machine": machine(),
         "sections": {
             name: {
-                "results": [{**asdict(result), "holds": result.holds} for result in section.results],
+                "results": [
+                    {**asdict(result), "holds": result.holds, "moves": result.moves}
+                    for result in section.results
+                ],
                 "curves": [
                     {**asdict(curve), "fixed": curve.fixed, "each": curve.each, "power": curve.power}
                     for curve in section.curves
                 ],
                 "tables": [asdict(table) for table in section.tables],
                 "notes": section.notes,
+                "measured": section.measured,
             }
             for name, section in sections.items()
         },
@@ -73,11 +77,21 @@ def section(document: Mapping[str, Any]) -> Section:
         curves=[Curve(**_fields(Curve, one)) for one in document["curves"]],
         tables=[Table(**_fields(Table, one)) for one in document["tables"]],
         notes=document["notes"],
+        measured=document.get("measured", ""),
     )
 
 
+def read(folder: Path) -> dict[str, Section]:
+    """The sections that `write` wrote to a folder; none if it has not."""
+    try:
+        found = json.loads((folder / "benchmarks.json").read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    return {name: section(one) for name, one in found["sections"].items()}
+
+
 def _fields(kind: type[Any], document: Mapping[str, Any]) -> dict[str, Any]:
-    return {field.name: document[field.name] for field in fields(kind)}
+    return {field.name: document[field.name] for field in fields(kind) if field.name in document}
 
 
 def write(folder: Path, sections: Mapping[str, Section], titles: Mapping[str, str], command: str) -> Path:
@@ -102,6 +116,8 @@ def _page(sections: Mapping[str, Section], titles: Mapping[str, str], command: s
         "The contenders take turns in one run, after a round to warm up. Another contender begins each round. A ratio "
         "is our time over the other's, so 0.5 is half the time. A table shows the median of the ratios of all rounds, "
         "and beside it the range of the middle half of the rounds. Every save ends with its bytes on the disk (fsync).",
+        "Where it has a column of runs, the whole measurement was repeated, each time in a new process. The median is that of "
+        f"their medians, and a figure moves if these differ by more than {MARGIN:.0%}.",
         "The host of a virtual machine takes back free memory, and gives it again slowly. What is compared with "
         "`torch.save` and `torch.load` therefore has its memory touched before its turn. Machines are shared and "
         "noisy, so compare within a table, not between machines.",
@@ -109,7 +125,8 @@ def _page(sections: Mapping[str, Section], titles: Mapping[str, str], command: s
         f"{sum(result.holds for result in goals)} of {len(goals)} goals hold.",
     ]
     for name, section in sections.items():
-        parts.append(f"## {titles[name]}\n\n`python -m benchmarks {name}`")
+        measured = f", {section.measured}" if section.measured else ""
+        parts.append(f"## {titles[name]}\n\n`python -m benchmarks {name}`{measured}")
         if section.results:
             parts.append(_markdown(_results(section.results)))
         for table in section.tables:
@@ -121,14 +138,16 @@ def _page(sections: Mapping[str, Section], titles: Mapping[str, str], command: s
 
 
 def _results(results: Sequence[Result]) -> Table:
+    has_runs = any(result.runs for result in results)
     return Table(
         "",
-        ["", "median", "middle half", "goal", "", "in figures"],
+        ["", "median", "middle half", *(["runs"] if has_runs else []), "goal", "", "in figures"],
         [
             [
                 result.what,
                 _number(result.value, result.unit),
                 _spread(result),
+                *([_runs(result)] if has_runs else []),
                 "" if result.goal is None else _number(result.goal, result.unit),
                 _verdict(result),
                 result.detail,
@@ -174,8 +193,18 @@ def _spread(result: Result) -> str:
     return f"{_number(result.low, result.unit)} to {_number(result.high, result.unit)}"
 
 
+def _runs(result: Result) -> str:
+    found = ", ".join(_number(value, result.unit) for value in result.runs)
+    return f"{found}; it moves" if result.moves else found
+
+
 def _verdict(result: Result) -> str:
-    return "" if result.goal is None else "holds" if result.holds else "missed"
+    if result.goal is None:
+        return ""
+    held = sum(value <= result.goal for value in result.runs)
+    if 0 < held < len(result.runs):
+        return f"{'holds' if result.holds else 'missed'}, in {held} of {len(result.runs)} runs it holds"
+    return "holds" if result.holds else "missed"
 
 
 def _plot(curves: Sequence[Curve], path: Path) -> None:

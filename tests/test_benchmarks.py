@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,8 @@ import pytest
 import torch
 
 from benchmarks import __main__ as program
-from benchmarks import compaction, exactness, floors, growth, peers, report, series, tasks, worker
-from benchmarks.measure import Curve, Result, Scale, Section, Table, ratio, spoken, take_turns
+from benchmarks import compaction, exactness, floors, growth, peers, report, series, summary, tasks, worker
+from benchmarks.measure import Curve, Result, Scale, Section, Table, ratio, spoken, take_turns, together
 from benchmarks.peers import Peer, PeerFailed, Worker
 
 LOSSY = """
@@ -68,6 +70,25 @@ def test_a_ratio_is_the_median_of_those_of_each_round() -> None:
     assert found.detail == "2.0 s against 4.0 s of peer"
     assert not Result("x", 0.51, 0.5, "").holds
     assert [spoken(s) for s in (5e-6, 0.0042, 0.042, 4.2)] == ["5 µs", "4.2 ms", "42 ms", "4.2 s"]
+
+
+def test_runs_give_the_median_of_their_medians_and_say_if_they_differ() -> None:
+    runs = [
+        Section(
+            [Result("save", value, 0.6, f"run {value}", low=value - 0.1, high=value + 0.1)],
+            notes=[f"{value}"],
+        )
+        for value in (0.50, 0.61, 0.55)
+    ]
+    found = together(runs)
+    (save,) = found.results
+    assert (save.value, save.runs, save.low, save.high) == (0.55, [0.50, 0.61, 0.55], 0.40, 0.71)
+    assert save.detail == "run 0.55"
+    assert save.holds
+    assert save.moves
+    assert found.notes == ["0.55"]
+    assert not Result("x", 1.0, None, "", runs=[1.0, 1.1]).moves
+    assert not Result("x", 1.0, None, "").moves
 
 
 def test_contenders_take_turns_after_a_round_to_warm_up() -> None:
@@ -283,6 +304,58 @@ def test_the_page_has_every_figure(
     monkeypatch.setattr(sys, "argv", [*command, "--strict", "--json"])
     assert program.main() == 1
     assert json.loads(capsys.readouterr().out)["command"] == "python -m benchmarks fake"
+
+
+def test_each_run_is_a_process_and_named_groups_replace_their_sections_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        asked.append(command[3:])
+        section = Section([Result("save", 0.5 + 0.06 * len(asked), 0.6, "1 s")])
+        return subprocess.CompletedProcess(command, 0, json.dumps(report.document({command[3]: section}, "")))
+
+    def once(folder: Path, scale: Scale) -> Section:
+        return Section([Result("bytes", 0.1, None, "1 MB")])
+
+    monkeypatch.setattr(program.subprocess, "run", run)
+    monkeypatch.setattr(program, "GROUPS", {"fake": ("A section", once), "series": ("Bytes", once)})
+    common = ["benchmarks", "--folder", str(tmp_path), "--write", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", [*common, "series"])
+    assert program.main() == 0
+    monkeypatch.setattr(sys, "argv", [*common, "--runs", "3", "fake"])
+    assert program.main() == 0
+    assert asked == [["fake", "--json", "--rounds", "3", "--folder", str(tmp_path)]] * 3
+    page = (tmp_path / "out/benchmarks.md").read_text()
+    assert (
+        "| save | 0.62 |  | 0.56, 0.62, 0.68; it moves | 0.60 | missed, in 1 of 3 runs it holds | 1 s |"
+        in page
+    )
+    assert "| bytes | 0.10 |" in page
+    assert re.search(r"`python -m benchmarks series`, \d{4}-\d\d-\d\d, load \d+\.\d before", page)
+
+
+def test_the_readme_has_the_figures_of_the_page(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    sections = report.read(root / "docs")
+    text = (root / "README.md").read_text()
+    assert text.partition(summary.BEGIN)[2].partition(summary.END)[0] == summary.tables(sections)
+    (save,) = (
+        one
+        for one in sections["resnet50"].results
+        if one.what.endswith("all new") and "torch.save" in one.detail
+    )
+    sections["resnet50"].results[sections["resnet50"].results.index(save)] = replace(
+        save, value=0.99, runs=[0.9, 0.99, 1.2]
+    )
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    summary.write(readme, sections)
+    assert (
+        "| save, everything new, durable | `torch.save` + fsync | 0.99 (0.90 to 1.20) |" in readme.read_text()
+    )
+    assert readme.read_text().partition(summary.END)[2] == text.partition(summary.END)[2]
 
 
 def test_the_table_of_exactness_goes_into_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
