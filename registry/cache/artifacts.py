@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -106,6 +106,20 @@ class Artifacts:
         """The id of the artifact under a key."""
         rows = self._home.catalog.query("SELECT id FROM artifacts WHERE key = ?", [key])
         return str(rows[0][0]) if rows else None
+
+    def made_of(self, ids: Collection[str]) -> dict[str, tuple[str, str]]:
+        """The key and the function of artifacts by the ids of their content; of the newest where several have the same."""
+        found = {}
+        for batch in batches(ids):
+            rows = self._home.catalog.query(
+                f"SELECT id, key, record FROM artifacts WHERE id IN ({marks(batch)}) ORDER BY created, key",
+                batch,
+            )
+            for artifact_id, key, text in rows:
+                record = sound_artifact(parsed(text))
+                if MARK not in record:
+                    found[artifact_id] = key, str(record.get("function", "?"))
+        return found
 
     def put(self, key: Key, tree: Any, *, version: str | int | None, seconds: float) -> str:
         """Store a result under its key; returns the artifact's id.

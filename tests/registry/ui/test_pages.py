@@ -14,6 +14,7 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
+import torch
 from browsing import Client, network
 
 from registry import Registry
@@ -393,3 +394,24 @@ def test_a_mistake_in_a_form_leaves_the_page_with_what_was_typed(
     assert unchanged.get(f"{address}&format=json").status == answer.status
     if "/m/" in address:
         assert answer.text.count('name="v"') == 5  # as without a condition
+
+
+def test_what_was_made_with_cached_data_leads_to_its_page(filled: Registry, client: Client) -> None:
+    data = filled.cached(lambda size: [torch.zeros(size)])
+    data(4)
+    (one,) = (
+        one for one in filled.artifacts.find() if not one.runs and one.record["parameters"] == {"size": 4}
+    )
+    with filled.run("named", dataset=one.id) as run:
+        run.save(model=network(21))
+    with filled.run("unknown", dataset="ab" * 32) as run:
+        run.save(model=network(22))
+    link = f'<a href="/data/{one.key[:12]}">'
+    for page in ("/m/named/v1", "/r/named/run-1"):
+        assert link in client.get(page).text
+        assert client.get(f"/data/{one.key[:12]}").status == 200
+    text = client.get("/m/unknown/v1").text
+    assert "made with the data" in text
+    assert "abababababab" in text
+    assert "/data/ab" not in text
+    assert "made with the data" not in client.get("/m/other/v1").text
