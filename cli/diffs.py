@@ -11,7 +11,7 @@ import click
 
 from registry.cli.completing import completes, metrics
 from registry.cli.options import ReferenceType, command, registry_if_any
-from registry.cli.output import complain_of, encodable, print_json, say, warn
+from registry.cli.output import complain_of, encodable, print_json, say, warn, width_of_terminal
 from registry.cli.tables import columns_of, print_table
 from registry.reports import html, markdown, text
 from registry.store.durable import write_file
@@ -80,25 +80,30 @@ def diff(
         if opens:
             _open(html.render(report.blocks()), output)
         else:
-            _write(_rendered(report, "json" if as_json else form, is_deep=is_deep), output)
+            width = None if output else width_of_terminal()
+            _write(_rendered(report, "json" if as_json else form, is_deep=is_deep, width=width), output)
     except RegistryError as error:
         complain_of(error)
         return 2
     return 0 if report.is_same else 1
 
 
-def _rendered(report: DiffReport, form: str, *, is_deep: bool) -> str:
-    """A report as text, Markdown, HTML or JSON."""
+def _rendered(report: DiffReport, form: str, *, is_deep: bool, width: int | None) -> str:
+    """A report as text, Markdown, HTML or JSON.
+
+    Args:
+        width: that of the terminal, if the text goes to one.
+    """
     if form == "json":
         return report.model_dump_json(by_alias=True, indent=2) + "\n"
-    return _drawn(report.blocks(is_deep=is_deep), form)
+    return _drawn(report.blocks(is_deep=is_deep), form, width)
 
 
-def _drawn(blocks: Sequence[Block], form: str) -> str:
+def _drawn(blocks: Sequence[Block], form: str, width: int | None = None) -> str:
     """Blocks in one of the forms that `--format` takes."""
     if form == "md":
         return markdown.render(blocks)
-    return html.render(blocks) if form == "html" else text.render(blocks) + "\n"
+    return html.render(blocks) if form == "html" else text.render(blocks, width) + "\n"
 
 
 @command(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from registry.cli.output import encodable, with_root
+from registry.cli.output import encodable, width_of_terminal, with_root
 from registry.cli.tables import Column, Growing
 from registry.live import ranks
 from registry.models.training import Epoch, Training, TrainingState, Watcher
@@ -76,7 +76,7 @@ class EpochTable(Watcher):
             f"{run.name}   {data.name}: {len(data.train):,} to train, {len(data.test):,} to test   "  # type: ignore[arg-type]
             f"{parameters:,} parameters   {together}{where}"
         )
-        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        width = width_of_terminal()
         self._table = Growing(_COLUMNS, (f"{self._epochs}/{self._epochs}", *_WIDEST), width)
         self._print(self._table.heading)
 

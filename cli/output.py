@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -191,6 +192,11 @@ def _encodable(character: str, encoding: str) -> str:
     except UnicodeEncodeError:
         return _STAND_INS.get(character) or character.encode("ascii", "backslashreplace").decode()
     return character
+
+
+def width_of_terminal() -> int | None:
+    """Characters of a line of the terminal that the standard output goes to; None if it goes elsewhere."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def say(text: str) -> None:

@@ -293,7 +293,7 @@ def _some(label: str, shown: Sequence[str], count: int | None = None) -> list[tu
 
 
 def _running_text(info: RunInfo) -> str:
-    return f"{info.name}, started {ago(info.started)}; follow it with: registry logs {info.name} -f"
+    return f"{info.name}, started {ago(info.started)}; registry logs {info.name} -f"
 
 
 def _lost_text(registry: Registry, info: RunInfo) -> str:

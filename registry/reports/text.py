@@ -21,55 +21,71 @@ from registry.reports.blocks import (
 from registry.reports.charts import text_bar
 from registry.store.text import printable
 
+_WIDTH = 79
+"""Characters of a line of facts, and of a line with a bar, where these are not longer themselves."""
 
-def render(blocks: Sequence[Block]) -> str:
-    """Draw blocks as text, without a line end behind the last. Curves are left out: lines cannot show them."""
+_BAR = 24
+"""Characters of a bar, if there is room."""
+
+_FEWEST = 2
+"""Columns of a table that are shown however narrow the terminal is."""
+
+
+def render(blocks: Sequence[Block], width: int | None = None) -> str:
+    """Draw blocks as text, without a line end behind the last. Curves are left out: lines cannot show them.
+
+    Args:
+        width: characters of a line, for which tables leave out bars and then their last columns, and say so; None to leave
+            out nothing.
+    """
     lines: list[str] = []
     for block in drawn(blocks, "lines"):
-        own = _lines_of(block)
+        own = _lines_of(block, width)
         lines += ["", *own] if lines and own else own
     return "\n".join(lines)
 
 
-def _lines_of(block: Block) -> list[str]:
+def _lines_of(block: Block, width: int | None) -> list[str]:
     if isinstance(block, Title):
         title = f"{block.text}: {block.subject}" if block.subject else block.text
         return [printable(title), *map(printable, block.lines)]
     if isinstance(block, Strip):
-        return _strip(block)
+        return _strip(block, min(width or _WIDTH, _WIDTH))
+    inner = None if width is None else width - len(_INDENT)
     if isinstance(block, Tree):
-        return _under(block.title, _tree(block))
+        return _under(block.title, _tree(block, inner))
     if isinstance(block, Lines):
         return _under(block.title, map(printable, block.lines))
     if isinstance(block, Table):
         above = [printable(block.above)] if block.above else []
-        return _under("" if block.opens else block.title, [*above, *_aligned(block.columns, block.cells)])
+        table = _fitting(block.columns, block.cells, width if block.opens or not block.title else inner)
+        return _under("" if block.opens else block.title, [*above, *table])
     if isinstance(block, Code):
         first, *rest = block.text.split("\n")
         return [printable(f"{block.title.lower()}: {first}"), *(printable(f"  {line}") for line in rest)]
     return []
 
 
+_INDENT = "  "
+"""What stands before lines under a title."""
+
+
 def _under(title: str, lines: Iterable[str]) -> list[str]:
-    return [printable(title.lower()), *(f"  {line}" for line in lines)] if title else list(lines)
+    return [printable(title.lower()), *(f"{_INDENT}{line}" for line in lines)] if title else list(lines)
 
 
-_WIDTH = 79
-"""Characters of a line of facts, where these are not longer themselves."""
-
-
-def _strip(block: Strip) -> list[str]:
+def _strip(block: Strip, width: int) -> list[str]:
     """The facts, as many in a line as fit."""
     lines = [""]
     for name, value in block.facts:
         fact = printable(f"{name} {toned(value).text}")
-        if lines[-1] and len(lines[-1]) + 3 + len(fact) > _WIDTH:
+        if lines[-1] and len(lines[-1]) + 3 + len(fact) > width:
             lines.append("")
         lines[-1] += f"   {fact}" if lines[-1] else fact
     return lines
 
 
-def _tree(block: Tree) -> list[str]:
+def _tree(block: Tree, width: int | None) -> list[str]:
     """The modules that differ, with bars, and how many are equal."""
     shown = [row for row in block.rows if not row.is_same] or block.rows
     rows = [one for row in shown for one in _branches(row, 0, block.is_deep)]
@@ -77,18 +93,30 @@ def _tree(block: Tree) -> list[str]:
     for (_, depth), row_cells in zip(rows, cells, strict=True):
         row_cells[0] = Cell("  " * depth + row_cells[0].text, row_cells[0].tone)
     if block.bar:
-        width = _room(_aligned(columns, cells), least=len(block.bar))
-        columns.insert(1, Column(block.bar))
-        for (row, _), row_cells in zip(rows, cells, strict=True):
-            row_cells.insert(1, Cell("" if row.bar is None else text_bar(row.bar, width)))
+        room = min(width or _WIDTH, _WIDTH) - len(_INDENT) - _widest(_aligned(columns, cells))
+        if width is None or room >= len(block.bar):
+            columns.insert(1, Column(block.bar))
+            bar = min(_BAR, max(len(block.bar), room))
+            for (row, _), row_cells in zip(rows, cells, strict=True):
+                row_cells.insert(1, Cell("" if row.bar is None else text_bar(row.bar, bar)))
     equal = len(block.rows) - len(shown)
     rest = [f"and {equal} equal" if equal > 1 else "and 1 equal"] if equal else []
-    return [*_aligned(columns, cells), *rest]
+    return [*_fitting(columns, cells, width), *rest]
 
 
-def _room(lines: Sequence[str], *, least: int) -> int:
-    """Characters for a bar beside other columns, so that a line fits into 80 if it can."""
-    return min(24, max(least, _WIDTH - 4 - max(map(len, lines), default=0)))
+def _widest(lines: Sequence[str]) -> int:
+    return max(map(len, lines), default=0)
+
+
+def _fitting(columns: Sequence[Column], cells: Sequence[Sequence[Cell]], width: int | None) -> list[str]:
+    """The lines of a table, without the last columns where they would be too long, and a line that names these."""
+    count = len(columns)
+    lines = _aligned(columns, cells)
+    while width is not None and _widest(lines) > width and count > _FEWEST:
+        count -= 1
+        lines = _aligned(columns[:count], [row[:count] for row in cells])
+    hidden = ", ".join(column.head.lower() for column in columns[count:])
+    return [*lines, printable(f"hidden: {hidden}")] if hidden else lines
 
 
 def _branches(row: Branch, depth: int, is_deep: bool) -> list[tuple[Branch, int]]:

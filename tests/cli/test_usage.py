@@ -121,9 +121,7 @@ def test_status_names_runs_that_go_on_and_runs_that_are_lost(filled: Registry, r
     with filled.run("net") as session:
         session.save(model=torch.nn.Linear(1, 1))
         text = run("status").out
-        assert re.search(
-            r"^running +net/run-1, started \d+ s ago; follow it with: registry logs net/run-1 -f$", text, re.M
-        )
+        assert re.search(r"^running +net/run-1, started \d+ s ago; registry logs net/run-1 -f$", text, re.M)
         # The number of a process that there cannot be.
         process = filled.root / "runs" / "net" / "run-1" / "process"
         machine = process.read_text().split()[0]

@@ -167,6 +167,26 @@ def test_the_bar_of_the_largest_change_fills_its_place_and_the_smallest_is_seen(
     assert re.findall(r'<rect width="([\d.]+)%"', page) == ["100", "50", "0.01"]
 
 
+@pytest.mark.parametrize("width", [24, 30, 40, 50, 60, 80, 120])
+def test_a_narrow_terminal_gets_fewer_columns_and_is_told_which_are_missing(width: int) -> None:
+    columns = [Column("module"), Column("value", is_number=True), Column("status"), Column("size")]
+    rows = [Branch(("features.0", "0.25", "2 of 2 changed", "156 values"), 0.5)]
+    table = Table("differs", columns, [("layer1.0.conv1", "4.5", "another shape", "3×3 → 5×5")])
+    facts = Strip([("tensors changed", "4 of 4"), ("changed most", "conv"), ("loss", "1 → 2")])
+    lines = text.render(
+        [facts, Tree("modules", columns, rows, bar="relative change"), table], width
+    ).splitlines()
+    assert max(map(len, lines)) <= width
+    full = text.render([facts, Tree("modules", columns, rows, bar="relative change"), table]).splitlines()
+    hidden = [line.strip() for line in lines if "hidden" in line]
+    if width < 50:
+        assert hidden[0] == ("hidden: size" if width >= 40 else "hidden: status, size")
+    if width == 80:
+        assert lines == full
+    assert all(name in "\n".join(lines) for name in ("features.0", "layer1.0.conv1", "0.25", "4.5"))
+    assert any("█" in line for line in lines) == (width >= 80)
+
+
 def test_lines_show_modules_and_with_all_tensors_these_too() -> None:
     tree = Tree(
         "", [Column("name")], [Branch(("mod",), rows=[Branch(("leaf",))]), Branch(("same",), is_same=True)]
