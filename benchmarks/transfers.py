@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy
 import torch
 import torchvision
 from torch import nn
@@ -11,6 +13,9 @@ from torch import nn
 from benchmarks.measure import Contender, Result, Scale, Section, absolute, ratio, take_turns
 from benchmarks.states import gpt2_small_with_adam
 from registry import Registry, diff, plan_transfer
+
+_CHUNK = 1 << 19
+"""Bytes that a comparison takes at once, so that what it writes stays in the processor's cache."""
 
 
 def measure(folder: Path, scale: Scale) -> Section:
@@ -29,15 +34,20 @@ def _diffs(folder: Path, rounds: int) -> list[Result]:
     registry.save("b", {"model": other})
 
     same = {name: tensor.clone() for name, tensor in tensors.items()}
+    words = [
+        tuple(one.reshape(-1).view(torch.uint8).numpy() for one in (tensor, same[name]))
+        for name, tensor in tensors.items()
+    ]
 
-    def equal() -> None:
-        for name, tensor in tensors.items():
-            torch.equal(tensor, same[name])
+    def compare() -> None:
+        for one, other in words:
+            for start in range(0, len(one), _CHUNK):
+                numpy.array_equal(*(_wide(part[start : start + _CHUNK]) for part in (one, other)))
 
     contenders: dict[str, Contender] = {
         "structure": (lambda: None, lambda: registry.diff("a", "b")),
         "values": (lambda: None, lambda: diff(tensors, other, values=True)),
-        "equal": (lambda: None, equal),
+        "one pass": (lambda: None, compare),
     }
     t = take_turns(contenders, rounds)
     size = sum(tensor.nbytes for tensor in tensors.values()) / 1e9
@@ -45,8 +55,20 @@ def _diffs(folder: Path, rounds: int) -> list[Result]:
         absolute(
             f"structural diff, {len(tensors):,} tensors, {size:.1f} GB, none of it read", t["structure"], 0.1
         ),
-        ratio("value diff", t, ours="values", peer="equal", goal=2.0, name="one pass of torch.equal"),
+        ratio(
+            "value diff",
+            t,
+            ours="values",
+            peer="one pass",
+            goal=1.5,
+            name="one pass over both, in one thread",
+        ),
     ]
+
+
+def _wide(part: numpy.ndarray[Any, Any]) -> numpy.ndarray[Any, Any]:
+    """Bytes as words of 64 bits, where they are whole ones."""
+    return part.view(numpy.uint64) if len(part) % 8 == 0 else part
 
 
 def _planning(rounds: int) -> Result:

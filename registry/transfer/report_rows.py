@@ -65,7 +65,7 @@ class Row(Part):
 
 
 class ValueChange(Part):
-    """How the two tensors of one name differ, in float64: norms, the angle, and the share of elements that changed."""
+    """How the two tensors of one name differ: norms to seven digits, the angle, and the share of elements that changed."""
 
     name: str
     norm: float

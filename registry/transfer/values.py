@@ -3,37 +3,120 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy
 import torch
 
+from registry.store.parallel import in_parallel
 from registry.transfer.matching import Pair
 from registry.transfer.report_rows import ModuleChange, ValueChange
 from registry.transfer.report_tree import together
 from registry.transfer.sides import Side
 
-_CHUNK = 1 << 18
-"""Elements that are widened to float64 at once."""
+_CHUNK = 1 << 16
+"""Elements that are worked on at once: what is computed of them stays in the processor's cache."""
 
-_BLOCK = 1 << 13
+_BLOCK = 1 << 12
 """Elements of one scalar product."""
 
-_Doubles = numpy.ndarray[Any, numpy.dtype[numpy.float64]]
+_PIECE = 1 << 22
+"""Elements that a thread takes at a time."""
+
+_AT_ONCE = 1 << 26
+"""Elements of the tensors that threads share, unless a single one has more."""
+
+_FEW = 1 << 14
+"""Elements of a tensor below which float64 costs nothing that could be felt."""
+
+_TINY = 1e-15
+"""The largest number of a chunk below which float32 could lose its square."""
+
+_SINGLES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+"""Types whose numbers are float32 without loss."""
+
+_Floats = numpy.ndarray[Any, numpy.dtype[numpy.floating[Any]]]
+
+
+@dataclass(slots=True)
+class _Sums:
+    """What is known of the difference of two tensors, or of a part of it: sums of squares and products, and counts."""
+
+    moved: float = 0.0
+    before: float = 0.0
+    cross: float = 0.0
+    largest: float = 0.0
+    changed: int = 0
+    bad_a: int = 0
+    bad_b: int = 0
+
+    def add(self, other: _Sums) -> None:
+        """Take in another part."""
+        self.moved += other.moved
+        self.before += other.before
+        self.cross += other.cross
+        self.largest = max(self.largest, other.largest)
+        self.changed += other.changed
+        self.bad_a += other.bad_a
+        self.bad_b += other.bad_b
+
+
+class _Piece(NamedTuple):
+    """A part of two tensors for a thread, and where its sums go."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    sums: _Sums
+    is_exact: bool
 
 
 def changes(pairs: Sequence[Pair], left: Side, right: Side) -> Iterator[ValueChange]:
-    """How far the tensors of pairs of equal shape moved, for those that moved at all."""
+    """How far the tensors of pairs of equal shape moved, for those that moved at all.
+
+    Floats of 32 bits and fewer are subtracted and multiplied in float32, and summed up in float64 by blocks, so norms are right
+    to seven digits; small tensors, wider types and numbers near the ends of float32 are computed in float64 throughout.
+    """
     if not (left.has_values and right.has_values):
         return
-    buffers = _Buffers()
+    rooms = threading.local()
+    alike = (pair for pair in pairs if pair.a and pair.b and pair.a.shape == pair.b.shape)
+    for several in _batches(alike):
+        found, pieces = [], []
+        for pair in several:
+            assert pair.a
+            assert pair.b
+            a, b = _real(left.tensor(pair.a.name)), _real(right.tensor(pair.b.name))
+            parts = [
+                _Piece(x, y, _Sums(), is_exact=len(a) < _FEW or not {a.dtype, b.dtype} <= _SINGLES)
+                for x, y in zip(torch.split(a, _PIECE), torch.split(b, _PIECE), strict=True)
+            ]
+            found.append((pair.b.name, len(a), parts))
+            pieces += parts
+        in_parallel(pieces, lambda piece: _measure(piece, rooms), [2 * piece.a.nbytes for piece in pieces])
+        for name, count, parts in found:
+            sums = _Sums()
+            for part in parts:
+                sums.add(part.sums)
+            if sums.changed or sums.bad_a or sums.bad_b:
+                yield _change(name, count, sums)
+
+
+def _batches(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
+    """Pairs in lists of a bounded number of elements."""
+    batch: list[Pair] = []
+    size = 0
     for pair in pairs:
-        if pair.a and pair.b and pair.a.shape == pair.b.shape:
-            before, after = left.tensor(pair.a.name), right.tensor(pair.b.name)
-            change = _change(pair.b.name, before, after, buffers=buffers)
-            if change is not None:
-                yield change
+        assert pair.a
+        if batch and size + pair.a.elements > _AT_ONCE:
+            yield batch
+            batch, size = [], 0
+        batch.append(pair)
+        size += pair.a.elements
+    if batch:
+        yield batch
 
 
 def by_module(moved: Sequence[ValueChange]) -> Iterator[ModuleChange]:
@@ -46,60 +129,91 @@ def by_module(moved: Sequence[ValueChange]) -> Iterator[ModuleChange]:
         yield ModuleChange(module=module, tensors=len(found), norm=norm, relative=relative)
 
 
-class _Buffers:
-    """Memory for a chunk of two tensors in float64, which stays in the processor's cache."""
+class _Rooms:
+    """Memory of a thread for a chunk of two tensors, which stays in the processor's cache."""
 
     def __init__(self) -> None:
-        self.before, self.step = (numpy.empty(_CHUNK) for _ in range(2))
-        self.moved = numpy.empty(_CHUNK, dtype=numpy.bool_)
+        self.singles = [numpy.empty(_CHUNK, numpy.float32) for _ in range(3)]
+        self.doubles = [numpy.empty(_CHUNK) for _ in range(2)]
+        self.moved = numpy.empty(_CHUNK, numpy.bool_)
 
 
 # Numbers that are not finite are no error here: they are counted.
 @numpy.errstate(all="ignore")
-def _change(name: str, a: torch.Tensor, b: torch.Tensor, buffers: _Buffers) -> ValueChange | None:
-    """The change of one tensor, chunk by chunk; None if there is none.
+def _measure(piece: _Piece, local: threading.local) -> None:
+    """Sum up a piece, chunk by chunk.
 
-    It computes in one thread, by numpy: waking other threads for such small steps can take longer than the steps.
+    Numpy computes in this thread alone: waking others for such small steps can take longer than the steps.
     """
-    one, other = (_real(t) for t in (a, b))
-    moved = before = cross = largest = 0.0
-    changed = bad_a = bad_b = 0
-    for x, y in zip(torch.split(one, _CHUNK), torch.split(other, _CHUNK), strict=True):
-        wide, step = _widened(x, buffers.before), _widened(y, buffers.step)
-        step -= wide
-        squares, size = _dot(step, step), _dot(wide, wide)
-        if not math.isfinite(squares) or not math.isfinite(size):
-            good = (x.isfinite() & y.isfinite()).numpy()
-            bad_a += int((~x.isfinite()).sum())
-            bad_b += int((~y.isfinite()).sum())
-            changed += int(((x != y) & ~(x.isnan() & y.isnan())).numpy()[~good].sum())
-            wide, step = wide[good], step[good]
-            squares, size = _dot(step, step), _dot(wide, wide)
-        before += size
-        if squares == 0.0:
-            continue
-        moved += squares
-        cross += _dot(wide, step)
-        largest = max(largest, float(step.max()), -float(step.min()))
-        changed += int(numpy.count_nonzero(numpy.not_equal(step, 0, out=buffers.moved[: len(step)])))
-    if not (changed or bad_a or bad_b):
+    if not hasattr(local, "rooms"):
+        local.rooms = _Rooms()
+    for x, y in zip(torch.split(piece.a, _CHUNK), torch.split(piece.b, _CHUNK), strict=True):
+        sums = None if piece.is_exact else _in_float32(x, y, local.rooms)
+        piece.sums.add(sums or _in_float64(x, y, local.rooms))
+
+
+def _in_float32(x: torch.Tensor, y: torch.Tensor, rooms: _Rooms) -> _Sums | None:
+    """The sums of a chunk; None where float32 could not hold a number or a square."""
+    before, after, step = (room[: len(x)] for room in rooms.singles)
+    one = x.numpy() if x.dtype is torch.float32 else _widened(x, before)
+    other = y.numpy() if y.dtype is torch.float32 else _widened(y, after)
+    numpy.subtract(other, one, out=step)
+    sums = _Sums(largest=max(float(step.max()), -float(step.min())), before=_dot(one, one))
+    if not (math.isfinite(sums.largest) and sums.before < math.inf):
         return None
-    after = before + 2 * cross + moved
+    if sums.before < _TINY**2 * len(x):
+        return None
+    if sums.largest == 0.0:
+        return sums
+    sums.moved, sums.cross = _dot(step, step), _dot(one, step)
+    if sums.largest < _TINY or not math.isfinite(sums.moved):
+        return None
+    sums.changed = _count(step, rooms)
+    return sums
+
+
+def _in_float64(x: torch.Tensor, y: torch.Tensor, rooms: _Rooms) -> _Sums:
+    """The sums of a chunk, without numbers that are not finite; these are counted."""
+    wide, step = (_widened(part, room) for part, room in zip((x, y), rooms.doubles, strict=True))
+    step -= wide
+    sums = _Sums(moved=_dot(step, step), before=_dot(wide, wide))
+    if not math.isfinite(sums.moved) or not math.isfinite(sums.before):
+        good = (x.isfinite() & y.isfinite()).numpy()
+        sums.bad_a, sums.bad_b = int((~x.isfinite()).sum()), int((~y.isfinite()).sum())
+        sums.changed = int(((x != y) & ~(x.isnan() & y.isnan())).numpy()[~good].sum())
+        wide, step = wide[good], step[good]
+        sums.moved, sums.before = _dot(step, step), _dot(wide, wide)
+    if sums.moved:
+        sums.cross = _dot(wide, step)
+        sums.largest = max(float(step.max()), -float(step.min()))
+        sums.changed += _count(step, rooms)
+    return sums
+
+
+def _count(step: _Floats, rooms: _Rooms) -> int:
+    """How many numbers of a chunk are not zero."""
+    return int(numpy.count_nonzero(numpy.not_equal(step, 0, out=rooms.moved[: len(step)])))
+
+
+def _change(name: str, count: int, sums: _Sums) -> ValueChange:
+    """The change of a tensor of so many elements."""
+    before, moved = sums.before, sums.moved
+    after = before + 2 * sums.cross + moved
     scale = math.sqrt(before) * math.sqrt(max(after, 0.0))
     return ValueChange(
         name=name,
         norm=math.sqrt(moved),
         relative=math.sqrt(moved / before) if before else math.inf if moved else 0.0,
-        cosine=max(-1.0, min(1.0, (before + cross) / scale)) if scale else None,
-        largest=largest,
-        changed=changed / max(1, len(one)),
-        nonfinite_a=bad_a,
-        nonfinite_b=bad_b,
+        cosine=max(-1.0, min(1.0, (before + sums.cross) / scale)) if scale else None,
+        largest=sums.largest,
+        changed=sums.changed / max(1, count),
+        nonfinite_a=sums.bad_a,
+        nonfinite_b=sums.bad_b,
     )
 
 
-def _widened(part: torch.Tensor, room: _Doubles) -> _Doubles:
-    """A chunk in float64, in the memory given."""
+def _widened(part: torch.Tensor, room: _Floats) -> _Floats:
+    """A chunk in the memory given, and in its type."""
     wide = room[: len(part)]
     # numpy has no bfloat16.
     if part.dtype is torch.bfloat16:
@@ -109,11 +223,11 @@ def _widened(part: torch.Tensor, room: _Doubles) -> _Doubles:
     return wide
 
 
-def _dot(a: _Doubles, b: _Doubles) -> float:
+def _dot(a: _Floats, b: _Floats) -> float:
     """The scalar product, in blocks that are too short for the linear algebra library to use its threads."""
     whole = len(a) // _BLOCK * _BLOCK
     blocks = a[:whole].reshape(-1, 1, _BLOCK) @ b[:whole].reshape(-1, _BLOCK, 1)
-    return float(blocks.sum()) + float(a[whole:].dot(b[whole:]))
+    return float(blocks.sum(dtype=numpy.float64)) + float(a[whole:].dot(b[whole:]))
 
 
 def _real(tensor: torch.Tensor) -> torch.Tensor:

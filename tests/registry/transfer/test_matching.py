@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -472,6 +473,53 @@ def test_large_tensors_are_measured_whole_and_every_dtype_is() -> None:
         (change,) = diff({"w": one}, {"w": other}, values=True).changes
         assert (change.norm, change.largest) == (1.0, 1.0), dtype
         assert not diff({"w": one}, {"w": one.clone()}, values=True).changes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("scale", [1e-38, 1e-25, 1e-12, 1.0, 1e15, 1e30])
+@pytest.mark.parametrize("distance", [1e-3, 1.0])
+def test_norms_are_right_whatever_the_size_of_the_numbers(
+    dtype: torch.dtype, scale: float, distance: float
+) -> None:
+    if dtype is torch.float16:
+        scale = {1e-38: 1e-7, 1e-25: 1e-6, 1e-12: 1e-5, 1e15: 1e2, 1e30: 1e4}.get(scale, scale)
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(300_001, generator=generator, dtype=torch.float64)
+    b = a + distance * torch.randn(300_001, generator=generator, dtype=torch.float64)
+    b[::3] = a[::3]
+    a[:70_000] = b[:70_000] = 0
+    one, other = (scale * a).to(dtype), (scale * b).to(dtype)
+    (change,) = diff({"w": one}, {"w": other}, values=True).changes
+    before, step = one.double(), other.double() - one.double()
+    assert change.norm == pytest.approx(float(step.norm()), rel=1e-7)
+    assert change.relative == pytest.approx(float(step.norm() / before.norm()), rel=1e-7)
+    assert change.largest == pytest.approx(float(step.abs().max()), rel=1e-6)
+    assert change.changed == pytest.approx(float((step != 0).double().mean()))
+    cosine = float(before @ other.double() / before.norm() / other.double().norm())
+    assert change.cosine == pytest.approx(cosine, rel=1e-7)
+    assert change.nonfinite_a == change.nonfinite_b == 0
+
+
+def test_numbers_that_are_not_finite_are_counted_in_large_tensors_and_the_rest_is_measured() -> None:
+    a, b = torch.ones(200_000), torch.ones(200_000)
+    b[150_000] = 3.0
+    a[7], a[199_999], b[8], b[199_999] = math.nan, math.inf, -math.inf, math.inf
+    (change,) = diff({"w": a}, {"w": b}, values=True).changes
+    assert (change.norm, change.largest, change.nonfinite_a, change.nonfinite_b) == (2.0, 2.0, 2, 2)
+    assert change.changed == pytest.approx(3 / 200_000)
+
+
+def test_many_tensors_are_measured_in_their_order_each_for_itself() -> None:
+    sizes = [0, 1, 3_000_000, 20_000, 5, 4_194_305, 70_000]
+    a = {f"t{i}": torch.zeros(size) for i, size in enumerate(sizes)}
+    b = {name: tensor + i for i, (name, tensor) in enumerate(a.items())}
+    found = diff(a, b, values=True).changes
+    assert [change.name for change in found] == [f"t{i}" for i in range(1, 7)]
+    for change in found:
+        i = int(change.name[1:])
+        assert change.largest == i
+        assert change.norm == pytest.approx(i * sizes[i] ** 0.5)
+        assert change.changed == 1.0
 
 
 def test_configurations_and_metrics_are_compared_beside(tmp_path: Path) -> None:
