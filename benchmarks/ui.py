@@ -44,6 +44,17 @@ for i in range(int(sys.argv[2])):
 """Fills a registry of MLflow with versions of a model."""
 
 
+_BURNER = """
+import time
+while True:
+    end = time.perf_counter() + {busy}
+    while time.perf_counter() < end:
+        pass
+    time.sleep(max(0.0, 0.01 - {busy}))
+"""
+"""Uses a share of a processor."""
+
+
 class _Served(NamedTuple):
     """A server that runs.
 
@@ -57,16 +68,7 @@ class _Served(NamedTuple):
 
     def get(self, path: str, **headers: str) -> tuple[bytes, dict[str, str]]:
         """What it answers, and its headers."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=_PATIENCE_SECONDS)
-        with contextlib.closing(connection):
-            connection.request(
-                "GET", path, headers={name.replace("_", "-"): text for name, text in headers.items()}
-            )
-            answer = connection.getresponse()
-            body = answer.read()
-            if answer.status != 200:
-                raise PeerFailed(f"{path}: {answer.status} {body[:200]!r}")
-            return body, {name.lower(): value for name, value in answer.getheaders()}
+        return _get(self.port, path, **headers)
 
     def memory(self) -> int:
         """Bytes that the process and its children hold."""
@@ -75,6 +77,19 @@ class _Served(NamedTuple):
     def seconds(self) -> float:
         """Seconds of a processor that it has used, with its children."""
         return sum(_used(pid) for pid in _family(self.process.pid))
+
+
+def _get(port: int, path: str, **headers: str) -> tuple[bytes, dict[str, str]]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE_SECONDS)
+    with contextlib.closing(connection):
+        connection.request(
+            "GET", path, headers={name.replace("_", "-"): text for name, text in headers.items()}
+        )
+        answer = connection.getresponse()
+        body = answer.read()
+        if answer.status != 200:
+            raise PeerFailed(f"{path}: {answer.status} {body[:200]!r}")
+        return body, {name.lower(): value for name, value in answer.getheaders()}
 
 
 def measure(folder: Path, scale: Scale) -> Section:
@@ -236,19 +251,18 @@ def _saves(folder: Path, registry: Registry, scale: Scale) -> list[Result]:
         "--no-token",
         "--port",
     ]
-    with _serving(words, "/") as served:
-        stop = threading.Event()
-        tabs = [threading.Thread(target=_tab, args=(served, stop), daemon=True) for _ in range(TABS)]
-        for tab in tabs:
-            tab.start()
-        time.sleep(1)
-        used, began = served.seconds(), time.monotonic()
+    with _serving(words, "/") as served, _beside("-m", "benchmarks.ui", str(served.port)) as tabs:
+
+        def seconds() -> float:
+            return served.seconds() + _used(tabs.pid)
+
+        time.sleep(2)
+        used, began = seconds(), time.monotonic()
         for _ in range(saves):
             times["pages"].append(_timed(lambda: save(registry, next(counter))))
             time.sleep(0.02)
-        share = (served.seconds() - used) / (time.monotonic() - began)
-        stop.set()
-    with _burner(min(1.0, share)):
+        share = (seconds() - used) / (time.monotonic() - began)
+    with _beside("-c", _BURNER.format(busy=0.01 * min(1.0, share))):
         for _ in range(saves):
             times["burner"].append(_timed(lambda: save(registry, next(counter))))
             time.sleep(0.02)
@@ -262,28 +276,26 @@ def _saves(folder: Path, registry: Registry, scale: Scale) -> list[Result]:
     return found
 
 
-def _tab(served: _Served, stop: threading.Event) -> None:
+def _follow(port: int) -> None:
     """Follow the registry as the script of a page does: at most one page a second, and none without a change."""
-    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=30)
-    with contextlib.closing(connection), contextlib.suppress(OSError, PeerFailed):
-        connection.request("GET", "/events")
-        stream, tag = connection.getresponse(), ""
-        while not stop.is_set():
-            if stream.readline().startswith(b"data:"):
-                began = time.monotonic()
-                with contextlib.suppress(PeerFailed):
-                    _, headers = served.get("/m/net", Accept_Encoding="gzip", If_None_Match=tag)
-                    tag = headers.get("etag", "")
-                time.sleep(max(0.0, 1 - (time.monotonic() - began)))
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE_SECONDS)
+    connection.request("GET", "/events")
+    stream, tag = connection.getresponse(), ""
+    while line := stream.readline():
+        if line.startswith(b"data:"):
+            began = time.monotonic()
+            with contextlib.suppress(PeerFailed):
+                _, headers = _get(port, "/m/net", Accept_Encoding="gzip", If_None_Match=tag)
+                tag = headers.get("etag", "")
+            time.sleep(max(0.0, 1 - (time.monotonic() - began)))
 
 
 @contextlib.contextmanager
-def _burner(share: float) -> Iterator[None]:
-    """Use a share of a processor until the block ends."""
-    program = f"import time\nwhile True:\n    end = time.perf_counter() + {0.01 * share}\n    while time.perf_counter() < end: pass\n    time.sleep({0.01 * (1 - share)})"
-    process = subprocess.Popen([sys.executable, "-c", program])
+def _beside(*words: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a program of Python, in a process of its own, until the block ends."""
+    process = subprocess.Popen([sys.executable, *words])
     try:
-        yield
+        yield process
     finally:
         process.kill()
         process.wait()
@@ -359,3 +371,9 @@ def _high(times: Sequence[float]) -> float:
 
 def _kilobytes(count: int) -> str:
     return f"{count / 1_000:,.0f} kB"
+
+
+if __name__ == "__main__":
+    for _ in range(TABS):
+        threading.Thread(target=_follow, args=(int(sys.argv[1]),), daemon=True).start()
+    threading.Event().wait()
