@@ -76,6 +76,30 @@ PEERS = (
     Peer("dcp", "torch.distributed.checkpoint", "torch", about="a folder for each checkpoint, one process"),
     Peer("joblib", "joblib", "joblib", about="`joblib.dump` and `joblib.load`"),
     Peer(
+        "torch_checkpointing",
+        "torch_checkpointing",
+        package="torch_checkpointing",
+        pinned="0.1.1",
+        about="a folder for each checkpoint, saved synchronously, without direct I/O, which fails here",
+    ),
+    Peer(
+        "tensorizer",
+        "tensorizer",
+        package="tensorizer",
+        pinned="2.12.1",
+        about="a file for each checkpoint, hashes verified",
+    ),
+    Peer(
+        "fastsafetensors",
+        "fastsafetensors",
+        package="fastsafetensors",
+        pinned="0.5.0",
+        about="loads a file of safetensors into memory",
+    ),
+    Peer(
+        "zipnn", "zipnn", package="zipnn", pinned="0.5.4", about="the bytes of a safetensors file, compressed"
+    ),
+    Peer(
         "dvc",
         "DVC",
         package="dvc",

@@ -78,6 +78,82 @@ class Safetensors(Peer):
         return load_file(self.folder / f"{number}.safetensors")
 
 
+class FastSafetensors(Safetensors):
+    """The same file, loaded by fastsafetensors into memory of the processor: it reads in threads, and maps nothing."""
+
+    def load(self, number: int) -> Tree:
+        from fastsafetensors import SafeTensorsFileLoader, SingleGroup
+
+        loader = SafeTensorsFileLoader(SingleGroup(), device="cpu", nogds=True)
+        loader.add_filenames({0: [str(self.folder / f"{number}.safetensors")]})
+        self._files = loader.copy_files_to_device()
+        return {name: self._files.get_tensor(name) for name in loader.get_keys()}
+
+
+class Tensorizer(Peer):
+    """A file of named tensors for each state, read with its hashes verified. The rest of a state is left out."""
+
+    def save(self, state: Tree, number: int) -> None:
+        from tensorizer import TensorSerializer
+
+        serializer = TensorSerializer(str(self.folder / f"{number}.tensors"))
+        serializer.write_state_dict(_flat(state))
+        serializer.close()
+
+    def load(self, number: int) -> Tree:
+        from tensorizer import TensorDeserializer
+
+        path = str(self.folder / f"{number}.tensors")
+        with TensorDeserializer(path, device="cpu", verify_hash=True) as found:
+            return {name: found[name].detach() for name in found.keys()}  # noqa: SIM118 - it is no dict
+
+
+class TorchCheckpointing(Peer):
+    """`torch_checkpointing` in one process, which waits for each save, as staging without CUDA is slower."""
+
+    def open(self, folder: Path) -> None:
+        from torch_checkpointing import CheckpointManager
+        from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
+
+        super().open(folder)
+        config = CheckpointManager.Config.with_sync_save()
+        # With direct I/O, its default, a write of a few bytes fails with "Invalid argument" on ext4.
+        config.storage_config = LocalFileSystemStorageConfig(use_direct_io=False)
+        self._manager = CheckpointManager(config)
+
+    def save(self, state: Tree, number: int) -> None:
+        self._manager.save(str(self.folder / str(number)), state)
+        self._like = state
+
+    def load(self, number: int) -> Tree:
+        into = _map(self._like, torch.empty_like)
+        return dict(self._manager.load(str(self.folder / str(number)), into=into))
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+class ZipNN(Peer):
+    """The bytes of a safetensors file, compressed by zipnn as numbers of float32."""
+
+    def open(self, folder: Path) -> None:
+        from zipnn import ZipNN as Coder
+
+        super().open(folder)
+        self._coder = Coder(input_format="byte", bytearray_dtype="float32", threads=os.cpu_count() or 1)
+
+    def save(self, state: Tree, number: int) -> None:
+        from safetensors.torch import save
+
+        data = save(_flat(state), metadata={"rest": json.dumps(_without_tensors(state))})
+        (self.folder / f"{number}.znn").write_bytes(self._coder.compress(bytearray(data)))
+
+    def load(self, number: int) -> Tree:
+        from safetensors.torch import load
+
+        return load(bytes(self._coder.decompress((self.folder / f"{number}.znn").read_bytes())))
+
+
 class DistributedCheckpoint(Peer):
     """`torch.distributed.checkpoint` in one process, a folder for each state."""
 
@@ -318,6 +394,10 @@ PEERS: dict[str, type[Peer]] = {
     "torch": Torch,
     "torch mmap": TorchMapped,
     "safetensors": Safetensors,
+    "fastsafetensors": FastSafetensors,
+    "tensorizer": Tensorizer,
+    "torch_checkpointing": TorchCheckpointing,
+    "zipnn": ZipNN,
     "dcp": DistributedCheckpoint,
     "joblib": Joblib,
     "dvc": DVC,
