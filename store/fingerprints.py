@@ -25,6 +25,9 @@ _PART = 2 << 20
 _LARGE_PART = 8 << 20
 """The same, where several cores hash them."""
 
+_FEW = 64 << 10
+"""Bytes below which a copy is made in one step, as other threads wait for the interpreter lock no longer than that takes."""
+
 _MOST = 1 << 17
 """Entries that are kept, some 300 bytes each."""
 
@@ -76,7 +79,7 @@ class Remembered:
             address: where its values lie in memory; 0 if that tells nothing.
             is_live: whether other threads may change the bytes, so that the fingerprint is wanted as well.
             use: is given the bytes part by part if they have to be hashed: those that have the digest, whatever other
-                threads do to the tensor.
+                threads do to the tensor. A tensor of less than 64 KiB is one part, which can be kept.
         """
         if not address or len(data) < SMALLEST:
             return self._hash(dtype, shape, data, threads, is_live, use)
@@ -137,8 +140,12 @@ class Remembered:
 def copied(data: memoryview, use: Callable[[memoryview], object], size: int = _PART) -> None:
     """Copy bytes part by part, and give each part on from the copy, which no other thread can change.
 
-    All that is done with a part reads it from the cache, so the copy costs little.
+    All that is done with a part reads it from the cache, so the copy costs little. A part is not written to again if it is the
+    only one.
     """
+    if len(data) < _FEW:
+        use(memoryview(bytes(data)))
+        return
     source, copy = np.frombuffer(data, np.uint8), np.empty(min(size, len(data)), np.uint8)
     for start in range(0, len(data), size):
         part = copy[: len(data) - start]

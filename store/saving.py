@@ -245,6 +245,8 @@ def _leave(writer: PackWriter, known: Sequence[_Hashed]) -> None:
 
 
 def _write(writer: PackWriter, new: Sequence[_Hashed], hashing: _Hashing) -> None:
+    written: list[_Hashed] = []
+    size = 0
     for item in new:
         if item.start is not None:
             writer.add_written(item.digest, item.leaf.dtype, item.leaf.shape, item.start)
@@ -258,7 +260,12 @@ def _write(writer: PackWriter, new: Sequence[_Hashed], hashing: _Hashing) -> Non
             is_sure=item.is_sure,
             fingerprint=item.fingerprint,
         )
-        hashing.release([item], writing=True)
+        written.append(item)
+        size += leaf.size
+        if size >= RUN:
+            hashing.release(written, writing=True)
+            written, size = [], 0
+    hashing.release(written, writing=True)
 
 
 def _hash(state: Encoded) -> None:
@@ -276,7 +283,7 @@ class _Hashed(NamedTuple):
     digest: str
     leaf: Leaf
     data: memoryview | None
-    """The bytes, where they were copied to be hashed; None where they can be had from the leaf for nothing."""
+    """The bytes, where the copy that was hashed is kept; None where they can be had from the leaf for nothing."""
     is_sure: bool
     """Whether what will be written is what was hashed, whatever other threads do."""
     fingerprint: bytes | None = None
@@ -306,7 +313,7 @@ class _Room:
 
 
 class _Run(NamedTuple):
-    """Tensors that a thread hashes at a time: their bytes, and how many of them must be copied for it."""
+    """Tensors that a thread hashes at a time: their bytes, and how many of them may be copied for it."""
 
     slots: Sequence[int]
     size: int
@@ -395,8 +402,12 @@ class _Hashing:
             while (number := self._claim(thread)) is not None:
                 run = self._runs[number]
                 items = [self._hash(slot) for slot in run.slots]
+                unused = run.copied - sum(item.leaf.size for item in items if item.data is not None)
                 with self._progress:
                     self._finished[number] = items
+                    self._copied -= unused
+                    if unused and self._waiting:
+                        self._room.notify_all()
                     self._ahead += sum(item.leaf.size for item in items if item.start is None)
                     while self._in_order in self._finished:
                         self._ready += self._finished.pop(self._in_order)
@@ -428,6 +439,8 @@ class _Hashing:
             return _Hashed(slot=slot, digest=digest, leaf=leaf, data=copy, is_sure=is_sure)
         writer = self.writer if leaf.size >= ALONE and not is_sure else None
         room = _Room(writer, leaf.size) if writer else None
+        kept: list[memoryview] = []
+        keep = kept.append if leaf.size < ALONE and not is_sure else None
         found = remembered.find(
             leaf.address,
             dtype=leaf.dtype,
@@ -435,10 +448,12 @@ class _Hashing:
             data=data,
             threads=ALL_CORES if leaf.size >= _LARGE else 1,
             is_live=not is_sure,
-            use=room.write if room else None,
+            use=room.write if room else keep,
         )
         if room and room.start is not None:
             return _Hashed(slot, found.digest, leaf=leaf, data=None, is_sure=True, start=room.start)
+        if kept:
+            return _Hashed(slot, found.digest, leaf=leaf, data=kept[0], is_sure=True)
         return _Hashed(
             slot, found.digest, leaf=leaf, data=copy, is_sure=is_sure, fingerprint=found.fingerprint
         )
@@ -485,6 +500,6 @@ def _runs(leaves: Sequence[Leaf]) -> Iterator[_Run]:
             slots, size, copied = [], 0, 0
         slots.append(slot)
         size += leaf.size
-        copied += leaf.size if _is_copied(leaf) else 0
+        copied += leaf.size if leaf.size < ALONE or _is_copied(leaf) else 0
     if slots:
         yield _Run(slots, size, copied)
