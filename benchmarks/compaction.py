@@ -20,12 +20,15 @@ import zstandard
 
 from benchmarks.measure import Result, Scale, Section, Table, middle_half
 from benchmarks.tasks import STEPS, Task, digits, fine_tuned, text
-from registry.store import differences
-from registry.store.parallel import in_parallel
+from registry.store import differences, planes
+from registry.store.parallel import SMALL, Run, in_parallel
 
 Array = Any
 Code = Callable[[Array, Array, Array], bytes]
 """Codes elements of a checkpoint, given the elements of the anchor and of the checkpoint before the anchor."""
+
+_CHUNK = 1 << 18
+"""Elements that the codings are compared with at a time."""
 
 NEAR, DISTANCE = 1, 7
 """Checkpoints from the anchor to those that are coded. The codings are compared over the longer distance."""
@@ -92,7 +95,7 @@ def _left(what: str, kinds: Kinds, names: Sequence[str], goal: float) -> Result:
     size = coded = zeros = same = count = 0
     for name in names:
         new, old, _ = kinds[name]
-        coded += len(differences.encode(_bytes(new), _bytes(old), item_size=new.element_size(), run=_run))
+        coded += len(_encode(_bytes(new), _bytes(old), item_size=new.element_size(), run=_run))
         size += new.nbytes
         count += new.numel()
         zeros += int((new == 0).sum())
@@ -106,7 +109,11 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def _run(jobs: Sequence[Any], work: Callable[[Any], None]) -> None:
-    in_parallel(jobs, work, [differences.CHUNK] * len(jobs))
+    in_parallel(jobs, work, [SMALL // 2] * len(jobs))
+
+
+def _encode(data: memoryview, base: memoryview, item_size: int, run: Run) -> bytes:
+    return differences.encode(data, base, item_size=item_size, run=run, is_float=True)
 
 
 def _speed(new: torch.Tensor, old: torch.Tensor, rounds: int) -> list[Result]:
@@ -115,10 +122,10 @@ def _speed(new: torch.Tensor, old: torch.Tensor, rounds: int) -> list[Result]:
     coding, decoding = [], []
     for _ in range(rounds + 1):
         began = time.perf_counter()
-        coded = differences.encode(data, base, item_size=4, run=_run)
+        coded = _encode(data, base, item_size=4, run=_run)
         coding.append(time.perf_counter() - began)
         began = time.perf_counter()
-        task = differences.Decoding(memoryview(coded), base, item_size=4, out=memoryview(back))
+        task = differences.decoding(memoryview(coded), base, item_size=4, out=memoryview(back))
         _run(range(task.chunks), task.work)
         decoding.append(time.perf_counter() - began)
     assert back == data
@@ -176,8 +183,8 @@ def _zstd(level: int) -> Callable[[bytes], bytes]:
     return lambda data: zstandard.ZstdCompressor(level=level).compress(data)
 
 
-def _ours(data: bytes) -> bytes:
-    return differences.compressor().compress(data)
+def _few_and_long(data: bytes) -> bytes:
+    return planes.compressor().compress(data)
 
 
 def _huffman(data: bytes) -> bytes:
@@ -205,6 +212,16 @@ def _coding(
     return _Coding(name, code)
 
 
+def _ours(new: Array, old: Array, _: Array) -> bytes:
+    data, base = (memoryview(part).cast("B") for part in (new, old))
+    return _encode(data, base, item_size=new.itemsize, run=_one_by_one)
+
+
+def _one_by_one(jobs: Sequence[Any], work: Callable[[Any], None]) -> None:
+    for job in jobs:
+        work(job)
+
+
 def _whole(values: Array) -> list[bytes]:
     return [values.tobytes()]
 
@@ -215,11 +232,12 @@ CODINGS = (
     _coding("exclusive or, zstd 1", step=_xor, split=_whole, pack=_zstd(1)),
     _coding("exclusive or, byte planes, zstd 1", step=_xor, split=_planes, pack=_zstd(1)),
     _coding("difference, zstd 1", step=_difference, split=_whole, pack=_zstd(1)),
+    _Coding("difference, classes by the anchor's exponents, pcodec (ours)", _ours),
     _coding(
-        "difference, byte planes, zstd with few and long matches (ours)",
+        "difference, byte planes, zstd with few and long matches (ours for float64)",
         step=_difference,
         split=_planes,
-        pack=_ours,
+        pack=_few_and_long,
     ),
     _coding("difference, byte planes, zstd 1", step=_difference, split=_planes, pack=_zstd(1)),
     _coding("difference, byte planes, zstd 3", step=_difference, split=_planes, pack=_zstd(3)),
@@ -242,27 +260,27 @@ CODINGS = (
 
 
 def _comparison(task: Task, kinds: Kinds, scale: Scale) -> Table:
-    most = 16 if scale.quick else 64
+    most = 8 if scale.quick else 32
     rows = []
     for coding in CODINGS:
         parts, total, seconds = [], 0, 0.0
         for tensors in kinds.values():
             unsigned = f"u{tensors[0].element_size()}"
             arrays = [np.frombuffer(_bytes(tensor), unsigned) for tensor in tensors]
-            chunks = len(arrays[0]) // differences.CHUNK
+            chunks = len(arrays[0]) // _CHUNK
             chosen = np.unique(np.linspace(0, chunks - 1, most, dtype=int))
             sizes: list[int] = []
 
             def work(
                 i: int, arrays: Any = arrays, sizes: list[int] = sizes, code: Code = coding.code
             ) -> None:
-                part = slice(i * differences.CHUNK, (i + 1) * differences.CHUNK)
+                part = slice(i * _CHUNK, (i + 1) * _CHUNK)
                 sizes.append(len(code(*(array[part] for array in arrays))))
 
             began = time.perf_counter()
             _run([int(i) for i in chosen], work)
             seconds += time.perf_counter() - began
-            size = len(chosen) * differences.CHUNK * arrays[0].itemsize
+            size = len(chosen) * _CHUNK * arrays[0].itemsize
             total += size
             parts.append(f"{sum(sizes) / size:.1%}")
         rows.append([coding.name, *parts, f"{total / 1e9 / seconds:.2f} GB/s"])

@@ -1,173 +1,121 @@
 """Lossless coding of a tensor as its difference from another one of the same type and shape.
 
-The elements of both are read as whole numbers without a sign. Their differences are folded, so that small ones of
-either sign become small numbers, and split into *planes* of equally significant bytes. Where training moved parameters
-a little, the high planes are almost all zero, and zstd takes them down to next to nothing. `docs/FORMAT.md` describes
-the bytes.
+The elements of both are read as whole numbers without a sign, and subtracted. There are two codings of the result:
+
+    planes     planes of bytes, by zstd
+    classes    classes of elements, by pcodec; it is smaller for most floats, and slower to make
+
+A few runs of elements are tried with both, to choose one for a tensor. `docs/FORMAT.md` describes the bytes.
 """
 
 from __future__ import annotations
 
-import struct
-import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import zstandard
 
-from registry.store.errors import Corrupt
+from registry.store import classes, planes
+from registry.store.pack import version_of
+from registry.store.planes import ITEM_SIZES as ITEM_SIZES
 
-ITEM_SIZES = (2, 4, 8)
-"""Bytes that an element may have: numpy has whole numbers of these sizes."""
+if TYPE_CHECKING:
+    from registry.store.parallel import Run
 
-CHUNK = 1 << 17
-"""Elements that are coded at a time: what is worked on fits a processor's cache."""
+_RUNS, _RUN = 16, 4 << 10
+"""How many runs of a tensor are tried, and their bytes."""
 
-_HEAD = struct.Struct("<II")
-_SIGNED = {size: np.dtype(f"i{size}").type for size in ITEM_SIZES}
-_UNSIGNED = {size: np.dtype(f"u{size}").type for size in ITEM_SIZES}
-_PARAMETERS = zstandard.ZstdCompressionParameters(
-    strategy=zstandard.STRATEGY_FAST,
-    window_log=17,
-    hash_log=8,
-    chain_log=6,
-    search_log=1,
-    min_match=7,
-    target_length=0,
-)
-"""Few and long matches: what a plane holds is runs and uneven frequencies, and short matches by chance cost both time
-and bytes."""
+_ALIGNMENT = 8
+"""Bytes of the largest element, so that a run begins with a whole one."""
 
-_WORTH_IT = 0.98
-"""Part of a plane's bytes below which its compressed form is kept."""
-
-_local = threading.local()
-"""State of the process: the zstd coder and decoder of each thread. They keep nothing of what they have coded."""
-
-Run = Callable[[Sequence[Any], Callable[[Any], None]], None]
-"""Calls a function for each of some jobs, on as many threads as it likes."""
+_GAIN = 0.01
+"""Part of a difference that classes must save, as they slow a load."""
 
 
-def encode(data: memoryview, base: memoryview, item_size: int, run: Run) -> bytes:
-    """Code `data` as its difference from `base`; the result may be longer than `data`.
-
-    Args:
-        data, base: contiguous bytes, of the same length.
-        item_size: bytes of an element: 2, 4 or 8.
-        run: does the work, chunk by chunk.
-    """
-    new, old = (np.frombuffer(part, _UNSIGNED[item_size]) for part in (data, base))
-    starts = range(0, len(new), CHUNK)
-    planes: list[list[bytes]] = [[] for _ in starts]
-
-    def work(i: int) -> None:
-        part = slice(i * CHUNK, (i + 1) * CHUNK)
-        planes[i] = _planes(new[part], old[part], item_size)
-
-    run(range(len(starts)), work)
-    lengths = np.array([len(plane) for chunk in planes for plane in chunk], "<u4")
-    coded = [plane for chunk in planes for plane in chunk]
-    return b"".join([_HEAD.pack(CHUNK, len(starts)), lengths.tobytes(), *coded])
-
-
-class Decoding:
-    """Bytes that `encode` made, to be turned back chunk by chunk.
-
-    Args:
-        coded: the bytes.
-        base: those that the difference was taken from.
-        out: where the original bytes go; as long as `base`.
+class Decoding(Protocol):
+    """A difference that is turned back chunk by chunk; chunks may be turned back on several threads at once.
 
     Attributes:
         chunks, chunk: how many there are, and the elements of each but the last.
-
-    Raises:
-        Corrupt: if the bytes are malformed.
     """
 
-    def __init__(self, coded: memoryview, base: memoryview, item_size: int, out: memoryview) -> None:
-        self._item_size = item_size
-        self._old = np.frombuffer(base, _UNSIGNED[item_size])
-        self._new = np.frombuffer(out, _UNSIGNED[item_size])
-        if len(coded) < _HEAD.size:
-            raise Corrupt("a difference is cut short")
-        self.chunk, self.chunks = _HEAD.unpack(coded[: _HEAD.size])
-        table = _HEAD.size + 4 * self.chunks * item_size
-        expected = -(-len(self._old) // self.chunk) if self.chunk else -1
-        if self.chunks != expected or len(coded) < table or len(self._new) != len(self._old):
-            raise Corrupt("a difference is malformed")
-        self._lengths = np.frombuffer(coded[_HEAD.size : table], "<u4").astype(np.int64)
-        self._ends = table + np.cumsum(self._lengths)
-        if (int(self._ends[-1]) if len(self._ends) else table) != len(coded):
-            raise Corrupt("a difference is cut short")
-        self._coded = coded
+    chunks: int
+    chunk: int
 
     def work(self, i: int) -> None:
-        """Turn a chunk back.
+        """Turn a chunk back. Where `base` and `out` are the same memory, it takes the place of the base.
 
         Raises:
             Corrupt: if it is malformed.
         """
-        old = self._old[i * self.chunk : (i + 1) * self.chunk]
-        kind = _UNSIGNED[self._item_size]
-        total: Any = None
-        for plane in range(self._item_size):
-            place = i * self._item_size + plane
-            length, end = int(self._lengths[place]), int(self._ends[place])
-            if not length:
-                continue
-            raw = self._plane(self._coded[end - length : end], len(old)).astype(kind)
-            if plane:
-                raw <<= kind(8 * plane)
-            total = raw if total is None else np.bitwise_or(total, raw, out=total)
-        new = self._new[i * self.chunk : (i + 1) * self.chunk]
-        if total is None:
-            new[:] = old
-            return
-        sign = (-(total & kind(1)).astype(_SIGNED[self._item_size])).view(kind)
-        np.add((total >> kind(1)) ^ sign, old, out=new)
-
-    @staticmethod
-    def _plane(coded: memoryview, count: int) -> Any:
-        if len(coded) == count:
-            return np.frombuffer(coded, np.uint8)
-        try:
-            # The frame is asked before memory is reserved for it.
-            if zstandard.frame_content_size(coded) != count:
-                raise Corrupt("a plane of a difference has another length than it should")
-            return np.frombuffer(_codecs()[1].decompress(coded, max_output_size=count), np.uint8)
-        except zstandard.ZstdError as error:
-            raise Corrupt(f"a plane of a difference cannot be decompressed: {error}") from None
+        ...
 
 
-def compressor() -> zstandard.ZstdCompressor:
-    """The compressor of planes; any zstd decompressor reads the result."""
-    return zstandard.ZstdCompressor(compression_params=_PARAMETERS)
+def decoding(coded: memoryview, base: memoryview, item_size: int, out: memoryview) -> Decoding:
+    """How to turn back bytes that `encode` made.
+
+    Args:
+        coded: the bytes.
+        base: those that the difference was taken from.
+        item_size: bytes of an element: one of `ITEM_SIZES`.
+        out: where the original bytes go; as long as `base`, and perhaps the same memory.
+
+    Raises:
+        Corrupt: if the bytes are malformed.
+    """
+    kind = planes.Decoding if version_of(coded) == 1 else classes.Decoding
+    return kind(coded, base, item_size, out)
 
 
-def _planes(new: Any, old: Any, item_size: int) -> list[bytes]:
-    """The planes of a chunk, each compressed if that is worth it; empty for one that is zero, as all above it."""
-    kind = _UNSIGNED[item_size]
-    difference = (new - old).view(_SIGNED[item_size])
-    sign = difference >> (8 * item_size - 1)
-    difference <<= 1
-    difference ^= sign
-    folded = difference.view(kind)
-    largest = int(folded.max())
-    planes = []
-    for plane in range(item_size):
-        if not largest >> (8 * plane):
-            planes.append(b"")
-            continue
-        part = (folded >> kind(8 * plane) if plane else folded).astype(np.uint8)
-        packed = _codecs()[0].compress(part)
-        planes.append(packed if len(packed) < _WORTH_IT * len(part) else part.tobytes())
-    return planes
+def encode(data: memoryview, base: memoryview, item_size: int, run: Run, *, is_float: bool) -> bytes:
+    """Code `data` as its difference from `base`; the result may be longer than `data`.
+
+    Args:
+        data, base: contiguous bytes, of the same length.
+        item_size: bytes of an element: one of `ITEM_SIZES`.
+        run: does the work, chunk by chunk.
+        is_float: whether the elements are real floats; others are coded in planes.
+    """
+    if not is_float or item_size not in classes.ITEM_SIZES:
+        return planes.encode(data, base, item_size, run)
+    new, old = sampled(data), sampled(base)
+    in_planes = planes.encode(new, old, item_size, _one_by_one)
+    in_one_class = classes.encode(new, old, item_size, _one_by_one, limits=b"")
+    if len(new) == len(data):
+        return min(in_planes, in_one_class, key=len)
+    limits = classes.limits_of(base, item_size)
+    gain = _gain(np.frombuffer(new, f"u{item_size}"), np.frombuffer(old, f"u{item_size}"), limits)
+    if len(in_planes) <= len(in_one_class) - gain:
+        return planes.encode(data, base, item_size, run)
+    is_worth_it = gain > _GAIN * len(in_one_class)
+    return classes.encode(data, base, item_size, run, limits=limits if is_worth_it else b"")
 
 
-def _codecs() -> tuple[zstandard.ZstdCompressor, zstandard.ZstdDecompressor]:
-    """The compressor and the decompressor of this thread."""
-    if not hasattr(_local, "codecs"):
-        _local.codecs = compressor(), zstandard.ZstdDecompressor()
-    return _local.codecs  # type: ignore[no-any-return]
+def sampled(data: memoryview) -> memoryview:
+    """Some runs of a tensor's bytes, from the first to the last; all of a small one."""
+    if len(data) <= _RUNS * _RUN:
+        return data
+    step = (len(data) - _RUN) // (_RUNS - 1) // _ALIGNMENT * _ALIGNMENT
+    return memoryview(b"".join(data[i * step : i * step + _RUN] for i in range(_RUNS)))
+
+
+def _gain(new: Any, old: Any, limits: bytes) -> float:
+    """Bytes that classes save, without what a stream costs by itself.
+
+    It is the mutual information of an element's class, and the sign and the number of bits of its difference: see Cover and
+    Thomas, Elements of Information Theory, section 2.3.
+    """
+    difference = (new - old).view(f"i{new.itemsize}")
+    bits = 2 * np.frexp(difference.astype(np.float64))[1] + (difference < 0)
+    of_class = (np.arange(256)[:, None] >= np.frombuffer(limits, np.uint8)).sum(1)[classes.exponents(old)]
+    kinds = 2 * 8 * new.itemsize + 2
+    counts = np.bincount(of_class * kinds + bits, minlength=(len(limits) + 1) * kinds)
+    joint = counts.reshape(-1, kinds) / len(new)
+    alone = joint.sum(0) * joint.sum(1)[:, None]
+    known = joint > 0
+    return float((joint[known] * np.log2(joint[known] / alone[known])).sum() * len(new) / 8)
+
+
+def _one_by_one(jobs: Sequence[Any], work: Callable[[Any], None]) -> None:
+    for job in jobs:
+        work(job)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from registry.store.differences import Decoding
+from registry.store.differences import Decoding, decoding
 from registry.store.digest import tensor_digest
 from registry.store.dtypes import ELEMENT_TYPES
 from registry.store.errors import Corrupt
@@ -79,14 +79,15 @@ class Mapped:
     def _decode(self, items: Collection[Wanted]) -> None:
         """Turn differences back that do not rest on one another."""
         decoded = {item.info.digest: _anonymous(item.size) for item in items}
-        jobs: list[tuple[Sequence[tuple[Wanted, Decoding]], int | None]] = []
+        jobs: list[tuple[Sequence[tuple[Wanted, Decoding]], int, int]] = []
         sizes = []
         for item in items:
             levels = self._levels(item, memoryview(decoded[item.info.digest])[: item.size])
-            # Chunk by chunk through all levels, unless these were coded with chunks of several sizes.
-            is_even = len({decoding.chunk for _, decoding in levels}) == 1
-            parts = range(levels[0][1].chunks) if is_even else [None]
-            jobs += [(levels, part) for part in parts]
+            # Part by part through all levels; a part has whole chunks of each, which may be coded with several sizes.
+            elements = item.size // ELEMENT_TYPES[item.info.dtype].size
+            step = math.lcm(*(level.chunk for _, level in levels))
+            parts = [(start, min(start + step, elements)) for start in range(0, elements, step)]
+            jobs += [(levels, *part) for part in parts]
             sizes += [item.size // len(parts)] * len(parts)
         in_parallel(jobs, self._decode_part, sizes)
         self._decoded |= decoded
@@ -102,17 +103,17 @@ class Mapped:
             old = out if levels else self.bytes(base)
             size = ELEMENT_TYPES[link.info.dtype].size
             try:
-                levels.append((link, Decoding(self.stored(link), old, item_size=size, out=out)))
+                levels.append((link, decoding(self.stored(link), old, item_size=size, out=out)))
             except Corrupt as error:
                 raise damaged(self._packs, link) from error
         return levels
 
-    def _decode_part(self, job: tuple[Sequence[tuple[Wanted, Decoding]], int | None]) -> None:
-        levels, part = job
-        for item, decoding in levels:
+    def _decode_part(self, job: tuple[Sequence[tuple[Wanted, Decoding]], int, int]) -> None:
+        levels, start, end = job
+        for item, level in levels:
             try:
-                for i in range(decoding.chunks) if part is None else [part]:
-                    decoding.work(i)
+                for i in range(start // level.chunk, -(-end // level.chunk)):
+                    level.work(i)
             except Corrupt as error:
                 raise damaged(self._packs, item) from error
 

@@ -37,7 +37,10 @@ _LONGEST_CODE = max(map(len, BY_CODE))
 _LONGEST_OPAQUE = max(len(name) for name, kind in ELEMENT_TYPES.items() if kind.pack_code is None)
 """Characters of the longest name of an *opaque* type: one that has no code in a pack, and stands there as U8."""
 
-_FORMAT = "torch-registry pack 1"
+_FORMAT = re.compile("torch-registry pack ([0-9]{1,9})")
+_VERSION = 2
+"""The latest version of packs. One that has no differences, or older ones alone, says 1, so that older programs read it."""
+
 _SALT = 16
 _COALESCE = 64 << 10
 """Bytes below which a tensor is written together with its neighbours."""
@@ -140,6 +143,7 @@ class PackWriter:
         self._buffer_start = 0
         self._tensors: list[PackedTensor] = []
         self._changed: set[str] = set()
+        self._version = 1
 
     def add(
         self,
@@ -170,6 +174,7 @@ class PackWriter:
     ) -> None:
         """Add a tensor as its difference from another one."""
         start = self.reserve(len(coded))
+        self._version = max(self._version, version_of(coded))
         self._tensors.append(
             PackedTensor(digest, dtype, shape=tuple(shape), start=start, base=base, coded=len(coded))
         )
@@ -214,7 +219,7 @@ class PackWriter:
         self._flush()
         # Those without bytes come before the one that begins where they are.
         tensors = sorted(self._tensors, key=lambda tensor: (tensor.start, tensor.size))
-        about = {"format": _FORMAT, "salt": secrets.token_hex(_SALT)}
+        about = {"format": f"torch-registry pack {self._version}", "salt": secrets.token_hex(_SALT)}
         text = header.render(self._laid_out(tensors, about), about)
         head = header.framed(text, self._head)
         name = digest_of(head)
@@ -298,6 +303,11 @@ class PackWriter:
             self._buffer = bytearray()
 
 
+def version_of(coded: memoryview) -> int:
+    """The version of packs that may have a difference: its first number is 0 only from version 2 on."""
+    return 2 if bytes(coded[:4]) == bytes(4) else 1
+
+
 def _type_and_shape(dtype: str, shape: Sequence[int]) -> str:
     return f"{dtype} {','.join(map(str, shape))}"
 
@@ -342,6 +352,7 @@ def read_pack_info(path: Path) -> PackInfo:
 
     Raises:
         Corrupt: if the file is missing, cut short, or its header is not the one that its name covers.
+        Unsupported: if a newer program wrote it.
     """
     with open_regular(path, inner=INNER) as file:
         size = os.fstat(file.fileno()).st_size
@@ -369,7 +380,14 @@ def info_from(name: str, parsed: header.Header, size: int) -> PackInfo:
 
     Raises:
         Invalid: naming the tensor that has a malformed type.
+        Unsupported: if a newer program wrote it.
     """
+    version = _FORMAT.fullmatch(parsed.metadata.get("format", ""))
+    if version and int(version[1]) > _VERSION:
+        raise Unsupported(
+            f"pack {name[:12]} was written by a newer torch-registry: it has version {version[1]}, and this one reads {_VERSION}",
+            "upgrade with: pip install -U torch-registry",
+        )
     tensors = []
     for entry in parsed.entries:
         digest, dot, base = entry.name.partition(".")

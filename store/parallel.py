@@ -10,6 +10,9 @@ from typing import Any, TypeVar
 
 Job = TypeVar("Job")
 
+Run = Callable[[Sequence[Any], Callable[[Any], None]], None]
+"""Calls a function for each of some jobs, on as many threads as it likes."""
+
 SMALL = 1 << 20
 """Bytes below which starting threads costs more than they save."""
 

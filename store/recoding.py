@@ -11,7 +11,7 @@ from registry.store.digest import tensor_digest
 from registry.store.dtypes import ELEMENT_TYPES
 from registry.store.locating import Locator, Wanted
 from registry.store.pack import Changed, PackInfo, PackWriter, difference_bound, index_bound
-from registry.store.parallel import in_parallel
+from registry.store.parallel import SMALL, in_parallel
 
 SMALLEST = 4 << 10
 """Bytes of a tensor from which on a difference is tried."""
@@ -24,12 +24,6 @@ _WORTH_IT = 0.9
 
 _LEVEL_WORTH_IT = 0.03
 """Part of a tensor's bytes that resting on one more difference must save, as each slows a load."""
-
-_RUNS, _RUN = 16, 4 << 10
-"""How many runs of a tensor are tried, and their bytes, to choose what its difference is taken from."""
-
-_ALIGNMENT = 8
-"""Bytes of the largest element, so that a run begins with a whole one."""
 
 
 def copy_to_new_pack(
@@ -132,22 +126,13 @@ def _nearest(item: Wanted, data: memoryview, bases: Sequence[tuple[Wanted, memor
     """The base with which a difference costs least, by some runs of the tensor, and by what it slows a load."""
     if len(bases) == 1:
         return bases[0][0]
-    size = ELEMENT_TYPES[item.info.dtype].size
-    new = _sampled(data)
+    new = differences.sampled(data)
 
     def cost(base: tuple[Wanted, memoryview]) -> float:
-        coded = differences.encode(new, _sampled(base[1]), item_size=size, run=_run)
+        coded = _encode(item.info.dtype, new, differences.sampled(base[1]))
         return len(coded) / len(new) + _LEVEL_WORTH_IT * len(base[0].chain)
 
     return min(bases, key=cost)[0]
-
-
-def _sampled(data: memoryview) -> memoryview:
-    """Some runs of a tensor's bytes, from the first to the last; all of a small one."""
-    if len(data) <= _RUNS * _RUN:
-        return data
-    step = (len(data) - _RUN) // (_RUNS - 1) // _ALIGNMENT * _ALIGNMENT
-    return memoryview(b"".join(data[i * step : i * step + _RUN] for i in range(_RUNS)))
 
 
 def _copy_difference(packs: Path, item: Wanted, mapped: loading.Mapped, writer: PackWriter) -> None:
@@ -170,19 +155,25 @@ def _can_differ(item: Wanted, base: Wanted) -> bool:
 
 def _difference(item: Wanted, data: memoryview, base: memoryview) -> bytes | None:
     """The difference of a tensor from its base, checked to give it back; None if that saves too little."""
-    size = ELEMENT_TYPES[item.info.dtype].size
-    coded = differences.encode(data, base, item_size=size, run=_run)
+    coded = _encode(item.info.dtype, data, base)
     if len(coded) > _WORTH_IT * len(data):
         return None
     back = bytearray(len(data))
-    decoding = differences.Decoding(memoryview(coded), base, item_size=size, out=memoryview(back))
+    size = ELEMENT_TYPES[item.info.dtype].size
+    decoding = differences.decoding(memoryview(coded), base, item_size=size, out=memoryview(back))
     _run(range(decoding.chunks), decoding.work)
     assert tensor_digest(item.info.dtype, item.info.shape, memoryview(back)) == item.info.digest
     return coded
 
 
+def _encode(dtype: str, data: memoryview, base: memoryview) -> bytes:
+    kind = ELEMENT_TYPES[dtype]
+    return differences.encode(data, base, item_size=kind.size, run=_run, is_float=kind.is_float)
+
+
 def _run(jobs: Sequence[Any], work: Callable[[Any], None]) -> None:
-    in_parallel(jobs, work, [differences.CHUNK] * len(jobs))
+    # Two chunks are enough to start a thread for.
+    in_parallel(jobs, work, [SMALL // 2] * len(jobs))
 
 
 def _check(packs: Path, item: Wanted, data: memoryview) -> None:

@@ -19,7 +19,7 @@ from registry.log.entries import MAX_NUMBER, Record
 from registry.log.facts import Facts
 from registry.log.ledger import Ledger
 from registry.log.refusals import refuse_if
-from registry.store.errors import RegistryError
+from registry.store.errors import RegistryError, Unsupported
 from registry.store.locating import Location
 from registry.store.manifest import Manifest
 from registry.store.pack import PackInfo
@@ -72,6 +72,9 @@ class Packs:
         )
         try:
             info = self._contents.pack_info(digest)
+        except Unsupported:
+            # A newer program wrote it, and this one would take its tensors for lost.
+            raise
         except RegistryError:
             # Damaged or gone: verify names it. Its tensors have no place in it.
             return

@@ -154,7 +154,7 @@ def _decoded(tensor: PackedTensor, stored: bytes, base: bytes) -> bytes | None:
         return None
     out = bytearray(len(base))
     with contextlib.suppress(Corrupt):
-        decoding = differences.Decoding(
+        decoding = differences.decoding(
             memoryview(stored), memoryview(base), item_size=size, out=memoryview(out)
         )
         for chunk in range(decoding.chunks):

@@ -20,7 +20,7 @@ from registry.progress import Progress, silent
 from registry.store import durable, places
 from registry.store.digest import digest as digest_of
 from registry.store.digest import is_digest, tensor_digest
-from registry.store.errors import Corrupt, Missing, RegistryError, StorageError
+from registry.store.errors import Corrupt, Missing, RegistryError, StorageError, Unsupported
 from registry.store.locating import Location
 from registry.store.manifest import MAX_SIZE, parse
 from registry.store.pack import INNER, PackInfo, read_pack_info
@@ -336,6 +336,10 @@ class _Check:
                 raise Corrupt(f"{path}: has {info.size} bytes instead of {size}")
             with open_regular(path, inner=INNER) as file:
                 self._check_contents(info, file.fileno())
+        except Unsupported as error:
+            # A newer program wrote it, so this one cannot tell whether it is whole.
+            self.problems.append(Problem(str(error), (), str(path)))
+            return
         except RegistryError as error:
             self._note_damage(digest, placed, error)
             return

@@ -33,7 +33,11 @@ from support import (
 from registry import Registry
 from registry.catalog.catalog import Catalog
 from registry.log import entries
+from registry.log.entries import pack_record
+from registry.store import header
+from registry.store.digest import digest as digest_of
 from registry.store.errors import Corrupt, NotFound, RegistryError, StorageError, Unsupported
+from registry.store.pack import PackedTensor, PackInfo, pack_path
 from registry.upkeep.garbage import GRACE
 
 SAVED = {"net:v1": 1, "net:v2": 2}
@@ -751,7 +755,20 @@ def newer_operation(root: Path) -> None:
     append(root, [{"op": "teleport", "id": "x"}])
 
 
-@pytest.mark.parametrize("make", [newer_settings, newer_schema, newer_operation])
+def newer_pack(root: Path) -> None:
+    """A pack that counts, of a version that this program does not know."""
+    tensor = PackedTensor(digest="0" * 64, dtype="uint8", shape=(64,), start=4_096)
+    text = header.render(
+        [(tensor.digest, "U8", (64,), 0, 64)], {"format": "torch-registry pack 3", "salt": "0" * 32}
+    )
+    head = header.framed(text, 4_096)
+    path = pack_path(root / "packs", digest_of(head))
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(head + bytes(64))
+    append(root, [pack_record(PackInfo(digest_of(head), 4_160, (tensor,)))])
+
+
+@pytest.mark.parametrize("make", [newer_settings, newer_schema, newer_operation, newer_pack])
 @pytest.mark.damages
 def test_what_a_newer_version_wrote_is_refused_and_left_alone(
     root: Path, make: Callable[[Path], None]

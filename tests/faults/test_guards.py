@@ -36,7 +36,7 @@ from registry.cache.keys import Key
 from registry.catalog.transactions import View
 from registry.log import entries
 from registry.log.entries import Record, pack_record
-from registry.store import differences, durable
+from registry.store import durable, planes
 from registry.store.digest import digest, tensor_digest
 from registry.store.errors import RegistryError
 from registry.store.pack import PackWriter
@@ -365,7 +365,7 @@ def test_differences_that_rest_on_one_another_too_deeply_are_refused(
         for i in range(count):
             base = (i - 1) % count
             if i or count == 2:
-                coded = differences.encode(data[i], data[base], 4, lambda jobs, work: [*map(work, jobs)])
+                coded = planes.encode(data[i], data[base], 4, lambda jobs, work: [*map(work, jobs)])
                 writer.add_difference(digests[i], "float32", (60, 50), digests[base], memoryview(coded))
             else:
                 writer.add(digests[i], "float32", (60, 50), data[i])

@@ -6,12 +6,38 @@ from pathlib import Path
 
 import numpy as np
 import zstandard
+from pcodec.wrapped import FileDecompressor
 
 SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 CODES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 
 
+def by_class(coded, base, size):
+    _, coder, classes, block = struct.unpack("<IBBI", coded[:10])
+    old, count = np.frombuffer(base, f"<u{size}"), -(-len(base) // (size * block))
+    limits, table = np.frombuffer(coded[10 : 9 + classes], np.uint8), 9 + classes
+    lengths = np.frombuffer(coded[table : table + 4 * count * classes], "<u4").reshape(count, classes)
+    table += lengths.nbytes
+    reader, used = FileDecompressor.new(coded[table : table + 2])
+    at, new = table + used, old.copy()
+    assert coder == 2
+    for i, row in enumerate(lengths):
+        part = new[i * block : (i + 1) * block]
+        exponents = (part << 1) >> (8 * size - 8)
+        kinds = np.searchsorted(limits, exponents, side="right")
+        for kind, length in enumerate(map(int, row)):
+            if length:
+                numbers = np.empty((kinds == kind).sum(), f"<i{size}")
+                chunk, used = reader.chunk_decompressor(coded[at : at + length], f"i{8 * size}")
+                chunk.read_page_into(coded[at + used : at + length], len(numbers), numbers)
+                part[kinds == kind] += numbers.view(part.dtype)
+            at += length
+    return np.frombuffer(new.tobytes(), np.uint8)
+
+
 def decoded(coded, base, size):
+    if coded[:4] == bytes(4):
+        return by_class(coded, base, size)
     chunk, count = struct.unpack("<II", coded[:8])
     kind, old = np.dtype(f"<u{size}"), np.frombuffer(base, f"<u{size}")
     lengths = np.frombuffer(coded[8 : 8 + 4 * count * size], "<u4").reshape(count, size)
@@ -31,6 +57,7 @@ def decoded(coded, base, size):
 
 def differences(root, plain):
     """Digest, type in a pack and bytes of the tensors that are stored as differences."""
+    found = {}
     for path in Path(root, "packs").glob("*/*.safetensors"):
         data = np.memmap(path, mode="r")
         base = 8 + struct.unpack("<Q", data[:8].tobytes())[0]
@@ -39,5 +66,13 @@ def differences(root, plain):
             digest, _, other = name.partition(".")
             if len(name) == 129:
                 kind = header["__metadata__"][name].split()[0]
-                coded = data[base:][slice(*entry["data_offsets"])].tobytes()
-                yield digest, (CODES[kind], decoded(coded, plain[other][1].tobytes(), SIZES[kind]))
+                found[digest] = kind, other, data[base:][slice(*entry["data_offsets"])].tobytes()
+
+    def whole(digest):
+        if digest in plain:
+            return plain[digest][1]
+        kind, other, coded = found[digest]
+        return decoded(coded, whole(other).tobytes(), SIZES[kind])
+
+    for digest, (kind, _, _) in found.items():
+        yield digest, (CODES[kind], whole(digest))

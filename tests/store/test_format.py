@@ -176,7 +176,7 @@ def test_with_a_few_more_lines_the_reader_knows_differences(
     more = load(SOURCE.with_name("format_reader_differences.py"))
     registry, saved = Registry(tmp_path), []
     torch.manual_seed(0)
-    weight = torch.randn(40, 3_500) * 0.02
+    weight = torch.randn(80, 3_500) * 0.02
     for _ in range(4):
         weight = weight + 1e-5 * torch.randn_like(weight)
         saved.append({"w": weight, "half": weight.bfloat16(), "double": weight.double(), "n": torch.ones(2)})
@@ -191,6 +191,11 @@ def test_with_a_few_more_lines_the_reader_knows_differences(
         _, read = reader.read(tmp_path, registry[f"net:v{number}"].id)
         assert all(same(read["model"][name], tensor) for name, tensor in state.items())
     assert len([*more.differences(tmp_path, dict(plain(tmp_path)))]) == 9
+    versions = {
+        re.search(r"torch-registry pack (\d)", path.read_text(errors="replace"))[1]  # type: ignore[index]
+        for path in tmp_path.glob("packs/*/*.safetensors")
+    }
+    assert versions == {"1", "2"}
 
 
 def test_the_reader_refuses_a_flipped_byte(tmp_path: Path, reader: ModuleType) -> None:

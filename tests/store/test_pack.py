@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ import safetensors
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from registry.store import header
 from registry.store.digest import digest, tensor_digest
 from registry.store.dtypes import ELEMENT_TYPES, byte_count
-from registry.store.errors import Corrupt
+from registry.store.errors import Corrupt, Unsupported
 from registry.store.pack import PackInfo, PackWriter, pack_path, read_pack_info
 
 TENSORS = st.lists(
@@ -74,6 +76,37 @@ def test_a_pack_of_very_many_tensors_has_room_in_its_header(tmp_path: Path) -> N
     info, contents = write(tmp_path, tensors)
     assert len(info.tensors) == len(contents)
     assert read_pack_info(pack_path(tmp_path / "packs", info.digest)) == info
+
+
+def with_differences(root: Path, *coded: bytes) -> Path:
+    """A pack that holds some bytes as differences."""
+    writer = PackWriter(root, [], coded=[("float32", [9])] * len(coded))
+    for number, part in enumerate(coded):
+        writer.add_difference(f"{number:064}", "float32", [9], base="f" * 64, coded=memoryview(part))
+    return pack_path(root / "packs", writer.finish(root / "packs").digest)
+
+
+def test_a_pack_says_what_a_reader_must_know(tmp_path: Path) -> None:
+    first, second = struct.pack("<II", 1 << 17, 1), struct.pack("<IBBI", 0, 2, 1, 1 << 18)
+    for version, coded in ((1, ()), (1, (first,)), (2, (second,)), (2, (first, second, first))):
+        path = with_differences(tmp_path, *coded)
+        with safetensors.safe_open(path, "numpy") as file:
+            assert file.metadata()["format"] == f"torch-registry pack {version}"
+        assert len(read_pack_info(path).tensors) == len(coded)
+
+
+def test_a_pack_of_a_newer_version_is_not_called_damaged(tmp_path: Path) -> None:
+    content = with_differences(tmp_path, bytes(10)).read_bytes()
+    for version in (b"3", b"9" * 9):
+        text = content[8:4_096].rstrip().replace(b"pack 2", b"pack " + version)
+        head = header.framed(text, 4_096)
+        path = pack_path(tmp_path / "packs", digest(head))
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(head + content[4_096:])
+        with pytest.raises(
+            Unsupported, match=r"was written by a newer torch-registry.*upgrade with: pip install"
+        ):
+            read_pack_info(path)
 
 
 def test_a_pack_under_a_name_that_is_not_its_own_is_refused(tmp_path: Path) -> None:

@@ -7,16 +7,17 @@ import json
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from registry import Registry
-from registry.store import differences, durable, header
+from registry.store import classes, differences, durable, header, planes
 from registry.store.errors import Corrupt, NotFound, StorageError
 from registry.store.folder_index import PackFolder
 from registry.store.loading import Mapped
@@ -701,19 +702,96 @@ def test_values_that_two_versions_have_swapped_become_differences(tmp_path: Path
     check(registry, expected)
 
 
-@pytest.mark.parametrize("chunks", [(1_100, 1_500), (1_500, 1_100), (512, 512)])
-def test_differences_of_other_programs_may_have_chunks_of_any_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunks: tuple[int, int]
+CODINGS = {
+    "planes": lambda data, base, size, run: planes.encode(data, base, size, run),
+    "one class": lambda data, base, size, run: classes.encode(data, base, size, run, limits=b""),
+    "classes": lambda data, base, size, run: classes.encode(
+        data, base, size, run, limits=classes.limits_of(base, size)
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "levels",
+    [
+        [("planes", 1_100), ("planes", 1_500), ("planes", 1_500)],
+        [("classes", 1_500), ("planes", 1_100), ("one class", 512)],
+        [("planes", 512), ("classes", 1_024), ("planes", 256)],
+        [("one class", 4_096), ("classes", 700), ("classes", 1_024)],
+    ],
+)
+def test_a_difference_may_rest_on_others_of_any_coding_and_size_of_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, levels: list[tuple[str, int]]
 ) -> None:
     registry, expected = Registry(tmp_path / "r"), []
-    for number in range(3):
-        expected.append({"model": {"w": torch.arange(2_048.0) + number * 1e-4}})
+    for state in walk(4):
+        expected.append({"model": {"w": state["model"]["weights"][:4_001]}})
         registry.save("net", expected[-1])
-    digests = [next(iter(registry[f"net:v{n}"].parameters()))[3] for n in (1, 2, 3)]
-    for place, chunk in zip((1, 2), chunks, strict=True):
-        monkeypatch.setattr(differences, "CHUNK", chunk)
+    digests = [next(iter(registry[f"net:v{n}"].parameters()))[3] for n in (1, 2, 3, 4)]
+    for place, (coding, chunk) in enumerate(levels, 1):
+        monkeypatch.setattr(planes, "CHUNK", chunk)
+        monkeypatch.setattr(classes, "BLOCK", chunk)
+        monkeypatch.setattr(
+            differences,
+            "encode",
+            lambda data, base, item_size, run, is_float, code=CODINGS[coding]: code(
+                data, base, item_size, run
+            ),
+        )
         pack = registry.catalog.locate([digests[place]])[digests[place]].pack
         bases = {digests[place]: [digests[place - 1]]}
         assert repacking.repack(registry.catalog, registry.store, pack, [digests[place]], bases)
-    assert depths(registry, "net:v3") == {"model/w": 2}
+    assert depths(registry, "net:v4") == {"model/w": 3}
     check(registry, expected)
+
+
+def test_a_tree_of_both_codings_outlives_all_that_happens_to_its_versions(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    registry, expected = Registry(tmp_path / "r"), []
+    weights = torch.randn(300, 1_000) * 0.02
+    for number in range(9):
+        weights = weights + 1e-5 * torch.randn_like(weights)
+        model = {"half": weights.bfloat16(), "whole": weights[:50], "double": weights[:9].double()}
+        moments = {"state": {0: {"exp_avg": weights[100:200] * 1e-3}}, "param_groups": [{"lr": 0.1}]}
+        expected.append({"model": model, "optimizer": moments})
+        registry.save("net", expected[-1])
+        if number in (3, 8):
+            registry.compact()
+    registry.collect_garbage(grace=0)
+    assert {text_of(path) for path in registry.root.glob("packs/*/*")} == {"1", "2"}
+    check_all(registry, expected, range(1, 10))
+    registry.thin("net:v2")
+    registry.thin("net:v5")
+    registry.remove(["net:v3", "net:v6"])
+    registry.compact()
+    registry.collect_garbage(grace=0)
+    left = [1, 2, 4, 5, 7, 8, 9]
+    check_all(registry, expected, left)
+    other = Registry(tmp_path / "other")
+    registry.copy_to(other)
+    registry.catalog.close()
+    (registry.root / "catalog.sqlite").unlink()
+    again = Registry(tmp_path / "r", create=False)
+    again.rebuild()
+    check_all(again, expected, left)
+    copied = [version for version in range(1, 10) if version in left]
+    for there, number in enumerate(copied, 1):
+        assert same(other[f"net:v{there}"].load(["model"])["model"], expected[number - 1]["model"])
+    assert other.verify().problems == ()
+
+
+def text_of(pack: Path) -> str:
+    """The version that a pack says it has."""
+    with safe_open(pack, "pt") as file:
+        return str(file.metadata()["format"]).removeprefix("torch-registry pack ")
+
+
+def check_all(registry: Registry, expected: list[dict[str, Any]], numbers: Iterable[int]) -> None:
+    """Versions, of which 2 and 5 may have been thinned, load bit for bit."""
+    for number in numbers:
+        loaded = registry[f"net:v{number}"].load()
+        assert same(loaded["model"], expected[number - 1]["model"])
+        if "optimizer" in loaded:
+            there, saved = (one["optimizer"]["state"][0] for one in (loaded, expected[number - 1]))
+            assert same(there, saved)
+    assert registry.verify().problems == ()
