@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ DEEPEST = 4
 
 _WORTH_IT = 0.9
 """Part of a tensor's bytes that its difference may take at most."""
+
+_TOGETHER = 16 << 20
+"""Bytes of tensors that are worked on at a time, with those that they may become differences from."""
 
 _LEVEL_WORTH_IT = 0.03
 """Part of a tensor's bytes that resting on one more difference must save, as each slows a load."""
@@ -64,33 +67,31 @@ def copy_to_new_pack(
     ]
     writer = PackWriter(tmp, types, coded=coded_types)
     try:
-        for item in wanted:
-            info = item.info
-            if item.base and info.digest not in whole:
-                _copy_difference(source, item, mapped=mapped, writer=writer)
-                continue
-            mapped.decode([item])
-            data = mapped.bytes(item)
-            _check(source, item, data)
-            candidates = differing.get(info.digest, ())
-            for base in candidates:
-                mapped.decode([base])
-                if base.info.digest not in sound:
-                    _check(source, base, mapped.bytes(base))
-                    sound.add(base.info.digest)
-            coded = None
-            if candidates:
-                base = _nearest(item, data, [(one, mapped.bytes(one)) for one in candidates])
-                coded = _difference(item, data, mapped.bytes(base))
-            for one in candidates:
-                mapped.forget(one)
-            if coded:
-                writer.add_difference(
-                    info.digest, info.dtype, info.shape, base=base.info.digest, coded=memoryview(coded)
-                )
-                continue
-            writer.add(info.digest, info.dtype, info.shape, data=data, is_sure=False)
-            mapped.forget(item)
+        for batch in _batches(wanted, differing):
+            rest = []
+            for item in batch:
+                if item.base and item.info.digest not in whole:
+                    _copy_difference(source, item, mapped=mapped, writer=writer)
+                else:
+                    rest.append(item)
+            candidates = {
+                base.info.digest: base for item in rest for base in differing.get(item.info.digest, ())
+            }
+            mapped.decode([*rest, *candidates.values()])
+            _check(source, [*rest, *(base for name, base in candidates.items() if name not in sound)], mapped)
+            sound |= candidates.keys()
+            coded = _differences([item for item in rest if item.info.digest in differing], differing, mapped)
+            for item in rest:
+                info = item.info
+                if found := coded.get(info.digest):
+                    base, data = found
+                    writer.add_difference(
+                        info.digest, info.dtype, info.shape, base=base, coded=memoryview(data)
+                    )
+                else:
+                    writer.add(info.digest, info.dtype, info.shape, data=mapped.bytes(item), is_sure=False)
+            for item in (*rest, *candidates.values()):
+                mapped.forget(item)
         return writer.finish(packs)
     except Changed as error:
         # The pack that it was copied from has changed since it was checked.
@@ -119,6 +120,37 @@ def _differing(
         if room < 0:
             break
         found[item.info.digest] = candidates
+    return found
+
+
+def _batches(wanted: Sequence[Wanted], differing: Mapping[str, Sequence[Wanted]]) -> Iterator[list[Wanted]]:
+    """Tensors that are worked on at a time, so that all cores have work, and little memory is taken."""
+    batch: list[Wanted] = []
+    size = 0
+    for item in wanted:
+        taken = item.size + sum(base.size for base in differing.get(item.info.digest, ()))
+        if batch and size + taken > _TOGETHER:
+            yield batch
+            batch, size = [], 0
+        batch.append(item)
+        size += taken
+    if batch:
+        yield batch
+
+
+def _differences(
+    items: Sequence[Wanted], differing: Mapping[str, Sequence[Wanted]], mapped: loading.Mapped
+) -> dict[str, tuple[str, bytes]]:
+    """By digest, what each tensor is stored as a difference from, and the difference, where it saves enough."""
+    found: dict[str, tuple[str, bytes]] = {}
+
+    def work(item: Wanted) -> None:
+        data = mapped.bytes(item)
+        base = _nearest(item, data, [(one, mapped.bytes(one)) for one in differing[item.info.digest]])
+        if coded := _difference(item, data, mapped.bytes(base)):
+            found[item.info.digest] = base.info.digest, coded
+
+    in_parallel(items, work, [item.size for item in items])
     return found
 
 
@@ -176,6 +208,7 @@ def _run(jobs: Sequence[Any], work: Callable[[Any], None]) -> None:
     in_parallel(jobs, work, [SMALL // 2] * len(jobs))
 
 
-def _check(packs: Path, item: Wanted, data: memoryview) -> None:
-    if tensor_digest(item.info.dtype, item.info.shape, data) != item.info.digest:
-        raise loading.damaged(packs, item)
+def _check(packs: Path, items: Sequence[Wanted], mapped: loading.Mapped) -> None:
+    for item in items:
+        if tensor_digest(item.info.dtype, item.info.shape, mapped.bytes(item)) != item.info.digest:
+            raise loading.damaged(packs, item)
