@@ -793,6 +793,20 @@ def test_what_a_newer_version_wrote_is_refused_and_left_alone(
 
 
 @pytest.mark.damages
+def test_verify_does_not_call_a_newer_pack_damaged(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as newer:
+        newer.setattr("registry.store.pack._VERSION", 3)
+        newer_pack(root)
+        save(Registry(root), 3)
+    before = files(root)
+    problems = [problem.message for problem in Registry(root).verify().problems]
+    assert len(problems) == 1
+    assert "was written by a newer torch-registry" in problems[0]
+    log = str(log_of(root).relative_to(root))
+    assert files(root)[log] == before[log]
+
+
+@pytest.mark.damages
 def test_settings_that_make_no_sense_are_refused(root: Path) -> None:
     path = root / "registry.toml"
     path.chmod(0o644)

@@ -170,6 +170,7 @@ def damaged() -> dict[str, bytes]:
     table = struct.pack("<4I", len(bomb), 0, 0, 0)
     steps = np.arange(10, dtype=np.int32)
     fine = of_one_class(stream_of(steps))
+    constant = stream_of(np.full(10, 7, np.int32))
     second = struct.Struct("<IBBI")
     block = classes.BLOCK
     return {
@@ -199,8 +200,9 @@ def damaged() -> dict[str, bytes]:
         "classes: a newer pcodec": fine[:14] + b"\xff\xff" + fine[16:],
         "classes: no elements of it": second.pack(0, 2, 2, block)
         + b"\x01"
-        + struct.pack("<II", 0, len(fine) - 16)
-        + fine[14:],
+        + struct.pack("<II", 0, len(constant))
+        + fine[14:16]
+        + constant,
         "classes: too many numbers": of_one_class(stream_of(np.arange(600, dtype=np.int32))),
         "classes: others": of_one_class(stream_of(np.arange(10, dtype=np.int16))),
         "classes: differences of differences": of_one_class(
