@@ -21,7 +21,17 @@ _COLOURS = ("#1f5fbf", "#d9541e", "#2a9d5c", "#8a4fbf", "#c79a00", "#4a4a4a", "#
 def machine() -> dict[str, str]:
     """The machine that the figures were measured on."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    packages = ("torch", "torchvision", "safetensors", "joblib", "numpy", "blake3", "xxhash", "zstandard")
+    packages = (
+        "torch",
+        "torchvision",
+        "safetensors",
+        "joblib",
+        "numpy",
+        "blake3",
+        "xxhash",
+        "zstandard",
+        "pcodec",
+    )
     return {
         "processor": f"{_processor()}, {os.cpu_count()} cores",
         "memory": f"{memory:.0f} GiB",

@@ -216,11 +216,9 @@ def test_every_coding_of_the_comparison_is_applied_to_every_kind() -> None:
     table = compaction._comparison(task, {"ramp": [new, new, new]}, Scale(quick=True))
     assert [row[0] for row in table.rows] == [coding.name for coding in compaction.CODINGS]
     shares = {row[0]: float(row[1].rstrip("%")) for row in table.rows}
-    assert (
-        shares["difference, byte planes, zstd with few and long matches (ours)"]
-        < 1
-        < shares["no anchor, zstd 1"]
-    )
+    ours = [share for name, share in shares.items() if "ours" in name]
+    assert len(ours) == 2
+    assert max(ours) < 1 < shares["no anchor, zstd 1"]
 
 
 def learning(seed: int = 0) -> tasks.Task:
