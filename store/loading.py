@@ -16,13 +16,15 @@ from typing import NamedTuple
 
 import torch
 
+from registry.store import direct
 from registry.store.differences import Decoding, decoding
-from registry.store.digest import tensor_digest
+from registry.store.digest import tensor_digest, tensor_hasher
 from registry.store.dtypes import ELEMENT_TYPES
 from registry.store.errors import Corrupt
 from registry.store.locating import Location, Wanted
 from registry.store.manifest import TensorInfo
 from registry.store.pack import INNER, map_file, pack_path
+from registry.store.page_cache import ReadAhead, place_of, read_ahead
 from registry.store.parallel import SMALL, in_order, in_parallel
 from registry.store.places import FileState, OpenFiles, is_local, state_of
 from registry.store.tree import is_plain, memory_of, torch_type
@@ -39,8 +41,11 @@ _GAP = 4 << 10
 _MAX_BUFFERS = 1_000
 """Buffers of one read; the system takes 1,024."""
 
+_BATCH = 32 << 20
+"""Bytes of small differences that are turned back at a time, before they are copied to where they stay."""
+
 _REMAP = 1 << 20
-"""Bytes from which on a second use of the same stored tensor is mapped again; below, it is copied."""
+"""Bytes from which on a tensor has memory of its own: a second use of the same stored one is mapped again, not copied."""
 
 
 class Mapped:
@@ -63,14 +68,22 @@ class Mapped:
         """
         coded = {item.info.digest: item for item in items if item.base and item.size}
         rest = {digest: item for digest, item in coded.items() if digest not in self._decoded}
-        while rest:
-            first = {
-                digest: item
-                for digest, item in rest.items()
-                if not any(link.info.digest in rest for link in item.chain[1:])
-            }
-            self._decode(first.values())
-            rest = {digest: item for digest, item in rest.items() if digest not in first}
+        if not rest:
+            return
+        with self.reading_ahead(link for item in rest.values() for link in item.chain):
+            while rest:
+                first = {
+                    digest: item
+                    for digest, item in rest.items()
+                    if not any(link.info.digest in rest for link in item.chain[1:])
+                }
+                self._decode(first.values())
+                rest = {digest: item for digest, item in rest.items() if digest not in first}
+
+    def reading_ahead(self, items: Iterable[Wanted]) -> contextlib.AbstractContextManager[ReadAhead | None]:
+        """Have the system read the stored bytes of some tensors while the body uses them; see `page_cache.read_ahead`."""
+        distinct = {place_of(item): item for item in items if item.held is None}
+        return read_ahead(self._packs, distinct.values(), lambda location: self._map(location, 0))
 
     def forget(self, item: Wanted) -> None:
         """Free the memory of a difference that was turned back, once nobody uses it any more."""
@@ -198,6 +211,10 @@ class Read(Mapped):
             _read(self._packs, files, job)
         return data
 
+    def reading_ahead(self, items: Iterable[Wanted]) -> contextlib.AbstractContextManager[ReadAhead | None]:
+        """Nothing is read ahead, as nothing is mapped."""
+        return contextlib.nullcontext()
+
 
 def view(buffer: mmap.mmap | memoryview, info: TensorInfo, offset: int) -> torch.Tensor:
     """A tensor over a part of a writable buffer, without copying."""
@@ -221,7 +238,17 @@ def verify(packs: Path, items: Sequence[Wanted], mapped: Mapped, stop: threading
     mapped.decode(items)
     distinct = list({item.info.digest: item for item in items if item.size}.values())
     sizes = [item.size for item in distinct]
-    in_parallel(distinct, lambda item: _check(packs, item, mapped.bytes(item)), sizes, stop=stop)
+    with mapped.reading_ahead(item for item in distinct if not item.base) as ahead:
+        if ahead is None:
+            in_parallel(distinct, lambda item: _check(packs, item, mapped.bytes(item)), sizes, stop=stop)
+            return
+        distinct.sort(key=place_of)
+        in_order(
+            iter(distinct),
+            lambda item: _check_behind(packs, item, data=mapped.bytes(item), ahead=ahead),
+            size=sum(sizes),
+            stop=stop,
+        )
 
 
 @contextlib.contextmanager
@@ -274,6 +301,18 @@ def verifying(packs: Path, items: Sequence[Wanted], mapped: Mapped) -> Iterator[
 
 def _check(packs: Path, item: Wanted, data: memoryview) -> None:
     if tensor_digest(item.info.dtype, item.info.shape, data, threads=1) != item.info.digest:
+        raise damaged(packs, item)
+
+
+def _check_behind(packs: Path, item: Wanted, data: memoryview, ahead: ReadAhead) -> None:
+    """As `_check`, of a tensor that the system may be reading meanwhile."""
+    hasher = tensor_hasher(item.info.dtype, item.info.shape, 1)
+    for done in range(0, len(data), _READ):
+        part = data[done : done + _READ]
+        if not item.base:
+            ahead.wait_for(item, done + len(part))
+        hasher.update(part)
+    if hasher.hexdigest() != item.info.digest:
         raise damaged(packs, item)
 
 
@@ -371,25 +410,59 @@ def owned(packs: Path, items: Sequence[Wanted], *, check: bool) -> dict[int, tor
     """Tensors in fresh memory of their own, ready to be trained in place at full speed.
 
     Memory comes in arenas of about 64 MB on huge pages where the system has them, since faulting in small
-    pages costs more than reading; an arena is freed when its last tensor is.
+    pages costs more than reading; an arena is freed when its last tensor is. Tensors that are not in the page cache are verified
+    while they are read; see `registry.store.direct`.
     """
     buffers: dict[int, memoryview] = {}
     tensors: dict[int, torch.Tensor] = {}
-    for arena, placed in _arenas(items):
-        for item, offset in placed:
-            buffers[item.slot] = memoryview(arena)[offset : offset + item.size]
-            tensors[item.slot] = view(arena, item.info, offset)
-    read_into(packs, [item for item in items if item.size and not item.base], lambda item: buffers[item.slot])
-    if any(item.base for item in items):
-        mapped = Mapped(packs)
-        mapped.decode(items)
-        for item in items:
-            if item.base:
-                buffers[item.slot][:] = mapped.bytes(item)
+
+    def place(arenas: Iterable[tuple[mmap.mmap, list[tuple[Wanted, int]]]]) -> None:
+        for arena, placed in arenas:
+            for item, offset in placed:
+                buffers[item.slot] = memoryview(arena)[offset : offset + item.size]
+                tensors[item.slot] = view(arena, item.info, offset)
+
+    place(direct.read_verified(packs, items, _anonymous, lambda item: damaged(packs, item)) if check else [])
+    verified = {item.info.digest: item for item in items if item.slot in buffers}
+    repeated = [item for item in items if item.slot not in buffers and item.info.digest in verified]
+    rest = [item for item in items if item.info.digest not in verified]
+    # A large difference keeps the memory that it is turned back in.
+    large = [item for item in rest if item.base and item.size >= _REMAP]
+    small = [item for item in rest if item.base and item.size < _REMAP]
+    plain = [item for item in rest if not item.base]
+    place(_arenas([*repeated, *small, *plain]))
+    read_into(packs, [item for item in plain if item.size], lambda item: buffers[item.slot])
+    for item in repeated:
+        buffers[item.slot][:] = buffers[verified[item.info.digest].slot]
+    mapped = Mapped(packs)
+    mapped.decode(large)
+    for item in large:
+        tensors[item.slot] = mapped.tensor(item)
+        buffers[item.slot] = memory_of(tensors[item.slot], item.info.dtype)
+    for batch in _batches(small):
+        mapped.decode(batch)
+        for item in batch:
+            buffers[item.slot][:] = mapped.bytes(item)
+        for item in batch:
+            mapped.forget(item)
     if check:
-        sizes = [item.size for item in items]
-        in_parallel(items, lambda item: _check(packs, item, buffers[item.slot]), sizes)
+        sizes = [item.size for item in rest]
+        in_parallel(rest, lambda item: _check(packs, item, buffers[item.slot]), sizes)
     return tensors
+
+
+def _batches(items: Iterable[Wanted]) -> Iterator[list[Wanted]]:
+    """Tensors in lists of about `_BATCH` bytes."""
+    batch: list[Wanted] = []
+    size = 0
+    for item in items:
+        batch.append(item)
+        size += item.size
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _arenas(items: Sequence[Wanted]) -> list[tuple[mmap.mmap, list[tuple[Wanted, int]]]]:

@@ -36,13 +36,18 @@ def in_parallel(
 
 
 def in_order(
-    jobs: Iterator[Job], work: Callable[[Job], None], size: int, stop: threading.Event | None = None
+    jobs: Iterator[Job],
+    work: Callable[[Job], None],
+    size: int,
+    stop: threading.Event | None = None,
+    threads: int = _THREADS,
 ) -> None:
     """Run work over jobs on all cores, as they come; the first error wins and stops the rest.
 
     Args:
         size: bytes of all jobs together.
         stop: ends it early, with jobs left undone.
+        threads: how many work at once, where the jobs are large enough; more than cores where they wait for the disk.
     """
     lock = threading.Lock()
     stop = stop or threading.Event()
@@ -60,11 +65,11 @@ def in_order(
                 stop.set()
                 raise
 
-    if size < SMALL or _THREADS == 1:
+    if size < SMALL or threads == 1:
         worker()
         return
-    with ThreadPoolExecutor(_THREADS - 1, "registry-load") as pool:
-        others = [pool.submit(worker) for _ in range(_THREADS - 1)]
+    with ThreadPoolExecutor(threads - 1, "registry-load") as pool:
+        others = [pool.submit(worker) for _ in range(threads - 1)]
         worker()
         for future in others:
             future.result()
