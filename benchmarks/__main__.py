@@ -16,6 +16,7 @@ from pathlib import Path
 from benchmarks import (
     caching,
     catalogs,
+    cold,
     compaction,
     exactness,
     growth,
@@ -54,6 +55,7 @@ GROUPS: dict[str, tuple[str, Group]] = {
             "GPT-2 small + Adam", states.gpt2_small_with_adam(), folder=folder, scale=scale
         ),
     ),
+    "cold": ("Loading when nothing is in memory: a ResNet50 with Adam, 307 MB", cold.measure),
     "series": ("Bytes on the disk of training series", series.measure),
     "coding": ("The coding of compaction", compaction.measure),
     "growth": ("As work grows", growth.measure),

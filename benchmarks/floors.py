@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import mmap
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -54,6 +56,17 @@ def touch_free_memory(folder: Path, size: int) -> None:
         for _ in range(0, size, _EARLY):
             file.write(nothing)
     scratch.unlink()
+
+
+def touch_free_pages(size: int) -> None:
+    """As `touch_free_memory`, without a file: nothing is left to be written, and every page is touched."""
+    room = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.closing(room):
+        # A kernel may be built without large pages.
+        with contextlib.suppress(OSError):
+            room.madvise(mmap.MADV_HUGEPAGE)
+        for start in range(0, size, mmap.PAGESIZE):
+            room[start] = 1
 
 
 def second_in_a_row(load: Callable[[], object]) -> Contender:
