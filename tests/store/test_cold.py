@@ -10,7 +10,7 @@ import random
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ import pytest
 import torch
 
 from registry import Registry
-from registry.store import direct, page_cache, parallel
+from registry.store import direct, loading, page_cache, parallel
 from registry.store.digest import tensor_digest
 from registry.store.errors import Corrupt, RegistryError
+from registry.store.loading import Mapped
 from registry.store.locating import Location, Wanted
 from registry.store.manifest import TensorInfo
+from registry.store.pack import map_file
 from registry.store.store import Store
 from tests.faults.support import fork
 
@@ -271,6 +273,15 @@ def test_a_pack_that_is_cut_short_while_it_is_copied_is_an_error(
     assert is_cut
 
 
+def test_a_pack_that_ends_before_zeros_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path)
+    digest = store.put({"model": {"w": torch.zeros(300_000)}}).digest
+    fill_piece = direct._fill
+    monkeypatch.setattr(direct, "_fill", lambda piece: fill_piece(piece) - (piece.start > 1_000_000))
+    with pytest.raises(Corrupt, match="model/w: the bytes"):
+        store.get(digest, copy=True)
+
+
 def test_a_pack_that_changes_while_it_is_copied_is_never_handed_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -402,20 +413,80 @@ def test_reading_ahead_needs_no_pack_that_is_mapped_already(
         store.get(stored.digest, copy=True)
 
 
+def read_ahead_of(folder: Path) -> tuple[page_cache.ReadAhead, Wanted]:
+    """What reads one tensor of ten parts ahead."""
+    size = 10 * page_cache._PART
+    path = folder / "file"
+    path.write_bytes(bytes(size))
+    item = Wanted(0, TensorInfo("uint8", (size,), ""), Location("p", 0, size), "t", size)
+    return page_cache.ReadAhead([item], {"p": map_file(path, size)}, {"p": -1}), item
+
+
+def test_the_verification_waits_for_what_is_read_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead, item = read_ahead_of(tmp_path)
+    read, go = set(), threading.Event()
+
+    def populate(part: page_cache._Part) -> bool:
+        if part.start == page_cache._PART:
+            assert go.wait(60)
+        read.add(part.start // page_cache._PART)
+        return True
+
+    monkeypatch.setattr(page_cache, "_populate", populate)
+    with ahead.reading(), ThreadPoolExecutor(1) as pool:
+        ahead.wait_for(item, page_cache._PART)
+        assert 0 in read
+        second = pool.submit(ahead.wait_for, item, page_cache._PART + 1)
+        assert not wait([second], timeout=0.1).done
+        go.set()
+        second.result(60)
+        assert 1 in read
+        ahead.wait_for(item, item.size)
+        assert len(read) == 10
+
+
 def test_a_load_that_is_interrupted_ends_what_reads_ahead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = Store(tmp_path)
-    digest = store.put({"model": tensors()}).digest
+    ahead, _ = read_ahead_of(tmp_path)
+    read = []
+
+    def populate(part: page_cache._Part) -> bool:
+        read.append(part)
+        return ahead._stop.wait(2)
+
+    monkeypatch.setattr(page_cache, "_populate", populate)
+    monkeypatch.setattr(page_cache, "_REQUESTS", 2)
     before = threading.active_count()
-
-    def interrupt(*_: Any) -> None:
+    with pytest.raises(KeyboardInterrupt), ahead.reading():
         raise KeyboardInterrupt
-
-    monkeypatch.setattr("registry.store.loading.Mapped.tensor", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        store.get(digest)
+    assert len(read) <= 2
     assert threading.active_count() == before
+
+
+def test_small_differences_are_turned_back_a_few_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry(tmp_path / "r")
+    values = {f"w{i}": torch.randn(5_000) for i in range(20)}
+    for number in range(2):
+        registry.save("net", {"model": {name: tensor + number * 1e-6 for name, tensor in values.items()}})
+    registry.compact()
+    registry.collect_garbage(grace=0)
+    decode, held = Mapped.decode, []
+
+    def decoded(self: Mapped, items: Any) -> None:
+        decode(self, items)
+        held.append(len(self._decoded))
+
+    monkeypatch.setattr(Mapped, "decode", decoded)
+    monkeypatch.setattr(loading, "_BATCH", 100_000)
+    for number in range(2):
+        found = registry[f"net:v{1 + number}"].load(copy=True)["model"]
+        assert same(found, {name: tensor + number * 1e-6 for name, tensor in values.items()})
+    assert max(held) == 5
 
 
 def series(folder: Path, count: int, size: int) -> tuple[Registry, list[dict[str, torch.Tensor]]]:
