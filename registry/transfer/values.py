@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy
 import torch
 
-from registry.store.parallel import in_parallel
 from registry.transfer.matching import Pair
 from registry.transfer.report_rows import ModuleChange, ValueChange
 from registry.transfer.report_tree import together
 from registry.transfer.sides import Side
 
-_CHUNK = 1 << 16
+_CHUNK = 1 << 18
 """Elements that are worked on at once: what is computed of them stays in the processor's cache."""
 
 _BLOCK = 1 << 12
 """Elements of one scalar product."""
-
-_PIECE = 1 << 22
-"""Elements that a thread takes at a time."""
-
-_AT_ONCE = 1 << 26
-"""Elements of the tensors that threads share, unless a single one has more."""
 
 _FEW = 1 << 14
 """Elements of a tensor below which float64 costs nothing that could be felt."""
@@ -64,15 +56,6 @@ class _Sums:
         self.bad_b += other.bad_b
 
 
-class _Piece(NamedTuple):
-    """A part of two tensors for a thread, and where its sums go."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    sums: _Sums
-    is_exact: bool
-
-
 def changes(pairs: Sequence[Pair], left: Side, right: Side) -> Iterator[ValueChange]:
     """How far the tensors of pairs of equal shape moved, for those that moved at all.
 
@@ -81,42 +64,13 @@ def changes(pairs: Sequence[Pair], left: Side, right: Side) -> Iterator[ValueCha
     """
     if not (left.has_values and right.has_values):
         return
-    rooms = threading.local()
-    alike = (pair for pair in pairs if pair.a and pair.b and pair.a.shape == pair.b.shape)
-    for several in _batches(alike):
-        found, pieces = [], []
-        for pair in several:
-            assert pair.a
-            assert pair.b
-            a, b = _real(left.tensor(pair.a.name)), _real(right.tensor(pair.b.name))
-            parts = [
-                _Piece(x, y, _Sums(), is_exact=len(a) < _FEW or not {a.dtype, b.dtype} <= _SINGLES)
-                for x, y in zip(torch.split(a, _PIECE), torch.split(b, _PIECE), strict=True)
-            ]
-            found.append((pair.b.name, len(a), parts))
-            pieces += parts
-        in_parallel(pieces, lambda piece: _measure(piece, rooms), [2 * piece.a.nbytes for piece in pieces])
-        for name, count, parts in found:
-            sums = _Sums()
-            for part in parts:
-                sums.add(part.sums)
-            if sums.changed or sums.bad_a or sums.bad_b:
-                yield _change(name, count, sums)
-
-
-def _batches(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
-    """Pairs in lists of a bounded number of elements."""
-    batch: list[Pair] = []
-    size = 0
+    rooms = _Rooms()
     for pair in pairs:
-        assert pair.a
-        if batch and size + pair.a.elements > _AT_ONCE:
-            yield batch
-            batch, size = [], 0
-        batch.append(pair)
-        size += pair.a.elements
-    if batch:
-        yield batch
+        if pair.a and pair.b and pair.a.shape == pair.b.shape:
+            a, b = _real(left.tensor(pair.a.name)), _real(right.tensor(pair.b.name))
+            sums = _sums_of(a, b, rooms)
+            if sums.changed or sums.bad_a or sums.bad_b:
+                yield _change(pair.b.name, len(a), sums)
 
 
 def by_module(moved: Sequence[ValueChange]) -> Iterator[ModuleChange]:
@@ -130,7 +84,7 @@ def by_module(moved: Sequence[ValueChange]) -> Iterator[ModuleChange]:
 
 
 class _Rooms:
-    """Memory of a thread for a chunk of two tensors, which stays in the processor's cache."""
+    """Memory for a chunk of two tensors, which stays in the processor's cache."""
 
     def __init__(self) -> None:
         self.singles = [numpy.empty(_CHUNK, numpy.float32) for _ in range(3)]
@@ -140,16 +94,17 @@ class _Rooms:
 
 # Numbers that are not finite are no error here: they are counted.
 @numpy.errstate(all="ignore")
-def _measure(piece: _Piece, local: threading.local) -> None:
-    """Sum up a piece, chunk by chunk.
+def _sums_of(a: torch.Tensor, b: torch.Tensor, rooms: _Rooms) -> _Sums:
+    """The sums of two tensors, chunk by chunk.
 
-    Numpy computes in this thread alone: waking others for such small steps can take longer than the steps.
+    Numpy computes in this thread alone: others would wait for the interpreter lock and for memory most of the time.
     """
-    if not hasattr(local, "rooms"):
-        local.rooms = _Rooms()
-    for x, y in zip(torch.split(piece.a, _CHUNK), torch.split(piece.b, _CHUNK), strict=True):
-        sums = None if piece.is_exact else _in_float32(x, y, local.rooms)
-        piece.sums.add(sums or _in_float64(x, y, local.rooms))
+    found = _Sums()
+    is_narrow = len(a) >= _FEW and {a.dtype, b.dtype} <= _SINGLES
+    for x, y in zip(torch.split(a, _CHUNK), torch.split(b, _CHUNK), strict=True):
+        sums = _in_float32(x, y, rooms) if is_narrow else None
+        found.add(sums or _in_float64(x, y, rooms))
+    return found
 
 
 def _in_float32(x: torch.Tensor, y: torch.Tensor, rooms: _Rooms) -> _Sums | None:
