@@ -25,7 +25,7 @@ help:
 	@echo "make constraints  pin the versions that are installed now"
 	@echo "make clean        remove the environments and build files"
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml setup.py constraints.txt store/_split.c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or later is needed; set PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv --clear $(VENV)

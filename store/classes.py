@@ -9,13 +9,14 @@ an element. `docs/FORMAT.md` describes the bytes.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pcodec import ChunkConfig, DeltaSpec, ModeSpec, PagingSpec
 from pcodec.wrapped import FileCompressor, FileDecompressor
 
+from registry.store import splitting
 from registry.store.errors import Corrupt
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ BLOCK = 1 << 18
 
 CLASSES = 8
 """Classes of a tensor, about equally large."""
+
+WAY = splitting.COMPILED or splitting.BY_NUMPY
+"""How elements are put into classes and back."""
 
 _LARGEST_BLOCK = 1 << 20
 """Elements of the largest block that is read, which bounds the memory that turning one back takes."""
@@ -61,14 +65,9 @@ def limits_of(base: memoryview, item_size: int) -> bytes:
         base: bytes of the tensor that a difference is taken from.
         item_size: bytes of an element: 2 or 4.
     """
-    sample = np.sort(exponents(np.frombuffer(base, _UNSIGNED[item_size])[::_STEP]))
+    sample = np.sort(splitting.exponents(np.frombuffer(base, _UNSIGNED[item_size])[::_STEP]))
     ends = {int(sample[len(sample) * i // CLASSES]) for i in range(1, CLASSES)} if len(sample) else set()
     return bytes(sorted(ends - {0}))
-
-
-def exponents(values: Any) -> Any:
-    """The byte behind the sign of each element, as uint8; `values` are floats read as uint16 or uint32."""
-    return ((values << 1) >> (8 * values.itemsize - 8)).astype(np.uint8)
 
 
 def encode(data: memoryview, base: memoryview, item_size: int, run: Run, *, limits: bytes) -> bytes:
@@ -146,19 +145,16 @@ class Decoding:
         if not any(map(len, streams)):
             new[:] = old
             return
-        signed = _SIGNED[old.itemsize]
         if len(streams) == 1:
-            difference = self._values(streams[0], np.empty(len(old), signed))
-        else:
-            difference = np.zeros(len(old), signed)
-            for stream, mask in zip(streams, _masks(old, self._limits), strict=True):
-                if len(stream):
-                    places = np.flatnonzero(mask)
-                    difference[places] = self._values(stream, np.empty(len(places), signed))
-        np.add(old, difference.view(old.dtype), out=new)
+            difference = np.empty(len(old), _SIGNED[old.itemsize])
+            self._read(streams[0], difference)
+            np.add(old, difference.view(old.dtype), out=new)
+            return
+        readers = [partial(self._read, stream) if len(stream) else None for stream in streams]
+        WAY.join(old, self._limits, readers, new)
 
-    def _values(self, stream: memoryview, into: Any) -> Any:
-        """The numbers of a stream, as many as there is room for."""
+    def _read(self, stream: memoryview, into: Any) -> None:
+        """Read the numbers of a stream, as many as there is room for."""
         if stream[0] != _PLAIN or not len(into):
             raise Corrupt("a stream of a difference is malformed")
         data = bytes(stream)
@@ -169,26 +165,13 @@ class Decoding:
             raise Corrupt(f"a stream of a difference cannot be decoded: {error}") from None
         if progress.n_processed != len(into) or used + size != len(data):
             raise Corrupt("a stream of a difference has another length than it should")
-        return into
 
 
 def _streams(new: Any, old: Any, limits: bytes) -> list[bytes]:
     """The streams of a block, one for each class."""
-    difference = (new - old).view(_SIGNED[new.itemsize])
     if not limits:
-        return [_stream(difference)]
-    return [_stream(np.take(difference, np.flatnonzero(mask))) for mask in _masks(old, limits)]
-
-
-def _masks(old: Any, limits: bytes) -> Iterator[Any]:
-    """Which elements belong to each class, from the smallest exponents to the largest."""
-    exponent = exponents(old)
-    before = np.zeros(len(old), bool)
-    for limit in limits:
-        below = exponent < limit
-        yield below ^ before
-        before = below
-    yield ~before
+        return [_stream((new - old).view(_SIGNED[new.itemsize]))]
+    return [_stream(part) for part in WAY.split(new, old, limits)]
 
 
 def _stream(values: Any) -> bytes:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from registry.store import classes, planes
+from registry.store import classes, planes, splitting
 from registry.store.pack import version_of
 from registry.store.planes import ITEM_SIZES as ITEM_SIZES
 
@@ -107,7 +107,7 @@ def _gain(new: Any, old: Any, limits: bytes) -> float:
     """
     difference = (new - old).view(f"i{new.itemsize}")
     bits = 2 * np.frexp(difference.astype(np.float64))[1] + (difference < 0)
-    of_class = (np.arange(256)[:, None] >= np.frombuffer(limits, np.uint8)).sum(1)[classes.exponents(old)]
+    of_class = (np.arange(256)[:, None] >= np.frombuffer(limits, np.uint8)).sum(1)[splitting.exponents(old)]
     kinds = 2 * 8 * new.itemsize + 2
     counts = np.bincount(of_class * kinds + bits, minlength=(len(limits) + 1) * kinds)
     joint = counts.reshape(-1, kinds) / len(new)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import tomllib
 import zipfile
 from importlib.metadata import version
@@ -21,14 +24,16 @@ PARTS = ("registry", "registry.store.store", "registry.models", "registry.cli.ap
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel, built from a copy of the tree without anything that git ignores."""
-    place = tmp_path_factory.mktemp("build")
-    shutil.copytree(
-        ROOT,
-        place / "tree",
-        ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "benchmark-*"),
-    )
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tree without anything that git ignores."""
+    place = tmp_path_factory.mktemp("build") / "tree"
+    ignored = (".*", "build", "*.egg-info", "__pycache__", "benchmark-*", "*.so", "*.pyd")
+    shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(*ignored))
+    return place
+
+
+def built(tree: Path, place: Path, **environment: str) -> Path:
+    """The wheel that pip makes of the tree."""
     command = [
         sys.executable,
         "-m",
@@ -40,9 +45,19 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "-w",
         str(place),
     ]
-    subprocess.run([*command, str(place / "tree")], check=True, capture_output=True)
+    subprocess.run([*command, str(tree)], check=True, capture_output=True, env={**os.environ, **environment})
     (found,) = place.glob("*.whl")
+    shutil.rmtree(tree / "build")
     return found
+
+
+@pytest.fixture(scope="module")
+def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built(tree, tmp_path_factory.mktemp("wheel"))
+
+
+def compiled(wheel: Path) -> list[str]:
+    return [name for name in zipfile.ZipFile(wheel).namelist() if Path(name).suffix in (".so", ".pyd")]
 
 
 def test_a_wheel_holds_the_four_parts_under_one_name(wheel: Path) -> None:
@@ -62,6 +77,39 @@ def test_a_wheel_holds_the_four_parts_under_one_name(wheel: Path) -> None:
     assert any(name.endswith("licenses/LICENSE") for name in names)
     (entry,) = (name for name in names if name.endswith("entry_points.txt"))
     assert "registry = registry.cli:main" in zipfile.ZipFile(wheel).read(entry).decode()
+
+
+def test_a_wheel_holds_what_the_compiler_built(wheel: Path) -> None:
+    compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]
+    if shutil.which(compiler) is None:
+        pytest.skip("there is no compiler")
+    (name,) = compiled(wheel)
+    assert name.startswith("registry/store/_split.")
+
+
+def test_an_install_without_a_compiler_works(tree: Path, tmp_path: Path) -> None:
+    wheel = built(tree, tmp_path, CC="false", LDSHARED="false")
+    assert not compiled(wheel)
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    program = (
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
+        "sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+        "from registry.store import classes; print(classes.__file__, classes.WAY.name)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [str(tmp_path / "site" / "registry" / "store" / "classes.py"), "numpy"]
+
+
+def test_a_source_distribution_holds_all_that_a_build_needs(tree: Path, tmp_path: Path) -> None:
+    program = f"from setuptools import build_meta; print(build_meta.build_sdist({str(tmp_path)!r}))"
+    subprocess.run([sys.executable, "-c", program], cwd=tree, capture_output=True, check=True)
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"store/_split.c", "store/_split.pyi", "store/splitting.py", "pyproject.toml", "setup.py"} <= names
+    assert not any(name.endswith((".so", ".pyd")) for name in names)
 
 
 @pytest.fixture(scope="module")

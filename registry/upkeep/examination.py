@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -92,7 +93,8 @@ def _checked(topic: str, check: Callable[[], Iterator[Finding]]) -> list[Finding
 def _software() -> Iterator[Finding]:
     yield Finding("torch-registry", "good", VERSION)
     python = f"{platform.python_version()}, SQLite {sqlite3.sqlite_version}, {platform.system()}"
-    yield Finding("python", "good", python)
+    how = "compiled" if find_spec("registry.store._split") else "by numpy, more slowly"
+    yield Finding("python", "good", f"{python}, differences {how}")
     try:
         # It is not imported, which would take seconds.
         yield Finding("torch", "good", version("torch"))

@@ -14,7 +14,9 @@ import pytest
 from conftest import Run
 
 from registry import Registry
+from registry.store import splitting
 from registry.store.durable import host
+from registry.upkeep import examination
 
 
 def findings(run: Run) -> dict[str, Any]:
@@ -32,6 +34,15 @@ def test_all_is_well(filled: Registry, run: Run) -> None:
         *("log", "packs", "locks", "runs", "leftovers", "space", "disk"),
     ]
     assert run("doctor", "--json").json["is_well"] is True
+
+
+def test_whether_differences_are_compiled(
+    filled: Registry, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    way = "compiled" if splitting.COMPILED else "by numpy, more slowly"
+    assert findings(run)["python"]["text"].endswith(f", differences {way}")
+    monkeypatch.setattr(examination, "find_spec", lambda name: None)
+    assert findings(run)["python"]["text"].endswith(", differences by numpy, more slowly")
 
 
 def test_a_registry_that_is_not_there(tmp_path: Path, run: Run) -> None:

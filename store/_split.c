@@ -1,0 +1,347 @@
+/* Splits a difference by the classes of its elements, and joins it again. `splitting.py` does the same by numpy.
+
+   An element is a float of 2 or 4 bytes, read as a whole number without a sign. Its class is the number of limits that
+   are not above the exponent of the old element: the byte behind the sign. Every function releases the interpreter
+   lock, and another thread or process may change the memory meanwhile. So a place that was computed from the memory is
+   compared with the length where it is used, and not only before. */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <stdint.h>
+#include <string.h>
+
+enum { EXPONENTS = 256, MOST_CLASSES = 256, BATCH = 256 };
+
+typedef struct {
+    Py_ssize_t count;
+    uint8_t of[EXPONENTS];
+} Classes;
+
+static int classes_of(const Py_buffer *limits, Classes *classes)
+{
+    const uint8_t *bytes = limits->buf;
+    if (limits->len >= MOST_CLASSES) {
+        PyErr_SetString(PyExc_ValueError, "there are too many classes");
+        return -1;
+    }
+    classes->count = limits->len + 1;
+    for (int exponent = 0; exponent < EXPONENTS; exponent++) {
+        int class = 0;
+        for (Py_ssize_t i = 0; i < limits->len; i++)
+            class += bytes[i] <= exponent;
+        classes->of[exponent] = (uint8_t)class;
+    }
+    return 0;
+}
+
+/* Memory may have any alignment, so elements are copied. Compilers make one instruction of it. */
+static inline uint32_t element(const char *from, Py_ssize_t i, int size)
+{
+    uint16_t two;
+    uint32_t four;
+    if (size == 2) {
+        memcpy(&two, from + 2 * i, 2);
+        return two;
+    }
+    memcpy(&four, from + 4 * i, 4);
+    return four;
+}
+
+static inline void set_element(char *to, Py_ssize_t i, uint32_t value, int size)
+{
+    uint16_t two = (uint16_t)value;
+    if (size == 2)
+        memcpy(to + 2 * i, &two, 2);
+    else
+        memcpy(to + 4 * i, &value, 4);
+}
+
+static inline int class_of(uint32_t old, const Classes *classes, int size)
+{
+    return classes->of[(old >> (size == 2 ? 7 : 23)) & 0xff];
+}
+
+static inline int is_within(Py_ssize_t place, Py_ssize_t length)
+{
+    return (size_t)place < (size_t)length;
+}
+
+/* The loops are inlined twice, with a constant `size`. */
+
+static inline void count_loop(
+    const char *old, Py_ssize_t length, const Classes *classes, Py_ssize_t *counts, int size)
+{
+    for (Py_ssize_t i = 0; i < length; i++)
+        counts[class_of(element(old, i, size), classes, size)]++;
+}
+
+/* The places of a batch are computed before anything is written to them. Otherwise the processor waits at each element
+   until it knows that the write before did not change `next`, and that takes a third longer. */
+static inline int split_batch(
+    const char *new, const char *old, Py_ssize_t start, int count, Py_ssize_t length, const Classes *classes,
+    Py_ssize_t *next, char *out, int size)
+{
+    Py_ssize_t places[BATCH];
+    for (int i = 0; i < count; i++)
+        places[i] = next[class_of(element(old, start + i, size), classes, size)]++;
+    for (int i = 0; i < count; i++) {
+        if (!is_within(places[i], length))
+            return -1;
+        set_element(out, places[i], element(new, start + i, size) - element(old, start + i, size), size);
+    }
+    return 0;
+}
+
+static inline int split_loop(
+    const char *new, const char *old, Py_ssize_t length, const Classes *classes, Py_ssize_t *next, char *out, int size)
+{
+    Py_ssize_t start = 0;
+    for (; length - start >= BATCH; start += BATCH)
+        if (split_batch(new, old, start, BATCH, length, classes, next, out, size) < 0)
+            return -1;
+    return split_batch(new, old, start, (int)(length - start), length, classes, next, out, size);
+}
+
+static inline int join_loop(
+    const char *old, Py_ssize_t length, const Classes *classes, Py_ssize_t *next, const char *values, char *out, int size)
+{
+    for (Py_ssize_t i = 0; i < length; i++) {
+        uint32_t base = element(old, i, size);
+        Py_ssize_t place = next[class_of(base, classes, size)]++;
+        if (!is_within(place, length))
+            return -1;
+        set_element(out, i, base + element(values, place, size), size);
+    }
+    return 0;
+}
+
+static void count_classes(const Py_buffer *old, const Classes *classes, Py_ssize_t *counts)
+{
+    memset(counts, 0, MOST_CLASSES * sizeof *counts);
+    if (old->itemsize == 2)
+        count_loop(old->buf, old->len / 2, classes, counts, 2);
+    else
+        count_loop(old->buf, old->len / 4, classes, counts, 4);
+}
+
+/* Where each class begins. */
+static void starts_of(const Py_ssize_t *counts, Py_ssize_t *starts)
+{
+    Py_ssize_t start = 0;
+    for (int i = 0; i < MOST_CLASSES; i++) {
+        starts[i] = start;
+        start += counts[i];
+    }
+}
+
+/* Whether each class ended where the next one began. */
+static int is_complete(const Py_ssize_t *counts, const Py_ssize_t *next)
+{
+    Py_ssize_t end = 0;
+    for (int i = 0; i < MOST_CLASSES; i++) {
+        end += counts[i];
+        if (next[i] != end)
+            return 0;
+    }
+    return 1;
+}
+
+static PyObject *tuple_of(const Py_ssize_t *counts, Py_ssize_t count)
+{
+    PyObject *tuple = PyTuple_New(count);
+    for (Py_ssize_t i = 0; tuple != NULL && i < count; i++) {
+        PyObject *number = PyLong_FromSsize_t(counts[i]);
+        if (number == NULL)
+            Py_CLEAR(tuple);
+        else
+            PyTuple_SET_ITEM(tuple, i, number);
+    }
+    return tuple;
+}
+
+/* Reads the counts of the classes, which together have at most `length` elements. */
+static int counts_of(PyObject *tuple, const Classes *classes, Py_ssize_t length, Py_ssize_t *counts)
+{
+    Py_ssize_t left = length;
+    memset(counts, 0, MOST_CLASSES * sizeof *counts);
+    if (PyTuple_GET_SIZE(tuple) != classes->count) {
+        PyErr_SetString(PyExc_ValueError, "there are counts of more or fewer classes");
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < classes->count; i++) {
+        counts[i] = PyLong_AsSsize_t(PyTuple_GET_ITEM(tuple, i));
+        if (counts[i] == -1 && PyErr_Occurred())
+            return -1;
+        if (counts[i] < 0 || counts[i] > left) {
+            PyErr_SetString(PyExc_ValueError, "the classes have more elements than there are");
+            return -1;
+        }
+        left -= counts[i];
+    }
+    return 0;
+}
+
+static int first_elements_of(PyObject *object, Py_buffer *view)
+{
+    if (PyObject_GetBuffer(object, view, PyBUF_C_CONTIGUOUS) < 0)
+        return -1;
+    if (view->itemsize == 2 || view->itemsize == 4)
+        return 0;
+    PyBuffer_Release(view);
+    PyErr_SetString(PyExc_ValueError, "elements have 2 or 4 bytes");
+    return -1;
+}
+
+static int as_many_elements_of(PyObject *object, Py_buffer *view, const Py_buffer *like, int extra_flags)
+{
+    if (PyObject_GetBuffer(object, view, PyBUF_C_CONTIGUOUS | extra_flags) < 0)
+        return -1;
+    if (view->itemsize == like->itemsize && view->len == like->len)
+        return 0;
+    PyBuffer_Release(view);
+    PyErr_SetString(PyExc_ValueError, "the parts of a difference have several lengths");
+    return -1;
+}
+
+PyDoc_STRVAR(count_doc, "count(old, limits, /)\n--\n\nReturn how many elements each class has.");
+
+static PyObject *count(PyObject *Py_UNUSED(module), PyObject *arguments)
+{
+    PyObject *old_object, *result = NULL;
+    Py_buffer limits, old;
+    Classes classes;
+    Py_ssize_t counts[MOST_CLASSES];
+
+    if (!PyArg_ParseTuple(arguments, "Oy*:count", &old_object, &limits))
+        return NULL;
+    if (classes_of(&limits, &classes) < 0 || first_elements_of(old_object, &old) < 0)
+        goto release_limits;
+    Py_BEGIN_ALLOW_THREADS
+    count_classes(&old, &classes, counts);
+    Py_END_ALLOW_THREADS
+    result = tuple_of(counts, classes.count);
+    PyBuffer_Release(&old);
+release_limits:
+    PyBuffer_Release(&limits);
+    return result;
+}
+
+PyDoc_STRVAR(
+    split_doc,
+    "split(new, old, limits, out, /)\n--\n\n"
+    "Write `new - old` into `out`, class after class, and return how many elements each has.");
+
+static PyObject *split(PyObject *Py_UNUSED(module), PyObject *arguments)
+{
+    PyObject *new_object, *old_object, *out_object, *result = NULL;
+    Py_buffer limits, old, new, out;
+    Classes classes;
+    Py_ssize_t counts[MOST_CLASSES], next[MOST_CLASSES];
+    int failed;
+
+    if (!PyArg_ParseTuple(arguments, "OOy*O:split", &new_object, &old_object, &limits, &out_object))
+        return NULL;
+    if (classes_of(&limits, &classes) < 0 || first_elements_of(old_object, &old) < 0)
+        goto release_limits;
+    if (as_many_elements_of(new_object, &new, &old, 0) < 0)
+        goto release_old;
+    if (as_many_elements_of(out_object, &out, &old, PyBUF_WRITABLE) < 0)
+        goto release_new;
+    Py_BEGIN_ALLOW_THREADS
+    count_classes(&old, &classes, counts);
+    starts_of(counts, next);
+    if (old.itemsize == 2)
+        failed = split_loop(new.buf, old.buf, old.len / 2, &classes, next, out.buf, 2);
+    else
+        failed = split_loop(new.buf, old.buf, old.len / 4, &classes, next, out.buf, 4);
+    Py_END_ALLOW_THREADS
+    if (failed || !is_complete(counts, next))
+        PyErr_SetString(PyExc_ValueError, "the base of a difference changed while it was read");
+    else
+        result = tuple_of(counts, classes.count);
+    PyBuffer_Release(&out);
+release_new:
+    PyBuffer_Release(&new);
+release_old:
+    PyBuffer_Release(&old);
+release_limits:
+    PyBuffer_Release(&limits);
+    return result;
+}
+
+PyDoc_STRVAR(
+    join_doc,
+    "join(old, limits, counts, values, out, /)\n--\n\n"
+    "Write `old` plus `values` into `out`; the values stand class after class. `out` may be the memory of `old`.");
+
+static PyObject *join(PyObject *Py_UNUSED(module), PyObject *arguments)
+{
+    PyObject *old_object, *counts_object, *values_object, *out_object, *result = NULL;
+    Py_buffer limits, old, values, out;
+    Classes classes;
+    Py_ssize_t counts[MOST_CLASSES], next[MOST_CLASSES];
+    int failed;
+
+    if (!PyArg_ParseTuple(
+            arguments, "Oy*O!OO:join", &old_object, &limits, &PyTuple_Type, &counts_object, &values_object,
+            &out_object))
+        return NULL;
+    if (classes_of(&limits, &classes) < 0 || first_elements_of(old_object, &old) < 0)
+        goto release_limits;
+    if (counts_of(counts_object, &classes, old.len / old.itemsize, counts) < 0)
+        goto release_old;
+    if (as_many_elements_of(values_object, &values, &old, 0) < 0)
+        goto release_old;
+    if (as_many_elements_of(out_object, &out, &old, PyBUF_WRITABLE) < 0)
+        goto release_values;
+    Py_BEGIN_ALLOW_THREADS
+    starts_of(counts, next);
+    if (old.itemsize == 2)
+        failed = join_loop(old.buf, old.len / 2, &classes, next, values.buf, out.buf, 2);
+    else
+        failed = join_loop(old.buf, old.len / 4, &classes, next, values.buf, out.buf, 4);
+    Py_END_ALLOW_THREADS
+    if (failed || !is_complete(counts, next))
+        PyErr_SetString(PyExc_ValueError, "a class has another number of elements than it should");
+    else
+        result = Py_NewRef(Py_None);
+    PyBuffer_Release(&out);
+release_values:
+    PyBuffer_Release(&values);
+release_old:
+    PyBuffer_Release(&old);
+release_limits:
+    PyBuffer_Release(&limits);
+    return result;
+}
+
+static PyMethodDef methods[] = {
+    {"count", count, METH_VARARGS, count_doc},
+    {"split", split, METH_VARARGS, split_doc},
+    {"join", join, METH_VARARGS, join_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyModuleDef_Slot slots[] = {
+#ifdef Py_mod_multiple_interpreters
+    {Py_mod_multiple_interpreters, Py_MOD_PER_INTERPRETER_GIL_SUPPORTED},
+#endif
+#ifdef Py_mod_gil
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
+    {0, NULL},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "registry.store._split",
+    .m_doc = "Splits a difference by the classes of its elements, and joins it again.",
+    .m_methods = methods,
+    .m_slots = slots,
+};
+
+PyMODINIT_FUNC PyInit__split(void)
+{
+    return PyModuleDef_Init(&definition);
+}

@@ -1,0 +1,20 @@
+"""What `_split.c` makes where an install finds a C compiler. Arrays are contiguous, of elements of 2 or 4 bytes."""
+
+from typing import Any
+
+def count(old: Any, limits: bytes, /) -> tuple[int, ...]:
+    """Return how many elements each class has."""
+
+def split(new: Any, old: Any, limits: bytes, out: Any, /) -> tuple[int, ...]:
+    """Write `new - old` into `out`, class after class, and return how many elements each has.
+
+    Raises:
+        ValueError: if `old` changes meanwhile, or the arrays have several lengths.
+    """
+
+def join(old: Any, limits: bytes, counts: tuple[int, ...], values: Any, out: Any, /) -> None:
+    """Write `old` plus `values` into `out`; the values stand class after class. `out` may be the memory of `old`.
+
+    Raises:
+        ValueError: if a class has another number of elements than `counts` says, or the arrays have several lengths.
+    """
