@@ -35,6 +35,7 @@ import torch
 from support import broken_rules, collect, may_be_an_old_log
 
 from registry import Registry
+from registry.cache import contents
 from registry.catalog import catalog
 from registry.log import entries, journal
 from registry.remote import journal as remote_journal
@@ -757,6 +758,7 @@ class World:
         urandom, os.urandom = os.urandom, names.randbytes
         # How old a file is depends on the machine.
         settled, places._SETTLED = places._SETTLED, 1 << 62
+        recent, contents._RECENT = contents._RECENT, 1 << 62
         durable.disk, durable.lock = Disk(self), lock
         durable.open_file = places.open_file = open_file
         pack.secrets = entries.secrets = Chance  # type: ignore[assignment]
@@ -779,6 +781,7 @@ class World:
             commit.now, saving.now = commit_now, saving_now
             journal.SEGMENT = segment
             catalog._LOOK_AGAIN, places._SETTLED = look_again, settled
+            contents._RECENT = recent
             os.urandom = urandom
             gc.unfreeze()
             gc.enable()
