@@ -44,6 +44,9 @@ _MAX_BUFFERS = 1_000
 _BATCH = 32 << 20
 """Bytes of small differences that are turned back at a time, before they are copied to where they stay."""
 
+_PART = 1 << 17
+"""Elements that a thread turns back at a time, at least, however small the chunks are."""
+
 _REMAP = 1 << 20
 """Bytes from which on a tensor has memory of its own: a second use of the same stored one is mapped again, not copied."""
 
@@ -99,6 +102,7 @@ class Mapped:
             # Part by part through all levels; a part has whole chunks of each, which may be coded with several sizes.
             elements = item.size // ELEMENT_TYPES[item.info.dtype].size
             step = math.lcm(*(level.chunk for _, level in levels))
+            step *= max(1, _PART // step)
             parts = [(start, min(start + step, elements)) for start in range(0, elements, step)]
             jobs += [(levels, *part) for part in parts]
             sizes += [item.size // len(parts)] * len(parts)

@@ -186,7 +186,7 @@ def _can_differ(item: Wanted, base: Wanted) -> bool:
 
 
 def _difference(item: Wanted, data: memoryview, base: memoryview) -> bytes | None:
-    """The difference of a tensor from its base, checked to give it back; None if that saves too little."""
+    """The difference of a tensor from its base; None if that saves too little, or does not give the tensor back."""
     coded = _encode(item.info.dtype, data, base)
     if len(coded) > _WORTH_IT * len(data):
         return None
@@ -194,8 +194,8 @@ def _difference(item: Wanted, data: memoryview, base: memoryview) -> bytes | Non
     size = ELEMENT_TYPES[item.info.dtype].size
     decoding = differences.decoding(memoryview(coded), base, item_size=size, out=memoryview(back))
     _run(range(decoding.chunks), decoding.work)
-    assert tensor_digest(item.info.dtype, item.info.shape, memoryview(back)) == item.info.digest
-    return coded
+    is_right = tensor_digest(item.info.dtype, item.info.shape, memoryview(back)) == item.info.digest
+    return coded if is_right else None
 
 
 def _encode(dtype: str, data: memoryview, base: memoryview) -> bytes:

@@ -263,3 +263,10 @@ def test_changed_bytes_give_other_numbers_or_are_refused(
         decoded(bytes(coded), base, dtype.itemsize)
     except Corrupt as error:
         assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("item_size", [1, 16])
+def test_a_difference_of_elements_that_have_none_is_damage(item_size: int) -> None:
+    coded = planes.encode(memoryview(bytes(64)), memoryview(bytes(64)), 4, run)
+    with pytest.raises(Corrupt, match="cannot be"):
+        planes.Decoding(memoryview(coded), memoryview(bytes(64)), item_size, memoryview(bytearray(64)))
