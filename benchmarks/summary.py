@@ -54,7 +54,7 @@ def tables(sections: Mapping[str, Section]) -> str:
     bytes_of = [["20 checkpoints, three steps apart", "of a file for each", "what does not move"]]
     for result in sections["series"].results:
         what = result.what.partition(", ")[2].rpartition(":")[0]
-        bytes_of.append([what, f"{result.value:.2f}", result.detail.rpartition("; ")[2]])
+        bytes_of.append([what, f"{result.value:.2f}", result.detail.partition("; ")[2] or "not measured"])
     return f"{_markdown(rows)}\n{_markdown(bytes_of)}"
 
 
