@@ -8,12 +8,12 @@ network and the samples of most are in `trainings/small.py`.
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from benchmarks.measure import Scale, Section, Table
+from benchmarks.report import markdown, put_between
 from registry import RegistryError, check_resume
 
 SCRIPTS = Path(__file__).parent / "trainings"
@@ -128,12 +128,6 @@ def write(folder: Path, section: Section) -> Path:
     if section.notes:
         raise ValueError("; ".join(section.notes))
     (table,) = section.tables
-    lines = [table.columns, ["---"] * len(table.columns), *table.rows]
-    text = "".join("| " + " | ".join(line) + " |\n" for line in lines)
     page = folder / PAGE
-    pattern = re.compile(f"(?<={re.escape(BEGIN)}).*?(?={re.escape(END)})", re.DOTALL)
-    changed, count = pattern.subn(lambda _: text, page.read_text("utf-8"))
-    if count != 1:
-        raise ValueError(f"{page} has no line {BEGIN.strip()}, and {END.strip()} behind it")
-    page.write_text(changed, "utf-8")
+    put_between(page, BEGIN, END, f"{markdown(table)}\n")
     return page

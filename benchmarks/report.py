@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
@@ -131,18 +132,18 @@ def _page(sections: Mapping[str, Section], titles: Mapping[str, str], command: s
         "The host of a virtual machine takes back free memory, and gives it again slowly. What is compared with "
         "`torch.save` and `torch.load` therefore has its memory touched before its turn. Machines are shared and "
         "noisy, so compare within a table, not between machines.",
-        _markdown(Table("", ["", ""], [[name, value] for name, value in about.items()])),
+        markdown(Table("", ["", ""], [[name, value] for name, value in about.items()])),
         f"{sum(result.holds for result in goals)} of {len(goals)} goals hold.",
     ]
     for name, section in sections.items():
         measured = f", {section.measured}" if section.measured else ""
         parts.append(f"## {titles[name]}\n\n`python -m benchmarks {name}`{measured}")
         if section.results:
-            parts.append(_markdown(_results(section.results)))
+            parts.append(markdown(_results(section.results)))
         for table in section.tables:
-            parts += [f"**{table.title[:1].upper()}{table.title[1:]}**", _markdown(table)]
+            parts += [f"**{table.title[:1].upper()}{table.title[1:]}**", markdown(table)]
         if section.curves:
-            parts += [f"![seconds as work grows]({_PLOT})", _markdown(_fits(section.curves))]
+            parts += [f"![seconds as work grows]({_PLOT})", markdown(_fits(section.curves))]
         parts += [note[:1].upper() + note[1:] for note in section.notes]
     return "\n\n".join(parts) + "\n"
 
@@ -186,7 +187,24 @@ def _each(seconds: float) -> str:
     )
 
 
-def _markdown(table: Table) -> str:
+def put_between(page: Path, begin: str, end: str, new: str) -> None:
+    """Put a text between two lines of a page, in the place of what is there.
+
+    Args:
+        begin, end: the lines, each with its line end.
+
+    Raises:
+        ValueError: if the page does not have them once.
+    """
+    pattern = re.compile(f"(?<={re.escape(begin)}).*?(?={re.escape(end)})", re.DOTALL)
+    changed, count = pattern.subn(lambda _: new, page.read_text("utf-8"))
+    if count != 1:
+        raise ValueError(f"{page} must have one line {begin.strip()}, and {end.strip()} behind it")
+    page.write_text(changed, "utf-8")
+
+
+def markdown(table: Table) -> str:
+    """A table as Markdown, without a line end behind the last row."""
     rows = [table.columns, ["---"] * len(table.columns), *table.rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
 

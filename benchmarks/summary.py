@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks.measure import Result, Section
+from benchmarks.measure import Result, Section, Table
+from benchmarks.report import markdown, put_between
 
 BEGIN, END = "<!-- python -m benchmarks -->\n", "<!-- end -->\n"
 """What is between these lines of the README is written by `write`."""
@@ -37,25 +37,38 @@ _OPERATIONS = (
 
 
 def write(readme: Path, sections: Mapping[str, Section]) -> None:
-    """Put the tables into a README that has a place for them; does nothing where the groups or the place are missing."""
-    if not {*_STATES, "series"} <= sections.keys() or not readme.is_file():
-        return
-    pattern = re.compile(f"(?<={re.escape(BEGIN)}).*?(?={re.escape(END)})", re.DOTALL)
-    text = readme.read_text("utf-8")
-    readme.write_text(pattern.sub(lambda _: tables(sections), text), "utf-8")
+    """Put the tables into a README; does nothing where that or one of their groups is missing.
+
+    Raises:
+        ValueError: if it has no place for them.
+    """
+    if {*_STATES, "series"} <= sections.keys() and readme.is_file():
+        put_between(readme, BEGIN, END, tables(sections))
 
 
 def tables(sections: Mapping[str, Section]) -> str:
     """The two tables: seconds of saves and loads, and bytes of series, as parts of what the others take."""
-    rows = [["", "against", *_STATES.values()]]
-    for what, peer, title, other in _OPERATIONS:
-        found = [_of(sections[name], what, peer) for name in _STATES]
-        rows.append([title, other, *map(_shown, found)])
-    bytes_of = [["20 checkpoints, three steps apart", "of a file for each", "what does not move"]]
-    for result in sections["series"].results:
-        what = result.what.partition(", ")[2].rpartition(":")[0]
-        bytes_of.append([what, f"{result.value:.2f}", result.detail.partition("; ")[2] or "not measured"])
-    return f"{_markdown(rows)}\n{_markdown(bytes_of)}"
+    seconds = [
+        [title, other, *(_shown(_of(sections[name], what, peer)) for name in _STATES)]
+        for what, peer, title, other in _OPERATIONS
+    ]
+    sizes = [
+        [
+            result.what.partition(", ")[2].rpartition(":")[0],
+            f"{result.value:.2f}",
+            result.detail.partition("; ")[2] or "not measured",
+        ]
+        for result in sections["series"].results
+    ]
+    found = (
+        Table("", ["", "against", *_STATES.values()], seconds),
+        Table(
+            "",
+            ["20 checkpoints, three steps apart", "bytes, against a file for each", "what does not move"],
+            sizes,
+        ),
+    )
+    return "\n".join(f"{markdown(table)}\n" for table in found)
 
 
 def _of(section: Section, what: str, peer: str) -> Result:
@@ -69,8 +82,3 @@ def _shown(result: Result) -> str:
     if result.moves:
         return f"{result.value:.{digits}f} ({min(result.runs):.{digits}f} to {max(result.runs):.{digits}f})"
     return f"{result.value:.{digits}f}"
-
-
-def _markdown(rows: list[list[str]]) -> str:
-    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)

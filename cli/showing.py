@@ -241,9 +241,7 @@ def _resumed(registry: Registry, run: Any) -> str | None:
 
 def _data(registry: Registry, provenance: Mapping[str, Any]) -> list[str]:
     """The data sets of a training: the cached function that made each, and the beginning of its digest."""
-    digests = [provenance["dataset"]] if "dataset" in provenance else list(provenance.get("artifacts", ()))
-    made = {one.id: one.function for one in registry.artifacts.find()} if digests else {}
-    return [f"{made.get(one, 'data')} {one[:12]}" for one in digests]
+    return [f"{one.function or 'data'} {one.digest[:12]}" for one in registry.artifacts.used_by(provenance)]
 
 
 def _users(registry: Registry, version: Version) -> list[str]:

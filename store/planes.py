@@ -78,7 +78,7 @@ class Decoding:
 
     def __init__(self, coded: memoryview, base: memoryview, item_size: int, out: memoryview) -> None:
         if item_size not in ITEM_SIZES:
-            raise Corrupt(f"a difference of elements of {item_size} bytes cannot be")
+            raise Corrupt(f"there cannot be a difference of elements of {item_size} bytes")
         self._item_size = item_size
         self._old = np.frombuffer(base, _UNSIGNED[item_size])
         self._new = np.frombuffer(out, _UNSIGNED[item_size])

@@ -78,7 +78,8 @@ def copy_to_new_pack(
                 base.info.digest: base for item in rest for base in differing.get(item.info.digest, ())
             }
             mapped.decode([*rest, *candidates.values()])
-            _check(source, [*rest, *(base for name, base in candidates.items() if name not in sound)], mapped)
+            unsure = [base for name, base in candidates.items() if name not in sound]
+            loading.verify(source, [*rest, *unsure], mapped)
             sound |= candidates.keys()
             coded = _differences([item for item in rest if item.info.digest in differing], differing, mapped)
             for item in rest:
@@ -206,9 +207,3 @@ def _encode(dtype: str, data: memoryview, base: memoryview) -> bytes:
 def _run(jobs: Sequence[Any], work: Callable[[Any], None]) -> None:
     # Two chunks are enough to start a thread for.
     in_parallel(jobs, work, [SMALL // 2] * len(jobs))
-
-
-def _check(packs: Path, items: Sequence[Wanted], mapped: loading.Mapped) -> None:
-    for item in items:
-        if tensor_digest(item.info.dtype, item.info.shape, mapped.bytes(item)) != item.info.digest:
-            raise loading.damaged(packs, item)

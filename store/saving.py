@@ -500,6 +500,6 @@ def _runs(leaves: Sequence[Leaf]) -> Iterator[_Run]:
             slots, size, copied = [], 0, 0
         slots.append(slot)
         size += leaf.size
-        copied += leaf.size if leaf.size < ALONE or _is_copied(leaf) else 0
+        copied += leaf.size if leaf.size < ALONE or not leaf.is_plain else 0
     if slots:
         yield _Run(slots, size, copied)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from registry.cache.contents import Seen, mark
 from registry.catalog.attached import MARK
 from registry.catalog.commit import publish
+from registry.catalog.documents import data_of
 from registry.catalog.lookups import batches, marks, parsed
 from registry.catalog.runs import Runs
 from registry.log.entries import now
@@ -67,6 +68,19 @@ class Artifact(NamedTuple):
         return {**self._asdict(), "function": self.function}
 
 
+class UsedData(NamedTuple):
+    """Data that something was made with.
+
+    Attributes:
+        digest: of its content.
+        function, key: of the cached result that it is; empty if it is none.
+    """
+
+    digest: str
+    function: str
+    key: str
+
+
 class Artifacts:
     """The artifacts of a registry."""
 
@@ -107,19 +121,24 @@ class Artifacts:
         rows = self._home.catalog.query("SELECT id FROM artifacts WHERE key = ?", [key])
         return str(rows[0][0]) if rows else None
 
-    def made_of(self, ids: Collection[str]) -> dict[str, tuple[str, str]]:
-        """The key and the function of artifacts by the ids of their content; of the newest where several have the same."""
-        found = {}
+    def used_by(self, record: Mapping[str, Any]) -> list[UsedData]:
+        """The data that something was made with.
+
+        Args:
+            record: a run's, or the provenance of a version.
+        """
+        ids = data_of(record)
+        made: dict[str, tuple[str, str]] = {}
         for batch in batches(ids):
             rows = self._home.catalog.query(
-                f"SELECT id, key, record FROM artifacts WHERE id IN ({marks(batch)}) ORDER BY created, key",
+                f"SELECT id, key, record FROM artifacts WHERE id IN ({marks(batch)}) ORDER BY created DESC, key",
                 batch,
             )
             for artifact_id, key, text in rows:
-                record = sound_artifact(parsed(text))
-                if MARK not in record:
-                    found[artifact_id] = key, str(record.get("function", "?"))
-        return found
+                about = sound_artifact(parsed(text))
+                if MARK not in about:
+                    made[artifact_id] = str(about.get("function", "?")), key
+        return [UsedData(one, *made.get(one, ("", ""))) for one in ids]
 
     def put(self, key: Key, tree: Any, *, version: str | int | None, seconds: float) -> str:
         """Store a result under its key; returns the artifact's id.

@@ -59,6 +59,16 @@ def run_document(info: RunInfo, *, state: str, versions: int) -> dict[str, Any]:
     }
 
 
+def data_of(record: Mapping[str, Any]) -> list[str]:
+    """The digests of the data that something was made with: the data set, or else the cached results that were used.
+
+    Args:
+        record: a run's, or the provenance of a version.
+    """
+    named = record.get("dataset")
+    return [named] if named else list(record.get("artifacts") or ())
+
+
 def finite(value: Any) -> Any:
     """A document with null for NaN and the infinities, which JSON does not have."""
     if isinstance(value, float):

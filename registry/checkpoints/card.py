@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from registry.catalog.ancestry import children
+from registry.catalog.documents import data_of
 from registry.catalog.versions import by_id
 from registry.checkpoints.checkpoint import Checkpoint
 from registry.checkpoints.counting import networks
@@ -99,9 +100,7 @@ def _origin(home: Home, checkpoint: Checkpoint) -> list[tuple[str, str]]:
         )
     if not found and checkpoint.parent:
         found.append(("continued from", checkpoint.parent))
-    provenance = checkpoint.provenance
-    data = [provenance["dataset"]] if "dataset" in provenance else list(provenance.get("artifacts", ()))
-    found.append(("data", ", ".join(map(str, data)) or NOT_RECORDED))
+    found.append(("data", ", ".join(data_of(checkpoint.provenance)) or NOT_RECORDED))
     found += [("used by", child.name) for child, _ in children(home.catalog, checkpoint.row)]
     source = checkpoint.record.get("source") or {}
     return found + [(f"source {key}", _text(value)) for key, value in source.items() if value is not None]

@@ -114,14 +114,14 @@ def _in_float32(x: torch.Tensor, y: torch.Tensor, rooms: _Rooms) -> _Sums | None
     other = y.numpy() if y.dtype is torch.float32 else _widened(y, after)
     numpy.subtract(other, one, out=step)
     sums = _Sums(largest=max(float(step.max()), -float(step.min())), before=_dot(one, one))
-    if not (math.isfinite(sums.largest) and sums.before < math.inf):
-        return None
-    if sums.before < _TINY**2 * len(x):
+    if not _TINY**2 * len(x) <= sums.before < math.inf:
         return None
     if sums.largest == 0.0:
         return sums
+    if not _TINY <= sums.largest < math.inf:
+        return None
     sums.moved, sums.cross = _dot(step, step), _dot(one, step)
-    if sums.largest < _TINY or not math.isfinite(sums.moved):
+    if not math.isfinite(sums.moved):
         return None
     sums.changed = _count(step, rooms)
     return sums

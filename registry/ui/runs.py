@@ -25,7 +25,6 @@ from registry.store.text import quoted
 from registry.transfer import curves
 from registry.ui.page import Args, Moved, Page, address, whole
 from registry.ui.scalars import scalars_of, smoothed
-from registry.ui.storage import used_data
 from registry.ui.zooming import Stretch, stretch_of
 
 _END_OF_LOG = 64 << 10
@@ -149,7 +148,7 @@ def run(registry: Registry, args: Args, model: str, name: str) -> Page:
             "took": seconds_of(info),
             "origin": origin[0] if origin else None,
             "saved": saved,
-            "data": used_data(registry, info.record),
+            "data": registry.artifacts.used_by(info.record),
             "metrics": sorted({metric for version in saved for metric in version.metrics}),
             "series": _cut(_by_step(measured) or _by_epoch(saved), stretch),
             "stretch": stretch,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from datetime import UTC, datetime
-from typing import Any
 
 from registry.cache.artifacts import Artifact
 from registry.catalog.versions import UNHELD
@@ -121,18 +120,6 @@ def artifact(registry: Registry, args: Args, key: str) -> Page:
             "files": one.record.get("files", {}),
         },
     )
-
-
-def used_data(registry: Registry, record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """The digests of the data that something was made with, and the function and the key of cached results.
-
-    Args:
-        record: a run's, or how a version was made.
-    """
-    named = record.get("dataset")
-    ids = [named] if named else list(record.get("artifacts") or ())
-    known = registry.artifacts.made_of(ids)
-    return [(digest, *reversed(known.get(digest, ("", "")))) for digest in ids]
 
 
 def _used(one: Artifact) -> str:

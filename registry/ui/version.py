@@ -20,7 +20,6 @@ from registry.store.errors import NotFound, RegistryError
 from registry.store.text import quoted
 from registry.ui.kept import owned
 from registry.ui.page import Args, Moved, Page, address, address_of
-from registry.ui.storage import used_data
 
 MOST_TENSORS = 1_500
 """Tensors that a page lists, unless all are asked for."""
@@ -119,7 +118,7 @@ def _page(registry: Registry, args: Args, one: Version) -> Page:
             "problem": problem,
             "edges": edges,
             "children": children(registry.catalog, one),
-            "data": used_data(registry, provenance),
+            "data": registry.artifacts.used_by(provenance),
             "own": own.size if (own := owned(registry).by_version.get(one.id)) else 0,
             "config": flatten(record.get("config") or {}),
             "meta": flatten(record.get("meta") or {}),
