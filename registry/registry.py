@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from registry.transfer.plan import TransferPlan
     from registry.transfer.report import DiffReport
     from registry.transfer.sources import Source
-    from registry.upkeep.compaction import Compacted
+    from registry.upkeep.compaction import Compacted, CompactionProgress
     from registry.upkeep.copying import Copied
     from registry.upkeep.garbage import Collected
     from registry.upkeep.outbox import Outbox
@@ -498,14 +498,37 @@ class Registry(Home):
         self,
         models: str | Sequence[str] = (),
         *,
+        similar: bool = False,
+        alone: bool = False,
         dry_run: bool = False,
-        progress: Callable[[int, int, int], None] = lambda done, total, saved: None,
+        progress: CompactionProgress = lambda done, total, saved: None,
     ) -> list[Compacted]:
         """Store older versions as differences from a neighbour; see `registry.upkeep.compaction.compact`."""
         # Lazy: start-up.
         from registry.upkeep.compaction import compact
 
-        return compact(self.catalog, self.store, models, dry_run=dry_run, progress=progress)
+        return compact(
+            self.catalog,
+            self.store,
+            models,
+            similar=similar,
+            alone=alone,
+            dry_run=dry_run,
+            progress=progress,
+        )
+
+    def expand(
+        self,
+        models: str | Sequence[str] = (),
+        *,
+        dry_run: bool = False,
+        progress: CompactionProgress = lambda done, total, saved: None,
+    ) -> list[Compacted]:
+        """Store versions as they are again, which undoes `compact`; see `registry.upkeep.compaction.expand`."""
+        # Lazy: start-up.
+        from registry.upkeep.compaction import expand
+
+        return expand(self.catalog, self.store, models, dry_run=dry_run, progress=progress)
 
     def collect_garbage(
         self,

@@ -1,6 +1,7 @@
-"""Lossless coding of a tensor as its difference from another one of the same type and shape.
+"""Lossless coding of a tensor as its difference from another one of the same type and shape, or by itself.
 
-The elements of both are read as whole numbers without a sign, and subtracted. There are two codings of the result:
+The elements of both are read as whole numbers without a sign, and subtracted. A tensor that is coded by itself is the
+difference from one of zeros. There are two codings of the result:
 
     planes     planes of bytes, by zstd
     classes    classes of elements, by pcodec; it is smaller for most floats, and slower to make
@@ -11,6 +12,7 @@ A few runs of elements are tried with both, to choose one for a tensor. `docs/FO
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -21,6 +23,12 @@ from registry.store.planes import ITEM_SIZES as ITEM_SIZES
 
 if TYPE_CHECKING:
     from registry.store.parallel import Run
+
+DEEPEST = 4
+"""How many differences rest on one another, at most, where a new one is made."""
+
+LEVEL_WORTH_IT = 0.03
+"""Part of a tensor's bytes that resting on one more difference must save, as each slows a load."""
 
 _RUNS, _RUN = 16, 4 << 10
 """How many runs of a tensor are tried, and their bytes."""
@@ -56,7 +64,7 @@ def decoding(coded: memoryview, base: memoryview, item_size: int, out: memoryvie
 
     Args:
         coded: the bytes.
-        base: those that the difference was taken from.
+        base: those that the difference was taken from; zeros for one that is coded by itself.
         item_size: bytes of an element: one of `ITEM_SIZES`.
         out: where the original bytes go; as long as `base`, and perhaps the same memory.
 
@@ -67,15 +75,19 @@ def decoding(coded: memoryview, base: memoryview, item_size: int, out: memoryvie
     return kind(coded, base, item_size, out)
 
 
-def encode(data: memoryview, base: memoryview, item_size: int, run: Run, *, is_float: bool) -> bytes:
+def encode(data: memoryview, base: memoryview | None, item_size: int, run: Run, *, is_float: bool) -> bytes:
     """Code `data` as its difference from `base`; the result may be longer than `data`.
 
     Args:
-        data, base: contiguous bytes, of the same length.
+        data, base: contiguous bytes, of the same length. Without a base `data` is coded by itself.
         item_size: bytes of an element: one of `ITEM_SIZES`.
         run: does the work, chunk by chunk.
         is_float: whether the elements are real floats; others are coded in planes.
     """
+    is_alone = base is None
+    if base is None:
+        # The system gives zeros that take no memory until they are written to.
+        base = memoryview(bytes(len(data)))
     if not is_float or item_size not in classes.ITEM_SIZES:
         return planes.encode(data, base, item_size, run)
     new, old = sampled(data), sampled(base)
@@ -83,6 +95,9 @@ def encode(data: memoryview, base: memoryview, item_size: int, run: Run, *, is_f
     in_one_class = classes.encode(new, old, item_size, _one_by_one, limits=b"")
     if len(new) == len(data):
         return min(in_planes, in_one_class, key=len)
+    if is_alone:
+        coder = planes.encode if len(in_planes) <= len(in_one_class) else partial(classes.encode, limits=b"")
+        return coder(data, base, item_size, run)
     limits = classes.limits_of(base, item_size)
     gain = _gain(np.frombuffer(new, f"u{item_size}"), np.frombuffer(old, f"u{item_size}"), limits)
     if len(in_planes) <= len(in_one_class) - gain:

@@ -85,7 +85,7 @@ def read_verified(
 ) -> list[Placed]:
     """Read those of some tensors that are not in the page cache, and check their digests.
 
-    Tensors that are few, lie apart, are in memory already or are stored as differences are left out, and so is a second one of
+    Tensors that are few, lie apart, are in memory already or are stored coded are left out, and so is a second one of
     the same bytes.
 
     Args:
@@ -100,7 +100,9 @@ def read_verified(
         StorageError: if the system refuses.
     """
     whole = {
-        (place_of(item), item.info.digest): item for item in reversed(items) if item.size and not item.base
+        (place_of(item), item.info.digest): item
+        for item in reversed(items)
+        if item.size and not item.is_coded
     }
     with OpenFiles() as files:
         groups = _side_by_side(uncached(packs, whole.values(), files))

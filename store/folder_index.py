@@ -432,8 +432,8 @@ class FolderIndex:
                 self._read.add(name)
                 for digest, place in info.places.items():
                     known = self._located.setdefault(digest, place)
-                    # One that needs no other tensor is better.
-                    if known.base and not place.base:
+                    # One that takes less to read is better.
+                    if place.rank < known.rank:
                         self._located[digest] = place
 
 

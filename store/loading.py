@@ -42,7 +42,7 @@ _MAX_BUFFERS = 1_000
 """Buffers of one read; the system takes 1,024."""
 
 _BATCH = 32 << 20
-"""Bytes of small differences that are turned back at a time, before they are copied to where they stay."""
+"""Bytes of small coded tensors that are turned back at a time, before they are copied to where they stay."""
 
 _PART = 1 << 17
 """Elements that a thread turns back at a time, at least, however small the chunks are."""
@@ -62,14 +62,14 @@ class Mapped:
         self._decoded: dict[str, mmap.mmap] = {}
 
     def decode(self, items: Iterable[Wanted]) -> None:
-        """Turn differences back into tensors. That must be done before these are asked for.
+        """Turn coded tensors back. That must be done before these are asked for.
 
         What they rest on takes no memory of its own, unless it is among the items.
 
         Raises:
             Corrupt: naming the tensor and the pack, if that is not possible.
         """
-        coded = {item.info.digest: item for item in items if item.base and item.size}
+        coded = {item.info.digest: item for item in items if item.is_coded and item.size}
         rest = {digest: item for digest, item in coded.items() if digest not in self._decoded}
         if not rest:
             return
@@ -89,11 +89,11 @@ class Mapped:
         return read_ahead(self._packs, distinct.values(), lambda location: self._map(location, 0))
 
     def forget(self, item: Wanted) -> None:
-        """Free the memory of a difference that was turned back, once nobody uses it any more."""
+        """Free the memory of a coded tensor that was turned back, once nobody uses it any more."""
         self._decoded.pop(item.info.digest, None)
 
     def _decode(self, items: Collection[Wanted]) -> None:
-        """Turn differences back that do not rest on one another."""
+        """Turn coded tensors back that do not rest on one another."""
         decoded = {item.info.digest: _anonymous(item.size) for item in items}
         jobs: list[tuple[Sequence[tuple[Wanted, Decoding]], int, int]] = []
         sizes = []
@@ -110,14 +110,17 @@ class Mapped:
         self._decoded |= decoded
 
     def _levels(self, item: Wanted, out: memoryview) -> list[tuple[Wanted, Decoding]]:
-        """What turns a difference back, from the one that rests on a whole tensor up to the item, all in one memory."""
+        """What turns a coded tensor back, from the one that rests on a whole tensor or none up to the item, all in one memory.
+
+        Args:
+            out: zeros. One that is coded by itself is a difference from them.
+        """
         links = [item]
-        while (base := links[-1].base) and base.base and base.info.digest not in self._decoded:
+        while (base := links[-1].base) and base.is_coded and base.info.digest not in self._decoded:
             links.append(base)
-        assert base is not None
         levels: list[tuple[Wanted, Decoding]] = []
         for link in reversed(links):
-            old = out if levels else self.bytes(base)
+            old = out if levels or base is None else self.bytes(base)
             size = ELEMENT_TYPES[link.info.dtype].size
             try:
                 levels.append((link, decoding(self.stored(link), old, item_size=size, out=out)))
@@ -168,7 +171,7 @@ class Mapped:
         if wanted.size == 0:
             # Its pack need not be here.
             return memoryview(b"")
-        if wanted.base:
+        if wanted.is_coded:
             return memoryview(self._decoded[wanted.info.digest])[: wanted.size]
         return self.stored(wanted)
 
@@ -182,7 +185,7 @@ class Mapped:
         )
 
     def _view(self, wanted: Wanted, use: int) -> torch.Tensor:
-        if wanted.base:
+        if wanted.is_coded:
             tensor = view(self._decoded[wanted.info.digest], wanted.info, 0)
             return tensor.clone() if use else tensor
         if wanted.held is not None:
@@ -242,7 +245,7 @@ def verify(packs: Path, items: Sequence[Wanted], mapped: Mapped, stop: threading
     mapped.decode(items)
     distinct = list({item.info.digest: item for item in items if item.size}.values())
     sizes = [item.size for item in distinct]
-    with mapped.reading_ahead(item for item in distinct if not item.base) as ahead:
+    with mapped.reading_ahead(item for item in distinct if not item.is_coded) as ahead:
         if ahead is None:
             in_parallel(distinct, lambda item: _check(packs, item, mapped.bytes(item)), sizes, stop=stop)
             return
@@ -313,7 +316,7 @@ def _check_behind(packs: Path, item: Wanted, data: memoryview, ahead: ReadAhead)
     hasher = tensor_hasher(item.info.dtype, item.info.shape, 1)
     for done in range(0, len(data), _READ):
         part = data[done : done + _READ]
-        if not item.base:
+        if not item.is_coded:
             ahead.wait_for(item, done + len(part))
         hasher.update(part)
     if hasher.hexdigest() != item.info.digest:
@@ -430,10 +433,10 @@ def owned(packs: Path, items: Sequence[Wanted], *, check: bool) -> dict[int, tor
     verified = {item.info.digest: item for item in items if item.slot in buffers}
     repeated = [item for item in items if item.slot not in buffers and item.info.digest in verified]
     rest = [item for item in items if item.info.digest not in verified]
-    # A large difference keeps the memory that it is turned back in.
-    large = [item for item in rest if item.base and item.size >= _REMAP]
-    small = [item for item in rest if item.base and item.size < _REMAP]
-    plain = [item for item in rest if not item.base]
+    # A large coded one keeps the memory that it is turned back in.
+    large = [item for item in rest if item.is_coded and item.size >= _REMAP]
+    small = [item for item in rest if item.is_coded and item.size < _REMAP]
+    plain = [item for item in rest if not item.is_coded]
     place(_arenas([*repeated, *small, *plain]))
     read_into(packs, [item for item in plain if item.size], lambda item: buffers[item.slot])
     for item in repeated:
@@ -565,5 +568,5 @@ def _as_stored(tensors: Sequence[torch.Tensor], items: Sequence[Wanted]) -> dict
     return {
         item.slot: item
         for item in filled
-        if not item.base and item.held is None and is_plain(tensors[item.slot])
+        if not item.is_coded and item.held is None and is_plain(tensors[item.slot])
     }

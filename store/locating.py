@@ -36,8 +36,8 @@ class Location(NamedTuple):
     """A tensor's place: its pack, the first byte in it, and the size of the whole pack in bytes.
 
     Attributes:
-        base: digest of the tensor that the bytes there are a difference from; None where they are the tensor's own.
-        coded: how many bytes the difference takes.
+        base: digest of the tensor that the bytes there are a difference from; None where they stand for themselves.
+        coded: how many bytes are there if it is coded: as a difference, or by itself.
         is_damaged: whether a part of the pack is known to be damaged.
     """
 
@@ -47,6 +47,16 @@ class Location(NamedTuple):
     base: str | None = None
     coded: int | None = None
     is_damaged: bool = False
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether the bytes there are not the tensor's own."""
+        return self.coded is not None
+
+    @property
+    def rank(self) -> int:
+        """What it takes to read the tensor: 0 if the bytes are its own, 1 if it is coded by itself, 2 if it has a base."""
+        return (self.coded is not None) + (self.base is not None)
 
 
 class Index(Protocol):
@@ -115,6 +125,11 @@ class Wanted(NamedTuple):
     size: int
     base: Wanted | None = None
     held: memoryview | None = None
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether the stored bytes are not the tensor's own."""
+        return self.location.is_coded
 
     @property
     def stored_size(self) -> int:

@@ -39,7 +39,13 @@ _LONGEST_OPAQUE = max(len(name) for name, kind in ELEMENT_TYPES.items() if kind.
 
 _FORMAT = re.compile("torch-registry pack ([0-9]{1,9})")
 _VERSION = 2
-"""The latest version of packs. One that has no differences, or older ones alone, says 1, so that older programs read it."""
+"""The latest version of packs. One in which nothing is coded, or only as older programs can, says 1, so that older programs read it."""
+
+_ALONE = "self"
+"""What stands for the base of a tensor that is coded by itself."""
+
+_MOST_TIMES = 1 << 20
+"""How many times smaller such a tensor can be in a pack. It bounds the memory that a malformed one takes."""
 
 _SALT = 16
 _COALESCE = 64 << 10
@@ -57,7 +63,7 @@ class PackedTensor(NamedTuple):
 
     Attributes:
         base: digest of the tensor that it is stored as a difference from, if it is.
-        coded: how many bytes that takes.
+        coded: how many bytes it takes if it is coded: as a difference, or by itself.
     """
 
     digest: str
@@ -83,17 +89,21 @@ class PackInfo:
 
     @functools.cached_property
     def places(self) -> Mapping[str, Location]:
-        """Where each tensor lies, by digest. Of one that is there twice, the place where it needs no base."""
-        return {
-            tensor.digest: Location(
-                pack=self.digest,
-                start=tensor.start,
-                pack_size=self.size,
-                base=tensor.base,
-                coded=tensor.coded,
+        """Where each tensor lies, by digest. Of one that is there twice, the place where it needs least to be read."""
+        places = [
+            (
+                tensor.digest,
+                Location(
+                    pack=self.digest,
+                    start=tensor.start,
+                    pack_size=self.size,
+                    base=tensor.base,
+                    coded=tensor.coded,
+                ),
             )
-            for tensor in sorted(self.tensors, key=lambda tensor: tensor.base is None)
-        }
+            for tensor in self.tensors
+        ]
+        return dict(sorted(places, key=lambda place: place[1].rank, reverse=True))
 
 
 class Changed(Exception):
@@ -114,7 +124,7 @@ class PackWriter:
     Args:
         tmp: folder on the same file system as the packs.
         candidates: dtype and shape of every tensor that may be added, which bounds the header's size.
-        coded: likewise, of those that may be added as differences.
+        coded: likewise, of those that may be added coded.
 
     Raises:
         Unsupported: if there are so many that the header would be larger than a reader takes.
@@ -128,7 +138,7 @@ class PackWriter:
         coded: Iterable[tuple[str, Sequence[int]]] = (),
     ) -> None:
         self._head = header.padded(
-            index_bound(candidates) + sum(difference_bound(dtype, shape) for dtype, shape in coded)
+            index_bound(candidates) + sum(coded_bound(dtype, shape) for dtype, shape in coded)
         )
         if self._head - 8 > header.MAX_HEADER:
             raise Unsupported(
@@ -169,12 +179,12 @@ class PackWriter:
         elif not self._write_checked(self._tensors[-1], data, fingerprint):
             self._changed.add(digest)
 
-    def add_difference(
-        self, digest: str, dtype: str, shape: Sequence[int], base: str, coded: memoryview
+    def add_coded(
+        self, digest: str, dtype: str, shape: Sequence[int], base: str | None, coded: memoryview
     ) -> None:
-        """Add a tensor as its difference from another one."""
+        """Add a tensor as its difference from another one, or coded by itself if there is no base."""
         start = self.reserve(len(coded))
-        self._version = max(self._version, version_of(coded))
+        self._version = max(self._version, version_of(coded) if base else _VERSION)
         self._tensors.append(
             PackedTensor(digest, dtype, shape=tuple(shape), start=start, base=base, coded=len(coded))
         )
@@ -257,8 +267,9 @@ class PackWriter:
 
         for tensor in tensors:
             pad(tensor.start)
-            name = tensor.digest if tensor.base is None else f"{tensor.digest}.{tensor.base}"
-            code = ELEMENT_TYPES[tensor.dtype].pack_code if tensor.base is None else None
+            is_coded = tensor.coded is not None
+            name = f"{tensor.digest}.{tensor.base or _ALONE}" if is_coded else tensor.digest
+            code = None if is_coded else ELEMENT_TYPES[tensor.dtype].pack_code
             if code is not None:
                 lay(name, code, tensor.shape, tensor.size)
             else:
@@ -313,12 +324,12 @@ def _type_and_shape(dtype: str, shape: Sequence[int]) -> str:
 
 
 def index_bound(tensors: Iterable[tuple[str, Sequence[int]]]) -> int:
-    """Bytes of header that tensors take at most if none of them is a difference."""
+    """Bytes of header that tensors take at most if none of them is coded."""
     return 128 + sum(_entry_bound(dtype, shape) for dtype, shape in tensors)
 
 
-def difference_bound(dtype: str, shape: Sequence[int]) -> int:
-    """Bytes of header that a tensor takes at most beyond its entry if it is a difference."""
+def coded_bound(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes of header that a tensor takes at most beyond its entry if it is coded."""
     return 3 * 65 + len(_type_and_shape(dtype, shape)) + len('"":"",')
 
 
@@ -391,13 +402,21 @@ def info_from(name: str, parsed: header.Header, size: int) -> PackInfo:
     tensors = []
     for entry in parsed.entries:
         digest, dot, base = entry.name.partition(".")
-        if dot and is_digest(digest) and is_digest(base):
+        if dot and is_digest(digest) and (is_digest(base) or base == _ALONE):
             dtype, shape = _opaque(parsed.metadata.get(entry.name, ""))
-            if dtype not in ELEMENT_TYPES or entry.code != "U8":
+            coded = entry.end - entry.start
+            is_right = dtype in ELEMENT_TYPES and entry.code == "U8"
+            if not is_right or (base == _ALONE and byte_count(dtype, shape) > _MOST_TIMES * coded):
                 raise Invalid(f"tensor {entry.name} has a malformed type")
-            size_there = entry.end - entry.start
             tensors.append(
-                PackedTensor(digest, dtype, shape=shape, start=entry.start, base=base, coded=size_there)
+                PackedTensor(
+                    digest,
+                    dtype,
+                    shape=shape,
+                    start=entry.start,
+                    base=None if base == _ALONE else base,
+                    coded=coded,
+                )
             )
             continue
         if not is_digest(entry.name):

@@ -171,6 +171,8 @@ class Store:
         digests: Collection[str],
         bases: Mapping[str, Sequence[str]] | None = None,
         into: Store | None = None,
+        *,
+        alone: Collection[str] = (),
         whole: Collection[str] = (),
     ) -> PackInfo:
         """Copy stored tensors to a pack of their own; see `registry.store.recoding.copy_to_new_pack`.
@@ -190,6 +192,7 @@ class Store:
                     self._locator,
                     digests,
                     bases or {},
+                    alone=alone,
                     whole=whole,
                     source=self.packs,
                     packs=into.packs,

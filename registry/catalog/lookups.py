@@ -56,14 +56,14 @@ def marks(items: Collection[Any]) -> str:
 def locate(query: Query, digests: Collection[str]) -> dict[str, Location]:
     """Where tensors lie; those that no pack has are left out.
 
-    Of several packs with the same tensor, one without known damage is preferred, then one that has the tensor itself
-    and no difference, then the one that the log named first.
+    Of several packs with the same tensor, one without known damage is preferred, then one that has the tensor itself,
+    then one that has it coded by itself, then the one that the log named first.
 
     Raises:
         Corrupt: if the table holds a damaged row.
     """
     found: dict[str, Location] = {}
-    ranks: dict[str, tuple[int, bool, int]] = {}
+    ranks: dict[str, tuple[int, int, int]] = {}
     for part in batches(digests):
         rows = query(
             "SELECT t.digest, t.start, t.base, t.coded, p.digest, p.size, p.damaged, p.number FROM tensors t "
@@ -72,16 +72,15 @@ def locate(query: Query, digests: Collection[str]) -> dict[str, Location]:
         )
         for digest, start, base, coded, pack, size, damaged, number in rows:
             is_right = type(start) is type(size) is type(damaged) is type(number) is int and type(pack) is str
-            if not (
-                is_right and 0 <= start <= size and (base is coded is None or _is_difference(base, coded))
-            ):
+            if not (is_right and 0 <= start <= size and _is_coding(base, coded)):
                 raise Corrupt(
                     "the catalog holds a damaged row of a tensor", "recreate it with: registry rebuild"
                 )
-            rank = (damaged, base is not None, number)
+            place = Location(pack, start, size, base, coded, damaged != 0)
+            rank = (damaged, place.rank, number)
             if digest not in found or rank < ranks[digest]:
                 ranks[digest] = rank
-                found[digest] = Location(pack, start, size, base, coded, damaged != 0)
+                found[digest] = place
     return found
 
 
@@ -162,8 +161,11 @@ def was_removed(query: Query, manifest_id: str) -> bool:
     )
 
 
-def _is_difference(base: Any, coded: Any) -> bool:
-    return is_digest(base) and type(coded) is int and coded >= 0
+def _is_coding(base: Any, coded: Any) -> bool:
+    """Whether a tensor can be stored so: as it is, coded by itself, or as a difference."""
+    if coded is None:
+        return base is None
+    return type(coded) is int and coded >= 0 and (base is None or is_digest(base))
 
 
 def best_id(query: Query, model: str, metric: str, *, smallest: bool) -> tuple[str, float] | None:

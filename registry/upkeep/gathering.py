@@ -88,7 +88,8 @@ class Gathering:
             found = self._stored(copy, pack, tensor)
             if found is not None:
                 return found[0]
-        data = None if tensor.base else self.tensor(TensorInfo(tensor.dtype, tensor.shape, tensor.digest))
+        is_whole = tensor.coded is None
+        data = self.tensor(TensorInfo(tensor.dtype, tensor.shape, tensor.digest)) if is_whole else None
         if data is None:
             raise Lost
         return data
@@ -102,6 +103,8 @@ class Gathering:
         if tensor.base:
             base = self.tensor(TensorInfo(tensor.dtype, tensor.shape, tensor.base), depth + 1)
             data = None if base is None else _decoded(tensor, stored, base)
+        elif tensor.coded is not None:
+            data = _decoded(tensor, stored, bytes(byte_count(tensor.dtype, tensor.shape)))
         if data is None or len(data) != byte_count(tensor.dtype, tensor.shape):
             return None
         if tensor_digest(tensor.dtype, tensor.shape, data) != tensor.digest:
@@ -111,7 +114,7 @@ class Gathering:
     def _places(self, info: TensorInfo) -> Iterator[tuple[SecondCopy, str, PackedTensor]]:
         rows = self._query(
             "SELECT p.digest, t.start, t.base, t.coded FROM tensors t JOIN packs p ON p.number = t.pack "
-            "WHERE t.digest = ? ORDER BY t.base IS NOT NULL, p.damaged, p.number",
+            "WHERE t.digest = ? ORDER BY t.base IS NOT NULL, t.coded IS NOT NULL, p.damaged, p.number",
             [info.digest],
         )
         for pack, start, base, coded in rows:
@@ -123,7 +126,7 @@ class Gathering:
 
     @functools.cached_property
     def _in_other_packs(self) -> Mapping[str, Sequence[tuple[str, PackedTensor]]]:
-        """Where tensors lie in the last copy, by digest, those that are no differences first."""
+        """Where tensors lie in the last copy, by digest, those that take least to read first."""
         copy = self._copies[-1]
         found: dict[str, list[tuple[str, PackedTensor]]] = {}
         for pack in copy.packs():
@@ -131,7 +134,7 @@ class Gathering:
             for tensor in head.info.tensors if head else ():
                 found.setdefault(tensor.digest, []).append((pack, tensor))
         for places in found.values():
-            places.sort(key=lambda place: place[1].base is not None)
+            places.sort(key=lambda place: (place[1].base is not None, place[1].coded is not None))
         return found
 
 
@@ -148,7 +151,7 @@ def _kept(copy: SecondCopy, pack: str, size: int) -> Head | None:
 
 
 def _decoded(tensor: PackedTensor, stored: bytes, base: bytes) -> bytes | None:
-    """A tensor that is stored as a difference; None if the difference is malformed."""
+    """A tensor that is stored coded; None if the coded bytes are malformed."""
     size = ELEMENT_TYPES[tensor.dtype].size
     if size not in differences.ITEM_SIZES:
         return None

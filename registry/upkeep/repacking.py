@@ -135,6 +135,8 @@ def repack(
     needed: Collection[str],
     bases: Mapping[str, Sequence[str]] | None = None,
     *,
+    alone: Collection[str] = (),
+    whole: Collection[str] = (),
     at_most: int | None = None,
 ) -> PackInfo | None:
     """Write what is needed of a pack to a new one, and let that take its place.
@@ -142,6 +144,8 @@ def repack(
     Args:
         needed: digests of tensors in the pack.
         bases: by digest, the tensors from which one may be stored as a difference.
+        alone: those that may be coded by themselves.
+        whole: those that are turned back if they are coded.
         at_most: bytes that the new pack may have to be worth it.
 
     Returns:
@@ -150,7 +154,7 @@ def repack(
     Raises:
         Corrupt: if a byte is not what was saved; nothing is changed.
     """
-    copied = store.copy_to_new_pack(needed, bases)
+    copied = store.copy_to_new_pack(needed, bases, alone=alone, whole=whole)
     done = False
     try:
         if at_most is None or copied.size <= at_most:

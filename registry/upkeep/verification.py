@@ -343,7 +343,7 @@ class _Check:
         except RegistryError as error:
             self._note_damage(digest, placed, error)
             return
-        self._check_differences([tensor.digest for tensor in info.tensors if tensor.base], digest)
+        self._check_coded([tensor.digest for tensor in info.tensors if tensor.coded is not None], digest)
         if placed != info.places and self._counts(digest):
             self.problems.append(
                 Problem(f"{path} does not hold what the catalog says; run: registry rebuild", (), str(path))
@@ -367,7 +367,7 @@ class _Check:
                 self.problems.append(Problem(message, (), str(path)))
             end = tensor.start + tensor.size
             self.tensor_count += 1
-            if tensor.base:
+            if tensor.coded is not None:
                 continue
             data = self._read(fd, tensor.start, tensor.size)
             if tensor_digest(tensor.dtype, tensor.shape, data) != tensor.digest and self._counts(info.digest):
@@ -386,8 +386,8 @@ class _Check:
                 done += count
         return data
 
-    def _check_differences(self, digests: list[str], pack: str) -> None:
-        """Check tensors that are stored as differences, by making them."""
+    def _check_coded(self, digests: list[str], pack: str) -> None:
+        """Check tensors that are stored coded, by making them."""
         problems: dict[str, RegistryError] = {}
         left: Sequence[str] = digests
         for _ in range(_TRIES):
@@ -405,7 +405,7 @@ class _Check:
                 self._report(digest, str(error).removeprefix(f"{digest}: "))
 
     def _undecodable(self, digests: Sequence[str], pack: str) -> dict[str, RegistryError]:
-        """Why some of the tensors that a pack holds as differences cannot be made, by digest."""
+        """Why some of the tensors that a pack holds coded cannot be made, by digest."""
         # Lazy: loads torch.
         from registry.store import loading
 

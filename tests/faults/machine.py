@@ -542,12 +542,20 @@ class Machine(RuleBasedStateMachine):
 
     # -- keeping house ---------------------------------------------------------------------------------------
 
-    @rule(model=st.none() | MODEL, how=HOW)
-    def compact(self, model: str | None, how: How) -> None:
+    @rule(model=st.none() | MODEL, options=st.sets(st.sampled_from(["similar", "alone"])), how=HOW)
+    def compact(self, model: str | None, options: set[str], how: How) -> None:
         models = [model] if model else []
         error = None if model is None or self.expected.numbers(model) else NotFound
-        run = lambda registry: registry.compact(models)  # noqa: E731
-        self.perform(Operation(run, [self.expected], error, ["compact", *models]), how)
+        run = lambda registry: registry.compact(models, **dict.fromkeys(options, True))  # noqa: E731
+        words = ["compact", *models, *(f"--{option}" for option in sorted(options))]
+        self.perform(Operation(run, [self.expected], error, words), how)
+
+    @rule(model=st.none() | MODEL, how=HOW)
+    def expand(self, model: str | None, how: How) -> None:
+        models = [model] if model else []
+        error = None if model is None or self.expected.numbers(model) else NotFound
+        run = lambda registry: registry.expand(models)  # noqa: E731
+        self.perform(Operation(run, [self.expected], error, ["compact", "--plain", *models]), how)
 
     @rule(how=HOW)
     def repack(self, how: How) -> None:

@@ -368,7 +368,10 @@ def _collect(actor: Actor, registry: Registry, world: World) -> None:
 
 
 def _compact(actor: Actor, registry: Registry, world: World) -> None:
-    registry.compact()
+    if actor.chance.random() < 0.2:
+        registry.expand()
+    else:
+        registry.compact(similar=actor.chance.random() < 0.5, alone=actor.chance.random() < 0.5)
 
 
 def _verify(actor: Actor, registry: Registry, world: World) -> None:

@@ -610,7 +610,10 @@ def verify(worker: Worker) -> None:
 
 def compact(worker: Worker) -> None:
     def act(_: int) -> None:
-        worker.registry.compact()
+        if worker.chance.random() < 0.2:
+            worker.registry.expand()
+        else:
+            worker.registry.compact(similar=worker.chance.random() < 0.5, alone=worker.chance.random() < 0.5)
 
     worker.change("compact", act)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ from support import Stepwise, check_whole, copy, in_child, kill_me, save
 
 from registry import Registry
 from registry.store import durable
+from registry.upkeep.compaction import Compacted
 
 SAVED = {f"net:v{number}": number for number in range(1, 6)}
 
@@ -25,13 +26,19 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def compact(registry: Registry) -> None:
-    (done,) = registry.compact()
-    assert done.packs == 4
-    registry.collect_garbage(grace=0)
+def compact_all(registry: Registry) -> Sequence[Compacted]:
+    return registry.compact(similar=True, alone=True)
 
 
-def test_a_compaction_killed_at_any_of_our_steps(golden: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("change", "packs"), [(Registry.compact, 4), (compact_all, 5), (Registry.expand, 5)])
+def test_a_compaction_killed_at_any_of_our_steps(
+    golden: Path, tmp_path: Path, change: Callable[[Registry], Sequence[Compacted]], packs: int
+) -> None:
+    if change == Registry.expand:
+        golden = copy(golden, tmp_path / "compacted")
+        registry = Registry(golden, create=False)
+        compact_all(registry)
+        registry.catalog.close()
     steps = 0
     for step in range(1_000):
         for moment in ("before", "half"):
@@ -43,7 +50,10 @@ def test_a_compaction_killed_at_any_of_our_steps(golden: Path, tmp_path: Path) -
 
             def run(at: Callable[[int, str, Path], None] = at, root: Path = root) -> None:
                 durable.disk = Stepwise(at)
-                compact(Registry(root, create=False))
+                registry = Registry(root, create=False)
+                (done,) = change(registry)
+                assert done.packs == packs
+                registry.collect_garbage(grace=0)
 
             status = in_child(run)
             if status == 0:
@@ -52,7 +62,8 @@ def test_a_compaction_killed_at_any_of_our_steps(golden: Path, tmp_path: Path) -
             steps += 1
             check_whole(root, SAVED, {})
             registry = Registry(root, create=False)
-            registry.compact()  # and it can be done again
+            # It can be done again.
+            change(registry)
             check_whole(root, SAVED, {})
         else:
             continue

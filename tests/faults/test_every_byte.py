@@ -139,6 +139,7 @@ def build(root: Path, *, salt: int, at: Callable[[Registry], None] = lambda regi
         lambda: registry.thin("net:v6"),
         lambda: registry.remove(["net:v1"], force=True),
         lambda: registry.compact(["net"]),
+        lambda: registry.compact(alone=True),
         lambda: registry.save("net", tree(7, salt), epoch=7, metrics={"acc": 0.55}),
         lambda: registry.set_tag("net:v7", "last"),
     ):

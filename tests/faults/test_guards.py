@@ -366,7 +366,7 @@ def test_differences_that_rest_on_one_another_too_deeply_are_refused(
             base = (i - 1) % count
             if i or count == 2:
                 coded = planes.encode(data[i], data[base], 4, lambda jobs, work: [*map(work, jobs)])
-                writer.add_difference(digests[i], "float32", (60, 50), digests[base], memoryview(coded))
+                writer.add_coded(digests[i], "float32", (60, 50), digests[base], memoryview(coded))
             else:
                 writer.add(digests[i], "float32", (60, 50), data[i])
         pack = writer.finish(registry.store.packs)

@@ -98,7 +98,7 @@ COMMANDS: dict[str, list[list[str]]] = {
     "verify": [["verify"], ["verify", "net:v1"], ["verify", "--frozen", "net:v1", "net:v2"]],
     "doctor": [["doctor"], ["doctor", "--json"]],
     "gc": [["gc", "--dry-run"], ["gc", "--grace", "0"]],
-    "compact": [["compact"]],
+    "compact": [["compact"], ["compact", "--similar", "--alone"], ["compact", "--plain"]],
     "rebuild": [["rebuild"], ["rebuild", "--adopt"]],
     "config show": [["config", "show", "net:v1"]],
     "config validate": [["config", "validate", "{file}"]],

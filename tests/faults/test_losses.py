@@ -141,6 +141,8 @@ def beside(
 
 CHANGES: dict[str, Callable[[Registry], object]] = {
     "compact": lambda registry: registry.compact(["net"]),
+    "compact all": lambda registry: registry.compact(similar=True, alone=True),
+    "compact and expand": lambda registry: (registry.compact(["net"]), registry.expand(["net"])),
     "thin": lambda registry: registry.thin("net:v2"),
     "save": lambda registry: save(registry, 6),
     "save what is there": lambda registry: save(registry, 2),

@@ -226,6 +226,16 @@ def compact(known: Known) -> Step | None:
     return Step(lambda registry: registry.compact(), {}) if known.names() else None
 
 
+def compact_all(known: Known) -> Step | None:
+    """What compacts the most: near tensors of other models, and first versions by themselves."""
+    run = lambda registry: registry.compact(similar=True, alone=True)  # noqa: E731
+    return Step(run, {}) if known.names() else None
+
+
+def expand(known: Known) -> Step | None:
+    return Step(lambda registry: registry.expand(), {}) if known.names() else None
+
+
 def gc(known: Known) -> Step:
     return Step(lambda registry: collect(registry, grace=0), {})
 
@@ -283,7 +293,22 @@ def lose_the_catalog(known: Known) -> Step:
 
 Maker = Callable[[Known], Step | None]
 OPERATIONS: Sequence[Maker] = (
-    *(save, save_equal, save_sharded, alias, unalias, tag, untag, note, remove, thin, compact, gc),
+    *(
+        save,
+        save_equal,
+        save_sharded,
+        alias,
+        unalias,
+        tag,
+        untag,
+        note,
+        remove,
+        thin,
+        compact,
+        compact_all,
+        expand,
+        gc,
+    ),
     *(artifact, drop, begin_run, end_run, rebuild, lose_the_catalog),
 )
 WORKLOADS: dict[str, Sequence[Maker]] = {
@@ -292,6 +317,7 @@ WORKLOADS: dict[str, Sequence[Maker]] = {
     "name": (alias, alias, tag, note, untag, unalias),
     "remove": (thin, alias, remove, gc),
     "compact": (compact, gc, thin, gc),
+    "compact all, and back": (compact_all, gc, expand, gc),
     "artifact": (artifact, artifact, drop, gc),
     "run": (begin_run, save, end_run),
     "rebuild": (rebuild, lose_the_catalog, save),

@@ -1,6 +1,7 @@
 """What format_reader.py needs besides for compacted checkpoints; shares no code with the package either."""
 
 import json
+import math
 import struct
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def decoded(coded, base, size):
 
 
 def differences(root, plain):
-    """Digest, type in a pack and bytes of the tensors that are stored as differences."""
+    """Digest, type in a pack and bytes of the tensors that are stored as differences, or coded by themselves."""
     found = {}
     for path in Path(root, "packs").glob("*/*.safetensors"):
         data = np.memmap(path, mode="r")
@@ -64,15 +65,17 @@ def differences(root, plain):
         header = json.loads(data[8:base].tobytes())
         for name, entry in header.items():
             digest, _, other = name.partition(".")
-            if len(name) == 129:
-                kind = header["__metadata__"][name].split()[0]
-                found[digest] = kind, other, data[base:][slice(*entry["data_offsets"])].tobytes()
+            if len(name) in (69, 129):
+                kind, _, shape = header["__metadata__"][name].partition(" ")
+                size = SIZES[kind] * math.prod(map(int, filter(None, shape.split(","))))
+                found[digest] = kind, other, size, data[base:][slice(*entry["data_offsets"])].tobytes()
 
     def whole(digest):
         if digest in plain:
             return plain[digest][1]
-        kind, other, coded = found[digest]
-        return decoded(coded, whole(other).tobytes(), SIZES[kind])
+        kind, other, size, coded = found[digest]
+        old = bytes(size) if other == "self" else whole(other).tobytes()
+        return decoded(coded, old, SIZES[kind])
 
-    for digest, (kind, _, _) in found.items():
+    for digest, (kind, *_) in found.items():
         yield digest, (CODES[kind], whole(digest))

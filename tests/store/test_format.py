@@ -170,8 +170,9 @@ def test_with_a_few_more_lines_the_reader_knows_names(tmp_path: Path, reader: Mo
         assert texts[version_id].encode() == registry.store.manifest_path(version_id).read_bytes()
 
 
+@pytest.mark.parametrize(("is_alone", "coded"), [(False, 9), (True, 12)])
 def test_with_a_few_more_lines_the_reader_knows_differences(
-    tmp_path: Path, reader: ModuleType, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, reader: ModuleType, monkeypatch: pytest.MonkeyPatch, is_alone: bool, coded: int
 ) -> None:
     more = load(SOURCE.with_name("format_reader_differences.py"))
     registry, saved = Registry(tmp_path), []
@@ -181,7 +182,7 @@ def test_with_a_few_more_lines_the_reader_knows_differences(
         weight = weight + 1e-5 * torch.randn_like(weight)
         saved.append({"w": weight, "half": weight.bfloat16(), "double": weight.double(), "n": torch.ones(2)})
         registry.save("net", {"model": saved[-1]})
-    registry.compact()
+    registry.compact(alone=is_alone)
     registry.collect_garbage(grace=0)
     plain = reader.packed
     monkeypatch.setattr(
@@ -190,12 +191,12 @@ def test_with_a_few_more_lines_the_reader_knows_differences(
     for number, state in enumerate(saved, 1):
         _, read = reader.read(tmp_path, registry[f"net:v{number}"].id)
         assert all(same(read["model"][name], tensor) for name, tensor in state.items())
-    assert len([*more.differences(tmp_path, dict(plain(tmp_path)))]) == 9
+    assert len([*more.differences(tmp_path, dict(plain(tmp_path)))]) == coded
     versions = {
         re.search(r"torch-registry pack (\d)", path.read_text(errors="replace"))[1]  # type: ignore[index]
         for path in tmp_path.glob("packs/*/*.safetensors")
     }
-    assert versions == {"1", "2"}
+    assert versions == ({"2"} if is_alone else {"1", "2"})
 
 
 def test_the_reader_refuses_a_flipped_byte(tmp_path: Path, reader: ModuleType) -> None:

@@ -82,7 +82,7 @@ def with_differences(root: Path, *coded: bytes) -> Path:
     """A pack that holds some bytes as differences."""
     writer = PackWriter(root, [], coded=[("float32", [9])] * len(coded))
     for number, part in enumerate(coded):
-        writer.add_difference(f"{number:064}", "float32", [9], base="f" * 64, coded=memoryview(part))
+        writer.add_coded(f"{number:064}", "float32", [9], base="f" * 64, coded=memoryview(part))
     return pack_path(root / "packs", writer.finish(root / "packs").digest)
 
 

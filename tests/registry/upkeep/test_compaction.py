@@ -21,10 +21,10 @@ from registry.store import classes, differences, durable, header, planes
 from registry.store.errors import Corrupt, NotFound, StorageError
 from registry.store.folder_index import PackFolder
 from registry.store.loading import Mapped
-from registry.store.pack import PackWriter
+from registry.store.pack import PackWriter, pack_path, read_pack_info
 from registry.store.store import Store, Written
-from registry.upkeep import compaction, repacking
-from registry.upkeep.compaction import REACH
+from registry.upkeep import choosing, repacking
+from registry.upkeep.choosing import REACH
 
 VERSIONS = 20
 GENERATOR = torch.Generator().manual_seed(0)
@@ -237,8 +237,8 @@ def test_a_version_that_comes_meanwhile_is_not_harmed(
     real = Store.copy_to_new_pack
     calls = []
 
-    def interrupted(self: Store, digests: Any, bases: Any = None) -> Any:
-        new = real(self, digests, bases)
+    def interrupted(self: Store, digests: Any, bases: Any = None, **how: Any) -> Any:
+        new = real(self, digests, bases, **how)
         if not calls:
             Registry(tmp_path).save("other", expected[1])  # relies on the pack that is being rewritten
         calls.append(1)
@@ -262,7 +262,7 @@ def test_a_difference_from_itself_is_refused(tmp_path: Path) -> None:
     assert stored.pack is not None
     store.pack_path(stored.pack.digest).unlink()
     writer = PackWriter(store.tmp, [("float32", (4_000,))], coded=[("float32", (4_000,))])
-    writer.add_difference(digest, "float32", (4_000,), digest, memoryview(bytes(8)))
+    writer.add_coded(digest, "float32", (4_000,), digest, memoryview(bytes(8)))
     writer.finish(store.packs)
     with pytest.raises(Corrupt, match="which it is a difference from"):
         Store(tmp_path).get(stored.digest)
@@ -313,8 +313,8 @@ def test_what_comes_to_be_needed_meanwhile_stays(tmp_path: Path, monkeypatch: py
     of_v2 = {path: digest for path, _, _, digest in registry["net:v2"].parameters()}
     real = Store.copy_to_new_pack
 
-    def interrupted(self: Store, digests: Any, bases: Any = None) -> Any:
-        new = real(self, digests, bases)
+    def interrupted(self: Store, digests: Any, bases: Any = None, **how: Any) -> Any:
+        new = real(self, digests, bases, **how)
         if of_v2["model/layer0.weight"] in digests:
             Registry(tmp_path).save("other", {"optimizer": moments[1]})
         return new
@@ -545,7 +545,17 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     document = json.loads(run("compact", "--json").stdout)
     assert document == {
         "dry_run": False,
-        "models": [{"model": "net", "versions": 0, "packs": 0, "before": 0, "after": 0, "problem": None}],
+        "models": [
+            {
+                "model": "net",
+                "versions": 0,
+                "packs": 0,
+                "before": 0,
+                "after": 0,
+                "problem": None,
+                "measured": {},
+            }
+        ],
     }
     run("gc", "--grace", "0")
     exported = run("export", "net:v3", str(tmp_path / "v3.safetensors"))
@@ -624,7 +634,7 @@ def test_differences_rest_on_near_ones_as_deep_as_that_saves_bytes(
         for state in expected:
             registry.save("net", state)
         if name == "star":
-            monkeypatch.setattr(compaction, "_on_the_way", lambda position, anchor, resting: anchor)
+            monkeypatch.setattr(choosing, "_on_the_way", lambda position, anchor, resting: anchor)
         registry.compact()
         sizes[name] = stored(registry)
         found = {n: depths(registry, f"net:v{n}") for n in range(1, 22)}
@@ -795,3 +805,160 @@ def check_all(registry: Registry, expected: list[dict[str, Any]], numbers: Itera
             there, saved = (one["optimizer"]["state"][0] for one in (loaded, expected[number - 1]))
             assert same(there, saved)
     assert registry.verify().problems == ()
+
+
+def fine_tuned(count: int = 4) -> dict[str, State]:
+    """A network and fine-tunes of it, one of them under other names and in another order."""
+    chance = torch.Generator().manual_seed(0)
+
+    def noise(like: torch.Tensor) -> torch.Tensor:
+        return torch.randn(like.shape, generator=chance)
+
+    # Layers of one shape, as the blocks of a transformer have them.
+    base = {f"block{i}.weight": noise(torch.empty(64, 128)) * 0.02 for i in range(3)}
+    tuned = [
+        {name: value * (1 + 0.004 * noise(value)) + 1e-5 * noise(value) for name, value in base.items()}
+        for _ in range(count)
+    ]
+    tuned[1] = {f"net.{name}": value for name, value in reversed(tuned[1].items())}
+    named = {"base": base} | {f"tuned{i}": state for i, state in enumerate(tuned)}
+    order = sorted(named, key=lambda name: name[::-1])
+    return {name: {"model": {key: value.bfloat16() for key, value in named[name].items()}} for name in order}
+
+
+def stored_in(registry: Registry, reference: str) -> set[tuple[bool, bool]]:
+    """How the tensors of a version are stored: whether coded, and whether with a base."""
+    digests = {digest for _, _, _, digest in registry[reference].parameters()}
+    return {(place.is_coded, place.base is not None) for place in registry.catalog.locate(digests).values()}
+
+
+def all_are(registry: Registry, expected: dict[str, State]) -> None:
+    for name, state in expected.items():
+        assert same(registry[name].load(), state)
+        assert same(registry[name].load(copy=True), state)
+        into = {key: torch.zeros_like(value) for key, value in state["model"].items()}
+        registry[name].load_into(model=into)
+        assert same(into, state["model"])
+    assert registry.verify().problems == ()
+
+
+def test_fine_tunes_without_a_history_become_differences_from_what_they_came_from(tmp_path: Path) -> None:
+    registry, expected = Registry(tmp_path), fine_tuned()
+    for name, state in expected.items():
+        registry.save(name, state)
+    assert all(not one.versions for one in registry.compact())
+    planned = {one.model: one.measured for one in registry.compact(similar=True, dry_run=True)}
+    assert planned == {"base": {}} | {f"tuned{i}": {f"tuned{i}:v1": "base:v1"} for i in range(4)}
+    done = {one.model: one for one in registry.compact(similar=True)}
+    assert {name: one.measured for name, one in done.items()} == planned
+    assert all(one.after and one.after < 0.4 * one.before for name, one in done.items() if name != "base")
+    assert stored_in(registry, "base") == {(False, False)}
+    all_are(registry, expected)
+    registry.collect_garbage(grace=0)
+    all_are(Registry(tmp_path), expected)
+    # What others rest on stays when its version goes.
+    registry.remove(["base:v1"], force=True)
+    registry.collect_garbage(grace=0)
+    del expected["base"]
+    all_are(registry, expected)
+
+
+def test_only_the_named_models_become_similar_and_an_alias_stays(tmp_path: Path) -> None:
+    registry, expected = Registry(tmp_path), fine_tuned()
+    for name, state in expected.items():
+        registry.save(name, state)
+    registry.set_alias("tuned0:v1", "production")
+    (done,) = registry.compact(["tuned1"], similar=True)
+    assert done.measured == {"tuned1:v1": "base:v1"}
+    registry.compact(similar=True)
+    assert stored_in(registry, "tuned0") == {(False, False)}
+    assert stored_in(registry, "tuned3") == {(True, True)}
+    all_are(registry, expected)
+
+
+def test_coded_by_itself_and_back(tmp_path: Path) -> None:
+    registry, expected = saved(tmp_path, 3)
+    registry.set_alias("net:v1", "production")
+    (planned,) = registry.compact(alone=True, dry_run=True)
+    (done,) = registry.compact(alone=True)
+    assert done[1:4] == planned[1:4]
+    assert done.after < 0.75 * done.before
+    # The alias stays as it is; the newest version does not.
+    assert stored_in(registry, "net:v1") == {(False, False)}
+    assert (True, False) in stored_in(registry, "net:v3")
+    check(registry, expected)
+    (again,) = registry.compact(alone=True)
+    assert again.packs == 0
+    registry.collect_garbage(grace=0)
+    # Others may rest on what is coded by itself.
+    registry.save("net", expected[1] | {"more": {"w": torch.arange(9_000.0)}})
+    registry.compact()
+    check(registry, expected)
+    assert registry.rebuild().damaged == ()
+    check(registry, expected)
+    (whole,) = registry.expand()
+    assert whole.after > whole.before
+    assert all(stored_in(registry, f"net:v{number}") == {(False, False)} for number in range(1, 5))
+    registry.collect_garbage(grace=0)
+    check(Registry(tmp_path), expected)
+    assert registry.expand()[0].packs == 0
+
+
+def test_what_is_coded_by_itself_becomes_a_difference_where_that_is_smaller(tmp_path: Path) -> None:
+    registry, expected = saved(tmp_path, 1)
+    registry.compact(alone=True)
+    assert (True, False) in stored_in(registry, "net:v1")
+    for state in states(2):
+        registry.save("net", state)
+    registry.compact()
+    assert {f"model/layer{i}.weight" for i in range(4)} <= coded(registry, "net:v1")
+    expected = [expected[0], *states(2)]
+    check(registry, expected)
+
+
+@pytest.mark.damages
+@pytest.mark.parametrize("at", [0.3, 0.6, 0.9])
+def test_damage_in_what_is_coded_by_itself_is_found(tmp_path: Path, at: float) -> None:
+    registry = Registry(tmp_path)
+    registry.save("net", {"model": {"w": torch.randn(100_000, generator=GENERATOR)}})
+    registry.compact(alone=True)
+    registry.collect_garbage(grace=0)
+    (pack,) = tmp_path.glob("packs/*/*.safetensors")
+    data = bytearray(pack.read_bytes())
+    data[int(at * len(data))] ^= 1
+    pack.chmod(0o644)
+    pack.write_bytes(data)
+    for how in ({}, {"copy": True}):
+        with pytest.raises(Corrupt, match="w"):
+            registry["net"].load(**how)
+    assert registry.verify().problems
+    # Saved again, it is written again.
+    GENERATOR.manual_seed(0)
+
+
+def test_a_pack_that_claims_a_giant_is_refused(tmp_path: Path) -> None:
+    writer = PackWriter(tmp_path, [("float32", (1 << 50,))], coded=[("float32", (1 << 50,))])
+    writer.add_coded("ab" * 32, "float32", (1 << 50,), base=None, coded=memoryview(bytes(100)))
+    info = writer.finish(tmp_path / "packs")
+    with pytest.raises(Corrupt, match="malformed type"):
+        read_pack_info(pack_path(tmp_path / "packs", info.digest))
+
+
+def test_similar_and_alone_on_the_command_line(tmp_path: Path) -> None:
+    registry, expected = Registry(tmp_path / "r"), fine_tuned()
+    for name, state in expected.items():
+        registry.save(name, state)
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "registry.cli", "--root", str(tmp_path / "r"), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert "  tuned2:v1 would rest on base:v1 (measured)\n" in run("compact", "--similar", "-n").stdout
+    done = run("compact", "--similar", "--json")
+    assert json.loads(done.stdout)["models"][1]["measured"] == {"tuned0:v1": "base:v1"}
+    assert "base: 1 version in 1 pack, " in run("compact", "--alone").stdout
+    wrong = run("compact", "--plain", "--alone")
+    assert (wrong.returncode, "give one or the other" in wrong.stderr) == (2, True)
+    assert "became" in run("compact", "--plain").stdout
+    assert run("compact", "--plain").stdout.splitlines()[0] == "base: nothing to turn back"
+    all_are(registry, expected)
