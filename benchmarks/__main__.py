@@ -18,8 +18,10 @@ from benchmarks import (
     catalogs,
     cold,
     compaction,
+    depth,
     exactness,
     growth,
+    imported,
     peers,
     readers,
     report,
@@ -58,6 +60,8 @@ GROUPS: dict[str, tuple[str, Group]] = {
     "cold": ("Loading when nothing is in memory: a ResNet50 with Adam, 307 MB", cold.measure),
     "series": ("Bytes on the disk of training series", series.measure),
     "coding": ("The coding of compaction", compaction.measure),
+    "depth": ("What the depth of differences costs a load", depth.measure),
+    "imported": ("Models without a history", imported.measure),
     "growth": ("As work grows", growth.measure),
     "catalog": ("Many checkpoints, and the command line", catalogs.measure),
     "readers": ("Saving while others read", readers.measure),
@@ -74,7 +78,7 @@ GROUPS: dict[str, tuple[str, Group]] = {
 QUICK = ("peers", "resnet50", "series", "growth", "catalog")
 """The groups that `--quick` measures."""
 
-ONCE = ("peers", "series", "growth", "shared", "ui")
+ONCE = ("peers", "series", "imported", "growth", "shared", "ui")
 """Groups that `--runs` does not repeat: they count bytes, or start processes of their own for each round."""
 
 ALONE = ("exactness",)

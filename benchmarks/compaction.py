@@ -95,7 +95,7 @@ def _left(what: str, kinds: Kinds, names: Sequence[str], goal: float) -> Result:
     size = coded = zeros = same = count = 0
     for name in names:
         new, old, _ = kinds[name]
-        coded += len(_encode(_bytes(new), _bytes(old), item_size=new.element_size(), run=_run))
+        coded += len(_encode(_bytes(new), _bytes(old), item_size=new.element_size(), run=run))
         size += new.nbytes
         count += new.numel()
         zeros += int((new == 0).sum())
@@ -108,7 +108,8 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.view(torch.uint8).numpy())
 
 
-def _run(jobs: Sequence[Any], work: Callable[[Any], None]) -> None:
+def run(jobs: Sequence[Any], work: Callable[[Any], None]) -> None:
+    """Do some work as compaction does it, in threads."""
     in_parallel(jobs, work, [SMALL // 2] * len(jobs))
 
 
@@ -122,11 +123,11 @@ def _speed(new: torch.Tensor, old: torch.Tensor, rounds: int) -> list[Result]:
     coding, decoding = [], []
     for _ in range(rounds + 1):
         began = time.perf_counter()
-        coded = _encode(data, base, item_size=4, run=_run)
+        coded = _encode(data, base, item_size=4, run=run)
         coding.append(time.perf_counter() - began)
         began = time.perf_counter()
         task = differences.decoding(memoryview(coded), base, item_size=4, out=memoryview(back))
-        _run(range(task.chunks), task.work)
+        run(range(task.chunks), task.work)
         decoding.append(time.perf_counter() - began)
     assert back == data
     size = len(data) / 1e9
@@ -278,7 +279,7 @@ def _comparison(task: Task, kinds: Kinds, scale: Scale) -> Table:
                 sizes.append(len(code(*(array[part] for array in arrays))))
 
             began = time.perf_counter()
-            _run([int(i) for i in chosen], work)
+            run([int(i) for i in chosen], work)
             seconds += time.perf_counter() - began
             size = len(chosen) * _CHUNK * arrays[0].itemsize
             total += size

@@ -416,6 +416,9 @@ class FolderIndex:
         """There is no second copy."""
         return False
 
+    def look_again(self) -> None:
+        """A folder is looked at for each question."""
+
     def was_removed(self, manifest_id: str) -> bool:
         """A folder does not tell what was removed."""
         return False

@@ -66,6 +66,10 @@ class Index(Protocol):
         """The locations of those of the digests that are stored."""
         ...
 
+    def look_again(self) -> None:
+        """Notice with the next question what other processes have changed."""
+        ...
+
     def manifest_text(self, manifest_id: str) -> bytes | None:
         """A second copy of a manifest that counts; None if there is none."""
         ...
@@ -254,6 +258,25 @@ class Locator:
 
         return {digest for digest, place in located.items() if intact(place)}
 
+    def while_packs_move(
+        self, locate: Callable[[], Sequence[Wanted]], use: Callable[[Sequence[Wanted]], Result]
+    ) -> Result:
+        """Use stored tensors. If a pack is gone, as another process has replaced it, look again where they lie.
+
+        Raises:
+            Missing: if a pack is gone and its tensors lie nowhere else.
+        """
+        told: set[str] = set()
+        while True:
+            try:
+                return use(locate())
+            except Missing as error:
+                # To locate them brings packs that lie elsewhere, and may find one gone as well.
+                if str(error) in told:
+                    raise
+                told.add(str(error))
+                self._index.look_again()
+
     def with_bases(self, digests: Collection[str]) -> set[str]:
         """Some digests, and those of the tensors that theirs are stored as differences from."""
         return {*digests, *self._bases(self._index.locate(digests))}
@@ -299,25 +322,6 @@ def _holding(item: Wanted, held: Mapping[Part, memoryview]) -> Wanted:
     """A tensor with what was brought of it."""
     data = held.get((item.location.pack, item.location.start)) if item.stored_size else None
     return item._replace(held=data, base=item.base and _holding(item.base, held))
-
-
-def while_packs_move(
-    locate: Callable[[], Sequence[Wanted]], use: Callable[[Sequence[Wanted]], Result]
-) -> Result:
-    """Use stored tensors. If a pack is gone, as another process has replaced it, look again where they lie.
-
-    Raises:
-        Missing: if a pack is gone and its tensors lie nowhere else.
-    """
-    told: set[str] = set()
-    while True:
-        try:
-            return use(locate())
-        except Missing as error:
-            # To locate them brings packs that lie elsewhere, and may find one gone as well.
-            if str(error) in told:
-                raise
-            told.add(str(error))
 
 
 def filling(manifest: Manifest, live: Mapping[str, torch.Tensor]) -> tuple[list[torch.Tensor], list[Chosen]]:

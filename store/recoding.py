@@ -17,7 +17,7 @@ from registry.store.parallel import SMALL, in_parallel
 SMALLEST = 4 << 10
 """Bytes of a tensor from which on coding is tried."""
 
-_WORTH_IT = 0.9
+WORTH_IT = 0.9
 """Part of a tensor's bytes that it may take at most when it is coded."""
 
 _TOGETHER = 16 << 20
@@ -208,7 +208,7 @@ def _can_differ(item: Wanted, base: Wanted) -> bool:
 def _smaller(item: Wanted, data: memoryview, base: memoryview | None) -> bytes | None:
     """A tensor coded as the difference from its base, or by itself; None if that saves too little, or does not give it back."""
     coded = _encode(item.info.dtype, data, base)
-    if len(coded) > _WORTH_IT * len(data):
+    if len(coded) > WORTH_IT * len(data):
         return None
     back = bytearray(len(data))
     size = ELEMENT_TYPES[item.info.dtype].size

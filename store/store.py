@@ -13,7 +13,7 @@ from registry.store import durable
 from registry.store.digest import is_digest
 from registry.store.errors import Corrupt, Missing, NotFound, RegistryError, naming, storage_errors
 from registry.store.folder_index import Elsewhere, FolderIndex, ManifestFolder, PackFolder
-from registry.store.locating import Index, Locator, Result, Wanted, filling, while_packs_move
+from registry.store.locating import Index, Locator, Result, Wanted, filling
 from registry.store.manifest import Manifest, TensorInfo, record_document, untagged
 from registry.store.pack import INNER, PackInfo
 
@@ -256,7 +256,7 @@ class Store:
             manifest = self._manifests.recent(digest)
             documents = manifest.chosen(only)
             tensors = self._read(
-                lambda: while_packs_move(
+                lambda: self._locator.while_packs_move(
                     lambda: self._locator.in_documents(manifest, documents),
                     lambda wanted: load(self.packs, wanted, copy=copy, check=verify),
                 )
@@ -282,7 +282,7 @@ class Store:
                 documents = manifest.chosen(only)
 
                 found = self._read(
-                    lambda: while_packs_move(
+                    lambda: self._locator.while_packs_move(
                         lambda: self._locator.in_documents(manifest, documents),
                         lambda wanted: lent(self.packs, wanted, checks if verify else None),
                     )
@@ -314,7 +314,7 @@ class Store:
             manifest = self._manifests.recent(digest)
             tensors, chosen = filling(manifest, tensor_paths(targets))
             self._read(
-                lambda: while_packs_move(
+                lambda: self._locator.while_packs_move(
                     lambda: self._locator.chosen(manifest, chosen),
                     lambda wanted: fill(self.packs, tensors, wanted, check=verify),
                 )
@@ -338,7 +338,7 @@ class Store:
             manifest = self._manifests.recent(digest)
             chosen = [(slot, slot, name) for slot, name in slots.items()]
             return self._read(
-                lambda: while_packs_move(
+                lambda: self._locator.while_packs_move(
                     lambda: self._locator.chosen(manifest, chosen),
                     lambda wanted: load(self.packs, wanted, copy=False, check=verify),
                 )

@@ -309,6 +309,11 @@ class Catalog:
         """Where stored tensors lie; as `registry.store.locating.Index` asks for it."""
         return locate(self.query, digests)
 
+    def look_again(self) -> None:
+        """Have the next query see whether the catalog is behind the log, or is another file by now."""
+        if held := self._database.held:
+            held.looked = -math.inf
+
     def manifest_text(self, manifest_id: str) -> bytes | None:
         """The text of a manifest that counts, from the log; None if the log does not have it."""
         try:

@@ -121,6 +121,7 @@ class Database:
         self.format = settings.FORMAT
         self._store = store
         self._local = threading.local()
+        _databases.add(self)
 
     @property
     def store(self) -> Store:
@@ -359,6 +360,23 @@ def _can_open_files() -> bool:
 def in_memory() -> sqlite3.Connection:
     """A connection to an empty database in memory."""
     return sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+
+
+_databases: weakref.WeakSet[Database] = weakref.WeakSet()
+"""State of the process: all that were opened and are still in use."""
+
+
+def _close_before_fork() -> None:
+    """Close what the thread that forks has open: SQLite would take the locks of its process for those of the child."""
+    for database in list(_databases):
+        held = database.held
+        if held is not None and held.pid == os.getpid() and not held.connection.in_transaction:
+            with contextlib.suppress(sqlite3.Error, RegistryError, OSError):
+                database.close()
+
+
+# Of two functions the one that was registered last is called first: here before the gate of `forking` is closed.
+os.register_at_fork(before=_close_before_fork)
 
 
 class Held:

@@ -118,7 +118,13 @@ def needed_of(query: Query, store: Store, pack: str) -> set[str]:
     bases = {row[0] for row in query(rest_here, [pack])}
     found = {digest for digest, place in locate(query, bases).items() if place.pack == pack}
     for manifest_id in users_of(query, pack):
-        wanted = set(store.tensors_of(manifest_id))
+        try:
+            wanted = set(store.tensors_of(manifest_id))
+        except NotFound:
+            if manifest_id in users_of(query, pack):
+                raise
+            # It was removed meanwhile.
+            continue
         seen: set[str] = set()
         while wanted:
             seen |= wanted

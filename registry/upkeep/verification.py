@@ -286,6 +286,7 @@ class _Check:
             # Another host may have doomed it a moment ago.
             with contextlib.suppress(StorageError):
                 self._catalog.commit(lambda view: [])
+        self._catalog.look_again()
         return bool(self._catalog.query("SELECT 1 FROM packs WHERE digest = ?", [pack]))
 
     def _is_lost(self, digest: str) -> bool:

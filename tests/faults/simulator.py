@@ -226,6 +226,9 @@ class Actor:
             with contextlib.suppress(BaseException):
                 if self.registry is not None and not self.world.crashed:
                     self.registry.catalog.close()
+            # What this thread has open would be closed behind its end, while others have their turn.
+            self.registry = None
+            gc.collect()
             self.done = True
             self.world.hand_on(self)
 
@@ -850,6 +853,9 @@ def main() -> None:
     if os.environ.get("PYTHONHASHSEED") != "0":
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "PYTHONHASHSEED": "0"})
     logging.disable(logging.CRITICAL)
+    # What a stopped machine leaves open is closed without a step.
+    shown = sys.unraisablehook
+    sys.unraisablehook = lambda found: None if found.exc_type is Crashed else shown(found)
     torch.set_num_threads(1)
     for seed in soak.seeds(given.soak, 25.0) if given.soak else given.seeds:
         outcome = simulate(seed, given.operations, hosts=given.hosts)

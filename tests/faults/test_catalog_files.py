@@ -148,6 +148,34 @@ def test_a_write_ahead_log_that_was_deleted_under_an_open_program_stops_nobody(t
     check_whole(root, {"net:v1": 1, "net:v2": 2, "net:v3": 3})
 
 
+def test_a_parent_that_closes_the_catalog_takes_nothing_from_its_children(root: Path) -> None:
+    """SQLite deletes the write-ahead log with the last connection. A child's must count as one."""
+    registry = Registry(root)
+    save(registry, 1)
+    is_open, may_go_on = os.pipe(), os.pipe()
+
+    def work() -> None:
+        other = Registry(root, create=False)
+        other.catalog.query("SELECT 1")
+        os.write(is_open[1], b".")
+        os.read(may_go_on[0], 1)
+        other.add_note("net:v1", "in a child")
+
+    child = fork(work)
+    os.read(is_open[0], 1)
+    log = (root / WAL).stat().st_ino
+    registry.catalog.query("SELECT 1")
+    registry.catalog.close()
+    left = [path.stat().st_ino for path in root.glob(WAL)]
+    reader = sqlite3.connect(root / FILE)
+    os.write(may_go_on[1], b".")
+    assert wait(child) == 0
+    assert left == [log]
+    # What the child changed is in the catalog that all others have, not only in the log.
+    assert reader.execute("SELECT text FROM notes").fetchall() == [("in a child",)]
+    reader.close()
+
+
 def texts(registry: Registry) -> set[str]:
     return {text for _, text in registry["net:v1"].notes}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 import torchvision
 
 from registry.store import loading
-from registry.store.errors import Corrupt, Incompatible, Invalid, NotFound
+from registry.store.errors import Corrupt, Incompatible, Invalid, Missing, NotFound
+from registry.store.locating import Locator
 from registry.store.store import Store, Written
 
 TREE = {
@@ -249,3 +251,25 @@ def test_a_load_that_is_interrupted_stops_verifying(store: Store, monkeypatch: p
     with pytest.raises(KeyboardInterrupt):
         store.get(digest)
     assert len(checked) < 50
+
+
+def test_where_a_pack_is_gone_the_index_is_asked_to_look_again() -> None:
+    """Otherwise it might say for a while what it said before."""
+
+    class Lagging:
+        place = "gone"
+
+        def look_again(self) -> None:
+            self.place = "there"
+
+    index: Any = Lagging()
+    locator = Locator(index, packs=None)  # type: ignore[arg-type]
+
+    def use(wanted: Sequence[Any]) -> str:
+        if wanted == ["gone"]:
+            raise Missing("a pack is missing")
+        return "used"
+
+    assert locator.while_packs_move(lambda: [index.place], use) == "used"
+    with pytest.raises(Missing):
+        locator.while_packs_move(lambda: ["gone"], use)  # type: ignore[list-item]
