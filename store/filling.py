@@ -23,6 +23,9 @@ from registry.store.tree import is_plain, memory_of
 _PART = 4 << 20
 """Bytes that a thread copies at a time."""
 
+_FEW = 64 << 10
+"""Bytes below which a copy keeps the interpreter lock: threads that hand it over for each would take longer than all the copies."""
+
 Copy = tuple[memoryview, memoryview]
 """Where bytes go, and as many bytes."""
 
@@ -95,4 +98,7 @@ def _parts(copies: Iterable[Copy]) -> Iterator[list[Copy]]:
 def _copy(part: Iterable[Copy]) -> None:
     """Copy bytes. torch would have all its threads wait for one another at every tensor, long where cores are busy."""
     for target, source in part:
-        np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
+        if len(target) < _FEW:
+            target[:] = source
+        else:
+            np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))

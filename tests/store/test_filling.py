@@ -18,6 +18,7 @@ CHECK = pytest.mark.parametrize("verify", [True, False])
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Copy in small parts, on several threads."""
     monkeypatch.setattr(filling, "_PART", 1_000)
+    monkeypatch.setattr(filling, "_FEW", 500)
     monkeypatch.setattr(parallel, "SMALL", 1)
 
 
