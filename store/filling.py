@@ -7,8 +7,7 @@ holds them without memory of the process's own.
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,20 +62,29 @@ def fill(packs: Path, tensors: Sequence[torch.Tensor], items: Sequence[Wanted], 
     read_into(packs, straight, lambda item: memory[item.slot])
 
 
-def _memory(tensors: Sequence[torch.Tensor], items: Iterable[Wanted]) -> dict[int, memoryview]:
-    """The memory of live tensors that takes bytes as they are stored, by the callers' keys; none if any live ones share memory.
+def _memory(tensors: Sequence[torch.Tensor], items: Sequence[Wanted]) -> dict[int, memoryview]:
+    """The memory of live tensors that takes bytes as they are stored, by the callers' keys.
 
-    Of those that share it the last one counts, and memory is not filled in their order.
+    Those that share memory are left out: of them the last one counts, and memory is not filled in their order.
     """
-    live = {item.slot: tensors[item.slot].untyped_storage() for item in items}
-    places = sorted((storage.data_ptr(), storage.nbytes()) for storage in live.values())
-    if any(start + size > following for (start, size), (following, _) in itertools.pairwise(places)):
-        return {}
+    shared = _sharing({item.slot: tensors[item.slot].untyped_storage() for item in items})
     return {
         item.slot: memory_of(tensors[item.slot], item.info.dtype)
         for item in items
-        if is_plain(tensors[item.slot])
+        if item.slot not in shared and is_plain(tensors[item.slot])
     }
+
+
+def _sharing(storages: Mapping[int, torch.UntypedStorage]) -> set[int]:
+    """The keys of storages that overlap others."""
+    found: set[int] = set()
+    longest, end = -1, 0
+    for start, size, key in sorted((one.data_ptr(), one.nbytes(), key) for key, one in storages.items()):
+        if start < end:
+            found |= {longest, key}
+        if start + size >= end:
+            longest, end = key, start + size
+    return found
 
 
 def _parts(copies: Iterable[Copy]) -> Iterator[list[Copy]]:

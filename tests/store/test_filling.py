@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import numpy as np
@@ -70,11 +71,25 @@ def test_a_backward_pass_notices_that_what_it_needs_was_filled_meanwhile(
         loss.backward()
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_live_tensors_that_share_memory_are_found(seed: int) -> None:
+    chance = random.Random(seed)
+    room = np.zeros(60, np.uint8)
+    starts = [chance.randrange(50) for _ in range(chance.randrange(1, 12))]
+    live = {i: torch.from_numpy(room[at : at + chance.randrange(1, 10)]) for i, at in enumerate(starts)}
+    taken = {i: set(range(starts[i], starts[i] + len(tensor))) for i, tensor in live.items()}
+    sharing = {i for i in taken if any(taken[i] & taken[other] for other in taken if other != i)}
+    assert filling._sharing({i: tensor.untyped_storage() for i, tensor in live.items()}) == sharing
+
+
 @CHECK
 def test_tensors_that_were_made_in_inference_mode_are_filled(tmp_path: Path, verify: bool) -> None:
     store, values = Store(tmp_path), {"a": torch.ones(1_000), "b": torch.full((1_000,), 2.0)}
-    digest = store.put({"model": values}).digest
     with torch.inference_mode():
         live = {"a": torch.zeros(1_000), "b": torch.zeros(1_000)}
+    # Tied tensors are filled in another way, and no others.
+    values |= {"tied": torch.full((1_000,), 3.0), "tied too": torch.full((1_000,), 3.0)}
+    live["tied"] = live["tied too"] = torch.zeros(1_000)
+    digest = store.put({"model": values}).digest
     store.load_into(digest, {"model": live}, verify=verify)
     assert all(torch.equal(live[name], tensor) for name, tensor in values.items())
