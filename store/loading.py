@@ -1,4 +1,4 @@
-"""Getting tensors out of packs: mapped, into live tensors, or into buffers of their own.
+"""Getting tensors out of packs: mapped, or into buffers of their own.
 
 Every way verifies digests in parallel threads unless told not to.
 """
@@ -27,7 +27,7 @@ from registry.store.pack import INNER, map_file, pack_path
 from registry.store.page_cache import ReadAhead, place_of, read_ahead
 from registry.store.parallel import SMALL, in_order, in_parallel
 from registry.store.places import FileState, OpenFiles, is_local, state_of
-from registry.store.tree import is_plain, memory_of, torch_type
+from registry.store.tree import memory_of, torch_type
 
 _ARENA = 64 << 20
 """Bytes of memory that tensors share; see `owned`."""
@@ -532,41 +532,3 @@ def lent(
     if checks is not None:
         checks.enter_context(steady(packs, items, mapped))
     return {item.slot: mapped.tensor(item) for item in items}
-
-
-def fill(packs: Path, tensors: Sequence[torch.Tensor], items: Sequence[Wanted], *, check: bool) -> None:
-    """Copy stored tensors into live ones.
-
-    Args:
-        tensors: the live ones, by the callers' keys.
-        check: check the digests before the first one is changed.
-
-    Raises:
-        Corrupt: as `steady`.
-    """
-    mapped = Mapped(packs)
-    mapped.decode(items)
-    mapped.open(items)
-    # To read is faster than to copy what has not been verified, and so is not in memory yet.
-    straight = {} if check else _as_stored(tensors, items)
-    with steady(packs, items, mapped) if check else contextlib.nullcontext():
-        for item in items:
-            if item.size and item.slot not in straight:
-                tensors[item.slot].copy_(view(mapped.bytes(item), item.info, 0))
-    read_into(packs, straight.values(), lambda item: memory_of(tensors[item.slot], item.info.dtype))
-
-
-def _as_stored(tensors: Sequence[torch.Tensor], items: Sequence[Wanted]) -> dict[int, Wanted]:
-    """Tensors by the callers' keys whose live memory takes the bytes as they are in files; none if any live ones share memory.
-
-    Of those that share it the last one counts, and tensors are not read in their order.
-    """
-    filled = [item for item in items if item.size]
-    memory = {tensors[item.slot].untyped_storage().data_ptr() for item in filled}
-    if len(memory) < len(filled):
-        return {}
-    return {
-        item.slot: item
-        for item in filled
-        if not item.is_coded and item.held is None and is_plain(tensors[item.slot])
-    }

@@ -6,6 +6,7 @@ same elsewhere, and takes several times as long. Both give the same bits.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -91,7 +92,7 @@ def _join_compiled(old: Any, limits: bytes, readers: Sequence[Reader | None], ou
 
 def _parts(values: Any, counts: Sequence[int]) -> list[Any]:
     """The values of each class, of those that stand class after class."""
-    ends = np.cumsum(counts).tolist()
+    ends = itertools.accumulate(counts)
     return [values[end - count : end] for end, count in zip(ends, counts, strict=True)]
 
 

@@ -307,7 +307,7 @@ class Store:
         # Lazy: loads torch.
         import torch
 
-        from registry.store.loading import fill
+        from registry.store.filling import fill
         from registry.store.tree import tensor_paths
 
         with self._reading(digest, label), torch.no_grad():

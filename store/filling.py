@@ -1,0 +1,114 @@
+"""Filling live tensors with stored ones: all of them once all were verified, or none.
+
+Nothing is read past the page cache here. Between the verification and the copying the bytes must be somewhere, and the page cache
+holds them without memory of the process's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.autograd.graph import increment_version
+
+from registry.store.loading import Mapped, read_into, steady, view
+from registry.store.locating import Wanted
+from registry.store.parallel import in_order
+from registry.store.tree import is_plain, memory_of
+
+_PART = 4 << 20
+"""Bytes that a thread copies at a time."""
+
+_FEW = 64 << 10
+"""Bytes below which a copy keeps the interpreter lock: threads that hand it over for each would take longer than all the copies."""
+
+Copy = tuple[memoryview, memoryview]
+"""Where bytes go, and as many bytes."""
+
+
+def fill(packs: Path, tensors: Sequence[torch.Tensor], items: Sequence[Wanted], *, check: bool) -> None:
+    """Copy stored tensors into live ones.
+
+    Args:
+        tensors: the live ones, by the callers' keys.
+        check: check the digests before the first one is changed.
+
+    Raises:
+        Corrupt: as `steady`.
+    """
+    mapped = Mapped(packs)
+    mapped.decode(items)
+    mapped.open(items)
+    filled = [item for item in items if item.size]
+    memory = _memory(tensors, filled)
+    # To read is faster than to copy what has not been verified, and so is not in memory yet.
+    straight = [
+        item
+        for item in filled
+        if not check and item.slot in memory and not item.is_coded and item.held is None
+    ]
+    read = {item.slot for item in straight}
+    copied = [item for item in filled if item.slot not in read]
+    with steady(packs, items, mapped) if check else contextlib.nullcontext():
+        # What autograd has kept for its backward pass is not what it was any more, as after `copy_`.
+        increment_version([tensors[slot] for slot in memory])
+        for item in copied:
+            if item.slot not in memory:
+                tensors[item.slot].copy_(view(mapped.bytes(item), item.info, 0))
+        plain = [item for item in copied if item.slot in memory]
+        copies = ((memory[item.slot], mapped.bytes(item)) for item in plain)
+        in_order(_parts(copies), _copy, size=sum(item.size for item in plain))
+    read_into(packs, straight, lambda item: memory[item.slot])
+
+
+def _memory(tensors: Sequence[torch.Tensor], items: Sequence[Wanted]) -> dict[int, memoryview]:
+    """The memory of live tensors that takes bytes as they are stored, by the callers' keys.
+
+    Those that share memory are left out: of them the last one counts, and memory is not filled in their order.
+    """
+    shared = _sharing({item.slot: tensors[item.slot].untyped_storage() for item in items})
+    return {
+        item.slot: memory_of(tensors[item.slot], item.info.dtype)
+        for item in items
+        if item.slot not in shared and is_plain(tensors[item.slot])
+    }
+
+
+def _sharing(storages: Mapping[int, torch.UntypedStorage]) -> set[int]:
+    """The keys of storages that overlap others."""
+    found: set[int] = set()
+    longest, end = -1, 0
+    for start, size, key in sorted((one.data_ptr(), one.nbytes(), key) for key, one in storages.items()):
+        if start < end:
+            found |= {longest, key}
+        if start + size >= end:
+            longest, end = key, start + size
+    return found
+
+
+def _parts(copies: Iterable[Copy]) -> Iterator[list[Copy]]:
+    """Copies in lists of about `_PART` bytes."""
+    part: list[Copy] = []
+    size = 0
+    for target, source in copies:
+        for start in range(0, len(target), _PART):
+            piece = target[start : start + _PART]
+            part.append((piece, source[start : start + _PART]))
+            size += len(piece)
+            if size >= _PART:
+                yield part
+                part, size = [], 0
+    if part:
+        yield part
+
+
+def _copy(part: Iterable[Copy]) -> None:
+    """Copy bytes. torch would have all its threads wait for one another at every tensor, long where cores are busy."""
+    for target, source in part:
+        if len(target) < _FEW:
+            target[:] = source
+        else:
+            np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))

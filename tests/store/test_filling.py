@@ -1,0 +1,95 @@
+"""Stored tensors copied into live ones."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from registry.store import filling, parallel
+from registry.store.store import Store
+
+CHECK = pytest.mark.parametrize("verify", [True, False])
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copy in small parts, on several threads."""
+    monkeypatch.setattr(filling, "_PART", 1_000)
+    monkeypatch.setattr(filling, "_FEW", 500)
+    monkeypatch.setattr(parallel, "SMALL", 1)
+
+
+@CHECK
+def test_live_tensors_of_all_kinds_are_filled(tmp_path: Path, verify: bool) -> None:
+    store = Store(tmp_path)
+    chance = torch.Generator().manual_seed(0)
+    values = {f"w{size}": torch.randn(size, generator=chance) for size in (0, 1, 249, 250, 251, 500, 10_000)}
+    values |= {f"s{i}": torch.tensor(float(i)) for i in range(600)}
+    values |= {
+        "halves": torch.randn(3, 700, generator=chance).bfloat16(),
+        "flags": torch.randn(2_001, generator=chance) > 0,
+        "pairs": torch.randn(601, generator=chance).to(torch.complex64),
+        "columns": torch.randn(70, 90, generator=chance),
+        "every other": torch.randn(900, generator=chance),
+        "conjugates": torch.randn(300, generator=chance).to(torch.complex64),
+    }
+    digest = store.put({"model": values}).digest
+    live = {name: torch.zeros_like(tensor) for name, tensor in values.items()}
+    live["columns"] = torch.zeros(90, 70).t()
+    live["every other"] = torch.zeros(1_800)[::2]
+    live["conjugates"] = torch.zeros(300, dtype=torch.complex64).conj()
+    store.load_into(digest, {"model": live}, verify=verify)
+    assert all(torch.equal(live[name], tensor) for name, tensor in values.items())
+
+
+@CHECK
+@pytest.mark.parametrize("last", ["a", "b"])
+def test_of_live_tensors_that_overlap_the_last_one_counts(tmp_path: Path, verify: bool, last: str) -> None:
+    store = Store(tmp_path)
+    digest = store.put({"model": {"a": torch.full((20_000,), 1.0), "b": torch.full((20_000,), 2.0)}}).digest
+    shared = np.zeros(30_000, np.float32)
+    live = {"a": torch.from_numpy(shared[:20_000]), "b": torch.from_numpy(shared[10_000:])}
+    first = "b" if last == "a" else "a"
+    store.load_into(digest, {"model": {name: live[name] for name in (first, last)}}, verify=verify)
+    assert (shared == np.repeat([1.0, 1.0 if last == "a" else 2.0, 2.0], 10_000)).all()
+
+
+@CHECK
+def test_a_backward_pass_notices_that_what_it_needs_was_filled_meanwhile(
+    tmp_path: Path, verify: bool
+) -> None:
+    store = Store(tmp_path)
+    digest = store.put({"model": {"w": torch.ones(1_000)}}).digest
+    w = torch.zeros(1_000, requires_grad=True)
+    loss = (w * w).sum()
+    store.load_into(digest, {"model": {"w": w}}, verify=verify)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_live_tensors_that_share_memory_are_found(seed: int) -> None:
+    chance = random.Random(seed)
+    room = np.zeros(60, np.uint8)
+    starts = [chance.randrange(50) for _ in range(chance.randrange(1, 12))]
+    live = {i: torch.from_numpy(room[at : at + chance.randrange(1, 10)]) for i, at in enumerate(starts)}
+    taken = {i: set(range(starts[i], starts[i] + len(tensor))) for i, tensor in live.items()}
+    sharing = {i for i in taken if any(taken[i] & taken[other] for other in taken if other != i)}
+    assert filling._sharing({i: tensor.untyped_storage() for i, tensor in live.items()}) == sharing
+
+
+@CHECK
+def test_tensors_that_were_made_in_inference_mode_are_filled(tmp_path: Path, verify: bool) -> None:
+    store, values = Store(tmp_path), {"a": torch.ones(1_000), "b": torch.full((1_000,), 2.0)}
+    with torch.inference_mode():
+        live = {"a": torch.zeros(1_000), "b": torch.zeros(1_000)}
+    # Tied tensors are filled in another way, and no others.
+    values |= {"tied": torch.full((1_000,), 3.0), "tied too": torch.full((1_000,), 3.0)}
+    live["tied"] = live["tied too"] = torch.zeros(1_000)
+    digest = store.put({"model": values}).digest
+    store.load_into(digest, {"model": live}, verify=verify)
+    assert all(torch.equal(live[name], tensor) for name, tensor in values.items())
