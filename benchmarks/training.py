@@ -3,6 +3,7 @@ its share of a training, and restoring."""
 
 from __future__ import annotations
 
+import math
 import shutil
 import statistics
 import time
@@ -36,7 +37,10 @@ from registry.models.lenet import LeNet5
 from registry.models.training import TrainConfig, train
 
 STEPS = 200
-"""Steps of a turn beside which a save goes on."""
+"""Steps of a turn beside which a save goes on, at least."""
+
+LASTING = 2.0
+"""Seconds that they take at least, so that the save is over before they are."""
 
 EVERY = 10.0
 """Seconds from one save of such a training to the next."""
@@ -109,9 +113,10 @@ def _slowed(folder: Path, rounds: int) -> list[Result]:
                 tensor.detach().add_(1)
 
         for what, step in kinds.items():
+            count = _enough(step)
 
-            def alone(step: Step = step) -> None:
-                for _ in range(STEPS):
+            def alone(step: Step = step, count: int = count) -> None:
+                for _ in range(count):
                     step()
 
             def saving(alone: Step = alone) -> None:
@@ -121,22 +126,35 @@ def _slowed(folder: Path, rounds: int) -> list[Result]:
                 run.wait()
 
             times = take_turns({"alone": (change, alone), "saving": (change, saving)}, rounds)
-            found.append(_slowdown(f"{what}, a ResNet50 + Adam saved behind them every {EVERY:.0f} s", times))
+            found.append(
+                _slowdown(f"{what}, a ResNet50 + Adam saved behind them every {EVERY:.0f} s", times, count)
+            )
     shutil.rmtree(folder)
     return found
 
 
-def _slowdown(what: str, times: Times) -> Result:
+def _enough(step: Step) -> int:
+    """How many steps a turn takes."""
+    few = STEPS // 10
+    step()
+    began = time.perf_counter()
+    for _ in range(few):
+        step()
+    return max(STEPS, math.ceil(LASTING * few / (time.perf_counter() - began)))
+
+
+def _slowdown(what: str, times: Times, count: int) -> Result:
     """What a training takes with a save every `EVERY` seconds, of what it takes without.
 
     Args:
-        times: seconds of some steps `alone`, and `saving` once beside them. A save is over before the steps are, so the seconds
+        times: seconds of the steps `alone`, and `saving` once beside them. A save is over before the steps are, so the seconds
             that it adds are the same however many steps there are.
+        count: how many steps.
     """
     added = [a - b for a, b in zip(times["saving"], times["alone"], strict=True)]
     low, high = middle_half([1 + seconds / EVERY for seconds in added])
     saving, alone = (statistics.median(times[name]) for name in ("saving", "alone"))
-    detail = f"{STEPS} steps and one save {spoken(saving)} against {spoken(alone)} of {STEPS} steps"
+    detail = f"{count} steps and one save {spoken(saving)} against {spoken(alone)} of {count} steps"
     return Result(what, 1 + statistics.median(added) / EVERY, goal=1.02, detail=detail, low=low, high=high)
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -226,17 +227,24 @@ def test_growth_is_measured_at_each_size(tmp_path: Path) -> None:
 
 def test_what_a_save_adds_to_steps_is_spread_over_the_time_to_the_next() -> None:
     times = {"saving": [2.2, 2.4, 9.0], "alone": [2.0, 2.0, 8.7]}
-    found = training._slowdown("steps", times)
+    found = training._slowdown("steps", times, 200)
     assert (found.value, found.low, found.high) == pytest.approx((1.03, 1.025, 1.035))
     assert found.detail == "200 steps and one save 2.4 s against 2.0 s of 200 steps"
     assert not found.holds
+
+
+def test_steps_last_long_enough_for_a_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.1, 0.0, 10.0])
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert training._enough(lambda: None) == 400
+    assert training._enough(lambda: None) == 200
 
 
 def test_steps_are_measured_beside_saves_of_another_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[str] = []
-    monkeypatch.setattr(training, "STEPS", 2)
+    monkeypatch.setattr(training, "_enough", lambda step: 2)
     monkeypatch.setattr(training, "_resnet50", lambda: torch.nn.Linear(3, 3))
     monkeypatch.setattr(training, "_python_step", lambda: lambda: taken.append("python"))
     found = training._slowed(tmp_path / "behind", 1)
