@@ -39,9 +39,14 @@ def plain_write(tensors: Sequence[torch.Tensor], path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Sync a file, or the names in a folder."""
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
 
 
 def touch_free_memory(folder: Path, size: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from benchmarks.floors import hash_all, plain_write, second_in_a_row, touch_free_memory
+from benchmarks.floors import hash_all, plain_write, second_in_a_row, sync, touch_free_memory
 from benchmarks.measure import Contender, Result, Scale, Section, ratio, take_turns
 from benchmarks.states import Tree, flat, new_registry, with_new_head, zeroed
 from registry import Registry
@@ -32,11 +32,11 @@ def _saving(name: str, state: Tree, folder: Path, rounds: int) -> list[Result]:
 
     def torch_save() -> None:
         torch.save(state, folder / "peer.pt")
-        _sync(folder / "peer.pt")
+        sync(folder / "peer.pt")
 
     def safetensors_save() -> None:
         safetensors.torch.save_file(tensors, folder / "peer.safetensors")
-        _sync(folder / "peer.safetensors")
+        sync(folder / "peer.safetensors")
 
     size = sum(tensor.nbytes for tensor in tensors.values())
 
@@ -138,12 +138,6 @@ def _update(tree: Any) -> Any:
         if tensor.is_floating_point():
             tensor.mul_(0.9)
     return tree
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
 
 
 def _forget(path: Path) -> None:

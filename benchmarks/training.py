@@ -1,10 +1,14 @@
-"""The cost of saving to a training: the stall of a save that does not wait, its share of a training, and restoring."""
+"""The cost of saving to a training: the stall of a save that does not wait, how far it slows the steps behind which it goes on,
+its share of a training, and restoring."""
 
 from __future__ import annotations
 
+import math
 import shutil
+import statistics
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +16,52 @@ import torch
 import torch.distributed.checkpoint as dcp
 import torchvision
 from torch import nn
+from torch.nn import functional
 
 from benchmarks.floors import second_in_a_row
-from benchmarks.measure import Contender, Result, Scale, Section, ratio, take_turns
+from benchmarks.measure import (
+    Contender,
+    Result,
+    Scale,
+    Section,
+    Times,
+    middle_half,
+    ratio,
+    spoken,
+    take_turns,
+)
 from benchmarks.states import flat, gpt2_small_with_adam
 from registry import Registry
 from registry.models import data
+from registry.models.lenet import LeNet5
 from registry.models.training import TrainConfig, train
+
+STEPS = 200
+"""Steps of a turn beside which a save goes on, at least."""
+
+LASTING = 2.0
+"""Seconds that they take at least, so that the save is over before they are."""
+
+EVERY = 10.0
+"""Seconds from one save of such a training to the next."""
+
+Step = Callable[[], object]
 
 
 def measure(folder: Path, scale: Scale) -> Section:
-    """Measure a ResNet50 and a network of GPT-2 small's shape, both with Adam, and a training on the digits."""
+    """Measure a ResNet50, a network of GPT-2 small's shape and many small tensors, all with Adam, and a training on the digits."""
     # dcp warns, in threads of its own, that it runs in one process.
     warnings.simplefilter("ignore")
     found = [_share(folder, 2 if scale.quick else 8)]
+    found += _slowed(folder / "behind", scale.rounds)
+    small = _small()
+    found += _stall(
+        "800 small tensors",
+        model=small,
+        optimizer=_trained(small),
+        folder=folder / "small",
+        rounds=10 * scale.rounds,
+    )
     networks = {"ResNet50 + Adam": _resnet50} | ({} if scale.quick else {"GPT-2 small + Adam": _gpt2_small})
     for name, build in networks.items():
         model = build()
@@ -47,6 +83,11 @@ def _gpt2_small() -> nn.Module:
     return nn.ParameterDict({name.replace(".", "_"): nn.Parameter(t) for name, t in tensors.items()})
 
 
+def _small() -> nn.Module:
+    """200 parameters, which are 800 tensors with what Adam keeps of each."""
+    return nn.ParameterList([torch.randn(64) for _ in range(200)])
+
+
 def _trained(model: nn.Module) -> torch.optim.Optimizer:
     """Adam after one step, so that it has its moments."""
     optimizer = torch.optim.Adam(model.parameters())
@@ -55,6 +96,92 @@ def _trained(model: nn.Module) -> torch.optim.Optimizer:
     optimizer.step()
     optimizer.zero_grad()
     return optimizer
+
+
+def _slowed(folder: Path, rounds: int) -> list[Result]:
+    """By how much saves of a ResNet50 with Adam slow the steps of another training in the same process."""
+    model = _resnet50()
+    optimizer = _trained(model)
+    tensors = list(flat({"model": model.state_dict(), "optimizer": optimizer.state_dict()}).values())
+    kinds = {"steps of Python over small tensors": _python_step(), "steps of LeNet5": _lenet5_step()}
+    found = []
+    with Registry(folder).run("model", keep_last=1) as run:
+
+        def change() -> None:
+            run.wait()
+            for tensor in tensors:
+                tensor.detach().add_(1)
+
+        for what, step in kinds.items():
+            count = _enough(step)
+
+            def alone(step: Step = step, count: int = count) -> None:
+                for _ in range(count):
+                    step()
+
+            def saving(alone: Step = alone) -> None:
+                run.save(model=model, optimizer=optimizer, wait=False)
+                alone()
+                # What is left of the save then counts, too.
+                run.wait()
+
+            times = take_turns({"alone": (change, alone), "saving": (change, saving)}, rounds)
+            found.append(
+                _slowdown(f"{what}, a ResNet50 + Adam saved behind them every {EVERY:.0f} s", times, count)
+            )
+    shutil.rmtree(folder)
+    return found
+
+
+def _enough(step: Step) -> int:
+    """How many steps a turn takes."""
+    few = STEPS // 10
+    step()
+    began = time.perf_counter()
+    for _ in range(few):
+        step()
+    return max(STEPS, math.ceil(LASTING * few / (time.perf_counter() - began)))
+
+
+def _slowdown(what: str, times: Times, count: int) -> Result:
+    """What a training takes with a save every `EVERY` seconds, of what it takes without.
+
+    Args:
+        times: seconds of the steps `alone`, and `saving` once beside them. A save is over before the steps are, so the seconds
+            that it adds are the same however many steps there are.
+        count: how many steps.
+    """
+    added = [a - b for a, b in zip(times["saving"], times["alone"], strict=True)]
+    low, high = middle_half([1 + seconds / EVERY for seconds in added])
+    saving, alone = (statistics.median(times[name]) for name in ("saving", "alone"))
+    detail = f"{count} steps and one save {spoken(saving)} against {spoken(alone)} of {count} steps"
+    return Result(what, 1 + statistics.median(added) / EVERY, goal=1.02, detail=detail, low=low, high=high)
+
+
+def _python_step() -> Step:
+    """A step in which the interpreter has more to do than the processor: 2,000 operations on tensors of 64 elements."""
+    tensors = [torch.rand(64) for _ in range(1_000)]
+
+    def step() -> None:
+        for tensor in tensors:
+            tensor.mul_(0.99).add_(0.01)
+
+    return step
+
+
+def _lenet5_step() -> Step:
+    """A step of Adam on 16 images of 28 pixels."""
+    network = LeNet5()
+    optimizer = torch.optim.Adam(network.parameters())
+    images, labels = torch.rand(16, 1, 28, 28), torch.randint(10, (16,))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(network(images), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return step
 
 
 def _stall(
@@ -98,7 +225,7 @@ def _stall(
         finish()
     what = f"{name}: stall of a save that does not wait"
     return [
-        ratio(what, t, ours="save", peer="copy", goal=1.2, name="one copy of the state"),
+        ratio(what, t, ours="save", peer="copy", goal=1.1, name="one copy of the state"),
         ratio(what, t, ours="save", peer="async_save", goal=None, name="DCP's async_save"),
     ]
 

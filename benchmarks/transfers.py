@@ -21,7 +21,7 @@ _CHUNK = 1 << 19
 def measure(folder: Path, scale: Scale) -> Section:
     """Measure all ratios and times of transfer."""
     rounds = scale.rounds
-    return Section([*_diffs(folder, rounds), _planning(rounds), *_applying(rounds)])
+    return Section([*_diffs(folder, rounds), _planning(rounds), *_applying(folder / "applied", rounds)])
 
 
 def _diffs(folder: Path, rounds: int) -> list[Result]:
@@ -80,18 +80,35 @@ def _planning(rounds: int) -> Result:
     return absolute("planning for 10,000 tensors", t["plan"], 0.5)
 
 
-def _applying(rounds: int) -> list[Result]:
+def _applying(folder: Path, rounds: int) -> list[Result]:
     source, target = torchvision.models.resnet50(), torchvision.models.resnet50()
     plan = plan_transfer(source, target)
     trusted = plan.model_copy(update={"source_digest": None, "allow_nan": True})
     state = source.state_dict()
+    registry = Registry(folder)
+    registry.save("net", {"model": state})
+    stored = plan_transfer("net", target, registry=registry)
+    torch.save(state, folder / "peer.pt")
     contenders: dict[str, Contender] = {
         "load_state_dict": (lambda: None, lambda: target.load_state_dict(state)),
         "apply": (lambda: None, lambda: plan.apply(target, source)),
         "trusted": (lambda: None, lambda: trusted.apply(target, source)),
+        "stored": (lambda: None, lambda: stored.apply(target)),
+        "torch.load": (
+            lambda: None,
+            lambda: target.load_state_dict(torch.load(folder / "peer.pt", weights_only=True)),
+        ),
     }
     t = take_turns(contenders, rounds)
     return [
         ratio("plan.apply, tensors checked to be finite", t, ours="apply", peer="load_state_dict", goal=1.3),
         ratio("plan.apply, tensors not checked", t, ours="trusted", peer="load_state_dict", goal=None),
+        ratio(
+            "plan.apply from a version, verified and checked to be finite",
+            t,
+            ours="stored",
+            peer="torch.load",
+            goal=None,
+            name="torch.load + load_state_dict",
+        ),
     ]

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii
 from typing import Any, NamedTuple
 
 from registry.store.dtypes import BITS
@@ -216,7 +217,7 @@ def render(entries: Iterable[tuple[str, str, Iterable[int], int, int]], metadata
     """
     parts = [f'"__metadata__":{json.dumps(dict(metadata), separators=(",", ":"))}'] if metadata else []
     parts += [
-        f'{json.dumps(name)}:{{"dtype":"{code}","shape":[{",".join(map(str, shape))}],'
+        f'{encode_basestring_ascii(name)}:{{"dtype":"{code}","shape":[{",".join(map(str, shape))}],'
         f'"data_offsets":[{start},{end}]}}'
         for name, code, shape, start, end in entries
     ]

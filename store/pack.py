@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import threading
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -325,7 +326,8 @@ def _type_and_shape(dtype: str, shape: Sequence[int]) -> str:
 
 def index_bound(tensors: Iterable[tuple[str, Sequence[int]]]) -> int:
     """Bytes of header that tensors take at most if none of them is coded."""
-    return 128 + sum(_entry_bound(dtype, shape) for dtype, shape in tensors)
+    kinds = Counter((dtype, tuple(shape)) for dtype, shape in tensors)
+    return 128 + sum(count * _entry_bound(dtype, shape) for (dtype, shape), count in kinds.items())
 
 
 def coded_bound(dtype: str, shape: Sequence[int]) -> int:

@@ -84,13 +84,12 @@ class Arena:
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
-        self._layout: list[tuple[torch.dtype, tuple[int, ...]]] = []
+        self._layout: list[tuple[str, tuple[int, ...]]] = []
         self._parts: list[torch.Tensor] = []
 
     def snapshot(self, state: Encoded) -> Encoded:
         """The state as it is now, whatever becomes of the live tensors; valid until the next snapshot."""
-        tensors = [leaf.source for leaf in state.leaves if _is_tensor(leaf)]
-        copies = iter(self._copied([t.detach() if t.requires_grad else t for t in tensors]))
+        copies = iter(self._copied([leaf for leaf in state.leaves if _is_tensor(leaf)]))
         leaves = []
         for leaf in state.leaves:
             if _is_tensor(leaf):
@@ -101,9 +100,10 @@ class Arena:
                 leaves.append(leaf)
         return Encoded(state.components, leaves)
 
-    def _copied(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _copied(self, leaves: Sequence[Leaf]) -> list[torch.Tensor]:
+        tensors: list[torch.Tensor] = [leaf.source for leaf in leaves]
         on_cuda = any(tensor.is_cuda for tensor in tensors)
-        layout = [(tensor.dtype, tuple(tensor.shape)) for tensor in tensors]
+        layout = [(leaf.dtype, leaf.shape) for leaf in leaves]
         if layout != self._layout or (on_cuda and not self._memory.is_pinned()):
             self._lay_out(tensors, pinned=on_cuda)
             self._layout = layout

@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import __main__ as program
-from benchmarks import compaction, exactness, floors, growth, peers, report, series, summary, tasks, worker
+from benchmarks import (
+    compaction,
+    exactness,
+    floors,
+    growth,
+    peers,
+    report,
+    series,
+    small,
+    summary,
+    tasks,
+    training,
+    worker,
+)
 from benchmarks.measure import Curve, Result, Scale, Section, Table, ratio, spoken, take_turns, together
 from benchmarks.peers import Peer, PeerFailed, Worker
 
@@ -208,6 +223,60 @@ def test_growth_is_measured_at_each_size(tmp_path: Path) -> None:
     }
     assert all(seconds > 0 for curve in curves for _, seconds in curve.points)
     assert [size for size, _ in curves[0].points] == [5, 10]
+
+
+def test_what_a_save_adds_to_steps_is_spread_over_the_time_to_the_next() -> None:
+    times = {"saving": [2.2, 2.4, 9.0], "alone": [2.0, 2.0, 8.7]}
+    found = training._slowdown("steps", times, 200)
+    assert (found.value, found.low, found.high) == pytest.approx((1.03, 1.025, 1.035))
+    assert found.detail == "200 steps and one save 2.4 s against 2.0 s of 200 steps"
+    assert not found.holds
+
+
+def test_steps_last_long_enough_for_a_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.1, 0.0, 10.0])
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert training._enough(lambda: None) == 400
+    assert training._enough(lambda: None) == 200
+
+
+def test_steps_are_measured_beside_saves_of_another_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[str] = []
+    monkeypatch.setattr(training, "_enough", lambda step: 2)
+    monkeypatch.setattr(training, "_resnet50", lambda: torch.nn.Linear(3, 3))
+    monkeypatch.setattr(training, "_python_step", lambda: lambda: taken.append("python"))
+    found = training._slowed(tmp_path / "behind", 1)
+    assert [one.what.partition(",")[0] for one in found] == [
+        "steps of Python over small tensors",
+        "steps of LeNet5",
+    ]
+    assert len(taken) == 2 * 2 * 2
+    assert not (tmp_path / "behind").exists()
+
+
+def test_many_small_tensors_and_small_saves_are_measured_against_plain_writes(tmp_path: Path) -> None:
+    times = small._many(20, 64, folder=tmp_path, rounds=2)
+    assert {name: len(seconds) for name, seconds in times.items()} == {
+        "plain": 2,
+        "safetensors": 2,
+        "save": 2,
+    }
+    assert {path.name for path in tmp_path.iterdir()} == {"registry"}
+    assert "of a plain write" in small._little(tmp_path, 1).detail
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace counts them")
+def test_syncs_of_a_save_are_counted_without_those_of_the_registry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = {1: 30, 11: 100}
+    monkeypatch.setattr(small, "_syncs_of", lambda root, saves: counts[saves])
+    found = small._syncs(tmp_path)
+    assert (found.value, found.detail) == (3.5, "7.0 syncs against 2 of a plain write")
+    monkeypatch.undo()
+    assert small._syncs_of(tmp_path / "1", 1) > 2
 
 
 def test_every_coding_of_the_comparison_is_applied_to_every_kind() -> None:

@@ -13,6 +13,7 @@ from registry.catalog.lookups import are_doomed, can_be_turned_back
 from registry.log.entries import MAX_TEXT, Record, manifest_text, now, pack_record
 from registry.progress import Progress, silent
 from registry.store.errors import Conflict, Corrupt, Missing, RegistryError, Unsupported
+from registry.store.pausing import collector_paused
 from registry.store.store import Written
 
 if TYPE_CHECKING:
@@ -66,16 +67,23 @@ def publish(
         Corrupt: if the log is damaged; nothing is written.
         Conflict: if others change the registry again and again.
     """
-    (manifest_id,), made = publish_all(
-        catalog,
-        store,
-        [state],
-        record=record,
-        records=lambda view, stored: records(view, *stored[0]),
-        what=what,
-        keeps_id=keeps_id,
-        progress=progress,
+    # What several processes have written is stored already, and an upload may take minutes.
+    sizes = (
+        []
+        if isinstance(state, Written) or catalog.shared is not None
+        else [leaf.size for leaf in state.leaves]
     )
+    with collector_paused(sizes):
+        (manifest_id,), made = publish_all(
+            catalog,
+            store,
+            [state],
+            record=record,
+            records=lambda view, stored: records(view, *stored[0]),
+            what=what,
+            keeps_id=keeps_id,
+            progress=progress,
+        )
     return manifest_id, made
 
 

@@ -64,7 +64,8 @@ def locate(query: Query, digests: Collection[str]) -> dict[str, Location]:
     """
     found: dict[str, Location] = {}
     ranks: dict[str, tuple[int, int, int]] = {}
-    for part in batches(digests):
+    # Sorted as the table is, each statement reads a part of it, not all of it.
+    for part in batches(sorted(digests)):
         rows = query(
             "SELECT t.digest, t.start, t.base, t.coded, p.digest, p.size, p.damaged, p.number FROM tensors t "
             f"JOIN packs p ON p.number = t.pack WHERE t.digest IN ({marks(part)})",

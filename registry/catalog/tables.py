@@ -80,7 +80,10 @@ class Packs:
             return
         for name in info.places:
             self._places.pop(name, None)
-        rows = [(name, number, place.start, place.base, place.coded) for name, place in info.places.items()]
+        # Sorted as the table is, rows go side by side, not each to a page of its own.
+        rows = sorted(
+            (name, number, place.start, place.base, place.coded) for name, place in info.places.items()
+        )
         self._connection.executemany(
             "INSERT INTO tensors (digest, pack, start, base, coded) VALUES (?, ?, ?, ?, ?)", rows
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +22,7 @@ from registry.store.durable import write_file
 from registry.store.errors import Conflict, Incompatible, Invalid, NotFound, Unsupported, fix
 from registry.store.text import printable, quoted
 from registry.transfer.adapters import ADAPTERS, adapt, needs_source
+from registry.transfer.finite import first_not_finite
 from registry.transfer.rows import Rows
 from registry.transfer.sides import Side
 from registry.transfer.sources import STATE_DICT, Source, side_of
@@ -477,22 +478,16 @@ def _check_copy(step: Step, left: Side, right: Side) -> None:
 def _check_finite(copies: list[tuple[Step, torch.Tensor]], left: Side, allowed: bool) -> None:
     if allowed:
         return
-    floats = [
-        (step, value) for step, value in copies if value.is_floating_point() and value.dtype.itemsize > 1
+    # What an adapter makes of a stored tensor is another one.
+    digests = [
+        left.stored_digest(step.source) if step.source and not step.adapter else None for step, _ in copies
     ]
-    sums: dict[object, list[torch.Tensor]] = defaultdict(list)
-    for _, value in floats:
-        wide = torch.float32 if value.dtype.itemsize == 2 else value.dtype
-        sums[wide, value.device].append(value.sum(dtype=wide))
-    if all(bool(torch.stack(several).isfinite().all()) for several in sums.values()):
-        return
-    # A sum may also have overflowed, so each tensor is looked at.
-    for step, value in floats:
-        if not bool(value.isfinite().all()):
-            raise Invalid(
-                f"{step.source} of {left.label} holds NaN or infinity",
-                fix("if it is to be loaded all the same", allow_nan=True),
-            )
+    place = first_not_finite([value for _, value in copies], digests)
+    if place is not None:
+        raise Invalid(
+            f"{copies[place][0].source} of {left.label} holds NaN or infinity",
+            fix("if it is to be loaded all the same", allow_nan=True),
+        )
 
 
 def _check_kept(steps: tuple[Step, ...], right: Side) -> None:

@@ -110,6 +110,10 @@ class Side:
             self._digests[name] = tensor_digest(entry.dtype, entry.shape, leaf.buffer())
         return self._digests.get(name)
 
+    def stored_digest(self, name: str) -> str | None:
+        """The digest of a version's tensor, whose values never change; None for any other, and where it is not known yet."""
+        return self._digests.get(name) if self.checkpoint is not None else None
+
     def equals(self, name: str, other: Side, its_name: str) -> bool | None:
         """Whether two tensors of equal dtype and shape are the same, bit for bit; None where one has no values.
 

@@ -215,15 +215,19 @@ def _live_entry(name: str, tensor: torch.Tensor) -> StateEntry:
             f"{name} is a {type(tensor).__qualname__}", "transfer and freeze before the network is sharded"
         )
     kind = "parameter" if is_parameter else "buffer"
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return StateEntry(name, dtype, tuple(tensor.shape), kind=kind, tie=id(tensor))
+    return StateEntry(name, _name_of(tensor.dtype), tuple(tensor.shape), kind=kind, tie=id(tensor))
 
 
 def _entry(name: str, tensor: torch.Tensor) -> StateEntry:
     """The entry of a tensor that is in no network; names that share memory have the same place."""
     where = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride()) if tensor.numel() else id(tensor)
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return StateEntry(name, dtype, tuple(tensor.shape), kind=None, tie=where)
+    return StateEntry(name, _name_of(tensor.dtype), tuple(tensor.shape), kind=None, tie=where)
+
+
+@functools.cache
+def _name_of(dtype: torch.dtype) -> str:
+    """The name of a dtype, such as `float32`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _torchvision(source: str) -> Side:

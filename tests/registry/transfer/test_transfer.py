@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from registry import Registry, TransferPlan, diff, freeze, plan_transfer, unfree
 from registry.live.builders import on_meta
 from registry.models import LeNet5, LeNet6
 from registry.store.errors import Conflict, Incompatible, Invalid, NotFound
+from registry.transfer import finite
 from registry.transfer.matching import match
 from registry.transfer.sources import side_of
 
@@ -177,6 +179,39 @@ def test_applying_is_all_or_nothing(registry: Registry) -> None:
     assert unchanged(target, before)
     open_plan.model_copy(update={"allow_nan": True}).apply(target, bad)
     assert torch.isnan(target.fc[3].bias[0])
+
+
+def test_stored_tensors_are_looked_at_for_nan_once_and_others_each_time(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[int] = []
+    look = finite._have_finite_sums
+
+    def looking(tensors: Iterable[torch.Tensor]) -> bool:
+        found = list(tensors)
+        looked.append(len(found))
+        return look(found)
+
+    monkeypatch.setattr(finite, "_found_finite", set())
+    monkeypatch.setattr(finite, "_have_finite_sums", looking)
+    target = LeNet6()
+    plan = plan_transfer("lenet5", target, expect=MEANT, registry=registry)
+    plan.apply(target, registry=registry)
+    plan.apply(target, registry=registry)
+    assert looked == [len(plan.loaded), 0]
+    open_plan = plan.model_copy(update={"source_digest": None})
+    live = LeNet5()
+    open_plan.apply(target, live)
+    with torch.no_grad():
+        live.fc[1].weight[0, 0] = float("inf")
+    with pytest.raises(Invalid, match="holds NaN or infinity"):
+        open_plan.apply(target, live)
+    bad = {name: tensor.clone() for name, tensor in registry["lenet5"].state_dict().items()}
+    bad["fc.1.weight"][0, 0] = float("nan")
+    registry.save("bad", {"model": bad})
+    for _ in range(2):
+        with pytest.raises(Invalid, match=r"fc\.1\.weight of bad:v1 holds NaN or infinity"):
+            open_plan.apply(target, "bad", registry=registry)
 
 
 @pytest.mark.parametrize(
