@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -113,6 +113,9 @@ def main() -> int:
     options = parser.parse_args()
     names = options.groups or (QUICK if options.quick else [name for name in GROUPS if name not in ALONE])
     began = time.monotonic()
+    folder = Path(options.write) if options.write and names != ["exactness"] else None
+    command = " ".join(["python -m benchmarks", *(["--quick"] if options.quick else []), *options.groups])
+    kept = report.read(folder) if folder else {}
     sections: dict[str, Section] = {}
     for name in names:
         if not options.json:
@@ -120,27 +123,33 @@ def main() -> int:
         sections[name] = _measured(name, options, in_process=len(names) == 1)
         if not options.json:
             _print(sections[name])
-    command = " ".join(["python -m benchmarks", *(["--quick"] if options.quick else []), *options.groups])
+        if folder:
+            # After each, so that nothing is lost if a later one fails.
+            is_part = options.groups or len(sections) < len(names)
+            _write(
+                folder,
+                {**kept, **sections} if is_part else sections,
+                "python -m benchmarks" if options.groups else command,
+            )
     if options.json:
         print(json.dumps(report.document(sections, command), indent=2))
-    if options.write and names == ["exactness"]:
+    if options.write and not folder:
         print(f"\nwrote {exactness.write(Path(options.write), sections['exactness'])}", file=sys.stderr)
-    elif options.write:
-        folder = Path(options.write)
-        if options.groups:
-            kept = {**report.read(folder), **sections}
-            sections = {name: kept[name] for name in GROUPS if name in kept}
-            command = "python -m benchmarks"
-        titles = {n: title for n, (title, _) in GROUPS.items()}
-        page = report.write(folder, sections=sections, titles=titles, command=command)
-        summary.write(folder.parent / "README.md", sections)
-        print(f"\nwrote {page}", file=sys.stderr)
     if not options.json:
         print(f"took {time.monotonic() - began:.0f} s", file=sys.stderr)
     return int(
         options.strict
         and not all(result.holds for section in sections.values() for result in section.results)
     )
+
+
+def _write(folder: Path, sections: Mapping[str, Section], command: str) -> None:
+    """Write the page of some sections, and the tables of the README beside its folder."""
+    ordered = {name: sections[name] for name in GROUPS if name in sections}
+    titles = {name: title for name, (title, _) in GROUPS.items()}
+    page = report.write(folder, sections=ordered, titles=titles, command=command)
+    summary.write(folder.parent / "README.md", ordered)
+    print(f"\nwrote {page}", file=sys.stderr)
 
 
 def _measured(name: str, options: argparse.Namespace, *, in_process: bool) -> Section:

@@ -403,6 +403,34 @@ def test_each_run_is_a_process_and_named_groups_replace_their_sections_alone(
     assert re.search(r"`python -m benchmarks series`, \d{4}-\d\d-\d\d, load \d+\.\d before", page)
 
 
+def test_the_page_is_written_after_each_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fine(name: str) -> Section:
+        return Section([Result(name, 0.1, None, "1 MB")])
+
+    def measured(name: str, options: Any, *, in_process: bool) -> Section:
+        if name == "third" and fails:
+            raise OSError("the disk is full")
+        return fine(name)
+
+    names = ["first", "second", "third"]
+    monkeypatch.setattr(program, "GROUPS", {name: (name, lambda *_: Section()) for name in names})
+    monkeypatch.setattr(program, "_measured", measured)
+    folder = tmp_path / "out"
+    report.write(folder, {"old": fine("old"), "third": fine("before")}, {"old": "", "third": ""}, "")
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--write", str(folder)])
+    fails = True
+    with pytest.raises(OSError, match="full"):
+        program.main()
+    assert [section.results[0].what for section in report.read(folder).values()] == [
+        "first",
+        "second",
+        "before",
+    ]
+    fails = False
+    assert program.main() == 0
+    assert [*report.read(folder)] == names
+
+
 def test_the_readme_has_the_figures_of_the_page(tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     sections = report.read(root / "docs")

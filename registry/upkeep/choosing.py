@@ -139,6 +139,8 @@ def with_similar(catalog: Catalog, store: Store, plans: Sequence[Plan], kept: Co
     """
     # Lazy: loads torch.
     from registry.store.recoding import is_worth_trying
+
+    # Lazy: start-up.
     from registry.upkeep import nearness
 
     planned = {digest for plan in plans for found in plan.bases.values() for digest in found}
@@ -183,6 +185,8 @@ def _sketches(catalog: Catalog, store: Store, digests: Collection[str]) -> Itera
     """Stored tensors that are no differences, each with its sketch. Those that cannot be read are left out."""
     # Lazy: loads torch.
     from registry.store import loading
+
+    # Lazy: start-up.
     from registry.upkeep import nearness
 
     by_pack: dict[str, list[str]] = {}
