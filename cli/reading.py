@@ -259,14 +259,19 @@ def status(registry: Registry, as_json: bool) -> None:
         runs = {"running": [info.name for info in running], "lost": [info.name for info in lost]}
         print_json({**found._asdict(), "saved": found.saved, "runs": runs})
         return
-    ways = "shared or stored as differences" if found.differences else "shared"
+    ways = (
+        "shared or stored as differences"
+        if found.differences
+        else "shared or coded"
+        if found.alone
+        else "shared"
+    )
     shared = f" ({found.saved / found.logical:.0%} {ways})" if found.logical else ""
-    coded = f", {found.differences:,} of them as differences" if found.differences else ""
     print_facts(
         [
             ("registry", _nearby(registry.place)),
             ("holds", f"{counted(found.models, 'model')}, {counted(found.versions, 'version')}"),
-            ("tensors", f"{found.tensors:,} distinct, in {counted(found.packs, 'pack')}{coded}"),
+            ("tensors", f"{found.tensors:,} distinct, in {counted(found.packs, 'pack')}{found.coded}"),
             ("artifacts", found.artifacts or None),
             ("size", f"{size(found.stored)} on disk for {size(found.logical)} of checkpoints{shared}"),
             ("unneeded", f"{size(found.unused)}; free it with: registry gc" if found.unused else None),

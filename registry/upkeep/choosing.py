@@ -19,6 +19,7 @@ from registry.catalog.versions import find_versions
 from registry.store.dtypes import ELEMENT_TYPES
 from registry.store.errors import Corrupt, NotFound, Unsupported
 from registry.store.manifest import Manifest, TensorInfo
+from registry.upkeep import nearness
 
 if TYPE_CHECKING:
     from registry.catalog.catalog import Catalog
@@ -140,9 +141,6 @@ def with_similar(catalog: Catalog, store: Store, plans: Sequence[Plan], kept: Co
     # Lazy: loads torch.
     from registry.store.recoding import is_worth_trying
 
-    # Lazy: start-up.
-    from registry.upkeep import nearness
-
     planned = {digest for plan in plans for found in plan.bases.values() for digest in found}
     chosen = {version_id for plan in plans for version_id in plan.all_versions}
     versions = find_versions(catalog, "1", order="v.created, v.model, v.version")
@@ -185,9 +183,6 @@ def _sketches(catalog: Catalog, store: Store, digests: Collection[str]) -> Itera
     """Stored tensors that are no differences, each with its sketch. Those that cannot be read are left out."""
     # Lazy: loads torch.
     from registry.store import loading
-
-    # Lazy: start-up.
-    from registry.upkeep import nearness
 
     by_pack: dict[str, list[str]] = {}
     for digest, place in catalog.locate(digests).items():

@@ -31,6 +31,8 @@ class Status(NamedTuple):
     """What the packs take."""
     differences: int
     """Tensors that are stored as differences."""
+    alone: int
+    """Tensors that are coded by themselves."""
     unused: int
     """What gc can free."""
     free: int
@@ -38,8 +40,15 @@ class Status(NamedTuple):
 
     @property
     def saved(self) -> int:
-        """What sharing and differences saved."""
+        """What sharing and coding saved."""
         return max(self.logical - self.stored, 0)
+
+    @property
+    def coded(self) -> str:
+        """How many tensors are not stored as they are, in words; empty if none is."""
+        counts = ((self.differences, "of them as differences"), (self.alone, "coded by themselves"))
+        found = [f"{count:,} {what}" for count, what in counts if count]
+        return f", {' and '.join(found)}" if found else ""
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
         return bundle(repr(self), self._parts())
@@ -56,12 +65,11 @@ class Status(NamedTuple):
                 Piece("saved by sharing", self.saved, size(self.saved), "dim"),
             ]
         )
-        differences = f", {self.differences:,} of them as differences" if self.differences else ""
         yield facts(
             [
                 (
                     "stored",
-                    f"{counted(self.tensors, 'tensor')} in {counted(self.packs, 'pack')}{differences}",
+                    f"{counted(self.tensors, 'tensor')} in {counted(self.packs, 'pack')}{self.coded}",
                 ),
                 ("on disk", f"{size(self.stored)} for {size(self.logical)} of checkpoints"),
                 ("free space", size(self.free)),
@@ -78,6 +86,7 @@ def status(root: Path, catalog: Catalog) -> Status:
     ((tensors,),) = query("SELECT COUNT(DISTINCT digest) FROM tensors")
     ((packs, stored),) = query("SELECT COUNT(*), COALESCE(SUM(size), 0) FROM packs")
     ((differences,),) = query("SELECT COUNT(*) FROM tensors WHERE base IS NOT NULL")
+    ((alone,),) = query("SELECT COUNT(*) FROM tensors WHERE base IS NULL AND coded IS NOT NULL")
     ((unused,),) = query(f"SELECT COALESCE(SUM(size), 0) FROM packs WHERE {UNUSED}")
     return Status(
         root=str(root),
@@ -89,6 +98,7 @@ def status(root: Path, catalog: Catalog) -> Status:
         logical=logical,
         stored=stored,
         differences=differences,
+        alone=alone,
         unused=unused,
         free=free_space(root),
     )

@@ -886,6 +886,9 @@ def test_coded_by_itself_and_back(tmp_path: Path) -> None:
     # The alias stays as it is; the newest version does not.
     assert stored_in(registry, "net:v1") == {(False, False)}
     assert (True, False) in stored_in(registry, "net:v3")
+    status = registry.status()
+    assert status.alone > 0
+    assert status.coded.endswith(f"{status.alone} coded by themselves")
     check(registry, expected)
     (again,) = registry.compact(alone=True)
     assert again.packs == 0
