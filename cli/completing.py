@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterable
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 import click
@@ -67,6 +66,9 @@ def components(registry: Registry, ctx: click.Context) -> list[str]:
 
 def networks(registry: Registry, ctx: click.Context) -> list[str]:
     """The networks of installed packages, which are not loaded."""
+    # Lazy: start-up.
+    from importlib.metadata import entry_points
+
     return sorted(entry.name for entry in entry_points(group=NETWORKS))
 
 
