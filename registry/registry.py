@@ -12,6 +12,7 @@ from registry.catalog.listings import Models, Versions, select_versions
 from registry.catalog.resolving import direction_of, no_such_metric, resolve
 from registry.catalog.versions import Version, best_version, list_models, list_names
 from registry.home import Home
+from registry.log.forking import no_fork
 from registry.log.reference import check_name
 from registry.progress import Progress, silent
 from registry.store.errors import Conflict, Invalid, NotFound
@@ -249,8 +250,10 @@ class Registry(Home):
             Unsupported: if a value cannot be stored, naming its path and type; nothing is written.
             StorageError: if the disk is full or refuses; no version is made.
         """
-        # Lazy: loads torch.
-        from registry.checkpoints.saving import Facts, save
+        # A child that is forked meanwhile would wait for the import without end.
+        with no_fork():
+            # Lazy: loads torch.
+            from registry.checkpoints.saving import Facts, save
 
         about = Facts(
             epoch=epoch,

@@ -57,7 +57,10 @@ def fill(packs: Path, tensors: Sequence[torch.Tensor], items: Sequence[Wanted], 
         increment_version([tensors[slot] for slot in memory])
         for item in copied:
             if item.slot not in memory:
-                tensors[item.slot].copy_(view(mapped.bytes(item), item.info, 0))
+                live = tensors[item.slot]
+                # torch refuses to change one that was made in inference mode outside of it, after it has changed it.
+                with torch.inference_mode() if live.is_inference() else contextlib.nullcontext():
+                    live.copy_(view(mapped.bytes(item), item.info, 0))
         plain = [item for item in copied if item.slot in memory]
         copies = ((memory[item.slot], mapped.bytes(item)) for item in plain)
         in_order(_parts(copies), _copy, size=sum(item.size for item in plain))

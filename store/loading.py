@@ -20,7 +20,7 @@ from registry.store import direct
 from registry.store.differences import Decoding, decoding
 from registry.store.digest import tensor_digest, tensor_hasher
 from registry.store.dtypes import ELEMENT_TYPES
-from registry.store.errors import Corrupt
+from registry.store.errors import Corrupt, StorageError
 from registry.store.locating import Location, Wanted
 from registry.store.manifest import TensorInfo
 from registry.store.pack import INNER, map_file, pack_path
@@ -489,7 +489,10 @@ def _arenas(items: Sequence[Wanted]) -> list[tuple[mmap.mmap, list[tuple[Wanted,
 
 def _anonymous(size: int) -> mmap.mmap:
     """Fresh memory, on huge pages where the system has them."""
-    mapping = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        mapping = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError, MemoryError):
+        raise StorageError(f"there is no memory for {size:,} bytes", "free some and repeat") from None
     if hasattr(mmap, "MADV_HUGEPAGE"):
         # A kernel may be built without huge pages.
         with contextlib.suppress(OSError):

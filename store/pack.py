@@ -45,7 +45,7 @@ _VERSION = 2
 _ALONE = "self"
 """What stands for the base of a tensor that is coded by itself."""
 
-_MOST_TIMES = 1 << 20
+_MOST_TIMES = 1 << 18
 """How many times smaller such a tensor can be in a pack. It bounds the memory that a malformed one takes."""
 
 _SALT = 16

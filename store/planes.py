@@ -25,6 +25,9 @@ ITEM_SIZES = (2, 4, 8)
 CHUNK = 1 << 17
 """Elements that are coded at a time: what is worked on fits a processor's cache."""
 
+_LARGEST_CHUNK = 1 << 20
+"""Elements of the largest chunk that is read, which bounds the memory that turning one back takes."""
+
 _HEAD = struct.Struct("<II")
 _SIGNED = {size: np.dtype(f"i{size}").type for size in ITEM_SIZES}
 _UNSIGNED = {size: np.dtype(f"u{size}").type for size in ITEM_SIZES}
@@ -87,7 +90,12 @@ class Decoding:
         self.chunk, self.chunks = _HEAD.unpack(coded[: _HEAD.size])
         table = _HEAD.size + 4 * self.chunks * item_size
         expected = -(-len(self._old) // self.chunk) if self.chunk else -1
-        if self.chunks != expected or len(coded) < table or len(self._new) != len(self._old):
+        if (
+            self.chunk > _LARGEST_CHUNK
+            or self.chunks != expected
+            or len(coded) < table
+            or len(self._new) != len(self._old)
+        ):
             raise Corrupt("a difference is malformed")
         self._lengths = np.frombuffer(coded[_HEAD.size : table], "<u4").astype(np.int64)
         self._ends = table + np.cumsum(self._lengths)

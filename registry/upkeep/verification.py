@@ -420,7 +420,9 @@ class _Check:
                 try:
                     loading.verify(self._store.packs, [item], loading.Read(self._store.packs))
                 except RegistryError as error:
-                    problems[item.info.digest] = error
+                    # Its traceback would keep the memory of what was turned back.
+                    error.__cause__ = error.__context__ = None
+                    problems[item.info.digest] = error.with_traceback(None)
         return problems
 
     def _report(self, digest: str, problem: str) -> None:

@@ -12,7 +12,7 @@ from support import broken_rules
 
 from registry import Registry
 from registry.log.entries import Record
-from registry.store import recoding
+from registry.store import differences
 from registry.store.pack import PackInfo
 from registry.upkeep.repacking import _replacement, needed_of, repack
 
@@ -160,7 +160,7 @@ def test_nothing_is_coded_against_what_rests_on_it(registry: Registry) -> None:
 
 def test_differences_lie_no_more_than_six_deep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted from what rests on the new one, too."""
-    monkeypatch.setattr(recoding, "DEEPEST", 100)
+    monkeypatch.setattr(differences, "DEEPEST", 100)
     registry = Registry(tmp_path / "r")
     for number in range(1, 13):
         registry.save("net", {"model": {"w": near(number)}}, epoch=number)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from registry import Registry
 from registry.store import filling, parallel
 from registry.store.store import Store
 
@@ -93,3 +94,16 @@ def test_tensors_that_were_made_in_inference_mode_are_filled(tmp_path: Path, ver
     digest = store.put({"model": values}).digest
     store.load_into(digest, {"model": live}, verify=verify)
     assert all(torch.equal(live[name], tensor) for name, tensor in values.items())
+
+
+@pytest.mark.parametrize("how", ["non-contiguous", "twice"])
+def test_tensors_of_inference_mode_that_are_filled_one_by_one(tmp_path: Path, how: str) -> None:
+    checkpoint = Registry(tmp_path).save(
+        "net", {"model": {"a": torch.arange(12.0).view(3, 4), "b": torch.ones(3, 4)}}
+    )
+    with torch.inference_mode():
+        live = torch.zeros(4, 3).T if how == "non-contiguous" else torch.zeros(3, 4)
+    normal = torch.zeros(4, 3).T
+    checkpoint.load_into(model={"a": live, "b": live if how == "twice" else normal})
+    assert torch.equal(live, torch.ones(3, 4) if how == "twice" else torch.arange(12.0).view(3, 4))
+    assert how == "twice" or torch.equal(normal, torch.ones(3, 4))

@@ -23,7 +23,7 @@ from registry.store.folder_index import PackFolder
 from registry.store.loading import Mapped
 from registry.store.pack import PackWriter, pack_path, read_pack_info
 from registry.store.store import Store, Written
-from registry.upkeep import choosing, repacking
+from registry.upkeep import choosing, repacking, verification
 from registry.upkeep.choosing import REACH
 
 VERSIONS = 20
@@ -965,3 +965,35 @@ def test_similar_and_alone_on_the_command_line(tmp_path: Path) -> None:
     assert "became" in run("compact", "--plain").stdout
     assert run("compact", "--plain").stdout.splitlines()[0] == "base: nothing to turn back"
     all_are(registry, expected)
+
+
+def test_a_chunk_of_planes_that_would_take_much_memory_is_refused() -> None:
+    count = (1 << 20) + 1
+    coded = memoryview(count.to_bytes(4, "little") + (1).to_bytes(4, "little") + bytes(4 * 8))
+    zeros = memoryview(bytearray(8 * count))
+    with pytest.raises(Corrupt, match="malformed"):
+        differences.decoding(coded, zeros, item_size=8, out=zeros)
+
+
+@pytest.mark.damages
+def test_verify_forgets_what_it_could_not_turn_back(tmp_path: Path) -> None:
+    registry, _ = saved(tmp_path, 3)
+    registry.compact()
+    registry.collect_garbage(grace=0)
+    digests = [digest for _, _, _, digest in registry["net:v1"].parameters()]
+    places = registry.catalog.locate(digests)
+    base = next(place.base for place in places.values() if place.base)
+    place = registry.catalog.locate([base])[base]
+    pack = registry.store.pack_path(place.pack)
+    data = bytearray(pack.read_bytes())
+    data[place.start] ^= 1
+    pack.chmod(0o644)
+    pack.write_bytes(data)
+    check = verification._Check(registry.catalog, registry.store, [])
+    of_pack = next(other.pack for other in places.values() if other.base == base)
+    coded = [digest for digest, other in places.items() if other.pack == of_pack and other.base]
+    problems = check._undecodable(coded, of_pack)
+    assert problems
+    assert all(
+        error.__traceback__ is error.__cause__ is error.__context__ is None for error in problems.values()
+    )
