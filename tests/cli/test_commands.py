@@ -287,6 +287,7 @@ def test_status_sums_up(filled: Registry, run: Run) -> None:
             "logical",
             "stored",
             "differences",
+            "alone",
             "unused",
             "free",
         ),
