@@ -95,7 +95,7 @@ def _left(what: str, kinds: Kinds, names: Sequence[str], goal: float) -> Result:
     size = coded = zeros = same = count = 0
     for name in names:
         new, old, _ = kinds[name]
-        coded += len(_encode(_bytes(new), _bytes(old), item_size=new.element_size(), run=run))
+        coded += len(encode(bytes_of(new), bytes_of(old), item_size=new.element_size(), run=run))
         size += new.nbytes
         count += new.numel()
         zeros += int((new == 0).sum())
@@ -104,8 +104,9 @@ def _left(what: str, kinds: Kinds, names: Sequence[str], goal: float) -> Result:
     return Result(what, coded / size, goal, detail)
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.view(torch.uint8).numpy())
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor, in the order of its elements."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 def run(jobs: Sequence[Any], work: Callable[[Any], None]) -> None:
@@ -113,17 +114,18 @@ def run(jobs: Sequence[Any], work: Callable[[Any], None]) -> None:
     in_parallel(jobs, work, [SMALL // 2] * len(jobs))
 
 
-def _encode(data: memoryview, base: memoryview, item_size: int, run: Run) -> bytes:
+def encode(data: memoryview, base: memoryview, item_size: int, run: Run) -> bytes:
+    """The difference of some floats from others, as compaction codes it."""
     return differences.encode(data, base, item_size=item_size, run=run, is_float=True)
 
 
 def _speed(new: torch.Tensor, old: torch.Tensor, rounds: int) -> list[Result]:
-    data, base = _bytes(new), _bytes(old)
+    data, base = bytes_of(new), bytes_of(old)
     back = bytearray(len(data))
     coding, decoding = [], []
     for _ in range(rounds + 1):
         began = time.perf_counter()
-        coded = _encode(data, base, item_size=4, run=run)
+        coded = encode(data, base, item_size=4, run=run)
         coding.append(time.perf_counter() - began)
         began = time.perf_counter()
         task = differences.decoding(memoryview(coded), base, item_size=4, out=memoryview(back))
@@ -215,7 +217,7 @@ def _coding(
 
 def _ours(new: Array, old: Array, _: Array) -> bytes:
     data, base = (memoryview(part).cast("B") for part in (new, old))
-    return _encode(data, base, item_size=new.itemsize, run=_one_by_one)
+    return encode(data, base, item_size=new.itemsize, run=_one_by_one)
 
 
 def _one_by_one(jobs: Sequence[Any], work: Callable[[Any], None]) -> None:
@@ -267,7 +269,7 @@ def _comparison(task: Task, kinds: Kinds, scale: Scale) -> Table:
         parts, total, seconds = [], 0, 0.0
         for tensors in kinds.values():
             unsigned = f"u{tensors[0].element_size()}"
-            arrays = [np.frombuffer(_bytes(tensor), unsigned) for tensor in tensors]
+            arrays = [np.frombuffer(bytes_of(tensor), unsigned) for tensor in tensors]
             chunks = len(arrays[0]) // _CHUNK
             chosen = np.unique(np.linspace(0, chunks - 1, most, dtype=int))
             sizes: list[int] = []

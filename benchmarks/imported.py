@@ -15,12 +15,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.compaction import run
+from benchmarks.compaction import bytes_of, encode, run
 from benchmarks.measure import Result, Scale, Section, spoken
-from benchmarks.tasks import Task, digits, fine_tuned, text
+from benchmarks.tasks import Task, digits, fine_tuned, parameters_as, text
 from registry import Registry
-from registry.store import differences
-from registry.store.recoding import WORTH_IT
+from registry.store.recoding import SMALLEST, WORTH_IT
 
 RATES = ((1e-5, 1), (1e-5, 7), (3e-5, 7), (1e-4, 1), (1e-4, 7))
 """For each fine-tune the learning rate, and the checkpoints of the series after which it ends."""
@@ -37,7 +36,9 @@ def measure(folder: Path, scale: Scale) -> Section:
     for task in (digits(64),) if scale.quick else (digits(64), text()):
         networks = _networks(task)
         for dtype in (torch.bfloat16, torch.float32):
-            typed = {name: _typed(network, dtype) for name, network in networks.items()}
+            typed = {
+                name: parameters_as({"model": network}, dtype)["model"] for name, network in networks.items()
+            }
             name = f"{task.name}, {str(dtype).removeprefix('torch.')}"
             section.results += _near(name, typed, folder / f"{task.name} {dtype}")
             section.results.append(
@@ -56,10 +57,6 @@ def _networks(task: Task) -> dict[str, Network]:
             network = {f"backbone.{name}": value for name, value in reversed(network.items())}
         found[f"tuned{number}"] = network
     return found
-
-
-def _typed(network: Network, dtype: torch.dtype) -> Network:
-    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in network.items()}
 
 
 def _near(name: str, networks: Mapping[str, Network], folder: Path) -> list[Result]:
@@ -102,10 +99,8 @@ def _saved_by_history(networks: Mapping[str, Network]) -> int:
     for model, network in networks.items():
         for name, value in network.items() if model != "base" else ():
             old = networks["base"][name.removeprefix("backbone.")]
-            if value.is_floating_point() and value.nbytes >= 4 << 10:
-                coded = differences.encode(
-                    _bytes(value), _bytes(old), item_size=value.element_size(), run=run, is_float=True
-                )
+            if value.is_floating_point() and value.nbytes >= SMALLEST:
+                coded = encode(bytes_of(value), bytes_of(old), item_size=value.element_size(), run=run)
                 saved += value.nbytes - len(coded) if len(coded) <= WORTH_IT * value.nbytes else 0
     return saved
 
@@ -128,7 +123,3 @@ def _alone(name: str, network: Network, folder: Path, goal: float) -> Result:
 
 def _size(network: Network) -> int:
     return sum(value.nbytes for value in network.values())
-
-
-def _bytes(value: torch.Tensor) -> memoryview:
-    return memoryview(value.contiguous().reshape(-1).view(torch.uint8).numpy())

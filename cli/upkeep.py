@@ -194,8 +194,7 @@ def _compacted(one: Compacted, *, is_plain: bool) -> str:
     if not one.versions:
         packs = f"{counted(one.packs, 'pack')} of which most is not needed"
     if one.after is None:
-        what = "differences" if one.versions else "smaller"
-        return f"{packs}, {size(one.before)}, would become {'whole again' if is_plain else what}"
+        return f"{packs}, {size(one.before)}, would become {'whole again' if is_plain else 'smaller'}"
     rewritten = f"{packs}, {size(one.before)} became {size(one.after)}"
     return rewritten if is_plain else f"{rewritten} ({one.before / max(one.after, 1):.1f} times smaller)"
 

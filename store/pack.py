@@ -75,6 +75,11 @@ class PackedTensor(NamedTuple):
     coded: int | None = None
 
     @property
+    def is_coded(self) -> bool:
+        """Whether the bytes in the pack are not the tensor's own."""
+        return self.coded is not None
+
+    @property
     def size(self) -> int:
         """Bytes in the pack."""
         return byte_count(self.dtype, self.shape) if self.coded is None else self.coded
@@ -268,9 +273,8 @@ class PackWriter:
 
         for tensor in tensors:
             pad(tensor.start)
-            is_coded = tensor.coded is not None
-            name = f"{tensor.digest}.{tensor.base or _ALONE}" if is_coded else tensor.digest
-            code = None if is_coded else ELEMENT_TYPES[tensor.dtype].pack_code
+            name = f"{tensor.digest}.{tensor.base or _ALONE}" if tensor.is_coded else tensor.digest
+            code = None if tensor.is_coded else ELEMENT_TYPES[tensor.dtype].pack_code
             if code is not None:
                 lay(name, code, tensor.shape, tensor.size)
             else:

@@ -144,7 +144,7 @@ def with_similar(catalog: Catalog, store: Store, plans: Sequence[Plan], kept: Co
     planned = {digest for plan in plans for found in plan.bases.values() for digest in found}
     chosen = {version_id for plan in plans for version_id in plan.all_versions}
     versions = find_versions(catalog, "1", order="v.created, v.model, v.version")
-    manifest = _manifest_in(store)
+    manifest = functools.lru_cache(_MANIFESTS)(_manifest_in(store))
     first: dict[str, int] = {}
     movable: set[str] = set()
     for number, version in enumerate(versions):
@@ -159,6 +159,7 @@ def with_similar(catalog: Catalog, store: Store, plans: Sequence[Plan], kept: Co
         for info, sketch in _sketches(catalog, store, first)
     ]
     rests = nearness.bases_of(found)
+    names = {version.id: version.name for version in versions}
     extended = []
     for plan in plans:
         near: dict[str, Counter[int]] = {}
@@ -168,7 +169,6 @@ def with_similar(catalog: Catalog, store: Store, plans: Sequence[Plan], kept: Co
                 if base := rests.get(tensor.digest):
                     pairs[tensor.digest] = [base]
                     near.setdefault(version_id, Counter())[first[base]] += tensor.size
-        names = {version.id: version.name for version in versions if version.id in near}
         measured = {
             names[version_id]: versions[count.most_common(1)[0][0]].name
             for version_id, count in near.items()

@@ -88,8 +88,8 @@ class Gathering:
             found = self._stored(copy, pack, tensor)
             if found is not None:
                 return found[0]
-        is_whole = tensor.coded is None
-        data = self.tensor(TensorInfo(tensor.dtype, tensor.shape, tensor.digest)) if is_whole else None
+        info = TensorInfo(tensor.dtype, tensor.shape, tensor.digest)
+        data = None if tensor.is_coded else self.tensor(info)
         if data is None:
             raise Lost
         return data
@@ -103,7 +103,7 @@ class Gathering:
         if tensor.base:
             base = self.tensor(TensorInfo(tensor.dtype, tensor.shape, tensor.base), depth + 1)
             data = None if base is None else _decoded(tensor, stored, base)
-        elif tensor.coded is not None:
+        elif tensor.is_coded:
             data = _decoded(tensor, stored, bytes(byte_count(tensor.dtype, tensor.shape)))
         if data is None or len(data) != byte_count(tensor.dtype, tensor.shape):
             return None
@@ -134,7 +134,7 @@ class Gathering:
             for tensor in head.info.tensors if head else ():
                 found.setdefault(tensor.digest, []).append((pack, tensor))
         for places in found.values():
-            places.sort(key=lambda place: (place[1].base is not None, place[1].coded is not None))
+            places.sort(key=lambda place: (place[1].base is not None, place[1].is_coded))
         return found
 
 

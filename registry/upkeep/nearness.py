@@ -7,6 +7,7 @@ names do not matter. In each cluster of near tensors one stays whole, and the ot
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -48,6 +49,10 @@ class Found(NamedTuple):
     sketch: Any
 
 
+Cluster = tuple[Sequence[Found], Any]
+"""Tensors that are near, and what a difference between any two would leave."""
+
+
 def sketch_of(data: memoryview, dtype: str) -> Any:
     """Some values of a tensor, as unsigned whole numbers; always at the same places for one number of elements."""
     values = np.frombuffer(data, f"u{ELEMENT_TYPES[dtype].size}")
@@ -61,13 +66,13 @@ def bases_of(found: Sequence[Found]) -> dict[str, str]:
     No more than `DEEPEST` rest on one another. What stays whole in a cluster comes from one version, if possible, so that this
     version needs no other.
     """
-    costs = [(group, _costs([one.sketch for one in group])) for group in _groups(found)]
-    loss = _losses(costs)
-    bases: dict[str, str] = {}
-    for group, cost in costs:
-        for i, base in _tree(cost, [one.is_fixed for one in group], [loss[one.version] for one in group]):
-            bases[group[i].info.digest] = group[base].info.digest
-    return bases
+    clusters = [one for group in _groups(found) for one in _clusters(group)]
+    loss = _losses(clusters)
+    return {
+        members[i].info.digest: members[base].info.digest
+        for members, cost in clusters
+        for i, base in _tree(cost, [one.is_fixed for one in members], [loss[one.version] for one in members])
+    }
 
 
 def _groups(found: Sequence[Found]) -> Iterator[list[Found]]:
@@ -97,54 +102,51 @@ def _costs(sketches: Sequence[Any]) -> Any:
     return cost
 
 
-def _losses(costs: Sequence[tuple[Sequence[Found], Any]]) -> Mapping[int, float]:
-    """By version, how many bytes more its clusters would take if its tensors stayed whole, and not those in the middle."""
-    loss: dict[int, float] = {}
-    for group, cost in costs:
-        size = group[0].info.size
-        for members in _clusters(cost):
-            inside = np.minimum(cost[np.ix_(members, members)], 1).mean(1)
-            for i, mean in zip(members, (inside - inside.min()).tolist(), strict=True):
-                loss[group[i].version] = loss.get(group[i].version, 0) + size * len(members) * mean
-        for one in group:
-            loss.setdefault(one.version, 0)
-    return loss
-
-
-def _clusters(cost: Any) -> Iterator[list[int]]:
+def _clusters(group: Sequence[Found]) -> Iterator[Cluster]:
     """Sets of tensors that lead to one another, each from near to near; those near none are left out."""
+    cost = _costs([one.sketch for one in group])
     left = set(range(len(cost)))
     while left:
-        cluster, edge = set[int](), {left.pop()}
+        found, edge = set[int](), {left.pop()}
         while edge:
-            cluster |= edge
+            found |= edge
             edge = {i for one in edge for i in np.flatnonzero(np.isfinite(cost[one])).tolist()} & left
             left -= edge
-        if len(cluster) > 1:
-            yield sorted(cluster)
+        if len(found) > 1:
+            places = sorted(found)
+            yield [group[i] for i in places], cost[np.ix_(places, places)]
+
+
+def _losses(clusters: Sequence[Cluster]) -> Mapping[int, float]:
+    """By version, how many bytes more its clusters would take if its tensors stayed whole, and not those in the middle."""
+    loss: dict[int, float] = defaultdict(float)
+    for members, cost in clusters:
+        means = np.minimum(cost, 1).mean(1)
+        for one, more in zip(members, (means - means.min()).tolist(), strict=True):
+            loss[one.version] += one.info.size * len(members) * more
+    return loss
 
 
 def _tree(cost: Any, is_fixed: Sequence[bool], loss: Sequence[float]) -> Iterator[tuple[int, int]]:
     """What rests on what, each behind what it rests on: always the one that is cheapest to add (as Prim's algorithm does).
 
     Args:
-        cost: of a difference between any two.
+        cost: of a difference between any two of a cluster.
         loss: of two that could stay whole, the one with less does.
     """
-    for cluster in _clusters(cost):
-        depths = dict.fromkeys((i for i in cluster if is_fixed[i]), 0)
-        left = [i for i in cluster if i not in depths]
-        while left:
-            found = _cheapest(cost, left, depths)
-            if found is None:
-                root = min(left, key=lambda i: (loss[i], i))
-                depths[root] = 0
-                left.remove(root)
-                continue
-            i, base = found
-            depths[i] = depths[base] + 1
-            left.remove(i)
-            yield i, base
+    depths = {i: 0 for i, stays in enumerate(is_fixed) if stays}
+    left = [i for i, stays in enumerate(is_fixed) if not stays]
+    while left:
+        found = _cheapest(cost, left, depths)
+        if found is None:
+            root = min(left, key=lambda i: (loss[i], i))
+            depths[root] = 0
+            left.remove(root)
+            continue
+        i, base = found
+        depths[i] = depths[base] + 1
+        left.remove(i)
+        yield i, base
 
 
 def _cheapest(cost: Any, left: Sequence[int], depths: Mapping[int, int]) -> tuple[int, int] | None:

@@ -344,7 +344,7 @@ class _Check:
         except RegistryError as error:
             self._note_damage(digest, placed, error)
             return
-        self._check_coded([tensor.digest for tensor in info.tensors if tensor.coded is not None], digest)
+        self._check_coded([tensor.digest for tensor in info.tensors if tensor.is_coded], digest)
         if placed != info.places and self._counts(digest):
             self.problems.append(
                 Problem(f"{path} does not hold what the catalog says; run: registry rebuild", (), str(path))
@@ -368,7 +368,7 @@ class _Check:
                 self.problems.append(Problem(message, (), str(path)))
             end = tensor.start + tensor.size
             self.tensor_count += 1
-            if tensor.coded is not None:
+            if tensor.is_coded:
                 continue
             data = self._read(fd, tensor.start, tensor.size)
             if tensor_digest(tensor.dtype, tensor.shape, data) != tensor.digest and self._counts(info.digest):

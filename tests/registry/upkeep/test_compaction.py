@@ -69,6 +69,14 @@ def coded(registry: Registry, reference: str) -> set[str]:
     return {path for path, digest in named.items() if located[digest].base}
 
 
+def flip(pack: Path, place: int) -> None:
+    """Change a byte."""
+    data = bytearray(pack.read_bytes())
+    data[place] ^= 1
+    pack.chmod(0o644)
+    pack.write_bytes(data)
+
+
 def check(registry: Registry, expected: list[State]) -> None:
     for number, state in enumerate(expected, 1):
         checkpoint = registry[f"net:v{number}"]
@@ -516,10 +524,7 @@ def test_a_model_that_cannot_be_compacted_does_not_stop_the_others(tmp_path: Pat
             "WHERE v.model = 'bad' AND v.version = 2"
         )[0][0]
     )
-    data = bytearray(pack.read_bytes())
-    data[-1] ^= 1
-    pack.chmod(0o644)
-    pack.write_bytes(data)
+    flip(pack, -1)
     bad, good = registry.compact()
     assert (bad.model, good.model, good.problem) == ("bad", "good", None)
     assert pack.name[:12] in bad.problem
@@ -927,10 +932,7 @@ def test_damage_in_what_is_coded_by_itself_is_found(tmp_path: Path, at: float) -
     registry.compact(alone=True)
     registry.collect_garbage(grace=0)
     (pack,) = tmp_path.glob("packs/*/*.safetensors")
-    data = bytearray(pack.read_bytes())
-    data[int(at * len(data))] ^= 1
-    pack.chmod(0o644)
-    pack.write_bytes(data)
+    flip(pack, int(at * pack.stat().st_size))
     for how in ({}, {"copy": True}):
         with pytest.raises(Corrupt, match="w"):
             registry["net"].load(**how)
@@ -985,10 +987,7 @@ def test_verify_forgets_what_it_could_not_turn_back(tmp_path: Path) -> None:
     base = next(place.base for place in places.values() if place.base)
     place = registry.catalog.locate([base])[base]
     pack = registry.store.pack_path(place.pack)
-    data = bytearray(pack.read_bytes())
-    data[place.start] ^= 1
-    pack.chmod(0o644)
-    pack.write_bytes(data)
+    flip(pack, place.start)
     check = verification._Check(registry.catalog, registry.store, [])
     of_pack = next(other.pack for other in places.values() if other.base == base)
     coded = [digest for digest, other in places.items() if other.pack == of_pack and other.base]
