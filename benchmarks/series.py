@@ -8,7 +8,8 @@ elements that never move.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,9 +27,16 @@ IDLE = 0.05
 
 
 class _Series(NamedTuple):
-    """A series: its checkpoints, the part of the copies' bytes that it may take, and whether all tools store it."""
+    """A series that is made of a training's checkpoints.
 
-    states: Iterator[State]
+    Attributes:
+        dtype: of the network alone, whose floats are turned into it; None for checkpoints as they are.
+        goal: the part of the copies' bytes that it may take.
+        is_compared: whether all tools store it.
+    """
+
+    name: str
+    dtype: torch.dtype | None
     goal: float | None
     is_compared: bool = False
 
@@ -55,13 +63,10 @@ def measure(folder: Path, scale: Scale) -> Section:
     peers = (OURS, COMPACTED, TORCH) if scale.quick else (OURS, COMPACTED, *_others())
     sizes: dict[str, dict[Peer, int | str]] = {}
     results, notes = [], []
-    for name, series in _all(scale):
-        files = _write(folder, series.states, count)
+    for name, series, files in _written(folder, scale, count):
         tools = peers if series.is_compared else (OURS, COMPACTED, TORCH)
         found = {peer: _size(peer, files, folder / "store") for peer in tools}
         still = _still(*files[-2:])
-        for file in files:
-            file.unlink()
         if series.is_compared:
             sizes[name] = found
         copies, ours, plain = found[TORCH], found[COMPACTED], found[OURS]
@@ -85,33 +90,53 @@ def measure(folder: Path, scale: Scale) -> Section:
     return Section(results, tables=[table], notes=[*notes, *sorted(reasons)])
 
 
-def _all(scale: Scale) -> Iterator[tuple[str, _Series]]:
-    """The series by their names, one network after the other."""
+def _written(folder: Path, scale: Scale, count: int) -> Iterator[tuple[str, _Series, Sequence[Path]]]:
+    """Each series by its name, with the files of its checkpoints; they are there until the next one."""
+    for task, states, all_series in _trainings(scale):
+        trained = _write(folder / "trained", islice(states, count))
+        for series in all_series:
+            files: Sequence[Path] = trained
+            if series.dtype is not None:
+                converted = (parameters_as(torch.load(file), series.dtype) for file in trained)
+                files = _write(folder / "converted", converted)
+            yield f"{task.name}, {series.name}", series, files
+        for part in ("trained", "converted"):
+            shutil.rmtree(folder / part, ignore_errors=True)
+
+
+def _trainings(scale: Scale) -> Iterator[tuple[Task, Iterator[State], Sequence[_Series]]]:
+    """Trainings, one network after the other, and the series that are made of each."""
     images = digits(64)
+    yield (
+        images,
+        frozen(images),
+        [_Series("new head, frozen network", None, None if scale.quick else 1 / 19, True)],
+    )
     if scale.quick:
-        yield f"{images.name}, new head, frozen network", _Series(frozen(images), None, is_compared=True)
-        yield _in_bfloat16(images, 1e-5, None, is_compared=True)
+        yield images, fine_tuned(images, 1e-5), [_in_bfloat16(1e-5, None, is_compared=True)]
         return
-    yield f"{images.name}, new head, frozen network", _Series(frozen(images), 1 / 19, is_compared=True)
     for task, goal in ((images, 1 / 8), (text(), 1 / 9)):
-        yield _whole(task, 1e-4, None)
-        yield _whole(task, 1e-5, 1 / 1.5, is_compared=True)
-        yield _in_bfloat16(task, 1e-4, None)
-        yield _in_bfloat16(task, 1e-5, goal, is_compared=True)
+        yield task, fine_tuned(task, 1e-4), [_whole(1e-4, None), _in_bfloat16(1e-4, None)]
+        # Other tools but one take a copy of each, whatever the network is.
+        compared = task is images
+        yield (
+            task,
+            fine_tuned(task, 1e-5),
+            [
+                _whole(1e-5, 1 / 1.5, is_compared=compared),
+                _in_bfloat16(1e-5, goal, is_compared=compared),
+            ],
+        )
     small = digits(32)
-    yield _whole(small, 1e-5, None)
-    yield _in_bfloat16(small, 1e-5, 1 / 11)
+    yield small, fine_tuned(small, 1e-5), [_whole(1e-5, None), _in_bfloat16(1e-5, 1 / 11)]
 
 
-def _whole(task: Task, rate: float, goal: float | None, *, is_compared: bool = False) -> tuple[str, _Series]:
-    return f"{task.name}, AdamW {rate:g}, fp32", _Series(fine_tuned(task, rate), goal, is_compared)
+def _whole(rate: float, goal: float | None, *, is_compared: bool = False) -> _Series:
+    return _Series(f"AdamW {rate:g}, fp32", None, goal, is_compared)
 
 
-def _in_bfloat16(
-    task: Task, rate: float, goal: float | None, *, is_compared: bool = False
-) -> tuple[str, _Series]:
-    states = (parameters_as(state, torch.bfloat16) for state in fine_tuned(task, rate))
-    return f"{task.name}, AdamW {rate:g}, bf16 parameters", _Series(states, goal, is_compared)
+def _in_bfloat16(rate: float, goal: float | None, *, is_compared: bool = False) -> _Series:
+    return _Series(f"AdamW {rate:g}, bf16 parameters", torch.bfloat16, goal, is_compared)
 
 
 def _still(before: Path, file: Path) -> _Still:
@@ -139,9 +164,11 @@ def _shown(size: int | str) -> str:
     return size if size.endswith("not exact") else "cannot"
 
 
-def _write(folder: Path, states: Iterator[State], count: int) -> list[Path]:
+def _write(folder: Path, states: Iterable[State]) -> Sequence[Path]:
+    """Write each state into a file of its own, in a new folder."""
+    folder.mkdir()
     files = []
-    for number, state in zip(range(count), states, strict=False):
+    for number, state in enumerate(states):
         files.append(folder / f"{number}.pt")
         torch.save(state, files[-1])
     return files
