@@ -20,6 +20,7 @@ from benchmarks import (
     compaction,
     depth,
     exactness,
+    gpu,
     growth,
     imported,
     peers,
@@ -72,6 +73,7 @@ GROUPS: dict[str, tuple[str, Group]] = {
     "cache": ("Cached results", caching.measure),
     "sharded": ("torch.distributed.checkpoint on the registry", sharded.measure),
     "shared": ("A shared registry", shared.measure),
+    "gpu": ("On a GPU", gpu.measure),
     "ui": ("The pages in the browser", ui.measure),
     "exactness": ("What resumes exactly", exactness.measure),
 }

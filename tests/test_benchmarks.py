@@ -18,8 +18,10 @@ import torch
 from benchmarks import __main__ as program
 from benchmarks import (
     compaction,
+    depth,
     exactness,
     floors,
+    gpu,
     growth,
     peers,
     report,
@@ -32,6 +34,7 @@ from benchmarks import (
 )
 from benchmarks.measure import Curve, Result, Scale, Section, Table, ratio, spoken, take_turns, together
 from benchmarks.peers import Peer, PeerFailed, Worker
+from registry.upkeep import choosing
 
 LOSSY = """
 import sys, time
@@ -317,6 +320,49 @@ def test_a_series_settles_and_then_gives_a_checkpoint_every_few_steps() -> None:
     assert torch.equal(task.network.state_dict()["weight"], before["weight"])
     assert not torch.equal(first["weight"], before["weight"])
     assert not torch.equal(first["weight"], second["weight"])
+
+
+def test_each_network_of_a_series_is_trained_once_and_written_as_it_is_and_in_bfloat16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = [series._whole(1e-2, None), series._in_bfloat16(1e-2, None)]
+    task = learning()
+    monkeypatch.setattr(
+        series, "_trainings", lambda scale: iter([(task, tasks.fine_tuned(task, 1e-2), both)] * 2)
+    )
+    kinds = []
+    for name, _, files in series._written(tmp_path, Scale(), 3):
+        weights = [torch.load(file)["model"]["weight"] for file in files]
+        assert len({tuple(weight.flatten().tolist()) for weight in weights}) == 3
+        kinds.append((name, weights[0].dtype))
+    assert kinds == 2 * [
+        ("line, AdamW 0.01, fp32", torch.float32),
+        ("line, AdamW 0.01, bf16 parameters", torch.bfloat16),
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_flatter_tree_has_no_more_levels_than_it_may() -> None:
+    for levels in depth.DEPTHS:
+        found = []
+        for position in range(1, 21):
+            deep = 0
+            while position:
+                position, deep = depth._on_the_way(levels, position, 0, ()), deep + 1
+            found.append(deep)
+        assert max(found) == levels
+    for side in (-1, 1):
+        for distance in range(1, 21):
+            ours = choosing._on_the_way(side * distance, 0, range(-20, 21))
+            assert depth._on_the_way(depth.TREE, side * distance, 0, ()) == ours
+
+
+def test_what_is_measured_on_a_device_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "SMALL", 50)
+    monkeypatch.setattr(gpu, "FEW", 5)
+    section = gpu.on(torch.device("cpu"), tmp_path, width=16, layers=2, rounds=1)
+    assert [result.goal for result in section.results] == [0.02, 1.05, 1.0, 1 / 12, 1.0]
+    assert all(result.value > 0 for result in section.results)
 
 
 def test_what_does_not_move_in_a_series_is_counted(tmp_path: Path) -> None:
