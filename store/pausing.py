@@ -30,8 +30,18 @@ def collector_paused(sizes: Collection[int]) -> Iterator[None]:
     Args:
         sizes: bytes of each tensor.
     """
+    if len(sizes) < MANY or sum(sizes) > SMALL * len(sizes):
+        yield
+        return
+    with collector_off():
+        yield
+
+
+@contextlib.contextmanager
+def collector_off() -> Iterator[None]:
+    """Pause the collector during work that takes some milliseconds, whatever it is about. A collector that is off stays off."""
     global _is_paused
-    if len(sizes) < MANY or sum(sizes) > SMALL * len(sizes) or not gc.isenabled():
+    if not gc.isenabled():
         yield
         return
     _is_paused = True

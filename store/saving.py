@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import operator
 import os
 import threading
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
@@ -85,33 +86,49 @@ class Arena:
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._layout: list[tuple[str, tuple[int, ...]]] = []
+        self._addresses: list[int] = []
         self._parts: list[torch.Tensor] = []
+        self._leaves: list[Leaf] = []
 
     def snapshot(self, state: Encoded) -> Encoded:
         """The state as it is now, whatever becomes of the live tensors; valid until the next snapshot."""
-        copies = iter(self._copied([leaf for leaf in state.leaves if _is_tensor(leaf)]))
+        tensors = [leaf for leaf in state.leaves if isinstance(leaf.source, torch.Tensor) and leaf.size]
+        copies = iter(self._copied(tensors))
+        if len(tensors) == len(state.leaves):
+            return Encoded(state.components, list(copies))
         leaves = []
         for leaf in state.leaves:
             if _is_tensor(leaf):
-                leaves.append(leaf._replace(source=next(copies), is_plain=True, is_live=False))
+                leaves.append(next(copies))
             elif isinstance(leaf.source, np.ndarray):
                 leaves.append(leaf._replace(source=leaf.source.copy(), is_plain=True, is_live=False))
             else:
                 leaves.append(leaf)
         return Encoded(state.components, leaves)
 
-    def _copied(self, leaves: Sequence[Leaf]) -> list[torch.Tensor]:
+    def _copied(self, leaves: Sequence[Leaf]) -> list[Leaf]:
+        """The leaves of tensors, with copies of their values; the same as last time where the same tensors come again."""
         tensors: list[torch.Tensor] = [leaf.source for leaf in leaves]
-        on_cuda = any(tensor.is_cuda for tensor in tensors)
-        layout = [(leaf.dtype, leaf.shape) for leaf in leaves]
+        on_cuda = any(map(operator.attrgetter("is_cuda"), tensors))
+        layout = list(map(operator.attrgetter("dtype", "shape"), leaves))
+        addresses = [leaf.address for leaf in leaves]
         if layout != self._layout or (on_cuda and not self._memory.is_pinned()):
+            # There is none until there is memory for it.
+            self._layout, self._leaves = [], []
             self._lay_out(tensors, pinned=on_cuda)
             self._layout = layout
         with torch.no_grad():
             torch._foreach_copy_(self._parts, tensors, non_blocking=on_cuda)
-        for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
-            torch.cuda.synchronize(device)
-        return self._parts
+        if on_cuda:
+            for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+                torch.cuda.synchronize(device)
+        if not self._leaves:
+            self._leaves, self._addresses = list(leaves), [-1] * len(leaves)
+        for i, (leaf, address, before) in enumerate(zip(leaves, addresses, self._addresses, strict=True)):
+            if address != before:
+                self._leaves[i] = leaf._replace(source=self._parts[i], is_plain=True, is_live=False)
+        self._addresses = addresses
+        return self._leaves
 
     def _lay_out(self, tensors: list[torch.Tensor], *, pinned: bool) -> None:
         """Give each tensor a part of the memory."""

@@ -10,7 +10,7 @@ Both directions stand in one file, so that each form of a value is next to its c
 from __future__ import annotations
 
 import functools
-import math
+import itertools
 import mmap
 import struct
 import sys
@@ -24,15 +24,12 @@ import torch
 from registry.store.dtypes import ELEMENT_TYPES
 from registry.store.errors import Corrupt, Incompatible, Unsupported
 from registry.store.text import quoted
+from registry.store.usual import CLASSES, MAX_DEPTH, MAX_INT_BITS, TORCH_TYPES, encode_usual, float_document
 
-MAX_DEPTH = 200
 _INLINE_BYTES = 512
 """Bytes of a `bytes` value that stands in the document itself, at most."""
 
-_MAX_INT_BITS = 4_096
 _NUMPY_TYPES = frozenset(ELEMENT_TYPES) & {np.dtype(t).name for t in "?bBhHiIqQefdFD"}
-_CLASSES = (torch.Tensor, torch.nn.Parameter)
-_TORCH_TYPES = {getattr(torch, name): name for name in ELEMENT_TYPES if hasattr(torch, name)}
 
 Path = tuple[object, ...]
 
@@ -59,7 +56,7 @@ class Leaf(NamedTuple):
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Leaf:
         """The leaf of a torch tensor of a dtype that can be stored."""
-        kind, shape, size = _TORCH_TYPES[tensor.dtype], tuple(tensor.shape), tensor.nbytes
+        kind, shape, size = TORCH_TYPES[tensor.dtype], tuple(tensor.shape), tensor.nbytes
         return cls(
             dtype=kind,
             shape=shape,
@@ -99,6 +96,11 @@ def encode(components: Mapping[str, Any]) -> tuple[dict[str, Any], list[Leaf]]:
     """
     if sys.byteorder != "little":
         raise Unsupported("torch-registry runs on little-endian machines only")
+    if usual := encode_usual(components):
+        documents, tensors = usual
+        columns = tensors.dtypes, tensors.shapes, tensors.sources, tensors.sizes
+        rows = zip(*columns, itertools.repeat(True), tensors.addresses, itertools.repeat(True), strict=False)
+        return documents, list(map(Leaf._make, rows))
     encoder = _Encoder()
     try:
         documents = {name: encoder.encode(tree, (name,)) for name, tree in components.items()}
@@ -138,12 +140,12 @@ class _Encoder:
         )
 
     def _int(self, value: int, path: Path) -> int:
-        if value.bit_length() > _MAX_INT_BITS:
+        if value.bit_length() > MAX_INT_BITS:
             raise Unsupported(f"{_shown(path)}: an integer of {value.bit_length()} bits cannot be stored")
         return value
 
     def _float(self, value: float, path: Path) -> Any:
-        return value if math.isfinite(value) else {"$float": struct.pack(">d", value).hex()}
+        return float_document(value)
 
     def _complex(self, value: complex, path: Path) -> Any:
         return {"$complex": struct.pack(">dd", value.real, value.imag).hex()}
@@ -267,9 +269,9 @@ _STANDS_FOR: tuple[tuple[type, Callable[[Any], Any]], ...] = (
 def _usual(tensor: torch.Tensor) -> Leaf | None:
     """The leaf of a tensor as nearly all are: in the machine's own memory as it is stored. None for any other."""
     # Another class may answer anything.
-    if type(tensor) not in _CLASSES or tensor.is_nested or tensor.layout is not torch.strided:
+    if type(tensor) not in CLASSES or tensor.is_nested or tensor.layout is not torch.strided:
         return None
-    kind = _TORCH_TYPES.get(tensor.dtype)
+    kind = TORCH_TYPES.get(tensor.dtype)
     if kind is None or not is_plain(tensor):
         return None
     size = tensor.nbytes
@@ -284,7 +286,7 @@ def _usual(tensor: torch.Tensor) -> Leaf | None:
 
 def _refusal(tensor: torch.Tensor) -> Sequence[str]:
     """Why a tensor cannot be stored, and what to do, if that is known; empty if it can."""
-    if type(tensor) not in _CLASSES:
+    if type(tensor) not in CLASSES:
         return f"a tensor subclass {type(tensor).__qualname__}", "convert it with .as_subclass(torch.Tensor)"
     if tensor.is_nested:
         return "a nested tensor", "store its parts with .unbind()"
@@ -292,7 +294,7 @@ def _refusal(tensor: torch.Tensor) -> Sequence[str]:
         return f"a tensor of layout {tensor.layout}", "convert it with .to_dense()"
     if tensor.is_meta:
         return ("a tensor on the meta device, which has no values",)
-    if tensor.dtype not in _TORCH_TYPES:
+    if tensor.dtype not in TORCH_TYPES:
         if tensor.is_quantized:
             return "a quantized tensor", "store .int_repr() with its scale and zero point"
         return (f"a tensor of dtype {tensor.dtype}",)

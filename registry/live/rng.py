@@ -110,7 +110,11 @@ def _captured(python: Any, numpy: Any, cpu: Any, cuda: Any) -> dict[str, Any]:
     if not isinstance(cpu, torch.Tensor):
         raise TypeError("no state of torch's generator")
     found = {
-        "python": {"version": version, "state": torch.tensor(internal), "gauss": gauss},
+        "python": {
+            "version": version,
+            "state": torch.from_numpy(np.array(internal, np.int64)),
+            "gauss": gauss,
+        },
         "numpy": {
             "kind": kind,
             "keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),

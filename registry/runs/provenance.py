@@ -6,6 +6,7 @@ It names no people, no machines, and no folders outside the working directory.
 from __future__ import annotations
 
 import functools
+import operator
 import os
 import platform
 import re
@@ -36,7 +37,7 @@ def of_process() -> Mapping[str, Any]:
 
 def devices(tensors: Iterable[torch.Tensor]) -> list[str]:
     """The kinds of devices that tensors are on, such as `cpu` and an accelerator's model."""
-    kinds = {tensor.device for tensor in tensors}
+    kinds = set(map(operator.attrgetter("device"), tensors))
     return sorted({torch.cuda.get_device_name(d) if d.type == "cuda" else d.type for d in kinds})
 
 

@@ -32,6 +32,7 @@ from registry.runs.recording import Recording, Saved
 from registry.runs.session import Session
 from registry.store.durable import make_folder, unlink, write_file
 from registry.store.errors import Conflict, Invalid, RegistryError, storage_errors
+from registry.store.pausing import collector_off
 from registry.store.saving import Arena, Encoded
 from registry.store.text import printable
 from registry.transfer.plan import TransferPlan
@@ -358,10 +359,10 @@ class Run:
             return self._last
 
         def begin() -> None:
-            if self._arena is None:
-                self._arena = Arena()
-            state, about = recording.encoded(saved, own)
-            copied = self._arena.snapshot(state)
+            with collector_off():
+                copied, about = self._copied(saved, own)
+            # Freeing tensors waits for a thread that is at work, so they are freed before one is.
+            own.clear()
             self._in_flight = self._saver.submit(self._publish, copied, about, fields)
 
         # In the processes that do not lead, this stands for the save of the leading one.
@@ -372,6 +373,13 @@ class Run:
             self._in_flight = None
             raise
         return None
+
+    def _copied(self, saved: Saved, own: Sequence[dict[str, Any]]) -> tuple[Encoded, dict[str, Any]]:
+        """The state of live objects, copied to host memory, and its provenance."""
+        if self._arena is None:
+            self._arena = Arena()
+        state, about = self._recording.encoded(saved, own)
+        return self._arena.snapshot(state), about
 
     def _own(self, saved: Saved, what: str) -> list[dict[str, Any]]:
         """The parts of a state that differ between processes, by rank."""

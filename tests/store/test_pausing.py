@@ -12,7 +12,7 @@ import torch
 
 from registry import Registry
 from registry.store import pausing
-from registry.store.pausing import MANY, SMALL, collector_paused
+from registry.store.pausing import MANY, SMALL, collector_off, collector_paused
 from registry.store.store import Store
 
 
@@ -42,6 +42,15 @@ def test_a_collector_that_is_off_stays_off() -> None:
     with collector_paused(ENOUGH):
         assert not gc.isenabled()
     assert not gc.isenabled()
+
+
+def test_it_is_off_for_a_moment_whatever_is_done() -> None:
+    with collector_off():
+        assert not gc.isenabled()
+        with collector_off():
+            pass
+        assert not gc.isenabled()
+    assert gc.isenabled()
 
 
 def test_a_process_that_is_forked_meanwhile_collects() -> None:

@@ -15,7 +15,9 @@ import torch
 
 from registry.store import durable, header, saving
 from registry.store.errors import Unsupported
+from registry.store.saving import Arena, Encoded
 from registry.store.store import Store
+from registry.store.tree import encode
 
 PEAK = """
 import sys, torch
@@ -228,3 +230,17 @@ def test_what_is_saved_in_a_mode_of_torch_is_saved_as_it_is(tmp_path: Path) -> N
     with FakeTensorMode():
         saved = store.put({"model": {"w": small}})
     assert torch.equal(store.get(saved.digest)["model"]["w"], small)
+
+
+def test_a_snapshot_knows_where_its_tensors_lie_now() -> None:
+    one, other = {"a": torch.ones(4), "b": torch.zeros(4)}, {"a": torch.ones(4)}
+    arena, copies = Arena(), []
+    for tensors in (one, one | other, one):
+        documents, leaves = encode({"model": tensors})
+        found = arena.snapshot(Encoded(documents, leaves)).leaves
+        assert [leaf.address for leaf in found] == [tensor.data_ptr() for tensor in tensors.values()]
+        assert [
+            torch.equal(leaf.source, tensor) for leaf, tensor in zip(found, tensors.values(), strict=True)
+        ]
+        copies.append([leaf.source.data_ptr() for leaf in found])
+    assert copies[0] == copies[1] == copies[2]

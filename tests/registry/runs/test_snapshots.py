@@ -16,7 +16,7 @@ from small_network import copied, equal, made, step
 from registry import Registry
 from registry.catalog.versions import list_versions
 from registry.store import durable
-from registry.store.errors import StorageError
+from registry.store.errors import StorageError, Unsupported
 
 
 @pytest.mark.parametrize("wait", [True, False])
@@ -81,6 +81,71 @@ def test_host_buffers_are_used_again(registry: Registry) -> None:
         run.save(model=net, wait=False)
         assert run._arena is arena
         assert arena._memory.data_ptr() == memory
+
+
+def test_the_same_tensors_are_copied_anew_at_each_save_and_others_of_their_kind_as_well(
+    registry: Registry,
+) -> None:
+    """Also where memory is used again, changes hands among tensors, or is another than at the save before."""
+    live = [torch.zeros(2_000) for _ in range(4)]
+    order = [
+        live,
+        live,
+        live[::-1],
+        [live[0].clone(), *live[1:]],
+        [live[0].view(torch.int32), *live[1:]],
+        live,
+    ]
+    expected = []
+    with registry.run("net") as run:
+        for number, tensors in enumerate(order):
+            for i, tensor in enumerate(tensors):
+                tensor.fill_(10 * number + i)
+            expected.append([tensor.clone() for tensor in tensors])
+            run.save(states={"model": {str(i): tensor for i, tensor in enumerate(tensors)}}, wait=False)
+            for tensor in tensors:
+                tensor.fill_(-1)
+    for number, tensors in enumerate(expected, 1):
+        found = registry[f"net:v{number}"].state_dict()
+        assert [*found] == [str(i) for i in range(4)]
+        assert all(
+            one.dtype == other.dtype and torch.equal(one, other)
+            for one, other in zip(found.values(), tensors, strict=True)
+        )
+
+
+def test_values_of_the_program_may_change_at_once(registry: Registry) -> None:
+    import numpy as np
+
+    array, numbers, deep = np.arange(4.0), [1, 2], {"a": {"b": [torch.ones(2)]}}
+    tree = {"array": array, "numbers": numbers, "deep": deep, "tensor": torch.ones(2)}
+    with registry.run("net") as run:
+        for _ in range(2):
+            run.save(states={"model": tree}, wait=False)
+            array += 1
+            numbers.append(3)
+            deep["a"]["b"][0].add_(1)
+            deep["a"]["b"].append(torch.zeros(1))
+            del tree["tensor"]
+            tree["tensor"] = torch.ones(2)
+    for number in range(2):
+        found = registry[f"net:v{number + 1}"].state_dict()
+        assert np.array_equal(found["array"], np.arange(4.0) + number)
+        assert found["numbers"] == [1, 2] + number * [3]
+        assert torch.equal(found["deep"]["a"]["b"][0], torch.ones(2) + number)
+        assert len(found["deep"]["a"]["b"]) == 1 + number
+
+
+def test_what_cannot_be_stored_is_refused_at_the_call_and_the_next_save_is_whole(registry: Registry) -> None:
+    tensors = {f"{i}": torch.full((8,), float(i)) for i in range(3)}
+    with registry.run("net") as run:
+        run.save(states={"model": tensors}, wait=False)
+        with pytest.raises(Unsupported, match="model/odd"):
+            run.save(states={"model": tensors | {"odd": object()}}, wait=False)
+        tensors["0"].fill_(5)
+        run.save(states={"model": tensors}, wait=False)
+    assert torch.equal(registry["net:v2"].state_dict()["0"], torch.full((8,), 5.0))
+    assert torch.equal(registry["net:v1"].state_dict()["0"], torch.zeros(8))
 
 
 class Slow(durable.Disk):
