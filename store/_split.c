@@ -1,4 +1,5 @@
-/* Splits a difference by the classes of its elements, and joins it again. `splitting.py` does the same by numpy.
+/* Splits a difference by the classes of its elements, and joins it again. `splitting.py` does the same by numpy. The last
+   function, `sums`, tells how far floats moved, as `registry/transfer/values.py` does by numpy.
 
    An element is a float of 2 or 4 bytes, read as a whole number without a sign. Its class is the number of limits that
    are not above the exponent of the old element: the byte behind the sign. Every function releases the interpreter
@@ -8,6 +9,8 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <math.h>
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -344,10 +347,92 @@ release_limits:
     return result;
 }
 
+/* The loops over lanes become vector instructions. AVX2, where the processor has it, takes half the time of SSE2. */
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)
+#define FOR_EACH_PROCESSOR __attribute__((target_clones("avx2", "default")))
+#else
+#define FOR_EACH_PROCESSOR
+#endif
+
+enum { LANES = 16, SUMMED = 1024 };
+
+typedef struct {
+    double moved, before, cross;
+    float largest;
+    Py_ssize_t changed;
+} Sums;
+
+/* Sums of `SUMMED` elements are float32 in each lane, and those of all elements float64. Zeros follow the last element. */
+FOR_EACH_PROCESSOR static void sum_up(const float *old, const float *new, Py_ssize_t length, Sums *sums)
+{
+    float last_old[SUMMED] = {0}, last_new[SUMMED] = {0}, largest[LANES] = {0};
+    double all_steps[LANES] = {0}, all_squares[LANES] = {0}, all_products[LANES] = {0};
+    for (Py_ssize_t left = length; left > 0; left -= SUMMED, old += SUMMED, new += SUMMED) {
+        float steps[LANES] = {0}, squares[LANES] = {0}, products[LANES] = {0};
+        int32_t changed[LANES] = {0};
+        if (left < SUMMED) {
+            old = memcpy(last_old, old, (size_t)left * 4);
+            new = memcpy(last_new, new, (size_t)left * 4);
+        }
+        for (int i = 0; i < SUMMED; i += LANES)
+            for (int k = 0; k < LANES; k++) {
+                float before = old[i + k], step = new[i + k] - before, distance = fabsf(step);
+                steps[k] += step * step;
+                squares[k] += before * before;
+                products[k] += before * step;
+                largest[k] = largest[k] < distance ? distance : largest[k];
+                changed[k] += step != 0;
+            }
+        for (int k = 0; k < LANES; k++) {
+            all_steps[k] += steps[k];
+            all_squares[k] += squares[k];
+            all_products[k] += products[k];
+            sums->changed += changed[k];
+        }
+    }
+    for (int k = 0; k < LANES; k++) {
+        sums->moved += all_steps[k];
+        sums->before += all_squares[k];
+        sums->cross += all_products[k];
+        sums->largest = sums->largest < largest[k] ? largest[k] : sums->largest;
+    }
+}
+
+PyDoc_STRVAR(
+    sums_doc,
+    "sums(old, new, /)\n--\n\n"
+    "Return the sums of squares of `new - old` and of `old`, that of the products of both, the largest distance, and how\n"
+    "many elements differ. Elements are float32.");
+
+static PyObject *sums(PyObject *Py_UNUSED(module), PyObject *arguments)
+{
+    PyObject *old_object, *new_object, *result = NULL;
+    Py_buffer old, new;
+    Sums found = {0};
+
+    if (!PyArg_ParseTuple(arguments, "OO:sums", &old_object, &new_object) || first_elements_of(old_object, &old) < 0)
+        return NULL;
+    if (as_many_elements_of(new_object, &new, &old, 0) < 0)
+        goto release_old;
+    if (old.itemsize == 4 && (uintptr_t)old.buf % 4 == 0 && (uintptr_t)new.buf % 4 == 0) {
+        Py_BEGIN_ALLOW_THREADS
+        sum_up(old.buf, new.buf, old.len / 4, &found);
+        Py_END_ALLOW_THREADS
+        result = Py_BuildValue(
+            "ddddn", found.moved, found.before, found.cross, (double)found.largest, found.changed);
+    } else
+        PyErr_SetString(PyExc_ValueError, "elements have 4 bytes, and begin at a multiple of that");
+    PyBuffer_Release(&new);
+release_old:
+    PyBuffer_Release(&old);
+    return result;
+}
+
 static PyMethodDef methods[] = {
     {"count", count, METH_VARARGS, count_doc},
     {"split", split, METH_VARARGS, split_doc},
     {"join", join, METH_VARARGS, join_doc},
+    {"sums", sums, METH_VARARGS, sums_doc},
     {NULL, NULL, 0, NULL},
 };
 

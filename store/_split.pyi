@@ -18,3 +18,11 @@ def join(old: Any, limits: bytes, counts: tuple[int, ...], values: Any, out: Any
     Raises:
         ValueError: if a class has another number of elements than `counts` says, or the arrays have several lengths.
     """
+
+def sums(old: Any, new: Any, /) -> tuple[float, float, float, float, int]:
+    """Return the sums of squares of `new - old` and of `old`, that of the products of both, the largest distance, and how
+    many elements differ. Elements are float32; NaN makes a sum NaN, and is no largest distance.
+
+    Raises:
+        ValueError: if the arrays have several lengths, or elements do not begin at a multiple of 4 bytes.
+    """

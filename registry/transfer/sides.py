@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import nn
 
@@ -17,6 +18,9 @@ from registry.store.digest import digest as digest_of
 from registry.store.digest import tensor_digest
 from registry.store.errors import Invalid, RegistryError
 from registry.store.tree import Leaf
+
+_CHUNK = 1 << 19
+"""Bytes that are compared at once, so that what is written of them stays in the processor's cache."""
 
 
 class StateEntry(NamedTuple):
@@ -125,7 +129,7 @@ class Side:
             return True
         if name in self._digests or its_name in other._digests:
             return self.digest(name) == other.digest(its_name)
-        return torch.equal(components.bits(self.tensor(name)), components.bits(other.tensor(its_name)))
+        return _same(components.bits(self.tensor(name)), components.bits(other.tensor(its_name)))
 
     def explained_by(self, module: nn.Module, live: Side) -> Side:
         """The same tensors as a side of a live network, which says what is a parameter and what a buffer.
@@ -190,3 +194,21 @@ class Side:
             return {}
         loss = {} if self.checkpoint.loss is None else {"loss": self.checkpoint.loss}
         return with_metrics(loss, self.checkpoint.metrics)
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two rows of integers of one type are equal; nothing is read behind the chunk of the first difference.
+
+    All threads of `torch.equal` wait for one another at every tensor, and it reads less than half as fast.
+    """
+    if a.shape != b.shape:
+        return False
+    one, other = (row.numpy().view(numpy.uint8) for row in (a, b))
+    # Words of 64 bits are compared fastest.
+    whole = len(one) // 8 * 8
+    words = one[:whole].view(numpy.uint64), other[:whole].view(numpy.uint64)
+    step = _CHUNK // 8
+    return numpy.array_equal(one[whole:], other[whole:]) and all(
+        numpy.array_equal(*(word[start : start + step] for word in words))
+        for start in range(0, whole // 8, step)
+    )

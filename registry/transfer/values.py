@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,17 @@ from typing import Any
 import numpy
 import torch
 
+from registry.store.parallel import in_parallel
 from registry.transfer.matching import Pair
 from registry.transfer.report_rows import ModuleChange, ValueChange
 from registry.transfer.report_tree import together
 from registry.transfer.sides import Side
+
+try:
+    from registry.store._split import sums as _compiled
+except ImportError:
+    # No compiler built it. numpy does the same, in several passes.
+    _compiled = None  # type: ignore[assignment]
 
 _CHUNK = 1 << 18
 """Elements that are worked on at once: what is computed of them stays in the processor's cache."""
@@ -64,13 +72,25 @@ def changes(pairs: Sequence[Pair], left: Side, right: Side) -> Iterator[ValueCha
     """
     if not (left.has_values and right.has_values):
         return
-    rooms = _Rooms()
-    for pair in pairs:
-        if pair.a and pair.b and pair.a.shape == pair.b.shape:
-            a, b = _real(left.tensor(pair.a.name)), _real(right.tensor(pair.b.name))
-            sums = _sums_of(a, b, rooms)
-            if sums.changed or sums.bad_a or sums.bad_b:
-                yield _change(pair.b.name, len(a), sums)
+    alike = [
+        (pair.b.name, left.tensor(pair.a.name), right.tensor(pair.b.name))
+        for pair in pairs
+        if pair.a and pair.b and pair.a.shape == pair.b.shape
+    ]
+    found: dict[int, ValueChange] = {}
+    rooms = threading.local()
+
+    def measure(place: int) -> None:
+        if not hasattr(rooms, "own"):
+            rooms.own = _Rooms()
+        name, before, after = alike[place]
+        a, b = _real(before), _real(after)
+        sums = _sums_of(a, b, rooms.own)
+        if sums.changed or sums.bad_a or sums.bad_b:
+            found[place] = _change(name, len(a), sums)
+
+    in_parallel(range(len(alike)), measure, [before.nbytes + after.nbytes for _, before, after in alike])
+    yield from (found[place] for place in sorted(found))
 
 
 def by_module(moved: Sequence[ValueChange]) -> Iterator[ModuleChange]:
@@ -95,10 +115,7 @@ class _Rooms:
 # Numbers that are not finite are no error here: they are counted.
 @numpy.errstate(all="ignore")
 def _sums_of(a: torch.Tensor, b: torch.Tensor, rooms: _Rooms) -> _Sums:
-    """The sums of two tensors, chunk by chunk.
-
-    Numpy computes in this thread alone: others would wait for the interpreter lock and for memory most of the time.
-    """
+    """The sums of two tensors, chunk by chunk."""
     found = _Sums()
     is_narrow = len(a) >= _FEW and {a.dtype, b.dtype} <= _SINGLES
     for x, y in zip(torch.split(a, _CHUNK), torch.split(b, _CHUNK), strict=True):
@@ -112,18 +129,19 @@ def _in_float32(x: torch.Tensor, y: torch.Tensor, rooms: _Rooms) -> _Sums | None
     before, after, step = (room[: len(x)] for room in rooms.singles)
     one = x.numpy() if x.dtype is torch.float32 else _widened(x, before)
     other = y.numpy() if y.dtype is torch.float32 else _widened(y, after)
-    numpy.subtract(other, one, out=step)
-    sums = _Sums(largest=max(float(step.max()), -float(step.min())), before=_dot(one, one))
+    # Elements of a tensor may begin anywhere, such as those of `torch.frombuffer`.
+    if _compiled is not None and one.flags.aligned and other.flags.aligned:
+        moved, squares, cross, largest, changed = _compiled(one, other)
+        sums = _Sums(moved=moved, before=squares, cross=cross, largest=largest, changed=changed)
+    else:
+        numpy.subtract(other, one, out=step)
+        sums = _Sums(largest=max(float(step.max()), -float(step.min())), before=_dot(one, one))
+        if sums.largest:
+            sums.moved, sums.cross, sums.changed = _dot(step, step), _dot(one, step), _count(step, rooms)
     if not _TINY**2 * len(x) <= sums.before < math.inf:
         return None
-    if sums.largest == 0.0:
-        return sums
-    if not _TINY <= sums.largest < math.inf:
+    if sums.changed and not (sums.largest >= _TINY and sums.moved < math.inf):
         return None
-    sums.moved, sums.cross = _dot(step, step), _dot(one, step)
-    if not math.isfinite(sums.moved):
-        return None
-    sums.changed = _count(step, rooms)
     return sums
 
 
@@ -170,9 +188,14 @@ def _change(name: str, count: int, sums: _Sums) -> ValueChange:
 def _widened(part: torch.Tensor, room: _Floats) -> _Floats:
     """A chunk in the memory given, and in its type."""
     wide = room[: len(part)]
-    # numpy has no bfloat16.
     if part.dtype is torch.bfloat16:
-        torch.from_numpy(wide).copy_(part)
+        # numpy has no bfloat16, which is the upper half of a float32. torch would use all its threads in each of ours.
+        single = wide if wide.dtype == numpy.float32 else numpy.empty(len(wide), numpy.float32)
+        upper = single.view(numpy.uint32)
+        numpy.copyto(upper, part.view(torch.uint16).numpy())
+        numpy.left_shift(upper, 16, out=upper)
+        if single is not wide:
+            numpy.copyto(wide, single)
     else:
         numpy.copyto(wide, part.numpy())
     return wide

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -19,6 +20,7 @@ from torch import nn
 from registry import Registry, diff
 from registry.models import LeNet5, LeNet6
 from registry.store.errors import Conflict, Invalid, NotFound, Unsupported
+from registry.transfer import values as transfer_values
 from registry.transfer.matching import Category, Pair, match
 from registry.transfer.renames import without_wrappers
 from registry.transfer.report import LayerDifference
@@ -475,6 +477,17 @@ def test_large_tensors_are_measured_whole_and_every_dtype_is() -> None:
         assert not diff({"w": one}, {"w": one.clone()}, values=True).changes
 
 
+@pytest.fixture(params=["compiled", "numpy"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How chunks of float32 are summed up; compiled only where a compiler was found."""
+    if request.param == "numpy":
+        monkeypatch.setattr(transfer_values, "_compiled", None)
+    elif transfer_values._compiled is None:
+        pytest.skip("no compiler built it")
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("scale", [1e-38, 1e-25, 1e-12, 1.0, 1e15, 1e30])
 @pytest.mark.parametrize("distance", [1e-3, 1.0])
@@ -500,6 +513,7 @@ def test_norms_are_right_whatever_the_size_of_the_numbers(
     assert change.nonfinite_a == change.nonfinite_b == 0
 
 
+@pytest.mark.usefixtures("way")
 def test_numbers_that_are_not_finite_are_counted_in_large_tensors_and_the_rest_is_measured() -> None:
     a, b = torch.ones(200_000), torch.ones(200_000)
     b[150_000] = 3.0
@@ -507,6 +521,66 @@ def test_numbers_that_are_not_finite_are_counted_in_large_tensors_and_the_rest_i
     (change,) = diff({"w": a}, {"w": b}, values=True).changes
     assert (change.norm, change.largest, change.nonfinite_a, change.nonfinite_b) == (2.0, 2.0, 2, 2)
     assert change.changed == pytest.approx(3 / 200_000)
+
+
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 1023, 1024, 1025, 5000, 40_001])
+def test_compiled_sums_are_those_of_every_element(count: int) -> None:
+    if transfer_values._compiled is None:
+        pytest.skip("no compiler built it")
+    random = np.random.default_rng(count)
+    old = random.standard_normal(count).astype(np.float32)
+    new = old + random.standard_normal(count).astype(np.float32)
+    new[::3] = old[::3]
+    step = (new - old).astype(np.float64)
+    wide = old.astype(np.float64)
+    moved, before, cross, largest, changed = transfer_values._compiled(old, new)
+    assert (moved, before) == pytest.approx((step @ step, wide @ wide), rel=1e-6)
+    assert cross == pytest.approx(wide @ step, abs=1e-6 * (wide @ wide + 1))
+    assert (largest, changed) == (np.abs(step).max(initial=0), np.count_nonzero(step))
+    for place in {0, count // 2, count - 1} & set(range(count)):
+        for bad in (math.nan, math.inf, -math.inf):
+            spoilt = new.copy()
+            spoilt[place] = bad
+            assert not math.isfinite(transfer_values._compiled(old, spoilt)[0])
+            assert not math.isfinite(transfer_values._compiled(spoilt, new)[1])
+
+
+def test_compiled_sums_are_of_aligned_float32_of_one_length_alone() -> None:
+    if transfer_values._compiled is None:
+        pytest.skip("no compiler built it")
+    fine = np.ones(100, np.float32)
+    shifted = np.frombuffer(bytes(401), np.uint8)[1:].view(np.float32)
+    for wrong in (fine[1:], fine.astype(np.float64), fine.astype(np.float16), shifted):
+        for one, other in ((fine, wrong), (wrong, fine), (wrong, wrong[:0])):
+            with pytest.raises(ValueError, match=r"lengths|bytes"):
+                transfer_values._compiled(one, other)
+
+
+@pytest.mark.usefixtures("way")
+def test_elements_may_begin_at_any_byte() -> None:
+    memory = bytearray(4 * 20_000 + 1)
+    shifted = torch.frombuffer(memory, dtype=torch.float32, offset=1)
+    a = torch.linspace(1, 2, 20_000)
+    shifted.copy_(a)
+    shifted[7] += 3
+    (change,) = diff({"w": a}, {"w": shifted}, values=True).changes
+    assert (change.norm, change.changed) == (pytest.approx(3), 1 / 20_000)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int16, torch.float32, torch.complex128])
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 300_001])
+def test_tensors_are_equal_if_each_of_their_bytes_is(dtype: torch.dtype, count: int) -> None:
+    a = torch.arange(count).remainder(2).to(dtype)
+
+    def is_equal(b: torch.Tensor) -> bool | None:
+        (row,) = diff({"w": a}, {"w": b}).rows
+        return row.equal
+
+    assert is_equal(a.clone())
+    for place in {0, count // 2, count - 1} & set(range(count)):
+        other = a.clone()
+        other[place] = int(a[place] == 0)
+        assert not is_equal(other), place
 
 
 def test_many_tensors_are_measured_in_their_order_each_for_itself() -> None:
