@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TYPES := build/types
 
-SOAK_SECONDS ?= 960
+SOAK_SECONDS ?= 400
 
 FRAMEWORKS := .venv-integrations
 
@@ -19,7 +19,7 @@ help:
 	@echo "make check        format, lint, types, links"
 	@echo "make demo         train, kill, resume, look at it in TensorBoard, and use the best"
 	@echo "make bench        measure against what people use now, in three minutes; docs/benchmarks.md explains"
-	@echo "make bench-full   all of it, in half an hour; writes docs/benchmarks.md"
+	@echo "make bench-full   all of it, in an hour and a half; writes docs/benchmarks.md"
 	@echo "make exactness    kill and resume trainings of each framework; writes the table of docs/integrations.md"
 	@echo "make docs         write docs/cli.md from the commands' own help"
 	@echo "make constraints  pin the versions that are installed now"
@@ -71,7 +71,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks --quick --write build/benchmarks
 
 bench-full: $(READY)
-	$(BIN)/python -m benchmarks --runs 3 --write docs
+	$(BIN)/python -m benchmarks --runs 2 --write docs
 
 exactness: $(FRAMEWORKS)/.ready
 	$(FRAMEWORKS)/bin/python -m benchmarks exactness --write docs

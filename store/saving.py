@@ -25,6 +25,7 @@ import torch
 
 from registry.store.digest import ALL_CORES, preamble
 from registry.store.digest import digest as digest_of
+from registry.store.errors import StorageError
 from registry.store.fingerprints import SMALLEST, remembered
 from registry.store.manifest import TensorInfo
 from registry.store.pack import Changed, PackInfo, PackWriter
@@ -59,12 +60,50 @@ _LARGE = 32 << 20
 _THREADS = min(os.cpu_count() or 1, 4)
 
 
+class Mark(Protocol):
+    """A mark in the work of a device, such as a `torch.cuda.Event`."""
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what stands before the mark."""
+        ...
+
+
+class Copying:
+    """Copies that devices have still to make.
+
+    Args:
+        marks: behind the copies, one for each device.
+        sources: what is copied; its memory is given to nobody else before that is done.
+    """
+
+    def __init__(self, marks: Sequence[Mark] = (), sources: Sequence[torch.Tensor] = ()) -> None:
+        self._marks, self._sources = marks, sources
+
+    def wait(self) -> None:
+        """Wait until all are made.
+
+        Raises:
+            StorageError: if a device reports that it failed.
+        """
+        try:
+            for mark in self._marks:
+                mark.synchronize()
+        except RuntimeError as error:
+            raise StorageError(f"the device did not copy what was to be saved: {error}") from error
+        self._sources = ()
+
+
 @dataclass(slots=True)
 class Encoded:
-    """Encoded components, ready to be put: the trees' documents and their distinct tensors."""
+    """Encoded components, ready to be put: the trees' documents and their distinct tensors.
+
+    Attributes:
+        copying: what devices have still to do before the tensors' bytes are there.
+    """
 
     components: dict[str, Any]
     leaves: list[Leaf]
+    copying: Copying = field(default_factory=Copying)
     digests: list[str | None] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -80,7 +119,8 @@ class Arena:
     """Host memory for one snapshot at a time, used again by the next; it grows to the largest and is kept.
 
     Faulting in fresh memory costs twice as much as the copy itself, so it is worth keeping. Where tensors come
-    from a CUDA device the memory is pinned.
+    from a CUDA device the memory is pinned, and the device copies on its current stream. It does so behind all work that it was
+    given before, and ahead of all that it is given later, so the program need not wait.
     """
 
     def __init__(self) -> None:
@@ -89,13 +129,19 @@ class Arena:
         self._addresses: list[int] = []
         self._parts: list[torch.Tensor] = []
         self._leaves: list[Leaf] = []
+        self._copying = Copying()
 
     def snapshot(self, state: Encoded) -> Encoded:
-        """The state as it is now, whatever becomes of the live tensors; valid until the next snapshot."""
+        """The state as it is now, whatever becomes of the live tensors; valid until the next snapshot.
+
+        Other streams of a device than its current one must wait for that before they change a tensor.
+        """
+        # They write to the memory that is used again.
+        self._copying.wait()
         tensors = [leaf for leaf in state.leaves if isinstance(leaf.source, torch.Tensor) and leaf.size]
         copies = iter(self._copied(tensors))
         if len(tensors) == len(state.leaves):
-            return Encoded(state.components, list(copies))
+            return Encoded(state.components, list(copies), self._copying)
         leaves = []
         for leaf in state.leaves:
             if _is_tensor(leaf):
@@ -104,7 +150,7 @@ class Arena:
                 leaves.append(leaf._replace(source=leaf.source.copy(), is_plain=True, is_live=False))
             else:
                 leaves.append(leaf)
-        return Encoded(state.components, leaves)
+        return Encoded(state.components, leaves, self._copying)
 
     def _copied(self, leaves: Sequence[Leaf]) -> list[Leaf]:
         """The leaves of tensors, with copies of their values; the same as last time where the same tensors come again."""
@@ -119,9 +165,9 @@ class Arena:
             self._layout = layout
         with torch.no_grad():
             torch._foreach_copy_(self._parts, tensors, non_blocking=on_cuda)
-        if on_cuda:
-            for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
-                torch.cuda.synchronize(device)
+        devices = {tensor.device for tensor in tensors if tensor.is_cuda} if on_cuda else ()
+        marks = [torch.cuda.current_stream(device).record_event() for device in devices]
+        self._copying = Copying(marks, tensors if marks else ())
         if not self._leaves:
             self._leaves, self._addresses = list(leaves), [-1] * len(leaves)
         for i, (leaf, address, before) in enumerate(zip(leaves, addresses, self._addresses, strict=True)):
@@ -172,7 +218,11 @@ def write_new(
 
     Returns:
         The published pack, or None if every tensor was known. Fills in `state.digests`.
+
+    Raises:
+        StorageError: if the disk is full or refuses, or a device did not copy its tensors.
     """
+    state.copying.wait()
     for attempt in itertools.count():
         try:
             return _write_new(state, known, tmp=tmp, packs=packs, progress=progress)

@@ -259,7 +259,9 @@ class Run:
                 a list has those of each process.
             files: contents of files by relative name, such as those of a tokenizer, to be kept byte for byte.
             wait: return when the version is durable. Otherwise return as soon as the state is copied to host
-                memory; hashing and writing go on behind the training, at most one save at a time.
+                memory; hashing and writing go on behind the training, at most one save at a time. A CUDA device copies on
+                its current stream, behind the work that it has and ahead of what it gets later, and is not waited for. Other
+                streams of yours must wait for that one before they change what is saved.
             live: components by name: anything with `state_dict()` and `load_state_dict()`, such as
                 `model=model, optimizer=optimizer, ema=ema`, and lists of such objects. Each of several processes records its own random
                 state, and its own state of components whose attribute `per_rank` is true. Everything else comes

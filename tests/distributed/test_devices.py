@@ -161,6 +161,32 @@ def test_training_on_a_real_device_resumes_exactly(tmp_path: Path, wait: bool) -
 
 
 @pytest.mark.gpu
+def test_a_save_that_does_not_wait_holds_the_values_of_its_moment_and_leaves_the_device_at_work(
+    tmp_path: Path,
+) -> None:
+    weights = [torch.zeros(1 << 26, device="cuda") for _ in range(4)]
+    parts = {"w": weights, "transposed": torch.rand(500, 700, device="cuda").T, "on the host": torch.ones(3)}
+    expected = parts["transposed"].cpu()  # type: ignore[attr-defined]
+    with Registry(tmp_path).run("net") as run:
+        for number in range(1, 4):
+            torch.cuda._sleep(1_000_000_000)  # half a second, behind which all that follows waits
+            for weight in weights:
+                weight.fill_(number)
+            before = torch.cuda.Event()
+            before.record()
+            run.save(states={"model": parts}, wait=False)
+            is_at_work = not before.query()
+            for weight in weights:
+                weight.fill_(-1)
+            # The first one asks for pinned memory, which waits for the device.
+            assert is_at_work or number == 1
+    for number in range(1, 4):
+        found = Registry(tmp_path)[f"net:v{number}"].load()["model"]
+        assert all(bool((weight == number).all()) for weight in found["w"])
+        assert torch.equal(found["transposed"], expected)
+
+
+@pytest.mark.gpu
 def test_a_sharded_checkpoint_of_a_real_device(tmp_path: Path) -> None:
     registry = Registry(tmp_path)
     state = {"model": {"w": torch.randn(100, 10, device="cuda")}}

@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ import pytest
 import torch
 
 from registry.store import durable, header, saving
-from registry.store.errors import Unsupported
-from registry.store.saving import Arena, Encoded
+from registry.store.errors import StorageError, Unsupported
+from registry.store.saving import Arena, Copying, Encoded
 from registry.store.store import Store
 from registry.store.tree import encode
 
@@ -244,3 +245,42 @@ def test_a_snapshot_knows_where_its_tensors_lie_now() -> None:
         ]
         copies.append([leaf.source.data_ptr() for leaf in found])
     assert copies[0] == copies[1] == copies[2]
+
+
+class Late:
+    """A device that copies only when it is waited for, as real ones may."""
+
+    def __init__(self, into: torch.Tensor, value: float) -> None:
+        self.into, self.value = into, value
+
+    def synchronize(self) -> None:
+        self.into.fill_(self.value)
+
+
+class Broken:
+    """A device that failed."""
+
+    def synchronize(self) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_what_a_device_has_still_to_copy_is_waited_for(tmp_path: Path) -> None:
+    documents, leaves = encode({"model": {"w": torch.zeros(100_000)}})
+    source = torch.ones(3)
+    is_alive = weakref.ref(source)
+    copying = Copying([Late(leaves[0].source, 7.0)], [source])
+    del source
+    assert is_alive() is not None
+    store = Store(tmp_path / "s")
+    saved = store.put(Encoded(documents, leaves, copying))
+    assert torch.equal(store.get(saved.digest)["model"]["w"], torch.full((100_000,), 7.0))
+    assert is_alive() is None
+
+
+def test_a_device_that_fails_costs_the_save_alone(tmp_path: Path) -> None:
+    documents, leaves = encode({"model": {"w": torch.zeros(100_000)}})
+    store = Store(tmp_path / "s")
+    with pytest.raises(StorageError, match="did not copy what was to be saved: CUDA error"):
+        store.put(Encoded(documents, leaves, Copying([Broken()])))
+    assert files(tmp_path) == {}
+    assert torch.equal(store.get(store.put({"w": torch.ones(2)}).digest)["w"], torch.ones(2))
