@@ -10,7 +10,6 @@
 #include <Python.h>
 
 #include <math.h>
-#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
