@@ -191,6 +191,21 @@ def test_what_is_given_on_has_the_digest_whatever_another_thread_does(
     assert found.digest == tensor_digest("float32", values.shape, memoryview(given))
 
 
+def test_a_small_tensor_that_changes_is_described_by_the_copy_that_is_given_on() -> None:
+    seen, kept = Seen(), []
+
+    def keep(part: memoryview) -> None:
+        kept.append(part)
+        seen.values[:] += 1
+
+    address, data = seen.values.__array_interface__["data"][0], seen.values.view(np.uint8).data
+    found = seen.remembered.find(address, "float32", (VALUES,), data, is_live=True, use=keep)
+    (part,) = kept
+    assert bytes(part) == bytes(4 * VALUES)
+    assert found.digest == tensor_digest("float32", (VALUES,), part)
+    assert found.fingerprint == seen.remembered.fingerprint(part)
+
+
 def test_nothing_is_given_on_of_what_is_remembered() -> None:
     seen, given = Seen(), bytearray()
     seen.digest()
