@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Sequence
@@ -44,6 +45,15 @@ def preamble(dtype: str, shape: Sequence[int]) -> bytes:
 
     >>> preamble("float32", (6, 1, 5, 5))
     b'float32 [6,1,5,5]\\n'
+    """
+    return _preamble(dtype, tuple(shape))
+
+
+@functools.lru_cache(maxsize=1024)
+def _preamble(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """As `preamble`.
+
+    State of the process: what was made last is kept, as many tensors have the same. `_preamble.cache_clear()` forgets it.
     """
     return f"{dtype} [{','.join(map(str, shape))}]\n".encode()
 

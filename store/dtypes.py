@@ -6,6 +6,7 @@ header needs and what may be stored as a difference all follow from it.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -80,6 +81,15 @@ BITS: dict[str, int] = _FOREIGN | {kind.code: kind.bits for kind in ELEMENT_TYPE
 
 def byte_count(dtype: str, shape: Sequence[int]) -> int:
     """Bytes of a contiguous tensor."""
+    return _byte_count(dtype, tuple(shape))
+
+
+@functools.lru_cache(maxsize=1024)
+def _byte_count(dtype: str, shape: tuple[int, ...]) -> int:
+    """As `byte_count`.
+
+    State of the process: what was counted last is kept, as many tensors have the same. `_byte_count.cache_clear()` forgets it.
+    """
     return ELEMENT_TYPES[dtype].size * math.prod(shape)
 
 

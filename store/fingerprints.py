@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from registry.store.digest import tensor_digest, tensor_hasher
+from registry.store.digest import digest, preamble, tensor_digest, tensor_hasher
 
 SMALLEST = 4 << 10
 """Bytes below which hashing costs less than remembering."""
@@ -91,7 +91,7 @@ class Remembered:
                 self._entries.clear()
             self._entries[place] = _Entry(*found)
             return found
-        if before.fingerprint and before.fingerprint == self._fingerprint(data):
+        if before.fingerprint and before.fingerprint == self.fingerprint(data):
             return Found(*before)
         found = self._hash(dtype, shape, data, threads, is_live, use)
         if before.digest == found.digest:
@@ -105,12 +105,18 @@ class Remembered:
         """What makes a fingerprint of the bytes that it is fed."""
         return xxhash.xxh3_128(seed=self._seed)
 
+    def fingerprint(self, data: memoryview | bytes) -> bytes:
+        """The fingerprint of some bytes."""
+        return xxhash.xxh3_128_digest(data, seed=self._seed)
+
+    def fingerprint_of(self, digest: str, address: int, dtype: str, shape: tuple[int, ...]) -> bytes | None:
+        """The fingerprint of the bytes with this digest, if they were the last that were seen at a place."""
+        entry = self._entries.get((address, dtype, shape))
+        return entry.fingerprint if entry and entry.digest == digest else None
+
     def forget(self) -> None:
         """Forget all digests, so that everything is hashed anew."""
         self._entries.clear()
-
-    def _fingerprint(self, data: memoryview) -> bytes:
-        return xxhash.xxh3_128_digest(data, seed=self._seed)
 
     def _hash(
         self,
@@ -121,6 +127,15 @@ class Remembered:
         fingerprinted: bool,
         use: Callable[[memoryview], object] | None,
     ) -> Found:
+        if len(data) < _FEW:
+            # One copy, which is hashed in one go: there may be many of them.
+            begin = preamble(dtype, shape)
+            whole = begin + data
+            copy = memoryview(whole)[len(begin) :]
+            if use:
+                use(copy)
+            seen = xxhash.xxh3_128_digest(copy, seed=self._seed) if fingerprinted else None
+            return Found(digest(whole), seen)
         if not (fingerprinted or use):
             return Found(tensor_digest(dtype, shape, data, threads=threads), None)
         fingerprint = self.fingerprinting() if fingerprinted else None

@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import struct
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -102,11 +103,13 @@ class Manifest:
         for name, document in self.components.items():
             nodes = list(_references(document))
             slots = {slot for node in nodes for slot in _slots(name, node)}
-            elements = size = 0
-            for slot in slots:
-                dtype, shape, _ = self.tensors[slot]
-                elements += (count := math.prod(shape))
-                size += ELEMENT_TYPES[dtype].size * count
+            kinds = Counter(self.tensors[slot][:2] for slot in slots)
+            counts = [
+                (times, math.prod(shape), ELEMENT_TYPES[dtype].size)
+                for (dtype, shape), times in kinds.items()
+            ]
+            elements = sum(times * count for times, count, _ in counts)
+            size = sum(times * count * width for times, count, width in counts)
             found[name] = {"tensors": len(nodes), "elements": elements, "bytes": size}
         return found
 

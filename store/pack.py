@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from registry.store import header
 from registry.store.digest import digest as digest_of
-from registry.store.digest import is_digest, tensor_hasher
+from registry.store.digest import is_digest, tensor_digest, tensor_hasher
 from registry.store.dtypes import BY_CODE, ELEMENT_TYPES, byte_count
 from registry.store.durable import NewFile
 from registry.store.errors import Conflict, Corrupt, Invalid, Unsupported, storage_errors
@@ -301,6 +301,12 @@ class PackWriter:
         # Lazy: loads numpy.
         from registry.store.fingerprints import copied, remembered
 
+        if len(data) < _COALESCE:
+            copy = bytes(data)
+            self._write(memoryview(copy), tensor.start)
+            if fingerprint:
+                return remembered.fingerprint(copy) == fingerprint
+            return tensor_digest(tensor.dtype, tensor.shape, copy) == tensor.digest
         check = remembered.fingerprinting() if fingerprint else tensor_hasher(tensor.dtype, tensor.shape, 1)
         start = tensor.start
 

@@ -494,16 +494,17 @@ class _Hashing:
         digest = self._state.digests[slot]
         if leaf.size < SMALLEST and digest is None:
             # The copy is hashed, and written. There may be many of them, so this is all that is done.
-            small = bytes(data)
-            digest = digest_of(preamble(leaf.dtype, leaf.shape) + small)
-            return _Hashed(slot, digest, leaf, memoryview(small), True)
+            begin = preamble(leaf.dtype, leaf.shape)
+            small = begin + data
+            return _Hashed(slot, digest_of(small), leaf, memoryview(small)[len(begin) :], True)
         is_copied = _is_copied(leaf)
         if is_copied and leaf.is_plain:
             data = memoryview(bytes(data))
         copy = data if is_copied else None
         is_sure = not leaf.is_live or (is_copied and digest is None)
         if digest is not None:
-            return _Hashed(slot=slot, digest=digest, leaf=leaf, data=copy, is_sure=is_sure)
+            known = remembered.fingerprint_of(digest, leaf.address, dtype=leaf.dtype, shape=leaf.shape)
+            return _Hashed(slot, digest, leaf=leaf, data=copy, is_sure=is_sure, fingerprint=known)
         writer = self.writer if leaf.size >= ALONE and not is_sure else None
         room = _Room(writer, leaf.size) if writer else None
         kept: list[memoryview] = []

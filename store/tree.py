@@ -23,6 +23,7 @@ import torch
 
 from registry.store.dtypes import ELEMENT_TYPES
 from registry.store.errors import Corrupt, Incompatible, Unsupported
+from registry.store.pausing import collector_off
 from registry.store.text import quoted
 from registry.store.usual import CLASSES, MAX_DEPTH, MAX_INT_BITS, TORCH_TYPES, encode_usual, float_document
 
@@ -96,11 +97,14 @@ def encode(components: Mapping[str, Any]) -> tuple[dict[str, Any], list[Leaf]]:
     """
     if sys.byteorder != "little":
         raise Unsupported("torch-registry runs on little-endian machines only")
-    if usual := encode_usual(components):
-        documents, tensors = usual
-        columns = tensors.dtypes, tensors.shapes, tensors.sources, tensors.sizes
-        rows = zip(*columns, itertools.repeat(True), tensors.addresses, itertools.repeat(True), strict=False)
-        return documents, list(map(Leaf._make, rows))
+    with collector_off():
+        if usual := encode_usual(components):
+            documents, tensors = usual
+            columns = tensors.dtypes, tensors.shapes, tensors.sources, tensors.sizes
+            rows = zip(
+                *columns, itertools.repeat(True), tensors.addresses, itertools.repeat(True), strict=False
+            )
+            return documents, list(map(Leaf._make, rows))
     encoder = _Encoder()
     try:
         documents = {name: encoder.encode(tree, (name,)) for name, tree in components.items()}

@@ -293,11 +293,12 @@ def test_a_save_ends_however_often_its_tensors_change(
     [
         lambda: torch.full((300, 400), 1.0).t(),
         lambda: torch.full((20,), 1.0),
+        lambda: torch.full((5_000,), 1.0),
         lambda: torch.full((COUNT,), 1.0).bfloat16(),
         lambda: np.full(COUNT, 1.0),
         lambda: np.full((300, 400), 1.0).T,
     ],
-    ids=["view", "small", "bfloat16", "array", "array view"],
+    ids=["view", "small", "of one part", "bfloat16", "array", "array view"],
 )
 @pytest.mark.parametrize("many", [False, True], ids=["few", "more than are hashed at a time"])
 @HOW

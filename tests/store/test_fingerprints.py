@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from registry.store import fingerprints as module
-from registry.store.digest import ALL_CORES, tensor_digest, tensor_hasher
+from registry.store.digest import ALL_CORES, digest, tensor_digest, tensor_hasher
 from registry.store.fingerprints import Remembered
 from registry.store.store import Store
 
@@ -23,27 +23,29 @@ VALUES = 2_048  # of float32: above the size from which on digests are remembere
 class Seen:
     """One tensor that is saved again and again; counts how often it is hashed, and only compared."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch | None = None) -> None:
-        self.values = np.zeros(VALUES, np.float32)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch | None = None, count: int = VALUES) -> None:
+        self.values = np.zeros(count, np.float32)
         self.remembered = Remembered()
         self.hashed = self.compared = 0
         if monkeypatch:
-            for name in ("tensor_digest", "tensor_hasher"):
+            for name in ("digest", "tensor_digest", "tensor_hasher"):
                 monkeypatch.setattr(module, name, self._counted(getattr(module, name)))
-            compare = Remembered._fingerprint
+            compare = Remembered.fingerprint
 
             def counted(remembered: Remembered, data: memoryview) -> bytes:
                 self.compared += 1
                 return compare(remembered, data)
 
-            monkeypatch.setattr(Remembered, "_fingerprint", counted)
+            monkeypatch.setattr(Remembered, "fingerprint", counted)
 
     def digest(self) -> str:
         address = self.values.__array_interface__["data"][0]
-        return self.remembered.find(address, "float32", (VALUES,), self.values.view(np.uint8).data).digest
+        return self.remembered.find(
+            address, "float32", self.values.shape, self.values.view(np.uint8).data
+        ).digest
 
     def expected(self) -> str:
-        return tensor_digest("float32", (VALUES,), self.values.view(np.uint8).data)
+        return tensor_digest("float32", self.values.shape, self.values.view(np.uint8).data)
 
     def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def count(*given: Any, **named: Any) -> Any:
@@ -102,16 +104,26 @@ def test_what_stops_changing_is_remembered_again(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("moment", ["before", "behind"])
 @pytest.mark.parametrize("come_back", [False, True])
+@pytest.mark.parametrize("count", [VALUES, 16 * VALUES], ids=["small", "large"])
 def test_values_that_change_while_they_are_hashed_are_not_taken_for_those_that_were(
-    monkeypatch: pytest.MonkeyPatch, moment: str, come_back: bool
+    monkeypatch: pytest.MonkeyPatch, moment: str, come_back: bool, count: int
 ) -> None:
     """Another thread swaps averaged weights in, and back again, say."""
-    seen = Seen()
+    seen = Seen(count=count)
+
+    def digest_meanwhile(data: bytes) -> str:
+        seen.values[:] += moment == "before"
+        found = digest(data)
+        seen.values[:] += moment == "behind"
+        return found
+
     with monkeypatch.context() as patched:
         patched.setattr(
             module, "tensor_hasher", lambda *given: Meddling(tensor_hasher(*given), seen.values, moment)
         )
+        patched.setattr(module, "digest", digest_meanwhile)
         seen.digest()
+        assert seen.values.any()
     seen.values -= come_back
     assert seen.digest() == seen.expected()
 
@@ -179,6 +191,21 @@ def test_what_is_given_on_has_the_digest_whatever_another_thread_does(
     assert found.digest == tensor_digest("float32", values.shape, memoryview(given))
 
 
+def test_a_small_tensor_that_changes_is_described_by_the_copy_that_is_given_on() -> None:
+    seen, kept = Seen(), []
+
+    def keep(part: memoryview) -> None:
+        kept.append(part)
+        seen.values[:] += 1
+
+    address, data = seen.values.__array_interface__["data"][0], seen.values.view(np.uint8).data
+    found = seen.remembered.find(address, "float32", (VALUES,), data, is_live=True, use=keep)
+    (part,) = kept
+    assert bytes(part) == bytes(4 * VALUES)
+    assert found.digest == tensor_digest("float32", (VALUES,), part)
+    assert found.fingerprint == seen.remembered.fingerprint(part)
+
+
 def test_nothing_is_given_on_of_what_is_remembered() -> None:
     seen, given = Seen(), bytearray()
     seen.digest()
@@ -188,3 +215,14 @@ def test_nothing_is_given_on_of_what_is_remembered() -> None:
     check = seen.remembered.fingerprinting()
     check.update(data)
     assert found.fingerprint == check.digest()
+
+
+@pytest.mark.parametrize("count", [VALUES, 16 * VALUES], ids=["small", "large"])
+def test_a_fingerprint_is_that_of_the_bytes_with_the_digest(count: int) -> None:
+    seen = Seen(count=count)
+    digest, address = seen.digest(), seen.values.__array_interface__["data"][0]
+    assert seen.remembered.fingerprint_of(
+        digest, address, "float32", (count,)
+    ) == seen.remembered.fingerprint(seen.values.tobytes())
+    assert seen.remembered.fingerprint_of("0" * 64, address, "float32", (count,)) is None
+    assert seen.remembered.fingerprint_of(digest, address, "int32", (count,)) is None
