@@ -1,4 +1,4 @@
-"""Filling live tensors with stored ones: all of them once all were verified, or none.
+"""Filling live tensors with stored ones: all of them once all were verified, or none. Or with any others, by `copy_all`.
 
 Nothing is read past the page cache here. Between the verification and the copying the bytes must be somewhere, and the page cache
 holds them without memory of the process's own.
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from torch.autograd.graph import increment_version
 
 from registry.store.loading import Mapped, read_into, steady, view
@@ -65,6 +66,50 @@ def fill(packs: Path, tensors: Sequence[torch.Tensor], items: Sequence[Wanted], 
         copies = ((memory[item.slot], mapped.bytes(item)) for item in plain)
         in_order(_parts(copies), _copy, size=sum(item.size for item in plain))
     read_into(packs, straight, lambda item: memory[item.slot])
+
+
+def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Copy tensors into live ones, as `copy_` would one after the other without gradients.
+
+    Those of one type in memory that no other one shares are copied as bytes, on all cores.
+    """
+    # torch copies few bytes in this thread anyway. Other classes of tensors may have their own way, and no memory.
+    are_usual = all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in [*targets, *sources])
+    many = {i for i, target in enumerate(targets) if are_usual and target.is_cpu and target.nbytes >= _FEW}
+    if many:
+        many -= _sharing(
+            {
+                place: tensor.untyped_storage()
+                for place, tensor in enumerate([*targets, *sources])
+                if tensor.is_cpu and tensor.layout is torch.strided
+            }
+        )
+    plain = [place for place in sorted(many) if _are_bytes_alike(targets[place], sources[place])]
+    with torch.no_grad():
+        increment_version([targets[place] for place in plain])
+        later = set(plain)
+        for place, (target, source) in enumerate(zip(targets, sources, strict=True)):
+            if place not in later:
+                target.copy_(source)
+    copies = ((_bytes_of(targets[place]), _bytes_of(sources[place])) for place in plain)
+    in_order(_parts(copies), _copy, size=sum(targets[place].nbytes for place in plain))
+
+
+def _are_bytes_alike(target: torch.Tensor, source: torch.Tensor) -> bool:
+    """Whether to copy bytes is all that `copy_` would do."""
+    return (
+        target.dtype == source.dtype
+        and target.shape == source.shape
+        and target.layout is source.layout is torch.strided
+        and not target.is_inference()
+        and is_plain(target)
+        and is_plain(source)
+    )
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a plain tensor that is not empty."""
+    return memory_of(tensor.detach(), str(tensor.dtype).removeprefix("torch."))
 
 
 def _memory(tensors: Sequence[torch.Tensor], items: Sequence[Wanted]) -> dict[int, memoryview]:

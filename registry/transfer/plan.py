@@ -20,6 +20,7 @@ from registry.reports.text import render
 from registry.reports.words import counted
 from registry.store.durable import write_file
 from registry.store.errors import Conflict, Incompatible, Invalid, NotFound, Unsupported, fix
+from registry.store.filling import copy_all
 from registry.store.text import printable, quoted
 from registry.transfer.adapters import ADAPTERS, adapt, needs_source
 from registry.transfer.finite import first_not_finite
@@ -356,9 +357,7 @@ class TransferPlan(BaseModel):
         _check_kept(self.steps, right)
         if self.freeze:
             freezing.rule_for(model, self.freeze)
-        with torch.no_grad():
-            for step, value in copies:
-                right.tensor(step.target).copy_(value)  # type: ignore[arg-type]
+        copy_all([right.tensor(step.target) for step, _ in copies], [value for _, value in copies])  # type: ignore[arg-type]
         if self.freeze:
             freezing.freeze(model, self.freeze, bn=self.bn)
         return model
@@ -492,11 +491,10 @@ def _check_finite(copies: list[tuple[Step, torch.Tensor]], left: Side, allowed: 
 
 def _check_kept(steps: tuple[Step, ...], right: Side) -> None:
     """Refuse NaN and infinity in the network's own tensors that are kept."""
-    for step in steps:
-        if step.action == "keep" and step.target:
-            value = right.tensor(step.target)
-            if value.is_floating_point() and value.dtype.itemsize > 1 and not bool(value.isfinite().all()):
-                raise Invalid(
-                    f"{step.target} is not loaded, and holds NaN or infinity in the network",
-                    "initialise it first",
-                )
+    kept = [step.target for step in steps if step.action == "keep" and step.target]
+    place = first_not_finite([right.tensor(name).detach() for name in kept], [None] * len(kept))
+    if place is not None:
+        raise Invalid(
+            f"{kept[place]} is not loaded, and holds NaN or infinity in the network",
+            "initialise it first",
+        )

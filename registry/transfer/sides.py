@@ -206,9 +206,9 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     one, other = (row.numpy().view(numpy.uint8) for row in (a, b))
     # Words of 64 bits are compared fastest.
     whole = len(one) // 8 * 8
-    words = one[:whole].view(numpy.uint64), other[:whole].view(numpy.uint64)
+    words, others = one[:whole].view(numpy.uint64), other[:whole].view(numpy.uint64)
     step = _CHUNK // 8
     return numpy.array_equal(one[whole:], other[whole:]) and all(
-        numpy.array_equal(*(word[start : start + step] for word in words))
-        for start in range(0, whole // 8, step)
+        numpy.array_equal(words[start : start + step], others[start : start + step])
+        for start in range(0, len(words), step)
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,3 +108,90 @@ def test_tensors_of_inference_mode_that_are_filled_one_by_one(tmp_path: Path, ho
     checkpoint.load_into(model={"a": live, "b": live if how == "twice" else normal})
     assert torch.equal(live, torch.ones(3, 4) if how == "twice" else torch.arange(12.0).view(3, 4))
     assert how == "twice" or torch.equal(normal, torch.ones(3, 4))
+
+
+def _networks(seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Live tensors of all kinds, and what is copied into them in this order."""
+    chance = torch.Generator().manual_seed(seed)
+
+    def some(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=chance)
+
+    tied, own, bytes_of = some(900), some(3_000), some(2_000)
+    pairs = [
+        (some(5_000).requires_grad_(), some(5_000)),
+        (some(40, 50), some(40, 50)),
+        (some(40, 50).T, some(50, 40)),
+        (some(40, 50), some(50, 40).T),
+        (some(700), some(700).double()),
+        (some(700).bfloat16(), some(700).bfloat16()),
+        (some(30, 40), some(40)),
+        (some(601).to(torch.complex64), some(601).to(torch.complex64).conj()),
+        (some(3_000) > 0, some(3_000) > 0),
+        (torch.tensor(3), torch.tensor(4)),
+        (some(0), some(0)),
+        # The last one counts.
+        (tied, some(900)),
+        (tied[100:], some(800)),
+        (tied[::2], some(450)),
+        # One reads what the one before it writes.
+        (own[:1_000], some(1_000)),
+        (some(1_000), own[:1_000]),
+        (own[1_000:2_000], some(1_000)),
+        (some(1_000).double(), own[1_000:2_000]),
+        (some(500), bytes_of[:1_000:2]),
+        (bytes_of, some(2_000)),
+    ]
+    return [target for target, _ in pairs], [source for _, source in pairs]
+
+
+def test_any_tensors_are_copied_as_one_after_the_other() -> None:
+    targets, sources = _networks(0)
+    expected, same = _networks(0)
+    versions = [target._version for target in targets]
+    filling.copy_all(targets, sources)
+    with torch.no_grad():
+        for target, source in zip(expected, same, strict=True):
+            target.copy_(source)
+    for place, (target, right) in enumerate(zip(targets, expected, strict=True)):
+        assert torch.equal(target, right), place
+    assert all(target._version > version for target, version in zip(targets, versions, strict=True))
+    assert targets[0].requires_grad
+    assert targets[0].is_leaf
+
+
+def test_large_tensors_are_copied_as_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[int] = []
+    copy = filling._copy
+
+    def copying(part: list[filling.Copy]) -> None:
+        copied.extend(len(target) for target, _ in part)
+        copy(part)
+
+    monkeypatch.setattr(filling, "_copy", copying)
+    few, many = torch.zeros(100), torch.zeros(10_000, requires_grad=True)
+    filling.copy_all([few, many], [torch.ones(100), torch.ones(10_000)])
+    assert sum(copied) == 40_000
+    assert few.sum() + many.sum() == 10_100
+
+
+def test_a_tensor_of_inference_mode_is_not_changed_outside_of_it() -> None:
+    with torch.inference_mode():
+        live = torch.zeros(10_000)
+    with pytest.raises(RuntimeError, match="inference tensor"):
+        filling.copy_all([live], [torch.ones(10_000)])
+
+
+def test_a_tensor_of_another_class_is_copied_in_its_own_way() -> None:
+    called: list[str] = []
+
+    class Odd(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(getattr(func, "__name__", ""))
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    live = torch.zeros(10_000).as_subclass(Odd)
+    filling.copy_all([live], [torch.ones(10_000)])
+    assert "copy_" in called
+    assert live.sum() == 10_000

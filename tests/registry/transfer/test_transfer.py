@@ -185,7 +185,7 @@ def test_stored_tensors_are_looked_at_for_nan_once_and_others_each_time(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked: list[int] = []
-    look = finite._have_finite_sums
+    look = finite._are_finite
 
     def looking(tensors: Iterable[torch.Tensor]) -> bool:
         found = list(tensors)
@@ -193,12 +193,13 @@ def test_stored_tensors_are_looked_at_for_nan_once_and_others_each_time(
         return look(found)
 
     monkeypatch.setattr(finite, "_found_finite", set())
-    monkeypatch.setattr(finite, "_have_finite_sums", looking)
+    monkeypatch.setattr(finite, "_are_finite", looking)
     target = LeNet6()
     plan = plan_transfer("lenet5", target, expect=MEANT, registry=registry)
     plan.apply(target, registry=registry)
     plan.apply(target, registry=registry)
-    assert looked == [len(plan.loaded), 0]
+    kept = sum(step.action == "keep" for step in plan.steps)
+    assert looked == [len(plan.loaded), kept, 0, kept]
     open_plan = plan.model_copy(update={"source_digest": None})
     live = LeNet5()
     open_plan.apply(target, live)
