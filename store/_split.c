@@ -1,5 +1,5 @@
 /* Splits a difference by the classes of its elements, and joins it again. `splitting.py` does the same by numpy. The last
-   function, `sums`, tells how far floats moved, as `registry/transfer/values.py` does by numpy.
+   functions tell how far floats moved and whether they are finite, as `registry/transfer` does by numpy and by torch.
 
    An element is a float of 2 or 4 bytes, read as a whole number without a sign. Its class is the number of limits that
    are not above the exponent of the old element: the byte behind the sign. Every function releases the interpreter
@@ -427,7 +427,60 @@ release_old:
     return result;
 }
 
+/* Whether an element has all bits of a mask. Each block is looked at without a branch. */
+#define ANY_WITH(type) \
+    for (Py_ssize_t start = 0; start < length; start += SUMMED) { \
+        const type *block = (const type *)values + start; \
+        Py_ssize_t count = length - start < SUMMED ? length - start : SUMMED; \
+        type found = 0; \
+        for (Py_ssize_t i = 0; i < count; i++) \
+            found |= (block[i] & (type)mask) == (type)mask; \
+        if (found) \
+            return 1; \
+    } \
+    return 0;
+
+FOR_EACH_PROCESSOR static int any_of_2_bytes(const void *values, Py_ssize_t length, uint32_t mask)
+{
+    ANY_WITH(uint16_t)
+}
+
+FOR_EACH_PROCESSOR static int any_of_4_bytes(const void *values, Py_ssize_t length, uint32_t mask)
+{
+    ANY_WITH(uint32_t)
+}
+
+PyDoc_STRVAR(
+    any_with_doc,
+    "any_with(values, mask, /)\n--\n\n"
+    "Return whether an element has all bits of the mask. Elements have 2 or 4 bytes.");
+
+static PyObject *any_with(PyObject *Py_UNUSED(module), PyObject *arguments)
+{
+    PyObject *object;
+    Py_buffer values;
+    unsigned int mask;
+    int found;
+
+    if (!PyArg_ParseTuple(arguments, "OI:any_with", &object, &mask) || first_elements_of(object, &values) < 0)
+        return NULL;
+    if ((uintptr_t)values.buf % (uintptr_t)values.itemsize != 0) {
+        PyBuffer_Release(&values);
+        PyErr_SetString(PyExc_ValueError, "elements begin at a multiple of their bytes");
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    if (values.itemsize == 2)
+        found = any_of_2_bytes(values.buf, values.len / 2, mask);
+    else
+        found = any_of_4_bytes(values.buf, values.len / 4, mask);
+    Py_END_ALLOW_THREADS
+    PyBuffer_Release(&values);
+    return PyBool_FromLong(found);
+}
+
 static PyMethodDef methods[] = {
+    {"any_with", any_with, METH_VARARGS, any_with_doc},
     {"count", count, METH_VARARGS, count_doc},
     {"split", split, METH_VARARGS, split_doc},
     {"join", join, METH_VARARGS, join_doc},

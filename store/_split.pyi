@@ -26,3 +26,10 @@ def sums(old: Any, new: Any, /) -> tuple[float, float, float, float, int]:
     Raises:
         ValueError: if the arrays have several lengths, or elements do not begin at a multiple of 4 bytes.
     """
+
+def any_with(values: Any, mask: int, /) -> bool:
+    """Return whether an element has all bits of the mask. Elements have 2 or 4 bytes.
+
+    Raises:
+        ValueError: if they have others, or do not begin at a multiple of these.
+    """

@@ -246,3 +246,28 @@ def test_what_is_no_array_is_refused_and_let_go() -> None:
         _split.count(memory, b"")
     memory.append(0)
     limits.append(0)
+
+
+@compiled
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [0, 1, 1_023, 1_024, 1_025, 5_000])
+def test_an_element_with_all_bits_of_a_mask_is_found_wherever_it_is(kind: Any, count: int) -> None:
+    from registry.store import _split
+
+    mask = 0x7F80 if kind.itemsize == 2 else 0x7F800000
+    values = np.full(count, mask & ~(mask & -mask), kind)
+    assert not _split.any_with(values, mask)
+    for place in {0, count // 2, count - 1} if count else ():
+        values[place] |= mask
+        assert _split.any_with(values, mask)
+        values[place] &= ~(mask & -mask)
+
+
+@compiled
+def test_bits_of_other_elements_are_refused() -> None:
+    from registry.store import _split
+
+    with pytest.raises(ValueError, match="elements have 2 or 4 bytes"):
+        _split.any_with(np.zeros(3), 1)
+    with pytest.raises(ValueError, match="begin at a multiple"):
+        _split.any_with(np.frombuffer(bytes(9), np.uint32, offset=1), 1)
