@@ -375,6 +375,10 @@ class TorchRegistry(Peer):
     def load(self, number: int) -> Tree:
         return self._registry[f"net:v{number}"].load(copy=self.copy)
 
+    def close(self) -> None:
+        # What is written ahead of the catalog is there only as long as a process has it open.
+        self._registry.catalog.close()
+
 
 class TorchRegistryOwned(TorchRegistry):
     """This package. Loads are copied and verified."""
@@ -388,6 +392,7 @@ class TorchRegistryCompacted(TorchRegistry):
     def close(self) -> None:
         self._registry.compact()
         self._registry.collect_garbage(grace=0)
+        super().close()
 
 
 PEERS: dict[str, type[Peer]] = {

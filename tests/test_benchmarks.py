@@ -182,6 +182,20 @@ def test_a_peer_that_takes_too_long_is_ended(tmp_path: Path) -> None:
             slow.ask("save")
 
 
+@pytest.mark.parametrize("peer", [peers.OURS, peers.COMPACTED], ids=lambda peer: peer.key)
+def test_what_only_an_open_registry_has_is_not_counted(tmp_path: Path, peer: Peer) -> None:
+    torch.save(state(), tmp_path / "state.pt")
+    folder = tmp_path / "store"
+    with Worker(peer, 60.0) as own:
+        own.ask("open", folder=str(folder))
+        own.ask("state", file=str(tmp_path / "state.pt"))
+        own.ask("save")
+        assert (folder / "catalog.sqlite-wal").exists()
+        counted = own.ask("close")["bytes"]
+        assert not (folder / "catalog.sqlite-wal").exists()
+    assert counted == sum(file.lstat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
+
+
 def test_an_environment_is_made_once_and_only_if_pip_succeeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
