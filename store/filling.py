@@ -6,19 +6,20 @@ holds them without memory of the process's own.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 from torch.autograd.graph import increment_version
 
 from registry.store.loading import Mapped, read_into, steady, view
 from registry.store.locating import Wanted
 from registry.store.parallel import in_order
 from registry.store.tree import is_plain, memory_of
+from registry.store.usual import CLASSES
 
 _PART = 4 << 20
 """Bytes that a thread copies at a time."""
@@ -58,10 +59,7 @@ def fill(packs: Path, tensors: Sequence[torch.Tensor], items: Sequence[Wanted], 
         increment_version([tensors[slot] for slot in memory])
         for item in copied:
             if item.slot not in memory:
-                live = tensors[item.slot]
-                # torch refuses to change one that was made in inference mode outside of it, after it has changed it.
-                with torch.inference_mode() if live.is_inference() else contextlib.nullcontext():
-                    live.copy_(view(mapped.bytes(item), item.info, 0))
+                _copy_one(tensors[item.slot], view(mapped.bytes(item), item.info, 0))
         plain = [item for item in copied if item.slot in memory]
         copies = ((memory[item.slot], mapped.bytes(item)) for item in plain)
         in_order(_parts(copies), _copy, size=sum(item.size for item in plain))
@@ -69,30 +67,64 @@ def fill(packs: Path, tensors: Sequence[torch.Tensor], items: Sequence[Wanted], 
 
 
 def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    """Copy tensors into live ones, as `copy_` would one after the other without gradients.
+    """Copy tensors into live ones, without gradients. What lies in the memory of a live one is read before that changes.
 
-    Those of one type in memory that no other one shares are copied as bytes, on all cores.
+    Those of one type in memory that no other live one shares are copied as bytes, on all cores.
+
+    Args:
+        targets: none of which `tree.unfillable` refuses.
     """
-    # torch copies few bytes in this thread anyway. Other classes of tensors may have their own way, and no memory.
-    are_usual = all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in [*targets, *sources])
-    many = {i for i, target in enumerate(targets) if are_usual and target.is_cpu and target.nbytes >= _FEW}
-    if many:
-        many -= _sharing(
-            {
-                place: tensor.untyped_storage()
-                for place, tensor in enumerate([*targets, *sources])
-                if tensor.is_cpu and tensor.layout is torch.strided
-            }
-        )
+    filled, read = _memories(targets), _memories(sources)
+    inside = _touching(read, filled.values())
+    sources = [source.clone() if place in inside else source for place, source in enumerate(sources)]
+    # torch copies few bytes in this thread anyway.
+    many = {place for place in filled if targets[place].is_cpu and targets[place].nbytes >= _FEW}
+    many -= _sharing(filled)
     plain = [place for place in sorted(many) if _are_bytes_alike(targets[place], sources[place])]
     with torch.no_grad():
         increment_version([targets[place] for place in plain])
         later = set(plain)
         for place, (target, source) in enumerate(zip(targets, sources, strict=True)):
             if place not in later:
-                target.copy_(source)
+                _copy_one(target, source)
     copies = ((_bytes_of(targets[place]), _bytes_of(sources[place])) for place in plain)
     in_order(_parts(copies), _copy, size=sum(targets[place].nbytes for place in plain))
+
+
+def _copy_one(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy a tensor as torch does."""
+    # torch refuses to change one that was made in inference mode outside of it, after it has changed it.
+    with torch.inference_mode() if target.is_inference() else contextlib.nullcontext():
+        target.copy_(source)
+
+
+def _memories(tensors: Sequence[torch.Tensor]) -> dict[int, torch.UntypedStorage]:
+    """The memory of tensors, by their places. Other classes of tensors may have their own way, and no memory."""
+    return {
+        place: tensor.untyped_storage()
+        for place, tensor in enumerate(tensors)
+        if type(tensor) in CLASSES and tensor.layout is torch.strided
+    }
+
+
+def _touching(
+    storages: Mapping[int, torch.UntypedStorage], others: Iterable[torch.UntypedStorage]
+) -> set[int]:
+    """The keys of storages that overlap one of the others."""
+    spans: list[tuple[int, int]] = []
+    for start, end in sorted((one.data_ptr(), one.data_ptr() + one.nbytes()) for one in others):
+        if spans and start < spans[-1][1]:
+            spans[-1] = spans[-1][0], max(end, spans[-1][1])
+        else:
+            spans.append((start, end))
+    found = set()
+    for key, one in storages.items():
+        end = one.data_ptr() + one.nbytes()
+        # The last span that begins before its end is the only one that can reach into it.
+        place = bisect.bisect_left(spans, (end, 0)) - 1
+        if place >= 0 and one.nbytes() and spans[place][1] > one.data_ptr():
+            found.add(key)
+    return found
 
 
 def _are_bytes_alike(target: torch.Tensor, source: torch.Tensor) -> bool:

@@ -228,7 +228,7 @@ def view(buffer: mmap.mmap | memoryview, info: TensorInfo, offset: int) -> torch
     dtype, shape = torch_type(info.dtype), info.shape
     count = math.prod(shape)
     if count == 0:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     flat = torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset)
     return flat if len(shape) == 1 else flat.view(shape)
 

@@ -124,7 +124,8 @@ class Arena:
     """
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        with torch.inference_mode(False):
+            self._memory = _host_memory(0)
         self._layout: list[tuple[str, tuple[int, ...]]] = []
         self._addresses: list[int] = []
         self._parts: list[torch.Tensor] = []
@@ -149,7 +150,8 @@ class Arena:
             elif isinstance(leaf.source, np.ndarray):
                 leaves.append(leaf._replace(source=leaf.source.copy(), is_plain=True, is_live=False))
             else:
-                leaves.append(leaf)
+                # Others may change mapped files.
+                leaves.append(leaf.copied() if leaf.is_live and leaf.size else leaf)
         return Encoded(state.components, leaves, self._copying)
 
     def _copied(self, leaves: Sequence[Leaf]) -> list[Leaf]:
@@ -161,10 +163,13 @@ class Arena:
         if layout != self._layout or (on_cuda and not self._memory.is_pinned()):
             # There is none until there is memory for it.
             self._layout, self._leaves = [], []
-            self._lay_out(tensors, pinned=on_cuda)
+            # The memory may be written to in any mode.
+            with torch.inference_mode(False):
+                self._lay_out(tensors, pinned=on_cuda)
             self._layout = layout
         with torch.no_grad():
-            torch._foreach_copy_(self._parts, tensors, non_blocking=on_cuda)
+            if tensors:
+                torch._foreach_copy_(self._parts, tensors, non_blocking=on_cuda)
         devices = {tensor.device for tensor in tensors if tensor.is_cuda} if on_cuda else ()
         marks = [torch.cuda.current_stream(device).record_event() for device in devices]
         self._copying = Copying(marks, tensors if marks else ())
@@ -184,11 +189,16 @@ class Arena:
             end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
         if end > len(self._memory) or (pinned and not self._memory.is_pinned()):
             # The old memory is freed before the larger one is asked for.
-            self._memory = torch.empty(0, dtype=torch.uint8)
-            self._memory = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
+            self._memory = _host_memory(0)
+            self._memory = _host_memory(end, pinned=pinned)
         for tensor, start in zip(tensors, starts, strict=True):
             part = self._memory[start : start + tensor.nbytes]
             self._parts.append(part.view(tensor.dtype).view(tensor.shape))
+
+
+def _host_memory(size: int, *, pinned: bool = False) -> torch.Tensor:
+    """New bytes in the machine's own memory, whatever the default device is."""
+    return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned)
 
 
 def _is_tensor(leaf: Leaf) -> bool:

@@ -302,14 +302,14 @@ def _refusal(tensor: torch.Tensor) -> Sequence[str]:
         if tensor.is_quantized:
             return "a quantized tensor", "store .int_repr() with its scale and zero point"
         return (f"a tensor of dtype {tensor.dtype}",)
-    if tensor.numel() and not _has_memory(tensor):
+    if tensor.numel() and not has_memory(tensor):
         return (
             "a tensor whose memory was freed or cut, as of a sharded parameter, or that a transform made",
         )
     return ()
 
 
-def _has_memory(tensor: torch.Tensor) -> bool:
+def has_memory(tensor: torch.Tensor) -> bool:
     """Whether the memory behind a tensor reaches as far as its last element."""
     try:
         held = tensor.untyped_storage().nbytes()
@@ -467,7 +467,7 @@ def unfillable(tensor: torch.Tensor) -> str | None:
         step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)
     ):
         return "an expanded tensor, whose elements share memory; clone it first"
-    if tensor.numel() and not _has_memory(tensor):
+    if tensor.numel() and not has_memory(tensor):
         return "a tensor whose memory was freed or cut"
     return None
 

@@ -47,17 +47,29 @@ def first_not_finite(tensors: Sequence[torch.Tensor], digests: Sequence[str | No
     unknown = [
         place
         for place, (tensor, digest) in enumerate(zip(tensors, digests, strict=True))
-        if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and digest not in _found_finite
+        if _can_be_infinite(tensor.dtype) and digest not in _found_finite
     ]
-    if not _are_finite([tensors[place] for place in unknown]):
+    if not _are_finite([_real(tensors[place]) for place in unknown]):
         # A sum may also have overflowed, so each tensor is looked at.
         for place in unknown:
-            if not bool(tensors[place].isfinite().all()):
+            if not bool(_real(tensors[place]).isfinite().all()):
                 return place
     if len(_found_finite) >= _MOST:
         _found_finite.clear()
     _found_finite.update(digest for place in unknown if (digest := digests[place]) is not None)
     return None
+
+
+def _can_be_infinite(dtype: torch.dtype) -> bool:
+    """Whether a type has NaN or infinity. Of the smallest ones, some have neither, and torch cannot look at those."""
+    return dtype.is_complex or (dtype.is_floating_point and (dtype.itemsize > 1 or "float8" in str(dtype)))
+
+
+def _real(tensor: torch.Tensor) -> torch.Tensor:
+    """The parts of a tensor of complex numbers, and float32 for those of 8 bits; any other as it is."""
+    if tensor.is_complex():
+        return torch.view_as_real(tensor.resolve_conj())
+    return tensor.float() if tensor.dtype.itemsize == 1 else tensor
 
 
 def _are_finite(tensors: Sequence[torch.Tensor]) -> bool:

@@ -22,6 +22,8 @@ from registry.store.durable import write_file
 from registry.store.errors import Conflict, Incompatible, Invalid, NotFound, Unsupported, fix
 from registry.store.filling import copy_all
 from registry.store.text import printable, quoted
+from registry.store.tree import has_memory, unfillable
+from registry.store.usual import CLASSES
 from registry.transfer.adapters import ADAPTERS, adapt, needs_source
 from registry.transfer.finite import first_not_finite
 from registry.transfer.rows import Rows
@@ -352,8 +354,9 @@ class TransferPlan(BaseModel):
         if not right.has_values:
             raise Invalid(f"{right.label} is on the meta device", "give it memory and values first")
         self.check(left, right)
+        _check_memory(self.steps, left, right)
         copies = list(self._values(left, right))
-        _check_finite(copies, left, self.allow_nan)
+        _check_finite(copies, left, right, self.allow_nan)
         _check_kept(self.steps, right)
         if self.freeze:
             freezing.rule_for(model, self.freeze)
@@ -474,7 +477,28 @@ def _check_copy(step: Step, left: Side, right: Side) -> None:
         )
 
 
-def _check_finite(copies: list[tuple[Step, torch.Tensor]], left: Side, allowed: bool) -> None:
+def _check_memory(steps: tuple[Step, ...], left: Side, right: Side) -> None:
+    """Refuse tensors without the memory that they should have, and those of the network that cannot be filled."""
+    for step in steps:
+        is_filled = step.action in ("copy", "make")
+        if is_filled and step.source and _is_cut(left.tensor(step.source)):
+            raise Invalid(f"{step.source} of {left.label} is a tensor whose memory was freed or cut")
+        if step.target:
+            target = right.tensor(step.target)
+            reason = unfillable(target) if is_filled and type(target) in CLASSES else None
+            if reason or _is_cut(target):
+                raise Invalid(
+                    f"{step.target} of {right.label} is {reason or 'a tensor whose memory was freed or cut'}"
+                )
+
+
+def _is_cut(tensor: torch.Tensor) -> bool:
+    """Whether memory ends before a tensor's last element. Other classes of tensors may have none at all."""
+    is_usual = type(tensor) in CLASSES and tensor.layout is torch.strided and not tensor.is_meta
+    return is_usual and tensor.numel() > 0 and not has_memory(tensor)
+
+
+def _check_finite(copies: list[tuple[Step, torch.Tensor]], left: Side, right: Side, allowed: bool) -> None:
     if allowed:
         return
     # What an adapter makes of a stored tensor is another one.
@@ -487,6 +511,20 @@ def _check_finite(copies: list[tuple[Step, torch.Tensor]], left: Side, allowed: 
             f"{copies[place][0].source} of {left.label} holds NaN or infinity",
             fix("if it is to be loaded all the same", allow_nan=True),
         )
+    for step, value in copies:
+        dtype = right.tensor(step.target).dtype  # type: ignore[arg-type]
+        if _is_narrower(dtype, value.dtype) and first_not_finite([value.to(dtype)], [None]) is not None:
+            raise Invalid(
+                f"{step.source} of {left.label} holds numbers that are too large for {dtype} of {step.target}",
+                fix("if it is to be loaded all the same", allow_nan=True),
+            )
+
+
+def _is_narrower(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether finite numbers of another type may be too large for a type of floats."""
+    if not dtype.is_floating_point or dtype == other:
+        return False
+    return not other.is_floating_point or torch.finfo(dtype).max < torch.finfo(other).max
 
 
 def _check_kept(steps: tuple[Step, ...], right: Side) -> None:

@@ -35,6 +35,9 @@ _FEW = 1 << 14
 _TINY = 1e-15
 """The largest number of a chunk below which float32 could lose its square."""
 
+_CANCELLED = 0.1
+"""The part of a chunk's squares below which those of the new one are not told by sums over the old one and the step."""
+
 _SINGLES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 """Types whose numbers are float32 without loss."""
 
@@ -47,7 +50,8 @@ class _Sums:
 
     moved: float = 0.0
     before: float = 0.0
-    cross: float = 0.0
+    after: float = 0.0
+    product: float = 0.0
     largest: float = 0.0
     changed: int = 0
     bad_a: int = 0
@@ -57,7 +61,8 @@ class _Sums:
         """Take in another part."""
         self.moved += other.moved
         self.before += other.before
-        self.cross += other.cross
+        self.after += other.after
+        self.product += other.product
         self.largest = max(self.largest, other.largest)
         self.changed += other.changed
         self.bad_a += other.bad_a
@@ -132,15 +137,19 @@ def _in_float32(x: torch.Tensor, y: torch.Tensor, rooms: _Rooms) -> _Sums | None
     # Elements of a tensor may begin anywhere, such as those of `torch.frombuffer`.
     if _compiled is not None and one.flags.aligned and other.flags.aligned:
         moved, squares, cross, largest, changed = _compiled(one, other)
-        sums = _Sums(moved=moved, before=squares, cross=cross, largest=largest, changed=changed)
+        sums = _Sums(moved=moved, before=squares, largest=largest, changed=changed)
     else:
         numpy.subtract(other, one, out=step)
         sums = _Sums(largest=max(float(step.max()), -float(step.min())), before=_dot(one, one))
+        cross = 0.0
         if sums.largest:
-            sums.moved, sums.cross, sums.changed = _dot(step, step), _dot(one, step), _count(step, rooms)
+            sums.moved, cross, sums.changed = _dot(step, step), _dot(one, step), _count(step, rooms)
+    sums.product, sums.after = sums.before + cross, sums.before + 2 * cross + sums.moved
     if not _TINY**2 * len(x) <= sums.before < math.inf:
         return None
     if sums.changed and not (sums.largest >= _TINY and sums.moved < math.inf):
+        return None
+    if sums.after < _CANCELLED * sums.before:
         return None
     return sums
 
@@ -148,16 +157,18 @@ def _in_float32(x: torch.Tensor, y: torch.Tensor, rooms: _Rooms) -> _Sums | None
 def _in_float64(x: torch.Tensor, y: torch.Tensor, rooms: _Rooms) -> _Sums:
     """The sums of a chunk, without numbers that are not finite; these are counted."""
     wide, step = (_widened(part, room) for part, room in zip((x, y), rooms.doubles, strict=True))
+    after, product = _dot(step, step), _dot(wide, step)
     step -= wide
-    sums = _Sums(moved=_dot(step, step), before=_dot(wide, wide))
+    sums = _Sums(moved=_dot(step, step), before=_dot(wide, wide), after=after, product=product)
     if not math.isfinite(sums.moved) or not math.isfinite(sums.before):
         good = (x.isfinite() & y.isfinite()).numpy()
         sums.bad_a, sums.bad_b = int((~x.isfinite()).sum()), int((~y.isfinite()).sum())
         sums.changed = int(((x != y) & ~(x.isnan() & y.isnan())).numpy()[~good].sum())
         wide, step = wide[good], step[good]
         sums.moved, sums.before = _dot(step, step), _dot(wide, wide)
+        new = wide + step
+        sums.after, sums.product = _dot(new, new), _dot(wide, new)
     if sums.moved:
-        sums.cross = _dot(wide, step)
         sums.largest = max(float(step.max()), -float(step.min()))
         sums.changed += _count(step, rooms)
     return sums
@@ -171,13 +182,12 @@ def _count(step: _Floats, rooms: _Rooms) -> int:
 def _change(name: str, count: int, sums: _Sums) -> ValueChange:
     """The change of a tensor of so many elements."""
     before, moved = sums.before, sums.moved
-    after = before + 2 * sums.cross + moved
-    scale = math.sqrt(before) * math.sqrt(max(after, 0.0))
+    scale = math.sqrt(before) * math.sqrt(sums.after)
     return ValueChange(
         name=name,
         norm=math.sqrt(moved),
         relative=math.sqrt(moved / before) if before else math.inf if moved else 0.0,
-        cosine=max(-1.0, min(1.0, (before + sums.cross) / scale)) if scale else None,
+        cosine=max(-1.0, min(1.0, sums.product / scale)) if scale else None,
         largest=sums.largest,
         changed=sums.changed / max(1, count),
         nonfinite_a=sums.bad_a,

@@ -252,3 +252,35 @@ def test_signals_finish_what_is_in_flight(registry: Registry, number: int) -> No
     assert status in (143, 130, -signal.SIGINT)
     assert registry["net:v1"].load()["model"]["weight"].shape == (3, 3)
     assert registry.runs["net/run-1"].state == "interrupted"
+
+
+def test_a_save_in_inference_mode_leaves_the_next_ones_alone(registry: Registry) -> None:
+    with registry.run("net") as run:
+        for number in range(1, 5):
+            weight = torch.full((1_000,), float(number))
+            with torch.inference_mode(number % 2 == 1):
+                run.save(states={"model": {"w": weight, "of this mode": weight.clone()}}, wait=False)
+    for number in range(1, 5):
+        expected = torch.full((1_000,), float(number))
+        assert torch.equal(registry[f"net:v{number}"].load()["model"]["w"], expected)
+
+
+def test_the_default_device_and_mapped_files_do_not_matter(registry: Registry, tmp_path: Path) -> None:
+    import mmap
+
+    file = tmp_path / "file"
+    file.write_bytes(b"a" * 100_000)
+    with file.open("r+b") as opened, mmap.mmap(opened.fileno(), 0) as mapped, registry.run("net") as run:
+        state = {"w": torch.ones(3), "empty": torch.empty(0), "mapped": mapped}
+        torch.set_default_device("meta")
+        try:
+            run.save(states={"model": state}, wait=False)
+            mapped[:] = b"b" * 100_000
+            found = run.wait()
+            assert found is not None
+            loaded = found.load()["model"]
+        finally:
+            torch.set_default_device(None)
+    assert torch.equal(loaded["w"], torch.ones(3))
+    assert loaded["empty"].is_cpu
+    assert loaded["mapped"] == b"a" * 100_000

@@ -1,0 +1,120 @@
+"""Applying a plan where memory is shared, missing, or of another mode: exact, or refused before anything changes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from registry import diff, plan_transfer
+from registry.store.errors import Invalid
+
+
+def pair(size: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(size, size, bias=False), nn.Linear(size, size, bias=False))
+
+
+@pytest.mark.parametrize("size", [10, 200])
+def test_what_lies_in_the_network_itself_is_read_before_it_changes(size: int) -> None:
+    net, new = pair(size), torch.randn(size, size)
+    old = [layer.weight.detach().clone() for layer in net]  # type: ignore[union-attr, operator]
+    state = {"0.weight": net[1].weight.detach(), "1.weight": new}
+    plan_transfer(state, net).apply(net, state)
+    assert torch.equal(net[0].weight, old[1])  # type: ignore[arg-type]
+    assert torch.equal(net[1].weight, new)  # type: ignore[arg-type]
+    state = {"0.weight": net[1].weight.detach(), "1.weight": net[0].weight.detach()}
+    plan_transfer(state, net).apply(net, state)
+    assert torch.equal(net[0].weight, new)  # type: ignore[arg-type]
+    assert torch.equal(net[1].weight, old[1])  # type: ignore[arg-type]
+
+
+def cut(weight: torch.Tensor) -> None:
+    weight.data.untyped_storage().resize_(weight.nbytes // 2)
+
+
+def freed(weight: torch.Tensor) -> None:
+    weight.data.untyped_storage().resize_(0)
+
+
+def expanded(weight: torch.Tensor) -> None:
+    weight.data = torch.zeros(1, weight.shape[1]).expand(weight.shape)
+
+
+@pytest.mark.parametrize("size", [10, 300])
+@pytest.mark.parametrize("harm", [cut, freed, expanded])
+def test_a_target_that_cannot_be_filled_is_refused_before_anything_changes(
+    size: int, harm: Callable[[torch.Tensor], None]
+) -> None:
+    source, net = pair(size), pair(size)
+    with torch.no_grad():
+        net[0].weight.fill_(7)  # type: ignore[union-attr, operator]
+    plan = plan_transfer(source, net)
+    harm(net[1].weight)  # type: ignore[arg-type]
+    with pytest.raises(Invalid, match=r"1\.weight of .* is .*(freed or cut|expanded)"):
+        plan.apply(net, source)
+    assert bool((net[0].weight == 7).all())
+
+
+@pytest.mark.parametrize("harm", [cut, freed])
+def test_a_source_without_its_memory_is_refused(harm: Callable[[torch.Tensor], None]) -> None:
+    source, net = pair(50), pair(50)
+    plan = plan_transfer(source, net)
+    harm(source[1].weight)  # type: ignore[arg-type]
+    with pytest.raises(Invalid, match=r"1\.weight of .* freed or cut"):
+        plan.apply(net, source)
+
+
+@pytest.mark.parametrize("size", [3, 300])
+def test_a_layer_that_was_made_in_inference_mode_is_filled(size: int) -> None:
+    source, net = pair(size), pair(size)
+    with torch.inference_mode():
+        net[1] = nn.Linear(size, size, bias=False)
+    plan_transfer(source, net).apply(net, source)
+    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), net.parameters(), strict=True))
+
+
+class Buffer(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("w", torch.ones(40).to(dtype))
+        self.layer = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.complex64, torch.complex128, torch.float8_e5m2, torch.float8_e4m3fn, torch.float16]
+)
+def test_nan_is_found_in_every_type_that_has_it(dtype: torch.dtype) -> None:
+    source, net = Buffer(dtype), Buffer(dtype)
+    plan_transfer(source, net).apply(net, source)
+    source.w[3:4].copy_(torch.tensor([math.nan]).to(dtype))  # type: ignore[union-attr, operator, index]
+    with pytest.raises(Invalid, match=r"w of .* holds NaN or infinity"):
+        plan_transfer(source, net).apply(net, source)
+
+
+def test_numbers_that_a_cast_makes_infinite_are_refused() -> None:
+    source, net = nn.Linear(3, 3), nn.Linear(3, 3).half()
+    plan = plan_transfer(source, net, allow_cast=True)
+    plan.apply(net, source)
+    source.weight.data[1, 1] = 1e30
+    with pytest.raises(Invalid, match=r"too large for torch\.float16 of weight"):
+        plan_transfer(source, net, allow_cast=True).apply(net, source)
+    plan_transfer(source, net, allow_cast=True, allow_nan=True).apply(net, source)
+    assert bool(net.weight.isinf()[1, 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("factor", [0.5, 1e-2, 1e-4, 1e-6, -1e-4, 1e4])
+@pytest.mark.parametrize("count", [100, 40_000])
+def test_the_cosine_is_right_however_far_a_tensor_shrinks(
+    dtype: torch.dtype, factor: float, count: int
+) -> None:
+    chance = torch.Generator().manual_seed(0)
+    old = torch.randn(count, generator=chance).to(dtype)
+    new = (old.double() * factor + 0.1 * abs(factor) * torch.randn(count, generator=chance)).to(dtype)
+    (found,) = diff({"w": old}, {"w": new}, values=True).changes
+    a, b = old.double(), new.double()
+    assert found.cosine == pytest.approx(float(a @ b / a.norm() / b.norm()), abs=1e-6)
