@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def tables(sections: Mapping[str, Section]) -> str:
         [
             result.what.partition(", ")[2].rpartition(":")[0],
             f"{result.value:.2f}",
-            result.detail.partition("; ")[2] or "not measured",
+            *(_part(result.detail, what) for what in ("of the moments zero", "of the parameters unchanged")),
         ]
         for result in sections["series"].results
     ]
@@ -64,11 +65,22 @@ def tables(sections: Mapping[str, Section]) -> str:
         Table("", ["", "against", *_STATES.values()], seconds),
         Table(
             "",
-            ["20 checkpoints, three steps apart", "bytes, against a file for each", "what does not move"],
+            [
+                "20 checkpoints, three steps apart",
+                "bytes, against a file for each",
+                "moments that are zero",
+                "parameters as they were before",
+            ],
             sizes,
         ),
     )
     return "\n".join(f"{markdown(table)}\n" for table in found)
+
+
+def _part(detail: str, what: str) -> str:
+    """The percentage that stands before some words; empty without one."""
+    found = re.search(rf"\d+%(?= {what})", detail)
+    return found[0] if found else ""
 
 
 def _of(section: Section, what: str, peer: str) -> Result:
