@@ -48,7 +48,7 @@ def measure(folder: Path, scale: Scale) -> Section:
 
     alone = take_turns({name: saving(name) for name in _MODES}, scale.rounds * 10)
     held = take_turns({n: saving(n, lambda n=n: _hold(registries[n].root)) for n in _MODES}, scale.rounds)  # type: ignore[misc]
-    # The last one that holds on must not be what closes the catalog: it does not know our catalogs.
+    # The reader that holds on uses plain SQLite. If it closed a catalog as the last one, the catalog would look damaged.
     time.sleep(2 * HELD)
     log, journal = _MODES
     results = [
@@ -59,7 +59,7 @@ def measure(folder: Path, scale: Scale) -> Section:
     for row, (name, is_local) in zip(rows, _MODES.items(), strict=True):
         times: dict[str, list[float]] = {"theirs": [], "another": []}
         failed, longest = 0, 0.0
-        # What forks closes its catalogs, and opens them again when it saves.
+        # A process that forks closes its catalogs first, and opens them again at its next save.
         with _as_if(is_local):
             for _ in range(scale.rounds):
                 for whose, root, local in (

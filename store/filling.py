@@ -1,4 +1,4 @@
-"""Filling live tensors with stored ones: all of them once all were verified, or none. Or with any others, by `copy_all`.
+"""Filling live tensors with stored ones: all of them once all were verified, or none. `copy_all` takes any others.
 
 Nothing is read past the page cache here. Between the verification and the copying the bytes must be somewhere, and the page cache
 holds them without memory of the process's own.
@@ -17,7 +17,7 @@ from torch.autograd.graph import increment_version
 
 from registry.store.loading import Mapped, read_into, steady, view
 from registry.store.locating import Wanted
-from registry.store.parallel import in_order
+from registry.store.parallel import in_order, portions
 from registry.store.tree import is_plain, memory_of
 from registry.store.usual import CLASSES
 
@@ -74,7 +74,7 @@ def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -
     Args:
         targets: none of which `tree.unfillable` refuses.
     """
-    filled, read = _memories(targets), _memories(sources)
+    filled, read = _storages(targets), _storages(sources)
     inside = _touching(read, filled.values())
     sources = [source.clone() if place in inside else source for place, source in enumerate(sources)]
     # torch copies few bytes in this thread anyway.
@@ -98,7 +98,7 @@ def _copy_one(target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source)
 
 
-def _memories(tensors: Sequence[torch.Tensor]) -> dict[int, torch.UntypedStorage]:
+def _storages(tensors: Sequence[torch.Tensor]) -> dict[int, torch.UntypedStorage]:
     """The memory of tensors, by their places. Other classes of tensors may have their own way, and no memory."""
     return {
         place: tensor.untyped_storage()
@@ -171,18 +171,12 @@ def _sharing(storages: Mapping[int, torch.UntypedStorage]) -> set[int]:
 
 def _parts(copies: Iterable[Copy]) -> Iterator[list[Copy]]:
     """Copies in lists of about `_PART` bytes."""
-    part: list[Copy] = []
-    size = 0
-    for target, source in copies:
-        for start in range(0, len(target), _PART):
-            piece = target[start : start + _PART]
-            part.append((piece, source[start : start + _PART]))
-            size += len(piece)
-            if size >= _PART:
-                yield part
-                part, size = [], 0
-    if part:
-        yield part
+    pieces = (
+        (target[start : start + _PART], source[start : start + _PART])
+        for target, source in copies
+        for start in range(0, len(target), _PART)
+    )
+    return portions(pieces, lambda piece: len(piece[0]), _PART)
 
 
 def _copy(part: Iterable[Copy]) -> None:

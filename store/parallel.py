@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -73,3 +73,21 @@ def in_order(
         worker()
         for future in others:
             future.result()
+
+
+def portions(jobs: Iterable[Job], size_of: Callable[[Job], int], size: int) -> Iterator[list[Job]]:
+    """Jobs in lists that reach a size each, as handing over single ones may cost more than doing them.
+
+    >>> list(portions([3, 3, 1, 9, 2], lambda job: job, 6))
+    [[3, 3], [1, 9], [2]]
+    """
+    found: list[Job] = []
+    done = 0
+    for job in jobs:
+        found.append(job)
+        done += size_of(job)
+        if done >= size:
+            yield found
+            found, done = [], 0
+    if found:
+        yield found

@@ -124,8 +124,7 @@ class Arena:
     """
 
     def __init__(self) -> None:
-        with torch.inference_mode(False):
-            self._memory = _host_memory(0)
+        self._memory = _host_memory(0)
         self._layout: list[tuple[str, tuple[int, ...]]] = []
         self._addresses: list[int] = []
         self._parts: list[torch.Tensor] = []
@@ -135,11 +134,11 @@ class Arena:
     def snapshot(self, state: Encoded) -> Encoded:
         """The state as it is now, whatever becomes of the live tensors; valid until the next snapshot.
 
-        Other streams of a device than its current one must wait for that before they change a tensor.
+        Streams of a device other than its current one must wait for that one before they change a tensor.
         """
-        # They write to the memory that is used again.
+        # Copies that are under way write to the memory that is used again.
         self._copying.wait()
-        tensors = [leaf for leaf in state.leaves if isinstance(leaf.source, torch.Tensor) and leaf.size]
+        tensors = [leaf for leaf in state.leaves if _is_tensor(leaf)]
         copies = iter(self._copied(tensors))
         if len(tensors) == len(state.leaves):
             return Encoded(state.components, list(copies), self._copying)
@@ -161,7 +160,7 @@ class Arena:
         layout = list(map(operator.attrgetter("dtype", "shape"), leaves))
         addresses = [leaf.address for leaf in leaves]
         if layout != self._layout or (on_cuda and not self._memory.is_pinned()):
-            # There is none until there is memory for it.
+            # No layout holds until there is memory for it.
             self._layout, self._leaves = [], []
             # The memory may be written to in any mode.
             with torch.inference_mode(False):

@@ -30,6 +30,9 @@ from registry.store.usual import CLASSES, MAX_DEPTH, MAX_INT_BITS, TORCH_TYPES, 
 _INLINE_BYTES = 512
 """Bytes of a `bytes` value that stands in the document itself, at most."""
 
+CUT = "a tensor whose memory was freed or cut"
+"""What is said of a tensor without the memory that it should have."""
+
 _NUMPY_TYPES = frozenset(ELEMENT_TYPES) & {np.dtype(t).name for t in "?bBhHiIqQefdFD"}
 
 Path = tuple[object, ...]
@@ -468,7 +471,7 @@ def unfillable(tensor: torch.Tensor) -> str | None:
     ):
         return "an expanded tensor, whose elements share memory; clone it first"
     if tensor.numel() and not has_memory(tensor):
-        return "a tensor whose memory was freed or cut"
+        return CUT
     return None
 
 

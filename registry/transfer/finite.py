@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
-from registry.store.parallel import in_order
+from registry.store.parallel import in_order, portions
 from registry.store.tree import is_plain
 
 try:
@@ -89,8 +89,14 @@ def _are_finite(tensors: Sequence[torch.Tensor]) -> bool:
         if any(any_with(*chunk) for chunk in part):
             failed.set()
 
+    chunks = (
+        (row[start : start + _PART], infinity)
+        for row, infinity in rows
+        for start in range(0, len(row), _PART)
+    )
     # torch would have all its threads wait for one another at every tensor.
-    in_order(_parts(rows), look, size=sum(row.nbytes for row, _ in rows), stop=failed)
+    parts = portions(chunks, lambda chunk: len(chunk[0]), _PART)
+    in_order(parts, look, size=sum(row.nbytes for row, _ in rows), stop=failed)
     return not failed.is_set() and _have_finite_sums(others)
 
 
@@ -103,22 +109,6 @@ def _row(tensor: torch.Tensor) -> Any:
     row = tensor.view(torch.int16 if tensor.dtype.itemsize == 2 else torch.int32).numpy().reshape(-1)
     # Elements of a tensor may begin anywhere, such as those of `torch.frombuffer`.
     return row if row.flags.aligned else None
-
-
-def _parts(rows: Iterable[_Chunk]) -> Iterator[list[_Chunk]]:
-    """Chunks in lists of about `_PART` elements."""
-    part: list[_Chunk] = []
-    size = 0
-    for row, infinity in rows:
-        for start in range(0, len(row), _PART):
-            chunk = row[start : start + _PART]
-            part.append((chunk, infinity))
-            size += len(chunk)
-            if size >= _PART:
-                yield part
-                part, size = [], 0
-    if part:
-        yield part
 
 
 def _have_finite_sums(tensors: Iterable[torch.Tensor]) -> bool:

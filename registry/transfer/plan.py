@@ -22,7 +22,7 @@ from registry.store.durable import write_file
 from registry.store.errors import Conflict, Incompatible, Invalid, NotFound, Unsupported, fix
 from registry.store.filling import copy_all
 from registry.store.text import printable, quoted
-from registry.store.tree import has_memory, unfillable
+from registry.store.tree import CUT, has_memory, unfillable
 from registry.store.usual import CLASSES
 from registry.transfer.adapters import ADAPTERS, adapt, needs_source
 from registry.transfer.finite import first_not_finite
@@ -481,21 +481,24 @@ def _check_memory(steps: tuple[Step, ...], left: Side, right: Side) -> None:
     """Refuse tensors without the memory that they should have, and those of the network that cannot be filled."""
     for step in steps:
         is_filled = step.action in ("copy", "make")
-        if is_filled and step.source and _is_cut(left.tensor(step.source)):
-            raise Invalid(f"{step.source} of {left.label} is a tensor whose memory was freed or cut")
+        if is_filled and step.source:
+            _check_usable(left, step.source)
         if step.target:
-            target = right.tensor(step.target)
-            reason = unfillable(target) if is_filled and type(target) in CLASSES else None
-            if reason or _is_cut(target):
-                raise Invalid(
-                    f"{step.target} of {right.label} is {reason or 'a tensor whose memory was freed or cut'}"
-                )
+            _check_usable(right, step.target, is_filled=is_filled)
 
 
-def _is_cut(tensor: torch.Tensor) -> bool:
-    """Whether memory ends before a tensor's last element. Other classes of tensors may have none at all."""
-    is_usual = type(tensor) in CLASSES and tensor.layout is torch.strided and not tensor.is_meta
-    return is_usual and tensor.numel() > 0 and not has_memory(tensor)
+def _check_usable(side: Side, name: str, *, is_filled: bool = False) -> None:
+    """Refuse a tensor that cannot be read, or filled. Other classes of tensors may have no memory at all."""
+    tensor = side.tensor(name)
+    if type(tensor) not in CLASSES:
+        return
+    if is_filled:
+        reason = unfillable(tensor)
+    else:
+        is_read = tensor.layout is torch.strided and not tensor.is_meta and tensor.numel()
+        reason = None if not is_read or has_memory(tensor) else CUT
+    if reason:
+        raise Invalid(f"{name} of {side.label} is {reason}")
 
 
 def _check_finite(copies: list[tuple[Step, torch.Tensor]], left: Side, right: Side, allowed: bool) -> None:
