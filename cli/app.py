@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
 import registry
 from registry.cli.options import Group, color, example_text
@@ -27,12 +28,14 @@ class Row(NamedTuple):
         module: the module of `registry.cli` that defines the command.
         function: the name of the command's function. It is the command's name with `_` for `-`. A name that Python
             uses itself, such as `import`, gets a `_` at its end.
+        brief: the first sentence of the command's help. It stands here so that the list of all commands loads none.
         is_light: whether the command, or each command of a group, reads only metadata. Such a command loads no torch,
             numpy or pydantic. tests/cli/test_startup.py checks this with the examples of its help.
     """
 
     module: str
     function: str
+    brief: str = ""
     is_light: bool = False
 
     @property
@@ -43,70 +46,70 @@ class Row(NamedTuple):
 
 _GROUPS = {
     "Save and load": (
-        Row("files", "init", is_light=True),
-        Row("files", "import_"),
-        Row("files", "export"),
-        Row("files", "checkout"),
-        Row("attached", "files", is_light=True),
-        Row("attached", "attach"),
+        Row("files", "init", "Make a new registry.", is_light=True),
+        Row("files", "import_", "Store files, folders or torchvision networks as versions."),
+        Row("files", "export", "Write a version to a file, or to a folder."),
+        Row("files", "checkout", "Write the folder that training goes on from."),
+        Row("attached", "files", "List the files of a version, or write one of them.", is_light=True),
+        Row("attached", "attach", "Attach files that were made from a version to it."),
     ),
     "Train": (
-        Row("training", "train"),
-        Row("training", "eval_"),
-        Row("training", "predict"),
-        Row("resuming", "check_resume"),
-        Row("runs", "runs", is_light=True),
-        Row("runs", "logs", is_light=True),
+        Row("training", "train", "Train a network and record every epoch."),
+        Row("training", "eval_", "Measure a version on held-out data."),
+        Row("training", "predict", "Classify images."),
+        Row("resuming", "check_resume", "Check that a training script resumes bit for bit."),
+        Row("runs", "runs", "List training sessions, the newest first.", is_light=True),
+        Row("runs", "logs", "Show the log file of a run.", is_light=True),
     ),
     "Look": (
-        Row("reading", "ls", is_light=True),
-        Row("showing", "show", is_light=True),
-        Row("history", "log", is_light=True),
-        Row("history", "history", is_light=True),
-        Row("history", "best", is_light=True),
-        Row("reading", "status", is_light=True),
-        Row("usage", "du", is_light=True),
+        Row("reading", "ls", "List the models, or a model's versions.", is_light=True),
+        Row("showing", "show", "Show a version: metrics, provenance, tensors.", is_light=True),
+        Row("history", "log", "Draw what came from what: versions, runs, models.", is_light=True),
+        Row("history", "history", "Show how a model came to be, version by version.", is_light=True),
+        Row("history", "best", "Find the best version of a model.", is_light=True),
+        Row("reading", "status", "Show storage use and what sharing saves.", is_light=True),
+        Row("usage", "du", "Say who holds the bytes on the disk.", is_light=True),
     ),
     "Compare and transfer": (
-        Row("diffs", "diff"),
-        Row("diffs", "compare", is_light=True),
-        Row("transfers", "plan"),
-        Row("transfers", "apply"),
-        Row("transfers", "transfer"),
-        Row("transfers", "advise"),
+        Row("diffs", "diff", "Compare two models' tensors by name, shape and value."),
+        Row("diffs", "compare", "Compare a metric of models, runs or versions by epoch.", is_light=True),
+        Row("transfers", "plan", "Plan which tensors of SOURCE go where in TARGET."),
+        Row("transfers", "apply", "Make a new version by a plan that was written to a file."),
+        Row("transfers", "transfer", "Make a new version with tensors of another, by a plan."),
+        Row("transfers", "advise", "Say whether to fine-tune or freeze, by a rule of thumb."),
     ),
     "Name": (
-        Row("naming", "alias", is_light=True),
-        Row("naming", "tag", is_light=True),
-        Row("naming", "note", is_light=True),
-        Row("naming", "rm", is_light=True),
+        Row("naming", "alias", "Point an alias at a version.", is_light=True),
+        Row("naming", "tag", "Attach tags to a version.", is_light=True),
+        Row("naming", "note", "Attach a note to a version.", is_light=True),
+        Row("naming", "rm", "Remove versions, all of them or none.", is_light=True),
     ),
     "Share": (
-        Row("sharing", "push"),
-        Row("sharing", "pull"),
-        Row("sharing", "copy"),
-        Row("sharing", "follow"),
-        Row("sharing", "outbox"),
-        Row("remotes", "remote", is_light=True),
+        Row("sharing", "push", "Copy versions to another registry."),
+        Row("sharing", "pull", "Copy versions from another registry."),
+        Row("sharing", "copy", "Copy versions from any registry to any other."),
+        Row("sharing", "follow", "Wait for each version that a reference comes to name."),
+        Row("sharing", "outbox", "Share what was saved while a bucket was away."),
+        Row("remotes", "remote", "Name places of registries, for --to and --from.", is_light=True),
     ),
     "Keep house": (
-        Row("upkeep", "verify", is_light=True),
-        Row("usage", "prune"),
-        Row("upkeep", "gc", is_light=True),
-        Row("upkeep", "compact"),
-        Row("upkeep", "repair"),
-        Row("upkeep", "rebuild", is_light=True),
-        Row("doctor", "doctor", is_light=True),
-        Row("caches", "cache", is_light=True),
+        Row("upkeep", "verify", "Compare every stored byte with its digest.", is_light=True),
+        Row("usage", "prune", "Free what can be had without losing anything."),
+        Row("upkeep", "gc", "Free the space of what no version needs.", is_light=True),
+        Row("upkeep", "compact", "Store older versions as differences, bit for bit."),
+        Row("upkeep", "repair", "Put back what is damaged or missing from a second copy."),
+        Row("upkeep", "rebuild", "Make the catalog anew from the log.", is_light=True),
+        Row("doctor", "doctor", "Check versions, log, locks and space in a moment.", is_light=True),
+        Row("caches", "cache", "Show and clear cached datasets.", is_light=True),
     ),
     "See": (
-        Row("ui", "ui"),
-        Row("cards", "card", is_light=True),
-        Row("runs", "board"),
+        Row("ui", "ui", "Open the registry in the browser, until Ctrl-C."),
+        Row("cards", "card", "Write a model card from what was recorded.", is_light=True),
+        Row("runs", "board", "Show runs in TensorBoard, until Ctrl-C."),
     ),
     "Set up": (
-        Row("configs", "config", is_light=True),
-        Row("shell", "completion", is_light=True),
+        Row("configs", "config", "Show, check and compare configurations.", is_light=True),
+        Row("shell", "completion", "Print a script for completion in your shell.", is_light=True),
     ),
 }
 """The commands by what they are for."""
@@ -146,9 +149,13 @@ class App(Group):
         longest = max(map(len, COMMANDS))
         for heading, rows in _GROUPS.items():
             with formatter.section(heading):
-                found = [(row.name.ljust(longest), self.get_command(ctx, row.name)) for row in rows]
-                room = formatter.width - longest - 6
-                formatter.write_dl([(name, one.get_short_help_str(room)) for name, one in found if one])
+                formatter.write_dl([(row.name.ljust(longest), row.brief) for row in rows])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """The commands, or the options, that begin with the typed text."""
+        rows = [row for row in COMMANDS.values() if row.name.startswith(incomplete)]
+        options = click.Command.shell_complete(self, ctx, incomplete)
+        return [*(CompletionItem(row.name, help=row.brief) for row in rows), *options]
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Run the command line, and end the process with its exit status."""

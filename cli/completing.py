@@ -10,9 +10,6 @@ from typing import TYPE_CHECKING
 import click
 from click.shell_completion import CompletionItem
 
-from registry.catalog.versions import metric_names, tag_names
-from registry.log.metrics import called
-
 if TYPE_CHECKING:
     from registry.registry import Registry
 
@@ -44,6 +41,10 @@ def completes(*sources: Names) -> Complete:
 
 def metrics(registry: Registry, ctx: click.Context) -> list[str]:
     """The metrics of the model on the command line, or of all, and `loss`."""
+    # Lazy: start-up.
+    from registry.catalog.versions import metric_names
+    from registry.log.metrics import called
+
     # An option without its value leaves the arguments as they were typed.
     model = re.split("[:@/]", ctx.args[0])[0] if ctx.args else None
     return [*map(called, metric_names(registry.catalog, model)), "loss"]
@@ -51,6 +52,9 @@ def metrics(registry: Registry, ctx: click.Context) -> list[str]:
 
 def tags(registry: Registry, ctx: click.Context) -> list[str]:
     """The tags that versions have."""
+    # Lazy: start-up.
+    from registry.catalog.versions import tag_names
+
     return tag_names(registry.catalog)
 
 

@@ -19,7 +19,7 @@ from registry.cli.output import ago, nothing, number, print_json, say, size, tip
 from registry.cli.reading import fields_of, heading_of, left_out
 from registry.cli.suggestions import WrongUse
 from registry.cli.tables import Column, Field, TableView, print_table
-from registry.reports.charts import lanes
+from registry.reports.text_charts import lanes
 from registry.reports.words import measured
 
 if TYPE_CHECKING:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from registry.catalog.documents import finite
 from registry.reports.words import ago as ago
 from registry.reports.words import counted as counted
 from registry.reports.words import number as number
@@ -220,6 +219,9 @@ def begin() -> None:
 
 def print_json(document: Any) -> None:
     """Print one JSON document. NaN and infinity become null, because JSON has neither."""
+    # Lazy: start-up.
+    from registry.catalog.documents import finite
+
     _documents.append(True)
     click.echo(json.dumps(finite(document), indent=2))
 

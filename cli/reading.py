@@ -36,7 +36,7 @@ from registry.cli.output import (
 )
 from registry.cli.tables import Column, Field, TableView, print_table
 from registry.log.metrics import bare, called, is_smallest_best
-from registry.reports.charts import sparkline
+from registry.reports.text_charts import sparkline
 from registry.store.text import quoted
 
 if TYPE_CHECKING:

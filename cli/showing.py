@@ -19,7 +19,7 @@ from registry.cli.options import ReferenceType, command
 from registry.cli.output import counted, encodable, number, print_json, size, text_of, time_of
 from registry.cli.tables import Column, Field, print_table, width_of
 from registry.log.metrics import with_metrics
-from registry.reports.charts import sparkline
+from registry.reports.text_charts import sparkline
 from registry.reports.words import shape
 from registry.store.errors import NotFound, RegistryError
 

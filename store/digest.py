@@ -49,6 +49,12 @@ def preamble(dtype: str, shape: Sequence[int]) -> bytes:
     return _preamble(dtype, tuple(shape))
 
 
+def salt() -> str:
+    """32 hexadecimal digits by chance. What holds them has a digest that nothing else has or had."""
+    # The module `secrets` asks the same source, and loads OpenSSL: a tenth of the start of a command.
+    return os.urandom(16).hex()
+
+
 @functools.lru_cache(maxsize=1024)
 def _preamble(dtype: str, shape: tuple[int, ...]) -> bytes:
     """As `preamble`.

@@ -11,7 +11,6 @@ import functools
 import mmap
 import os
 import re
-import secrets
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +20,7 @@ from typing import NamedTuple
 
 from registry.store import header
 from registry.store.digest import digest as digest_of
-from registry.store.digest import is_digest, tensor_digest, tensor_hasher
+from registry.store.digest import is_digest, salt, tensor_digest, tensor_hasher
 from registry.store.dtypes import BY_CODE, ELEMENT_TYPES, byte_count
 from registry.store.durable import NewFile
 from registry.store.errors import Conflict, Corrupt, Invalid, Unsupported, storage_errors
@@ -48,7 +47,6 @@ _ALONE = "self"
 _MOST_TIMES = 1 << 18
 """How many times smaller such a tensor can be in a pack. It bounds the memory that a malformed one takes."""
 
-_SALT = 16
 _COALESCE = 64 << 10
 """Bytes below which a tensor is written together with its neighbours."""
 
@@ -235,7 +233,7 @@ class PackWriter:
         self._flush()
         # Those without bytes come before the one that begins where they are.
         tensors = sorted(self._tensors, key=lambda tensor: (tensor.start, tensor.size))
-        about = {"format": f"torch-registry pack {self._version}", "salt": secrets.token_hex(_SALT)}
+        about = {"format": f"torch-registry pack {self._version}", "salt": salt()}
         text = header.render(self._laid_out(tensors, about), about)
         head = header.framed(text, self._head)
         name = digest_of(head)

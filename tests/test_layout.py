@@ -297,7 +297,7 @@ def lazy_imports(module: str) -> Iterator[tuple[ast.Import | ast.ImportFrom, re.
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """The modules of the project that `registry ls` loads."""
+    """The modules of the project that `registry ls`, `show` and `status` load."""
     program = (
         "import sys\nfrom registry.cli import main\n"
         "try: main()\nexcept SystemExit as done: assert not done.code\n"
@@ -305,16 +305,19 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     )
     root = tmp_path_factory.mktemp("quick") / "r"
     Registry(root).save("net", {"model": {}})
-    words = [sys.executable, "-c", program, "list", "--root", str(root)]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    return set(done.stderr.split()) & MODULES.keys()
+    found = set()
+    for command in (["list"], ["show", "net"], ["status"]):
+        words = [sys.executable, "-c", program, *command, "--root", str(root)]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        found |= set(done.stderr.split()) & MODULES.keys()
+    return found
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_an_import_inside_a_function_says_why(module: str, quick: set[str]) -> None:
     """`# Lazy: loads NAME.` is true: what is imported loads the package, and the module does not load it by itself.
 
-    `# Lazy: start-up.` stands in the command line, and in what `registry ls` loads.
+    `# Lazy: start-up.` stands in the command line, and in what the commands that are typed most load.
     """
     loads = loaded_with()
     wrong = []
@@ -330,7 +333,7 @@ def test_an_import_inside_a_function_says_why(module: str, quick: set[str]) -> N
             elif package not in names.union(*(loads[name] for name in names & MODULES.keys())):
                 problem = f"does not load {package}"
         elif room_of(module) != "registry.cli" and module not in quick:
-            problem = "is in a module that `registry ls` does not load"
+            problem = "is in a module that `registry ls`, `show` and `status` do not load"
         if problem:
             wrong.append(f"{path_of(module)}:{node.lineno}: {ast.unparse(node)} {problem}")
     assert wrong == []

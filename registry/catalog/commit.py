@@ -5,13 +5,13 @@ If other processes remove meanwhile what the trees rely on, both steps are repea
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from registry.catalog.lookups import are_doomed, can_be_turned_back
 from registry.log.entries import MAX_TEXT, Record, manifest_text, now, pack_record
 from registry.progress import Progress, silent
+from registry.store.digest import salt
 from registry.store.errors import Conflict, Corrupt, Missing, RegistryError, Unsupported
 from registry.store.pausing import collector_paused
 from registry.store.store import Written
@@ -161,7 +161,7 @@ def _renew(record: dict[str, Any], error: Stale) -> None:
         record["created"] = now()
     elif isinstance(error, Doomed):
         # Without a time in the record, the id follows from the content alone.
-        record["salt"] = secrets.token_hex(16)
+        record["salt"] = salt()
 
 
 def check_size(texts: Sequence[Mapping[str, str]], what: str) -> None:

@@ -10,14 +10,14 @@ from registry.catalog.conditions import parse_condition
 from registry.catalog.lookups import Reader
 from registry.catalog.resolving import direction_of, no_such_metric
 from registry.catalog.versions import ANY, Condition, Model, Version, list_versions, rank_versions
-from registry.reports.blocks import Column
-from registry.reports.notebook import WHOLE, Bar, Cell, Part, bundle, heading, shares_of, table
 from registry.reports.words import ago, number, size
 from registry.store.errors import Invalid, Unsupported
 from registry.store.text import printable, quoted
 
 if TYPE_CHECKING:
     import pandas
+
+    from registry.reports.notebook import Bar, Cell, Part
 
 _MOST_SHOWN = 50
 """Rows that a notebook shows."""
@@ -92,9 +92,16 @@ class Versions(Listing[Version]):
         return printable(f"<Versions{whose}{order}: {count}>")
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
+        # Lazy: start-up.
+        from registry.reports.notebook import bundle
+
         return bundle(repr(self), self._parts())
 
     def _parts(self) -> Iterator[Part]:
+        # Lazy: start-up.
+        from registry.reports.blocks import Column
+        from registry.reports.notebook import WHOLE, heading, table
+
         yield heading(repr(self)[1:-1])
         shown = self[:_MOST_SHOWN]
         had = Counter(name for version in shown for name in version.metrics)
@@ -150,9 +157,16 @@ class Models(Listing[Model]):
         return f"<Models: {len(self):,} with {versions:,} version{'' if versions == 1 else 's'}>"
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
+        # Lazy: start-up.
+        from registry.reports.notebook import bundle
+
         return bundle(repr(self), self._parts())
 
     def _parts(self) -> Iterator[Part]:
+        # Lazy: start-up.
+        from registry.reports.blocks import Column
+        from registry.reports.notebook import WHOLE, Bar, heading, shares_of, table
+
         yield heading(repr(self)[1:-1])
         columns = [
             *(Column("Model"), Column("Versions", is_number=True), Column("Latest"), Column("Best")),
@@ -245,6 +259,9 @@ _VERSION_COLUMNS = (
 
 def _bars(values: Sequence[float | None]) -> list[Bar | None]:
     """A column of a metric."""
+    # Lazy: start-up.
+    from registry.reports.notebook import Bar, shares_of
+
     return [
         None if value is None else Bar(share, number(value))
         for value, share in zip(values, shares_of(values), strict=True)

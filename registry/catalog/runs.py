@@ -16,9 +16,6 @@ from registry.log.entries import now
 from registry.log.facts import sound_run
 from registry.log.metrics import is_metric
 from registry.log.reference import check_run_name
-from registry.reports.blocks import Column
-from registry.reports.charts import sparkline
-from registry.reports.notebook import Part, bundle, code, facts, folded, heading, table
 from registry.reports.words import number, time_of
 from registry.store import durable, places
 from registry.store.errors import Conflict, NotFound, RegistryError
@@ -29,6 +26,7 @@ if TYPE_CHECKING:
     from registry.catalog.catalog import Catalog
     from registry.catalog.transactions import View
     from registry.log.entries import Record
+    from registry.reports.notebook import Part
 
 LOG = "run.log"
 PROCESS = "process"
@@ -55,10 +53,16 @@ class RunInfo(NamedTuple):
         return printable(f"<RunInfo {self.name}: {self.state}>")
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
+        # Lazy: start-up.
+        from registry.reports.notebook import bundle
+
         return bundle(repr(self), self.parts())
 
     def parts(self) -> Iterator[Part]:
         """What a notebook shows of it: how it went, and the last lines of its log."""
+        # Lazy: start-up.
+        from registry.reports.notebook import code, facts, folded, heading
+
         yield heading(f"Run {self.name}", self.state)
         yield facts(
             [
@@ -251,16 +255,13 @@ _LINES = 12
 """Lines of a log that a notebook shows."""
 
 
-_CURVES = (
-    Column("Scalar"),
-    Column("Trend"),
-    Column("Last", is_number=True),
-    Column("Step", is_number=True),
-)
-
-
 def _curves(path: Path) -> Part:
     """How the scalars of a run went; of a long file the end counts."""
+    # Lazy: start-up.
+    from registry.reports.blocks import Column
+    from registry.reports.notebook import Part, table
+    from registry.reports.text_charts import sparkline
+
     status = places.status_of(path, inner=INNER)
     if status is None:
         return Part("")
@@ -269,7 +270,11 @@ def _curves(path: Path) -> Part:
         (tag, sparkline([point.value for point in part], 16), number(part[-1].value), f"{part[-1].step:,}")
         for tag, part in points.items()
     ]
-    return table(_CURVES, rows)
+    columns = [
+        *(Column("Scalar"), Column("Trend")),
+        *(Column("Last", is_number=True), Column("Step", is_number=True)),
+    ]
+    return table(columns, rows)
 
 
 def _last_lines(path: Path) -> list[str]:

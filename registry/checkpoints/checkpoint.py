@@ -12,16 +12,14 @@ from registry.catalog.ancestry import children
 from registry.catalog.resolving import resolve
 from registry.catalog.versions import Version, name_of
 from registry.log.metrics import with_metrics
-from registry.reports import notebook
-from registry.reports.blocks import Column
 from registry.reports.words import counted, number, shape, size, time_of
 from registry.store.errors import Corrupt, NotFound, naming
 from registry.store.text import printable
-from registry.upkeep.outbox import Outbox
 
 if TYPE_CHECKING:
     from registry.catalog.catalog import Catalog
     from registry.home import Home
+    from registry.reports.notebook import Part
     from registry.store.store import Store
 
 _logger = logging.getLogger(__name__)
@@ -55,6 +53,9 @@ class Checkpoint:
             Invalid, NotFound, Conflict: as `registry.Registry.__getitem__`.
         """
         if home.remote is not None:
+            # Lazy: start-up.
+            from registry.upkeep.outbox import Outbox
+
             outbox = Outbox(home)
             if found := outbox.find(reference):
                 return cls(outbox.home.store, found, outbox.home.catalog)
@@ -303,10 +304,16 @@ class Checkpoint:
         yield from self._facts()
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
-        return notebook.bundle(repr(self), self._parts())
+        # Lazy: start-up.
+        from registry.reports.notebook import bundle
 
-    def _parts(self) -> Iterator[notebook.Part]:
+        return bundle(repr(self), self._parts())
+
+    def _parts(self) -> Iterator[Part]:
         """What a notebook shows of it."""
+        # Lazy: start-up.
+        from registry.reports import notebook
+
         yield notebook.heading(self.name, " ".join((self.id[:12], *self.aliases)))
         fields = {"epoch": self.epoch, "step": self.step, "loss": self.loss}
         measured = with_metrics(fields, self.metrics)
@@ -332,28 +339,7 @@ class Checkpoint:
             component, _, name = path.partition("/")
             tensors.setdefault(component, []).append((name, dtype, sizes))
         for component, found in tensors.items():
-            yield self._tensors_part(component, found)
-
-    def _tensors_part(
-        self, component: str, tensors: Sequence[tuple[str, str, tuple[int, ...]]]
-    ) -> notebook.Part:
-        """The tensors of a component; those whose names differ in numbers alone stand in one row."""
-        buffers = set(self.provenance.get("buffers", {}).get(component, ()))
-        elements = self.record["components"].get(component, {}).get("elements", 0)
-        kind = self.provenance.get("kinds", {}).get(component, "")
-        if component in self.provenance.get("buffers", {}):
-            # What a network holds beside its buffers are its parameters.
-            count = elements - sum(math.prod(shape) for name, _, shape in tensors if name in buffers)
-            amount = f"{count:,} parameters"
-        else:
-            amount = f"{elements:,} elements"
-        about = [(name, f"{shape(sizes)} {dtype}") for name, dtype, sizes in tensors]
-        columns = [Column("Tensor", is_code=True), Column("Shape"), Column("Count", is_number=True)]
-        rows = [(name, shape, f"{many:,}") for name, shape, many in notebook.merged(about)]
-        head = " ".join(filter(None, (component, kind)))
-        return notebook.folded(
-            f"{head}: {amount} in {counted(len(tensors), 'tensor')}", notebook.table(columns, rows)
-        )
+            yield _tensors_part(self._version, component, found)
 
     def _sources(self) -> list[str]:
         """What it came from, by name where there is one."""
@@ -408,3 +394,30 @@ class Checkpoint:
             if value is not None:
                 facts.append((key, f"{value:.5g}" if isinstance(value, float) else value))
         return facts
+
+
+def _tensors_part(
+    version: Version, component: str, tensors: Sequence[tuple[str, str, tuple[int, ...]]]
+) -> Part:
+    """The tensors of a component; those whose names differ in numbers alone stand in one row."""
+    # Lazy: start-up.
+    from registry.reports import notebook
+    from registry.reports.blocks import Column
+
+    provenance = version.record.get("provenance", {})
+    buffers = set(provenance.get("buffers", {}).get(component, ()))
+    elements = version.record["components"].get(component, {}).get("elements", 0)
+    kind = provenance.get("kinds", {}).get(component, "")
+    if component in provenance.get("buffers", {}):
+        # What a network holds beside its buffers are its parameters.
+        count = elements - sum(math.prod(shape) for name, _, shape in tensors if name in buffers)
+        amount = f"{count:,} parameters"
+    else:
+        amount = f"{elements:,} elements"
+    about = [(name, f"{shape(sizes)} {dtype}") for name, dtype, sizes in tensors]
+    columns = [Column("Tensor", is_code=True), Column("Shape"), Column("Count", is_number=True)]
+    rows = [(name, shape, f"{many:,}") for name, shape, many in notebook.merged(about)]
+    head = " ".join(filter(None, (component, kind)))
+    return notebook.folded(
+        f"{head}: {amount} in {counted(len(tensors), 'tensor')}", notebook.table(columns, rows)
+    )

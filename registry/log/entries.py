@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from registry.log.reference import check_name, check_run_name, check_text
-from registry.store.digest import digest, is_digest
+from registry.store.digest import digest, is_digest, salt
 from registry.store.errors import Corrupt, Invalid, RegistryError, Unsupported
 from registry.store.text import quoted
 
@@ -80,7 +79,7 @@ def write(seq: int, prev: str, records: Sequence[Record]) -> Entry:
         raise Invalid(
             f"one change of {len(records):,} records is too large; at most {MAX_RECORDS:,} go at a time"
         )
-    at, nonce = now(), secrets.token_hex(16)
+    at, nonce = now(), salt()
     document = {"seq": seq, "at": at, "prev": prev, "nonce": nonce, "records": records}
     text = json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
     own = digest(text)

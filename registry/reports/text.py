@@ -18,7 +18,7 @@ from registry.reports.blocks import (
     drawn,
     toned,
 )
-from registry.reports.charts import text_bar
+from registry.reports.text_charts import text_bar
 from registry.store.text import printable
 
 _WIDTH = 79

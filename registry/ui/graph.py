@@ -9,7 +9,8 @@ from registry.catalog.chains import CONTINUED, Chain, chains, named, read_nodes,
 from registry.catalog.versions import values_by_id
 from registry.log.metrics import called
 from registry.registry import Registry
-from registry.reports.charts import lane_lines, lane_picture
+from registry.reports.charts import lane_picture
+from registry.reports.text_charts import lane_lines
 from registry.store.digest import is_digest
 from registry.ui.kept import NOTED, once
 from registry.ui.page import Args, Page, address_of_name

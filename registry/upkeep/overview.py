@@ -9,8 +9,8 @@ from registry.catalog.runs import Runs
 from registry.catalog.versions import Model, commonest_metric, list_models, values_by_model
 from registry.home import Home
 from registry.reports.blocks import Column
-from registry.reports.charts import sparkline
 from registry.reports.notebook import WHOLE, Cell, Part, heading, sentence, table
+from registry.reports.text_charts import sparkline
 from registry.reports.words import ago, counted, number, size
 from registry.upkeep.status import status
 

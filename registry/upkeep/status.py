@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from registry.catalog.schema import UNUSED
-from registry.reports.notebook import Part, Piece, bundle, facts, heading, pieces
 from registry.reports.words import counted, size
 from registry.store.errors import StorageError
 
 if TYPE_CHECKING:
     from registry.catalog.catalog import Catalog
+    from registry.reports.notebook import Part
 
 
 class Status(NamedTuple):
@@ -51,9 +51,15 @@ class Status(NamedTuple):
         return f", {' and '.join(found)}" if found else ""
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
+        # Lazy: start-up.
+        from registry.reports.notebook import bundle
+
         return bundle(repr(self), self._parts())
 
     def _parts(self) -> Iterator[Part]:
+        # Lazy: start-up.
+        from registry.reports.notebook import Piece, facts, heading, pieces
+
         held = f"{counted(self.models, 'model')}, {counted(self.versions, 'version')}"
         artifacts = f", {counted(self.artifacts, 'artifact')}" if self.artifacts else ""
         yield heading(f"Status of {self.root}", held + artifacts)

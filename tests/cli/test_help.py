@@ -58,6 +58,16 @@ def test_every_command_takes_json_and_debug(path: str) -> None:
     assert "as_json" in names or path == "registry completion"
 
 
+def test_the_list_of_commands_says_of_each_what_its_help_begins_with() -> None:
+    context = click.Context(app)
+    begins = {}
+    for name in COMMANDS:
+        command = app.get_command(context, name)
+        assert command is not None
+        begins[name] = command.get_short_help_str(200)
+    assert {name: row.brief for name, row in COMMANDS.items()} == begins
+
+
 def test_the_commands_stand_in_groups_and_none_is_cut() -> None:
     text = app.get_help(click.Context(app, info_name="registry", terminal_width=80))
     lines = text.splitlines()

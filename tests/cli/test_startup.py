@@ -102,6 +102,25 @@ def test_a_light_command_loads_nothing_heavy(
     assert set(modules) & HEAVY == set()
 
 
+@pytest.mark.parametrize("line", ["--help", "ls", "ls lenet5", "show lenet5", "status"])
+def test_the_commands_that_are_typed_most_load_no_drawing_no_upkeep_and_no_openssl(
+    golden: Path, line: str
+) -> None:
+    words = [sys.executable, "-X", "importtime", "-m", "registry.cli", *line.split()]
+    done = subprocess.run(words, cwd=golden, capture_output=True, text=True, check=True)
+    loaded = {text.rpartition("|")[2].strip() for text in done.stderr.splitlines()}
+    needless = {
+        "_hashlib",
+        "registry.reports.blocks",
+        "registry.upkeep.garbage",
+        "registry.upkeep.verification",
+    }
+    assert "click" in loaded
+    assert loaded & needless == set()
+    if line == "--help":
+        assert not {name for name in loaded if name.startswith("registry.catalog")}
+
+
 def test_importing_the_package_loads_nothing_heavy() -> None:
     program = "import sys, registry; print(*{name.partition('.')[0] for name in sys.modules})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -734,16 +734,15 @@ class World:
             self.pause()
             return real_open(path, flags, **options)
 
-        salt = random.Random(f"{self.seed} salt")
+        salts = random.Random(f"{self.seed} salt")
         before = (durable.disk, durable.lock, durable.open_file, places.open_file)
-        secrets, entry_secrets, entry_now = pack.secrets, entries.secrets, entries.now
+        salt, entry_now = entries.salt, entries.now
         import registry.catalog.commit as commit
         import registry.checkpoints.saving as saving
 
         commit_now, saving_now = commit.now, saving.now
 
         class Chance:
-            token_hex = staticmethod(lambda size: f"{salt.getrandbits(8 * size):0{2 * size}x}")
             # Who waits for other hosts does not let them go on here.
             uniform = staticmethod(lambda least, most: 0.0)
 
@@ -767,7 +766,7 @@ class World:
         recent, contents._RECENT = contents._RECENT, 1 << 62
         durable.disk, durable.lock = Disk(self), lock
         durable.open_file = places.open_file = open_file
-        pack.secrets = entries.secrets = Chance  # type: ignore[assignment]
+        pack.salt = entries.salt = lambda: f"{salts.getrandbits(128):032x}"
         entries.now = commit.now = saving.now = now
         segment = journal.SEGMENT
         journal.SEGMENT = 20_000
@@ -783,7 +782,7 @@ class World:
             yield
         finally:
             durable.disk, durable.lock, durable.open_file, places.open_file = before
-            pack.secrets, entries.secrets, entries.now = secrets, entry_secrets, entry_now
+            pack.salt, entries.salt, entries.now = salt, salt, entry_now
             commit.now, saving.now = commit_now, saving_now
             journal.SEGMENT = segment
             catalog._LOOK_AGAIN, places._SETTLED = look_again, settled

@@ -157,10 +157,8 @@ def no_chance() -> Iterator[None]:
     """Let random names and times be the same each time, so that a seed names the same byte again."""
     drawn = iter(range(1, 1 << 30))
 
-    class Names:
-        @staticmethod
-        def token_hex(size: int) -> str:
-            return hashlib.sha256(str(next(drawn)).encode()).hexdigest()[: 2 * size]
+    def salt() -> str:
+        return hashlib.sha256(str(next(drawn)).encode()).hexdigest()[:32]
 
     class Clock(datetime):
         @classmethod
@@ -168,9 +166,9 @@ def no_chance() -> Iterator[None]:
             return datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=next(drawn))
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(entries, "secrets", Names)
+        patched.setattr(entries, "salt", salt)
         patched.setattr(entries, "datetime", Clock)
-        patched.setattr(pack, "secrets", Names)
+        patched.setattr(pack, "salt", salt)
         patched.setattr("registry.cache.decorator.time", _NoTime)
         yield
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from registry import Registry
 from registry.catalog.chains import CONTINUED, Chain, Node, chains, read_nodes, related
-from registry.reports.charts import lanes
+from registry.reports.text_charts import lanes
 
 
 def names(found: list[Chain]) -> list[str]:
