@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import shutil
+import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import safetensors.torch
 import torch
+from blake3 import blake3
 
 from benchmarks.floors import plain_write, sync, touch_free_memory
-from benchmarks.measure import Contender, Result, Scale, Section, ratio, take_turns
+from benchmarks.measure import Contender, Result, Scale, Section, Table, ratio, spoken, take_turns
 from benchmarks.states import new_registry
 from registry import Registry
+from registry.store.pausing import collector_paused
 
 KB = 1 << 10
 
@@ -29,6 +33,16 @@ def measure(folder: Path, scale: Scale) -> Section:
     count = 20_000 if scale.quick else 100_000
     rounds = min(scale.rounds, 3)
     large = f"{count:,} tensors of 16 KiB: save, all new"
+    parts = [_parts(count, size, folder=folder, rounds=rounds) for size in (16 * KB, 64)]
+    columns = [
+        "",
+        "in all",
+        "looked at",
+        "hashed, written, synced",
+        "log and catalog",
+        "BLAKE3 alone, one core",
+    ]
+    where = Table("where the time of a save goes", columns, parts)
     times = _many(count, 16 * KB, folder=folder, rounds=rounds)
     found = [
         ratio(large, times, ours="save", peer="plain", goal=3.0, name="a plain write"),
@@ -42,8 +56,39 @@ def measure(folder: Path, scale: Scale) -> Section:
     )
     found.append(_little(folder, 10 * scale.rounds))
     if shutil.which("strace") is None:
-        return Section(found, notes=["the syncs of a save were not counted: strace is not there"])
-    return Section([*found, _syncs(folder)])
+        return Section(
+            found, tables=[where], notes=["the syncs of a save were not counted: strace is not there"]
+        )
+    return Section([*found, _syncs(folder)], tables=[where])
+
+
+def _parts(count: int, size: int, folder: Path, rounds: int) -> list[str]:
+    """How long each part of a save of so many tensors of so many bytes takes, and what hashing them takes at least."""
+    values = torch.randn(count, size // 4)
+    tensors = {f"layer{i}": values[i].clone() for i in range(count)}
+    buffers = [memoryview(tensor.numpy()).cast("B") for tensor in tensors.values()]
+    root, found = folder / "parts", []
+    for _ in range(rounds):
+        store = new_registry(root).store
+        # As `save` does it.
+        with collector_paused([size] * count):
+            began = time.perf_counter()
+            encoded = store.encode({"model": tensors})
+            looked_at = time.perf_counter()
+            store.put(encoded)
+            stored = time.perf_counter()
+        registry = new_registry(root)
+        ready = time.perf_counter()
+        registry.save("net", {"model": tensors})
+        saved = time.perf_counter()
+        for buffer in buffers:
+            blake3(buffer).digest()
+        hashed = time.perf_counter()
+        rest = (saved - ready) - (stored - began)
+        found.append((saved - ready, looked_at - began, stored - looked_at, rest, hashed - saved))
+    shutil.rmtree(root)
+    each = f"{count:,} tensors of {size:,} bytes"
+    return [each, *(spoken(statistics.median(part)) for part in zip(*found, strict=True))]
 
 
 def _many(count: int, size: int, folder: Path, rounds: int) -> dict[str, list[float]]:

@@ -6,9 +6,12 @@ from __future__ import annotations
 import math
 import shutil
 import statistics
+import subprocess
+import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +108,7 @@ def _slowed(folder: Path, rounds: int) -> list[Result]:
     tensors = list(flat({"model": model.state_dict(), "optimizer": optimizer.state_dict()}).values())
     kinds = {"steps of Python over small tensors": _python_step(), "steps of LeNet5": _lenet5_step()}
     found = []
-    with Registry(folder).run("model", keep_last=1) as run:
+    with Registry(folder / "here").run("model", keep_last=1) as run, _apart(folder / "apart") as apart:
 
         def change() -> None:
             run.wait()
@@ -125,10 +128,22 @@ def _slowed(folder: Path, rounds: int) -> list[Result]:
                 # What is left of the save then counts, too.
                 run.wait()
 
-            times = take_turns({"alone": (change, alone), "saving": (change, saving)}, rounds)
-            found.append(
-                _slowdown(f"{what}, a ResNet50 + Adam saved behind them every {EVERY:.0f} s", times, count)
-            )
+            def beside(alone: Step = alone) -> None:
+                answered = apart()
+                alone()
+                answered()
+
+            contenders: dict[str, Contender] = {
+                "alone": (change, alone),
+                "saving": (change, saving),
+                "beside": (change, beside),
+            }
+            times = take_turns(contenders, rounds)
+            often = f"every {EVERY:.0f} s"
+            found += [
+                _slowdown(f"{what}, a ResNet50 + Adam saved behind them {often}", times, "saving", count),
+                _slowdown(f"{what}, while another process saves its own {often}", times, "beside", count),
+            ]
     shutil.rmtree(folder)
     return found
 
@@ -143,19 +158,56 @@ def _enough(step: Step) -> int:
     return max(STEPS, math.ceil(LASTING * few / (time.perf_counter() - began)))
 
 
-def _slowdown(what: str, times: Times, count: int) -> Result:
+def _slowdown(what: str, times: Times, who: str, count: int) -> Result:
     """What a training takes with a save every `EVERY` seconds, of what it takes without.
 
     Args:
-        times: seconds of the steps `alone`, and `saving` once beside them. A save is over before the steps are, so the seconds
-            that it adds are the same however many steps there are.
+        times: seconds of the steps `alone`, and of the steps with one save beside them. A save is over before the steps are, so
+            the seconds that it adds are the same however many steps there are.
+        who: whose save: one `saving` behind the steps, which has a goal, or one of another process.
         count: how many steps.
     """
-    added = [a - b for a, b in zip(times["saving"], times["alone"], strict=True)]
+    added = [a - b for a, b in zip(times[who], times["alone"], strict=True)]
     low, high = middle_half([1 + seconds / EVERY for seconds in added])
-    saving, alone = (statistics.median(times[name]) for name in ("saving", "alone"))
+    saving, alone = (statistics.median(times[name]) for name in (who, "alone"))
     detail = f"{count} steps and one save {spoken(saving)} against {spoken(alone)} of {count} steps"
-    return Result(what, 1 + statistics.median(added) / EVERY, goal=1.02, detail=detail, low=low, high=high)
+    value, goal = 1 + statistics.median(added) / EVERY, 1.02 if who == "saving" else None
+    return Result(what, value, goal=goal, detail=detail, low=low, high=high)
+
+
+@contextmanager
+def _apart(folder: Path) -> Iterator[Callable[[], Callable[[], object]]]:
+    """A process that holds a ResNet50 with Adam. What is yielded lets it save them, and returns a function that waits for it.
+
+    It tells what the save itself takes from the steps, as it shares no interpreter with them: processors, memory and the disk.
+    """
+    words = [sys.executable, "-m", __name__, str(folder)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        told, answers = process.stdin, process.stdout
+        answers.readline()
+
+        def save() -> Callable[[], object]:
+            told.write("save\n")
+            told.flush()
+            return answers.readline
+
+        yield save
+        told.close()
+
+
+def _save_when_told(folder: Path) -> None:
+    """Save a ResNet50 with Adam for each line that is read, all of it new, and answer with a line."""
+    model = _resnet50()
+    optimizer = _trained(model)
+    with Registry(folder).run("model", keep_last=1) as run:
+        print(flush=True)
+        for _ in sys.stdin:
+            run.save(model=model, optimizer=optimizer)
+            print(flush=True)
+            for tensor in flat({"model": model.state_dict(), "optimizer": optimizer.state_dict()}).values():
+                tensor.detach().add_(1)
 
 
 def _python_step() -> Step:
@@ -199,6 +251,10 @@ def _stall(
     def copy() -> None:
         torch._foreach_copy_(buffers, [tensor.detach() for tensor in tensors])
 
+    def asked() -> None:
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        torch._foreach_copy_(buffers, [tensor.detach() for tensor in flat(state).values()])
+
     with Registry(folder / "stall").run("model", keep_last=1) as run:
 
         def finish() -> None:
@@ -218,6 +274,7 @@ def _stall(
 
         contenders: dict[str, Contender] = {
             "copy": (finish, copy),
+            "asked": (finish, asked),
             "save": (finish, ours),
             "async_save": (finish, theirs),
         }
@@ -226,6 +283,7 @@ def _stall(
     what = f"{name}: stall of a save that does not wait"
     return [
         ratio(what, t, ours="save", peer="copy", goal=1.1, name="one copy of the state"),
+        ratio(what, t, ours="save", peer="asked", goal=None, name="state_dict() and one copy"),
         ratio(what, t, ours="save", peer="async_save", goal=None, name="DCP's async_save"),
     ]
 
@@ -274,3 +332,7 @@ def _share(folder: Path, epochs: int) -> Result:
         goal=0.02,
         detail=detail,
     )
+
+
+if __name__ == "__main__":
+    _save_when_told(Path(sys.argv[1]))

@@ -92,6 +92,7 @@ def _applying(folder: Path, rounds: int) -> list[Result]:
     contenders: dict[str, Contender] = {
         "load_state_dict": (lambda: None, lambda: target.load_state_dict(state)),
         "apply": (lambda: None, lambda: plan.apply(target, source)),
+        "looked at": (lambda: None, lambda: _checked(target, state)),
         "trusted": (lambda: None, lambda: trusted.apply(target, source)),
         "stored": (lambda: None, lambda: stored.apply(target)),
         "torch.load": (
@@ -102,6 +103,14 @@ def _applying(folder: Path, rounds: int) -> list[Result]:
     t = take_turns(contenders, rounds)
     return [
         ratio("plan.apply, tensors checked to be finite", t, ours="apply", peer="load_state_dict", goal=1.3),
+        ratio(
+            "plan.apply, tensors checked to be finite",
+            t,
+            ours="apply",
+            peer="looked at",
+            goal=None,
+            name="torch.isfinite and load_state_dict",
+        ),
         ratio("plan.apply, tensors not checked", t, ours="trusted", peer="load_state_dict", goal=None),
         ratio(
             "plan.apply from a version, verified and checked to be finite",
@@ -112,3 +121,9 @@ def _applying(folder: Path, rounds: int) -> list[Result]:
             name="torch.load + load_state_dict",
         ),
     ]
+
+
+def _checked(target: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Load a state, once all its numbers have been seen to be finite."""
+    assert all(bool(tensor.isfinite().all()) for tensor in state.values())
+    target.load_state_dict(state)

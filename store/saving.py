@@ -23,12 +23,13 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from registry.store import header
 from registry.store.digest import ALL_CORES, preamble
 from registry.store.digest import digest as digest_of
 from registry.store.errors import StorageError
 from registry.store.fingerprints import SMALLEST, remembered
 from registry.store.manifest import TensorInfo
-from registry.store.pack import Changed, PackInfo, PackWriter
+from registry.store.pack import Changed, PackInfo, PackWriter, index_bound
 from registry.store.tree import Leaf
 
 FIRST_BATCH = 4 << 20
@@ -49,7 +50,12 @@ ALONE = 64 << 10
 """Bytes from which on a tensor is written alone."""
 
 MANY = 1 << 16
-"""Tensors from which on all are hashed before the first is written: the header has room for each that may be new."""
+"""Tensors from which on all are hashed before the first is written, unless they are likely to be new: the header has room for each
+that may be.
+"""
+
+_TRIED = 64
+"""Tensors of so many that are hashed to see whether they are new."""
 
 _logger = logging.getLogger(__name__)
 
@@ -253,7 +259,7 @@ def _write_new(
     state: Encoded, known: Known, *, tmp: Path, packs: Path, progress: Callable[[int, int], None]
 ) -> PackInfo | None:
     """One attempt of `write_new`."""
-    if len(state.leaves) > MANY:
+    if _may_be_known(state, known):
         _hash(state)
     # Slots that may be new and are in no batch yet.
     possible = set(range(len(state.leaves)))
@@ -342,6 +348,18 @@ def _write(writer: PackWriter, new: Sequence[_Hashed], hashing: _Hashing) -> Non
             hashing.release(written, writing=True)
             written, size = [], 0
     hashing.release(written, writing=True)
+
+
+def _may_be_known(state: Encoded, known: Known) -> bool:
+    """Whether there are so many tensors that room in the header for all would be a waste, if most of them are stored already."""
+    if len(state.leaves) <= MANY or None not in state.digests:
+        return False
+    if index_bound((leaf.dtype, leaf.shape) for leaf in state.leaves) > header.MAX_HEADER:
+        return True
+    spread = state.leaves[:: len(state.leaves) // _TRIED]
+    tried = Encoded({}, [leaf for leaf in spread if leaf.size < ALONE])
+    _hash(tried)
+    return bool(known({digest for digest in tried.digests if digest}))
 
 
 def _hash(state: Encoded) -> None:

@@ -34,6 +34,7 @@ from benchmarks import (
 )
 from benchmarks.measure import Curve, Result, Scale, Section, Table, ratio, spoken, take_turns, together
 from benchmarks.peers import Peer, PeerFailed, Worker
+from registry import Registry
 from registry.upkeep import choosing
 
 LOSSY = """
@@ -244,10 +245,12 @@ def test_growth_is_measured_at_each_size(tmp_path: Path) -> None:
 
 def test_what_a_save_adds_to_steps_is_spread_over_the_time_to_the_next() -> None:
     times = {"saving": [2.2, 2.4, 9.0], "alone": [2.0, 2.0, 8.7]}
-    found = training._slowdown("steps", times, 200)
+    found = training._slowdown("steps", times, "saving", 200)
     assert (found.value, found.low, found.high) == pytest.approx((1.03, 1.025, 1.035))
     assert found.detail == "200 steps and one save 2.4 s against 2.0 s of 200 steps"
     assert not found.holds
+    beside = training._slowdown("steps", times | {"beside": times["saving"]}, "beside", 200)
+    assert (beside.value, beside.goal) == (found.value, None)
 
 
 def test_steps_last_long_enough_for_a_save(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,9 +270,12 @@ def test_steps_are_measured_beside_saves_of_another_state(
     found = training._slowed(tmp_path / "behind", 1)
     assert [one.what.partition(",")[0] for one in found] == [
         "steps of Python over small tensors",
+        "steps of Python over small tensors",
+        "steps of LeNet5",
         "steps of LeNet5",
     ]
-    assert len(taken) == 2 * 2 * 2
+    # Three contenders, each with a turn to warm up.
+    assert len(taken) == 2 * 3 * 2
     assert not (tmp_path / "behind").exists()
 
 
@@ -282,6 +288,26 @@ def test_many_small_tensors_and_small_saves_are_measured_against_plain_writes(tm
     }
     assert {path.name for path in tmp_path.iterdir()} == {"registry"}
     assert "of a plain write" in small._little(tmp_path, 1).detail
+
+
+def test_the_parts_of_a_save_are_named_in_the_order_of_the_columns(tmp_path: Path) -> None:
+    each, *parts = small._parts(20, 64, folder=tmp_path, rounds=2)
+    assert each == "20 tensors of 64 bytes"
+    assert len(parts) == 5
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_saves_when_it_is_told_to(tmp_path: Path) -> None:
+    with training._apart(tmp_path / "r") as save:
+        save()()
+        save()()
+    assert [version.version for version in Registry(tmp_path / "r").versions("model")] == [2]
+
+
+def test_pcodec_alone_turns_back_what_it_codes() -> None:
+    old = torch.arange(1.0, 700_000.0)
+    coding, decoding = compaction._by_pcodec(old * 1.001, old, 1)
+    assert len(coding) == len(decoding) == 2
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace counts them")

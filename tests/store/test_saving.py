@@ -168,6 +168,28 @@ def test_many_tensors_that_are_stored_already_take_no_room_in_the_header(
     assert len(store.get(stored.digest)["model"]) == 301
 
 
+def test_of_many_tensors_all_are_hashed_first_only_if_some_are_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "MANY", 1_000)
+    hash_all, hashed = saving._hash, []
+
+    def note(state: saving.Encoded) -> None:
+        hashed.append(len(state.leaves))
+        hash_all(state)
+
+    monkeypatch.setattr(saving, "_hash", note)
+    store = Store(tmp_path)
+    trees = [{str(i): part for i, part in enumerate(torch.arange(2_000.0).split(1))} for _ in range(2)]
+    trees[1]["7"] = torch.tensor([-1.0])
+    few = len(range(0, 2_000, 2_000 // saving._TRIED))
+    for tree, expected in zip(trees, ([few], [few, 2_000]), strict=True):
+        hashed.clear()
+        loaded = store.get(store.put({"model": tree}).digest)["model"]
+        assert hashed == expected
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in tree.items())
+
+
 class FailingOnce(durable.Disk):
     """Reports an I/O error at the first sync of a large file: a pack is then written again from memory."""
 
