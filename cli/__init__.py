@@ -8,6 +8,7 @@ metadata never load them. To add a command, write a function in the module of it
 from __future__ import annotations
 
 import gc
+import sys
 
 
 def main() -> None:
@@ -22,4 +23,6 @@ def main() -> None:
     try:
         app()
     finally:
-        gc.freeze()
+        # Libraries that torch loads complain of what is left.
+        if "torch" not in sys.modules:
+            gc.freeze()
