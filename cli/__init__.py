@@ -16,9 +16,12 @@ def main() -> None:
     # What is loaded here stays until the end, so Python's garbage collector would look at it in vain. It would do so while this is
     # loaded, and several times as the process ends: a sixth of the time of a quick command.
     gc.disable()
-    # Lazy: start-up.
-    from registry.cli.app import app
-
+    try:
+        # Lazy: start-up.
+        from registry.cli.app import app
+    except KeyboardInterrupt:
+        print("interrupted; nothing is half done", file=sys.stderr)
+        sys.exit(130)
     gc.enable()
     try:
         app()

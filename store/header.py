@@ -235,6 +235,11 @@ def framed(text: bytes, size: int) -> bytes:
     return (size - 8).to_bytes(8, "little") + text.ljust(size - 8, b" ")
 
 
+def has_room(size: int) -> bool:
+    """Whether a header of `size` bytes, padded, is one that a reader takes."""
+    return padded(size) - 8 <= MAX_HEADER
+
+
 def padded(size: int) -> int:
     """The smallest whole number of pages that holds a header of `size` bytes with its length."""
     return -(-(size + 8) // PAGE) * PAGE

@@ -141,10 +141,9 @@ class PackWriter:
         *,
         coded: Iterable[tuple[str, Sequence[int]]] = (),
     ) -> None:
-        self._head = header.padded(
-            index_bound(candidates) + sum(coded_bound(dtype, shape) for dtype, shape in coded)
-        )
-        if self._head - 8 > header.MAX_HEADER:
+        bound = index_bound(candidates) + sum(coded_bound(dtype, shape) for dtype, shape in coded)
+        self._head = header.padded(bound)
+        if not header.has_room(bound):
             raise Unsupported(
                 f"the index of this save's new tensors would take {self._head >> 20} MB, at most "
                 f"{header.MAX_HEADER >> 20} are stored",

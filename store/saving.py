@@ -14,6 +14,7 @@ import itertools
 import logging
 import operator
 import os
+import random
 import threading
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -263,10 +264,10 @@ def _write_new(
         _hash(state)
     # Slots that may be new and are in no batch yet.
     possible = set(range(len(state.leaves)))
-    digests = {digest for digest in state.digests if digest}
-    if None not in state.digests and digests:
-        stored = known(digests)
-        possible = {slot for slot, digest in enumerate(state.digests) if digest not in stored}
+    # Of equal ones the first, which is the first to be hashed as well.
+    slots = {digest: slot for slot, digest in reversed([*enumerate(state.digests)]) if digest}
+    if None not in state.digests and slots:
+        possible = {slots[digest] for digest in slots.keys() - known(slots.keys())}
     writer: PackWriter | None = None
     are_new = True
     total = sum(leaf.size for leaf in state.leaves)
@@ -354,10 +355,11 @@ def _may_be_known(state: Encoded, known: Known) -> bool:
     """Whether there are so many tensors that room in the header for all would be a waste, if most of them are stored already."""
     if len(state.leaves) <= MANY or None not in state.digests:
         return False
-    if index_bound((leaf.dtype, leaf.shape) for leaf in state.leaves) > header.MAX_HEADER:
+    if not header.has_room(index_bound((leaf.dtype, leaf.shape) for leaf in state.leaves)):
         return True
-    spread = state.leaves[:: len(state.leaves) // _TRIED]
-    tried = Encoded({}, [leaf for leaf in spread if leaf.size < ALONE])
+    # Not at equal distances, as networks repeat themselves; the generator is not that of the user's program.
+    chosen = random.Random(len(state.leaves)).sample(state.leaves, min(_TRIED, len(state.leaves)))
+    tried = Encoded({}, [leaf for leaf in chosen if leaf.size < ALONE])
     _hash(tried)
     return bool(known({digest for digest in tried.digests if digest}))
 

@@ -136,6 +136,19 @@ def test_the_collector_works_while_a_command_runs_and_rests_as_a_light_one_ends(
     assert done.stderr == ""
 
 
+def test_ctrl_c_while_a_command_loads_is_one_line() -> None:
+    program = (
+        "import sys, registry.cli as cli\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'click': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted; nothing is half done\n")
+
+
 def test_importing_the_package_loads_nothing_heavy() -> None:
     program = "import sys, registry; print(*{name.partition('.')[0] for name in sys.modules})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import stat
 import subprocess
 import sys
@@ -182,12 +183,45 @@ def test_of_many_tensors_all_are_hashed_first_only_if_some_are_stored(
     store = Store(tmp_path)
     trees = [{str(i): part for i, part in enumerate(torch.arange(2_000.0).split(1))} for _ in range(2)]
     trees[1]["7"] = torch.tensor([-1.0])
-    few = len(range(0, 2_000, 2_000 // saving._TRIED))
-    for tree, expected in zip(trees, ([few], [few, 2_000]), strict=True):
+    for tree, expected in zip(trees, ([saving._TRIED], [saving._TRIED, 2_000]), strict=True):
         hashed.clear()
         loaded = store.get(store.put({"model": tree}).digest)["model"]
         assert hashed == expected
         assert all(torch.equal(loaded[name], tensor) for name, tensor in tree.items())
+
+
+def test_equal_ones_of_many_tensors_take_room_in_the_header_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(header, "MAX_HEADER", 64 << 10)  # room for some 250
+    monkeypatch.setattr(saving, "MANY", 100)
+    monkeypatch.setattr(saving, "FIRST_BATCH", 1)
+    monkeypatch.setattr(saving, "BATCH", 1)
+    monkeypatch.setattr(saving, "RUN", 64)
+    tree = {str(i): torch.full((16,), float(i % 200)) for i in range(1_000)}
+    store = Store(tmp_path)
+    stored = store.put({"model": tree})
+    assert stored.pack is not None
+    assert len(stored.pack.tensors) == 200
+    loaded = store.get(stored.digest)["model"]
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tree.items())
+
+
+def test_what_changed_at_equal_distances_of_many_tensors_leaves_the_header_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "MANY", 1_000)
+    store = Store(tmp_path)
+    tree = {str(i): part for i, part in enumerate(torch.arange(6_400.0).split(1))}
+    store.put({"model": tree})
+    before = random.getstate()
+    for first in (0, 1):
+        for i in range(first, 6_400, 6_400 // saving._TRIED):
+            tree[str(i)] = tree[str(i)] + 0.5
+        stored = store.put({"model": tree})
+        assert stored.pack is not None
+        assert stored.pack.size < 100_000
+    assert random.getstate() == before
 
 
 class FailingOnce(durable.Disk):
