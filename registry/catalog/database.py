@@ -7,6 +7,7 @@ process has on it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sqlite3
 import threading
@@ -170,8 +171,12 @@ class Database:
             StorageError: if this process may not change the catalog.
         """
         self.check_is_there()
-        if not self.is_writable:
-            raise StorageError(f"{self.path}: cannot be written", "ask its owner for access")
+        if self.is_writable:
+            return
+        with storage_errors(self.path):
+            if os.statvfs(self.root).f_flag & os.ST_RDONLY:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        raise StorageError(f"{self.path}: cannot be written", "ask its owner for access")
 
     def check_is_there(self) -> None:
         """Check that the registry is still in its folder.

@@ -7,7 +7,7 @@ import errno
 import os
 import resource
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -228,6 +228,32 @@ def test_a_full_disk_costs_only_the_new_version(tmp_path: Path) -> None:
             assert in_child(lambda: on_a_full_disk(folder)) == 0
     else:  # without the right to mount, a limit on the size of files stands in for the disk
         assert in_child(lambda: with_a_size_limit(tmp_path / "r", 30_000)) == 0
+
+
+@pytest.mark.skipif(not may_mount(), reason="needs the right to mount")
+def test_a_file_system_that_is_read_only_is_called_so_by_every_change(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "small", 3) as folder:
+        registry = Registry(folder / "r")
+        save(registry, 1)
+        registry.catalog.close()
+        subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+        registry = Registry(folder / "r")
+        changes: list[Callable[[], object]] = [
+            lambda: save(registry, 2),
+            lambda: registry.set_tag("net:v1", "seen"),
+            lambda: registry.set_alias("net:v1", "production"),
+            lambda: registry.add_note("net:v1", "seen"),
+            lambda: registry.remove(["net:v1"]),
+            registry.collect_garbage,
+            registry.rebuild,
+        ]
+        for change in changes:
+            with pytest.raises(
+                StorageError, match="the file system is read-only; use another --root or remount it"
+            ):
+                change()
+        assert [version.name for version in registry.versions("net")] == ["net:v1"]
+        registry.catalog.close()
 
 
 def with_a_size_limit(root: Path, limit: int) -> None:
