@@ -164,11 +164,12 @@ def own_sizes(catalog: Reader, model: str, since: int = 1) -> dict[str, int]:
 
 def own_by_model(catalog: Reader) -> dict[str, int]:
     """Bytes of the packs that were written for the versions of each model; see `own_sizes`."""
-    rows = catalog.query(
-        "SELECT v.model, SUM(p.size) FROM packs p JOIN versions v ON v.id = (SELECT w.id FROM uses u "
-        "JOIN versions w ON w.id = u.id WHERE u.pack = p.number ORDER BY w.created LIMIT 1) GROUP BY v.model"
+    # With MIN, SQLite takes the other columns from the row that has it.
+    first = (
+        "SELECT v.model AS model, p.size AS size, MIN(v.created) FROM uses u JOIN versions v ON v.id = u.id "
+        "JOIN packs p ON p.number = u.pack GROUP BY u.pack"
     )
-    return dict(rows)
+    return dict(catalog.query(f"SELECT model, SUM(size) FROM ({first}) GROUP BY model"))
 
 
 def values_by_model(catalog: Reader, metric: str) -> dict[str, list[float]]:
