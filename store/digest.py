@@ -50,7 +50,7 @@ def preamble(dtype: str, shape: Sequence[int]) -> bytes:
 
 
 def salt() -> str:
-    """32 hexadecimal digits by chance. What holds them has a digest that nothing else has or had."""
+    """32 random hexadecimal digits. What holds them has a digest that nothing else has or had."""
     # The module `secrets` asks the same source, and loads OpenSSL: a tenth of the start of a command.
     return os.urandom(16).hex()
 

@@ -264,9 +264,9 @@ def _write_new(
         _hash(state)
     # Slots that may be new and are in no batch yet.
     possible = set(range(len(state.leaves)))
-    # Of equal ones the first, which is the first to be hashed as well.
-    slots = {digest: slot for slot, digest in reversed([*enumerate(state.digests)]) if digest}
-    if None not in state.digests and slots:
+    if state.digests and None not in state.digests:
+        # Of equal ones the first, which is the first to be hashed as well.
+        slots = {digest: slot for slot, digest in reversed([*enumerate(state.digests)]) if digest}
         possible = {slots[digest] for digest in slots.keys() - known(slots.keys())}
     writer: PackWriter | None = None
     are_new = True
