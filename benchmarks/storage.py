@@ -11,7 +11,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from benchmarks.floors import hash_all, plain_write, second_in_a_row, sync, touch_free_memory
+from benchmarks.floors import hash_all, hashed_write, plain_write, second_in_a_row, sync, touch_free_memory
 from benchmarks.measure import Contender, Result, Scale, Section, ratio, take_turns
 from benchmarks.states import Tree, flat, new_registry, with_new_head, zeroed
 from registry import Registry
@@ -69,6 +69,10 @@ def _saving(name: str, state: Tree, folder: Path, rounds: int) -> list[Result]:
             without("plain"),
             lambda: plain_write([*tensors.values()], folder / "plain"),
         ),
+        "a write that hashes": (
+            without("hashed"),
+            lambda: hashed_write([*tensors.values()], folder / "hashed"),
+        ),
         "hashing alone": (lambda: None, lambda: hash_all([*tensors.values()])),
         "new": (fresh, save(state)),
         "unchanged": (with_first_save, save(state)),
@@ -77,12 +81,14 @@ def _saving(name: str, state: Tree, folder: Path, rounds: int) -> list[Result]:
     t = take_turns(contenders, rounds)
     _forget(folder / "peer.safetensors")
     _forget(folder / "plain")
+    _forget(folder / "hashed")
     return [
         ratio(f"{name}: save, all new", t, ours="new", peer="torch.save", goal=0.60),
         ratio(f"{name}: save, all new", t, ours="new", peer="safetensors", goal=1.00),
         ratio(f"{name}: save, unchanged", t, ours="unchanged", peer="torch.save", goal=0.20),
         ratio(f"{name}: save, 1% new", t, ours="new head", peer="torch.save", goal=0.25),
         ratio(f"{name}: save, all new", t, ours="new", peer="a plain write", goal=1.15),
+        ratio(f"{name}: save, all new", t, ours="new", peer="a write that hashes", goal=None),
         ratio(f"{name}: save, unchanged", t, ours="unchanged", peer="hashing alone", goal=1.20),
     ]
 

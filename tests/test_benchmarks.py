@@ -141,6 +141,10 @@ def test_the_floors_do_what_they_say(tmp_path: Path) -> None:
     tensors = [torch.arange(5), torch.rand(3, 4), torch.tensor(1.0)]
     floors.plain_write(tensors, tmp_path / "plain")
     assert (tmp_path / "plain").read_bytes() == b"".join(t.numpy().tobytes() for t in tensors)
+    large = torch.rand(700, 1000)
+    floors.hashed_write([*tensors, large], tmp_path / "hashed")
+    written = [large, *sorted(tensors, key=lambda tensor: -tensor.nbytes)]
+    assert (tmp_path / "hashed").read_bytes() == b"".join(t.numpy().tobytes() for t in written)
     floors.hash_all(tensors)
 
 
