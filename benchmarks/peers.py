@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import threading
 import time
 import venv
@@ -283,6 +284,8 @@ class Worker:
         # What a peer writes beside its data stays in this folder.
         home = ENVIRONMENTS / "home"
         home.mkdir(parents=True, exist_ok=True)
+        # One of them leaves a copy of all that it loads.
+        self._tmp = tempfile.TemporaryDirectory(dir=ENVIRONMENTS, prefix="tmp-")
         quiet = {"DVC_NO_ANALYTICS": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
         self._process = subprocess.Popen(
             [python, str(WORKER), peer.key],
@@ -291,7 +294,7 @@ class Worker:
             stderr=subprocess.DEVNULL,
             text=True,
             cwd=home,
-            env={**os.environ, "HOME": str(home), **quiet},
+            env={**os.environ, "HOME": str(home), "TMPDIR": self._tmp.name, **quiet},
         )
 
     def __enter__(self) -> Self:
@@ -336,6 +339,7 @@ class Worker:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._tmp.cleanup()
 
 
 def environment(peer: Peer) -> Path:

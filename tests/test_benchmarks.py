@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,13 +39,14 @@ from registry import Registry
 from registry.upkeep import choosing
 
 LOSSY = """
-import sys, time
+import sys, tempfile, time
 sys.path.insert(0, {folder!r})
 import worker
 
 class Lossy(worker.Torch):
     def load(self, number):
         tree = super().load(number)
+        tempfile.mkdtemp(prefix="left-by-lossy-")
         tree["model"]["w"] += 1
         return tree
 
@@ -174,6 +176,8 @@ def test_peers_side_by_side_and_those_that_cannot(tmp_path: Path, monkeypatch: p
         "lossy is not exact: 1 tensors come back changed."
     ]
     assert len(section.results) == 5
+    left = [*Path(tempfile.gettempdir()).glob("left-by-*"), *peers.ENVIRONMENTS.glob("tmp-*")]
+    assert not left
 
 
 @pytest.mark.usefixtures("own_worker")
