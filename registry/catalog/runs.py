@@ -171,6 +171,9 @@ class Runs:
         """How many runs there are."""
         return len(self.find())
 
+    def __repr__(self) -> str:
+        return f"<Runs: {len(self):,}>"
+
     def find(self, model: str | None = None) -> list[RunInfo]:
         """Runs, of one model or of all, the newest first."""
         where, given = (" WHERE model = ?", [model]) if model else ("", [])

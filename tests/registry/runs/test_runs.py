@@ -156,5 +156,6 @@ def test_runs_are_a_collection_of_names(registry: Registry) -> None:
     assert sorted(registry.runs) == ["net/run-1", "net/run-2"]
     assert list(registry.runs) == [info.name for info in registry.runs.find()]
     assert len(registry.runs) == 2
+    assert repr(registry.runs) == "<Runs: 2>"
     assert "net/run-1" in registry.runs
     assert "net/run-3" not in registry.runs
