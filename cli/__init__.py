@@ -8,6 +8,7 @@ metadata never load them. To add a command, write a function in the module of it
 from __future__ import annotations
 
 import gc
+import signal
 import sys
 
 
@@ -19,13 +20,16 @@ def main() -> None:
     try:
         # Lazy: start-up.
         from registry.cli.app import app
+
+        gc.enable()
+        app()
     except KeyboardInterrupt:
+        # Before the command line could say so itself, or after its work.
         print("interrupted; nothing is half done", file=sys.stderr)
         sys.exit(130)
-    gc.enable()
-    try:
-        app()
     finally:
         # Libraries that torch loads complain of what is left.
         if "torch" not in sys.modules:
             gc.freeze()
+            # All is done, so an interruption ends the process at once.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -260,7 +260,7 @@ def progress_bar(label: str) -> Iterator[Callable[..., None]]:
     Args:
         label: plain text. It may hold a name from outside.
     """
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         yield lambda done, total, saved=0: None
         return
     started = time.monotonic()

@@ -10,7 +10,6 @@ on the threads write large tensors themselves, part by part while they are hashe
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import operator
 import os
@@ -224,7 +223,7 @@ def write_new(
 ) -> PackInfo | None:
     """Hash a state's tensors and write those that are not known into one pack.
 
-    A tensor that another thread changes meanwhile is saved as it was at one moment, from a copy.
+    A tensor that another thread changes meanwhile is saved from one copy, which may have caught it in the middle of a change.
 
     Args:
         known: tells which tensors are stored.
@@ -239,35 +238,57 @@ def write_new(
         StorageError: if the disk is full or refuses, or a device did not copy its tensors.
     """
     state.copying.wait()
-    for attempt in itertools.count():
+    any_may_be_new = False
+    times_changed = 0
+    while True:
         try:
-            return _write_new(state, known, tmp=tmp, packs=packs, progress=progress)
+            return _write_new(state, known, any_may_be_new, tmp=tmp, packs=packs, progress=progress)
+        except _Gone:
+            any_may_be_new = True
         except Changed as error:
-            if not attempt:
+            if not times_changed:
                 _logger.warning(
-                    "another thread changed %d of %d tensors while they were saved: each is saved as it was at one "
-                    "moment, but not all at the same moment; pause that thread while you save",
+                    "another thread changed %d of %d tensors while they were saved: each is saved from one copy, but not "
+                    "all as they were at the same moment; pause that thread while you save",
                     len(error.digests),
                     len(state.leaves),
                 )
             for slot, leaf in enumerate(state.leaves):
-                if leaf.is_live and (attempt or state.digests[slot] in error.digests):
+                if leaf.is_live and (times_changed or state.digests[slot] in error.digests):
                     state.leaves[slot], state.digests[slot] = leaf.copied(), None
-    raise AssertionError
+            times_changed += 1
+
+
+class _Gone(Exception):
+    """Tensors that were known are not any more: another process removed them."""
 
 
 def _write_new(
-    state: Encoded, known: Known, *, tmp: Path, packs: Path, progress: Callable[[int, int], None]
+    state: Encoded,
+    known: Known,
+    any_may_be_new: bool,
+    *,
+    tmp: Path,
+    packs: Path,
+    progress: Callable[[int, int], None],
 ) -> PackInfo | None:
-    """One attempt of `write_new`."""
-    if _may_be_known(state, known):
+    """One attempt of `write_new`.
+
+    Args:
+        any_may_be_new: whether the header needs room for all, also for those that are known when it begins.
+
+    Raises:
+        _Gone: if it has no room for one that was known, and is not any more.
+    """
+    if not any_may_be_new and _may_be_known(state, known):
         _hash(state)
     # Slots that may be new and are in no batch yet.
     possible = set(range(len(state.leaves)))
-    if state.digests and None not in state.digests:
+    if not any_may_be_new and state.digests and None not in state.digests:
         # Of equal ones the first, which is the first to be hashed as well.
         slots = {digest: slot for slot, digest in reversed([*enumerate(state.digests)]) if digest}
         possible = {slots[digest] for digest in slots.keys() - known(slots.keys())}
+    has_room = frozenset(possible)
     writer: PackWriter | None = None
     are_new = True
     total = sum(leaf.size for leaf in state.leaves)
@@ -278,6 +299,8 @@ def _write_new(
         with contextlib.closing(hashing.batches()) as batches:
             for batch in batches:
                 new, rest = _parted(batch, known, seen)
+                if not has_room.issuperset(item.slot for item in new):
+                    raise _Gone
                 hashing.release(rest, writing=bool(new))
                 possible.difference_update(item.slot for item in batch)
                 # Where one is stored, others are likely to be.

@@ -291,14 +291,21 @@ def _usual(tensor: torch.Tensor) -> Leaf | None:
     return Leaf(kind, tuple(tensor.shape), tensor, size, is_plain=True, address=tensor.data_ptr())
 
 
-def _refusal(tensor: torch.Tensor) -> Sequence[str]:
-    """Why a tensor cannot be stored, and what to do, if that is known; empty if it can."""
-    if type(tensor) not in CLASSES:
-        return f"a tensor subclass {type(tensor).__qualname__}", "convert it with .as_subclass(torch.Tensor)"
+def not_dense(tensor: torch.Tensor) -> Sequence[str]:
+    """Why the elements of a tensor lie in no rows, and what to do; empty if they do."""
     if tensor.is_nested:
         return "a nested tensor", "store its parts with .unbind()"
     if tensor.layout != torch.strided:
         return f"a tensor of layout {tensor.layout}", "convert it with .to_dense()"
+    return ()
+
+
+def _refusal(tensor: torch.Tensor) -> Sequence[str]:
+    """Why a tensor cannot be stored, and what to do, if that is known; empty if it can."""
+    if type(tensor) not in CLASSES:
+        return f"a tensor subclass {type(tensor).__qualname__}", "convert it with .as_subclass(torch.Tensor)"
+    if reason := not_dense(tensor):
+        return reason
     if tensor.is_meta:
         return ("a tensor on the meta device, which has no values",)
     if tensor.dtype not in TORCH_TYPES:
@@ -431,7 +438,8 @@ def is_plain(tensor: torch.Tensor) -> bool:
 def memory_of(tensor: torch.Tensor, dtype: str) -> memoryview:
     """The bytes of a contiguous CPU tensor that is not empty and needs no gradient."""
     if dtype not in _NUMPY_TYPES:
-        tensor = tensor.reshape(-1).view(torch.uint8)
+        # With one element, a tensor is contiguous whatever its steps are; bytes need a step of 1.
+        tensor = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
     return tensor.numpy().data.cast("B")
 
 

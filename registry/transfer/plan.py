@@ -516,7 +516,7 @@ def _check_finite(copies: list[tuple[Step, torch.Tensor]], left: Side, right: Si
         )
     for step, value in copies:
         dtype = right.tensor(step.target).dtype  # type: ignore[arg-type]
-        if _is_narrower(dtype, value.dtype) and first_not_finite([value.to(dtype)], [None]) is not None:
+        if _is_narrower(dtype, value.dtype) and not _fits(value, dtype):
             raise Invalid(
                 f"{step.source} of {left.label} holds numbers that are too large for {dtype} of {step.target}",
                 fix("if it is to be loaded all the same", allow_nan=True),
@@ -525,9 +525,21 @@ def _check_finite(copies: list[tuple[Step, torch.Tensor]], left: Side, right: Si
 
 def _is_narrower(dtype: torch.dtype, other: torch.dtype) -> bool:
     """Whether finite numbers of another type may be too large for a type of floats."""
+    dtype, other = dtype.to_real(), other.to_real()
     if not dtype.is_floating_point or dtype == other:
         return False
     return not other.is_floating_point or torch.finfo(dtype).max < torch.finfo(other).max
+
+
+def _fits(value: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether no number of a tensor of finite ones is too large for a type of floats."""
+    if first_not_finite([value.to(dtype)], [None]) is not None:
+        return False
+    # Some types of 8 bits have no infinity, and what is too large becomes their largest number.
+    if dtype.itemsize > 1 or not value.numel():
+        return True
+    smallest, largest = value.real.double().aminmax()
+    return max(-smallest.item(), largest.item()) <= torch.finfo(dtype).max
 
 
 def _check_kept(steps: tuple[Step, ...], right: Side) -> None:

@@ -20,7 +20,7 @@ from registry.live import builders, components
 from registry.live.builders import on_meta
 from registry.store.errors import Invalid, NotFound, Unsupported
 from registry.store.text import printable, quoted
-from registry.store.tree import tensor_paths
+from registry.store.tree import not_dense, tensor_paths
 from registry.transfer.sides import Side, StateEntry
 
 STATE_DICT = "a state dict"
@@ -161,8 +161,17 @@ def _tree(label: str, tree: Any) -> Side:
     tensors = _flat(tree)
     if not tensors:
         raise Invalid(f"{label} holds no tensors")
+    for name, tensor in tensors.items():
+        if reason := not_dense(tensor):
+            raise Unsupported(f"{name} of {label} is {reason[0]}", *reason[1:])
     entries = [_entry(name, tensor) for name, tensor in tensors.items()]
-    return Side(label, entries, tensors.__getitem__, metadata=getattr(tree, "_metadata", None))
+    has_values = not any(tensor.is_meta for tensor in tensors.values())
+    return Side(
+        label,
+        entries,
+        tensors.__getitem__ if has_values else None,
+        metadata=getattr(tree, "_metadata", None),
+    )
 
 
 def _flat(tree: Any) -> dict[str, torch.Tensor]:
@@ -220,7 +229,8 @@ def _live_entry(name: str, tensor: torch.Tensor) -> StateEntry:
 
 def _entry(name: str, tensor: torch.Tensor) -> StateEntry:
     """The entry of a tensor that is in no network; names that share memory have the same place."""
-    where = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride()) if tensor.numel() else id(tensor)
+    has_place = tensor.numel() and not tensor.is_meta
+    where = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride()) if has_place else id(tensor)
     return StateEntry(name, _name_of(tensor.dtype), tuple(tensor.shape), kind=None, tie=where)
 
 

@@ -544,6 +544,21 @@ def test_an_output_that_takes_nothing_is_one_line(
     assert (done.returncode, done.stderr) == (1, told)
 
 
+@pytest.mark.parametrize("command", ["verify", "gc", "compact", "export net x.pt", "ls"])
+def test_a_command_works_without_an_error_stream(filled: Registry, command: str, tmp_path: Path) -> None:
+    program = "import sys; sys.argv[0] = 'registry'; from registry.cli import main; main()"
+    command = command.replace("net", "lenet5:v4")
+    done = subprocess.run(
+        ["sh", "-c", f'"$0" -c "{program}" {command} 2>&-', sys.executable],
+        env={**os.environ, "REGISTRY_ROOT": str(filled.root)},
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert done.returncode == 0
+    assert done.stdout
+
+
 def test_a_command_line_without_words_is_answered(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a program calls the commands, and its own words are none."""
     from registry.cli.app import app  # noqa: F401  # which says what is a command

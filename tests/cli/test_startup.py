@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -147,6 +148,24 @@ def test_ctrl_c_while_a_command_loads_is_one_line() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted; nothing is half done\n")
+
+
+@pytest.mark.parametrize(
+    ("app", "ended"),
+    [
+        ("raise KeyboardInterrupt", (130, "", "interrupted; nothing is half done\n")),
+        ("atexit.register(os.kill, os.getpid(), signal.SIGINT)", (-signal.SIGINT, "", "")),
+    ],
+)
+def test_ctrl_c_before_and_behind_a_command_is_no_traceback(app: str, ended: tuple[int, str, str]) -> None:
+    program = (
+        "import atexit, os, signal, registry.cli.app as module, registry.cli as cli\n"
+        f"def app(): {app}\n"
+        "module.app = app\n"
+        "cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == ended
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:

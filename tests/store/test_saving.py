@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import weakref
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -233,6 +234,53 @@ def test_what_changed_at_equal_distances_of_many_tensors_leaves_the_header_small
         assert stored.pack is not None
         assert stored.pack.size < 60_000
     assert random.getstate() == before
+
+
+def test_tensors_that_another_process_removes_meanwhile_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hash_slowly(monkeypatch)
+    folders = {name: tmp_path / name for name in ("tmp", "packs")}
+    for folder in folders.values():
+        folder.mkdir()
+    state = Encoded(*encode({"model": {str(i): part for i, part in enumerate(torch.arange(300.0).split(1))}}))
+    saving._hash(state)
+    asked: list[Collection[str]] = []
+
+    def known(digests: Collection[str]) -> Collection[str]:
+        """At first all but one."""
+        asked.append(digests)
+        return [*digests][1:] if len(asked) == 1 else ()
+
+    pack = saving.write_new(state, known, **folders, progress=lambda done, total: None)
+    assert len(asked[0]) == 300
+    assert pack is not None
+    assert {tensor.digest for tensor in pack.tensors} == set(state.digests)
+    assert [path.stat().st_size for path in folders["packs"].glob("*/*")] == [pack.size]
+    assert not [*folders["tmp"].iterdir()]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.complex32, torch.float32, torch.float8_e5m2])
+@pytest.mark.parametrize("is_copied", [False, True])
+def test_one_element_with_an_odd_step_is_stored(tmp_path: Path, dtype: torch.dtype, is_copied: bool) -> None:
+    """torch calls it contiguous."""
+    row = torch.tensor([3.0, 0.0, 5.0]).to(dtype)
+    tree = {"a": row[2::2], "b": row.reshape(1, 3)[:1, 2:], "c": row[:2][::2]}
+    assert [tensor.is_contiguous() for tensor in tree.values()] == [True] * 3
+    store = Store(tmp_path)
+    state = store.encode({"model": tree})
+    stored = store.put(Arena().snapshot(state) if is_copied else state)
+    loaded = store.get(stored.digest)["model"]
+    targets = {name: torch.zeros(2, dtype=dtype)[::2].view(tensor.shape) for name, tensor in tree.items()}
+    store.load_into(stored.digest, {"model": targets})
+    for name, tensor in tree.items():
+        assert bytes_of(loaded[name]) == bytes_of(targets[name]) == bytes_of(tensor)
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    """Those of a tensor of one element."""
+    start = tensor.storage_offset() * tensor.itemsize
+    return bytes(tensor.untyped_storage())[start : start + tensor.itemsize]
 
 
 class FailingOnce(durable.Disk):

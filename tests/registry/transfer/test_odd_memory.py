@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from registry import diff, plan_transfer
-from registry.store.errors import Invalid
+from registry.store.errors import Invalid, Unsupported
 
 
 def pair(size: int) -> nn.Sequential:
@@ -104,6 +104,65 @@ def test_numbers_that_a_cast_makes_infinite_are_refused() -> None:
         plan_transfer(source, net, allow_cast=True).apply(net, source)
     plan_transfer(source, net, allow_cast=True, allow_nan=True).apply(net, source)
     assert bool(net.weight.isinf()[1, 1])
+
+
+class Row(nn.Module):
+    def __init__(self, row: torch.Tensor) -> None:
+        super().__init__()
+        self.row = nn.Parameter(row)
+
+
+@pytest.mark.parametrize(
+    ("number", "of", "into"),
+    [
+        (1e39 + 0j, torch.complex128, torch.complex64),
+        (-1e39j, torch.complex128, torch.complex64),
+        (1e39, torch.float64, torch.complex64),
+        (-1e5, torch.float32, torch.complex32),
+        (500.0, torch.float32, torch.float8_e4m3fn),
+        (-500.0, torch.bfloat16, torch.float8_e4m3fn),
+        (57344.0, torch.float8_e5m2, torch.float8_e4m3fn),
+        (70_000, torch.int64, torch.float8_e5m2),
+    ],
+    ids=str,
+)
+def test_no_narrower_type_takes_numbers_that_are_too_large(
+    number: complex, of: torch.dtype, into: torch.dtype
+) -> None:
+    net = Row(torch.zeros(3, dtype=into))
+    row = torch.tensor([1, 2, 3]).to(of)
+    expected = row.to(into).view(torch.uint8)
+    plan_transfer({"row": row}, net, allow_cast=True).apply(net)
+    assert torch.equal(net.row.detach().view(torch.uint8), expected)
+    row[1] = number
+    with pytest.raises(Invalid, match=rf"too large for {into} of row"):
+        plan_transfer({"row": row}, net, allow_cast=True).apply(net)
+    assert torch.equal(net.row.detach().view(torch.uint8), expected)
+
+
+@pytest.mark.parametrize(
+    ("source", "advice"),
+    [
+        (torch.eye(3).to_sparse(), "to_dense"),
+        (torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]), "unbind"),
+    ],
+)
+def test_a_source_whose_elements_lie_in_no_rows_is_refused(source: torch.Tensor, advice: str) -> None:
+    with pytest.raises(Unsupported, match=r"row of a state dict is a") as refused:
+        plan_transfer({"row": source}, Row(torch.zeros(3, 3)))
+    assert advice in str(refused.value)
+
+
+def test_a_source_without_values_is_planned_and_not_applied() -> None:
+    net = nn.Linear(3, 3)
+    with torch.device("meta"):
+        source = {"weight": torch.empty(3, 3), "bias": torch.empty(3)}
+    plan = plan_transfer(source, net)
+    assert [step.action for step in plan.steps] == ["copy", "copy"]
+    before = net.weight.detach().clone()
+    with pytest.raises(Invalid, match="on the meta device and has no values"):
+        plan.apply(net, source)
+    assert torch.equal(net.weight, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
