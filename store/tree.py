@@ -319,6 +319,12 @@ def _refusal(tensor: torch.Tensor) -> Sequence[str]:
     return ()
 
 
+def is_cut(tensor: torch.Tensor) -> bool:
+    """Whether a tensor should have memory, and has too little."""
+    is_held = tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_meta
+    return is_held and bool(tensor.numel()) and not has_memory(tensor)
+
+
 def has_memory(tensor: torch.Tensor) -> bool:
     """Whether the memory behind a tensor reaches as far as its last element."""
     try:

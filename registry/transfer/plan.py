@@ -22,7 +22,7 @@ from registry.store.durable import write_file
 from registry.store.errors import Conflict, Incompatible, Invalid, NotFound, Unsupported, fix
 from registry.store.filling import copy_all
 from registry.store.text import printable, quoted
-from registry.store.tree import CUT, has_memory, unfillable
+from registry.store.tree import unfillable
 from registry.store.usual import CLASSES
 from registry.transfer.adapters import ADAPTERS, adapt, needs_source
 from registry.transfer.finite import first_not_finite
@@ -354,8 +354,9 @@ class TransferPlan(BaseModel):
         if not right.has_values:
             raise Invalid(f"{right.label} is on the meta device", "give it memory and values first")
         self.check(left, right)
-        _check_memory(self.steps, left, right)
+        _check_memory(self.steps, right)
         copies = list(self._values(left, right))
+        _check_casts(copies, left, right)
         _check_finite(copies, left, right, self.allow_nan)
         _check_kept(self.steps, right)
         if self.freeze:
@@ -477,28 +478,32 @@ def _check_copy(step: Step, left: Side, right: Side) -> None:
         )
 
 
-def _check_memory(steps: tuple[Step, ...], left: Side, right: Side) -> None:
-    """Refuse tensors without the memory that they should have, and those of the network that cannot be filled."""
+def _check_memory(steps: tuple[Step, ...], right: Side) -> None:
+    """Refuse tensors of the network without the memory that they should have, and those that cannot be filled."""
     for step in steps:
+        if not step.target:
+            continue
+        tensor = right.tensor(step.target)
         is_filled = step.action in ("copy", "make")
-        if is_filled and step.source:
-            _check_usable(left, step.source)
-        if step.target:
-            _check_usable(right, step.target, is_filled=is_filled)
+        # Other classes of tensors may have no memory at all.
+        if is_filled and type(tensor) in CLASSES and (reason := unfillable(tensor)):
+            raise Invalid(f"{step.target} of {right.label} is {reason}")
 
 
-def _check_usable(side: Side, name: str, *, is_filled: bool = False) -> None:
-    """Refuse a tensor that cannot be read, or filled. Other classes of tensors may have no memory at all."""
-    tensor = side.tensor(name)
-    if type(tensor) not in CLASSES:
-        return
-    if is_filled:
-        reason = unfillable(tensor)
-    else:
-        is_read = tensor.layout is torch.strided and not tensor.is_meta and tensor.numel()
-        reason = None if not is_read or has_memory(tensor) else CUT
-    if reason:
-        raise Invalid(f"{name} of {side.label} is {reason}")
+def _check_casts(copies: list[tuple[Step, torch.Tensor]], left: Side, right: Side) -> None:
+    """Refuse casts that torch does not know, before anything changes. One element of each tensor is tried."""
+    for step, value in copies:
+        target = right.tensor(step.target)  # type: ignore[arg-type]
+        if value.dtype == target.dtype:
+            continue
+        part = value[(slice(0, 1),) * value.dim()]
+        try:
+            torch.empty(part.shape, dtype=target.dtype, device=target.device).copy_(part)
+        # NotImplementedError is one as well.
+        except RuntimeError:
+            raise Invalid(
+                f"torch cannot cast {value.dtype} of {left.label} to {target.dtype} of {step.target}"
+            ) from None
 
 
 def _check_finite(copies: list[tuple[Step, torch.Tensor]], left: Side, right: Side, allowed: bool) -> None:
@@ -528,18 +533,21 @@ def _is_narrower(dtype: torch.dtype, other: torch.dtype) -> bool:
     dtype, other = dtype.to_real(), other.to_real()
     if not dtype.is_floating_point or dtype == other:
         return False
-    return not other.is_floating_point or torch.finfo(dtype).max < torch.finfo(other).max
+    if not other.is_floating_point:
+        return True
+    own, its = torch.finfo(dtype), torch.finfo(other)
+    return own.max < its.max or own.min > its.min
 
 
 def _fits(value: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether no number of a tensor of finite ones is too large for a type of floats."""
     if first_not_finite([value.to(dtype)], [None]) is not None:
         return False
-    # Some types of 8 bits have no infinity, and what is too large becomes their largest number.
+    # Some types of 8 bits have no infinity, and what is too large becomes their largest number. One has no zero and no sign.
     if dtype.itemsize > 1 or not value.numel():
         return True
     smallest, largest = value.real.double().aminmax()
-    return max(-smallest.item(), largest.item()) <= torch.finfo(dtype).max
+    return torch.finfo(dtype).min <= smallest.item() and largest.item() <= torch.finfo(dtype).max
 
 
 def _check_kept(steps: tuple[Step, ...], right: Side) -> None:

@@ -16,8 +16,9 @@ from registry.live import builders, components
 from registry.log.metrics import with_metrics
 from registry.store.digest import digest as digest_of
 from registry.store.digest import tensor_digest
-from registry.store.errors import Invalid, RegistryError
-from registry.store.tree import Leaf
+from registry.store.errors import Invalid, RegistryError, Unsupported
+from registry.store.tree import CUT, Leaf, is_cut
+from registry.store.usual import CLASSES, TORCH_TYPES
 
 _CHUNK = 1 << 19
 """Bytes that are compared at once, so that what is written of them stays in the processor's cache."""
@@ -100,17 +101,30 @@ class Side:
         """The tensor of a name; on the CPU for a stored one.
 
         Raises:
-            Invalid: if the tensors have no values.
+            Invalid: if the tensors have no values, or the memory of this one was freed.
         """
         if self._tensor is None:
             raise Invalid(f"{self.label} is on the meta device and has no values")
-        return self._tensor(name)
+        tensor = self._tensor(name)
+        # Other classes of tensors may have no memory at all.
+        if type(tensor) in CLASSES and is_cut(tensor):
+            raise Invalid(f"{name} of {self.label} is {CUT}")
+        return tensor
 
     def digest(self, name: str) -> str | None:
-        """The digest of the tensor of a name, computed at most once; None where it has no values."""
+        """The digest of the tensor of a name, computed at most once; None where it has no values.
+
+        Raises:
+            Unsupported: if tensors of its type cannot be stored.
+        """
         if name not in self._digests and self.has_values:
-            entry = self.entries[name]
-            leaf = Leaf.of(self.tensor(name).detach())
+            entry, tensor = self.entries[name], self.tensor(name).detach()
+            if tensor.dtype not in TORCH_TYPES:
+                raise Unsupported(
+                    f"{name} of {self.label} is {entry.dtype}, whose values cannot be stored or transferred",
+                    "convert it first",
+                )
+            leaf = Leaf.of(tensor)
             self._digests[name] = tensor_digest(entry.dtype, entry.shape, leaf.buffer())
         return self._digests.get(name)
 
@@ -203,7 +217,7 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """
     if a.shape != b.shape:
         return False
-    one, other = (row.numpy().view(numpy.uint8) for row in (a, b))
+    one, other = (numpy.ascontiguousarray(row.numpy()).view(numpy.uint8) for row in (a, b))
     # Words of 64 bits are compared fastest.
     whole = len(one) // 8 * 8
     words, others = one[:whole].view(numpy.uint64), other[:whole].view(numpy.uint64)

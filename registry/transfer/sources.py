@@ -162,6 +162,7 @@ def _tree(label: str, tree: Any) -> Side:
     if not tensors:
         raise Invalid(f"{label} holds no tensors")
     for name, tensor in tensors.items():
+        _check_initialised(f"{name} of {label}", tensor)
         if reason := not_dense(tensor):
             raise Unsupported(f"{name} of {label} is {reason[0]}", *reason[1:])
     entries = [_entry(name, tensor) for name, tensor in tensors.items()]
@@ -214,10 +215,14 @@ def _own_tensors(module: nn.Module) -> set[int]:
     return found
 
 
-def _live_entry(name: str, tensor: torch.Tensor) -> StateEntry:
-    """The entry of a tensor of a live network."""
+def _check_initialised(name: str, tensor: torch.Tensor) -> None:
     if is_lazy(tensor):
         raise Unsupported(f"{name} is not initialised yet", "run one batch through the network first")
+
+
+def _live_entry(name: str, tensor: torch.Tensor) -> StateEntry:
+    """The entry of a tensor of a live network."""
+    _check_initialised(name, tensor)
     is_parameter = isinstance(tensor, nn.Parameter)
     if (not is_parameter and type(tensor) is not torch.Tensor) or hasattr(tensor, "device_mesh"):
         raise Unsupported(

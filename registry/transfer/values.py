@@ -11,7 +11,9 @@ from typing import Any
 import numpy
 import torch
 
+from registry.store.errors import Unsupported
 from registry.store.parallel import in_parallel
+from registry.store.usual import TORCH_TYPES
 from registry.transfer.matching import Pair
 from registry.transfer.report_rows import ModuleChange, ValueChange
 from registry.transfer.report_tree import together
@@ -74,6 +76,9 @@ def changes(pairs: Sequence[Pair], left: Side, right: Side) -> Iterator[ValueCha
 
     Floats of 32 bits and fewer are subtracted and multiplied in float32, and summed up in float64 by blocks, so norms are right
     to seven digits; small tensors, wider types and numbers near the ends of float32 are computed in float64 throughout.
+
+    Raises:
+        Unsupported: if a tensor is of a type that torch cannot compute with.
     """
     if not (left.has_values and right.has_values):
         return
@@ -89,6 +94,13 @@ def changes(pairs: Sequence[Pair], left: Side, right: Side) -> Iterator[ValueCha
         if not hasattr(rooms, "own"):
             rooms.own = _Rooms()
         name, before, after = alike[place]
+        for tensor in (before, after):
+            if tensor.dtype not in TORCH_TYPES or "float4" in str(tensor.dtype):
+                raise Unsupported(f"{name} is {tensor.dtype}, whose values cannot be compared")
+        if before.is_complex() != after.is_complex():
+            # Complex numbers have two parts.
+            kind = torch.promote_types(before.dtype, after.dtype)
+            before, after = before.detach().to(kind), after.detach().to(kind)
         a, b = _real(before), _real(after)
         sums = _sums_of(a, b, rooms.own)
         if sums.changed or sums.bad_a or sums.bad_b:

@@ -123,6 +123,8 @@ class Row(nn.Module):
         (-500.0, torch.bfloat16, torch.float8_e4m3fn),
         (57344.0, torch.float8_e5m2, torch.float8_e4m3fn),
         (70_000, torch.int64, torch.float8_e5m2),
+        (-1.0, torch.float32, torch.float8_e8m0fnu),
+        (0.0, torch.float8_e4m3fn, torch.float8_e8m0fnu),
     ],
     ids=str,
 )
@@ -130,7 +132,7 @@ def test_no_narrower_type_takes_numbers_that_are_too_large(
     number: complex, of: torch.dtype, into: torch.dtype
 ) -> None:
     net = Row(torch.zeros(3, dtype=into))
-    row = torch.tensor([1, 2, 3]).to(of)
+    row = torch.tensor([1, 2, 4]).to(of)
     expected = row.to(into).view(torch.uint8)
     plan_transfer({"row": row}, net, allow_cast=True).apply(net)
     assert torch.equal(net.row.detach().view(torch.uint8), expected)
@@ -151,6 +153,52 @@ def test_a_source_whose_elements_lie_in_no_rows_is_refused(source: torch.Tensor,
     with pytest.raises(Unsupported, match=r"row of a state dict is a") as refused:
         plan_transfer({"row": source}, Row(torch.zeros(3, 3)))
     assert advice in str(refused.value)
+
+
+def test_a_cast_that_torch_does_not_know_is_refused_before_anything_changes() -> None:
+    net = nn.Module()
+    net.first = nn.Parameter(torch.ones(3))
+    net.register_buffer("second", torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2))
+    source = {"first": torch.zeros(3), "second": torch.ones(4)}
+    with pytest.raises(Invalid, match=r"torch cannot cast torch\.float32 of a state dict to torch\.float4"):
+        plan_transfer(source, net, allow_cast=True, allow_nan=True).apply(net)
+    assert torch.equal(net.first, torch.ones(3))
+
+
+def test_quantized_and_lazy_tensors_of_a_source_are_refused() -> None:
+    quantized = torch.zeros(3, dtype=torch.uint8)
+    quantized = torch._make_per_tensor_quantized_tensor(quantized, 0.1, 0)
+    with pytest.raises(Unsupported, match=r"row of a state dict is quint8"):
+        plan_transfer({"row": quantized}, Row(torch.zeros(3)), allow_cast=True)
+    with pytest.raises(Unsupported, match=r"row is torch\.quint8, whose values cannot be compared"):
+        diff({"row": quantized}, {"row": torch.ones(3)}, values=True)
+    with pytest.raises(Unsupported, match=r"row of a state dict is not initialised yet"):
+        plan_transfer({"row": nn.UninitializedParameter()}, Row(torch.zeros(3)))
+
+
+def test_freed_memory_is_handed_to_nobody() -> None:
+    plan = plan_transfer({"row": torch.ones(3)}, Row(torch.zeros(3)))
+    source = {"row": torch.ones(3)}
+    freed(source["row"])
+    with pytest.raises(Invalid, match=r"row of a state dict is a tensor whose memory was freed or cut"):
+        plan.state_dict(Row(torch.zeros(3)), source)
+    with pytest.raises(Invalid, match=r"row of a state dict is a tensor whose memory was freed or cut"):
+        diff(source, {"row": torch.zeros(3)}, values=True)
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.float32, torch.bfloat16, torch.complex64])
+def test_tensors_with_steps_are_compared(kind: torch.dtype) -> None:
+    row = torch.arange(400).to(kind)
+    found = diff({"w": row[::2]}, {"w": row[:200].clone()}, values=True)
+    assert [change.name for change in found.changes] == ["w"]
+    assert not diff({"w": row[::2]}, {"w": row[::2].clone()}, values=True).changes
+    assert not diff({"w": row[-1::3]}, {"w": row[-1:].clone()}, values=True).changes
+
+
+def test_complex_and_real_numbers_are_compared() -> None:
+    found = diff({"w": torch.tensor([3 + 4j, 1])}, {"w": torch.tensor([3.0, 1.0])}, values=True)
+    (change,) = found.changes
+    assert (change.norm, change.largest, change.changed) == (4.0, 4.0, 0.25)
 
 
 def test_a_source_without_values_is_planned_and_not_applied() -> None:
