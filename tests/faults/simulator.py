@@ -237,6 +237,9 @@ class Actor:
         gc.collect()
         if self.registry is None or self.chance.random() < 0.05:
             self.registry = self.world.opened(self.index)
+        # What was open before is closed as its memory is freed, and Python passes over what is raised meanwhile.
+        if self.world.crashed:
+            raise Crashed
         name = self.chance.choices(*self.world.operations)[0]
         self.world.trace.append((self.index, name))
         try:
