@@ -320,9 +320,10 @@ def _refusal(tensor: torch.Tensor) -> Sequence[str]:
 
 
 def is_cut(tensor: torch.Tensor) -> bool:
-    """Whether a tensor should have memory, and has too little."""
-    is_held = tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_meta
-    return is_held and bool(tensor.numel()) and not has_memory(tensor)
+    """Whether a tensor should have memory, and has too little; other classes of tensors may have none at all."""
+    if type(tensor) not in CLASSES or not_dense(tensor) or tensor.is_meta:
+        return False
+    return tensor.numel() > 0 and not has_memory(tensor)
 
 
 def has_memory(tensor: torch.Tensor) -> bool:
@@ -478,7 +479,7 @@ def unfillable(tensor: torch.Tensor) -> str | None:
     """Why values cannot be copied into a live tensor, or None."""
     if tensor.is_meta:
         return "on the meta device and has no memory; give the model some with .to_empty(device=...)"
-    if tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized:
+    if not_dense(tensor) or tensor.is_quantized:
         return "not a dense tensor"
     if not tensor.is_contiguous() and any(
         step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)

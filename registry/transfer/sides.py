@@ -18,7 +18,7 @@ from registry.store.digest import digest as digest_of
 from registry.store.digest import tensor_digest
 from registry.store.errors import Invalid, RegistryError, Unsupported
 from registry.store.tree import CUT, Leaf, is_cut
-from registry.store.usual import CLASSES, TORCH_TYPES
+from registry.store.usual import TORCH_TYPES
 
 _CHUNK = 1 << 19
 """Bytes that are compared at once, so that what is written of them stays in the processor's cache."""
@@ -106,8 +106,7 @@ class Side:
         if self._tensor is None:
             raise Invalid(f"{self.label} is on the meta device and has no values")
         tensor = self._tensor(name)
-        # Other classes of tensors may have no memory at all.
-        if type(tensor) in CLASSES and is_cut(tensor):
+        if is_cut(tensor):
             raise Invalid(f"{name} of {self.label} is {CUT}")
         return tensor
 
